@@ -1,0 +1,54 @@
+"""Memory that a run adds over volumes of growing size, against its limit and what the plan promised."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+from benchmarks.measure import MIB, bytes_of, in_fresh_process, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument("--gib", nargs="+", type=float, default=[1, 4, 16, 64], help="sizes of the volume")
+    parser.add_argument("--chunk", type=int, default=64, help="edge of a chunk in voxels")
+    parser.add_argument("--patch-overlap", type=int, default=24)
+    parser.add_argument("--max-memory", nargs="+", default=["256MiB"])
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Predict over one sparse volume after the other, and print what each run added."""
+    records = []
+    for gib in arguments.gib:
+        source, target = str(arguments.directory / "sparse.zarr"), str(arguments.directory / "result.zarr")
+        shape = _shape(gib, arguments.chunk)
+        made = in_fresh_process("make_sparse", path=source, shape=shape, chunk=arguments.chunk)
+        for limit in arguments.max_memory:
+            options = {
+                "patch_size": arguments.patch_size,
+                "patch_overlap": arguments.patch_overlap,
+                "overlap_mode": arguments.overlap_mode,
+                "max_memory": limit,
+                "workers": arguments.workers,
+            }
+            record = in_fresh_process("predict", source=source, target=target, options=options, compare=False)
+            records.append({"shape": shape, "bytes": made["bytes"], "max_memory": bytes_of(limit), **record})
+    if arguments.json:
+        print(json.dumps(records, indent=1))
+        return
+    print(table(["volume", "GiB", "limit MiB", "projected MiB", "added MiB", "kept", "blocks", "wall s"], [
+        ["x".join(map(str, r["shape"])), f"{r['bytes'] / 1024 / MIB:.2f}", f"{r['max_memory'] / MIB:.0f}",
+         f"{r['projected_memory'] / MIB:.0f}", f"{r['peak'] / MIB:.0f}",
+         "yes" if r["peak"] <= r["projected_memory"] <= r["max_memory"] else "NO", str(r["blocks"]), f"{r['wall']:.1f}"]
+        for r in records
+    ]))  # fmt: skip
+
+
+def _shape(gib: float, chunk: int) -> list[int]:
+    """A box of whole chunks, as close to a cube as doubling gets: 1 GiB is 512 x 512 x 1024."""
+    voxels = gib * (1 << 30) / 4
+    shape = [chunk] * 3
+    while math.prod(shape) * 2 <= voxels:
+        shape[2 - (shape[::-1].index(min(shape)))] *= 2
+    return shape

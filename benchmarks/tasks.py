@@ -1,0 +1,169 @@
+"""What is measured; each task in a process of its own: `python -m benchmarks.tasks NAME JSON` prints a line of JSON."""
+
+from __future__ import annotations
+
+import collections
+import cProfile
+import itertools
+import json
+import os
+import pstats
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+import oocpatch
+from benchmarks.measure import measured
+
+
+def make_random(path: str, size: int, chunk: int) -> dict[str, Any]:
+    """A cube of random float32, which does not compress, written slab by slab."""
+    volume = zarr.create_array(
+        path, shape=(size,) * 3, chunks=(chunk,) * 3, dtype="float32", dimension_names=("z", "y", "x"), overwrite=True
+    )
+    generator = np.random.default_rng(0)
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        volume[start:stop] = generator.random((stop - start, size, size), dtype=np.float32)
+    return {"bytes": volume.nbytes}
+
+
+def make_sparse(path: str, shape: list[int], chunk: int) -> dict[str, Any]:
+    """A volume without a single stored chunk: as large as one likes, and read like any other."""
+    volume = zarr.create_array(
+        path, shape=shape, chunks=(chunk,) * 3, dtype="float32", dimension_names=("z", "y", "x"), overwrite=True
+    )
+    return {"bytes": volume.nbytes}
+
+
+def copy(source: str, target: str, threads: int) -> dict[str, Any]:
+    """The yardstick: a plain copy with zarr-python, chunk by chunk, on some threads."""
+    volume = zarr.open_array(source, mode="r")
+    with tempfile.TemporaryDirectory() as folder:
+        small = zarr.create_array(Path(folder) / "in", data=np.ones((8, 8, 8), np.float32), chunks=(4, 4, 4))
+        _copy(
+            small, zarr.create_array(Path(folder) / "out", shape=(8, 8, 8), chunks=(4, 4, 4), dtype="float32"), threads
+        )
+    _remove(target)
+    with measured() as usage:
+        copied = zarr.create_array(target, shape=volume.shape, chunks=volume.chunks, dtype=volume.dtype)
+        _copy(volume, copied, threads)
+    return {**vars(usage), "error": _largest_difference(volume, copied)}
+
+
+def _copy(source: zarr.Array[Any], target: zarr.Array[Any], threads: int) -> None:
+    def move(box: tuple[slice, ...]) -> None:
+        target[box] = source[box]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(move, _chunks(source)):
+            pass
+
+
+def predict(source: str, target: str, options: dict[str, Any], *, compare: bool = True) -> dict[str, Any]:
+    """The identity network, through everything that a run does."""
+    model = torch.nn.Identity()
+    _warm_up(options)
+    _remove(target)
+    with measured() as usage:
+        plan = oocpatch.plan(source, model, target, **options, progress=False)
+        plan.run()
+    record = {
+        **vars(usage),
+        "projected_memory": plan.projected_memory,
+        "patches": plan.patches,
+        "blocks": plan.blocks,
+        "block_shape": plan.block_shape,
+        "concurrency": plan.concurrency,
+    }
+    if compare:
+        volume = zarr.open_array(source, mode="r")
+        record["error"] = _largest_difference(volume, zarr.open_array(Path(target) / "prediction", mode="r"))
+    return record
+
+
+def predict_under_profile(source: str, target: str, options: dict[str, Any], top: int) -> dict[str, Any]:
+    """The main thread's functions by the time spent in and below them."""
+    _warm_up(options)
+    _remove(target)
+    profiler = cProfile.Profile()
+    with measured() as usage:
+        profiler.enable()
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+        profiler.disable()
+    statistics: Any = pstats.Stats(profiler)
+    rows = [
+        {"function": f"{_short(file)}:{line} {name}", "calls": calls, "own": own, "with_callees": cumulative}
+        for (file, line, name), (calls, _, own, cumulative, _) in statistics.stats.items()
+    ]
+    return {**vars(usage), "functions": sorted(rows, key=lambda row: -row["with_callees"])[:top]}
+
+
+def predict_under_sampler(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What each thread was doing, 200 times a second: samples per thread and innermost Python function."""
+    _warm_up(options)
+    _remove(target)
+    stop = threading.Event()
+    threads: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def sample() -> None:
+        while not stop.wait(0.005):
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for ident, frame in sys._current_frames().items():  # noqa: SLF001  # the only door to other threads' frames
+                if ident != threading.get_ident():
+                    place = f"{frame.f_code.co_name} ({_short(frame.f_code.co_filename)}:{frame.f_lineno})"
+                    threads[names.get(ident, str(ident))][place] += 1
+
+    sampler = threading.Thread(target=sample, name="sampler", daemon=True)
+    sampler.start()
+    oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    stop.set()
+    sampler.join()
+    return {"threads": {name: dict(places) for name, places in threads.items()}}
+
+
+def _warm_up(options: dict[str, Any]) -> None:
+    """A run on a few voxels, so that what is loaded once and for all is not counted."""
+    small = {**options, "patch_size": 8, "patch_overlap": 4, "max_memory": "64MiB"}
+    with tempfile.TemporaryDirectory() as folder:
+        zarr.create_array(Path(folder) / "in", data=np.ones((20, 20, 20), np.float32), chunks=(8, 8, 8))
+        oocpatch.predict(Path(folder) / "in", torch.nn.Identity(), Path(folder) / "out", **small, progress=False)
+
+
+def _remove(target: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+
+
+def _chunks(volume: zarr.Array[Any]) -> Iterator[tuple[slice, ...]]:
+    ranges = [range(0, n, c) for n, c in zip(volume.shape, volume.chunks, strict=True)]
+    for corner in itertools.product(*ranges):
+        yield tuple(slice(a, a + c) for a, c in zip(corner, volume.chunks, strict=True))
+
+
+def _largest_difference(one: zarr.Array[Any], other: zarr.Array[Any]) -> float:
+    assert one.shape == other.shape
+    # np.max, because max() would pass over a NaN.
+    return float(np.max([np.abs(np.asarray(one[box]) - np.asarray(other[box])).max() for box in _chunks(one)]))
+
+
+def _short(file: str) -> str:
+    return "/".join(Path(file).parts[-2:])
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    task.__name__: task
+    for task in (make_random, make_sparse, copy, predict, predict_under_profile, predict_under_sampler)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))

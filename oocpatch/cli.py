@@ -1,0 +1,277 @@
+"""The command line: one verb, one job. stdout is data, stderr is logs and progress.
+
+Exit codes: 0 done; 1 some blocks failed, or a check did; 2 bad usage or bad input; 3 refused (plan too large, other
+run, output taken); 130 interrupted. Options are the parameters of `oocpatch.predict`.
+
+Heavy libraries are imported inside the commands: `oocpatch --help` imports neither torch nor zarr nor dask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from oocpatch.planning.plan import Plan
+
+FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def size(text: str | int) -> int | tuple[int, ...]:
+    """Read `96`, the same on every axis, or `32,96,96`, one per axis."""
+    try:
+        sizes = tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        raise click.BadParameter(f"sizes are whole numbers of voxels, such as 96 or 32,96,96, got {text!r}.") from None
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def number(text: str | float) -> int | float:
+    """Read an integer if it is one, so that it stays exact, else a float."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise click.BadParameter(f"expected a number, got {text!r}.")
+
+
+class _Commands(click.Group):
+    """A group whose commands end in one line and an exit code, never in a traceback for a user's mistake."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; what is finished is kept, the same command continues", INTERRUPTED)
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            _fail(f"{error}" or type(error).__name__, code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for what is not the user's mistake: a traceback then helps whoever mends it."""
+    from oocpatch import errors
+
+    if isinstance(error, (errors.PlanTooLarge, errors.RunMismatch, errors.OutputExists, errors.OutputBusy)):
+        return REFUSED
+    if isinstance(error, (errors.BlockFailed, errors.CorruptData)):
+        return FAILED
+    if isinstance(error, (errors.OocpatchError, ValueError, TypeError, OSError)):
+        return BAD_INPUT
+    return None
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"oocpatch: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(code)
+
+
+def _log(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _as_json(record: object) -> str:
+    return json.dumps(record, indent=1, default=str)
+
+
+def _one_of(names: str) -> click.Choice[str]:
+    return click.Choice(names.split())
+
+
+_option = functools.partial(click.option, show_default=True)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+    return decorate
+
+
+_model_options = _options(
+    click.option(
+        "--model", required=True, metavar="SPEC", help="package.module:name, file.py:name, .pt2, .pt, identity."
+    ),
+    click.option("--weights", metavar="FILE", help="State dict or safetensors to load into the model."),
+    click.option("--trust-pickle", is_flag=True, help="Let the weights file run code while it is unpickled."),
+)
+
+_patch_options = _options(
+    click.option("--patch-size", type=size, required=True, help="Voxels: 96, or per axis 32,96,96."),
+    _option("--patch-overlap", type=size, default=0, help="Voxels that adjacent patches share, in total."),
+    _option(
+        "--overlap-mode", type=_one_of("crop average hann gaussian"), default="hann", help="How patches are blended."
+    ),
+    _option(
+        "--padding-mode",
+        type=_one_of("constant edge reflect symmetric wrap"),
+        help="Grow the volume by half an overlap.",
+    ),
+    _option("--fill", type=float, default=0.0, help="Value of the padding 'constant'."),
+    _option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or tczyx; default: its dimension names."),
+    _option("--batch-size", type=int, default=1, help="Patches per call of the model."),
+    _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
+    _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
+    _option("--postprocess", type=_one_of("argmax softmax sigmoid"), help="Applied to the blended result."),
+    _option("--output-dtype", metavar="DTYPE", help="Default: float32; the model's for crop; the smallest for argmax."),
+)
+
+_run_options = _options(
+    _option("--output-chunks", type=size, help="Chunk shape of the output; default: the planner's choice."),
+    _option("--output-shards", type=size, help="Shard shape of the output; default: no shards."),
+    _option("--output-fill", type=number, default=0, help="Value of voxels that no patch covered."),
+    _option(
+        "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that the run adds, such as 2GiB."
+    ),
+    _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
+    _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
+    _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
+    _option("--workers", type=int, help="Blocks computed at a time; default: the planner's choice."),
+    _option("--resume/--no-resume", default=True, help="Continue an unfinished run."),
+    _option("--overwrite", is_flag=True, help="Replace what oocpatch wrote here before."),
+    _option("--allow-nonfinite", is_flag=True, help="Keep the model's NaN and infinity instead of failing the block."),
+)
+
+_json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
+_progress_option = click.option(
+    "--progress",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Progress on stderr; auto: on a terminal.",
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="oocpatch")
+def main() -> None:
+    """Patch-based deep learning on volumes larger than memory."""
+
+
+@main.command()
+@click.argument("volume", metavar="IN")
+@click.argument("output", metavar="OUT")
+@_model_options
+@_patch_options
+@_run_options
+@_json_option
+def plan(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
+    made = _plan(volume, output, options)
+    click.echo(made.to_json() if as_json else str(made))
+
+
+@main.command()
+@click.argument("volume", metavar="IN")
+@click.argument("output", metavar="OUT")
+@_model_options
+@_patch_options
+@_run_options
+@_progress_option
+@_json_option
+def predict(volume: str, output: str, *, as_json: bool, progress: str, **options: Any) -> None:
+    """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed."""
+    from oocpatch.errors import BlockFailed
+
+    start = time.monotonic()
+    made = _plan(volume, output, {**options, "progress": {"on": True, "off": False}.get(progress, progress)})
+    _log(str(made))
+    try:
+        result = made.run()
+    except BlockFailed as error:
+        if as_json:
+            failed = {str(block): message for block, message in error.failures.items()}
+            click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
+        raise
+    report = {
+        "output": output,
+        "complete": True,
+        "seconds": round(time.monotonic() - start, 3),
+        "patches": made.patches,
+        "blocks": made.blocks,
+        "uncovered_voxels": int(result.attrs.get("uncovered_voxels", 0)),
+    }
+    line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+    click.echo(_as_json(report) if as_json else line.format(**report))
+
+
+def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:
+    import oocpatch
+    from oocpatch.inference.models import load_model
+
+    spec, weights, trust_pickle = (options.pop(name) for name in ("model", "weights", "trust_pickle"))
+    model = load_model(spec, weights=weights, trust_pickle=trust_pickle, device=options["device"])
+    return oocpatch.plan(volume, model, output, **options)
+
+
+@main.command()
+@click.argument("output", metavar="OUT")
+@_json_option
+def status(output: str, *, as_json: bool) -> None:
+    """Say how far the run that writes OUT is."""
+    from oocpatch.run import status as status_of
+
+    found = status_of(output)
+    if as_json:
+        click.echo(found.to_json())
+        return
+    click.echo(f"{found.output}: {found.state}")
+    if found.predict_total:
+        click.echo(f"predict    {found.predict_done} of {found.predict_total} blocks")
+        click.echo(f"normalize  {found.normalize_done} of {found.normalize_total} blocks")
+    for block, message in found.failed.items():
+        click.echo(f"failed     block {block}: {' '.join(message.split())}")
+
+
+@main.command()
+@click.argument("directory", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--size", type=click.IntRange(min=1), help="Edge of the volume in voxels.")
+@click.option("--max-memory", metavar="SIZE", help="Bound on the memory the run adds.")
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the volumes where they are.")
+@_progress_option
+@_json_option
+def demo(*, as_json: bool, progress: str, **options: Any) -> None:
+    """Make a volume larger than its memory limit, find the nuclei in it, and draw the result. Needs no network."""
+    from oocpatch.demo import run_demo
+
+    given = {name: value for name, value in options.items() if value is not None or name == "directory"}
+    report = run_demo(**given, progress=progress, log=_log)
+    if as_json:
+        click.echo(_as_json(dataclasses.asdict(report)))
+
+
+@main.command()
+@click.argument("volume", metavar="IN")
+@_model_options
+@_patch_options
+@click.option("--boxes", type=click.IntRange(min=1), default=3, show_default=True, help="Boxes to compare.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which boxes.")
+@_json_option
+def check(volume: str, *, as_json: bool, **options: Any) -> None:
+    """Compare predict with a plain in-memory computation on a few random boxes of the volume IN."""
+    from oocpatch.check import check as run_check
+    from oocpatch.inference.models import load_model
+
+    spec, weights, trust_pickle = (options.pop(name) for name in ("model", "weights", "trust_pickle"))
+    model = load_model(spec, weights=weights, trust_pickle=trust_pickle, device=options["device"])
+    report = run_check(volume, model, **options)
+    click.echo(report.to_json() if as_json else str(report))
+    if not report.passed:
+        raise click.exceptions.Exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The door: turns what users pass into checked values. Rule first, then the values, in every message."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from dask.utils import parse_bytes
+
+from oocpatch.inference.finish import POSTPROCESSES
+from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.planning.window import OVERLAP_MODES
+from oocpatch.storage.sources import local_or_url
+from oocpatch.storage.volume import PADDING_MODES, Volume
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def sizes(name: str, value: int | Sequence[int], volume: Volume, *, least: int = 0) -> Ints:
+    """One size per spatial axis, in voxels; an `int` counts for all of them.
+
+    Raises:
+        TypeError: when it is neither an `int` nor a sequence of them.
+        ValueError: for a wrong number of sizes, or one that is too small.
+    """
+    ndim = volume.spatial_ndim
+    given = (value,) * ndim if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else value
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence | np.ndarray):
+        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
+    if any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in given):
+        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
+    if len(given) != ndim:
+        axes = ", ".join(volume.names[-ndim:])
+        raise ValueError(f"{name} must have one value per spatial axis ({axes}), got {tuple(given)}")
+    if any(v < least for v in given):
+        raise ValueError(f"{name} must be at least {least} on every axis, got {tuple(given)}")
+    return tuple(int(v) for v in given)
+
+
+def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
+    """A value from a list, or None.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def overlap_mode(value: str) -> str:
+    """A checked `overlap_mode`."""
+    if value is None:
+        raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got None")
+    return str(one_of("overlap_mode", value, OVERLAP_MODES))
+
+
+def padding_mode(value: str | None) -> str | None:
+    """A checked `padding_mode`."""
+    return one_of("padding_mode", value, PADDING_MODES)
+
+
+def positive(name: str, value: int) -> int:
+    """A checked positive integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def num_bytes(name: str, value: int | float | str) -> int:
+    """A limit in bytes, given as a number or a text such as `"2GiB"`.
+
+    >>> num_bytes("max_memory", "2GiB")
+    2147483648
+
+    Raises:
+        ValueError: when it is not a positive number of bytes.
+    """
+    try:
+        parsed = int(parse_bytes(value))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} must be a number of bytes such as 4000000 or '2GiB', got {value!r}") from error
+    if parsed <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return parsed
+
+
+def memory_limit(value: int | float | str) -> int:
+    """The bound on memory; `"auto"` is a quarter of what this machine, or this container, has in all.
+
+    Not of what is free: the plan, and with it the bytes of the result, would change from one moment to the next.
+    """
+    if value != "auto":
+        return num_bytes("max_memory", value)
+    total = psutil.virtual_memory().total
+    try:
+        total = min(total, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):
+        pass  # no limit on this container, or no container
+    return int(total // 4)
+
+
+def local_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """A path on the local file system.
+
+    Raises:
+        ValueError: for a URL of anything else.
+        TypeError: when it is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {type(value).__name__}")
+    address = local_or_url(value)
+    if isinstance(address, str):
+        raise ValueError(f"{name} must be a path on a local or shared file system, got {address}")
+    return Path(os.path.abspath(address))
+
+
+def apart(volume: Volume, output: Path) -> None:
+    """Refuse an output that is, holds or lies in the volume.
+
+    Raises:
+        ValueError: in that case.
+    """
+    location, target = volume.source.location, output.resolve()
+    if location is None:
+        return
+    if location == target or target in location.parents or location in target.parents:
+        raise ValueError(f"output must not be, hold or lie in the volume, got {output} for the volume at {location}")
+
+
+def dtype(name: str, value: Any) -> str | None:
+    """The name of a dtype that an output can have, or None.
+
+    Raises:
+        ValueError: when there is no such dtype, or it does not hold real numbers.
+    """
+    if value is None:
+        return None
+    try:
+        found = np.dtype(str(value).removeprefix("torch.") if not isinstance(value, type | np.dtype) else value)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a dtype such as 'uint8' or 'float32', got {value!r}") from error
+    if found.kind not in "buif":
+        raise ValueError(f"{name} must be a dtype of booleans, integers or floats, got {value!r}")
+    return str(found)
+
+
+def postprocess(value: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """A checked postprocess, as a function."""
+    if value is None or callable(value):
+        return value
+    one_of("postprocess", value, tuple(POSTPROCESSES))
+    return POSTPROCESSES[value]
+
+
+def units(chunks: Ints, shards: Ints | None) -> Ints:
+    """The output's write unit: the shard if there is one, else the chunk.
+
+    Raises:
+        ValueError: when a shard is not a multiple of a chunk.
+    """
+    if shards is None:
+        return chunks
+    if any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
+    return shards
+
+
+def clipped(chunks: Ints, shape: Ints) -> Ints:
+    """Chunks that are not longer than the volume."""
+    return tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
+
+
+def shard_clipped(shards: Ints, chunks: Ints, shape: Ints) -> Ints:
+    """Shards that are not longer than the volume needs."""
+    return tuple(min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
+
+
+def number(name: str, value: float) -> float:
+    """A checked number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value if isinstance(value, int) else float(value)
+
+
+def plain(value: float) -> float | str:
+    """A number as JSON can compare it: NaN is not equal to itself, its name is."""
+    return "nan" if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,57 @@
+"""The errors a caller may act on. Each also derives from the builtin it is closest to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class OocpatchError(Exception):
+    """Root of all errors raised on purpose by oocpatch (besides `ValueError`/`TypeError` for bad arguments)."""
+
+
+class PlanTooLarge(OocpatchError, ValueError):
+    """The projected memory or disk exceeds what is allowed; nothing was read or written."""
+
+
+class RunMismatch(OocpatchError, ValueError):
+    """The output belongs to a run with other parameters; the message names each one that differs."""
+
+    def __init__(self, message: str, fields: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+
+class OutputExists(OocpatchError, FileExistsError, ValueError):
+    """The output holds data that oocpatch did not write, or may not replace."""
+
+
+class OutputBusy(OocpatchError, RuntimeError):
+    """Another process is running the same output."""
+
+
+class BlockFailed(OocpatchError, RuntimeError):
+    """Some blocks failed. What succeeded is kept; the same call again retries only the failed ones."""
+
+    def __init__(self, message: str, failures: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+
+class CorruptData(OocpatchError, RuntimeError):
+    """Stored data is not what was written, and recomputing cannot repair it."""
+
+
+class CorruptPartial(CorruptData):
+    """A partial in the workspace is missing or damaged; its block is computed anew.
+
+    Attributes:
+        block: index of the block whose partial is damaged.
+    """
+
+    def __init__(self, block: int, detail: str) -> None:
+        super().__init__(f"partial of block {block} is damaged: {detail}")
+        self.block = block
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[CorruptPartial], tuple[int, str]]:
+        return type(self), (self.block, self.detail)

@@ -1,0 +1,1 @@
+"""Floor 2, compute: partials, the predictor, the stages and their scheduler. Owns torch, and dask in one file."""

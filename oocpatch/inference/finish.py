@@ -1,0 +1,127 @@
+"""From sums to output values: divide by the weights, post-process, cast. Tile by tile, in the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from oocpatch.planning.box import Box, Ints
+
+Postprocess = Callable[[torch.Tensor], torch.Tensor]
+POSTPROCESSES: dict[str, Postprocess] = {
+    "argmax": lambda scores: scores.argmax(dim=0, keepdim=True),
+    "softmax": lambda scores: scores.softmax(dim=0),
+    "sigmoid": lambda scores: scores.sigmoid(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finisher:
+    """Turns sums into output values.
+
+    Attributes:
+        weights: per axis, the sum of all windows, float32 `(length,)`; None in `crop` mode, where nothing is divided.
+        postprocess: a function of `(C, *spatial)`, applied to blended values.
+        looped: number of looped axes, which a postprocess does not see.
+        tile: voxels that are worked on at a time.
+    """
+
+    weights: tuple[torch.Tensor, ...] | None
+    postprocess: Postprocess | None
+    looped: int
+    tile: int
+
+    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> None:
+        """Write the values of a box into `out`.
+
+        Args:
+            sums: `(C, *box.shape)`.
+            box: where the sums lie in the volume.
+            out: `(C', *box.shape)` of the output's dtype.
+        """
+        for tile in tiles(box, self.tile, self.looped):
+            inner = (slice(None), *tile.slices(box.start))
+            target = out[inner]
+            if self.weights is None:
+                values = sums[inner]
+            elif self.postprocess is None and out.dtype == torch.float32:
+                torch.div(sums[inner], self._weights(tile, sums.device), out=target)
+                continue
+            else:
+                values = sums[inner] / self._weights(tile, sums.device)
+            if self.postprocess is not None:
+                values = self._postprocessed(values, target.shape)
+            target.copy_(cast(values, out.dtype))
+
+    def _weights(self, tile: Box, device: torch.device) -> torch.Tensor:
+        """The weights of a tile: the outer product of one array per axis."""
+        assert self.weights is not None
+        product = None
+        for weights, part in zip(reversed(self.weights), reversed(tile.slices()), strict=True):
+            factor = weights[part].to(device)
+            product = factor if product is None else factor.reshape(-1, *(1,) * product.ndim) * product
+        assert product is not None
+        return product
+
+    def _postprocessed(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        assert self.postprocess is not None
+        looped = tuple(range(1, 1 + self.looped))  # tiles have one index of each
+        result = self.postprocess(values.squeeze(looped) if looped else values)
+        result = torch.as_tensor(result)
+        for axis in looped:
+            result = result.unsqueeze(axis)
+        if result.shape != shape:
+            raise ValueError(
+                f"postprocess must keep the spatial shape and give {shape[0]} channel(s), as it did for the probe: "
+                f"got {tuple(result.shape)} for {tuple(values.shape)}"
+            )
+        return result
+
+
+def tiles(box: Box, voxels: int, looped: int = 0) -> Iterator[Box]:
+    """Cut a box into tiles of at most so many voxels, long in the last axes; looped axes one index at a time."""
+    size = [1] * len(box.shape)
+    for axis in reversed(range(len(size))):
+        size[axis] = max(1, min(box.shape[axis], voxels // math.prod(size[axis + 1 :]))) if axis >= looped else 1
+    origin = Box(tuple(0 for _ in size), box.shape)
+    for tile in origin.split(tuple(size)):
+        yield _shifted(tile, box.start)
+
+
+def _shifted(box: Box, by: Ints) -> Box:
+    return Box(
+        tuple(a + b for a, b in zip(box.start, by, strict=True)),
+        tuple(a + b for a, b in zip(box.stop, by, strict=True)),
+    )
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert to a dtype; to integers, round half to even and saturate (NaN becomes 0).
+
+    >>> cast(torch.tensor([0.5, 1.5, 300.0, -1.0]), torch.uint8).tolist()
+    [0, 2, 255, 0]
+    """
+    if values.dtype == dtype or dtype.is_floating_point:
+        return values.to(dtype)
+    if dtype == torch.bool:
+        return values != 0
+    info = torch.iinfo(dtype)
+    if not values.dtype.is_floating_point:
+        if values.dtype == torch.bool or _fits(values.dtype, dtype):
+            return values.to(dtype)
+        return values.to(torch.int64).clamp(info.min, min(info.max, 2**63 - 1)).to(dtype)
+    # float64 holds every 32-bit limit exactly; the 64-bit ones are put right by hand
+    rounded = values.to(torch.float64).nan_to_num(0.0, math.inf, -math.inf).round()
+    if dtype.itemsize < 8:
+        return rounded.clamp(info.min, info.max).to(torch.int64).to(dtype)
+    high = rounded >= float(info.max)
+    result = rounded.clamp(float(info.min), float(2 ** (63 if info.min else 64) - 2048)).to(dtype)
+    return torch.where(high, torch.tensor(info.max, dtype=dtype, device=result.device), result)
+
+
+def _fits(source: torch.dtype, target: torch.dtype) -> bool:
+    a, b = torch.iinfo(source), torch.iinfo(target)
+    return bool(b.min <= a.min and a.max <= b.max)

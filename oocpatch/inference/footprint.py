@@ -1,0 +1,66 @@
+"""The memory that a call adds, counted and not measured: the same number on every run, so that plans do not vary."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SCRATCH = ("conv", "mm", "linear", "attention")
+"""Operators whose kernels reorder their operands into buffers of their own, which no tensor shows."""
+
+
+class Footprint(TorchDispatchMode):
+    """Counts the bytes of the tensors that live while it is active.
+
+    Args:
+        known: tensors that were there before, and do not count.
+
+    Attributes:
+        peak: most bytes that lived at a time, with what kernels need besides.
+
+    >>> with Footprint([]) as footprint:
+    ...     _ = torch.zeros(1024) + 1
+    >>> footprint.peak
+    8192
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known = {t.untyped_storage().data_ptr() for t in known}
+        self._live: dict[int, int] = {}
+        self._bytes = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        for tensor in tensors:
+            self._track(tensor.untyped_storage())
+        scratch = 0
+        if any(word in str(func) for word in SCRATCH):
+            operands = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            scratch = sum(t.numel() * t.element_size() for t in (*operands, *tensors))
+        self.peak = max(self.peak, self._bytes + scratch)
+        return result
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        pointer = storage.data_ptr()
+        if pointer in self._known or pointer in self._live or not storage.nbytes():
+            return
+        self._live[pointer] = storage.nbytes()
+        self._bytes += storage.nbytes()
+        weakref.finalize(storage, self._forget, pointer)
+
+    def _forget(self, pointer: int) -> None:
+        self._bytes -= self._live.pop(pointer, 0)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)

@@ -1,0 +1,224 @@
+"""The predictor: a batch function around the user's model, and the probe that learns what the model gives.
+
+The model is called by one thread at a time, with all of torch's threads; reading and writing go on beside it. So a model
+need not be thread-safe, memory holds one batch whatever the concurrency, and results do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oocpatch.inference.footprint import Footprint
+from oocpatch.planning.box import Ints
+
+Model = Callable[[torch.Tensor], Any]
+TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one call of the model with one patch of zeros showed.
+
+    Attributes:
+        output: the model's output `(1, C, *patch)`.
+        copies_input: whether the model must be given copies of patches, because it writes to its input.
+        bytes: memory that the call added at its peak, output included, input not.
+    """
+
+    output: torch.Tensor
+    copies_input: bool
+    bytes: int
+
+
+class Predictor:
+    """The user's model as a function of batches.
+
+    Args:
+        model: a `torch.nn.Module`, or a callable `(B, C, *patch) -> (B, C', *patch)`.
+        device: where it runs, e.g. `"cpu"` or `"cuda:0"`.
+        autocast: run under `torch.autocast`.
+        looped: number of looped axes in front of the spatial ones, which the model does not see.
+        copies_input: whether patches must be copied before the model sees them.
+        torch_threads: threads of torch, since results depend on it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str,
+        autocast: bool = False,
+        looped: int = 0,
+        copies_input: bool = True,
+        torch_threads: int | None = None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.copies_input = copies_input
+        self._autocast = autocast
+        self._looped = looped
+        self._threads = torch_threads
+        self._dtype = _parameter_dtype(model)
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put the module on its device and in evaluation mode, and everything back afterwards."""
+        threads = torch.get_num_threads()
+        training = []
+        if isinstance(self.model, torch.nn.Module):
+            training = [m for m in self.model.modules() if m.training]
+            self.model.to(self.device)
+            for module in training:
+                module.training = False
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            for module in training:
+                module.training = True
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether patches of a dtype reach the model as they are."""
+        return self._dtype is None or self._dtype == dtype
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Run the model on `(B, C, *patch)`; its output `(B, C', *patch)`.
+
+        Raises:
+            ValueError: when the output is not one tensor of the patch's spatial shape.
+        """
+        looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
+        inputs = batch.squeeze(looped) if looped else batch
+        before = inputs._version
+        result = self._run(inputs)
+        if inputs._version != before and not self.copies_input:
+            raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
+        result = self._checked(result, inputs)
+        for axis in looped:
+            result = result.unsqueeze(axis)
+        return result
+
+    def _run(self, inputs: torch.Tensor) -> Any:
+        if self._dtype is not None:
+            inputs = inputs.to(self._dtype)
+        kind = torch.device(self.device).type
+        # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
+        with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
+            return self.model(inputs)
+
+    def _checked(self, result: Any, inputs: torch.Tensor) -> torch.Tensor:
+        if isinstance(result, dict):
+            raise ValueError(f"the model must return one tensor, got a dict with {sorted(map(str, result))}")
+        if not isinstance(result, torch.Tensor):
+            try:
+                result = torch.as_tensor(result, device=inputs.device)
+            except Exception as error:
+                raise ValueError(f"the model must return a tensor, got {type(result).__name__}") from error
+        expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
+        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or result.shape[2:] != inputs.shape[2:]:
+            raise ValueError(f"the model must return shape {expected}, got {tuple(result.shape)}")
+        if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
+            result = result.to(torch.float32)
+        if result.is_complex():
+            raise ValueError(f"the model must return real numbers, got {result.dtype}")
+        return result.detach()
+
+    def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
+        """Call the model once, with one patch of zeros.
+
+        Raises:
+            ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
+        """
+        patch = torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device)
+        known = list(_tensors(self.model))
+        footprint = Footprint([patch, *known])
+        version = patch._version
+        try:
+            with footprint:
+                output = self(patch)
+        except ValueError as error:
+            if str(error).startswith("the model must return"):
+                raise
+            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
+        except Exception as error:
+            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
+        writes = patch._version != version or not isinstance(self.model, torch.nn.Module)
+        extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
+        return Probe(output, writes, max(footprint.peak, extra))
+
+    def _rejection(self, channels: int, patch_size: Ints, dtype: torch.dtype, error: Exception) -> str:
+        spatial = patch_size[self._looped :]
+        shape = (1, channels, *spatial)
+        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
+        for multiple in TRIED_MULTIPLES:
+            if all(n % multiple == 0 for n in spatial):
+                continue
+            below = tuple(max(multiple, n // multiple * multiple) for n in spatial)
+            above = tuple(-(-n // multiple) * multiple for n in spatial)
+            # an odd multiple: an even one would also pass a model that needs twice as much
+            tried = tuple(n if n // multiple % 2 else m for n, m in zip(below, above, strict=True))
+            tried = tuple(n if n // multiple % 2 else n + multiple for n in tried)
+            if self._accepts(channels, tried, dtype):
+                return (
+                    f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
+                    f"nearest: {_sides(below)}, {_sides(above)}"
+                )
+        return f"the model rejects patches of shape {shape}: {type(error).__name__}: {reason.strip()[:300]}"
+
+    def _accepts(self, channels: int, spatial: Ints, dtype: torch.dtype) -> bool:
+        patch = torch.zeros((1, channels, *spatial), dtype=dtype, device=self.device)
+        try:
+            self._checked(self._run(patch), patch)
+        except Exception:
+            return False
+        return True
+
+
+def _sides(shape: Ints) -> str:
+    """`96` for a cube, `32 x 96 x 96` else."""
+    return str(shape[0]) if len(set(shape)) == 1 else " x ".join(map(str, shape))
+
+
+def _tensors(model: Model) -> Iterator[torch.Tensor]:
+    if isinstance(model, torch.nn.Module):
+        yield from model.parameters()
+        yield from model.buffers()
+
+
+def _parameter_dtype(model: Model) -> torch.dtype | None:
+    """The dtype that patches are cast to: that of the parameters, when they are floating point."""
+    if isinstance(model, torch.nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return None
+
+
+def resolve_device(device: str) -> str:
+    """The device meant by `"auto"`: an accelerator when there is one.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r} ({error})") from error
+    return device
+
+
+def patch_bytes(channels: int, patch_size: Ints, itemsize: int) -> int:
+    """Bytes of one patch."""
+    return channels * math.prod(patch_size) * itemsize

@@ -1,0 +1,83 @@
+"""The input of one block: planes of patches, read ahead along the sweep, each voxel once."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future
+
+import torch
+
+from oocpatch.inference.ring import Ring
+from oocpatch.planning.box import Box
+from oocpatch.planning.sweep import Group
+from oocpatch.storage.volume import Volume
+
+
+class Reader:
+    """Reads the layers of a block into a ring.
+
+    Args:
+        volume: where to read.
+        region: bounding box of the block's patches; what lies outside the volume is padded.
+        axis: the swept axis.
+        capacity: planes to hold.
+        device: where the model takes its patches.
+        pool: threads that read chunks.
+        padding_mode, fill: what lies outside the volume.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        region: Box,
+        *,
+        axis: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: str,
+        pool: Executor,
+        padding_mode: str,
+        fill: float,
+    ) -> None:
+        self._volume = volume
+        self._axis = axis
+        self._ring = Ring.of(
+            region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device
+        )
+        self._pool = pool
+        self._padding = padding_mode, fill
+        self._at = region.start[axis]
+        self._pending: list[Future[None]] = []
+
+    def request(self, group: Group) -> None:
+        """Begin to read what a group needs beyond what was read before. The planes it overwrites must be done with."""
+        if group.read_stop <= self._at:
+            return
+        box = self._ring.region.along(self._axis, self._at, group.read_stop)
+        self._at = group.read_stop
+        for request in self._volume.requests(box):
+            for part, view in self._ring.parts(request):
+                self._pending.append(self._pool.submit(self._read, part, view))
+
+    def wait(self) -> None:
+        """Until everything requested is there."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def abandon(self) -> None:
+        """Until nothing writes to the ring any more; what failed is of no interest."""
+        for future in self._pending:
+            future.cancel()
+        for future in self._pending:
+            if not future.cancelled():
+                future.exception()
+
+    def patch(self, box: Box) -> torch.Tensor:
+        """One patch, `(C, *patch_size)`: a view of the ring where it does not wrap around."""
+        return self._ring.tensor(box)
+
+    def _read(self, box: Box, view: torch.Tensor) -> None:
+        if view.device.type == "cpu":
+            self._volume.read_into(view.numpy(), box, *self._padding)
+        else:
+            view.copy_(torch.from_numpy(self._volume.read(box, *self._padding)))

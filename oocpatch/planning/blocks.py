@@ -1,0 +1,272 @@
+"""Blocks: the units of work, their cores, seams and who reads what.
+
+The volume is partitioned into cores, boxes of whole write units of the output. A patch belongs to the block whose core
+holds its start, so that its values spill towards higher indices only, into the halo:
+
+```text
+ axis:   0        core of block 0         |        core of block 1        |  ...
+         [patch 0 ]                       |
+             [patch 1 ]                   |
+                        [patch 5      ====]   halo of block 0: its seam, kept for block 1
+                                       [patch 6 ]
+                                          |<open>|<------ direct ------>|
+```
+
+Per axis, a block's core is split in what lower neighbours spill into (`open`, rounded up to whole write units) and the
+rest (`direct`). The box that is direct on every axis is written to the output by the predict task itself; the remainder
+of the core waits in the workspace for the seams, as at most one box per axis (`own`):
+
+```text
+            open  direct  halo
+           +-----+-------+----+
+      open | own | own   |seam|      seam pieces are named by the neighbour that reads them: an offset
+           +-----+-------+----+      of 0 or 1 per axis, 1 where the piece lies in the halo.
+    direct | own | output|seam|
+           +-----+-------+----+
+      halo |seam | seam  |seam|
+           +-----+-------+----+
+```
+
+A core is never shorter than `patch_size - 1`, so that a block has at most `2**d - 1` neighbours on either side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oocpatch.planning.box import Box, Ints, ceil_to
+from oocpatch.planning.grid import GridAxis, PatchGrid
+
+Offset = Ints
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAxis:
+    """How one axis is cut into cores.
+
+    Attributes:
+        grid: the patches of the axis.
+        size: core length, a multiple of `unit`; a remainder too small to be a block joins the last core.
+        unit: the output's write unit, in voxels.
+        crop: whether patches are cropped (a halo then ends where the next patch has the last word).
+        step: granularity of `open`; at least `unit`, more on the swept axis.
+    """
+
+    grid: GridAxis
+    size: int
+    unit: int
+    crop: bool
+    step: int
+
+    @property
+    def count(self) -> int:
+        full, rest = divmod(self.grid.length, self.size)
+        return max(1, full + _is_block(rest, self.size, self.grid))
+
+    def core(self, index: int) -> tuple[int, int]:
+        start = index * self.size
+        return start, self.grid.length if index == self.count - 1 else start + self.size
+
+    def patches(self, index: int) -> range:
+        return self.grid.indices(*self.core(index))
+
+    def spill(self, index: int) -> int:
+        """Length of the halo: voxels beyond the core that this block's patches write to."""
+        stop, patches = self.core(index)[1], self.patches(index)
+        if not patches or index == self.count - 1:
+            return 0
+        last = patches[-1]
+        end = self.grid.kept(last)[1] if self.crop else self.grid.start(last) + self.grid.patch
+        return max(0, min(end, self.grid.length) - stop)
+
+    def open(self, index: int) -> int:
+        """Length of the part of the core that waits for the lower neighbour's halo, in whole steps."""
+        if index == 0:
+            return 0
+        start, stop = self.core(index)
+        return min(ceil_to(self.spill(index - 1), self.step), stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block: what it owns, what it writes, what it leaves for others.
+
+    Attributes:
+        index: position in the order of execution (C order of `position`).
+        position: index per axis.
+        core: the box it owns.
+        halo: length of the halo per axis.
+        open: length of the open part per axis.
+    """
+
+    index: int
+    position: Ints
+    core: Box
+    halo: Ints
+    open: Ints
+
+    @property
+    def reach(self) -> Box:
+        """Core and halo: the voxels that the block's patches write to."""
+        return Box(self.core.start, tuple(b + h for b, h in zip(self.core.stop, self.halo, strict=True)))
+
+    @property
+    def direct(self) -> Box:
+        """The part of the core that no seam enters: complete when the block is."""
+        return Box(tuple(a + o for a, o in zip(self.core.start, self.open, strict=True)), self.core.stop)
+
+    @property
+    def own(self) -> tuple[Box, ...]:
+        """The core without `direct`, as disjoint boxes; entry `a` is open on axis `a` and direct on the axes before."""
+        pieces = []
+        for axis, length in enumerate(self.open):
+            first = self.core.start[axis]
+            piece = self.core.along(axis, first, first + length)
+            for before in range(axis):
+                piece = piece.along(before, self.direct.start[before], self.core.stop[before])
+            pieces.append(piece)
+        return tuple(pieces)
+
+    def seam(self, offset: Offset) -> Box:
+        """The piece of the halo for the neighbour at `offset`: halo where the offset is 1, core elsewhere."""
+        return Box(
+            tuple(b if e else a for a, b, e in zip(self.core.start, self.core.stop, offset, strict=True)),
+            tuple(b + h if e else b for b, h, e in zip(self.core.stop, self.halo, offset, strict=True)),
+        )
+
+
+def offsets(ndim: int) -> list[Offset]:
+    """The offsets of a block's neighbours, by number of axes and then in C order: the fixed order of summation.
+
+    In `crop` mode a later offset overrides an earlier one, which this order makes right.
+
+    >>> offsets(2)
+    [(0, 1), (1, 0), (1, 1)]
+    """
+    return sorted((e for e in itertools.product((0, 1), repeat=ndim) if any(e)), key=lambda e: (sum(e), e))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGrid:
+    """All blocks of a run. The cores of all blocks cover the volume exactly once.
+
+    Attributes:
+        axes: one per axis of the volume.
+        sweep: the axis along which a block is swept.
+
+    >>> from oocpatch.planning.grid import PatchGrid
+    >>> blocks = BlockGrid.of(PatchGrid.of((20,), (4,), (2,)), core=(8,), unit=(4,), sweep=0, crop=False)
+    >>> [blocks[i].core.shape for i in range(len(blocks))], blocks[0].halo, blocks[1].open
+    ([(8,), (8,), (4,)], (2,), (4,))
+    """
+
+    axes: tuple[BlockAxis, ...]
+    sweep: int
+
+    @classmethod
+    def of(cls, grid: PatchGrid, core: Ints, unit: Ints, sweep: int, *, crop: bool) -> BlockGrid:
+        """Blocks with the given core, rounded up to whole write units and to at least `patch_size - 1`."""
+        return cls(
+            tuple(
+                BlockAxis(g, core_length(g, c, u), u, crop, sweep_step(g, u) if a == sweep else u)
+                for a, (g, c, u) in enumerate(zip(grid.axes, core, unit, strict=True))
+            ),
+            sweep,
+        )
+
+    @property
+    def grid(self) -> PatchGrid:
+        return PatchGrid(tuple(a.grid for a in self.axes))
+
+    @property
+    def counts(self) -> Ints:
+        return tuple(a.count for a in self.axes)
+
+    @property
+    def core_shape(self) -> Ints:
+        """Shape of a regular core (the last one on an axis may be longer or shorter), at most the volume's."""
+        return tuple(min(a.size, a.grid.length) for a in self.axes)
+
+    @property
+    def step(self) -> int:
+        """Voxels along the swept axis that are written at a time."""
+        return self.axes[self.sweep].step
+
+    @property
+    def num_blocks(self) -> int:
+        """As `len`, without its limit of `sys.maxsize`."""
+        return math.prod(self.counts)
+
+    @property
+    def num_open(self) -> int:
+        """Number of blocks that seams enter: those that are not first, with a spill before them, on some axis."""
+        closed = math.prod(1 + sum(a.open(i) == 0 for i in range(1, a.count)) for a in self.axes)
+        return self.num_blocks - closed
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> Block:
+        if not 0 <= index < self.num_blocks:
+            raise IndexError(f"block index must be in [0, {self.num_blocks}), got {index}")
+        rest, reversed_position = index, []
+        for count in reversed(self.counts):
+            rest, p = divmod(rest, count)
+            reversed_position.append(p)
+        position = tuple(reversed(reversed_position))
+        spans = [a.core(p) for a, p in zip(self.axes, position, strict=True)]
+        return Block(
+            index,
+            position,
+            Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)),
+            tuple(a.spill(p) for a, p in zip(self.axes, position, strict=True)),
+            tuple(a.open(p) for a, p in zip(self.axes, position, strict=True)),
+        )
+
+    def patches(self, block: Block) -> tuple[range, ...]:
+        """Per axis, the grid indices of the block's patches."""
+        return tuple(a.patches(p) for a, p in zip(self.axes, block.position, strict=True))
+
+    def steps(self, box: Box) -> Iterator[Box]:
+        """Cut a piece along the swept axis in steps, counted from the piece's start."""
+        start, stop = box.start[self.sweep], box.stop[self.sweep]
+        for a in range(start, stop, self.step):
+            yield box.along(self.sweep, a, min(a + self.step, stop))
+
+    def sources(self, block: Block) -> list[tuple[Offset, Block]]:
+        """The lower neighbours whose seams enter the block, in the fixed order of summation."""
+        return [(e, b) for e, b in self._neighbours(block, -1) if not b.seam(e).empty]
+
+    def readers(self, block: Block) -> list[int]:
+        """The blocks whose normalize task reads this block's partials."""
+        own = [block.index] if any(block.open) else []
+        return own + [b.index for e, b in self._neighbours(block, 1) if not block.seam(e).empty]
+
+    def _neighbours(self, block: Block, sign: int) -> Iterator[tuple[Offset, Block]]:
+        for e in offsets(len(self.axes)):
+            position = tuple(p + sign * i for p, i in zip(block.position, e, strict=True))
+            if all(0 <= p < n for p, n in zip(position, self.counts, strict=True)):
+                index = 0
+                for p, n in zip(position, self.counts, strict=True):
+                    index = index * n + p
+                yield e, self[index]
+
+
+def core_length(axis: GridAxis, requested: int, unit: int) -> int:
+    """The shortest allowed core length that is not below the requested one; the whole axis if no other core is left."""
+    length = ceil_to(max(requested, axis.patch - 1, 1), unit)
+    full, rest = divmod(axis.length, length)
+    return length if full + _is_block(rest, length, axis) > 1 else ceil_to(axis.length, unit)
+
+
+def _is_block(rest: int, size: int, axis: GridAxis) -> bool:
+    """Whether a remainder is a core of its own instead of a part of its neighbour's."""
+    return rest >= max(axis.patch - 1, size // 2, 1)
+
+
+def sweep_step(axis: GridAxis, unit: int) -> int:
+    """Voxels along the swept axis that are written at a time: one stride in whole write units."""
+    return min(ceil_to(axis.stride, unit), ceil_to(axis.length, unit))

@@ -1,0 +1,103 @@
+"""Boxes: half-open integer regions in the frame of the unpadded volume."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A half-open integer region, `start[a] <= v[a] < stop[a]` on every axis `a`.
+
+    A box may start below zero or end beyond the volume; reading it pads.
+
+    >>> box = Box((0, 10), (4, 16))
+    >>> box.shape, box.size
+    ((4, 6), 24)
+    >>> box & Box((2, 0), (9, 12))
+    Box(start=(2, 10), stop=(4, 12))
+    """
+
+    start: Ints
+    stop: Ints
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop):
+            raise ValueError(f"start and stop must have one length, got {self.start} and {self.stop}")
+
+    @classmethod
+    def of_shape(cls, shape: Ints) -> Box:
+        """The box from the origin with the given shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> Ints:
+        return tuple(max(0, b - a) for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return math.prod(self.shape)
+
+    @property
+    def empty(self) -> bool:
+        return any(b <= a for a, b in zip(self.start, self.stop, strict=True))
+
+    def __and__(self, other: Box) -> Box:
+        """The common region; empty where there is none."""
+        return Box(
+            tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True)),
+            tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True)),
+        )
+
+    def __contains__(self, other: Box) -> bool:
+        return all(a <= b for a, b in zip(self.start, other.start, strict=True)) and all(
+            a >= b for a, b in zip(self.stop, other.stop, strict=True)
+        )
+
+    def slices(self, origin: Ints | None = None) -> tuple[slice, ...]:
+        """Slices that select this box in an array whose first voxel lies at `origin` (default: zero)."""
+        origin = origin or (0,) * len(self.start)
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True))
+
+    def along(self, axis: int, start: int, stop: int) -> Box:
+        """This box with its extent on one axis replaced.
+
+        >>> Box((0, 0), (4, 4)).along(1, 2, 3)
+        Box(start=(0, 2), stop=(4, 3))
+        """
+        return Box(
+            self.start[:axis] + (start,) + self.start[axis + 1 :],
+            self.stop[:axis] + (stop,) + self.stop[axis + 1 :],
+        )
+
+    def split(self, step: Ints) -> Iterator[Box]:
+        """Cut at the multiples of `step`: the pieces cover the box exactly once, each within one cell of the lattice.
+
+        >>> [b.start for b in Box((3,), (9,)).split((4,))]
+        [(3,), (4,), (8,)]
+        """
+        ranges = [
+            list(cut(a, b, s)) for a, b, s in zip(self.start, self.stop, step, strict=True)
+        ]
+        for spans in itertools.product(*ranges):
+            yield Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
+
+def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut `[start, stop)` at the multiples of `step`."""
+    a = start
+    while a < stop:
+        b = min(stop, (a // step + 1) * step)
+        yield a, b
+        a = b
+
+
+def ceil_to(value: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is not below `value`."""
+    return -(-value // unit) * unit

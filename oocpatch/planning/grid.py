@@ -1,0 +1,227 @@
+"""The grid of patches: arithmetic, never a list.
+
+Per axis, patch starts are `0, stride, 2 * stride, ...` and a last one moved back so that it ends at the border; the grid
+is the product of its axes, in C order:
+
+```text
+ volume      |-------------------------------------|
+ patch 0     [==========]
+ patch 1           [==========]
+ patch 2                 [==========]
+ last                              . [==========]   moved back to end at the border
+```
+
+With a padded frame, the frame grows by `overlap // 2` on each side and the first start is negative:
+
+```text
+ frame    ...|-------------------------------------|...
+ patch 0  [==========]
+```
+
+A volume smaller than a patch has one patch, at 0, that reaches beyond the border.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oocpatch.planning.box import Box, Ints, ceil_to
+
+
+@dataclass(frozen=True, slots=True)
+class GridAxis:
+    """The patch starts of one axis, in voxels of the unpadded volume.
+
+    >>> axis = GridAxis(length=10, patch=4, overlap=2)
+    >>> [axis.start(i) for i in range(axis.count)]
+    [0, 2, 4, 6]
+    """
+
+    length: int
+    patch: int
+    overlap: int = 0
+    padded: bool = False
+
+    @property
+    def stride(self) -> int:
+        return self.patch - self.overlap
+
+    @property
+    def first(self) -> int:
+        """Start of the first patch; negative in a padded frame."""
+        return -(self.overlap // 2) if self.padded else 0
+
+    @property
+    def last(self) -> int:
+        """Start of the last patch."""
+        return max(self.first, self.length - self.first - self.patch)
+
+    @property
+    def count(self) -> int:
+        return 1 + -(-(self.last - self.first) // self.stride)
+
+    def start(self, index: int) -> int:
+        return min(self.first + index * self.stride, self.last)
+
+    def indices(self, start: int, stop: int) -> range:
+        """The patches owned by the span `[start, stop)` of the volume: those that start in it.
+
+        A patch that starts before the volume belongs to the span that holds voxel 0.
+        """
+        return range(0 if start <= 0 else self._index_from(start), self._index_from(stop))
+
+    def _index_from(self, value: int) -> int:
+        """Index of the first patch that starts at or after `value`, else `count`."""
+        if value > self.last:
+            return self.count
+        return min(max(0, -(-(value - self.first) // self.stride)), self.count - 1)
+
+    def kept(self, index: int) -> tuple[int, int]:
+        """The voxels that patch `index` has the last word on in `crop` mode; over all patches they are a partition.
+
+        `overlap // 2` voxels are trimmed from each side that is not at the volume's border, and a later patch wins.
+
+        >>> axis = GridAxis(10, 4, 2)
+        >>> [axis.kept(i) for i in range(4)]
+        [(0, 3), (3, 5), (5, 7), (7, 10)]
+        """
+        last = index == self.count - 1
+        start = self._kept_start(index)
+        return start, self.length if last else min(self._kept_start(index + 1), self.length)
+
+    def _kept_start(self, index: int) -> int:
+        return 0 if index == 0 else max(0, self.start(index) + self.overlap // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchLocation:
+    """Where a patch lies.
+
+    Attributes:
+        index: the corner with the lowest coordinates, in voxels of the unpadded volume.
+        size: the patch's size in voxels.
+        subject_index: which subject the patch comes from, when there are several.
+
+    >>> PatchLocation((0, 8), (4, 4)).index_fin
+    (4, 12)
+    """
+
+    index: Ints
+    size: Ints
+    subject_index: int | None = None
+
+    @property
+    def index_ini(self) -> Ints:
+        """First voxel of the patch (inclusive)."""
+        return self.index
+
+    @property
+    def index_fin(self) -> Ints:
+        """End of the patch (exclusive)."""
+        return tuple(i + s for i, s in zip(self.index, self.size, strict=True))
+
+    @property
+    def box(self) -> Box:
+        return Box(self.index_ini, self.index_fin)
+
+    def to_slices(self) -> tuple[slice, ...]:
+        """Spatial slices of the patch."""
+        return self.box.slices()
+
+    def scaled(self, factor: float | tuple[float, ...]) -> PatchLocation:
+        """The location in an output whose voxels are `factor` times as many per axis.
+
+        Corners are scaled and rounded, so that patches that touch still touch.
+
+        >>> PatchLocation((3, 8), (4, 4)).scaled(0.5).index_fin
+        (4, 6)
+        """
+        factors = factor if isinstance(factor, tuple) else (factor,) * len(self.index)
+        start = tuple(_half_up(i * f) for i, f in zip(self.index_ini, factors, strict=True))
+        stop = tuple(_half_up(i * f) for i, f in zip(self.index_fin, factors, strict=True))
+        return PatchLocation(start, tuple(b - a for a, b in zip(start, stop, strict=True)), self.subject_index)
+
+
+def _half_up(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """The product of its axes: `len`, `[i]` and iteration are arithmetic, whatever the number of patches.
+
+    >>> grid = PatchGrid.of((10, 20, 30), (5, 20, 20), (2, 4, 6))
+    >>> len(grid), grid[0].index, grid[-1].index
+    (6, (0, 0, 0), (5, 0, 10))
+    """
+
+    axes: tuple[GridAxis, ...]
+
+    @classmethod
+    def of(cls, shape: Ints, patch_size: Ints, patch_overlap: Ints, *, padded: bool = False) -> PatchGrid:
+        """The grid of a volume of spatial `shape`; sizes in voxels, one per axis.
+
+        Raises:
+            ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.
+        """
+        if not len(shape) == len(patch_size) == len(patch_overlap):
+            raise ValueError(
+                f"patch_size and patch_overlap need one value per spatial axis, got {patch_size} and "
+                f"{patch_overlap} for a volume of shape {shape}"
+            )
+        if any(n < 1 for n in shape):
+            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {shape}")
+        if any(p < 1 for p in patch_size):
+            raise ValueError(f"patch_size must be positive on every axis, got {patch_size}")
+        if any(o < 0 for o in patch_overlap):
+            raise ValueError(f"patch_overlap must not be negative, got {patch_overlap}")
+        if any(o >= p for o, p in zip(patch_overlap, patch_size, strict=True)):
+            raise ValueError(
+                f"patch_overlap must be smaller than patch_size on every axis, got {patch_overlap} and {patch_size}"
+            )
+        return cls(tuple(GridAxis(n, p, o, padded) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True)))
+
+    @property
+    def shape(self) -> Ints:
+        """Spatial shape of the volume."""
+        return tuple(a.length for a in self.axes)
+
+    @property
+    def patch_size(self) -> Ints:
+        return tuple(a.patch for a in self.axes)
+
+    @property
+    def counts(self) -> Ints:
+        """Number of patches per axis."""
+        return tuple(a.count for a in self.axes)
+
+    @property
+    def num_patches(self) -> int:
+        """As `len`, without its limit of `sys.maxsize`."""
+        return math.prod(self.counts)
+
+    def __len__(self) -> int:
+        return self.num_patches
+
+    def __getitem__(self, index: int) -> PatchLocation:
+        total = self.num_patches
+        if not -total <= index < total:
+            raise IndexError(f"patch index must be in [-{total}, {total}), got {index}")
+        rest, corner = index % total, []
+        for axis in reversed(self.axes):
+            rest, i = divmod(rest, axis.count)
+            corner.append(axis.start(i))
+        return PatchLocation(tuple(reversed(corner)), self.patch_size)
+
+    def __iter__(self) -> Iterator[PatchLocation]:
+        for corner in itertools.product(*([a.start(i) for i in range(a.count)] for a in self.axes)):
+            yield PatchLocation(corner, self.patch_size)
+
+
+def chunk_span(start: int, stop: int, chunk: int, length: int) -> int:
+    """Voxels that must be decoded to read `[start, stop)` of an axis with the given chunk length."""
+    start, stop = max(0, start), min(stop, length)
+    return 0 if stop <= start else min(ceil_to(stop, chunk), length) - start // chunk * chunk

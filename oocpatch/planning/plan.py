@@ -1,0 +1,256 @@
+"""The plan: all decisions of a run, frozen, as JSON, with a fingerprint that says two plans are the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.box import Ints
+from oocpatch.planning.grid import PatchGrid
+from oocpatch.planning.memory import Way, axis_totals, layers_per_group
+
+FORMAT = 1
+"""Version of the plan's JSON and of the workspace's layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the model gives for one patch, and what becomes of it.
+
+    Attributes:
+        name: name of the output array.
+        channels: channels of the model's output.
+        dtype: dtype of the sums (`crop`: of the model's output; else float32).
+        out_channels: channels after the postprocess.
+        out_dtype: dtype of the output array.
+        channel_axis: name of the output's channel axis; None: it has none.
+        copies_input: whether the model must be given copies, because it writes to its input.
+    """
+
+    name: str
+    channels: int
+    dtype: str
+    out_channels: int
+    out_dtype: str
+    channel_axis: str | None
+    copies_input: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of a run. `str(plan)` prints them, `plan.run()` carries them out.
+
+    Sizes are in voxels, one value per axis of `axes`: looped axes (time) first, with patches of 1, then the spatial ones.
+
+    Attributes:
+        parameters: the fingerprint: what was asked for, by the names of the parameters of `predict`.
+        axes: names of the looped and the spatial axes, in the output's order.
+        spatial: number of spatial axes.
+        shape: the volume's extent on `axes`.
+        in_channels: channels of the volume.
+        in_dtype: dtype of the volume.
+        patch_size, patch_overlap: per axis.
+        padding_mode, fill: what lies outside the volume; None: the frame is not padded.
+        overlap_mode: how patches are blended.
+        head: what the model gives.
+        core, unit, sweep: block shape, the output's write unit, the swept axis.
+        chunks: the output's chunks, spatial as `axes`.
+        way: how tasks go about their blocks.
+        concurrency: blocks computed at a time.
+        batch_size: patches per batch.
+        torch_threads: threads of torch, set in every process, since results depend on it.
+        projected_memory: bytes the run adds to its process at most.
+        projected_disk: bytes of the workspace at its fullest.
+        bytes_read, bytes_written: decoded and uncompressed bytes, workspace included.
+        task_memory: the share of `projected_memory` that each concurrent block takes.
+        memory_parts: shares of the memory by name.
+    """
+
+    parameters: Mapping[str, Any]
+    axes: tuple[str, ...]
+    spatial: int
+    shape: Ints
+    in_channels: int
+    in_dtype: str
+    in_chunks: Ints
+    patch_size: Ints
+    patch_overlap: Ints
+    padding_mode: str | None
+    fill: float
+    overlap_mode: str
+    head: Head
+    core: Ints
+    unit: Ints
+    sweep: int
+    chunks: Ints
+    way: Way
+    concurrency: int
+    batch_size: int
+    torch_threads: int
+    projected_memory: int
+    projected_disk: int
+    bytes_read: int
+    bytes_written: int
+    task_memory: int
+    memory_parts: tuple[tuple[str, int], ...] = ()
+    runner: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def grid(self) -> PatchGrid:
+        return PatchGrid.of(self.shape, self.patch_size, self.patch_overlap, padded=self.padding_mode is not None)
+
+    @cached_property
+    def block_grid(self) -> BlockGrid:
+        return BlockGrid.of(self.grid, self.core, self.unit, self.sweep, crop=self.overlap_mode == "crop")
+
+    @cached_property
+    def layers_per_group(self) -> int:
+        """Layers of patches that are computed together."""
+        totals = tuple(axis_totals(a, c) for a, c in zip(self.block_grid.axes, self.in_chunks, strict=True))
+        return layers_per_group(self.block_grid, totals, self.batch_size)
+
+    @property
+    def patches(self) -> int:
+        """Number of patches."""
+        return self.grid.num_patches
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.block_grid.num_blocks
+
+    def patches_of(self, block: int) -> int:
+        """Number of patches of one block."""
+        return math.prod(map(len, self.block_grid.patches(self.block_grid[block])))
+
+    @property
+    def block_shape(self) -> Ints:
+        """Spatial shape of a block's core, in voxels."""
+        return self.block_grid.core_shape[-self.spatial :]
+
+    @property
+    def run_id(self) -> str:
+        """Digest of everything the bytes of the result depend on."""
+        identity = {
+            "format": FORMAT,
+            "parameters": self.parameters,
+            "core": self.core,
+            "unit": self.unit,
+            "sweep": self.sweep,
+            "head": asdict(self.head),
+            "torch_threads": self.torch_threads,
+        }
+        return digest(identity)
+
+    def run(self) -> Any:
+        """Carry the plan out: the same as `predict` with the arguments the plan was made with."""
+        if self.runner is None:
+            raise ValueError("this plan was read from a file; call predict() with its arguments to run it")
+        return self.runner(self)
+
+    def at(self, concurrency: int, projected_memory: int) -> Plan:
+        """The same plan with so many blocks at a time; not a byte of the result depends on it."""
+        return replace(self, concurrency=concurrency, projected_memory=projected_memory)
+
+    def bound(self, runner: Callable[[Plan], Any]) -> Plan:
+        """The same plan, able to `run()`."""
+        return replace(self, runner=runner)
+
+    def to_json(self) -> str:
+        """The plan as a JSON object, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "runner"}
+        record["head"], record["way"] = asdict(self.head), asdict(self.way)
+        derived = {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "patches": self.patches,
+            "blocks": self.blocks,
+            "block_shape": self.block_shape,
+        }
+        return json.dumps({**derived, **record}, indent=1, default=list)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: when it is not a plan of this version.
+        """
+        record = json.loads(text)
+        if record.get("format") != FORMAT:
+            raise ValueError(f"the plan must have format {FORMAT}, got {record.get('format')!r}")
+        values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name != "runner"}
+        values["parameters"] = record["parameters"]
+        values["head"], values["way"] = Head(**record["head"]), Way(**record["way"])
+        return cls(**values)
+
+    def __str__(self) -> str:
+        def size(values: Ints) -> str:
+            return " x ".join(map(str, values))
+
+        spatial, loops = slice(-self.spatial, None), self.axes[: -self.spatial]
+        looped = f", looped over {', '.join(loops)}" if loops else ""
+        rows = [
+            ("volume", f"{size(self.shape)} {''.join(a[0] for a in self.axes)}, {self.in_channels} channel(s), "
+             f"{self.in_dtype}, {human(self._voxels * self.in_channels * _itemsize(self.in_dtype))}{looped}"),
+            ("patches", f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap "
+             f"{size(self.patch_overlap[spatial])}, {self.overlap_mode}, batches of {self.batch_size}"),
+            ("blocks", f"{self.blocks:,} of {size(self.block_shape)}, swept along {self.axes[self.sweep]}, "
+             f"{self.concurrency} at a time"),
+            ("output", f"{self.head.out_channels} channel(s), {self.head.out_dtype}, chunks {size(self.chunks)}"),
+            ("memory", f"{human(self.projected_memory)} at most ("
+             + ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n) + ")"),
+            ("disk", f"workspace {human(self.projected_disk)} at most"),
+            ("traffic", f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}"),
+        ]
+        return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+    @property
+    def _voxels(self) -> int:
+        return math.prod(self.shape)
+
+
+def differences(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The parameters in which two fingerprints differ: name -> (asked, stored).
+
+    >>> differences({"patch_size": [96]}, {"patch_size": [64]})
+    {'patch_size': ([96], [64])}
+    """
+    plain = json.loads(json.dumps(asked, default=list))
+    names = [n for n in plain if plain[n] != stored.get(n)]
+    return {n: (plain[n], stored.get(n)) for n in names}
+
+
+def digest(value: Any) -> str:
+    """Twenty hex digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def human(size: float) -> str:
+    """A number of bytes for people.
+
+    >>> human(1536), human(3 << 30)
+    ('1.5 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if size < 1024 or unit == "PiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _itemsize(dtype: str) -> int:
+    import numpy as np
+
+    return np.dtype(dtype).itemsize
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

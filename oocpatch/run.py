@@ -1,0 +1,361 @@
+"""One call: `predict` plans, refuses or runs, and resumes what a killed call left; `plan` stops after planning.
+
+```text
+ arguments -> Request -> (output there?) -> complete: open it | other parameters: refuse | begun: its stored plan
+                                         -> nothing:  probe the model, plan, refuse what is too large
+          -> lock -> output and workspace are made -> stages -> success recorded -> workspace deleted
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray
+from tqdm import tqdm
+
+from oocpatch.errors import OutputBusy, OutputExists
+from oocpatch.inference.finish import Finisher
+from oocpatch.inference.scheduler import Run, Stopped, dask_threads
+from oocpatch.inference.stages import Job, normalize_block, predict_block
+from oocpatch.planning.memory import TILE
+from oocpatch.planning.plan import Plan
+from oocpatch.request import Request, beside, make_plan, make_request, resumed
+from oocpatch.storage.lock import holder, locked
+from oocpatch.storage.output import Output, OutputRecord, create_output, inspect_output, open_result
+from oocpatch.storage.workspace import Workspace, remove_workspace
+
+logger = logging.getLogger("oocpatch")
+
+
+def predict(
+    volume: Any,
+    model: Any,
+    output: str | os.PathLike[str],
+    *,
+    patch_size: int | Sequence[int],
+    patch_overlap: int | Sequence[int] = 0,
+    overlap_mode: str = "hann",
+    padding_mode: str | None = None,
+    fill: float = 0.0,
+    axes: str | Sequence[str] | None = None,
+    batch_size: int = 1,
+    device: str = "auto",
+    autocast: bool = False,
+    postprocess: str | Callable[..., Any] | None = None,
+    output_dtype: Any = None,
+    output_chunks: int | Sequence[int] | None = None,
+    output_shards: int | Sequence[int] | None = None,
+    output_fill: float = 0,
+    max_memory: int | float | str = "auto",
+    max_disk: int | float | str | None = None,
+    block_shape: int | Sequence[int] | None = None,
+    workspace: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: str | bool = "auto",
+) -> xarray.DataArray:
+    """Run a model over a volume that does not fit in memory, patch by patch, and blend what it gives.
+
+    The same call again goes on where a killed one stopped, and gives the same bytes; a complete output is opened at once.
+
+    Args:
+        volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
+        model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
+            `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode.
+        output: path of the Zarr group to write.
+        patch_size: size of a patch in voxels; an int, or one per spatial axis.
+        patch_overlap: voxels shared by adjacent patches, in total, per axis.
+        overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend.
+        padding_mode: `"constant"` (with `fill`), `"edge"`, `"reflect"`, `"symmetric"` or `"wrap"`: patches also cover
+            `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
+        fill: value of the padding for `"constant"`.
+        axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
+        batch_size: patches per call of the model.
+        device: where the model runs; `"auto"`: an accelerator when there is one.
+        autocast: run the model under `torch.autocast`.
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
+            by voxel.
+        output_dtype: dtype of the output; integers are rounded half to even and saturate.
+        output_chunks, output_shards: of the output, in voxels, spatial.
+        output_fill: value of voxels that no patch covers.
+        max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
+        max_disk: bytes that the workspace may take.
+        block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
+        workspace: directory for what is kept until the run is done; default: beside the output.
+        workers: blocks to work on at a time.
+        resume: go on with an incomplete output; else it is refused.
+        overwrite: start afresh; replaces only what oocpatch wrote.
+        allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.
+        progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
+
+    Returns:
+        The output as a lazy `xarray.DataArray` `([C',] *axes)`, backed by the Zarr at `output`.
+
+    Raises:
+        ValueError, TypeError: for bad arguments.
+        PlanTooLarge: when the run would need more memory or disk than allowed; nothing is read or written.
+        RunMismatch: when the output belongs to a run with other parameters.
+        OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
+        BlockFailed: when blocks failed; the others are done, and the same call retries only those.
+
+    >>> import tempfile, numpy as np
+    >>> volume = np.random.default_rng(0).random((40, 50), dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = predict(volume, torch.nn.Identity(), f"{folder}/out.zarr", patch_size=16, patch_overlap=8)
+    ...     print(result.dims, bool(np.allclose(result, volume)))
+    ('y', 'x') True
+    """
+    arguments = _arguments(locals())
+    return _predict(make_request(**arguments), resume=resume, overwrite=overwrite, progress=progress)
+
+
+def plan(
+    volume: Any,
+    model: Any,
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: str | bool = "auto",
+    **arguments: Any,
+) -> Plan:
+    """Decide everything about a run and stop: what `predict` with the same arguments would do.
+
+    Reads metadata only, and calls the model once with one patch of zeros. `print` it, look at its numbers, `run()` it.
+
+    Args:
+        volume, model, output: as for `predict`.
+        resume, overwrite, progress: as for `predict`.
+        arguments: all other arguments of `predict`.
+
+    Raises:
+        As `predict`, before its first block.
+
+    >>> import numpy as np
+    >>> made = plan(np.zeros((64, 64), np.float32), torch.nn.Identity(), "out.zarr", patch_size=32, patch_overlap=16)
+    >>> made.patches, made.blocks, made.block_shape
+    (9, 1, (64, 64))
+    """
+    unknown = arguments.keys() - _DEFAULTS.keys() - {"patch_size"}
+    if unknown:
+        raise TypeError(f"plan() got unexpected arguments: {', '.join(sorted(unknown))}")
+    if "patch_size" not in arguments:
+        raise TypeError("plan() needs patch_size")
+    request = make_request(volume, model, output, **{**_DEFAULTS, **arguments})
+    made, _ = _decide(request, resume=resume, overwrite=overwrite)
+
+    def run(planned: Plan) -> xarray.DataArray:
+        return _predict(request, resume=resume, overwrite=overwrite, progress=progress, planned=planned)
+
+    return (made or make_plan(request)).bound(run)
+
+
+_CONTROL = {"resume", "overwrite", "progress"}
+_DEFAULTS: dict[str, Any] = {
+    name: value for name, value in (predict.__kwdefaults__ or {}).items() if name not in _CONTROL
+}
+
+
+def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in _CONTROL}
+
+
+def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | None, OutputRecord | None]:
+    """The stored plan to go on with, if any, and what lies at the output's place.
+
+    Raises:
+        OutputExists, OutputBusy, RunMismatch: when this call must not touch it.
+    """
+    who = holder(beside(request.output, ".lock"))
+    if who is not None:
+        raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
+    found = inspect_output(request.output)
+    if found is None or overwrite:
+        return None, found
+    if not resume:
+        state = "complete" if found.complete else "incomplete"
+        raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
+    workspace = Workspace.find(Path(found.workspace) / found.run_id)
+    stored = workspace.plan if workspace is not None else None
+    request.refuse_other_run(found.parameters, stored)
+    return (resumed(stored, request) if stored is not None and not found.complete else None), found
+
+
+def _predict(
+    request: Request, *, resume: bool, overwrite: bool, progress: str | bool, planned: Plan | None = None
+) -> xarray.DataArray:
+    stored, found = _decide(request, resume=resume, overwrite=overwrite)
+    if found is not None and found.complete and not overwrite:
+        remove_workspace(_root(found))  # a crash after success may have left it
+        return open_result(request.output, found.arrays[0])
+    made = stored or planned or make_plan(request)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(beside(request.output, ".lock"), str(request.output)):
+        found = inspect_output(request.output)
+        if stored is not None and found is not None:
+            workspace = Workspace(_root(found), made)
+        else:
+            if found is not None:
+                remove_workspace(_root(found))
+            create_output(request.output, made, request.volume, request.workspace, found)
+            workspace = Workspace.create(request.workspace / made.run_id, made)
+        seconds = _run(request, made, workspace, progress)
+        Output(request.output, made).complete(_details(made, seconds))
+        remove_workspace(workspace.root)
+    return open_result(request.output, made.head.name)
+
+
+def _root(record: OutputRecord) -> Path:
+    return Path(record.workspace) / record.run_id
+
+
+def _details(made: Plan, seconds: float) -> dict[str, Any]:
+    """Facts about a finished run, for the output's attributes."""
+    return {
+        "patches": made.patches,
+        "blocks": made.blocks,
+        "block_shape": list(made.block_shape),
+        "uncovered_voxels": 0,  # a full grid covers every voxel
+        "seconds": round(seconds, 3),
+        "torch_threads": made.torch_threads,
+    }
+
+
+def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> float:
+    """Run the stages of a plan over what is not done yet; the seconds it took."""
+    started = time.monotonic()
+    workspace.write_weights()
+    done = workspace.progress()
+    stop = threading.Event()
+    predictor = request.predictor(copies_input=made.head.copies_input, torch_threads=made.torch_threads)
+    ledger = workspace.ledger()
+    with contextlib.ExitStack() as stack:
+        stack.callback(ledger.close)
+        bar = stack.enter_context(_bar(made, progress, sum(made.patches_of(i) for i in done.predicted)))
+        stack.enter_context(predictor.ready())
+        pool = stack.enter_context(ThreadPoolExecutor(made.way.io_threads, thread_name_prefix="oocpatch-io"))
+
+        def on_patches(count: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            bar(count)
+
+        job = Job(
+            plan=made,
+            volume=request.volume,
+            predictor=predictor,
+            workspace=workspace,
+            write=Output(request.output, made).write,
+            finisher=_finisher(request, made, workspace),
+            pool=pool,
+            allow_nonfinite=request.options["allow_nonfinite"],
+            on_patches=on_patches,
+        )
+        run = Run(
+            blocks=made.block_grid,
+            progress=done,
+            ledger=ledger,
+            predict=functools.partial(predict_block, job),
+            normalize=functools.partial(normalize_block, job),
+            delete=workspace.delete,
+            stop=stop,
+        )
+        with dask_threads(made.concurrency) as submit:
+            run.execute(submit, made.concurrency)
+    return time.monotonic() - started
+
+
+def _finisher(request: Request, made: Plan, workspace: Workspace) -> Finisher:
+    weights = None
+    if made.overlap_mode != "crop":
+        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights())
+    channels = max(made.head.channels, made.head.out_channels)
+    return Finisher(weights, request.postprocess, request.looped, max(1, TILE // channels))
+
+
+@contextlib.contextmanager
+def _bar(made: Plan, progress: str | bool, done: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over patches, as a function that is told how many more are done, from any thread."""
+    if progress not in ("auto", "bar", "none", True, False):
+        raise ValueError(f"progress must be 'auto', 'bar' or 'none', got {progress!r}")
+    hidden = None if progress == "auto" else progress in ("none", False)
+    lock = threading.Lock()
+    with tqdm(total=made.patches, initial=done, unit="patch", disable=hidden, desc="oocpatch") as bar:
+
+        def tell(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield tell
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """How far a run is, from its output and workspace alone.
+
+    Attributes:
+        output, workspace: where they are.
+        state: `complete`, `running` (a process is at work), `incomplete` (the same call resumes it) or `absent`.
+        predict_done, predict_total: blocks computed, and all blocks.
+        normalize_done, normalize_total: blocks finished after their neighbours, and all that need it.
+        failed: message of each block that failed.
+    """
+
+    output: str
+    workspace: str
+    state: str
+    predict_done: int
+    predict_total: int
+    normalize_done: int
+    normalize_total: int
+    failed: dict[int, str]
+
+    def to_json(self) -> str:
+        """The status as a JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def status(output: str | os.PathLike[str]) -> RunStatus:
+    """How far the run of an output is.
+
+    Raises:
+        OutputExists: when what lies there is not an output of oocpatch.
+    """
+    path = Path(os.path.abspath(output))
+    record = inspect_output(path)
+    if record is None:
+        return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
+    if record.complete:
+        blocks = int(record.details.get("blocks", 0))
+        return RunStatus(str(path), "", "complete", blocks, blocks, 0, 0, {})
+    running = holder(beside(path, ".lock")) is not None
+    state = "running" if running else "incomplete"
+    workspace = Workspace.find(_root(record))
+    if workspace is None:
+        return RunStatus(str(path), str(_root(record)), state, 0, 0, 0, 0, {})
+    done, blocks = workspace.progress(), workspace.plan.block_grid
+    return RunStatus(
+        output=str(path),
+        workspace=str(workspace.root),
+        state=state,
+        predict_done=len(done.predicted),
+        predict_total=blocks.num_blocks,
+        normalize_done=len(done.normalized),
+        normalize_total=blocks.num_open,
+        failed=done.failed,
+    )

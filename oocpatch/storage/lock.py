@@ -1,0 +1,117 @@
+"""One run at a time per output: a lock file, put only if absent, with a heartbeat.
+
+It spares people from two runs that do the same work; correctness never depends on it, since every task is idempotent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from oocpatch.errors import OutputBusy
+
+BEAT, STALE = 3.0, 12.0
+"""Seconds between heartbeats, and after which a silent lock of another host is taken over."""
+
+
+@contextlib.contextmanager
+def locked(path: Path, output: str) -> Iterator[None]:
+    """Hold the lock at `path` for a run of `output`.
+
+    The lock of a dead process on this host is taken over at once, that of another host when it has been silent.
+
+    Raises:
+        OutputBusy: when another run holds it.
+    """
+    token = _acquire(path, output)
+    stopped = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, stopped), name="oocpatch-heartbeat", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        beat.join()
+        if _read(path).get("token") == token:
+            path.unlink(missing_ok=True)
+
+
+def holder(path: Path) -> str | None:
+    """Who runs the output at this moment, in words; None: nobody."""
+    found = _read(path)
+    if not found or not _alive(path, found):
+        return None
+    return f"process {found.get('pid')} on {found.get('host')}"
+
+
+def _acquire(path: Path, output: str) -> str:
+    token = uuid.uuid4().hex
+    me = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
+    # Written aside and linked: the lock appears whole or not at all.
+    aside = path.with_name(f"{path.name}.{token}")
+    aside.write_text(json.dumps(me))
+    try:
+        for _ in range(100):
+            try:
+                os.link(aside, path)
+                return token
+            except FileExistsError:
+                _clear_stale(path, output)
+    finally:
+        aside.unlink(missing_ok=True)
+    raise OutputBusy(f"{output} could not be locked: {path} keeps coming back")
+
+
+def _clear_stale(path: Path, output: str) -> None:
+    who = holder(path)
+    if who is not None:
+        raise OutputBusy(f"another run is at work on {output} ({who}); wait for it, or stop it first")
+    # Renaming is atomic: of two runs that find a stale lock one gets it, and the other sees a lock that is alive.
+    away = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, away)
+        away.unlink()
+
+
+def _alive(path: Path, found: dict[str, object]) -> bool:
+    if found.get("host") == socket.gethostname():
+        try:
+            process = psutil.Process(int(str(found.get("pid"))))
+            same = abs(process.create_time() - float(str(found.get("started")))) < 1.0
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, ValueError):
+            return False
+        except psutil.AccessDenied:
+            return True
+    try:
+        return time.time() - path.stat().st_mtime < STALE
+    except FileNotFoundError:
+        return False
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _beat(path: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,272 @@
+"""Sources: one small view of each kind of array that a volume can come from.
+
+A source knows shape, dtype, names, chunks, coordinates, attributes and an identity, and loads a selection. Data on disk
+is identified by its address and metadata, data in memory by its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray
+import zarr
+
+from oocpatch.storage.checksum import checksum
+
+ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
+
+
+@dataclass(frozen=True)
+class Source:
+    """An array somewhere.
+
+    Attributes:
+        shape, dtype, chunks: as the array has them, one entry per axis.
+        names: dimension names, if there are any.
+        load: reads a selection of slices as a numpy array.
+        identity: digest that says two sources are the same.
+        chunked: whether reading part of a chunk costs as much as the chunk.
+        location: where the array lies on the local file system, if it does.
+        coords: coordinates of xarray, or of an OME-Zarr's scale and translation.
+        attrs: the user's attributes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    chunks: tuple[int, ...]
+    names: tuple[str | None, ...] | None
+    load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
+    identity: str
+    chunked: bool = True
+    location: Path | None = None
+    coords: Mapping[str, Any] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(source: Any) -> Source:
+    """The source behind what a user gave.
+
+    Raises:
+        ValueError: when nothing can be read there, with the address and what was found instead.
+        TypeError: when it is no kind of array.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _from_address(local_or_url(source))
+    if isinstance(source, zarr.Array):
+        return _from_zarr(source)
+    if isinstance(source, zarr.Group):
+        return _from_group(source, str(source.store_path))
+    if isinstance(source, xarray.Dataset):
+        if len(source.data_vars) != 1:
+            raise ValueError(f"the dataset must hold one variable, got {list(source.data_vars)}; pass dataset[name]")
+        source = next(iter(source.data_vars.values()))
+    if isinstance(source, xarray.DataArray):
+        return _from_xarray(source)
+    if isinstance(source, np.ndarray):
+        return _from_numpy(source)
+    if hasattr(source, "dask") and hasattr(source, "chunksize"):
+        return _from_dask(source)
+    raise TypeError(
+        "volume must be a path, a URL, a zarr.Array, an xarray.DataArray, a dask or a numpy array, "
+        f"got {type(source).__name__}"
+    )
+
+
+def local_or_url(address: str | os.PathLike[str]) -> Path | str:
+    """A local path as `Path`, anything else as it is.
+
+    `file://` is taken for the path it names: through fsspec it would be written in place, and torn by a crash.
+    """
+    text = os.fspath(address)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if "://" in text else Path(text)
+
+
+def _from_address(address: Path | str) -> Source:
+    if isinstance(address, Path) and not address.exists():
+        raise ValueError(f"volume not found: {address} does not exist")
+    try:
+        node = zarr.open(address, mode="r")
+    except Exception as error:
+        raise ValueError(
+            f"volume cannot be read: {address} must be a Zarr array or group ({type(error).__name__}: {_line(error)})"
+        ) from error
+    if isinstance(node, zarr.Array):
+        return _from_zarr(node)
+    return _from_group(node, str(address))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _from_group(group: zarr.Group, address: str) -> Source:
+    """The first level of an OME-Zarr, else the only array that is not a coordinate."""
+    attributes = dict(group.attrs)
+    ome = attributes.get("ome", attributes)
+    if isinstance(ome, Mapping) and ome.get("multiscales"):
+        return _from_ome(group, ome["multiscales"][0], address)
+    try:
+        arrays = dict(group.arrays())
+    except Exception as error:
+        raise ValueError(f"volume cannot be read: {address} ({type(error).__name__}: {_line(error)})") from error
+    names = {n for a in arrays.values() for n in _dimension_names(a) or () if n}
+    found = {k: a for k, a in arrays.items() if k not in names}
+    found = found if len(found) == 1 else {k: a for k, a in found.items() if a.ndim >= 2}
+    if len(found) != 1:
+        hint = f"; pass the path of one of them: {', '.join(sorted(found))}" if found else ""
+        raise ValueError(f"volume must be one array, but the group {address} holds {len(found)}{hint}")
+    array = next(iter(found.values()))
+    coords = {}
+    for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
+        if n in arrays and arrays[n].shape == (size,):
+            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), dict(arrays[n].attrs))
+    return _from_zarr(array, coords=coords)
+
+
+def _from_ome(group: zarr.Group, multiscale: Mapping[str, Any], address: str) -> Source:
+    try:
+        dataset = multiscale["datasets"][0]
+        array = group[dataset["path"]]
+        axes = [a["name"] if isinstance(a, Mapping) else str(a) for a in multiscale.get("axes", ())]
+        transforms = {t["type"]: t for t in dataset.get("coordinateTransformations", ())}
+    except Exception as error:
+        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {_line(error)}") from error
+    if not isinstance(array, zarr.Array) or (axes and len(axes) != array.ndim):
+        raise ValueError(f"OME-Zarr metadata of {address} must name one axis per dimension of its array, got {axes}")
+    coords = {}
+    scale = transforms.get("scale", {}).get("scale")
+    translation = transforms.get("translation", {}).get("translation") or [0.0] * len(axes)
+    if scale and len(scale) == len(translation) == len(axes):
+        for name, size, s, t in zip(axes, array.shape, scale, translation, strict=True):
+            if (s, t) != (1, 0) and name != "c":
+                coords[name] = xarray.Variable((name,), np.arange(size) * float(s) + float(t))
+    return _from_zarr(array, names=tuple(axes) or None, coords=coords)
+
+
+def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
+    names = getattr(array.metadata, "dimension_names", None)
+    names = names or array.attrs.asdict().get("_ARRAY_DIMENSIONS")
+    return tuple(names) if names else None
+
+
+def _from_zarr(
+    array: zarr.Array[Any],
+    names: tuple[str | None, ...] | None = None,
+    coords: Mapping[str, Any] | None = None,
+) -> Source:
+    attributes = array.attrs.asdict()
+    metadata = array.metadata.to_dict()
+    metadata.pop("attributes", None)
+    root = getattr(array.store, "root", None)
+    location = Path(root, array.path).resolve() if root is not None else None
+    address = str(location or array.store_path)
+
+    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        return np.asarray(array[selection])
+
+    return Source(
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=array.chunks,
+        names=names or _dimension_names(array),
+        load=load,
+        identity=_digest({"address": address, "metadata": json.loads(json.dumps(metadata, default=str))}),
+        location=location,
+        coords=coords or {},
+        attrs={k: v for k, v in attributes.items() if k not in ENCODING_ATTRIBUTES},
+    )
+
+
+def _from_xarray(array: xarray.DataArray) -> Source:
+    if array.chunks is not None:
+        inner = _from_dask(array.data)
+    elif array.encoding.keys() & {"source", "preferred_chunks"}:
+        inner = _from_lazy(array)
+    else:
+        inner = _from_numpy(array.values)
+    return Source(
+        shape=inner.shape,
+        dtype=inner.dtype,
+        chunks=inner.chunks,
+        names=tuple(str(d) for d in array.dims),
+        load=inner.load,
+        identity=inner.identity,
+        chunked=inner.chunked,
+        location=inner.location,
+        coords={str(k): v.variable for k, v in array.coords.items()},
+        attrs=dict(array.attrs),
+    )
+
+
+def _from_lazy(array: xarray.DataArray) -> Source:
+    """An array of xarray's own lazy indexing, opened from a file without dask."""
+    encoding = array.encoding
+    chunks = encoding.get("preferred_chunks") or {}
+    address = str(encoding.get("source", ""))
+
+    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        return np.asarray(array.variable[selection].values)
+
+    return Source(
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
+        names=None,
+        load=load,
+        identity=_digest({"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}),
+        location=Path(address).resolve() if address and "://" not in address else None,
+    )
+
+
+def _from_numpy(array: npt.NDArray[Any]) -> Source:
+    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        return np.asarray(array[selection])
+
+    return Source(
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(1,) * array.ndim,
+        names=None,
+        load=load,
+        identity=_digest({"shape": array.shape, "dtype": str(array.dtype), "content": _content(array)}),
+        chunked=False,
+    )
+
+
+def _content(array: npt.NDArray[Any]) -> Any:
+    """A digest of an array in memory; a memory map is on disk, and known by its file."""
+    if isinstance(array, np.memmap) and array.filename is not None:
+        status = os.stat(array.filename)
+        return [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
+    crc = 0
+    for part in array:  # one slice at a time: a copy of a non-contiguous array would double its memory
+        crc = checksum(part, crc)
+    return crc
+
+
+def _from_dask(array: Any) -> Source:
+    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        return np.asarray(array[selection].compute(scheduler="synchronous"))
+
+    return Source(
+        shape=tuple(int(n) for n in array.shape),
+        dtype=array.dtype,
+        chunks=tuple(int(n) for n in array.chunksize),
+        names=None,
+        load=load,
+        identity=_digest({"dask": str(array.name), "shape": [int(n) for n in array.shape]}),
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]

@@ -1,0 +1,169 @@
+"""Volumes: big arrays on disk or in memory, seen lazily as `(C, *axes)` and read box by box.
+
+Whatever the source, a volume has looped axes first, then the spatial axes in their order, and one channel axis before
+them (of length 1 when the source has none). Boxes are in the frame of the unpadded volume; reading outside it pads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.planning.box import Box, Ints
+from oocpatch.storage.axes import Axes, resolve_axes
+from oocpatch.storage.sources import Source, open_source
+
+PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
+REQUEST = 1 << 20
+"""Bytes that one read should have at least: smaller chunks are read several at a time."""
+
+
+class Volume:
+    """A lazy volume: reads nothing but metadata until a box is asked for.
+
+    Args:
+        source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
+        axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
+            else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
+
+    Raises:
+        ValueError: when the source cannot be read as one array, or the axes do not fit.
+
+    >>> volume = Volume(np.arange(24).reshape(4, 6))
+    >>> volume.channels, volume.shape
+    (1, (4, 6))
+    >>> volume.read(Box((2, 4), (4, 8)), "edge").tolist()
+    [[[16, 17, 17, 17], [22, 23, 23, 23]]]
+    """
+
+    def __init__(self, source: Any, axes: str | Sequence[str] | None = None) -> None:
+        self.source: Source = open_source(source)
+        data = self.source
+        self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
+        self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
+        if self.dtype.kind not in "buif":
+            raise ValueError(f"the volume must hold booleans, integers or floats, got dtype {data.dtype}")
+        if 0 in data.shape:
+            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels; 1 when the source has no channel axis."""
+        return 1 if self.axes.channel is None else self.source.shape[self.axes.channel]
+
+    @property
+    def channel_axis(self) -> str | None:
+        """Name of the source's channel axis, if it has one."""
+        return None if self.axes.channel is None else self.axes.names[self.axes.channel]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of looped and spatial axes."""
+        return tuple(self.axes.names[i] for i in self.axes.order)
+
+    @property
+    def shape(self) -> Ints:
+        """Extent of looped and spatial axes, in voxels."""
+        return tuple(self.source.shape[i] for i in self.axes.order)
+
+    @property
+    def spatial_ndim(self) -> int:
+        return len(self.axes.spatial)
+
+    @property
+    def chunks(self) -> Ints:
+        """Chunks along looped and spatial axes, in voxels; ones where the source is in memory."""
+        return tuple(self.source.chunks[i] for i in self.axes.order)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one decoded chunk; 0 where the source is in memory."""
+        return math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
+
+    @property
+    def identity(self) -> str:
+        """Digest of what says that two volumes are the same, without reading voxels on disk."""
+        return self.source.identity
+
+    def requests(self, box: Box) -> Iterator[Box]:
+        """Cut a box at chunk borders into reads that are worth their overhead; they cover it exactly once."""
+        step = list(self.chunks)
+        if not self.source.chunked:
+            step = list(box.shape)
+            step[0] = max(1, -(-box.shape[0] // 4))
+        voxel = self.channels * self.dtype.itemsize
+        for axis in reversed(range(len(step))):
+            while step[axis] < box.shape[axis] and math.prod(step) * voxel < REQUEST // 2:
+                step[axis] *= 2
+        return box.split(tuple(step))
+
+    def read(self, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> npt.NDArray[Any]:
+        """Read a box as a new array `(C, *box.shape)` of the volume's dtype."""
+        out = np.empty((self.channels, *box.shape), self.dtype)
+        self.read_into(out, box, padding_mode, fill)
+        return out
+
+    def read_into(self, out: npt.NDArray[Any], box: Box, padding_mode: str = "edge", fill: float = 0.0) -> None:
+        """Read a box into `out`, `(C, *box.shape)`; voxels outside the volume are padded as `numpy.pad` would.
+
+        Raises:
+            ValueError: for an unknown padding mode.
+        """
+        if box in Box.of_shape(self.shape):
+            out[...] = self._load(box)
+            return
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        spans = [
+            list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)
+        ]
+        for parts in itertools.product(*spans):
+            target = out[(slice(None), *(slice(a - o, b - o) for (a, b), o in zip(parts, box.start, strict=True)))]
+            outside = [a < 0 or b > n for (a, b), n in zip(parts, self.shape, strict=True)]
+            if padding_mode == "constant" and any(outside):
+                target[...] = fill
+                continue
+            indices = [
+                _source_index(np.arange(a, b), n, padding_mode) for (a, b), n in zip(parts, self.shape, strict=True)
+            ]
+            inner = Box(tuple(int(i.min()) for i in indices), tuple(int(i.max()) + 1 for i in indices))
+            data = self._load(inner)
+            for axis, (index, is_outside) in enumerate(zip(indices, outside, strict=True)):
+                if is_outside:
+                    data = np.take(data, index - inner.start[axis], axis=axis + 1)
+            target[...] = data
+
+    def _load(self, box: Box) -> npt.NDArray[Any]:
+        """Read a box inside the volume as `(C, *box.shape)`."""
+        selection: list[slice] = [slice(None)] * len(self.source.shape)
+        for position, part in zip(self.axes.order, box.slices(), strict=True):
+            selection[position] = part
+        data = self.source.load(tuple(selection))
+        channel = () if self.axes.channel is None else (self.axes.channel,)
+        data = data.transpose(channel + self.axes.order)
+        return data if channel else data[None]
+
+
+def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a span into what lies before, in and after the volume."""
+    for a, b in ((start, min(stop, 0)), (max(start, 0), min(stop, length)), (max(start, length), stop)):
+        if a < b:
+            yield a, b
+
+
+def _source_index(index: npt.NDArray[np.int64], length: int, mode: str) -> npt.NDArray[np.int64]:
+    """Where the voxels of one axis come from: indices beyond the border folded into the volume."""
+    if mode == "reflect" and length > 1:
+        folded = index % (2 * (length - 1))
+        return np.minimum(folded, 2 * (length - 1) - folded)
+    if mode == "symmetric":
+        folded = index % (2 * length)
+        return np.minimum(folded, 2 * length - 1 - folded)
+    if mode == "wrap":
+        return index % length
+    return np.clip(index, 0, length - 1)

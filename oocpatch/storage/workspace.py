@@ -1,0 +1,235 @@
+"""The workspace: partials, weights, plan and ledger of one run, in a directory of its own.
+
+```text
+<workspace>/<run_id>/
+    plan.json            written last when a run is set up: without it the directory is rubbish
+    ledger
+    weights/<axis>       the weights of a full grid, one 1-D array per axis
+    blocks/<index>/      one directory per block
+        manifest.json    the CRC of each chunk of its pieces, written after them
+        own-<axis>       sums over the open part of the core      (C, *box), one chunk per step of the sweep
+        seam-<offset>    sums over the halo, for one neighbour
+```
+
+Every piece is stored at its true width and written by one task, whole chunks at a time, uncompressed: partial sums hardly
+compress. The CRCs of all chunks go into the block's manifest, and the manifest's own CRC into the ledger. So the workspace
+needs no fsync: a lost, torn, flipped, swapped or stale partial is found before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from oocpatch.errors import CorruptPartial
+from oocpatch.planning.box import Box
+from oocpatch.planning.plan import Plan
+from oocpatch.planning.window import axis_weights
+from oocpatch.storage.checksum import checksum, text_checksum
+from oocpatch.storage.ledger import Ledger, Progress
+
+Array = npt.NDArray[Any]
+
+
+class Workspace:
+    """The workspace of one run.
+
+    Args:
+        root: directory of the run, `<workspace>/<run_id>`.
+        plan: the run's plan.
+    """
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self.root = root
+        self.plan = plan
+
+    @classmethod
+    def create(cls, root: Path, plan: Plan) -> Workspace:
+        """Set a run up: rubbish is swept, and `plan.json` comes last, atomically."""
+        if root.exists():
+            shutil.rmtree(root)
+        root.mkdir(parents=True)
+        workspace = cls(root, plan)
+        zarr.create_group(workspace._store())
+        workspace.write_weights()
+        write_atomically(root / "plan.json", plan.to_json())
+        return workspace
+
+    @classmethod
+    def find(cls, root: Path) -> Workspace | None:
+        """The workspace that was set up at `root`, with its stored plan; None when there is none."""
+        try:
+            return cls(root, Plan.from_json((root / "plan.json").read_text()))
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return None
+
+    def ledger(self) -> Ledger:
+        """The ledger, for its one writer."""
+        return Ledger(self.root / "ledger")
+
+    def progress(self) -> Progress:
+        """What the ledger says is done."""
+        return Progress.read(self.root / "ledger")
+
+    def write_weights(self) -> None:
+        """Write the weights of the full grid; the same bytes whenever it is called."""
+        for name, axis in zip(self.plan.axes, self.plan.grid.axes, strict=True):
+            values = axis_weights(self.plan.overlap_mode, axis)
+            array = self._array(f"weights/{name}", values.shape, values.shape, "float64")
+            array[:] = values
+
+    def weights(self) -> list[npt.NDArray[np.float64]]:
+        """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows."""
+        group = zarr.open_group(self._store(), mode="r")
+        found = []
+        for name in self.plan.axes:
+            array = group[f"weights/{name}"]
+            assert isinstance(array, zarr.Array)
+            found.append(np.asarray(array[:], dtype=np.float64))
+        return found
+
+    def writer(self, block: int) -> PartialWriter:
+        """Write the partials of a block."""
+        return PartialWriter(self, block)
+
+    def reader(self, block: int, digest: int) -> PartialReader:
+        """Read the partials of a block, as the ledger promised them.
+
+        Raises:
+            CorruptPartial: when they are not there, or are others.
+        """
+        return PartialReader(self, block, digest)
+
+    def delete(self, block: int) -> None:
+        """Delete the partials of a block."""
+        shutil.rmtree(self.root / "blocks" / str(block), ignore_errors=True)
+
+    def _store(self) -> LocalStore:
+        return LocalStore(self.root)
+
+    def _array(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+        """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
+        store = self._store()
+        # NaN fill: a chunk that was never written must not look like a zero sum.
+        fill = np.nan if np.dtype(dtype).kind == "f" else 0
+        try:
+            return zarr.create_array(
+                store, name=name, shape=shape, chunks=chunks, dtype=dtype, fill_value=fill, compressors=None, filters=None
+            )
+        except zarr.errors.ContainsArrayError:
+            return zarr.open_array(store, path=name, mode="r+")
+
+
+def remove_workspace(root: Path) -> None:
+    """Delete a run's directory, plan first, and its parent when nothing else is in it."""
+    (root / "plan.json").unlink(missing_ok=True)
+    shutil.rmtree(root, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.parent.rmdir()
+
+
+class PartialWriter:
+    """Writes the partials of one block, and says what it wrote.
+
+    Idempotent: writes only `blocks/<index>/`, whole chunks; safe to call from several threads.
+    """
+
+    def __init__(self, workspace: Workspace, block: int) -> None:
+        self._workspace = workspace
+        self._block = block
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._crcs: dict[str, dict[str, int]] = {}
+        self._lock = threading.Lock()
+
+    def write(self, piece: str, box: Box, part: Box, data: Array) -> None:
+        """Write one step of a piece.
+
+        Args:
+            piece: name of the piece.
+            box: the whole piece.
+            part: the step, a whole chunk of the piece.
+            data: sums over `part`, `(C, *part.shape)`.
+        """
+        with self._lock:
+            array = self._arrays.get(piece)
+            if array is None:
+                array = self._arrays[piece] = self._open(piece, box, len(data), data.dtype)
+        array[(slice(None), *part.slices(box.start))] = data
+        crc = checksum(data)
+        with self._lock:
+            self._crcs.setdefault(piece, {})[step_key(box, part)] = crc
+
+    def _open(self, piece: str, box: Box, channels: int, dtype: np.dtype[Any]) -> zarr.Array[Any]:
+        blocks = self._workspace.plan.block_grid
+        first = next(iter(blocks.steps(box)))
+        name = f"blocks/{self._block}/{piece}"
+        return self._workspace._array(name, (channels, *box.shape), (channels, *first.shape), str(dtype))
+
+    def close(self) -> int:
+        """Write the manifest; the block's digest for the ledger."""
+        if not self._crcs:
+            return 0
+        manifest = json.dumps(self._crcs, sort_keys=True)
+        path = self._workspace.root / "blocks" / str(self._block) / "manifest.json"
+        write_atomically(path, manifest)
+        return text_checksum(manifest)
+
+
+class PartialReader:
+    """Reads the partials of one block, each verified against its CRC before it is handed out."""
+
+    def __init__(self, workspace: Workspace, block: int, digest: int) -> None:
+        self._block = block
+        self._group = workspace.root / "blocks" / str(block)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        try:
+            manifest = (self._group / "manifest.json").read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorruptPartial(block, f"manifest.json cannot be read ({type(error).__name__})") from error
+        if text_checksum(manifest) != digest:
+            raise CorruptPartial(block, "manifest.json is not the one in the ledger")
+        self._crcs: Mapping[str, Mapping[str, int]] = json.loads(manifest)
+
+    def read(self, piece: str, box: Box, part: Box) -> Array:
+        """Read one step of a piece, `(C, *part.shape)`.
+
+        Raises:
+            CorruptPartial: when it is missing, or its CRC is not the one in the manifest.
+        """
+        key = step_key(box, part)
+        try:
+            array = self._arrays.get(piece)
+            if array is None:
+                array = self._arrays[piece] = zarr.open_array(LocalStore(self._group), path=piece, mode="r")
+            data = np.asarray(array[(slice(None), *part.slices(box.start))])
+        except Exception as error:
+            raise CorruptPartial(self._block, f"{piece} step {key} cannot be read ({type(error).__name__})") from error
+        if data.shape[1:] != part.shape or checksum(data) != self._crcs.get(piece, {}).get(key):
+            raise CorruptPartial(self._block, f"{piece} step {key} is not what was written")
+        return data
+
+
+def step_key(box: Box, part: Box) -> str:
+    """Name of a step within its piece: where it starts."""
+    return ",".join(str(a - b) for a, b in zip(part.start, box.start, strict=True))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)

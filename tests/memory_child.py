@@ -1,0 +1,91 @@
+"""A fresh process that runs `predict` once and says how much memory the run added.
+
+Fresh, because memory that an earlier run freed would be used again unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import psutil
+import torch
+import zarr
+
+import oocpatch
+
+SAMPLE_SECONDS = 0.005
+
+
+class PeakSampler:
+    """The largest resident size that this process has while the `with` block runs, in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._done = threading.Event()
+        self._process = psutil.Process()
+        self._thread = threading.Thread(target=self._sample)
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def __enter__(self) -> Self:
+        # Where the kernel keeps the high-water mark, reset it: it also knows the peaks between two samples.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak = max(self.peak, high_water_mark())
+
+
+def high_water_mark() -> int:
+    """The kernel's mark in bytes, 0 where it keeps none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def add_one(patches: torch.Tensor) -> torch.Tensor:
+    """Not zero anywhere: the output's chunks must really be written."""
+    return patches + 1
+
+
+def main(volume: str, output: str, options: dict[str, Any]) -> None:
+    """Print `{"added", "projected", "written"}` in bytes, and the extremes of the output."""
+    with tempfile.TemporaryDirectory() as warm_up:
+        # Imports on first use, thread pools and the like belong to the process and not to the run.
+        small = zarr.create_array(f"{warm_up}/in", shape=(64, 64, 64), chunks=(32, 32, 32), dtype="float32")
+        arguments = {"patch_size": 16, "patch_overlap": 4, "block_shape": 32, "axes": "zyx", "progress": False}
+        oocpatch.predict(small, add_one, f"{warm_up}/out", workers=options.get("workers"), **arguments)
+    plan = oocpatch.plan(volume, add_one, output, progress=False, **options)
+    before = psutil.Process().memory_info().rss
+    with PeakSampler() as sampler:
+        plan.run()
+    result = zarr.open_array(f"{output}/prediction", mode="r")
+    probes = [result[:8, :8, :8], result[-8:, -8:, -8:], result[tuple(slice(n // 2, n // 2 + 8) for n in result.shape)]]
+    answer = {
+        "added": sampler.peak - before,
+        "projected": plan.projected_memory,
+        "workspace": plan.projected_disk,
+        "blocks": plan.blocks,
+        "lowest": float(np.min(probes)),
+        "highest": float(np.max(probes)),
+    }
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

@@ -1,0 +1,173 @@
+"""Promises on damage: what rots or is mixed up in the workspace is computed anew or reported, never believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.children import Children, report
+from tests.crash_child import Job, make_volume
+from tests.small_run import (
+    LAST_TINY_PATCH,
+    SHAPE,
+    TINY,
+    fresh,
+    interrupted,
+    job_in,
+    prediction,
+    restore,
+    small_run,
+    undisturbed,
+)
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    with Children() as running:
+        yield running
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return small_run(tmp_path)
+
+
+def flip_a_bit(path: Path, generator: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    path.write_bytes(data)
+
+
+def flip_the_last_bit(path: Path, _: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_in_half(path: Path, _: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_the_last_byte(path: Path, _: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path, _: random.Random) -> None:
+    path.write_bytes(b"")
+
+
+def delete(path: Path, _: random.Random) -> None:
+    path.unlink()
+
+
+def zero(path: Path, _: random.Random) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+Damage = Callable[[Path, random.Random], None]
+DAMAGES: tuple[Damage, ...] = (
+    flip_a_bit,
+    flip_the_last_bit,
+    cut_in_half,
+    cut_the_last_byte,
+    empty,
+    delete,
+    zero,
+)
+
+
+def continues_or_refuses(children: Children, job: Job, expected: dict[str, str], what: str) -> None:
+    """The only two ends after damage: the right bytes, or `CorruptData`."""
+    if children.run(job) == 0:
+        assert prediction(job) == expected, what
+    else:
+        assert report(job).error.startswith("Corrupt"), f"{what}: {report(job)}"
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.__name__ for damage in DAMAGES])
+def test_damage_in_the_workspace_is_repaired_or_reported(damage: Damage, children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    snapshot = interrupted(children, job)
+    generator = random.Random(7)
+    workspace = Path(job.output + ".oocpatch")
+    names = [path.relative_to(workspace) for path in sorted(workspace.rglob("*")) if path.is_file()]
+    assert len(names) > 10, "plan, ledger, and partials of most of the 16 blocks"
+    sample = names if len(names) <= 24 else sorted({*names[:4], *names[-4:], *generator.sample(names, 16)})
+    for name in sample:
+        if not (workspace / name).stat().st_size:
+            continue
+        restore(job, snapshot)
+        damage(workspace / name, generator)
+        continues_or_refuses(children, job, expected, f"{damage.__name__} {name}")
+
+
+def test_partials_of_other_blocks_are_never_taken_for_ones_own(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    snapshot = interrupted(children, job)
+    workspace = Path(job.output + ".oocpatch")
+    same_size: dict[tuple[str, int], list[Path]] = {}
+    for path in sorted(workspace.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            same_size.setdefault((path.suffix, path.stat().st_size), []).append(path.relative_to(workspace))
+    pairs = [pair for names in same_size.values() for pair in itertools.pairwise(names)]
+    assert pairs
+    for one, other in random.Random(3).sample(pairs, min(16, len(pairs))):
+        restore(job, snapshot)
+        first, second = (workspace / one).read_bytes(), (workspace / other).read_bytes()
+        (workspace / one).write_bytes(second)
+        (workspace / other).write_bytes(first)
+        continues_or_refuses(children, job, expected, f"swapped {one} and {other}")
+
+
+def test_a_stale_partial_of_an_earlier_run_is_never_used(children: Children, job: Job, tmp_path: Path) -> None:
+    """Partials of the same geometry over other data have the right names and sizes, and must not be believed."""
+    expected = undisturbed(children, job)
+    snapshot = interrupted(children, job)
+    workspace = Path(job.output + ".oocpatch")
+    shutil.rmtree(tmp_path / "volume.zarr")
+    data = np.arange(1, math.prod(SHAPE) + 1, dtype=np.float32).reshape(SHAPE)
+    data[:, :, 3:] *= 2
+    zarr.create_array(tmp_path / "volume.zarr", data=data, chunks=(8, 8, 8))
+    assert children.run(fresh(job, fail_on=(float(data[8, 0, 16]),))) == 1
+    stale = tmp_path / "stale"
+    shutil.copytree(workspace, stale)
+    shutil.rmtree(tmp_path / "volume.zarr")
+    make_volume(tmp_path / "volume.zarr", SHAPE, (8, 8, 8))
+    restore(job, snapshot)
+    mine = sorted(path for path in workspace.rglob("*") if path.is_file() and path.suffix not in (".json", ".jsonl"))
+    replaced = 0
+    for path in mine:
+        older = [other for other in stale.rglob(path.name) if other.stat().st_size == path.stat().st_size]
+        if older and path.suffix != ".log" and "ledger" not in path.name:
+            path.write_bytes(older[0].read_bytes())
+            replaced += 1
+    assert replaced
+    continues_or_refuses(children, job, expected, "stale partials")
+
+
+def test_no_digit_of_the_stored_plan_is_believed_when_it_was_changed(children: Children, tmp_path: Path) -> None:
+    """A plan that rots into another valid plan would give other bytes without any error."""
+    make_volume(tmp_path / "volume.zarr", (16,), (8,))
+    tiny = job_in(tmp_path, **TINY)
+    expected = undisturbed(children, tiny)
+    assert children.run(dataclasses.replace(tiny, fail_on=(LAST_TINY_PATCH,))) == 1
+    snapshot = tmp_path / "snapshot"
+    shutil.copytree(tiny.watch, snapshot)
+    (plan,) = Path(tiny.watch).rglob("plan.json")
+    text = plan.read_text()
+    digits = [place for place, letter in enumerate(text) if letter.isdigit()]
+    for place in random.Random(5).sample(digits, min(60, len(digits))):
+        restore(tiny, snapshot)
+        other = "7" if text[place] != "7" else "5"
+        plan.write_text(text[:place] + other + text[place + 1 :])
+        line = text[text.rfind("\n", 0, place) + 1 : text.find("\n", place)].strip()
+        continues_or_refuses(children, tiny, expected, f"digit {place}, in {line}")

@@ -1,0 +1,177 @@
+"""The law of the floors: imports only go down, and each floor owns its outside libraries.
+
+Read from the source by AST, function-level imports and imports for types included: a direction is a direction.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "oocpatch"
+MAX_LINES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """What the modules of one floor may import, the standard library apart."""
+
+    inside: frozenset[str]
+    """Parts of oocpatch: a folder or a module directly below the package."""
+    outside: frozenset[str]
+    """Libraries, with everything below their dotted name."""
+
+
+def _floors() -> dict[str, Floor]:
+    """Every part of the package with its floor; what is not listed here has no place yet."""
+    errors = frozenset({"errors"})
+    decide, remember = errors | {"planning"}, errors | {"planning", "storage"}
+    compute, feed = remember | {"inference"}, remember | {"sampling"}
+    run = compute | feed | {"run"}
+    above = run | {"__init__"}  # the door opens onto run.py, so only what stands above may use it
+    numpy = frozenset({"numpy"})
+    on_disk = numpy | {"zarr", "xarray", "dask.array", "google_crc32c", "psutil"}
+    on_device = on_disk | {"torch"}
+    return {
+        "errors": Floor(frozenset(), frozenset()),
+        "planning": Floor(decide, numpy),
+        "storage": Floor(remember, on_disk),
+        "inference": Floor(compute, on_device),
+        "sampling": Floor(feed, on_device),
+        "run": Floor(run, on_device | {"tqdm"}),
+        "check": Floor(above | {"check"}, on_device),
+        "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
+        "cli": Floor(above | {"check", "demo", "cli"}, frozenset({"click"})),
+        "__init__": Floor(run, frozenset()),
+        "__main__": Floor(frozenset({"cli"}), frozenset()),
+    }
+
+
+FLOORS = _floors()
+# One file more than its floor allows: the library that it alone is about.
+EXTRA = {
+    "inference/scheduler.py": frozenset({"dask", "distributed", "tenacity", "tqdm"}),
+    "inference/models.py": frozenset({"safetensors"}),
+}
+
+
+def offences(path: str, source: str) -> list[str]:
+    """What the floor of `path` (relative to the package) does not allow its source to import, as `path:line: ...`."""
+    parts = path.removesuffix(".py").split("/")
+    if parts[0] not in FLOORS:
+        return [f"oocpatch/{path}:1: no floor; give it one in tests/test_imports.py"]
+    floor = FLOORS[parts[0]]
+    outside = floor.outside | EXTRA.get(path, frozenset())
+    found = []
+    for line, name in imported(parts, ast.parse(source)):
+        head, _, rest = name.partition(".")
+        if head == "oocpatch":
+            part = rest.partition(".")[0]
+            allowed = (part if part in FLOORS else "__init__") in floor.inside  # oocpatch.predict is a name of the door
+        else:
+            allowed = head in sys.stdlib_module_names or any(f"{name}.".startswith(f"{lib}.") for lib in outside)
+        if not allowed:
+            found.append(f"oocpatch/{path}:{line}: {parts[0]} must not import {name}")
+    return found
+
+
+def imported(module: list[str], tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything that a module imports, by statement or by `import_module("...")`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ["oocpatch", *module][: -node.level] if node.level else []
+            stem = ".".join([*above, *filter(None, [node.module])])
+            # `from dask import array` names a module, `from torch import nn` too: the longer name is the one to judge.
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield node.lineno, first.value
+
+
+def modules() -> list[str]:
+    return sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules())
+def test_imports_only_go_down(path: str) -> None:
+    found = offences(path, (PACKAGE / path).read_text())
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "offence"),
+    [
+        ("planning/grid.py", "import numpy as np\nimport zarr", ":2: planning must not import zarr"),
+        ("planning/grid.py", "from oocpatch.storage.volume import Volume", ":1: planning must not import oocpatch.sto"),
+        ("planning/grid.py", "from ..storage import volume", ":1: planning must not import oocpatch.storage.volume"),
+        ("planning/grid.py", "from oocpatch import run", ":1: planning must not import oocpatch.run"),
+        ("planning/grid.py", "import oocpatch", ":1: planning must not import oocpatch"),
+        ("planning/grid.py", "from oocpatch import predict", ":1: planning must not import oocpatch.predict"),
+        ("planning/grid.py", "def f():\n  import torch", ":2: planning must not import torch"),
+        ("planning/grid.py", "if TYPE_CHECKING:\n  import torch", ":2: planning must not import torch"),
+        ("planning/grid.py", "importlib.import_module('torch')", ":1: planning must not import torch"),
+        ("storage/volume.py", "import dask.array\nimport dask", ":2: storage must not import dask"),
+        ("storage/volume.py", "from dask import array, delayed", ":1: storage must not import dask.delayed"),
+        ("inference/stages.py", "import dask", ":1: inference must not import dask"),
+        ("inference/stages.py", "from oocpatch.sampling import queue", ":1: inference must not import oocpatch.sampl"),
+        ("sampling/queue.py", "import oocpatch.inference.partial", ":1: sampling must not import oocpatch.inference"),
+        ("run.py", "from oocpatch.cli import main", ":1: run must not import oocpatch.cli.main"),
+        ("run.py", "import click", ":1: run must not import click"),
+        ("cli.py", "import torch", ":1: cli must not import torch"),
+        ("reports/html.py", "import json", "no floor"),
+    ],
+)
+def test_an_import_that_goes_up_is_found_and_its_line_named(path: str, source: str, offence: str) -> None:
+    found = offences(path, source)
+    assert len(found) == 1
+    assert found[0].startswith(f"oocpatch/{path}:")
+    assert offence in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("planning/grid.py", "import math\nimport numpy as np\nfrom oocpatch.planning.box import Box"),
+        ("storage/volume.py", "import dask.array as da\nfrom dask.array import Array\nimport zarr.storage"),
+        ("inference/scheduler.py", "import dask\nfrom distributed import Client\nfrom oocpatch.storage import ledger"),
+        ("inference/partial.py", "from .predictor import Predictor\nfrom ..planning.box import Box"),
+        ("sampling/queue.py", "import torch\nfrom oocpatch.storage.volume import Volume"),
+        ("cli.py", "import click\nfrom oocpatch.run import predict\nfrom oocpatch import __version__"),
+    ],
+)
+def test_an_import_that_goes_down_is_allowed(path: str, source: str) -> None:
+    assert offences(path, source) == []
+
+
+@pytest.mark.parametrize("path", modules())
+def test_a_module_is_at_most_400_lines(path: str) -> None:
+    assert len((PACKAGE / path).read_text().splitlines()) <= MAX_LINES
+
+
+def test_no_module_is_a_drawer_for_the_rest() -> None:
+    drawers = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py", "base.py"}
+    assert [module for module in modules() if Path(module).name in drawers] == []
+
+
+def test_every_folder_of_the_package_is_a_package_and_typed() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+    assert (PACKAGE / "py.typed").exists()
+
+
+@pytest.mark.parametrize("module", ["oocpatch", "oocpatch.cli", "oocpatch.errors", "oocpatch.planning"])
+def test_what_a_shell_waits_for_does_not_load_the_heavy_libraries(module: str) -> None:
+    heavy = "{'torch', 'zarr', 'dask', 'xarray'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,247 @@
+"""Promises on dying: whenever and wherever a process is killed, the next call ends in the same bytes.
+
+Real processes are really killed. What a run did is read from the log that its model keeps: a line per call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.children import Children, calls, report
+from tests.crash_child import DIED, INTERRUPTED, Job, make_volume
+from tests.small_run import (
+    LAST_TINY_PATCH,
+    SHAPE,
+    TINY,
+    block_of,
+    fresh,
+    job_in,
+    patch_calls,
+    patch_starts,
+    prediction,
+    small_run,
+    undisturbed,
+)
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    with Children() as running:
+        yield running
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return small_run(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_killed_at_random_times_ends_in_the_same_bytes_and_redoes_no_finished_block(
+    workers: int, children: Children, job: Job
+) -> None:
+    job = dataclasses.replace(job, options={**job.options, "workers": workers}, delay=0.004)
+    began = time.monotonic()
+    expected = undisturbed(children, job)
+    duration = time.monotonic() - began
+    patches = 3 * 3 * 7
+    in_block = Counter(block_of(np.ravel_multi_index(s, SHAPE) + 1) for s in patch_starts())
+    assert sum(in_block.values()) == patches
+    generator = random.Random(workers)
+    kills = attempts = 0
+    while kills < 20:
+        job, killed_here, code = fresh(job), 0, None
+        while code != 0:
+            attempts += 1
+            assert attempts < 300, "the run makes no progress between kills"
+            pid = children.start(job)
+            code = children.poll(pid, generator.uniform(0, duration))
+            if code is None:
+                code = children.kill(pid)
+                killed_here += code == -signal.SIGKILL
+            assert code in (0, -signal.SIGKILL), report(job).message
+        kills += killed_here
+        assert prediction(job) == expected
+        log = patch_calls(job)
+        # A kill costs what was in flight: a block per worker, and one whose record was on its way.
+        lost = killed_here * (workers + 1) * max(in_block.values())
+        assert patches <= len(log) <= patches + lost
+        assert_finished_blocks_stay_finished(log, in_block, workers)
+
+
+def assert_finished_blocks_stay_finished(
+    log: list[tuple[int, float]], in_block: Counter[tuple[int, ...]], workers: int
+) -> None:
+    """No process computes a block that an earlier one had finished, but for those in flight when it was killed.
+
+    In flight are the blocks that a process computed last: one per worker, and one whose record was on its way.
+    """
+    finished: set[tuple[int, ...]] = set()
+    for pid in dict.fromkeys(pid for pid, _ in log):
+        computed = [block_of(first) for other, first in log if other == pid]
+        assert not finished & set(computed)
+        done = [block for block, count in Counter(computed).items() if count == in_block[block]]
+        last_patch = {block: len(computed) - computed[::-1].index(block) for block in done}
+        finished |= set(sorted(done, key=last_patch.__getitem__)[: -(workers + 1)])
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Job:
+    """Two blocks on one axis with a seam between them: every kind of write, as few as possible."""
+    make_volume(tmp_path / "volume.zarr", (16,), (8,))
+    return job_in(tmp_path, **TINY)
+
+
+@pytest.mark.parametrize("mode", ["hann", "crop"])
+def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
+    mode: str, children: Children, tiny: Job
+) -> None:
+    tiny = dataclasses.replace(tiny, options={**tiny.options, "overlap_mode": mode})
+    assert children.run(tiny) == 0
+    expected, changes = prediction(tiny), report(tiny).changes
+    assert changes > 10, "the output alone has five files, each made and renamed"
+    for number in range(changes):
+        dying = fresh(tiny, die_before=number)
+        assert children.run(dying) == DIED
+        assert children.run(tiny) == 0, f"after change {number}: {report(tiny).message}"
+        assert prediction(tiny) == expected, f"after change {number}"
+        assert not list(Path(tiny.watch).glob("out?*")), f"something was left behind after change {number}"
+
+
+def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
+    children: Children, tiny: Job
+) -> None:
+    """Dies twice: while it computes the second block, then anywhere in the run that continues."""
+    expected = undisturbed(children, tiny)
+    first_death = fresh(tiny, fail_on=(LAST_TINY_PATCH,))
+    assert children.run(first_death) == 1
+    snapshot = Path(tiny.watch).with_name("snapshot")
+    shutil.copytree(tiny.watch, snapshot)
+    assert children.run(tiny) == 0
+    changes = report(tiny).changes
+    assert changes > 3
+    for number in range(changes):
+        fresh(tiny)
+        shutil.copytree(snapshot, tiny.watch, dirs_exist_ok=True)
+        assert children.run(dataclasses.replace(tiny, die_before=number)) == DIED
+        assert children.run(tiny) == 0, f"after change {number}: {report(tiny).message}"
+        assert prediction(tiny) == expected, f"after change {number}"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_cleanly_and_what_is_finished_stays_finished(workers: int, children: Children, job: Job) -> None:
+    job = dataclasses.replace(job, options={**job.options, "workers": workers}, delay=0.01)
+    expected = undisturbed(children, job)
+    pid = children.start(job)
+    while len(patch_calls(job)) < 40:
+        time.sleep(0.005)
+    began = time.monotonic()
+    assert children.kill(pid, signal.SIGINT) == INTERRUPTED
+    assert time.monotonic() - began < 5
+    assert not Path(job.output + ".oocpatch.lock").exists()
+    before = patch_calls(job)
+    assert children.run(job) == 0
+    assert prediction(job) == expected
+    again = Counter(first for _, first in patch_calls(job))
+    assert len(patch_calls(job)) - len(before) <= 63 - 40 + (workers + 1) * 8
+    assert set(again) == {float(np.ravel_multi_index(start, SHAPE) + 1) for start in patch_starts()}
+
+
+def running(children: Children, job: Job, after: int) -> int:
+    """Process id of a child that has called its model `after` times and goes on."""
+    pid = children.start(job)
+    while len(calls(job)) < after:
+        assert children.poll(pid) is None, report(job)
+        time.sleep(0.005)
+    return pid
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_one_runs(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    slow = dataclasses.replace(job, delay=0.03)
+    first = running(children, slow, after=5)
+    second = dataclasses.replace(job, report=job.report + "2", log=job.log + "2")
+    assert children.run(second) == 1
+    assert report(second).error == "OutputBusy"
+    assert job.output in report(second).message
+    assert str(first) in report(second).message
+    assert not patch_calls(second)
+    assert children.wait(first) == 0
+    assert prediction(job) == expected
+
+
+def test_a_run_with_overwrite_does_not_destroy_one_that_is_running(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    first = running(children, dataclasses.replace(job, delay=0.03), after=5)
+    second = dataclasses.replace(job, report=job.report + "2", log=job.log + "2")
+    second = dataclasses.replace(second, options={**job.options, "overwrite": True})
+    assert children.run(second) == 1
+    assert report(second).error == "OutputBusy"
+    assert children.wait(first) == 0
+    assert prediction(job) == expected
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    assert children.kill(running(children, dataclasses.replace(job, delay=0.03), after=20)) == -signal.SIGKILL
+    began = time.monotonic()
+    assert children.run(job) == 0
+    assert time.monotonic() - began < 5
+    assert prediction(job) == expected
+
+
+def test_the_second_of_two_runs_takes_over_when_the_first_is_killed(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    first = running(children, dataclasses.replace(job, delay=0.03), after=20)
+    second = dataclasses.replace(job, report=job.report + "2")
+    assert children.run(second) == 1
+    assert report(second).error == "OutputBusy"
+    assert children.kill(first) == -signal.SIGKILL
+    assert children.run(second) == 0
+    assert prediction(job) == expected
+
+
+def test_of_many_runs_that_find_a_dead_lock_exactly_one_goes_on(children: Children, job: Job) -> None:
+    expected = undisturbed(children, job)
+    slow = dataclasses.replace(job, delay=0.01)
+    for _ in range(4):
+        assert children.kill(running(children, slow, after=10)) == -signal.SIGKILL
+        before = len(calls(slow))
+        rivals = [dataclasses.replace(slow, report=f"{job.report}{number}") for number in range(5)]
+        ends = [children.wait(pid) for pid in [children.start(rival) for rival in rivals]]
+        assert sorted(ends) == [0, 1, 1, 1, 1]
+        assert {report(rival).error for rival, end in zip(rivals, ends, strict=True) if end} == {"OutputBusy"}
+        assert len({pid for pid, _ in calls(slow)[before:]}) == 1
+        assert prediction(job) == expected
+        fresh(job)
+
+
+def test_the_marker_of_completion_is_written_last(children: Children, job: Job) -> None:
+    """At any kill, the output either says that it is incomplete or has the final bytes."""
+    expected = undisturbed(children, job)
+    job = dataclasses.replace(job, delay=0.002)
+    generator = random.Random(11)
+    incomplete = 0
+    for _ in range(8):
+        pid = children.start(job)
+        if children.poll(pid, generator.uniform(0.02, 0.4)) is None:
+            children.kill(pid)
+        metadata = Path(job.output) / "zarr.json"
+        if not metadata.exists():
+            continue
+        if json.loads(metadata.read_text())["attributes"].get("oocpatch", {}).get("complete"):
+            assert prediction(job) == expected
+            job = fresh(job)
+        else:
+            incomplete += 1
+    assert incomplete

@@ -1,0 +1,62 @@
+"""Promises on memory: a run adds no more than its limit, no more than its plan said, whatever the size of the volume.
+
+Volumes are sparse (no chunk was ever written), so a gigabyte of input costs no disk; the output is written in full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+LIMIT = 64 * MIB
+
+
+def measured(root: Path, depth: int, **options: Any) -> dict[str, float]:
+    """What a run over a sparse float32 volume of `depth` x 512 x 512 adds, from a fresh process."""
+    volume, output = root / f"volume{depth}.zarr", root / f"out{depth}.zarr"
+    zarr.create_array(volume, shape=(depth, 512, 512), chunks=(64, 64, 64), dtype="float32", fill_value=1)
+    arguments = {"axes": "zyx", "patch_size": 32, "max_memory": LIMIT, "workers": 2, **options}
+    command = [sys.executable, "-m", "tests.memory_child", str(volume), str(output), json.dumps(arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    shutil.rmtree(output)
+    answer: dict[str, float] = json.loads(process.stdout)
+    assert answer["lowest"] == pytest.approx(2, rel=1e-6)
+    assert answer["highest"] == pytest.approx(2, rel=1e-6)
+    return answer
+
+
+def assert_within_bounds(run: dict[str, float], limit: int) -> None:
+    assert run["projected"] <= limit
+    assert run["added"] <= run["projected"], "the plan promised less than the run took"
+    assert run["added"] <= limit
+
+
+@pytest.mark.parametrize(("mode", "overlap"), [("crop", 0), ("crop", 8), ("average", 8), ("hann", 16)])
+def test_a_run_adds_no_more_memory_than_its_plan_and_its_limit(mode: str, overlap: int, tmp_path: Path) -> None:
+    """Input and output are each three times the limit."""
+    assert_within_bounds(measured(tmp_path, 192, patch_overlap=overlap, overlap_mode=mode), LIMIT)
+
+
+def test_a_tighter_limit_is_kept_as_well(tmp_path: Path) -> None:
+    assert_within_bounds(measured(tmp_path, 96, patch_overlap=8, max_memory=24 * MIB), 24 * MIB)
+
+
+def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
+    """256 MiB and 1 GiB of input under 64 MiB."""
+    small, large = measured(tmp_path, 256, patch_overlap=8), measured(tmp_path, 1024, patch_overlap=8)
+    for run in (small, large):
+        assert_within_bounds(run, LIMIT)
+    assert large["blocks"] >= small["blocks"]
+    assert large["added"] <= small["added"] * 1.15 + 4 * MIB
