@@ -123,7 +123,7 @@ def _settings(source: Volume, given: dict[str, Any]) -> dict[str, Any]:
     size, overlap = settings["patch_size"], settings["patch_overlap"]
     if not all(0 <= o < s for s, o in zip(size, overlap, strict=True)):
         raise ValueError(f"patch_overlap must be smaller than patch_size on every axis, got {overlap} and {size}")
-    settings.setdefault("output_chunks", tuple(max(1, -(-s // 3)) for s in size))
+    settings.setdefault("output_chunks", tuple(max(1, -(-s // 2)) for s in size))
     settings.setdefault("block_shape", size)
     return settings
 
@@ -153,7 +153,7 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
     if source.channel_axis is not None:
         axes, stored = (source.channel_axis, *axes), data
     # On disk and in chunks, as the volume itself is.
-    chunks = tuple(max(1, -(-n // 3)) for n in stored.shape)
+    chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
     plan = oocpatch.plan(folder / "volume", model, folder / "output", axes=axes, **settings)
     found = np.asarray(plan.run())
@@ -209,9 +209,7 @@ def _postprocessed(scores: Array, postprocess: Any) -> Array:
     if postprocess == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-scores)))
     if postprocess is not None:
-        raise ValueError(
-            f"check compares argmax, softmax, sigmoid or no postprocess, got {postprocess!r}; leave it out"
-        )
+        return np.asarray(postprocess(torch.from_numpy(scores.astype(np.float32)))).astype(np.float64)
     return scores
 
 

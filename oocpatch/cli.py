@@ -146,12 +146,11 @@ _run_options = _options(
 )
 
 _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
-_progress_option = click.option(
+_progress_option = _option(
     "--progress",
-    type=click.Choice(["auto", "on", "off"]),
+    type=_one_of("auto bar none"),
     default="auto",
-    show_default=True,
-    help="Progress on stderr; auto: on a terminal.",
+    help="Progress on stderr; auto: a bar on a terminal.",
 )
 
 
@@ -187,10 +186,10 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
     from oocpatch.errors import BlockFailed
 
     start = time.monotonic()
-    made = _plan(volume, output, {**options, "progress": {"on": True, "off": False}.get(progress, progress)})
+    made = _plan(volume, output, {**options, "progress": progress})
     _log(str(made))
     try:
-        result = made.run()
+        made.run()
     except BlockFailed as error:
         if as_json:
             failed = {str(block): message for block, message in error.failures.items()}
@@ -202,10 +201,17 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
         "seconds": round(time.monotonic() - start, 3),
         "patches": made.patches,
         "blocks": made.blocks,
-        "uncovered_voxels": int(result.attrs.get("uncovered_voxels", 0)),
+        "uncovered_voxels": _uncovered_voxels(output),
     }
     line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
     click.echo(_as_json(report) if as_json else line.format(**report))
+
+
+def _uncovered_voxels(output: str) -> int:
+    from oocpatch.storage.output import inspect_output
+
+    record = inspect_output(Path(output))
+    return int(record.details["uncovered_voxels"]) if record is not None else 0
 
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:

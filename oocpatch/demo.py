@@ -166,11 +166,10 @@ class Blur(nn.Sequential):
         reach = int(np.ceil(3 * sigma))
         kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
         layers = []
-        for axis in range(3):
-            shape = tuple(len(kernel) if a == axis else 1 for a in range(3))
-            padding = tuple(n // 2 for n in shape)
-            layer = nn.Conv3d(1, 1, shape, padding=padding, padding_mode="replicate", bias=False)
-            layer.weight = nn.Parameter((kernel / kernel.sum()).reshape(1, 1, *shape), requires_grad=False)
+        n = len(kernel)
+        for size in ((n, 1, 1), (1, n, 1), (1, 1, n)):
+            layer = nn.Conv3d(1, 1, size, padding="same", padding_mode="replicate", bias=False)
+            layer.weight = nn.Parameter((kernel / kernel.sum()).reshape(1, 1, *size), requires_grad=False)
             layers.append(layer)
         super().__init__(*layers)
 
@@ -348,9 +347,7 @@ def dice(prediction: Zarr, truth: Zarr) -> float:
     return 2 * common / total if total else 1.0
 
 
-def draw(
-    path: Path, volume: Zarr, prediction: Zarr, truth: Zarr, *, score: float, footer: str
-) -> None:
+def draw(path: Path, volume: Zarr, prediction: Zarr, truth: Zarr, *, score: float, footer: str) -> None:
     """Draw the middle slice, and a part of it magnified, as a PNG.
 
     Raises:
@@ -389,6 +386,6 @@ def draw(
         pen.rectangle((x, y, x + zoom * edge / size, y + zoom * edge / size), outline=INK, width=2)
         for text, colour in captions:
             pen.text((at, top - 10), text, colour, fonts[18], anchor="ls")
-            at += pen.textlength(text, fonts[18]) + 14
+            at += 14 + round(pen.textlength(text, fonts[18]))
     pen.text((gap, top + 2 * (edge + gap)), footer, MUTED, fonts[15])
     canvas.save(path)

@@ -113,6 +113,8 @@ def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
     # Left alone, the planner makes one block of a small volume: most cases ask for several.
     limit = draw(st.sampled_from(("blocks", "blocks", "memory", "auto")))
     if limit == "blocks":
+        # A block is made of whole chunks of the output, which are large unless told otherwise.
+        options.setdefault("output_chunks", draw(sizes(longest // 3 + 1, ndim)))
         options["block_shape"] = draw(sizes(longest // 2 + 2, ndim))
     if limit == "memory":
         options["max_memory"] = "2MiB"

@@ -55,7 +55,7 @@ def fetch() -> RealData:
     cache = Path(os.environ.get("OOCPATCH_CACHE") or Path(tempfile.gettempdir()) / "oocpatch-real-data")
     cache.mkdir(parents=True, exist_ok=True)
     missing = [name for name in SHA256 if not (cache / name).exists()]
-    # Downloads go to a folder of their own and move into the cache when they are whole: a killed test leaves no half file.
+    # Files move into the cache when they are whole: a killed test leaves no half file.
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         if {"ch2.nii", "ch2bet.nii"} & set(missing):
             _fetch_scans(Path(folder))
@@ -66,7 +66,7 @@ def fetch() -> RealData:
     for name, expected in SHA256.items():
         found = hashlib.sha256((cache / name).read_bytes()).hexdigest()
         if found != expected:
-            raise ValueError(f"{cache / name} must have the SHA-256 {expected}, got {found}; delete it to fetch it anew")
+            raise ValueError(f"{cache / name} must have SHA-256 {expected}, got {found}; delete it to fetch it again")
     return RealData(cache / "ch2.nii", cache / "ch2bet.nii", cache / "bbox_model.pt")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import zarr
 from torch import nn
 
-from oocpatch import check as check_module
 from oocpatch.check import check
 from oocpatch.inference.reference import reference_scores
 
@@ -64,7 +64,7 @@ def test_boxes_hold_several_blocks_and_lie_in_the_volume(volume: str) -> None:
 
 
 def test_the_same_seed_draws_the_same_boxes(volume: str) -> None:
-    one, again, other = (check(volume, "identity", boxes=3, seed=s, patch_size=8) for s in (5, 5, 6))
+    one, again, other = (check(volume, "identity", boxes=2, seed=s, patch_size=8) for s in (5, 5, 6))
     assert one == again
     assert [box.start for box in one.boxes] != [box.start for box in other.boxes]
 
@@ -123,7 +123,8 @@ def test_one_wrong_voxel_fails_the_check(volume: str, options: dict[str, Any], m
         scores[0].flat[17] = scores.max() + 100
         return scores
 
-    monkeypatch.setattr(check_module, "reference_scores", wrong)
+    # By name: `oocpatch.check` may be the function or the module.
+    monkeypatch.setattr(sys.modules[check.__module__], "reference_scores", wrong)
     report = check(volume, network(), boxes=1, patch_size=8, patch_overlap=4, **options)
     assert not report.passed
     assert report.boxes[0].largest_absolute > 50

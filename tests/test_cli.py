@@ -44,7 +44,7 @@ def slow(x):
     if x.any():
         with open("started", "w"):
             pass
-        time.sleep(0.05)
+        time.sleep(0.02)
     return x * 2
 
 
@@ -87,7 +87,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def prediction(path: str = "out.zarr") -> np.ndarray[Any, Any]:
-    with xr.open_zarr(path) as dataset:
+    with xr.open_zarr(path, consolidated=False) as dataset:
         return np.asarray(dataset["prediction"].values)
 
 
@@ -138,11 +138,11 @@ def test_predict_as_json_says_what_was_done(data: np.ndarray[Any, Any]) -> None:
 def test_options_reach_predict(data: np.ndarray[Any, Any]) -> None:
     options = ["--patch-size", "8,10,12", "--patch-overlap", "2,4,6", "--overlap-mode", "average", "--batch-size", "3"]
     options += ["--padding-mode", "constant", "--fill", "2.5", "--axes", "tyx", "--output-dtype", "int32"]
-    options += ["--output-chunks", "10", "--max-memory", "64MiB", "--workers", "1", "--progress", "off"]
+    options += ["--output-chunks", "10", "--max-memory", "64MiB", "--workers", "1", "--progress", "none"]
     # With axes tyx, the first axis is looped over, and the sizes are for the two others.
     options[1], options[3] = "10,12", "4,6"
     assert run("predict", "in.zarr", "out.zarr", "--model", "models.py:double", *options).exit_code == 0
-    with xr.open_zarr("out.zarr") as dataset:
+    with xr.open_zarr("out.zarr", consolidated=False) as dataset:
         array = dataset["prediction"]
         assert array.dims == ("t", "y", "x")
         assert array.dtype == np.int32
@@ -175,7 +175,7 @@ def test_plan_for_people_is_what_predict_announces(data: np.ndarray[Any, Any]) -
     planned = run("plan", "in.zarr", "out.zarr", *IDENTITY)
     assert planned.exit_code == 0
     assert "80 of 8 x 8 x 8" in planned.stdout
-    assert run("predict", "in.zarr", "out.zarr", *IDENTITY, "--progress", "off").stderr.startswith(planned.stdout)
+    assert run("predict", "in.zarr", "out.zarr", *IDENTITY, "--progress", "none").stderr.startswith(planned.stdout)
 
 
 BAD_INPUT = {
@@ -289,6 +289,7 @@ def test_failed_blocks_are_exit_code_1_and_the_same_command_retries_them(data: n
 
 def test_interrupt_ends_with_130_and_the_same_command_continues(data: np.ndarray[Any, Any]) -> None:
     command = ["predict", "in.zarr", "out.zarr", "--model", "models.py:slow", *PATCHES, "--block-shape", "8"]
+    command += ["--output-chunks", "8", "--workers", "1"]
     child = start(*command)
     deadline = time.monotonic() + 120
     while not Path("started").exists():
@@ -303,7 +304,7 @@ def test_interrupt_ends_with_130_and_the_same_command_continues(data: np.ndarray
     assert "interrupted" in stderr.splitlines()[-1]
     status = run("status", "out.zarr")
     assert status.exit_code == 0
-    assert status.stdout.startswith("out.zarr: incomplete")
+    assert status.stdout.splitlines()[0].endswith("out.zarr: incomplete")
     assert run(*command).exit_code == 0
     np.testing.assert_allclose(prediction(), data * 2, rtol=1e-6)
 
@@ -314,7 +315,7 @@ def test_status_of_nothing_is_absent_and_of_a_finished_run_complete(data: np.nda
     result = run("status", "out.zarr", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["state"] == "complete"
-    assert run("status", "out.zarr").stdout.startswith("out.zarr: complete")
+    assert run("status", "out.zarr").stdout.splitlines()[0].endswith("out.zarr: complete")
 
 
 @pytest.mark.usefixtures("data")

@@ -95,12 +95,12 @@ def test_a_model_that_looks_at_position_and_context_equals_the_oracle(case: Case
 
 SPLITS = {
     "one block": {},
-    "blocks": {"block_shape": (8, 8)},
+    "blocks": {"block_shape": (8, 8), "output_chunks": 4},
     "uneven blocks": {"block_shape": (9, 12), "output_chunks": (3, 4)},
     "blocks of shards": {"block_shape": (12, 8), "output_chunks": (3, 4), "output_shards": (6, 8)},
-    "little memory": {"max_memory": "1.25MiB"},
-    "large batches": {"block_shape": (8, 8), "batch_size": 7},
-    "three workers": {"block_shape": (8, 8), "workers": 3},
+    "little memory": {"max_memory": "1.25MiB", "output_chunks": 4},
+    "large batches": {"block_shape": (8, 8), "output_chunks": 2, "batch_size": 7},
+    "three workers": {"block_shape": (8, 8), "output_chunks": 8, "workers": 3},
 }
 
 
@@ -130,7 +130,7 @@ def test_every_kind_of_volume_gives_the_same_voxels(kind: str, tmp_path: Path) -
         "xarray": named,
         "xarray store": tmp_path / "store.zarr",
     }[kind]
-    result = oocpatch.predict(volume, positional, tmp_path / "out", patch_size=6, patch_overlap=(3, 2), block_shape=8)
+    result = oocpatch.predict(volume, positional, tmp_path / "out", patch_size=6, patch_overlap=(3, 2), output_chunks=4)
     expected = oracle.predict(data[np.newaxis], position_model, patch=(6, 6), overlap=(3, 2), mode="hann")
     np.testing.assert_allclose(result.values, expected, rtol=0, atol=1e-3)
     assert result.dims == ("channel", "y", "x")
@@ -140,10 +140,10 @@ def test_every_kind_of_volume_gives_the_same_voxels(kind: str, tmp_path: Path) -
 @law(30)
 def test_the_number_of_workers_does_not_change_a_byte(case: Case) -> None:
     data = small_integers((case.channels or 1, *case.shape))
-    fixed = {"block_shape": case.options.get("block_shape", case.patch)}
+    fixed = {"output_chunks": 3, "block_shape": case.patch, **case.options}
     with scratch() as root:
         for workers in (1, 2, 4):
-            case.predict(data, positional, root, name=f"out{workers}", **fixed, workers=workers)
+            case.predict(data, positional, root, name=f"out{workers}", **{**fixed, "workers": workers})
         digests = [file_digests(root / f"out{workers}" / "prediction") for workers in (1, 2, 4)]
     assert digests[0] == digests[1] == digests[2]
     assert "zarr.json" in digests[0]
@@ -171,7 +171,7 @@ def failing(patches: torch.Tensor) -> torch.Tensor:
 @law(60)
 def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, calls: list[int]) -> None:
     data = small_integers((case.channels or 1, *case.shape))
-    fixed = {"block_shape": case.options.get("block_shape", case.patch), "workers": 1}
+    fixed = {"output_chunks": 3, "block_shape": case.patch, **case.options, "workers": 1}
     with scratch() as root:
         SCRIPT.fail_at = -1
         case.predict(data, failing, root, name="whole", **fixed)

@@ -19,7 +19,7 @@ from tests.children import file_digests
 
 def run(data: Array, model: Any, root: Path, **options: Any) -> xr.DataArray:
     """`predict` in small blocks on a volume without channels."""
-    arguments = {"axes": "zyx"[-data.ndim :], "patch_size": 6, "patch_overlap": 3, "block_shape": 8}
+    arguments = {"axes": "zyx"[-data.ndim :], "patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 4}
     return oocpatch.predict(data, model, root / "out", **{**arguments, **options})
 
 
@@ -235,7 +235,8 @@ def test_hann_of_a_constant_volume_is_that_constant(tmp_path: Path) -> None:
 
 def test_running_a_plan_is_predict(tmp_path: Path) -> None:
     data = small_integers((15, 20))
-    plan = oocpatch.plan(data, positional, tmp_path / "plan", axes="yx", patch_size=6, patch_overlap=3, block_shape=8)
+    arguments = {"axes": "yx", "patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 4}
+    plan = oocpatch.plan(data, positional, tmp_path / "plan", **arguments)
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
     assert plan.patches == 4 * 6
     assert plan.blocks == 2 * 2

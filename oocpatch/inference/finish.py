@@ -42,29 +42,32 @@ class Finisher:
             box: where the sums lie in the volume.
             out: `(C', *box.shape)` of the output's dtype.
         """
+        scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32) if self.weights is not None else None
+        plain = self.postprocess is None and out.dtype == torch.float32
         for tile in tiles(box, self.tile, self.looped):
             inner = (slice(None), *tile.slices(box.start))
-            target = out[inner]
-            if self.weights is None:
-                values = sums[inner]
-            elif self.postprocess is None and out.dtype == torch.float32:
-                torch.div(sums[inner], self._weights(tile, sums.device), out=target)
-                continue
-            else:
-                values = sums[inner] / self._weights(tile, sums.device)
+            values, target = sums[inner], out[inner]
+            if scratch is not None:
+                weights = self._weights(tile, scratch)
+                if plain:
+                    torch.div(values, weights, out=target)
+                    continue
+                values = values / weights
             if self.postprocess is not None:
                 values = self._postprocessed(values, target.shape)
             target.copy_(cast(values, out.dtype))
 
-    def _weights(self, tile: Box, device: torch.device) -> torch.Tensor:
-        """The weights of a tile: the outer product of one array per axis."""
+    def _weights(self, tile: Box, scratch: torch.Tensor) -> torch.Tensor:
+        """The weights of a tile, in `scratch`: the outer product of one array per axis."""
         assert self.weights is not None
-        product = None
-        for weights, part in zip(reversed(self.weights), reversed(tile.slices()), strict=True):
-            factor = weights[part].to(device)
-            product = factor if product is None else factor.reshape(-1, *(1,) * product.ndim) * product
-        assert product is not None
-        return product
+        factors = [w[part].to(scratch.device) for w, part in zip(self.weights, tile.slices(), strict=True)]
+        product = factors[-1]
+        for factor in reversed(factors[1:-1]):
+            product = factor.reshape(-1, *(1,) * product.ndim) * product
+        if len(factors) == 1:
+            return product
+        target = scratch[: tile.size].view(tile.shape)
+        return torch.mul(factors[0].reshape(-1, *(1,) * product.ndim), product, out=target)
 
     def _postprocessed(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         assert self.postprocess is not None

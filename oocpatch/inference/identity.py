@@ -34,11 +34,13 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 # TorchScript numbers the classes of a process in the order in which they were loaded.
 _MANGLED = re.compile(r"___torch_mangle_\d+\.?")
 _MODULE_STATE = frozenset(vars(nn.Module()))
-_PLAIN = bool | int | float | complex | str | bytes | types.NoneType | types.EllipsisType | range
-_NAMED = torch.dtype | torch.device | torch.layout | torch.memory_format | pathlib.PurePath | bytearray
-_CONTAINERS = list | dict | set | bytearray
+_PLAIN: Any = bool | int | float | complex | str | bytes | types.NoneType | types.EllipsisType | range
+_NAMED: Any = torch.dtype | torch.device | torch.layout | torch.memory_format | pathlib.PurePath | bytearray
+_CONTAINERS: Any = list | dict | set | bytearray
 # Kinds that compare by what they hold; every other object is read once, and then referred to.
-_VALUES = _PLAIN | _NAMED | _CONTAINERS | tuple | frozenset | slice | Mapping | torch.Tensor | np.ndarray | np.generic
+_VALUES: Any = (
+    _PLAIN | _NAMED | _CONTAINERS | tuple | frozenset | slice | Mapping | torch.Tensor | np.ndarray | np.generic
+)
 
 
 def model_identity(model: Callable[..., Any]) -> str:
@@ -165,7 +167,7 @@ class _Digest:
 
     @_read.register
     def _(self, value: torch.Tensor) -> None:
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(value):
             self._token("tensor", "not initialized")
             return
         self._token("tensor", f"{value.dtype} {tuple(value.shape)} {value.layout}")
@@ -174,7 +176,7 @@ class _Digest:
             tensor = tensor.coalesce()
             self._items("sparse", (tensor.indices(), tensor.values()))
         elif tensor.layout is not torch.strided:
-            self.feed(tensor.to_sparse_coo())
+            self.feed(tensor.to_sparse(layout=torch.sparse_coo))
         elif tensor.is_quantized:
             self._items("quantized", (str(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()))
         elif not tensor.is_meta:
@@ -289,8 +291,8 @@ class _Digest:
                 if attribute is not None and isinstance(attribute, _VALUES):
                     self._items("attribute", (read, attribute))
 
-    @_read.register
-    def _(self, value: torch.jit.ScriptFunction) -> None:
+    @_read.register(torch.jit.ScriptFunction)
+    def _(self, value: Any) -> None:  # its class does not say what it has
         self._token("code", _MANGLED.sub("", value.code))
         graph = value.inlined_graph  # held: its nodes do not keep it alive
         constants = graph.findAllNodes("prim::Constant")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from oocpatch.inference.buffers import buffer
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.ring import Ring
 from oocpatch.planning.blocks import Block, BlockGrid, offsets
@@ -68,6 +69,19 @@ def destinations(blocks: BlockGrid, block: Block) -> list[tuple[str | None, Box]
     return [(piece, box) for piece, box in found if not box.empty]
 
 
+def slabs(blocks: BlockGrid, block: Block) -> Iterator[tuple[Box, list[Part]]]:
+    """The slabs of a block's reach, in the order of the sweep, each with its parts: they cover it exactly once."""
+    pieces, axis = destinations(blocks, block), blocks.sweep
+    core_stop = block.core.stop[axis]
+    for region in (
+        block.reach.along(axis, block.core.start[axis], core_stop),
+        block.reach.along(axis, core_stop, block.reach.stop[axis]),
+    ):
+        for slab in blocks.steps(region):
+            parts = [Part(piece, box, slab & box) for piece, box in pieces]
+            yield slab, [p for p in parts if not p.box.empty]
+
+
 class Partial:
     """The sums of one block over its reach, as far as they are still open.
 
@@ -103,26 +117,16 @@ class Partial:
     ) -> None:
         self._axis = blocks.sweep
         self._ring = Ring.of(
-            block.reach, channels=channels, capacity=capacity, axis=blocks.sweep, dtype=dtype, device=device, zeros=True
+            block.reach, channels=channels, capacity=capacity, axis=blocks.sweep, dtype=dtype, device=device
         )
         self._window = window
         self._finisher = finisher
         self._emit = emit
         self._check = check_finite and dtype.is_floating_point
         self._out = (out_channels, out_dtype)
-        self._slabs = self._cut(blocks, block)
+        self._slabs = slabs(blocks, block)
         self._slab: tuple[Box, list[Staged]] | None = None
         self._at = block.reach.start[blocks.sweep]
-
-    def _cut(self, blocks: BlockGrid, block: Block) -> Iterator[tuple[Box, list[Part]]]:
-        pieces = destinations(blocks, block)
-        core_stop, axis = block.core.stop[self._axis], self._axis
-        halo = block.reach.along(axis, core_stop, block.reach.stop[axis])
-        core = block.reach.along(axis, block.core.start[axis], core_stop)
-        for region in (core, halo):
-            for slab in blocks.steps(region):
-                parts = [Part(piece, box, slab & box) for piece, box in pieces]
-                yield slab, [p for p in parts if not p.box.empty]
 
     def add(self, start: tuple[int, ...], keep: Box, values: torch.Tensor) -> None:
         """Add one patch.
@@ -159,10 +163,9 @@ class Partial:
                 self._emit(staged)
 
     def _empty(self, part: Part) -> torch.Tensor:
-        if part.piece is None:
-            return torch.empty((self._out[0], *part.box.shape), dtype=self._out[1], device=self._ring.data.device)
-        channels, dtype = self._ring.data.shape[0], self._ring.data.dtype
-        return torch.empty((channels, *part.box.shape), dtype=dtype, device=self._ring.data.device)
+        sums = self._ring.data
+        channels, dtype = self._out if part.piece is None else (sums.shape[0], sums.dtype)
+        return buffer((channels, *part.box.shape), dtype, sums.device)
 
     def _leave(self, box: Box, item: Staged) -> None:
         if box.empty:

@@ -1,15 +1,14 @@
 """The predictor: a batch function around the user's model, and the probe that learns what the model gives.
 
-The model is called by one thread at a time, with all of torch's threads; reading and writing go on beside it. So a model
-need not be thread-safe, memory holds one batch whatever the concurrency, and results do not depend on the number of workers.
+One thread calls the model, with all of torch's threads; blocks add up, read and write beside it with one thread each. So
+a model need not be thread-safe, results do not depend on the number of workers, and cores are not fought over.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,13 @@ class Probe:
     Attributes:
         output: the model's output `(1, C, *patch)`.
         copies_input: whether the model must be given copies of patches, because it writes to its input.
+        aliased: whether the output is the input's memory.
         bytes: memory that the call added at its peak, output included, input not.
     """
 
     output: torch.Tensor
     copies_input: bool
+    aliased: bool
     bytes: int
 
 
@@ -66,11 +67,11 @@ class Predictor:
         self._looped = looped
         self._threads = torch_threads
         self._dtype = _parameter_dtype(model)
-        self.lock = threading.Lock()
+        self._thread: ThreadPoolExecutor | None = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Put the module on its device and in evaluation mode, and everything back afterwards."""
+        """Put the module on its device and in evaluation mode, start its thread, and put everything back afterwards."""
         threads = torch.get_num_threads()
         training = []
         if isinstance(self.model, torch.nn.Module):
@@ -78,14 +79,22 @@ class Predictor:
             self.model.to(self.device)
             for module in training:
                 module.training = False
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
         try:
-            yield
+            with ThreadPoolExecutor(
+                1, thread_name_prefix="oocpatch-model", initializer=use_threads, initargs=(self._threads or threads,)
+            ) as self._thread:
+                yield
         finally:
+            self._thread = None
             torch.set_num_threads(threads)
             for module in training:
                 module.training = True
+
+    def submit(self, batch: torch.Tensor) -> Future[torch.Tensor]:
+        """Queue a batch for the model's thread; see `__call__`."""
+        if self._thread is None:
+            raise RuntimeError("the predictor must be ready() before batches are submitted")
+        return self._thread.submit(self, batch)
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether patches of a dtype reach the model as they are."""
@@ -134,7 +143,7 @@ class Predictor:
         return result.detach()
 
     def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
-        """Call the model once, with one patch of zeros.
+        """Call the model once, with one patch of zeros, on its thread.
 
         Raises:
             ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
@@ -143,9 +152,15 @@ class Predictor:
         known = list(_tensors(self.model))
         footprint = Footprint([patch, *known])
         version = patch._version
-        try:
+
+        def call() -> torch.Tensor:
             with footprint:
-                output = self(patch)
+                return self(patch)
+
+        try:
+            if self._thread is None:
+                raise RuntimeError("the predictor must be ready() before it is probed")
+            output = self._thread.submit(call).result()
         except ValueError as error:
             if str(error).startswith("the model must return"):
                 raise
@@ -154,7 +169,8 @@ class Predictor:
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
         writes = patch._version != version or not isinstance(self.model, torch.nn.Module)
         extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
-        return Probe(output, writes, max(footprint.peak, extra))
+        aliased = output.untyped_storage().data_ptr() == patch.untyped_storage().data_ptr()
+        return Probe(output, writes, aliased, max(footprint.peak, extra))
 
     def _rejection(self, channels: int, patch_size: Ints, dtype: torch.dtype, error: Exception) -> str:
         spatial = patch_size[self._looped :]
@@ -219,6 +235,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def patch_bytes(channels: int, patch_size: Ints, itemsize: int) -> int:
-    """Bytes of one patch."""
-    return channels * math.prod(patch_size) * itemsize
+def use_threads(count: int) -> None:
+    """Let torch use so many threads for what the calling thread does.
+
+    Torch reads its setting when a thread first asks, and would overwrite what was set before: hence asked for twice.
+    """
+    torch.set_num_threads(count)
+    torch.get_num_threads()
+    torch.set_num_threads(count)

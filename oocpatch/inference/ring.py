@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from oocpatch.inference.buffers import buffer
 from oocpatch.planning.box import Box
 
 
@@ -47,8 +48,7 @@ class Ring:
         """A ring of the given capacity; of zeros, or of whatever was there."""
         shape = list(region.shape)
         shape[axis] = min(capacity, shape[axis])
-        make = torch.zeros if zeros else torch.empty
-        return cls(make((channels, *shape), dtype=dtype, device=device), region, axis)
+        return cls(buffer((channels, *shape), dtype, device), region, axis)
 
     @property
     def capacity(self) -> int:

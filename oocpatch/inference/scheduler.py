@@ -21,6 +21,7 @@ import dask
 import tenacity
 
 from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
+from oocpatch.inference.predictor import use_threads
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.storage.ledger import Ledger, Progress, Record
 
@@ -49,7 +50,9 @@ class Stopped(Exception):
 @contextmanager
 def dask_threads(concurrency: int) -> Iterator[Submit]:
     """Dask on the threads of this process: each task is a Dask task of its own, at most `concurrency` at a time."""
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="oocpatch-block") as pool:
+    with ThreadPoolExecutor(
+        concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
+    ) as pool:
 
         def submit(function: Callable[..., Any], /, *args: Any) -> Future[Any]:
             task = dask.delayed(function, pure=False, traverse=False)(*args)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from oocpatch.inference.buffers import buffer
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_name
 from oocpatch.inference.predictor import Predictor
@@ -186,8 +187,7 @@ def predict_block(job: Job, index: int) -> int:
             partial.advance(group.start)
             if plan.way.ahead and i + 1 < len(schedule):
                 reader.request(schedule[i + 1])
-            for members in _batches(plan, ranges, group):
-                _compute(job, block, partial, reader, members)
+            _compute(job, block, partial, reader, _batches(plan, ranges, group))
         partial.advance(block.reach.stop[plan.sweep])
         writes.wait()
     finally:
@@ -218,27 +218,42 @@ def _batches(plan: Plan, ranges: Sequence[range], group: Group) -> Iterator[list
         yield members
 
 
-def _compute(job: Job, block: Block, partial: Partial, reader: Reader, members: list[Ints]) -> None:
-    """Run the model on one batch and add what it gives."""
-    plan, axes = job.plan, job.plan.grid.axes
-    starts = [tuple(a.start(i) for a, i in zip(axes, index, strict=True)) for index in members]
-    boxes = [Box(s, tuple(x + n for x, n in zip(s, plan.patch_size, strict=True))) for s in starts]
-    with job.predictor.lock:
-        if len(boxes) == 1 and not job.predictor.copies_input:
-            batch = reader.patch(boxes[0])[None]
-        elif len(boxes) == 1:
-            batch = reader.patch(boxes[0])[None].clone(memory_format=torch.contiguous_format)
-        else:
-            batch = torch.stack([reader.patch(b) for b in boxes])
-        outputs = job.predictor(batch)
-        if outputs.shape[1] != plan.head.channels:
-            raise ValueError(
-                f"the model must give as many channels as for the probe, got {outputs.shape[1]} and {plan.head.channels}"
-            )
-        if job.blended:
-            outputs = outputs.to(torch.float32)
-        for index, box, values in zip(members, boxes, outputs, strict=True):
-            partial.add(box.start, _kept(job, block, index, box), values)
+def _compute(job: Job, block: Block, partial: Partial, reader: Reader, batches: Iterator[list[Ints]]) -> None:
+    """Run the model on the batches of a group and add what it gives, one batch behind the model."""
+    computing: tuple[list[Ints], Future[torch.Tensor]] | None = None
+    for members in batches:
+        future = job.predictor.submit(_batch(job, reader, members))
+        if computing is not None:
+            _add(job, block, partial, *computing)
+        computing = members, future
+    if computing is not None:
+        _add(job, block, partial, *computing)
+
+
+def _batch(job: Job, reader: Reader, members: list[Ints]) -> torch.Tensor:
+    """The patches of a batch, `(B, C, *patch_size)`; a view of the reader's ring when there is one, unchanged, patch."""
+    patches = [reader.patch(_box(job.plan, index)) for index in members]
+    if len(patches) > 1:
+        return torch.stack(patches)
+    return patches[0][None].clone(memory_format=torch.contiguous_format) if job.predictor.copies_input else patches[0][None]
+
+
+def _box(plan: Plan, index: Ints) -> Box:
+    start = tuple(a.start(i) for a, i in zip(plan.grid.axes, index, strict=True))
+    return Box(start, tuple(a + n for a, n in zip(start, plan.patch_size, strict=True)))
+
+
+def _add(job: Job, block: Block, partial: Partial, members: list[Ints], computed: Future[torch.Tensor]) -> None:
+    """Add the outputs of one batch, in the order of its patches."""
+    outputs = computed.result()
+    channels = job.plan.head.channels
+    if outputs.shape[1] != channels:
+        raise ValueError(f"the model must give {channels} channels, as it did for the probe, got {outputs.shape[1]}")
+    if job.blended:
+        outputs = outputs.to(torch.float32)
+    for index, values in zip(members, outputs, strict=True):
+        box = _box(job.plan, index)
+        partial.add(box.start, _kept(job, block, index, box), values)
     job.on_patches(len(members))
 
 
@@ -282,9 +297,8 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> None:
                 for box, own in sums:
                     _merge(job, own, box, data, part)
             for box, own in sums:
-                values = torch.empty(
-                    (job.plan.head.out_channels, *box.shape), dtype=torch_dtype(job.plan.head.out_dtype)
-                )
+                head = job.plan.head
+                values = buffer((head.out_channels, *box.shape), torch_dtype(head.out_dtype), "cpu")
                 job.finisher.finish(own, box, values)
                 staged.append(Staged(Part(None, block.core, box), values))
             del sums

@@ -212,7 +212,7 @@ def project(
     shared = (
         ("batch", sizes.batch_bytes),
         ("window", 4 * math.prod(blocks.grid.patch_size)),
-        ("chunks", way.io_threads * 2 * largest_unit),
+        ("chunks", way.io_threads * 3 * largest_unit),
         ("weights", 8 * sum(shape)),
     )
     swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)

@@ -539,8 +539,6 @@ def test_model_files_have_one_identity_each_however_often_they_are_loaded(saved:
 @pytest.mark.parametrize("freeze", [False, True], ids=["scripted", "frozen"])
 def test_torchscript_with_other_weights_or_attributes_is_another_model(tmp_path: Path, freeze: bool) -> None:
     class Net(nn.Module):
-        scale: float
-
         def __init__(self, seed: int, scale: float) -> None:
             super().__init__()
             torch.manual_seed(seed)
