@@ -19,6 +19,8 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MIB = 1 << 20
+RESULT = "result: "
+"""What the line of a task's result begins with."""
 
 
 @dataclass
@@ -88,21 +90,22 @@ class _Sampler:
         return self._highest
 
 
-def in_fresh_process(task: str, prefix: tuple[str, ...] = (), **arguments: Any) -> dict[str, Any]:
+def in_fresh_process(task: str, **arguments: Any) -> dict[str, Any]:
     """Run a function of `benchmarks.tasks` in a new interpreter; what it returns.
 
     Args:
         task: name of the function.
-        prefix: command that starts the interpreter, such as a profiler.
         **arguments: what the function gets; must be JSON.
     """
     # What earlier tasks left to be written must not be paid for by the next.
     os.sync()
-    command = [*prefix, sys.executable, "-m", "benchmarks.tasks", task, json.dumps(arguments)]
+    command = [sys.executable, "-m", "benchmarks.tasks", task, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{task} {arguments} ended with exit code {done.returncode}")
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # Libraries may talk on stdout, too.
+    line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    record: dict[str, Any] = json.loads(line.removeprefix(RESULT))
     return record
 
 

@@ -54,15 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _threads(arguments: argparse.Namespace, **task: Any) -> dict[str, dict[str, int]]:
     """Samples per thread and innermost function, the most frequent first."""
-    if shutil.which("py-spy") is None:
-        record = in_fresh_process("predict_under_sampler", **task)
-        return {name: _sorted(places) for name, places in record["threads"].items()}
     stacks = arguments.directory / "stacks.txt"
-    prefix = ["py-spy", "record", "--format", "raw", "--threads", "--rate", "200", "--output", str(stacks)]
-    # Without --nonblocking it would stop the process for every sample and measure itself.
-    prefix += ["--native"] if arguments.native else ["--nonblocking"]
-    in_fresh_process("predict", prefix=(*prefix, "--"), **task, compare=False)
-    return _read_stacks(stacks)
+    if shutil.which("py-spy") is not None:
+        spied = in_fresh_process("predict_under_py_spy", stacks=str(stacks), native=arguments.native, **task)
+        if spied["attached"]:
+            return _read_stacks(stacks)
+    record = in_fresh_process("predict_under_sampler", **task)
+    return {name: _sorted(places) for name, places in record["threads"].items()}
 
 
 def _read_stacks(file: Path) -> dict[str, dict[str, int]]:

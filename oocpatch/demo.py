@@ -285,10 +285,9 @@ def run_demo(
         picture = None
         log("no picture: Pillow is not installed; pip install 'oocpatch[demo]'")
     if keep:
-        log(
-            f"prediction: {output}\n\n    import xarray as xr\n    "
-            f'prediction = xr.open_zarr("{output}").prediction\n    nuclei = prediction[{size // 2}].load() > 0.5\n'
-        )
+        opening = f'prediction = xr.open_zarr("{output}", consolidated=False).prediction'
+        snippet = ("import xarray as xr", opening, f"nuclei = prediction[{size // 2}].load() > 0.5")
+        log("\n    ".join((f"prediction: {output}\n", *snippet)))
     else:
         shutil.rmtree(source)
         shutil.rmtree(output)

@@ -27,6 +27,7 @@ import xarray
 from tqdm import tqdm
 
 from oocpatch.errors import OutputBusy, OutputExists
+from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Run, Stopped, dask_threads
 from oocpatch.inference.stages import Job, normalize_block, predict_block
@@ -239,6 +240,7 @@ def _details(made: Plan, seconds: float) -> dict[str, Any]:
 def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> float:
     """Run the stages of a plan over what is not done yet; the seconds it took."""
     started = time.monotonic()
+    lean_heap()
     workspace.write_weights()
     done = workspace.progress()
     stop = threading.Event()

@@ -27,7 +27,9 @@ PADDINGS = (None, "constant", "edge", "reflect", "symmetric", "wrap")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 LONGEST = {1: 40, 2: 18, 3: 11, 4: 6}
 """Longest axis of the volumes drawn, by number of axes: big enough for several blocks, small enough for hundreds."""
-MOST_PATCHES = 150
+MOST_CHUNKS = {1: 8, 2: 4, 3: 3, 4: 2}
+"""Most chunks along an axis, by number of axes."""
+MOST_PATCHES = 120
 
 
 def law(examples: int) -> settings:
@@ -99,6 +101,13 @@ def sizes(longest: int, ndim: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
+def chunks_of(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of any length, some longer than the volume; not so many that a law takes minutes to write them."""
+    most = MOST_CHUNKS[len(shape)]
+    return tuple(draw(st.integers(-(-n // most), n + 2)) for n in shape)
+
+
+@st.composite
 def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
     """Any volume of one to four axes, any patch (smaller or larger), any overlap (even or odd), any storage."""
     ndim = draw(st.integers(1, 4))
@@ -107,14 +116,14 @@ def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
     overlap = tuple(draw(st.integers(0, p - 1)) for p in patch)
     options: dict[str, Any] = {"batch_size": draw(st.integers(1, 5)), "workers": draw(st.sampled_from((1, 2)))}
     if draw(st.booleans()):
-        options["output_chunks"] = draw(sizes(longest // 2 + 2, ndim))
+        options["output_chunks"] = draw(chunks_of(shape))
         if draw(st.booleans()):
             options["output_shards"] = tuple(c * draw(st.integers(1, 3)) for c in options["output_chunks"])
     # Left alone, the planner makes one block of a small volume: most cases ask for several.
     limit = draw(st.sampled_from(("blocks", "blocks", "memory", "auto")))
     if limit == "blocks":
         # A block is made of whole chunks of the output, which are large unless told otherwise.
-        options.setdefault("output_chunks", draw(sizes(longest // 3 + 1, ndim)))
+        options.setdefault("output_chunks", tuple(-(-n // MOST_CHUNKS[ndim]) for n in shape))
         options["block_shape"] = draw(sizes(longest // 2 + 2, ndim))
     if limit == "memory":
         options["max_memory"] = "2MiB"
@@ -127,7 +136,7 @@ def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
         draw(st.sampled_from(PADDINGS)),
         channels,
         channels is not None and draw(st.booleans()),
-        draw(sizes(longest + 2, ndim)),
+        draw(chunks_of(shape)),
         options,
     )
     while case.patches > MOST_PATCHES:

@@ -267,7 +267,10 @@ def test_every_expected_error_has_its_exit_code(
 
 @pytest.mark.usefixtures("data")
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oocpatch, "plan", lambda *_, **__: {}["missing"])
+    def stumble(*_: object, **__: object) -> None:
+        raise KeyError("missing")
+
+    monkeypatch.setattr(oocpatch, "plan", stumble)
     assert isinstance(run("predict", "in.zarr", "out.zarr", *IDENTITY).exception, KeyError)
 
 

@@ -17,6 +17,9 @@ from oocpatch.planning.sweep import capacity, groups
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
 
+CHUNK_COPIES = 5
+"""Copies of a chunk that a thread which reads or writes one holds: encoded, decoded, in place, and two in the heap's keep."""
+
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bookkeeping in the workspace: the plan and its metadata, a ledger record, a piece's metadata."""
 
@@ -212,7 +215,7 @@ def project(
     shared = (
         ("batch", sizes.batch_bytes),
         ("window", 4 * math.prod(blocks.grid.patch_size)),
-        ("chunks", way.io_threads * 3 * largest_unit),
+        ("chunks", way.io_threads * CHUNK_COPIES * largest_unit),
         ("weights", 8 * sum(shape)),
     )
     swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
@@ -249,7 +252,8 @@ def _task_parts(
         ("tile", tile),
     )
     received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
-    normalize = (("sums", received * 2 * sizes.sum_voxel), ("staged", received * sizes.out_voxel), ("tile", tile))
+    # own sums, a seam, and a piece as bytes while it is read
+    normalize = (("sums", received * 3 * sizes.sum_voxel), ("staged", received * sizes.out_voxel), ("tile", tile))
     return max(predict, normalize, key=lambda found: sum(size for _, size in found))
 
 
@@ -278,5 +282,5 @@ def _disk(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, store
 
 
 def io_threads(max_memory: int, unit_bytes: int) -> int:
-    """Threads for chunks: up to four, as long as the chunks they hold stay under an eighth of the limit."""
-    return max(1, min(4, max_memory // (16 * max(1, unit_bytes))))
+    """Threads for chunks: up to four, as long as the chunks they hold stay under a sixth of the limit."""
+    return max(1, min(4, max_memory // (6 * CHUNK_COPIES * max(1, unit_bytes))))

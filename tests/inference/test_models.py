@@ -20,7 +20,7 @@ from torch import nn
 
 from oocpatch.inference.models import load_model, model_identity
 
-Model = Callable[..., Any]
+Model = Any  # a module or a function
 State = dict[str, torch.Tensor]
 Saved = tuple[Path, nn.Module, torch.Tensor]
 
@@ -136,7 +136,9 @@ def test_builtin_of_an_installed_package_is_a_model() -> None:
 
 @pytest.mark.usefixtures("networks")
 def test_loaded_modules_are_in_inference_mode() -> None:
-    assert not load_model("networks:Doubling").training
+    model = load_model("networks:Doubling")
+    assert isinstance(model, nn.Module)
+    assert not model.training
 
 
 def test_siblings_of_a_file_are_importable_and_the_path_is_left_as_it_was(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     patch = torch.randn(2, 1, 8, 8, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted = torch.jit.script(network)
+        scripted: Any = torch.jit.script(network)
         scripted.save(folder / "scripted.pt")
         torch.jit.freeze(scripted).save(folder / "frozen.ts")
         torch.jit.trace(network, patch).save(folder / "traced.torchscript")
@@ -289,6 +291,7 @@ def test_weights_that_need_code_run_none_of_it(weighted: State, monkeypatch: pyt
 
 def test_a_trusted_pickle_of_a_whole_module_gives_its_weights(weighted: State) -> None:
     donor = load_model(WEIGHTS_SPEC)
+    assert isinstance(donor, nn.Module)
     donor.load_state_dict(weighted)
     torch.save(donor, "whole.pth")
     with pytest.raises(ValueError, match="needs code of its own"):
