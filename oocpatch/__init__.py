@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oocpatch.check import CheckReport, check
+    from oocpatch.checking import CheckReport, check
     from oocpatch.errors import (
         BlockFailed,
         CorruptData,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "oocpatch.check": ("CheckReport", "check"),
+    "oocpatch.checking": ("CheckReport", "check"),
     "oocpatch.errors": (
         "BlockFailed",
         "CorruptData",

@@ -268,7 +268,7 @@ def demo(*, as_json: bool, progress: str, **options: Any) -> None:
 @_json_option
 def check(volume: str, *, as_json: bool, **options: Any) -> None:
     """Compare predict with a plain in-memory computation on a few random boxes of the volume IN."""
-    from oocpatch.check import check as run_check
+    from oocpatch.checking import check as run_check
     from oocpatch.inference.models import load_model
 
     spec, weights, trust_pickle = (options.pop(name) for name in ("model", "weights", "trust_pickle"))

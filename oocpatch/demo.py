@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ class Specimen:
         count = self.size // PITCH + 3
         rng = np.random.default_rng((self.seed, i + PITCH, j + PITCH))  # seeds are not negative
         cells = np.stack([np.full(count, i), np.full(count, j), np.arange(-1, count - 1)], axis=1)
-        centres = (cells + 0.5) * PITCH + rng.uniform(-JITTER, JITTER, (count, 3))
+        centres = cells * PITCH + rng.uniform(-JITTER, JITTER, (count, 3))
         stretch = np.exp(rng.normal(0, 0.1, (count, 3)).clip(-0.22, 0.22))
         radii = rng.uniform(5.8, 7.8, (count, 1)) * stretch
         brightness = rng.uniform(0.7, 1.3, count)
@@ -244,7 +245,7 @@ def run_demo(
         size: edge of the volume in voxels, of 2 bytes each.
         max_memory: bound on the memory the prediction adds.
         keep: leave the volumes where they are; else only the picture stays.
-        progress: "auto", "on" or "off".
+        progress: "auto", "bar" or "none", as for `predict`.
         log: takes each line of the demo's story.
 
     Raises:
@@ -257,9 +258,11 @@ def run_demo(
     plan = oocpatch.plan(
         str(source / "volume"), NucleusNet(), str(output),
         patch_size=PATCH, patch_overlap=OVERLAP, overlap_mode="hann", max_memory=max_memory,
-        progress={"on": True, "off": False}.get(progress, progress),
+        progress=progress,
     )  # fmt: skip
     log(f"{plan}\n")
+    with tempfile.TemporaryDirectory() as folder:  # a first run loads libraries; what is measured is the volume's share
+        oocpatch.predict(np.zeros((8, 8, 8), np.float32), nn.Identity(), f"{folder}/first.zarr", patch_size=8)
     start = time.perf_counter()
     with peak_memory() as added:
         plan.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -100,10 +101,8 @@ def memory_limit(value: int | float | str) -> int:
     if value != "auto":
         return num_bytes("max_memory", value)
     total = psutil.virtual_memory().total
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no limit on this container, or no container
         total = min(total, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        pass  # no limit on this container, or no container
     return int(total // 4)
 
 
@@ -119,7 +118,7 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
     address = local_or_url(value)
     if isinstance(address, str):
         raise ValueError(f"{name} must be a path on a local or shared file system, got {address}")
-    return Path(os.path.abspath(address))
+    return address.absolute()
 
 
 def apart(volume: Volume, output: Path) -> None:
@@ -192,4 +191,4 @@ def number(name: str, value: float) -> float:
 
 def plain(value: float) -> float | str:
     """A number as JSON can compare it: NaN is not equal to itself, its name is."""
-    return "nan" if isinstance(value, float) and math.isnan(value) else value
+    return "nan" if math.isnan(value) else value

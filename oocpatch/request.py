@@ -20,6 +20,7 @@ from oocpatch.errors import PlanTooLarge, RunMismatch
 from oocpatch.inference.models import load_model, model_identity
 from oocpatch.inference.predictor import Model, Predictor, Probe, resolve_device
 from oocpatch.inference.stages import torch_dtype
+from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.memory import Sizes
@@ -96,8 +97,6 @@ class Request:
 
 def plan_blocks_of(plan: Plan, block_shape: Ints) -> Ints:
     """The block shape that a plan would have had for the one asked for."""
-    from oocpatch.planning.blocks import BlockGrid
-
     looped = len(plan.axes) - plan.spatial
     core = (*plan.unit[:looped], *block_shape)
     grid = BlockGrid.of(plan.grid, core, plan.unit, plan.sweep, crop=plan.overlap_mode == "crop")
@@ -174,7 +173,7 @@ def make_request(
         "patch_overlap": overlap[looped:],
         "overlap_mode": options["overlap_mode"],
         "padding_mode": options["padding_mode"],
-        "fill": door.plain(options["fill"]),
+        "fill": door.plain(fill),
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
@@ -182,7 +181,7 @@ def make_request(
         "output_dtype": options["output_dtype"],
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
-        "output_fill": door.plain(options["output_fill"]),
+        "output_fill": door.plain(output_fill),
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
     }

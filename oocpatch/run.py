@@ -72,7 +72,8 @@ def predict(
 ) -> xarray.DataArray:
     """Run a model over a volume that does not fit in memory, patch by patch, and blend what it gives.
 
-    The same call again goes on where a killed one stopped, and gives the same bytes; a complete output is opened at once.
+    The same call again goes on where a killed one stopped, and gives the same bytes; a complete output is opened at
+    once.
 
     Args:
         volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
@@ -92,7 +93,8 @@ def predict(
         postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
             by voxel.
         output_dtype: dtype of the output; integers are rounded half to even and saturate.
-        output_chunks, output_shards: of the output, in voxels, spatial.
+        output_chunks: chunks of the output, in voxels, spatial; default: those of the volume, if reasonable.
+        output_shards: shards of the output, in voxels, spatial; multiples of its chunks.
         output_fill: value of voxels that no patch covers.
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
@@ -140,8 +142,12 @@ def plan(
     Reads metadata only, and calls the model once with one patch of zeros. `print` it, look at its numbers, `run()` it.
 
     Args:
-        volume, model, output: as for `predict`.
-        resume, overwrite, progress: as for `predict`.
+        volume: as for `predict`.
+        model: as for `predict`.
+        output: as for `predict`.
+        resume: as for `predict`.
+        overwrite: as for `predict`.
+        progress: as for `predict`; of the plan's `run()`.
         arguments: all other arguments of `predict`.
 
     Raises:
@@ -338,7 +344,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     Raises:
         OutputExists: when what lies there is not an output of oocpatch.
     """
-    path = Path(os.path.abspath(output))
+    path = Path(output).absolute()
     record = inspect_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
@@ -350,14 +356,14 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     workspace = Workspace.find(_root(record))
     if workspace is None:
         return RunStatus(str(path), str(_root(record)), state, 0, 0, 0, 0, {})
-    done, blocks = workspace.progress(), workspace.plan.block_grid
+    done, grid = workspace.progress(), workspace.plan.block_grid
     return RunStatus(
         output=str(path),
         workspace=str(workspace.root),
         state=state,
         predict_done=len(done.predicted),
-        predict_total=blocks.num_blocks,
+        predict_total=grid.num_blocks,
         normalize_done=len(done.normalized),
-        normalize_total=blocks.num_open,
+        normalize_total=grid.num_open,
         failed=done.failed,
     )

@@ -1,17 +1,20 @@
 """The process that dies: one `predict` in a forked child, killed from outside or at a chosen change of the disk.
 
 `serve` runs in a process of its own that has imported everything and done nothing, so that a child costs a fork and not
-three seconds of imports. `tests.children` is its other end.
+seconds of imports. `tests.children` is its other end.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
 import json
 import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -181,8 +184,28 @@ def perform(job: Job) -> NoReturn:
     os._exit(code)
 
 
+def import_what_a_run_imports() -> None:
+    """Import what a run imports on the way: a child runs and says what, since running here would leave threads."""
+    receiver, sender = os.pipe()
+    if not os.fork():
+        with tempfile.TemporaryDirectory() as root:
+            oocpatch.predict(np.zeros(16, np.float32), scripted_model, f"{root}/out", patch_size=8, progress=False)
+        with os.fdopen(sender, "w") as pipe:
+            json.dump(list(sys.modules), pipe)
+        os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver) as pipe:
+        names = json.load(pipe)
+    os.wait()
+    for name in names:
+        # Some names in there are not modules that can be imported by name, such as those of lazy namespaces.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def serve() -> None:
     """Read `start <job>` and `wait <pid> <seconds>` lines; answer with a pid, with an exit code, or with `running`."""
+    import_what_a_run_imports()
     for line in sys.stdin:
         verb, _, rest = line.partition(" ")
         if verb == "start":

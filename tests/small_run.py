@@ -15,11 +15,13 @@ import numpy as np
 from tests.children import Children, calls, file_digests, report
 from tests.crash_child import Job, make_volume
 
-SHAPE, PATCH, OVERLAP, BLOCK = (16, 16, 32), 8, 4, 8
-"""63 patches in 16 blocks, of which 15 receive seams."""
+SHAPE, PATCH, OVERLAP, BLOCK = (32, 32), 8, 4, 8
+"""49 patches in 16 blocks, of which 15 receive seams."""
+MOST_IN_BLOCK = 4
+"""No block has more patches than this."""
 OPTIONS = {"patch_size": PATCH, "patch_overlap": OVERLAP, "block_shape": BLOCK, "output_chunks": 4, "workers": 1}
 
-MIDDLE = float(np.ravel_multi_index((8, 0, 16), SHAPE) + 1)
+MIDDLE = float(np.ravel_multi_index((8, 16), SHAPE) + 1)
 """First voxel of a patch of a block with neighbours on all axes; the only patch that starts so."""
 
 TINY = {"patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 4, "workers": 1}
@@ -30,7 +32,7 @@ LAST_TINY_PATCH = 11.0
 
 def small_run(root: Path) -> Job:
     """The run over `SHAPE` in an empty directory."""
-    make_volume(root / "volume.zarr", SHAPE, (8, 8, 8))
+    make_volume(root / "volume.zarr", SHAPE, (8, 8))
     return job_in(root, **OPTIONS)
 
 
@@ -79,9 +81,10 @@ def undisturbed(children: Children, job: Job) -> dict[str, str]:
     return digests
 
 
-def patch_starts() -> list[tuple[int, ...]]:
-    steps = [range(0, n - PATCH + 1, PATCH - OVERLAP) for n in SHAPE]
-    return [(z, y, x) for z in steps[0] for y in steps[1] for x in steps[2]]
+def all_patches() -> list[float]:
+    """First voxel of each patch of the run."""
+    ys, xs = (range(0, n - PATCH + 1, PATCH - OVERLAP) for n in SHAPE)
+    return [float(y * SHAPE[1] + x + 1) for y in ys for x in xs]
 
 
 def interrupted(children: Children, job: Job) -> Path:

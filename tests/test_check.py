@@ -16,7 +16,7 @@ import torch
 import zarr
 from torch import nn
 
-from oocpatch.check import check
+from oocpatch.checking import check
 from oocpatch.inference.reference import reference_scores
 
 

@@ -41,7 +41,7 @@ class Shown:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     folder, said = tmp_path_factory.mktemp("demo"), []
-    report = run_demo(folder, size=SIZE, max_memory="96MiB", progress="off", log=said.append)
+    report = run_demo(folder, size=SIZE, max_memory="96MiB", progress="none", log=said.append)
     group = zarr.open_group(folder / f"nuclei-{SIZE}.zarr", mode="r")
     volume, truth = (np.asarray(group[name][:]) for name in ("volume", "truth"))
     prediction = np.asarray(zarr.open_array(report.output / "prediction", mode="r")[:])
@@ -100,7 +100,7 @@ def test_the_snippet_opens_the_prediction(shown: Shown) -> None:
 
 def test_a_second_call_writes_no_voxel_and_finds_the_same(shown: Shown) -> None:
     before, said = times(shown.folder), []
-    again = run_demo(shown.folder, size=SIZE, max_memory="96MiB", progress="off", log=said.append)
+    again = run_demo(shown.folder, size=SIZE, max_memory="96MiB", progress="none", log=said.append)
     after = times(shown.folder)
     assert again.score == shown.report.score
     assert {path for path in before if before[path] != after[path]} <= {shown.report.picture}
@@ -159,19 +159,19 @@ def test_what_the_demo_did_not_make_is_refused_and_left_alone(tmp_path: Path, at
     zarr.create_group(tmp_path / "nuclei-96.zarr", attributes=attributes).create_array("volume", data=np.arange(5))
     before = times(tmp_path)
     with pytest.raises(OutputExists, match=r"nuclei-96\.zarr, which holds something else"):
-        run_demo(tmp_path, size=96, keep=False, progress="off", log=print)
+        run_demo(tmp_path, size=96, keep=False, progress="none", log=print)
     assert times(tmp_path) == before
 
 
 def test_without_keep_only_the_picture_stays(tmp_path: Path) -> None:
-    report = run_demo(tmp_path, size=64, max_memory="96MiB", keep=False, progress="off", log=print)
+    report = run_demo(tmp_path, size=64, max_memory="96MiB", keep=False, progress="none", log=print)
     assert list(tmp_path.iterdir()) == [report.picture]
 
 
 def test_without_pillow_there_is_a_line_instead_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     said: list[str] = []
-    report = run_demo(tmp_path, size=64, max_memory="96MiB", progress="off", log=said.append)
+    report = run_demo(tmp_path, size=64, max_memory="96MiB", progress="none", log=said.append)
     assert report.picture is None
     assert not list(tmp_path.glob("*.png"))
     assert "pip install 'oocpatch[demo]'" in "\n".join(said)

@@ -48,7 +48,7 @@ CHANGES: dict[str, Any] = {
     "output_shards": 8,
     "output_fill": 3,
     "postprocess": "sigmoid",
-    "axes": "tyx",
+    "axes": "xy",
     "model": other_model,
     "volume": np.zeros(SHAPE, np.float32),
 }
@@ -73,6 +73,20 @@ def test_another_run_on_the_same_output_is_refused_and_the_parameter_named(
     predict(here)
 
 
+@pytest.mark.parametrize("stopped", ["incomplete", "complete"])
+def test_axes_that_change_the_number_of_spatial_axes_are_another_run(
+    stopped: str, here: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stopped == "incomplete":
+        monkeypatch.setattr(crash_child, "JOB", dataclasses.replace(here, fail_on=(MIDDLE,)))
+        with pytest.raises(oocpatch.BlockFailed):
+            predict(here)
+    else:
+        predict(here)
+    with unchanged(Path(here.watch)), pytest.raises(oocpatch.RunMismatch, match="axes"):
+        predict(here, axes="tx")
+
+
 def test_all_parameters_that_differ_are_named_with_both_values(here: Job) -> None:
     predict(here)
     with pytest.raises(oocpatch.RunMismatch) as refusal:
@@ -86,7 +100,7 @@ def test_changed_data_under_the_same_path_is_another_run(here: Job) -> None:
     """Metadata tells shapes and types apart; a volume of another type under the same path must not be continued."""
     predict(here)
     shutil.rmtree(here.volume)
-    zarr.create_array(here.volume, data=np.zeros(SHAPE, np.int16), chunks=(8, 8, 8))
+    zarr.create_array(here.volume, data=np.zeros(SHAPE, np.int16), chunks=(8, 8))
     with unchanged(Path(here.watch)), pytest.raises(oocpatch.RunMismatch, match="volume"):
         predict(here)
 
@@ -109,7 +123,7 @@ def test_what_does_not_change_the_bytes_may_change_between_runs(
 def test_a_complete_run_returns_at_once_without_calling_the_model(here: Job) -> None:
     first = predict(here).values
     done = len(calls(here))
-    assert done >= 63
+    assert done >= 49
     with unchanged(Path(here.watch)):
         again = predict(here)
     assert len(calls(here)) == done
@@ -154,6 +168,7 @@ def test_without_resume_an_interrupted_run_is_not_continued(here: Job, monkeypat
         predict(here, resume=False)
 
 
+@pytest.mark.filterwarnings("ignore:Object at notes.txt")  # Zarr says so of any file that it does not know
 def test_foreign_files_inside_an_output_survive_overwrite(here: Job) -> None:
     predict(here)
     notes, labels = Path(here.output) / "notes.txt", Path(here.output) / "labels"

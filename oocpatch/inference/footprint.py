@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ SCRATCH = ("conv", "mm", "linear", "attention")
 """Operators whose kernels reorder their operands into buffers of their own, which no tensor shows."""
 
 
-class Footprint(TorchDispatchMode):
+class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
     """Counts the bytes of the tensors that live while it is active.
 
     Args:
@@ -31,7 +30,7 @@ class Footprint(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {t.untyped_storage().data_ptr() for t in known}
         self._live: dict[int, int] = {}
         self._bytes = 0
@@ -59,8 +58,3 @@ class Footprint(TorchDispatchMode):
 
     def _forget(self, pointer: int) -> None:
         self._bytes -= self._live.pop(pointer, 0)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)

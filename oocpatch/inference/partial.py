@@ -133,7 +133,7 @@ class Partial:
 
         Args:
             start: corner of the patch.
-            keep: the voxels of the patch to take: inside the volume, and for `crop` those the patch has the last word on.
+            keep: the voxels of the patch to take: inside the volume, and for `crop` those it has the last word on.
             values: the model's output, `(C, *patch_size)`.
         """
         for part, sums in self._ring.parts(keep):

@@ -1,7 +1,7 @@
 """The predictor: a batch function around the user's model, and the probe that learns what the model gives.
 
-One thread calls the model, with all of torch's threads; blocks add up, read and write beside it with one thread each. So
-a model need not be thread-safe, results do not depend on the number of workers, and cores are not fought over.
+One thread calls the model, with all of torch's threads; blocks add up, read and write beside it with one thread each.
+So a model need not be thread-safe, results do not depend on the number of workers, and cores are not fought over.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ class Predictor:
         """
         looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
-        before = inputs._version
+        before = version(inputs)
         result = self._run(inputs)
-        if inputs._version != before and not self.copies_input:
+        if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
         result = self._checked(result, inputs)
         for axis in looped:
@@ -140,7 +140,8 @@ class Predictor:
             result = result.to(torch.float32)
         if result.is_complex():
             raise ValueError(f"the model must return real numbers, got {result.dtype}")
-        return result.detach()
+        output: torch.Tensor = result.detach() if result.requires_grad else result
+        return output
 
     def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
         """Call the model once, with one patch of zeros, on its thread.
@@ -151,15 +152,15 @@ class Predictor:
         patch = torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device)
         known = list(_tensors(self.model))
         footprint = Footprint([patch, *known])
-        version = patch._version
+        before = version(patch)
 
         def call() -> torch.Tensor:
             with footprint:
                 return self(patch)
 
+        if self._thread is None:
+            raise RuntimeError("the predictor must be ready() before it is probed")
         try:
-            if self._thread is None:
-                raise RuntimeError("the predictor must be ready() before it is probed")
             output = self._thread.submit(call).result()
         except ValueError as error:
             if str(error).startswith("the model must return"):
@@ -167,7 +168,7 @@ class Predictor:
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
         except Exception as error:
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
-        writes = patch._version != version or not isinstance(self.model, torch.nn.Module)
+        writes = version(patch) != before or not isinstance(self.model, torch.nn.Module)
         extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
         aliased = output.untyped_storage().data_ptr() == patch.untyped_storage().data_ptr()
         return Probe(output, writes, aliased, max(footprint.peak, extra))
@@ -195,7 +196,7 @@ class Predictor:
         patch = torch.zeros((1, channels, *spatial), dtype=dtype, device=self.device)
         try:
             self._checked(self._run(patch), patch)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
             return False
         return True
 
@@ -209,6 +210,11 @@ def _tensors(model: Model) -> Iterator[torch.Tensor]:
     if isinstance(model, torch.nn.Module):
         yield from model.parameters()
         yield from model.buffers()
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return int(tensor._version)  # noqa: SLF001 - torch documents the counter, but has no public name for it
 
 
 def _parameter_dtype(model: Model) -> torch.dtype | None:

@@ -40,9 +40,7 @@ class Reader:
     ) -> None:
         self._volume = volume
         self._axis = axis
-        self._ring = Ring.of(
-            region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device
-        )
+        self._ring = Ring.of(region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device)
         self._pool = pool
         self._padding = padding_mode, fill
         self._at = region.start[axis]

@@ -1,7 +1,7 @@
 """Rings: a moving window of planes of a volume, in a buffer of fixed size.
 
-Along the swept axis, voxel `v` lies at `v % capacity`, so that planes that are done with make room for new ones and nothing
-is ever moved. A box that wraps around the end is seen as two parts.
+Along the swept axis, voxel `v` lies at `v % capacity`, so that planes that are done with make room for new ones and
+nothing is ever moved. A box that wraps around the end is seen as two parts.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ class Ring:
         axis: int,
         dtype: torch.dtype,
         device: str,
-        zeros: bool = False,
     ) -> Ring:
-        """A ring of the given capacity; of zeros, or of whatever was there."""
+        """A ring of zeros of the given capacity."""
         shape = list(region.shape)
         shape[axis] = min(capacity, shape[axis])
         return cls(buffer((channels, *shape), dtype, device), region, axis)

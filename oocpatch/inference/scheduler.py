@@ -1,8 +1,8 @@
 """The scheduler: runs the two stages over all blocks, in Dask's threads, and keeps the ledger.
 
-The driver, one thread, is the ledger's only writer. It keeps a bounded window of tasks submitted: first the blocks whose
-seams are all there (their partials can then be deleted), else the next block to predict. A block's partials are deleted
-only when everything that reads them is recorded, and the records are durable.
+The driver, one thread, is the ledger's only writer. It keeps a bounded window of tasks submitted: first the blocks
+whose seams are all there (their partials can then be deleted), else the next block to predict. A block's partials are
+deleted only when everything that reads them is recorded, and the records are durable.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import dask
 import tenacity
+from dask.delayed import delayed
 
 from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
 from oocpatch.inference.predictor import use_threads
@@ -55,7 +55,7 @@ def dask_threads(concurrency: int) -> Iterator[Submit]:
     ) as pool:
 
         def submit(function: Callable[..., Any], /, *args: Any) -> Future[Any]:
-            task = dask.delayed(function, pure=False, traverse=False)(*args)
+            task = delayed(function, pure=False, traverse=False)(*args)
             return pool.submit(task.compute, scheduler="synchronous", optimize_graph=False)
 
         yield submit
@@ -77,7 +77,7 @@ def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, tried again with exponential back-off while its faults are transient."""
     return tenacity.retry(
         retry=tenacity.retry_if_exception(transient),
-        wait=tenacity.wait_exponential_jitter(initial=0.2, max=5.0),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         reraise=True,
     )(function)
@@ -129,9 +129,7 @@ class Run:
                 while len(pending) < window and (task := self._next(upcoming)) is not None:
                     stage, index = task
                     future = (
-                        submit(predict, index)
-                        if stage == "predict"
-                        else submit(normalize, index, self._digests(index))
+                        submit(predict, index) if stage == "predict" else submit(normalize, index, self._digests(index))
                     )
                     pending[future] = task
                 if not pending:

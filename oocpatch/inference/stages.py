@@ -1,8 +1,8 @@
 """The two stages of a run: plain functions over block indices.
 
-`predict_block` sweeps a block: read the next layer, run the model batch by batch, add to the partial, let go of what is
-final. `normalize_block` finishes the part of a core that neighbours spill into. Both are idempotent: they write only what
-belongs to their block, whole write units, and may run twice, or halfway and again.
+`predict_block` sweeps a block: read the next layer, run the model batch by batch, add to the partial, let go of what
+is final. `normalize_block` finishes the part of a core that neighbours spill into. Both are idempotent: they write only
+what belongs to their block, whole write units, and may run twice, or halfway and again.
 """
 
 from __future__ import annotations
@@ -231,11 +231,15 @@ def _compute(job: Job, block: Block, partial: Partial, reader: Reader, batches: 
 
 
 def _batch(job: Job, reader: Reader, members: list[Ints]) -> torch.Tensor:
-    """The patches of a batch, `(B, C, *patch_size)`; a view of the reader's ring when there is one, unchanged, patch."""
+    """The patches of a batch, `(B, C, *patch_size)`: copies, or a view of the reader's ring where that will do."""
     patches = [reader.patch(_box(job.plan, index)) for index in members]
     if len(patches) > 1:
         return torch.stack(patches)
-    return patches[0][None].clone(memory_format=torch.contiguous_format) if job.predictor.copies_input else patches[0][None]
+    return (
+        patches[0][None].clone(memory_format=torch.contiguous_format)
+        if job.predictor.copies_input
+        else patches[0][None]
+    )
 
 
 def _box(plan: Plan, index: Ints) -> Box:

@@ -72,8 +72,8 @@ class Box:
         Box(start=(0, 2), stop=(4, 3))
         """
         return Box(
-            self.start[:axis] + (start,) + self.start[axis + 1 :],
-            self.stop[:axis] + (stop,) + self.stop[axis + 1 :],
+            (*self.start[:axis], start, *self.start[axis + 1 :]),
+            (*self.stop[:axis], stop, *self.stop[axis + 1 :]),
         )
 
     def split(self, step: Ints) -> Iterator[Box]:
@@ -82,9 +82,7 @@ class Box:
         >>> [b.start for b in Box((3,), (9,)).split((4,))]
         [(3,), (4,), (8,)]
         """
-        ranges = [
-            list(cut(a, b, s)) for a, b, s in zip(self.start, self.stop, step, strict=True)
-        ]
+        ranges = [list(cut(a, b, s)) for a, b, s in zip(self.start, self.stop, step, strict=True)]
         for spans in itertools.product(*ranges):
             yield Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
 

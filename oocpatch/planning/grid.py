@@ -1,7 +1,7 @@
 """The grid of patches: arithmetic, never a list.
 
-Per axis, patch starts are `0, stride, 2 * stride, ...` and a last one moved back so that it ends at the border; the grid
-is the product of its axes, in C order:
+Per axis, patch starts are `0, stride, 2 * stride, ...` and a last one moved back so that it ends at the border; the
+grid is the product of its axes, in C order:
 
 ```text
  volume      |-------------------------------------|

@@ -1,6 +1,6 @@
 """Projections: memory, disk and traffic of a run, from integers alone.
 
-What the projection promises the run keeps: every buffer of the stages is counted here, at the size it is allocated with.
+What the projection promises the run keeps: every buffer of the stages is counted, at the size it is allocated with.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from oocpatch.planning.blocks import BlockAxis, BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
-from oocpatch.planning.sweep import capacity, groups
+from oocpatch.planning.sweep import capacity
 
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
-
-CHUNK_COPIES = 5
-"""Copies of a chunk that a thread which reads or writes one holds: encoded, decoded, in place, and two in the heap's keep."""
 
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bookkeeping in the workspace: the plan and its metadata, a ledger record, a piece's metadata."""
@@ -149,7 +146,7 @@ def axis_totals(axis: BlockAxis, chunk: int) -> AxisTotals:
     if len(inner) > LOOKED_AT:
         period = math.lcm(axis.grid.stride, axis.size, chunk) // axis.size
         inner = range(1, 1 + max(1, min(period, LOOKED_AT)))
-    scale = (count - 2) / len(inner) if len(inner) else 0.0
+    scale = (count - 2) / len(inner) if inner else 0.0
     classes = [([0], 1.0), (list(inner), scale), ([count - 1] if count > 1 else [], 1.0)]
     decoded = halo = opened = 0.0
     spans = []
@@ -189,9 +186,7 @@ def layers_per_group(blocks: BlockGrid, totals: tuple[AxisTotals, ...], batch: i
     return max(1, -(-batch // max(1, per_layer)))
 
 
-def project(
-    blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, way: Way, concurrency: int
-) -> Projection:
+def project(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, way: Way, concurrency: int) -> Projection:
     """Memory, disk and traffic of a run with the given blocks.
 
     Args:
@@ -215,7 +210,7 @@ def project(
     shared = (
         ("batch", sizes.batch_bytes),
         ("window", 4 * math.prod(blocks.grid.patch_size)),
-        ("chunks", way.io_threads * CHUNK_COPIES * largest_unit),
+        ("chunks", _chunk_bytes(way.io_threads, largest_unit)),
         ("weights", 8 * sum(shape)),
     )
     swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
@@ -277,10 +272,16 @@ def _disk(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, store
     alive = min(blocks.num_blocks, distance + 1 + 2 * concurrency)
     reach = math.prod(max(s.reach for s in t.spans) for t in totals)
     closed = math.prod(min(s.closed for s in t.spans) for t in totals)
-    pieces = alive * PIECE_BYTES * (2 ** len(blocks.axes) + len(blocks.axes))
+    pieces = alive * PIECE_BYTES * ((1 << len(blocks.axes)) + len(blocks.axes))
     return min(stored, alive * (reach - closed) * sizes.sum_voxel) + pieces + bookkeeping
 
 
+def _chunk_bytes(threads: int, unit_bytes: int) -> int:
+    """Bytes of chunks on their way: encoded, decoded, in place and kept by the heap, for our threads and Zarr's own."""
+    return (threads + 3) * 4 * unit_bytes
+
+
 def io_threads(max_memory: int, unit_bytes: int) -> int:
-    """Threads for chunks: up to four, as long as the chunks they hold stay under a sixth of the limit."""
-    return max(1, min(4, max_memory // (6 * CHUNK_COPIES * max(1, unit_bytes))))
+    """Threads for chunks: up to four, as long as the chunks on their way stay under a quarter of the limit."""
+    fitting = (t for t in (4, 3, 2) if _chunk_bytes(t, unit_bytes) <= max_memory // 4)
+    return next(fitting, 1)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
@@ -46,7 +48,7 @@ class Head:
 class Plan:
     """All decisions of a run. `str(plan)` prints them, `plan.run()` carries them out.
 
-    Sizes are in voxels, one value per axis of `axes`: looped axes (time) first, with patches of 1, then the spatial ones.
+    Sizes are in voxels, one value per axis of `axes`: looped axes (time) first, with patches of 1, then the spatial.
 
     Attributes:
         parameters: the fingerprint: what was asked for, by the names of the parameters of `predict`.
@@ -196,24 +198,22 @@ class Plan:
 
         spatial, loops = slice(-self.spatial, None), self.axes[: -self.spatial]
         looped = f", looped over {', '.join(loops)}" if loops else ""
-        rows = [
-            ("volume", f"{size(self.shape)} {''.join(a[0] for a in self.axes)}, {self.in_channels} channel(s), "
-             f"{self.in_dtype}, {human(self._voxels * self.in_channels * _itemsize(self.in_dtype))}{looped}"),
-            ("patches", f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap "
-             f"{size(self.patch_overlap[spatial])}, {self.overlap_mode}, batches of {self.batch_size}"),
-            ("blocks", f"{self.blocks:,} of {size(self.block_shape)}, swept along {self.axes[self.sweep]}, "
-             f"{self.concurrency} at a time"),
-            ("output", f"{self.head.out_channels} channel(s), {self.head.out_dtype}, chunks {size(self.chunks)}"),
-            ("memory", f"{human(self.projected_memory)} at most ("
-             + ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n) + ")"),
-            ("disk", f"workspace {human(self.projected_disk)} at most"),
-            ("traffic", f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}"),
-        ]
-        return "\n".join(f"{name:<8} {text}" for name, text in rows)
-
-    @property
-    def _voxels(self) -> int:
-        return math.prod(self.shape)
+        volume = human(math.prod(self.shape) * self.in_channels * np.dtype(self.in_dtype).itemsize)
+        names = "".join(a[0] for a in self.axes)
+        parts = ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n)
+        patches = f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap {size(self.patch_overlap[spatial])}"
+        swept = f"swept along {self.axes[self.sweep]}, {self.concurrency} at a time"
+        head = self.head
+        rows = {
+            "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
+            "patches": f"{patches}, {self.overlap_mode}, batches of {self.batch_size}",
+            "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
+            "output": f"{head.out_channels} channel(s), {head.out_dtype}, chunks {size(self.chunks)}",
+            "memory": f"{human(self.projected_memory)} at most ({parts})",
+            "disk": f"workspace {human(self.projected_disk)} at most",
+            "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
+        }
+        return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
 
 
 def differences(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -244,12 +244,6 @@ def human(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError
-
-
-def _itemsize(dtype: str) -> int:
-    import numpy as np
-
-    return np.dtype(dtype).itemsize
 
 
 def _tuples(value: Any) -> Any:

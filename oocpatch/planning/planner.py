@@ -24,7 +24,7 @@ WORK = 1 << 30
 """Voxels of patches a block should not exceed: what a crash costs, about ten seconds on a GPU, minutes on a CPU."""
 
 NOMINAL = (2, 1)
-"""Concurrency that block shapes are chosen for: one task's ends overlap with the other's middle; one, when memory is short."""
+"""Concurrency that block shapes are chosen for: one task's ends overlap with the other's middle; one if need be."""
 
 UNHURRIED = 1.3
 """Penalty for tasks that do not read ahead and write behind."""
@@ -127,7 +127,7 @@ def _candidates(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop: 
 
 
 def _core_lengths(axis: GridAxis, unit: int, few: int) -> list[int]:
-    """Core lengths worth looking at: the whole axis, and multiples of the unit, those on the stride's multiples first."""
+    """Core lengths worth looking at: the whole axis, and multiples of the unit, those of the stride first."""
     longest = core_length(axis, axis.length, unit)
     shortest = core_length(axis, 1, unit)
     found = {longest, shortest}
@@ -157,9 +157,7 @@ def _cost(blocks: BlockGrid, projection: Projection, grid: PatchGrid, concurrenc
     return cost + 20_000.0 * blocks.num_blocks  # what a task costs besides its bytes
 
 
-def _refusal(
-    smallest: Projection | None, leanest: Projection | None, max_memory: int, max_disk: int | None
-) -> str:
+def _refusal(smallest: Projection | None, leanest: Projection | None, max_memory: int, max_disk: int | None) -> str:
     if leanest is not None and max_disk is not None:
         return (
             f"the workspace needs {human(leanest.disk)} of disk but max_disk is {human(max_disk)}; "

@@ -68,9 +68,10 @@ def _acquire(path: Path, output: str) -> str:
         for _ in range(100):
             try:
                 os.link(aside, path)
-                return token
             except FileExistsError:
                 _clear_stale(path, output)
+            else:
+                return token
     finally:
         aside.unlink(missing_ok=True)
     raise OutputBusy(f"{output} could not be locked: {path} keeps coming back")
@@ -83,7 +84,7 @@ def _clear_stale(path: Path, output: str) -> None:
     # Renaming is atomic: of two runs that find a stale lock one gets it, and the other sees a lock that is alive.
     away = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
-        os.rename(path, away)
+        path.rename(away)
         away.unlink()
 
 

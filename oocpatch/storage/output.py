@@ -1,15 +1,16 @@
 """The output: an ordinary Zarr v3 group with one array per head and its coordinates, that xarray opens.
 
-The group's attribute `oocpatch` says which run wrote it, with which parameters, and whether it is complete. Only what it
-lists is ever replaced.
+The group's attribute `oocpatch` says which run wrote it, with which parameters, and whether it is complete. Only what
+it lists is ever replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zarr.storage import LocalStore
 from oocpatch.errors import OutputExists
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.files import write_atomically
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -62,7 +64,7 @@ def inspect_output(path: Path) -> OutputRecord | None:
         return None  # an empty directory, or one whose first file a crash kept from its name
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
-        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=3)
+        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=3, use_consolidated=False)
         record = group.attrs[ATTRIBUTE]
         assert isinstance(record, dict)
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
@@ -75,14 +77,16 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     head = plan.head
     coords = _coords(plan, volume)
     arrays = (head.name, *coords)
-    record = OutputRecord(plan.run_id, False, json.loads(json.dumps(plan.parameters, default=list)), str(workspace), arrays, {})
+    record = OutputRecord(
+        plan.run_id, False, json.loads(json.dumps(plan.parameters, default=list)), str(workspace), arrays, {}
+    )
     store = LocalStore(path)
     if previous is not None:
-        group = zarr.open_group(store, mode="r+")
+        group = zarr.open_group(store, mode="r+", use_consolidated=False)
         for name in previous.arrays:
             with contextlib.suppress(KeyError):
                 del group[name]
-        _update(group, record)
+        _rewrite(path, record)
     else:
         zarr.create_group(store, attributes={ATTRIBUTE: _plain(record)}, overwrite=False)
     if coords:
@@ -154,16 +158,24 @@ class Output:
             self._array[(slice(None), *box.slices())] = values
 
     def complete(self, details: Mapping[str, Any]) -> None:
-        """Record success in the group's attributes."""
-        group = zarr.open_group(LocalStore(self.path), mode="r+")
+        """Record success in the group's attributes, and consolidate its metadata for xarray."""
         record = inspect_output(self.path)
         assert record is not None
-        done = OutputRecord(record.run_id, True, record.parameters, record.workspace, record.arrays, dict(details))
-        _update(group, done)
+        with warnings.catch_warnings():
+            # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
+            warnings.simplefilter("ignore", UserWarning)
+            zarr.consolidate_metadata(LocalStore(self.path))
+        _rewrite(self.path, replace(record, complete=True, details=dict(details)), consolidated=True)
 
 
-def _update(group: zarr.Group, record: OutputRecord) -> None:
-    group.update_attributes({ATTRIBUTE: _plain(record)})
+def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
+    """Put a record into the group's metadata, in one atomic step."""
+    file = path / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
+    if not consolidated:
+        metadata.pop("consolidated_metadata", None)
+    write_atomically(file, json.dumps(metadata, indent=2))
 
 
 def _plain(record: OutputRecord) -> dict[str, Any]:
@@ -173,7 +185,8 @@ def _plain(record: OutputRecord) -> dict[str, Any]:
 
 def open_result(path: Path, name: str) -> xarray.DataArray:
     """The output as a lazy `xarray.DataArray`, backed by the Zarr at `path`."""
-    return xarray.open_zarr(path, consolidated=False)[name]
+    result: xarray.DataArray = xarray.open_zarr(path)[name]
+    return result
 
 
 DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
@@ -185,7 +198,9 @@ def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
     """Chunks for an output: the volume's when they are reasonable, else 64^3, 512^2 and the like."""
     chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
     size = out_itemsize * int(np.prod(chunks, dtype=object))
-    if volume.source.chunked and (CHUNK_BYTES[0] <= size <= CHUNK_BYTES[1] or chunks == volume.shape and size <= CHUNK_BYTES[1]):
+    if volume.source.chunked and (
+        CHUNK_BYTES[0] <= size <= CHUNK_BYTES[1] or (chunks == volume.shape and size <= CHUNK_BYTES[1])
+    ):
         return chunks
     looped = len(volume.shape) - volume.spatial_ndim
     side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)

@@ -111,7 +111,7 @@ def _line(error: Exception) -> str:
 
 def _from_group(group: zarr.Group, address: str) -> Source:
     """The first level of an OME-Zarr, else the only array that is not a coordinate."""
-    attributes = dict(group.attrs)
+    attributes: dict[str, Any] = dict(group.attrs)
     ome = attributes.get("ome", attributes)
     if isinstance(ome, Mapping) and ome.get("multiscales"):
         return _from_ome(group, ome["multiscales"][0], address)
@@ -154,7 +154,7 @@ def _from_ome(group: zarr.Group, multiscale: Mapping[str, Any], address: str) ->
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
-    names = getattr(array.metadata, "dimension_names", None)
+    names: Any = getattr(array.metadata, "dimension_names", None)
     names = names or array.attrs.asdict().get("_ARRAY_DIMENSIONS")
     return tuple(names) if names else None
 
@@ -246,7 +246,7 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
 def _content(array: npt.NDArray[Any]) -> Any:
     """A digest of an array in memory; a memory map is on disk, and known by its file."""
     if isinstance(array, np.memmap) and array.filename is not None:
-        status = os.stat(array.filename)
+        status = Path(array.filename).stat()
         return [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
     crc = 0
     for part in array:  # one slice at a time: a copy of a non-contiguous array would double its memory

@@ -119,9 +119,7 @@ class Volume:
             return
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        spans = [
-            list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)
-        ]
+        spans = [list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)]
         for parts in itertools.product(*spans):
             target = out[(slice(None), *(slice(a - o, b - o) for (a, b), o in zip(parts, box.start, strict=True)))]
             outside = [a < 0 or b > n for (a, b), n in zip(parts, self.shape, strict=True)]

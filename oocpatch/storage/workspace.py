@@ -11,16 +11,15 @@
         seam-<offset>    sums over the halo, for one neighbour
 ```
 
-Every piece is stored at its true width and written by one task, whole chunks at a time, uncompressed: partial sums hardly
-compress. The CRCs of all chunks go into the block's manifest, and the manifest's own CRC into the ledger. So the workspace
-needs no fsync: a lost, torn, flipped, swapped or stale partial is found before it is used.
+Every piece is stored at its true width and written by one task, whole chunks at a time, uncompressed: partial sums
+hardly compress. The CRCs of all chunks go into the block's manifest, and the manifest's own CRC into the ledger. So the
+workspace needs no fsync: a lost, torn, flipped, swapped or stale partial is found before it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -37,9 +36,13 @@ from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.checksum import checksum, text_checksum
+from oocpatch.storage.files import write_atomically
 from oocpatch.storage.ledger import Ledger, Progress
 
 Array = npt.NDArray[Any]
+
+WRITE_ALL: Any = {"write_empty_chunks": True}
+"""Looking whether a chunk is all NaN takes zarr three copies of it."""
 
 
 class Workspace:
@@ -86,7 +89,7 @@ class Workspace:
         """Write the weights of the full grid; the same bytes whenever it is called."""
         for name, axis in zip(self.plan.axes, self.plan.grid.axes, strict=True):
             values = axis_weights(self.plan.overlap_mode, axis)
-            array = self._array(f"weights/{name}", values.shape, values.shape, "float64")
+            array = self.array(f"weights/{name}", values.shape, values.shape, "float64")
             array[:] = values
 
     def weights(self) -> list[npt.NDArray[np.float64]]:
@@ -118,17 +121,25 @@ class Workspace:
     def _store(self) -> LocalStore:
         return LocalStore(self.root)
 
-    def _array(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+    def array(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
         """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
         store = self._store()
         # NaN fill: a chunk that was never written must not look like a zero sum.
         fill = np.nan if np.dtype(dtype).kind == "f" else 0
         try:
             return zarr.create_array(
-                store, name=name, shape=shape, chunks=chunks, dtype=dtype, fill_value=fill, compressors=None, filters=None
+                store,
+                name=name,
+                shape=shape,
+                chunks=chunks,
+                dtype=dtype,
+                fill_value=fill,
+                compressors=None,
+                filters=None,
+                config=WRITE_ALL,
             )
         except zarr.errors.ContainsArrayError:
-            return zarr.open_array(store, path=name, mode="r+")
+            return zarr.open_array(store, path=name, mode="r+", config=WRITE_ALL)
 
 
 def remove_workspace(root: Path) -> None:
@@ -174,7 +185,7 @@ class PartialWriter:
         blocks = self._workspace.plan.block_grid
         first = next(iter(blocks.steps(box)))
         name = f"blocks/{self._block}/{piece}"
-        return self._workspace._array(name, (channels, *box.shape), (channels, *first.shape), str(dtype))
+        return self._workspace.array(name, (channels, *box.shape), (channels, *first.shape), str(dtype))
 
     def close(self) -> int:
         """Write the manifest; the block's digest for the ledger."""
@@ -223,13 +234,3 @@ class PartialReader:
 def step_key(box: Box, part: Box) -> str:
     """Name of a step within its piece: where it starts."""
     return ",".join(str(a - b) for a, b in zip(part.start, box.start, strict=True))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
