@@ -121,17 +121,30 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
     return address.absolute()
 
 
-def apart(volume: Volume, output: Path) -> None:
-    """Refuse an output that is, holds or lies in the volume.
+def apart(name: str, path: Path, volume: Volume) -> None:
+    """Refuse a place to write that is, holds or lies in the volume.
 
     Raises:
         ValueError: in that case.
     """
-    location, target = volume.source.location, output.resolve()
+    location, target = volume.source.location, path.resolve()
     if location is None:
         return
     if location == target or target in location.parents or location in target.parents:
-        raise ValueError(f"output must not be, hold or lie in the volume, got {output} for the volume at {location}")
+        raise ValueError(f"{name} must not be, hold or lie in the volume, got {path} for the volume at {location}")
+
+
+def writable(name: str, path: Path) -> None:
+    """Refuse a place where nothing can be written, before anything is.
+
+    Raises:
+        ValueError: in that case.
+    """
+    found = next(p for p in path.parents if p.exists())
+    if not found.is_dir():
+        raise ValueError(f"{name} must be in a directory, got {path}, where {found} is a file")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must be in a directory that can be written to, got {path}, where {found} cannot")
 
 
 def dtype(name: str, value: Any) -> str | None:
@@ -159,27 +172,22 @@ def postprocess(value: str | Callable[..., Any] | None) -> Callable[..., Any] | 
     return POSTPROCESSES[value]
 
 
-def units(chunks: Ints, shards: Ints | None) -> Ints:
-    """The output's write unit: the shard if there is one, else the chunk.
-
-    Raises:
-        ValueError: when a shard is not a multiple of a chunk.
-    """
-    if shards is None:
-        return chunks
-    if any(s % c for s, c in zip(shards, chunks, strict=True)):
-        raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
-    return shards
-
-
 def clipped(chunks: Ints, shape: Ints) -> Ints:
     """Chunks that are not longer than the volume."""
     return tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
 
 
-def shard_clipped(shards: Ints, chunks: Ints, shape: Ints) -> Ints:
-    """Shards that are not longer than the volume needs."""
-    return tuple(min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
+def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
+    """The output's write unit: the shard if there is one, else the chunk, neither longer than the volume needs.
+
+    Raises:
+        ValueError: when a shard is not a multiple of a chunk.
+    """
+    if shards is None:
+        return clipped(chunks, shape)
+    if any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
+    return tuple(n if c >= n else min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
 
 
 def number(name: str, value: float) -> float:
@@ -187,6 +195,16 @@ def number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value if isinstance(value, int) else float(value)
+
+
+def not_yet(name: str, value: object) -> None:
+    """Refuse an argument of the contract that this version does not offer.
+
+    Raises:
+        ValueError: when it is given.
+    """
+    if value is not None:
+        raise ValueError(f"{name} must be None in this version, got {type(value).__name__}")
 
 
 def plain(value: float) -> float | str:

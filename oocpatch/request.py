@@ -23,7 +23,7 @@ from oocpatch.inference.stages import torch_dtype
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.planning.memory import Sizes
+from oocpatch.planning.memory import Sizes, chunk_bytes
 from oocpatch.planning.plan import Head, Plan, differences, human
 from oocpatch.planning.planner import choose
 from oocpatch.storage.output import default_chunks
@@ -128,6 +128,9 @@ def make_request(
     block_shape: int | Sequence[int] | None,
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
+    mask: None,
+    client: None,
+    output_format: str,
 ) -> Request:
     """Check the arguments of `predict`.
 
@@ -137,7 +140,12 @@ def make_request(
     target = door.local_path("output", output)
     place = door.local_path("workspace", workspace) if workspace is not None else beside(target, "")
     data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes)
-    door.apart(data, target)
+    for name, path in (("output", target), ("workspace", place)):
+        door.apart(name, path, data)
+        door.writable(name, path)
+    door.not_yet("mask", mask)
+    door.not_yet("client", client)
+    door.one_of("output_format", output_format, ("auto", "zarr"))
     if isinstance(model, str):
         model = load_model(model)
     if not callable(model):
@@ -224,13 +232,18 @@ def make_plan(request: Request) -> Plan:
             f"one patch of {request.patch_size[request.looped :]} needs {human(patch_bytes)} but max_memory is "
             f"{human(request.max_memory)}; lower patch_size or raise max_memory"
         )
+    if chunk_bytes(1, volume.chunk_bytes) > request.max_memory:
+        raise PlanTooLarge(
+            f"reading one chunk of the volume ({volume.chunks} voxels, {human(volume.chunk_bytes)}) needs "
+            f"{human(chunk_bytes(1, volume.chunk_bytes))} but max_memory is {human(request.max_memory)}; "
+            "raise max_memory, or store the volume in smaller chunks"
+        )
     threads = torch.get_num_threads()
     predictor = request.predictor(torch_threads=threads)
     with predictor.ready():
         probe = predictor.probe(volume.channels, request.patch_size, torch_dtype(str(volume.dtype)))
     head = _head(request, probe)
-    chunks = _chunks(request, head)
-    unit = _unit(request, chunks)
+    chunks, unit = _chunks(request, head)
     sizes = _sizes(request, head, probe, unit)
     grid = PatchGrid.of(
         volume.shape, request.patch_size, request.patch_overlap, padded=options["padding_mode"] is not None
@@ -342,25 +355,16 @@ def _postprocessed(request: Request, values: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _chunks(request: Request, head: Head) -> Ints:
-    volume = request.volume
-    asked = request.options["output_chunks"]
+def _chunks(request: Request, head: Head) -> tuple[Ints, Ints]:
+    """The output's chunks and its write unit, in voxels per axis."""
+    volume, looped = request.volume, request.looped
     default = default_chunks(volume, np.dtype(head.out_dtype).itemsize)
-    if asked is None:
-        shards = request.options["output_shards"]
-        if shards is not None and any(s % c for s, c in zip(shards, default[request.looped :], strict=True)):
-            return (*default[: request.looped], *door.clipped(shards, volume.shape[request.looped :]))
-        return default
-    return (*default[: request.looped], *door.clipped(asked, volume.shape[request.looped :]))
-
-
-def _unit(request: Request, chunks: Ints) -> Ints:
-    shards = request.options["output_shards"]
-    if shards is None:
-        return chunks
-    inner = chunks[request.looped :]
-    shape = request.volume.shape[request.looped :]
-    return (*chunks[: request.looped], *door.shard_clipped(door.units(inner, shards), inner, shape))
+    shape, shards = volume.shape[looped:], request.options["output_shards"]
+    chunks: Ints = request.options["output_chunks"] or default[looped:]
+    if request.options["output_chunks"] is None and shards is not None:
+        chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
+    unit = door.write_unit(chunks, shards, shape)
+    return (*default[:looped], *door.clipped(chunks, shape)), (*default[:looped], *unit)
 
 
 def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:

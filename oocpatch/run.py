@@ -65,6 +65,9 @@ def predict(
     block_shape: int | Sequence[int] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
+    mask: None = None,
+    client: None = None,
+    output_format: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -101,6 +104,9 @@ def predict(
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
         workspace: directory for what is kept until the run is done; default: beside the output.
         workers: blocks to work on at a time.
+        mask: not offered in this version; None.
+        client: not offered in this version; None.
+        output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.

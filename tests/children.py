@@ -35,6 +35,8 @@ class Children:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
         )
         self._alive: set[int] = set()
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline().strip() == "ready"
 
     def __enter__(self) -> Self:
         return self

@@ -168,7 +168,7 @@ def perform(job: Job) -> NoReturn:
         # The signal would kill; ignored, the write fails with an error as it does on a full disk.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_size_limit, resource.RLIM_INFINITY))
-    code, error, message = 0, "", ""
+    code, error, message, trace = 0, "", "", ""
     try:
         # JSON knows no tuples.
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()}
@@ -176,9 +176,9 @@ def perform(job: Job) -> NoReturn:
     except KeyboardInterrupt:
         code, error = INTERRUPTED, "KeyboardInterrupt"
     except Exception as problem:  # noqa: BLE001 - the parent judges which errors are right
-        code, error, message = 1, type(problem).__name__, str(problem)
-        traceback.print_exc()
+        code, error, message, trace = 1, type(problem).__name__, str(problem), traceback.format_exc()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    sys.stderr.write(trace)
     Path(job.report).write_text(json.dumps(vars(Report(error, message, counter.changes))))
     sys.stderr.flush()
     os._exit(code)
@@ -204,8 +204,13 @@ def import_what_a_run_imports() -> None:
 
 
 def serve() -> None:
-    """Read `start <job>` and `wait <pid> <seconds>` lines; answer with a pid, with an exit code, or with `running`."""
+    """Say `ready`, then answer each line of stdin: `start <job>` with a pid, `wait <pid> <seconds>` with an exit code.
+
+    A child that has not ended in time is `running`.
+    """
     import_what_a_run_imports()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         verb, _, rest = line.partition(" ")
         if verb == "start":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import sys
@@ -139,14 +140,14 @@ def children() -> Iterator[Children]:
 def test_a_full_disk_fails_with_one_message_and_the_run_continues_when_there_is_room(
     limit: int, children: Children, tmp_path: Path
 ) -> None:
-    make_volume(tmp_path / "volume.zarr", (32, 32), (16, 16))
+    make_volume(tmp_path / "volume.zarr", (64, 64), (16, 16))
     (tmp_path / "run").mkdir()
     job = Job(
         volume=str(tmp_path / "volume.zarr"),
         output=str(tmp_path / "run" / "out"),
-        log=str(tmp_path / "calls"),
+        log=os.devnull,
         report=str(tmp_path / "report"),
-        options={"patch_size": 8, "patch_overlap": 4, "block_shape": 16, "output_chunks": 16, "workers": 1},
+        options={"patch_size": 8, "patch_overlap": 4, "block_shape": 32, "output_chunks": 32, "workers": 1},
     )
     assert children.run(job) == 0
     expected = file_digests(Path(job.output) / "prediction")

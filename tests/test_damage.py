@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,9 +101,13 @@ def test_damage_in_the_workspace_is_repaired_or_reported(damage: Damage, childre
     snapshot = interrupted(children, job)
     generator = random.Random(7)
     workspace = Path(job.output + ".oocpatch")
-    names = [path.relative_to(workspace) for path in sorted(workspace.rglob("*")) if path.is_file()]
-    assert len(names) > 10, "plan, ledger, and partials of most of the 16 blocks"
-    sample = names if len(names) <= 24 else sorted({*names[:4], *names[-4:], *generator.sample(names, 16)})
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(workspace.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(workspace)
+            kinds.setdefault(re.sub(r"\d+", "#", "/".join(name.parts[1:])), []).append(name)
+    assert len(kinds) > 6, "plan, ledger, and data and metadata of partials"
+    sample = [generator.choice(names) for names in kinds.values()]
     wrong = {}
     for name in sample:
         restore(job, snapshot)

@@ -37,7 +37,7 @@ def _floors() -> dict[str, Floor]:
     door = compute | feed | {"door"}
     request = door | {"request"}
     run = request | {"run"}
-    public = run | {"check"}
+    public = run | {"checking"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -53,7 +53,7 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_device),
         "request": Floor(request, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
-        "check": Floor(above, on_device),
+        "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),

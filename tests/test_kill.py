@@ -110,7 +110,9 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
     assert changes > 10, "the output alone has five files, each made and renamed"
     for number in range(changes):
         dying = fresh(tiny, die_before=number)
-        assert children.run(dying) == DIED
+        died = children.run(dying) == DIED
+        # Threads race for making directories, so that a run may have a change less than another.
+        assert died or report(dying).changes <= number
         assert children.run(tiny) == 0, f"after change {number}: {report(tiny).message}"
         assert prediction(tiny) == expected, f"after change {number}"
         assert not list(Path(tiny.watch).glob("out?*")), f"something was left behind after change {number}"
@@ -131,7 +133,8 @@ def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_byte
     for number in range(changes):
         fresh(tiny)
         shutil.copytree(snapshot, tiny.watch, dirs_exist_ok=True)
-        assert children.run(dataclasses.replace(tiny, die_before=number)) == DIED
+        dying = dataclasses.replace(tiny, die_before=number)
+        assert children.run(dying) == DIED or report(dying).changes <= number
         assert children.run(tiny) == 0, f"after change {number}: {report(tiny).message}"
         assert prediction(tiny) == expected, f"after change {number}"
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from oocpatch.planning.memory import KEPT_BY_HEAP
+
 SMALL = 1 << 20
 """Bytes below which a mapping of its own is not worth its pages."""
 
@@ -44,6 +46,6 @@ def lean_heap() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, 2 << 20)
+        mallopt(MMAP_THRESHOLD, KEPT_BY_HEAP)
         mallopt(TRIM_THRESHOLD, 4 << 20)
         mallopt(ARENA_MAX, 2)

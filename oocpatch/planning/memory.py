@@ -17,6 +17,9 @@ from oocpatch.planning.sweep import capacity
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
 
+KEPT_BY_HEAP = 2 << 20
+"""Larger allocations are mapped, and go back to the system when they are freed; see `inference.buffers`."""
+
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bookkeeping in the workspace: the plan and its metadata, a ledger record, a piece's metadata."""
 
@@ -210,7 +213,7 @@ def project(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, way
     shared = (
         ("batch", sizes.batch_bytes),
         ("window", 4 * math.prod(blocks.grid.patch_size)),
-        ("chunks", _chunk_bytes(way.io_threads, largest_unit)),
+        ("chunks", chunk_bytes(way.io_threads, largest_unit)),
         ("weights", 8 * sum(shape)),
     )
     swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
@@ -255,7 +258,7 @@ def _task_parts(
 def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: Sizes) -> int:
     """Voxels decoded along the swept axis when every layer reads just what it needs: chunks it shares come twice."""
     axis, chunk = blocks.axes[blocks.sweep].grid, sizes.in_chunk[blocks.sweep]
-    period = min(math.lcm(axis.stride, chunk) // axis.stride, 4096)
+    period = min(math.lcm(axis.stride, chunk) // axis.stride, LOOKED_AT)
     spans = [chunk_span(s, s + axis.stride, chunk, axis.length) for s in range(0, period * axis.stride, axis.stride)]
     return max(totals.decoded, round(sum(spans) / len(spans) * axis.count))
 
@@ -276,12 +279,12 @@ def _disk(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, store
     return min(stored, alive * (reach - closed) * sizes.sum_voxel) + pieces + bookkeeping
 
 
-def _chunk_bytes(threads: int, unit_bytes: int) -> int:
-    """Bytes of chunks on their way: encoded, decoded, in place and kept by the heap, for our threads and Zarr's own."""
-    return (threads + 3) * 4 * unit_bytes
+def chunk_bytes(threads: int, unit_bytes: int) -> int:
+    """Bytes of chunks on their way: encoded, decoded and in place in each thread; and what the heap keeps."""
+    return threads * 3 * unit_bytes + (threads + 12) * min(unit_bytes, KEPT_BY_HEAP)
 
 
 def io_threads(max_memory: int, unit_bytes: int) -> int:
     """Threads for chunks: up to four, as long as the chunks on their way stay under a quarter of the limit."""
-    fitting = (t for t in (4, 3, 2) if _chunk_bytes(t, unit_bytes) <= max_memory // 4)
+    fitting = (t for t in (4, 3, 2) if chunk_bytes(t, unit_bytes) <= max_memory // 4)
     return next(fitting, 1)

@@ -16,6 +16,7 @@ class Axes:
 
     Attributes:
         names: one name per axis of the array, in its order.
+        roles: one name per axis that tells its role, where `names` does not; default: `names`.
 
     >>> axes = Axes(("t", "y", "x", "c"))
     >>> axes.channel, axes.looped, axes.spatial
@@ -23,30 +24,32 @@ class Axes:
     """
 
     names: tuple[str, ...]
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(set(self.names)) != len(self.names):
-            raise ValueError(f"axes must have different names, got {self.names}")
-        channels = [n for n in self.names if n.lower() in CHANNEL_NAMES]
-        if len(channels) > 1:
-            raise ValueError(f"axes must have at most one channel axis, got {self.names}")
+        object.__setattr__(self, "roles", tuple(n.lower() for n in self.roles or self.names))
+        told = f"got {''.join(self.names) if all(len(n) == 1 for n in self.names) else self.names!r}"
+        if len(set(self.roles)) != len(self.roles) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"axes must have different names, {told}")
+        if sum(n in CHANNEL_NAMES for n in self.roles) > 1:
+            raise ValueError(f"axes must have at most one channel axis, {told}")
         if not self.spatial:
-            raise ValueError(f"axes must have at least one spatial axis, got {self.names}")
+            raise ValueError(f"axes must have at least one spatial axis, {told}")
 
     @property
     def channel(self) -> int | None:
         """Position of the channel axis."""
-        return next((i for i, n in enumerate(self.names) if n.lower() in CHANNEL_NAMES), None)
+        return next((i for i, n in enumerate(self.roles) if n in CHANNEL_NAMES), None)
 
     @property
     def looped(self) -> tuple[int, ...]:
         """Positions of the axes that are looped over, such as time."""
-        return tuple(i for i, n in enumerate(self.names) if n.lower() in LOOP_NAMES)
+        return tuple(i for i, n in enumerate(self.roles) if n in LOOP_NAMES)
 
     @property
     def spatial(self) -> tuple[int, ...]:
         """Positions of the spatial axes."""
-        return tuple(i for i, n in enumerate(self.names) if n.lower() not in CHANNEL_NAMES | LOOP_NAMES)
+        return tuple(i for i, n in enumerate(self.roles) if n not in CHANNEL_NAMES | LOOP_NAMES)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -55,21 +58,29 @@ class Axes:
 
 
 def resolve_axes(axes: str | Sequence[str] | None, names: Sequence[str | None] | None, ndim: int) -> Axes:
-    """The axes of an array: as asked for, else by its dimension names, else by its number of axes.
+    """The axes of an array: roles as asked for, else by dimension names, else by the number of axes.
+
+    Dimensions that have names keep them.
 
     Raises:
         ValueError: when the axes asked for do not fit, or there is no default.
 
     >>> resolve_axes("yxc", None, 3).names
     ('y', 'x', 'c')
+    >>> resolve_axes("cyx", ("stain", "height", "width"), 3).names
+    ('stain', 'height', 'width')
     """
-    if axes is not None:
-        wanted = tuple(axes)
-        if len(wanted) != ndim:
-            raise ValueError(f"axes must name each of the {ndim} axes of the volume, got {axes!r}")
-        return Axes(wanted)
+    own = None
     if names is not None and all(names) and not all(str(n).startswith("dim_") for n in names):
-        return Axes(tuple(str(n) for n in names))
+        own = tuple(str(n) for n in names)
+    if axes is not None:
+        roles = tuple(str(n) for n in axes)
+        if len(roles) != ndim:
+            raise ValueError(f"axes must name each of the {ndim} axes of the volume, got {axes!r}")
+        Axes(roles)  # refuses roles that do not fit, in the user's own words
+        return Axes(own or roles, roles)
+    if own is not None:
+        return Axes(own)
     if ndim not in DEFAULTS:
         raise ValueError(f"axes must be given for a volume of {ndim} axes (for example axes='tczyx')")
     return Axes(tuple(DEFAULTS[ndim]))

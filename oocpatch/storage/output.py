@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 import zarr
+from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists
@@ -90,7 +91,10 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     else:
         zarr.create_group(store, attributes={ATTRIBUTE: _plain(record)}, overwrite=False)
     if coords:
-        xarray.Dataset(coords=coords).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+        with warnings.catch_warnings():
+            # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
+            warnings.simplefilter("ignore", UnstableSpecificationWarning)
+            xarray.Dataset(coords=coords).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
     ones = tuple(1 for _ in channels)

@@ -46,10 +46,13 @@ class Volume:
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
+        told = f" for {data.location}" if data.location is not None else ""
         if self.dtype.kind not in "buif":
-            raise ValueError(f"the volume must hold booleans, integers or floats, got dtype {data.dtype}")
-        if 0 in data.shape:
-            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}")
+            raise ValueError(f"the volume must hold booleans, integers or floats, got dtype {data.dtype}{told}")
+        if any(n < 1 for n in data.shape):
+            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}{told}")
+        if any(n < 1 for n in data.chunks):
+            raise ValueError(f"the volume's chunks must have at least one voxel, got {data.chunks}{told}")
 
     @property
     def channels(self) -> int:
