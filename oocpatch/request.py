@@ -26,7 +26,7 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.memory import Sizes, chunk_bytes
 from oocpatch.planning.plan import Head, Plan, differences, human
 from oocpatch.planning.planner import choose
-from oocpatch.storage.output import default_chunks
+from oocpatch.storage.output import OutputRecord, default_chunks
 from oocpatch.storage.volume import Volume
 
 HEAD_NAME = "prediction"
@@ -75,17 +75,17 @@ class Request:
             torch_threads=torch_threads,
         )
 
-    def refuse_other_run(self, stored: Mapping[str, Any], plan: Plan | None) -> None:
+    def refuse_other_run(self, record: OutputRecord) -> None:
         """Refuse to go on with a run that was started with other arguments.
 
         Raises:
             RunMismatch: naming each parameter that differs.
         """
-        found = differences(self.parameters, stored)
-        if plan is not None and self.block_shape is not None:
-            asked = plan_blocks_of(plan, self.block_shape)
-            if asked != plan.block_shape:
-                found["block_shape"] = (list(asked), list(plan.block_shape))
+        found = differences(self.parameters, record.parameters)
+        if not found and self.block_shape is not None:
+            asked, there = self._blocks(tuple(record.details["unit"])), record.details["block_shape"]
+            if list(asked) != list(there):
+                found["block_shape"] = (list(asked), list(there))
         if found:
             told = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (new, old) in found.items())
             raise RunMismatch(
@@ -94,13 +94,17 @@ class Request:
                 tuple(found),
             )
 
+    @property
+    def grid(self) -> PatchGrid:
+        padded = self.options["padding_mode"] is not None
+        return PatchGrid.of(self.volume.shape, self.patch_size, self.patch_overlap, padded=padded)
 
-def plan_blocks_of(plan: Plan, block_shape: Ints) -> Ints:
-    """The block shape that a plan would have had for the one asked for."""
-    looped = len(plan.axes) - plan.spatial
-    core = (*plan.unit[:looped], *block_shape)
-    grid = BlockGrid.of(plan.grid, core, plan.unit, plan.sweep, crop=plan.overlap_mode == "crop")
-    return grid.core_shape[looped:]
+    def _blocks(self, unit: Ints) -> Ints:
+        """The block shape asked for, as the planner would round it."""
+        assert self.block_shape is not None
+        core = (*unit[: self.looped], *self.block_shape)
+        crop = self.options["overlap_mode"] == "crop"
+        return BlockGrid.of(self.grid, core, unit, 0, crop=crop).core_shape[self.looped :]
 
 
 def make_request(
@@ -245,12 +249,9 @@ def make_plan(request: Request) -> Plan:
     head = _head(request, probe)
     chunks, unit = _chunks(request, head)
     sizes = _sizes(request, head, probe, unit)
-    grid = PatchGrid.of(
-        volume.shape, request.patch_size, request.patch_overlap, padded=options["padding_mode"] is not None
-    )
     core = None if request.block_shape is None else (*unit[: request.looped], *request.block_shape)
     choice = choose(
-        grid,
+        request.grid,
         unit,
         sizes,
         crop=options["overlap_mode"] == "crop",

@@ -34,7 +34,7 @@ from oocpatch.inference.stages import Job, normalize_block, predict_block
 from oocpatch.planning.memory import TILE
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request, beside, make_plan, make_request, resumed
-from oocpatch.storage.lock import holder, locked
+from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
@@ -205,7 +205,7 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
         raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
     workspace = Workspace.find(Path(found.workspace) / found.run_id)
     stored = workspace.plan if workspace is not None else None
-    request.refuse_other_run(found.parameters, stored)
+    request.refuse_other_run(found)
     return (resumed(stored, request) if stored is not None and not found.complete else None), found
 
 
@@ -214,7 +214,8 @@ def _predict(
 ) -> xarray.DataArray:
     stored, found = _decide(request, resume=resume, overwrite=overwrite)
     if found is not None and found.complete and not overwrite:
-        remove_workspace(_root(found))  # a crash after success may have left it
+        remove_workspace(_root(found))  # a crash after success may have left it, and its lock
+        clear_dead(beside(request.output, ".lock"))
         return open_result(request.output, found.arrays[0])
     made = stored or planned or make_plan(request)
     request.output.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +243,7 @@ def _details(made: Plan, seconds: float) -> dict[str, Any]:
     return {
         "patches": made.patches,
         "blocks": made.blocks,
-        "block_shape": list(made.block_shape),
+        "open_blocks": made.block_grid.num_open,
         "uncovered_voxels": 0,  # a full grid covers every voxel
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
@@ -355,8 +356,8 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
     if record.complete:
-        blocks = int(record.details.get("blocks", 0))
-        return RunStatus(str(path), "", "complete", blocks, blocks, 0, 0, {})
+        blocks, opened = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks"))
+        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {})
     running = holder(beside(path, ".lock")) is not None
     state = "running" if running else "incomplete"
     workspace = Workspace.find(_root(record))

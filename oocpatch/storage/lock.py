@@ -6,6 +6,7 @@ It spares people from two runs that do the same work; correctness never depends 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ def locked(path: Path, output: str) -> Iterator[None]:
         OutputBusy: when another run holds it.
     """
     token = _acquire(path, output)
+    _sweep(path)
     stopped = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, stopped), name="oocpatch-heartbeat", daemon=True)
     beat.start()
@@ -53,6 +55,13 @@ def holder(path: Path) -> str | None:
     return f"process {found.get('pid')} on {found.get('host')}"
 
 
+def clear_dead(path: Path) -> None:
+    """Delete a lock that a dead process left, and what it left next to it."""
+    if path.exists() and holder(path) is None:
+        path.unlink(missing_ok=True)
+    _sweep(path)
+
+
 def _acquire(path: Path, output: str) -> str:
     token = uuid.uuid4().hex
     me = {
@@ -62,7 +71,7 @@ def _acquire(path: Path, output: str) -> str:
         "started": psutil.Process().create_time(),
     }
     # Written aside and linked: the lock appears whole or not at all.
-    aside = path.with_name(f"{path.name}.{token}")
+    aside = _beside(path, token)
     aside.write_text(json.dumps(me))
     try:
         for _ in range(100):
@@ -82,10 +91,23 @@ def _clear_stale(path: Path, output: str) -> None:
     if who is not None:
         raise OutputBusy(f"another run is at work on {output} ({who}); wait for it, or stop it first")
     # Renaming is atomic: of two runs that find a stale lock one gets it, and the other sees a lock that is alive.
-    away = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    away = _beside(path, uuid.uuid4().hex)
     with contextlib.suppress(FileNotFoundError):
         path.rename(away)
         away.unlink()
+
+
+def _beside(path: Path, token: str) -> Path:
+    """A file of this process next to the lock, that anyone can tell is rubbish when the process is dead."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{token}")
+
+
+def _sweep(path: Path) -> None:
+    """Delete what processes that died left next to the lock."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*-*"):
+        pid = left.name.removeprefix(f"{path.name}.").split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            left.unlink(missing_ok=True)
 
 
 def _alive(path: Path, found: dict[str, object]) -> bool:

@@ -78,8 +78,9 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     head = plan.head
     coords = _coords(plan, volume)
     arrays = (head.name, *coords)
+    details = {"block_shape": list(plan.block_shape), "unit": list(plan.unit)}
     record = OutputRecord(
-        plan.run_id, False, json.loads(json.dumps(plan.parameters, default=list)), str(workspace), arrays, {}
+        plan.run_id, False, json.loads(json.dumps(plan.parameters, default=list)), str(workspace), arrays, details
     )
     store = LocalStore(path)
     if previous is not None:
@@ -94,7 +95,9 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         with warnings.catch_warnings():
             # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            xarray.Dataset(coords=coords).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+            # xarray puts the group's attributes anew: without ours a crash would leave an output nobody may touch
+            dataset = xarray.Dataset(coords=coords, attrs={ATTRIBUTE: _plain(record)})
+            dataset.to_zarr(path, mode="a", consolidated=False, zarr_format=3)
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
     ones = tuple(1 for _ in channels)
@@ -165,11 +168,18 @@ class Output:
         """Record success in the group's attributes, and consolidate its metadata for xarray."""
         record = inspect_output(self.path)
         assert record is not None
+        self._sweep()
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(LocalStore(self.path))
-        _rewrite(self.path, replace(record, complete=True, details=dict(details)), consolidated=True)
+        _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+
+    def _sweep(self) -> None:
+        """Delete what a crash in the middle of a chunk left: a file that never got its name."""
+        for left in (self.path / self._plan.head.name).rglob("*.partial"):
+            left.unlink(missing_ok=True)
 
 
 def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
@@ -177,7 +187,10 @@ def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) ->
     file = path / "zarr.json"
     metadata = json.loads(file.read_text())
     metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
-    if not consolidated:
+    if consolidated:
+        members = metadata["consolidated_metadata"]["metadata"]
+        metadata["consolidated_metadata"]["metadata"] = {n: m for n, m in members.items() if n in record.arrays}
+    else:
         metadata.pop("consolidated_metadata", None)
     write_atomically(file, json.dumps(metadata, indent=2))
 

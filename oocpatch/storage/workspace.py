@@ -64,17 +64,20 @@ class Workspace:
             shutil.rmtree(root)
         root.mkdir(parents=True)
         workspace = cls(root, plan)
-        zarr.create_group(workspace._store())
         workspace.write_weights()
-        write_atomically(root / "plan.json", plan.to_json())
+        text = plan.to_json()
+        write_atomically(root / "plan.json", json.dumps({"crc": text_checksum(text), "plan": text}))
         return workspace
 
     @classmethod
     def find(cls, root: Path) -> Workspace | None:
         """The workspace that was set up at `root`, with its stored plan; None when there is none."""
         try:
-            return cls(root, Plan.from_json((root / "plan.json").read_text()))
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            stored = json.loads((root / "plan.json").read_text())
+            if text_checksum(stored["plan"]) != stored["crc"]:
+                return None
+            return cls(root, Plan.from_json(stored["plan"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def ledger(self) -> Ledger:
@@ -86,21 +89,18 @@ class Workspace:
         return Progress.read(self.root / "ledger")
 
     def write_weights(self) -> None:
-        """Write the weights of the full grid; the same bytes whenever it is called."""
+        """Write the weights of the full grid anew; the same bytes whenever it is called."""
+        shutil.rmtree(self.root / "weights", ignore_errors=True)
         for name, axis in zip(self.plan.axes, self.plan.grid.axes, strict=True):
             values = axis_weights(self.plan.overlap_mode, axis)
-            array = self.array(f"weights/{name}", values.shape, values.shape, "float64")
+            array = self.array("weights", name, values.shape, values.shape, "float64")
             array[:] = values
 
     def weights(self) -> list[npt.NDArray[np.float64]]:
         """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows."""
-        group = zarr.open_group(self._store(), mode="r")
-        found = []
-        for name in self.plan.axes:
-            array = group[f"weights/{name}"]
-            assert isinstance(array, zarr.Array)
-            found.append(np.asarray(array[:], dtype=np.float64))
-        return found
+        store = LocalStore(self.root / "weights")
+        arrays = (zarr.open_array(store, path=name, mode="r") for name in self.plan.axes)
+        return [np.asarray(array[:], dtype=np.float64) for array in arrays]
 
     def writer(self, block: int) -> PartialWriter:
         """Write the partials of a block."""
@@ -118,12 +118,11 @@ class Workspace:
         """Delete the partials of a block."""
         shutil.rmtree(self.root / "blocks" / str(block), ignore_errors=True)
 
-    def _store(self) -> LocalStore:
-        return LocalStore(self.root)
-
-    def array(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+    def array(
+        self, folder: str, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
+    ) -> zarr.Array[Any]:
         """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
-        store = self._store()
+        store = LocalStore(self.root / folder)
         # NaN fill: a chunk that was never written must not look like a zero sum.
         fill = np.nan if np.dtype(dtype).kind == "f" else 0
         try:
@@ -162,6 +161,7 @@ class PartialWriter:
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._crcs: dict[str, dict[str, int]] = {}
         self._lock = threading.Lock()
+        workspace.delete(block)  # what a crash left may be damaged
 
     def write(self, piece: str, box: Box, part: Box, data: Array) -> None:
         """Write one step of a piece.
@@ -184,8 +184,8 @@ class PartialWriter:
     def _open(self, piece: str, box: Box, channels: int, dtype: np.dtype[Any]) -> zarr.Array[Any]:
         blocks = self._workspace.plan.block_grid
         first = next(iter(blocks.steps(box)))
-        name = f"blocks/{self._block}/{piece}"
-        return self._workspace.array(name, (channels, *box.shape), (channels, *first.shape), str(dtype))
+        folder = f"blocks/{self._block}"
+        return self._workspace.array(folder, piece, (channels, *box.shape), (channels, *first.shape), str(dtype))
 
     def close(self) -> int:
         """Write the manifest; the block's digest for the ledger."""
