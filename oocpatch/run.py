@@ -263,7 +263,9 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         stack.callback(ledger.close)
         bar = stack.enter_context(_bar(made, progress, sum(made.patches_of(i) for i in done.predicted)))
         stack.enter_context(predictor.ready())
-        pool = stack.enter_context(ThreadPoolExecutor(made.way.io_threads, thread_name_prefix="oocpatch-io"))
+        threads = made.way.io_threads
+        reads = stack.enter_context(ThreadPoolExecutor(-(-threads // 2), thread_name_prefix="oocpatch-read"))
+        writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
 
         def on_patches(count: int) -> None:
             if stop.is_set():
@@ -277,7 +279,8 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
             workspace=workspace,
             write=Output(request.output, made).write,
             finisher=_finisher(request, made, workspace),
-            pool=pool,
+            reads=reads,
+            writes=writes,
             allow_nonfinite=request.options["allow_nonfinite"],
             on_patches=on_patches,
         )

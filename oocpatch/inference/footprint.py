@@ -31,9 +31,10 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {t.untyped_storage().data_ptr() for t in known}
-        self._live: dict[int, int] = {}
-        self._bytes = 0
+        self._known = [t.untyped_storage() for t in known]
+        self._pointers = {s.data_ptr() for s in self._known}
+        # by object: an address is used again as soon as it is free
+        self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,16 +46,9 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         if any(word in str(func) for word in SCRATCH):
             operands = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             scratch = sum(t.numel() * t.element_size() for t in (*operands, *tensors))
-        self.peak = max(self.peak, self._bytes + scratch)
+        self.peak = max(self.peak, sum(self._live.values()) + scratch)
         return result
 
     def _track(self, storage: torch.UntypedStorage) -> None:
-        pointer = storage.data_ptr()
-        if pointer in self._known or pointer in self._live or not storage.nbytes():
-            return
-        self._live[pointer] = storage.nbytes()
-        self._bytes += storage.nbytes()
-        weakref.finalize(storage, self._forget, pointer)
-
-    def _forget(self, pointer: int) -> None:
-        self._bytes -= self._live.pop(pointer, 0)
+        if storage.data_ptr() not in self._pointers and storage.nbytes():
+            self._live[storage] = storage.nbytes()

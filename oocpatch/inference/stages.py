@@ -43,7 +43,8 @@ class Job:
         workspace: where partials go.
         write: writes values `(C', *box)` of whole write units to the output.
         finisher: makes output values of sums.
-        pool: threads that read and write chunks.
+        reads: threads that read chunks.
+        writes: threads that write them; of their own, since a model that waits for input costs more than a late write.
         allow_nonfinite: keep NaN and infinities instead of failing.
         on_patches: told the number of patches that were just computed.
     """
@@ -54,7 +55,8 @@ class Job:
     workspace: Workspace
     write: Write
     finisher: Finisher
-    pool: Executor
+    reads: Executor
+    writes: Executor
     allow_nonfinite: bool
     on_patches: Callable[[int], None]
 
@@ -99,9 +101,9 @@ class Writes:
             if item.part.piece is None:
                 for unit in _requests(self._job.plan, item.part.box):
                     inner = data[(slice(None), *unit.slices(item.part.box.start))]
-                    self._pending.append(self._job.pool.submit(self._job.write, unit, inner))
+                    self._pending.append(self._job.writes.submit(self._job.write, unit, inner))
             else:
-                self._pending.append(self._job.pool.submit(self._partial, item.part, data))
+                self._pending.append(self._job.writes.submit(self._partial, item.part, data))
         if not self._job.plan.way.ahead:
             self.wait()
 
@@ -176,7 +178,7 @@ def predict_block(job: Job, index: int) -> int:
         capacity=in_planes,
         dtype=torch_dtype(plan.in_dtype),
         device=job.predictor.device,
-        pool=job.pool,
+        pool=job.reads,
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
     )
