@@ -373,10 +373,9 @@ def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:
     voxels = math.prod(request.patch_size)
     copied = batch > 1 or head.copies_input
     cast = request.options["overlap_mode"] != "crop" and probe.output.dtype != torch.float32
-    # The model works on one batch while the one before is added up.
-    per_patch = probe.bytes + (0 if probe.aliased else voxels * head.channels * probe.output.dtype.itemsize)
-    per_patch += 2 * copied * voxels * volume.channels * volume.dtype.itemsize
-    per_patch += cast * voxels * head.channels * 4
+    inputs = copied * voxels * volume.channels * volume.dtype.itemsize
+    outputs = 0 if probe.aliased else voxels * head.channels * probe.output.dtype.itemsize
+    outputs += cast * voxels * head.channels * 4
     out_voxel = head.out_channels * np.dtype(head.out_dtype).itemsize
     return Sizes(
         in_voxel=volume.channels * volume.dtype.itemsize,
@@ -387,5 +386,6 @@ def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:
         in_chunk_bytes=volume.chunk_bytes,
         out_unit_bytes=math.prod(unit) * out_voxel,
         batch=batch,
-        batch_bytes=batch * per_patch,
+        model_bytes=batch * probe.bytes,
+        batch_bytes=batch * (2 * inputs + outputs),
     )

@@ -40,7 +40,8 @@ class Sizes:
         in_chunk_bytes: bytes of one decoded chunk of the volume.
         out_unit_bytes: bytes of one write unit of the output.
         batch: patches per batch.
-        batch_bytes: bytes that one batch adds: its copy, the model's peak, its output.
+        model_bytes: bytes that the model adds while it works on a batch, in the one thread that calls it.
+        batch_bytes: bytes of the batches of one task: one that waits for the model, one whose output is being added.
     """
 
     in_voxel: int
@@ -51,6 +52,7 @@ class Sizes:
     in_chunk_bytes: int
     out_unit_bytes: int
     batch: int
+    model_bytes: int
     batch_bytes: int
 
     @property
@@ -211,8 +213,7 @@ def project(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, way
     )
     largest_unit = max(sizes.in_chunk_bytes, sizes.out_unit_bytes)
     shared = (
-        ("batch", sizes.batch_bytes),
-        ("window", 4 * math.prod(blocks.grid.patch_size)),
+        ("model", sizes.model_bytes),
         ("chunks", chunk_bytes(way.io_threads, largest_unit)),
         ("weights", 8 * sum(shape)),
     )
@@ -248,6 +249,8 @@ def _task_parts(
         ("sums", sum_planes * reach * sizes.sum_voxel),
         ("staged", (1 + way.ahead) * step * max(mixed, whole)),
         ("tile", tile),
+        ("batch", sizes.batch_bytes),
+        ("window", 4 * math.prod(blocks.grid.patch_size)),
     )
     received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
     # own sums, a seam, and a piece as bytes while it is read
