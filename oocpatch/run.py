@@ -31,7 +31,7 @@ from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Run, Stopped, dask_threads
 from oocpatch.inference.stages import Job, normalize_block, predict_block
-from oocpatch.planning.memory import TILE
+from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request, beside, make_plan, make_request, resumed
 from oocpatch.storage.lock import clear_dead, holder, locked
@@ -264,7 +264,7 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         bar = stack.enter_context(_bar(made, progress, sum(made.patches_of(i) for i in done.predicted)))
         stack.enter_context(predictor.ready())
         threads = made.way.io_threads
-        reads = stack.enter_context(ThreadPoolExecutor(-(-threads // 2), thread_name_prefix="oocpatch-read"))
+        reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
 
         def on_patches(count: int) -> None:

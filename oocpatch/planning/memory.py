@@ -68,7 +68,7 @@ class Way:
     Attributes:
         aligned: reads along the swept axis end at chunk borders, so that each chunk is decoded once.
         ahead: the next layer is read, and the last one written, while this one is computed.
-        io_threads: threads that read and write chunks, per process.
+        io_threads: threads that write chunks, per process; half as many read.
     """
 
     aligned: bool
@@ -284,7 +284,13 @@ def _disk(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, store
 
 def chunk_bytes(threads: int, unit_bytes: int) -> int:
     """Bytes of chunks on their way: encoded, decoded and in place in each thread; and what the heap keeps."""
-    return threads * 3 * unit_bytes + (threads + 12) * min(unit_bytes, KEPT_BY_HEAP)
+    active = threads + reading(threads)
+    return active * 3 * unit_bytes + (active + 10) * min(unit_bytes, KEPT_BY_HEAP)
+
+
+def reading(threads: int) -> int:
+    """Threads that read beside `threads` that write: half as many, since decoding costs half of encoding."""
+    return -(-threads // 2)
 
 
 def io_threads(max_memory: int, unit_bytes: int) -> int:
