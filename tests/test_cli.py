@@ -144,7 +144,7 @@ def test_options_reach_predict(data: np.ndarray[Any, Any]) -> None:
     assert run("predict", "in.zarr", "out.zarr", "--model", "models.py:double", *options).exit_code == 0
     with xr.open_zarr("out.zarr", consolidated=False) as dataset:
         array = dataset["prediction"]
-        assert array.dims == ("t", "y", "x")
+        assert array.dims == ("z", "y", "x")  # the volume's own names stay; `axes` told their roles
         assert array.dtype == np.int32
         assert array.encoding["chunks"][1:] == (10, 10)
         np.testing.assert_array_equal(array.values, data.astype(np.int32) * 2)
