@@ -46,10 +46,12 @@ class Reader:
         self._at = region.start[axis]
         self._pending: list[Future[None]] = []
 
-    def request(self, group: Group) -> None:
-        """Begin to read what a group needs beyond what was read before. The planes it overwrites must be done with."""
+    def request(self, group: Group, keep: int) -> None:
+        """Begin to read what a group needs beyond what was read before; planes from `keep` on are still in use."""
         if group.read_stop <= self._at:
             return
+        if group.read_stop - keep > self._ring.capacity:
+            raise RuntimeError(f"planes {keep} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
         box = self._ring.region.along(self._axis, self._at, group.read_stop)
         self._at = group.read_stop
         for request in self._volume.requests(box):

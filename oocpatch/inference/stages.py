@@ -184,11 +184,11 @@ def predict_block(job: Job, index: int) -> int:
     )
     try:
         for i, group in enumerate(schedule):
-            reader.request(group)
+            reader.request(group, group.start)
             reader.wait()
             partial.advance(group.start)
             if plan.way.ahead and i + 1 < len(schedule):
-                reader.request(schedule[i + 1])
+                reader.request(schedule[i + 1], group.start)
             _compute(job, block, partial, reader, _batches(plan, ranges, group))
         partial.advance(block.reach.stop[plan.sweep])
         writes.wait()

@@ -39,7 +39,7 @@ class Group:
     done: int
 
 
-def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int) -> list[Group]:
+def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end: int | None = None) -> list[Group]:
     """The groups of a block's layers, in order.
 
     Args:
@@ -47,6 +47,7 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int) -> 
         layers: grid indices of the block's layers.
         layers_per_group: how many layers are computed together.
         chunk: reads end at multiples of it (1: at the voxel).
+        end: where the block's last layer ends; default: the last of `layers` does.
 
     >>> [g.read_stop for g in groups(GridAxis(10, 4, 2), range(0, 4), 1, 3)]
     [6, 6, 9, 10]
@@ -54,7 +55,7 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int) -> 
     if not layers:
         return []
     found = []
-    reach_stop = axis.start(layers[-1]) + axis.patch
+    reach_stop = axis.start(layers[-1]) + axis.patch if end is None else end
     for i in range(0, len(layers), layers_per_group):
         members = layers[i : i + layers_per_group]
         following = i + layers_per_group
@@ -77,8 +78,9 @@ def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *
     (6, 4)
     """
     reads, sums = 1, 1
+    end = axis.start(layers[-1]) + axis.patch if layers else 0
     for part in _excerpts(layers, layers_per_group, math.lcm(axis.stride, chunk) // axis.stride):
-        schedule = groups(axis, part, layers_per_group, chunk)
+        schedule = groups(axis, part, layers_per_group, chunk, end)
         for i, group in enumerate(schedule):
             following = schedule[min(i + ahead, len(schedule) - 1)]
             reads = max(reads, following.read_stop - group.start)
