@@ -203,7 +203,7 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
     if not resume:
         state = "complete" if found.complete else "incomplete"
         raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
-    workspace = Workspace.find(Path(found.workspace) / found.run_id)
+    workspace = Workspace.find(_root(found))
     stored = workspace.plan if workspace is not None else None
     request.refuse_other_run(found)
     return (resumed(stored, request) if stored is not None and not found.complete else None), found

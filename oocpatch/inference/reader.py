@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 
 import torch
 
+from oocpatch.inference.pending import Pending
 from oocpatch.inference.ring import Ring
 from oocpatch.planning.box import Box
 from oocpatch.planning.sweep import Group
@@ -41,10 +42,9 @@ class Reader:
         self._volume = volume
         self._axis = axis
         self._ring = Ring.of(region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device)
-        self._pool = pool
         self._padding = padding_mode, fill
         self._at = region.start[axis]
-        self._pending: list[Future[None]] = []
+        self.pending = Pending(pool)
 
     def request(self, group: Group, keep: int) -> None:
         """Begin to read what a group needs beyond what was read before; planes from `keep` on are still in use."""
@@ -56,21 +56,7 @@ class Reader:
         self._at = group.read_stop
         for request in self._volume.requests(box):
             for part, view in self._ring.parts(request):
-                self._pending.append(self._pool.submit(self._read, part, view))
-
-    def wait(self) -> None:
-        """Until everything requested is there."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def abandon(self) -> None:
-        """Until nothing writes to the ring any more; what failed is of no interest."""
-        for future in self._pending:
-            future.cancel()
-        for future in self._pending:
-            if not future.cancelled():
-                future.exception()
+                self.pending.submit(self._read, part, view)
 
     def patch(self, box: Box) -> torch.Tensor:
         """One patch, `(C, *patch_size)`: a view of the ring where it does not wrap around."""

@@ -19,10 +19,11 @@ import torch
 from oocpatch.inference.buffers import buffer
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_name
+from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
 from oocpatch.planning.blocks import Block
-from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
@@ -91,35 +92,21 @@ class Writes:
     def __init__(self, job: Job, partials: PartialWriter | None) -> None:
         self._job = job
         self._partials = partials
-        self._pending: list[Future[None]] = []
+        self.pending = Pending(job.writes)
 
     def emit(self, staged: list[Staged]) -> None:
         """Begin to write the parts of a slab, once those of the one before are written."""
-        self.wait()
+        self.pending.wait()
         for item in staged:
             data = item.data.cpu().numpy()
             if item.part.piece is None:
                 for unit in _requests(self._job.plan, item.part.box):
                     inner = data[(slice(None), *unit.slices(item.part.box.start))]
-                    self._pending.append(self._job.writes.submit(self._job.write, unit, inner))
+                    self.pending.submit(self._job.write, unit, inner)
             else:
-                self._pending.append(self._job.writes.submit(self._partial, item.part, data))
+                self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
-            self.wait()
-
-    def wait(self) -> None:
-        """Until everything is written."""
-        pending, self._pending = self._pending, []
-        for future in pending:
-            future.result()
-
-    def abandon(self) -> None:
-        """Until nothing is being written any more."""
-        for future in self._pending:
-            future.cancel()
-        for future in self._pending:
-            if not future.cancelled():
-                future.exception()
+            self.pending.wait()
 
     def _partial(self, part: Part, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
@@ -133,12 +120,8 @@ REQUEST = 1 << 19
 
 def _requests(plan: Plan, box: Box) -> Iterator[Box]:
     """Cut a box of whole write units into writes that are worth their overhead."""
-    step = list(plan.unit)
     voxel = plan.head.out_channels * np.dtype(plan.head.out_dtype).itemsize
-    for axis in reversed(range(len(step))):
-        while step[axis] < box.shape[axis] and voxel * int(np.prod(step)) < REQUEST // 2:
-            step[axis] *= 2
-    return box.split(tuple(step))
+    return box.split(worthwhile(plan.unit, box.shape, REQUEST // (2 * voxel)))
 
 
 def predict_block(job: Job, index: int) -> int:
@@ -185,16 +168,16 @@ def predict_block(job: Job, index: int) -> int:
     try:
         for i, group in enumerate(schedule):
             reader.request(group, group.start)
-            reader.wait()
+            reader.pending.wait()
             partial.advance(group.start)
             if plan.way.ahead and i + 1 < len(schedule):
                 reader.request(schedule[i + 1], group.start)
             _compute(job, block, partial, reader, _batches(plan, ranges, group))
         partial.advance(block.reach.stop[plan.sweep])
-        writes.wait()
+        writes.pending.wait()
     finally:
-        reader.abandon()
-        writes.abandon()
+        reader.pending.abandon()
+        writes.pending.abandon()
     return partials.close()
 
 
@@ -309,9 +292,9 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> None:
                 staged.append(Staged(Part(None, block.core, box), values))
             del sums
             writes.emit(staged)
-            writes.wait()
+            writes.pending.wait()
     finally:
-        writes.abandon()
+        writes.pending.abandon()
 
 
 def _own_sums(

@@ -99,3 +99,16 @@ def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 def ceil_to(value: int, unit: int) -> int:
     """The smallest multiple of `unit` that is not below `value`."""
     return -(-value // unit) * unit
+
+
+def worthwhile(step: Ints, shape: Ints, voxels: int) -> Ints:
+    """A step doubled along the last axes first until it holds so many voxels, or covers the shape.
+
+    >>> worthwhile((8, 8), (64, 64), 256)
+    (8, 32)
+    """
+    grown = list(step)
+    for axis in reversed(range(len(grown))):
+        while grown[axis] < shape[axis] and math.prod(grown) < voxels:
+            grown[axis] *= 2
+    return tuple(grown)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.axes import Axes, resolve_axes
 from oocpatch.storage.sources import Source, open_source
 
@@ -95,15 +95,9 @@ class Volume:
 
     def requests(self, box: Box) -> Iterator[Box]:
         """Cut a box at chunk borders into reads that are worth their overhead; they cover it exactly once."""
-        step = list(self.chunks)
-        if not self.source.chunked:
-            step = list(box.shape)
-            step[0] = max(1, -(-box.shape[0] // 4))
+        step = self.chunks if self.source.chunked else (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
         voxel = self.channels * self.dtype.itemsize
-        for axis in reversed(range(len(step))):
-            while step[axis] < box.shape[axis] and math.prod(step) * voxel < REQUEST // 2:
-                step[axis] *= 2
-        return box.split(tuple(step))
+        return box.split(worthwhile(step, box.shape, REQUEST // (2 * voxel)))
 
     def read(self, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> npt.NDArray[Any]:
         """Read a box as a new array `(C, *box.shape)` of the volume's dtype."""
