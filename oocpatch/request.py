@@ -371,9 +371,8 @@ def _chunks(request: Request, head: Head) -> tuple[Ints, Ints]:
 def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:
     volume, batch = request.volume, request.options["batch_size"]
     voxels = math.prod(request.patch_size)
-    copied = batch > 1 or head.copies_input
     cast = request.options["overlap_mode"] != "crop" and probe.output.dtype != torch.float32
-    inputs = copied * voxels * volume.channels * volume.dtype.itemsize
+    inputs = voxels * volume.channels * volume.dtype.itemsize
     outputs = 0 if probe.aliased else voxels * head.channels * probe.output.dtype.itemsize
     outputs += cast * voxels * head.channels * 4
     out_voxel = head.out_channels * np.dtype(head.out_dtype).itemsize
@@ -387,5 +386,5 @@ def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:
         out_unit_bytes=math.prod(unit) * out_voxel,
         batch=batch,
         model_bytes=batch * probe.bytes,
-        batch_bytes=batch * (2 * inputs + outputs),
+        batch_bytes=batch * (inputs + outputs),
     )

@@ -30,7 +30,7 @@ from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Run, Stopped, dask_threads
-from oocpatch.inference.stages import Job, normalize_block, predict_block
+from oocpatch.inference.stages import Job, normalize_block, predict_block, window
 from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request, beside, make_plan, make_request, resumed
@@ -277,6 +277,7 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
             volume=request.volume,
             predictor=predictor,
             workspace=workspace,
+            window=window(made, request.options["device"]),
             write=Output(request.output, made).write,
             finisher=_finisher(request, made, workspace),
             reads=reads,

@@ -95,7 +95,7 @@ class Partial:
         window: `(1, *patch_size)` on the device; None for `crop`, where values are copied.
         finisher: makes output values of complete sums.
         device: where sums are added.
-        emit: takes the parts of a slab when it is complete.
+        emit: takes the parts of a slab when it is complete; gives back those that it is done with, to be used again.
         check_finite: raise on NaN and infinities.
     """
 
@@ -112,7 +112,7 @@ class Partial:
         window: torch.Tensor | None,
         finisher: Finisher,
         device: str,
-        emit: Callable[[list[Staged]], None],
+        emit: Callable[[list[Staged]], list[Staged]],
         check_finite: bool,
     ) -> None:
         self._axis = blocks.sweep
@@ -126,6 +126,7 @@ class Partial:
         self._out = (out_channels, out_dtype)
         self._slabs = slabs(blocks, block)
         self._slab: tuple[Box, list[Staged]] | None = None
+        self._free: list[torch.Tensor] = []
         self._at = block.reach.start[blocks.sweep]
 
     def add(self, start: tuple[int, ...], keep: Box, values: torch.Tensor) -> None:
@@ -149,6 +150,7 @@ class Partial:
             if self._slab is None:
                 slab, parts = next(self._slabs)
                 self._slab = slab, [Staged(p, self._empty(p)) for p in parts]
+                self._free = []  # what did not fit must not take memory beside what was made instead
             slab, staged = self._slab
             stop = min(to, slab.stop[self._axis], self._at + self._ring.capacity)
             planes = slab.along(self._axis, self._at, stop)
@@ -160,12 +162,17 @@ class Partial:
             self._at = stop
             if stop == slab.stop[self._axis]:
                 self._slab = None
-                self._emit(staged)
+                self._free = [item.data for item in self._emit(staged)]
 
     def _empty(self, part: Part) -> torch.Tensor:
+        """Memory for a part: that of a part that is written, since new pages cost as much as what goes into them."""
         sums = self._ring.data
         channels, dtype = self._out if part.piece is None else (sums.shape[0], sums.dtype)
-        return buffer((channels, *part.box.shape), dtype, sums.device)
+        shape = (channels, *part.box.shape)
+        for i, data in enumerate(self._free):
+            if data.shape == shape and data.dtype == dtype:
+                return self._free.pop(i)
+        return buffer(shape, dtype, sums.device)
 
     def _leave(self, box: Box, item: Staged) -> None:
         if box.empty:

@@ -1,14 +1,15 @@
 """The predictor: a batch function around the user's model, and the probe that learns what the model gives.
 
-One thread calls the model, with all of torch's threads; blocks add up, read and write beside it with one thread each.
-So a model need not be thread-safe, results do not depend on the number of workers, and cores are not fought over.
+Blocks take turns: one at a time calls the model, with all of torch's threads, while the others add up, read and write
+with one thread each. So a model need not be thread-safe, results do not depend on the number of workers, and cores are
+not fought over. There is no thread of the model's own: handing a batch over costs more than a light model takes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +66,13 @@ class Predictor:
         self.copies_input = copies_input
         self._autocast = autocast
         self._looped = looped
-        self._threads = torch_threads
+        self._threads = torch_threads or torch.get_num_threads()
         self._dtype = _parameter_dtype(model)
-        self._thread: ThreadPoolExecutor | None = None
+        self._turn = threading.Lock()
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Put the module on its device and in evaluation mode, start its thread, and put everything back afterwards."""
+        """Put the module on its device and in evaluation mode, and put everything back afterwards."""
         threads = torch.get_num_threads()
         training = []
         if isinstance(self.model, torch.nn.Module):
@@ -80,21 +81,11 @@ class Predictor:
             for module in training:
                 module.training = False
         try:
-            with ThreadPoolExecutor(
-                1, thread_name_prefix="oocpatch-model", initializer=use_threads, initargs=(self._threads or threads,)
-            ) as self._thread:
-                yield
+            yield
         finally:
-            self._thread = None
             torch.set_num_threads(threads)
             for module in training:
                 module.training = True
-
-    def submit(self, batch: torch.Tensor) -> Future[torch.Tensor]:
-        """Queue a batch for the model's thread; see `__call__`."""
-        if self._thread is None:
-            raise RuntimeError("the predictor must be ready() before batches are submitted")
-        return self._thread.submit(self, batch)
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether patches of a dtype reach the model as they are."""
@@ -109,7 +100,12 @@ class Predictor:
         looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
-        result = self._run(inputs)
+        with self._turn:
+            use_threads(self._threads)
+            try:
+                result = self._run(inputs)
+            finally:
+                use_threads(1)
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
         result = self._checked(result, inputs)
@@ -144,7 +140,7 @@ class Predictor:
         return output
 
     def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
-        """Call the model once, with one patch of zeros, on its thread.
+        """Call the model once, with one patch of zeros.
 
         Raises:
             ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
@@ -154,14 +150,9 @@ class Predictor:
         footprint = Footprint([patch, *known])
         before = version(patch)
 
-        def call() -> torch.Tensor:
-            with footprint:
-                return self(patch)
-
-        if self._thread is None:
-            raise RuntimeError("the predictor must be ready() before it is probed")
         try:
-            output = self._thread.submit(call).result()
+            with footprint:
+                output = self(patch)
         except ValueError as error:
             if str(error).startswith("the model must return"):
                 raise

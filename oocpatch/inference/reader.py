@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import torch
 
+from oocpatch.inference.buffers import buffer
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.ring import Ring
 from oocpatch.planning.box import Box
@@ -44,6 +46,7 @@ class Reader:
         self._ring = Ring.of(region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device)
         self._padding = padding_mode, fill
         self._at = region.start[axis]
+        self._batch: torch.Tensor | None = None
         self.pending = Pending(pool)
 
     def request(self, group: Group, keep: int) -> None:
@@ -58,9 +61,24 @@ class Reader:
             for part, view in self._ring.parts(request):
                 self.pending.submit(self._read, part, view)
 
-    def patch(self, box: Box) -> torch.Tensor:
-        """One patch, `(C, *patch_size)`: a view of the ring where it does not wrap around."""
-        return self._ring.tensor(box)
+    def batch(self, boxes: Sequence[Box], *, copy: bool) -> torch.Tensor:
+        """Patches as `(B, C, *patch_size)`, valid until the next call.
+
+        Args:
+            boxes: the patches.
+            copy: whether the model may write to them; else a single patch is a view, where it does not wrap around.
+        """
+        if len(boxes) == 1 and not copy:
+            views = [view for _, view in self._ring.parts(boxes[0])]
+            if len(views) == 1:
+                return views[0][None]
+        if self._batch is None:
+            shape = (len(boxes), self._ring.data.shape[0], *boxes[0].shape)
+            self._batch = buffer(shape, self._ring.data.dtype, self._ring.data.device)
+        for target, box in zip(self._batch, boxes, strict=False):  # the last batch may be smaller
+            for part, view in self._ring.parts(box):
+                target[(slice(None), *part.slices(box.start))] = view
+        return self._batch[: len(boxes)]
 
     def _read(self, box: Box, view: torch.Tensor) -> None:
         if view.device.type == "cpu":

@@ -66,8 +66,3 @@ class Ring:
             index = (*inner[: self.axis], slice(at, at + end - start), *inner[self.axis + 1 :])
             yield part, self.data[(slice(None), *index)]
             start = end
-
-    def tensor(self, box: Box) -> torch.Tensor:
-        """The box as one tensor `(C, *box.shape)`: a view, or a copy where it wraps around."""
-        views = [view for _, view in self.parts(box)]
-        return views[0] if len(views) == 1 else torch.cat(views, dim=self.axis + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ class Job:
         volume: where to read.
         predictor: the model.
         workspace: where partials go.
+        window: the blending weights of a patch, `(1, *patch_size)` on the model's device; None for `crop`.
         write: writes values `(C', *box)` of whole write units to the output.
         finisher: makes output values of sums.
         reads: threads that read chunks.
@@ -54,6 +55,7 @@ class Job:
     volume: Volume
     predictor: Predictor
     workspace: Workspace
+    window: torch.Tensor | None
     write: Write
     finisher: Finisher
     reads: Executor
@@ -92,11 +94,13 @@ class Writes:
     def __init__(self, job: Job, partials: PartialWriter | None) -> None:
         self._job = job
         self._partials = partials
+        self._under_way: list[Staged] = []
         self.pending = Pending(job.writes)
 
-    def emit(self, staged: list[Staged]) -> None:
-        """Begin to write the parts of a slab, once those of the one before are written."""
+    def emit(self, staged: list[Staged]) -> list[Staged]:
+        """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
         self.pending.wait()
+        written, self._under_way = self._under_way, staged
         for item in staged:
             data = item.data.cpu().numpy()
             if item.part.piece is None:
@@ -107,6 +111,8 @@ class Writes:
                 self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
             self.pending.wait()
+            written, self._under_way = staged, []
+        return written
 
     def _partial(self, part: Part, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
@@ -148,7 +154,7 @@ def predict_block(job: Job, index: int) -> int:
         out_channels=plan.head.out_channels,
         out_dtype=torch_dtype(plan.head.out_dtype),
         capacity=sum_planes,
-        window=window(plan, job.predictor.device),
+        window=job.window,
         finisher=job.finisher,
         device=job.predictor.device,
         emit=writes.emit,
@@ -204,46 +210,25 @@ def _batches(plan: Plan, ranges: Sequence[range], group: Group) -> Iterator[list
 
 
 def _compute(job: Job, block: Block, partial: Partial, reader: Reader, batches: Iterator[list[Ints]]) -> None:
-    """Run the model on the batches of a group and add what it gives, one batch behind the model."""
-    computing: tuple[list[Ints], Future[torch.Tensor]] | None = None
+    """Run the model on the batches of a group and add what it gives, in the order of the patches."""
+    channels = job.plan.head.channels
     for members in batches:
-        future = job.predictor.submit(_batch(job, reader, members))
-        if computing is not None:
-            _add(job, block, partial, *computing)
-        computing = members, future
-    if computing is not None:
-        _add(job, block, partial, *computing)
-
-
-def _batch(job: Job, reader: Reader, members: list[Ints]) -> torch.Tensor:
-    """The patches of a batch, `(B, C, *patch_size)`: copies, or a view of the reader's ring where that will do."""
-    patches = [reader.patch(_box(job.plan, index)) for index in members]
-    if len(patches) > 1:
-        return torch.stack(patches)
-    return (
-        patches[0][None].clone(memory_format=torch.contiguous_format)
-        if job.predictor.copies_input
-        else patches[0][None]
-    )
+        boxes = [_box(job.plan, index) for index in members]
+        outputs = job.predictor(reader.batch(boxes, copy=job.predictor.copies_input))
+        if outputs.shape[1] != channels:
+            raise ValueError(
+                f"the model must give {channels} channels, as it did for the probe, got {outputs.shape[1]}"
+            )
+        if job.blended:
+            outputs = outputs.to(torch.float32)
+        for index, box, values in zip(members, boxes, outputs, strict=True):
+            partial.add(box.start, _kept(job, block, index, box), values)
+        job.on_patches(len(members))
 
 
 def _box(plan: Plan, index: Ints) -> Box:
     start = tuple(a.start(i) for a, i in zip(plan.grid.axes, index, strict=True))
     return Box(start, tuple(a + n for a, n in zip(start, plan.patch_size, strict=True)))
-
-
-def _add(job: Job, block: Block, partial: Partial, members: list[Ints], computed: Future[torch.Tensor]) -> None:
-    """Add the outputs of one batch, in the order of its patches."""
-    outputs = computed.result()
-    channels = job.plan.head.channels
-    if outputs.shape[1] != channels:
-        raise ValueError(f"the model must give {channels} channels, as it did for the probe, got {outputs.shape[1]}")
-    if job.blended:
-        outputs = outputs.to(torch.float32)
-    for index, values in zip(members, outputs, strict=True):
-        box = _box(job.plan, index)
-        partial.add(box.start, _kept(job, block, index, box), values)
-    job.on_patches(len(members))
 
 
 def _kept(job: Job, block: Block, index: Ints, box: Box) -> Box:

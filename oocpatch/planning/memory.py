@@ -40,8 +40,8 @@ class Sizes:
         in_chunk_bytes: bytes of one decoded chunk of the volume.
         out_unit_bytes: bytes of one write unit of the output.
         batch: patches per batch.
-        model_bytes: bytes that the model adds while it works on a batch, in the one thread that calls it.
-        batch_bytes: bytes of the batches of one task: one that waits for the model, one whose output is being added.
+        model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
+        batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
     """
 
     in_voxel: int
@@ -216,6 +216,7 @@ def project(blocks: BlockGrid, totals: tuple[AxisTotals, ...], sizes: Sizes, way
         ("model", sizes.model_bytes),
         ("chunks", chunk_bytes(way.io_threads, largest_unit)),
         ("weights", 8 * sum(shape)),
+        ("window", 4 * math.prod(blocks.grid.patch_size)),
     )
     swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
@@ -250,7 +251,6 @@ def _task_parts(
         ("staged", (1 + way.ahead) * step * max(mixed, whole)),
         ("tile", tile),
         ("batch", sizes.batch_bytes),
-        ("window", 4 * math.prod(blocks.grid.patch_size)),
     )
     received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
     # own sums, a seam, and a piece as bytes while it is read
