@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 from dask.utils import parse_bytes
 
-from oocpatch.inference.finish import POSTPROCESSES
 from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.planning.sizes import per_axis
 from oocpatch.planning.window import OVERLAP_MODES
 from oocpatch.storage.sources import local_or_url
 from oocpatch.storage.volume import PADDING_MODES, Volume
@@ -29,18 +29,7 @@ def sizes(name: str, value: int | Sequence[int], volume: Volume, *, least: int =
         TypeError: when it is neither an `int` nor a sequence of them.
         ValueError: for a wrong number of sizes, or one that is too small.
     """
-    ndim = volume.spatial_ndim
-    given = (value,) * ndim if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else value
-    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence | np.ndarray):
-        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
-    if any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in given):
-        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
-    if len(given) != ndim:
-        axes = ", ".join(volume.names[-ndim:])
-        raise ValueError(f"{name} must have one value per spatial axis ({axes}), got {tuple(given)}")
-    if any(v < least for v in given):
-        raise ValueError(f"{name} must be at least {least} on every axis, got {tuple(given)}")
-    return tuple(int(v) for v in given)
+    return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
 
 
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
@@ -164,12 +153,14 @@ def dtype(name: str, value: Any) -> str | None:
     return str(found)
 
 
-def postprocess(value: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """A checked postprocess, as a function."""
+def postprocess(
+    value: str | Callable[..., Any] | None, named: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any] | None:
+    """A checked postprocess, as a function; `named` are those that have a name."""
     if value is None or callable(value):
         return value
-    one_of("postprocess", value, tuple(POSTPROCESSES))
-    return POSTPROCESSES[value]
+    one_of("postprocess", value, tuple(named))
+    return named[value]
 
 
 def clipped(chunks: Ints, shape: Ints) -> Ints:

@@ -17,6 +17,7 @@ import torch
 
 from oocpatch import door
 from oocpatch.errors import PlanTooLarge, RunMismatch
+from oocpatch.inference.finish import POSTPROCESSES
 from oocpatch.inference.models import load_model, model_identity
 from oocpatch.inference.predictor import Model, Predictor, Probe, resolve_device
 from oocpatch.inference.stages import torch_dtype
@@ -204,7 +205,7 @@ def make_request(
         workspace=place,
         patch_size=patch,
         patch_overlap=overlap,
-        postprocess=door.postprocess(postprocess),
+        postprocess=door.postprocess(postprocess, POSTPROCESSES),
         max_memory=door.memory_limit(max_memory),
         max_disk=None if max_disk is None else door.num_bytes("max_disk", max_disk),
         block_shape=spatial("block_shape", block_shape),

@@ -272,13 +272,15 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
                 raise Stopped
             bar(count)
 
+        output = Output(request.output, made)
+        stack.enter_context(output.native(threads))
         job = Job(
             plan=made,
-            volume=request.volume,
+            volume=request.volume.native(reading(threads)),
             predictor=predictor,
             workspace=workspace,
             window=window(made, request.options["device"]),
-            write=Output(request.output, made).write,
+            output=output,
             finisher=_finisher(request, made, workspace),
             reads=reads,
             writes=writes,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from oocpatch.inference.buffers import buffer
@@ -57,9 +60,11 @@ class Reader:
             raise RuntimeError(f"planes {keep} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
         box = self._ring.region.along(self._axis, self._at, group.read_stop)
         self._at = group.read_stop
-        for request in self._volume.requests(box):
-            for part, view in self._ring.parts(request):
-                self.pending.submit(self._read, part, view)
+        for part, view in self._ring.parts(box):
+            target = view.numpy() if view.device.type == "cpu" else np.empty(view.shape, self._volume.dtype)
+            for request in self._volume.requests(part, target):
+                inner = (slice(None), *request.slices(part.start))
+                self.pending.submit(self._read, request, target[inner], view[inner])
 
     def batch(self, boxes: Sequence[Box], *, copy: bool) -> torch.Tensor:
         """Patches as `(B, C, *patch_size)`, valid until the next call.
@@ -80,8 +85,7 @@ class Reader:
                 target[(slice(None), *part.slices(box.start))] = view
         return self._batch[: len(boxes)]
 
-    def _read(self, box: Box, view: torch.Tensor) -> None:
-        if view.device.type == "cpu":
-            self._volume.read_into(view.numpy(), box, *self._padding)
-        else:
-            view.copy_(torch.from_numpy(self._volume.read(box, *self._padding)))
+    def _read(self, box: Box, target: npt.NDArray[Any], view: torch.Tensor) -> None:
+        self._volume.read_into(target, box, *self._padding)
+        if view.device.type != "cpu":
+            view.copy_(torch.from_numpy(target))

@@ -23,14 +23,13 @@ from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
 from oocpatch.planning.blocks import Block
-from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
+from oocpatch.storage.output import Output
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
-
-Write = Callable[[Box, npt.NDArray[np.generic]], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Job:
         predictor: the model.
         workspace: where partials go.
         window: the blending weights of a patch, `(1, *patch_size)` on the model's device; None for `crop`.
-        write: writes values `(C', *box)` of whole write units to the output.
+        output: where values go.
         finisher: makes output values of sums.
         reads: threads that read chunks.
         writes: threads that write them; of their own, since a model that waits for input costs more than a late write.
@@ -56,7 +55,7 @@ class Job:
     predictor: Predictor
     workspace: Workspace
     window: torch.Tensor | None
-    write: Write
+    output: Output
     finisher: Finisher
     reads: Executor
     writes: Executor
@@ -104,9 +103,9 @@ class Writes:
         for item in staged:
             data = item.data.cpu().numpy()
             if item.part.piece is None:
-                for unit in _requests(self._job.plan, item.part.box):
-                    inner = data[(slice(None), *unit.slices(item.part.box.start))]
-                    self.pending.submit(self._job.write, unit, inner)
+                for request in self._job.output.requests(item.part.box):
+                    inner = data[(slice(None), *request.slices(item.part.box.start))]
+                    self.pending.submit(self._job.output.write, request, inner)
             else:
                 self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
@@ -118,16 +117,6 @@ class Writes:
         assert self._partials is not None
         assert part.piece is not None
         self._partials.write(part.piece, part.whole, part.box, data)
-
-
-REQUEST = 1 << 19
-"""Bytes that one write should have at least: smaller write units are written several at a time."""
-
-
-def _requests(plan: Plan, box: Box) -> Iterator[Box]:
-    """Cut a box of whole write units into writes that are worth their overhead."""
-    voxel = plan.head.out_channels * np.dtype(plan.head.out_dtype).itemsize
-    return box.split(worthwhile(plan.unit, box.shape, REQUEST // (2 * voxel)))
 
 
 def predict_block(job: Job, index: int) -> int:

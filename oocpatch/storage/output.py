@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists
-from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.files import write_atomically
+from oocpatch.storage.native import StagedArray
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -144,6 +146,10 @@ def _coords(plan: Plan, volume: Volume) -> dict[str, Any]:
     return found
 
 
+REQUEST = 1 << 19
+"""Bytes that one write should have at least: smaller write units are written several at a time."""
+
+
 class Output:
     """The output's array, for tasks to write to.
 
@@ -156,13 +162,37 @@ class Output:
         self.path = path
         self._plan = plan
         self._array = zarr.open_array(LocalStore(path), path=plan.head.name, mode="r+")
+        self._staged: StagedArray | None = None
+
+    @contextlib.contextmanager
+    def native(self, threads: int) -> Iterator[None]:
+        """Let threads of zarrs write, where it is installed; not for processes that fork later."""
+        self._staged = StagedArray.open(self._array, threads)
+        try:
+            yield
+        finally:
+            if self._staged is not None:
+                self._staged.close()
+            self._staged = None
+
+    def requests(self, box: Box) -> Iterator[Box]:
+        """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
+        if self._staged is not None:
+            yield box
+            return
+        head = self._plan.head
+        voxel = head.out_channels * np.dtype(head.out_dtype).itemsize
+        yield from box.split(worthwhile(self._plan.unit, box.shape, REQUEST // (2 * voxel)))
 
     def write(self, box: Box, values: npt.NDArray[Any]) -> None:
         """Write `(C, *box.shape)`, a box of whole write units."""
-        if self._plan.head.channel_axis is None:
-            self._array[box.slices()] = values[0]
+        channels = () if self._plan.head.channel_axis is None else (slice(0, len(values)),)
+        selection = (*channels, *box.slices())
+        values = values if channels else values[0]
+        if self._staged is None:
+            self._array[selection] = values
         else:
-            self._array[(slice(None), *box.slices())] = values
+            self._staged.write(selection, values)
 
     def complete(self, details: Mapping[str, Any]) -> None:
         """Record success in the group's attributes, and consolidate its metadata for xarray."""
@@ -177,9 +207,12 @@ class Output:
         _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
 
     def _sweep(self) -> None:
-        """Delete what a crash in the middle of a chunk left: a file that never got its name."""
-        for left in (self.path / self._plan.head.name).rglob("*.partial"):
-            left.unlink(missing_ok=True)
+        """Delete what a crash in the middle of a chunk left: files that never got their names."""
+        for left in list((self.path / self._plan.head.name).rglob("*.partial")):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:

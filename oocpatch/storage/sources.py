@@ -1,11 +1,13 @@
 """Sources: one small view of each kind of array that a volume can come from.
 
 A source knows shape, dtype, names, chunks, coordinates, attributes and an identity, and loads a selection. Data on disk
-is identified by its address and metadata, data in memory by its bytes.
+is identified by its address and metadata, data in memory by its bytes. A source travels to other processes: data on
+disk by its address, data in memory by value.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -32,9 +34,11 @@ class Source:
         shape, dtype, chunks: as the array has them, one entry per axis.
         names: dimension names, if there are any.
         load: reads a selection of slices as a numpy array.
-        identity: digest that says two sources are the same.
+        identify: makes the digest that says two sources are the same; data in memory is read for it.
         chunked: whether reading part of a chunk costs as much as the chunk.
         location: where the array lies on the local file system, if it does.
+        array: the Zarr array, where it is one.
+        files: the local directory that holds this array's chunks and nothing else, if there is one.
         coords: coordinates of xarray, or of an OME-Zarr's scale and translation.
         attrs: the user's attributes.
     """
@@ -44,11 +48,18 @@ class Source:
     chunks: tuple[int, ...]
     names: tuple[str | None, ...] | None
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
-    identity: str
+    identify: Callable[[], str]
     chunked: bool = True
     location: Path | None = None
+    array: zarr.Array[Any] | None = None
+    files: Path | None = None
     coords: Mapping[str, Any] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Digest that says two sources are the same."""
+        return self.identify()
 
 
 def open_source(source: Any) -> Source:
@@ -165,26 +176,31 @@ def _from_zarr(
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
     attributes = array.attrs.asdict()
-    metadata = array.metadata.to_dict()
-    metadata.pop("attributes", None)
     root = getattr(array.store, "root", None)
     location = Path(root, array.path).resolve() if root is not None else None
-    address = str(location or array.store_path)
-
-    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return np.asarray(array[selection])
-
     return Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=array.chunks,
         names=names or _dimension_names(array),
-        load=load,
-        identity=_digest({"address": address, "metadata": json.loads(json.dumps(metadata, default=str))}),
+        load=functools.partial(_load, array),
+        identify=functools.partial(_zarr_identity, array, str(location or array.store_path)),
         location=location,
+        array=array,
+        files=location,
         coords=coords or {},
         attrs={k: v for k, v in attributes.items() if k not in ENCODING_ATTRIBUTES},
     )
+
+
+def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+    return np.asarray(array[selection])
+
+
+def _zarr_identity(array: zarr.Array[Any], address: str) -> str:
+    metadata = array.metadata.to_dict()
+    metadata.pop("attributes", None)
+    return _digest({"address": address, "metadata": json.loads(json.dumps(metadata, default=str))})
 
 
 def _from_xarray(array: xarray.DataArray) -> Source:
@@ -200,7 +216,7 @@ def _from_xarray(array: xarray.DataArray) -> Source:
         chunks=inner.chunks,
         names=tuple(str(d) for d in array.dims),
         load=inner.load,
-        identity=inner.identity,
+        identify=inner.identify,
         chunked=inner.chunked,
         location=inner.location,
         coords={str(k): v.variable for k, v in array.coords.items()},
@@ -213,34 +229,36 @@ def _from_lazy(array: xarray.DataArray) -> Source:
     encoding = array.encoding
     chunks = encoding.get("preferred_chunks") or {}
     address = str(encoding.get("source", ""))
-
-    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return np.asarray(array.variable[selection].values)
-
+    identity = {"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}
     return Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
         names=None,
-        load=load,
-        identity=_digest({"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}),
+        load=functools.partial(_load_lazy, array.variable),
+        identify=functools.partial(_digest, identity),
         location=Path(address).resolve() if address and "://" not in address else None,
     )
 
 
-def _from_numpy(array: npt.NDArray[Any]) -> Source:
-    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return np.asarray(array[selection])
+def _load_lazy(variable: xarray.Variable, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+    return np.asarray(variable[selection].values)
 
+
+def _from_numpy(array: npt.NDArray[Any]) -> Source:
     return Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=(1,) * array.ndim,
         names=None,
-        load=load,
-        identity=_digest({"shape": array.shape, "dtype": str(array.dtype), "content": _content(array)}),
+        load=functools.partial(_load, array),
+        identify=functools.partial(_numpy_identity, array),
         chunked=False,
     )
+
+
+def _numpy_identity(array: npt.NDArray[Any]) -> str:
+    return _digest({"shape": array.shape, "dtype": str(array.dtype), "content": _content(array)})
 
 
 def _content(array: npt.NDArray[Any]) -> Any:
@@ -255,17 +273,19 @@ def _content(array: npt.NDArray[Any]) -> Any:
 
 
 def _from_dask(array: Any) -> Source:
-    def load(selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return np.asarray(array[selection].compute(scheduler="synchronous"))
-
+    identity = {"dask": str(array.name), "shape": [int(n) for n in array.shape]}
     return Source(
         shape=tuple(int(n) for n in array.shape),
         dtype=array.dtype,
         chunks=tuple(int(n) for n in array.chunksize),
         names=None,
-        load=load,
-        identity=_digest({"dask": str(array.name), "shape": [int(n) for n in array.shape]}),
+        load=functools.partial(_load_dask, array),
+        identify=functools.partial(_digest, identity),
     )
+
+
+def _load_dask(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+    return np.asarray(array[selection].compute(scheduler="synchronous"))
 
 
 def _digest(value: Any) -> str:

@@ -6,6 +6,7 @@ them (of length 1 when the source has none). Boxes are in the frame of the unpad
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.axes import Axes, resolve_axes
+from oocpatch.storage.native import NativeArray
 from oocpatch.storage.sources import Source, open_source
 
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
@@ -45,6 +47,7 @@ class Volume:
         self.source: Source = open_source(source)
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
+        self.coder: NativeArray | None = None  # see `native`
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
         if self.dtype.kind not in "buif":
@@ -93,11 +96,23 @@ class Volume:
         """Digest of what says that two volumes are the same, without reading voxels on disk."""
         return self.source.identity
 
-    def requests(self, box: Box) -> Iterator[Box]:
-        """Cut a box at chunk borders into reads that are worth their overhead; they cover it exactly once."""
+    def native(self, threads: int) -> Volume:
+        """The same volume, whose boxes are read by threads of zarrs where it is installed and can read it.
+
+        Not for processes that fork later.
+        """
+        found = copy.copy(self)
+        found.coder = NativeArray.open(self.source.array, threads) if self.source.array is not None else None
+        return found
+
+    def requests(self, box: Box, out: npt.NDArray[Any]) -> Iterator[Box]:
+        """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once."""
+        if self._natively(out) is not None:
+            yield box
+            return
         step = self.chunks if self.source.chunked else (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
         voxel = self.channels * self.dtype.itemsize
-        return box.split(worthwhile(step, box.shape, REQUEST // (2 * voxel)))
+        yield from box.split(worthwhile(step, box.shape, REQUEST // (2 * voxel)))
 
     def read(self, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> npt.NDArray[Any]:
         """Read a box as a new array `(C, *box.shape)` of the volume's dtype."""
@@ -112,7 +127,11 @@ class Volume:
             ValueError: for an unknown padding mode.
         """
         if box in Box.of_shape(self.shape):
-            out[...] = self._load(box)
+            target = self._natively(out)
+            if target is not None and self.coder is not None:
+                self.coder.read_into(target, self._selection(box))
+            else:
+                out[...] = self._load(box)
             return
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
@@ -133,15 +152,29 @@ class Volume:
                     data = np.take(data, index - inner.start[axis], axis=axis + 1)
             target[...] = data
 
-    def _load(self, box: Box) -> npt.NDArray[Any]:
-        """Read a box inside the volume as `(C, *box.shape)`."""
+    def _selection(self, box: Box) -> tuple[slice, ...]:
+        """A box as a selection of the source, all channels."""
         selection: list[slice] = [slice(None)] * len(self.source.shape)
         for position, part in zip(self.axes.order, box.slices(), strict=True):
             selection[position] = part
-        data = self.source.load(tuple(selection))
-        channel = () if self.axes.channel is None else (self.axes.channel,)
-        data = data.transpose(channel + self.axes.order)
-        return data if channel else data[None]
+        return tuple(selection)
+
+    @property
+    def _positions(self) -> Ints:
+        """Where the axes of `(C, *axes)` lie in the source; without C where it has no channel axis."""
+        return (() if self.axes.channel is None else (self.axes.channel,)) + self.axes.order
+
+    def _load(self, box: Box) -> npt.NDArray[Any]:
+        """Read a box inside the volume as `(C, *box.shape)`."""
+        data = self.source.load(self._selection(box)).transpose(self._positions)
+        return data[None] if self.axes.channel is None else data
+
+    def _natively(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """`out`, `(C, *shape)`, with its axes as the source has them; None where zarrs cannot read into it."""
+        if self.coder is None:
+            return None
+        target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
+        return target if target.flags.c_contiguous else None
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

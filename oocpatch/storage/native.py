@@ -1,0 +1,147 @@
+"""Chunks coded by zarrs, where it is installed: whole boxes at a time, by threads that need no interpreter.
+
+zarr-python codes chunk by chunk, and each chunk passes through several threads that take turns with the interpreter;
+beside a model's own Python that costs more than the codec. zarrs is a pipeline for zarr-python, written in Rust. What
+it cannot do (other stores, codecs of one's own) is left to zarr-python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import re
+import secrets
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.buffer.cpu import NDBuffer
+from zarr.storage import LocalStore
+
+Selection = tuple[slice, ...]
+
+
+class NativeArray:
+    """A Zarr array in a local directory, coded by zarrs.
+
+    One box at a time: its threads share out the chunks of a box, so that no more are on their way than it has threads.
+    Not for processes that fork later, which its threads do not survive.
+
+    Args:
+        array: as zarrs codes it; see `open`.
+    """
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        self._array = array
+        self._turn = threading.Lock()
+
+    @classmethod
+    def open(cls, array: zarr.Array[Any], threads: int) -> NativeArray | None:
+        """The same array, coded by so many threads; None where zarrs is not installed or cannot do it.
+
+        >>> NativeArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
+        True
+        """
+        local = isinstance(array.store, LocalStore) and np.dtype(array.dtype).isnative
+        if not local or importlib.util.find_spec("zarrs") is None:
+            return None
+        settings = {
+            "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+            "codec_pipeline.strict": True,
+            "threading.max_workers": threads,
+        }
+        with zarr.config.set(settings), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it cannot do, and then raises
+            try:
+                return cls(zarr.open_array(array.store, path=array.path, mode="r" if array.read_only else "r+"))
+            except Exception:  # noqa: BLE001 - whatever it says, zarr-python will code the array, or say what is wrong
+                return None
+
+    def read_into(self, out: npt.NDArray[Any], selection: Selection) -> None:
+        """Read a selection into a C-contiguous array of the array's dtype."""
+        with self._turn, os_errors():
+            self._array.get_basic_selection(selection, out=NDBuffer.from_numpy_array(out))
+
+    def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
+        """Write a selection."""
+        with self._turn, os_errors():
+            self._array[selection] = values
+
+
+class StagedArray:
+    """An array of which whole write units are replaced, each in one step.
+
+    zarrs writes files in place, and a crash must not leave half of one under its name: units are coded into a directory
+    beside those of the array, and renamed.
+
+    Args:
+        array: the array; Zarr v3, in a local directory.
+        folder: its directory.
+        aside: directory where units are coded.
+        native: the array in that directory.
+    """
+
+    def __init__(self, array: zarr.Array[Any], folder: Path, aside: Path, native: NativeArray) -> None:
+        self._array = array
+        self._folder = folder
+        self._aside = aside
+        self._native = native
+        self._unit = array.shards or array.chunks
+        self._folders: set[Path] = set()
+
+    @classmethod
+    def open(cls, array: zarr.Array[Any], threads: int) -> StagedArray | None:
+        """The array, coded by so many threads of zarrs; None where that cannot be done."""
+        if not isinstance(array.store, LocalStore):
+            return None
+        folder = Path(array.store.root, array.path)
+        aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
+        aside.mkdir()
+        shutil.copyfile(folder / "zarr.json", aside / "zarr.json")
+        native = NativeArray.open(zarr.open_array(LocalStore(aside), mode="r+"), threads)
+        if native is None:
+            shutil.rmtree(aside)
+            return None
+        return cls(array, folder, aside, native)
+
+    def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
+        """Write a selection of whole write units."""
+        self._native.write(selection, values)
+        spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, self._unit, strict=True)]
+        for position in itertools.product(*spans):
+            key = self._array.metadata.encode_chunk_key(position)
+            self._rename(self._aside / key, self._folder / key)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        if target.parent not in self._folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(target.parent)
+        try:
+            source.replace(target)
+        except FileNotFoundError:
+            if source.exists():
+                raise
+            target.unlink(missing_ok=True)  # nothing but the fill value, which is not stored
+
+    def close(self) -> None:
+        """Delete the directory where units were coded."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Let faults of the operating system be `OSError`s: zarrs tells them in words only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
+        raise
