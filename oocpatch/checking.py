@@ -156,6 +156,9 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
     chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
     plan = oocpatch.plan(folder / "volume", model, folder / "output", axes=axes, **settings)
+    mode = plan.heads[0].mode
+    if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote"}:
+        raise ValueError("check compares models that give one output of the patch's size, blended or cropped")
     found = np.asarray(plan.run())
     with _torch_threads(plan.torch_threads):
         scores = reference_scores(
@@ -163,14 +166,14 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
             model,
             patch_size=settings["patch_size"],
             patch_overlap=settings["patch_overlap"],
-            overlap_mode=plan.overlap_mode,
+            overlap_mode=mode,
             padding_mode=plan.padding_mode,
             fill=plan.fill,
             device=settings.get("device", "auto"),
             autocast=settings.get("autocast", False),
         )
     absolute, scale = _difference(found.reshape(-1, *data.shape[1:]), scores, settings.get("postprocess"))
-    exact = plan.overlap_mode == "crop" and plan.batch_size == 1 and found.dtype == scores.dtype
+    exact = mode == "crop" and plan.batch_size == 1 and found.dtype == scores.dtype
     return BoxReport(
         start=box.start,
         shape=box.shape,

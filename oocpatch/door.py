@@ -43,6 +43,16 @@ def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
     return value
 
 
+def per_head(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A checked value, or a dict of them by the name of a head."""
+    return {str(k): check(v) for k, v in value.items()} if isinstance(value, Mapping) else check(value)
+
+
+def of_head(value: Any, name: str, default: Any) -> Any:
+    """The value for a head: one for all, or its own."""
+    return value.get(name, default) if isinstance(value, Mapping) else value
+
+
 def overlap_mode(value: str) -> str:
     """A checked `overlap_mode`."""
     if value is None:

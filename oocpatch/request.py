@@ -17,20 +17,21 @@ import torch
 
 from oocpatch import door
 from oocpatch.errors import PlanTooLarge, RunMismatch
+from oocpatch.inference.buffers import torch_dtype
 from oocpatch.inference.finish import POSTPROCESSES
 from oocpatch.inference.models import load_model, model_identity
 from oocpatch.inference.predictor import Model, Predictor, Probe, resolve_device
-from oocpatch.inference.stages import torch_dtype
+from oocpatch.inference.selection import Mask
+from oocpatch.layout import Layout, lay_out
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.planning.memory import Sizes, chunk_bytes
-from oocpatch.planning.plan import Head, Plan, differences, human
+from oocpatch.planning.head import common_unit, patch_grid
+from oocpatch.planning.memory import HeadSizes, Sizes, chunk_bytes
+from oocpatch.planning.plan import Plan, differences, human
 from oocpatch.planning.planner import choose
-from oocpatch.storage.output import OutputRecord, default_chunks
+from oocpatch.storage.output import OutputRecord
 from oocpatch.storage.volume import Volume
-
-HEAD_NAME = "prediction"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Request:
         volume, model: what to read, and what to run.
         output, workspace: directories of the result, and of what is kept until it is done.
         patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones.
-        postprocess: as a function.
+        mask: which patches to compute; None: all.
         max_memory, max_disk: in bytes.
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
@@ -54,7 +55,7 @@ class Request:
     workspace: Path
     patch_size: Ints
     patch_overlap: Ints
-    postprocess: Callable[..., Any] | None
+    mask: Mask | None
     max_memory: int
     max_disk: int | None
     block_shape: Ints | None
@@ -64,6 +65,11 @@ class Request:
     @property
     def looped(self) -> int:
         return len(self.volume.shape) - self.volume.spatial_ndim
+
+    @property
+    def skips(self) -> bool:
+        """Whether patches may be skipped."""
+        return self.mask is not None or self.options["skip_value"] is not None
 
     def predictor(self, *, copies_input: bool = True, torch_threads: int | None = None) -> Predictor:
         """The model, as a function of batches."""
@@ -84,7 +90,7 @@ class Request:
         """
         found = differences(self.parameters, record.parameters)
         if not found and self.block_shape is not None:
-            asked, there = self._blocks(tuple(record.details["unit"])), record.details["block_shape"]
+            asked, there = self._blocks(record.details), record.details["block_shape"]
             if list(asked) != list(there):
                 found["block_shape"] = (list(asked), list(there))
         if found:
@@ -95,17 +101,15 @@ class Request:
                 tuple(found),
             )
 
-    @property
-    def grid(self) -> PatchGrid:
-        padded = self.options["padding_mode"] is not None
-        return PatchGrid.of(self.volume.shape, self.patch_size, self.patch_overlap, padded=padded)
-
-    def _blocks(self, unit: Ints) -> Ints:
-        """The block shape asked for, as the planner would round it."""
+    def _blocks(self, stored: Mapping[str, Any]) -> Ints:
+        """The block shape asked for, as the planner rounded it."""
         assert self.block_shape is not None
+        unit = tuple(stored["unit"])
         core = (*unit[: self.looped], *self.block_shape)
-        crop = self.options["overlap_mode"] == "crop"
-        return BlockGrid.of(self.grid, core, unit, 0, crop=crop).core_shape[self.looped :]
+        geometry = (tuple(stored["context"]), tuple(stored["snap"]))
+        padded = self.options["padding_mode"] is not None
+        grid = patch_grid(self.volume.shape, self.patch_size, self.patch_overlap, *geometry, padded=padded)
+        return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
 def make_request(
@@ -115,14 +119,15 @@ def make_request(
     *,
     patch_size: int | Sequence[int],
     patch_overlap: int | Sequence[int],
-    overlap_mode: str,
+    overlap_mode: str | Mapping[str, str],
+    num_classes: int | None,
     padding_mode: str | None,
     fill: float,
     axes: str | Sequence[str] | None,
     batch_size: int,
     device: str,
     autocast: bool,
-    postprocess: str | Callable[..., Any] | None,
+    postprocess: str | Callable[..., Any] | Mapping[str, Any] | None,
     output_dtype: Any,
     output_chunks: int | Sequence[int] | None,
     output_shards: int | Sequence[int] | None,
@@ -133,7 +138,8 @@ def make_request(
     block_shape: int | Sequence[int] | None,
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
-    mask: None,
+    mask: Any,
+    skip_empty: bool,
     client: None,
     output_format: str,
 ) -> Request:
@@ -148,7 +154,6 @@ def make_request(
     for name, path in (("output", target), ("workspace", place)):
         door.apart(name, path, data)
         door.writable(name, path)
-    door.not_yet("mask", mask)
     door.not_yet("client", client)
     door.one_of("output_format", output_format, ("auto", "zarr"))
     if isinstance(model, str):
@@ -165,19 +170,23 @@ def make_request(
         return None if value is None else door.sizes(name, value, data, least=1)
 
     options = {
-        "overlap_mode": door.overlap_mode(overlap_mode),
+        "overlap_mode": door.per_head(overlap_mode, door.overlap_mode),
+        "num_classes": None if num_classes is None else door.positive("num_classes", num_classes),
+        "postprocess": door.per_head(postprocess, lambda value: door.postprocess(value, POSTPROCESSES)),
         "padding_mode": door.padding_mode(padding_mode),
         "fill": door.number("fill", fill),
         "batch_size": door.positive("batch_size", batch_size),
         "device": found_device,
         "autocast": bool(autocast),
-        "output_dtype": door.dtype("output_dtype", output_dtype),
+        "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
         "output_fill": door.number("output_fill", output_fill),
         "allow_nonfinite": bool(allow_nonfinite),
+        "skip_value": empty_value(data) if skip_empty else None,
         "workers": None if workers is None else door.positive("workers", workers),
     }
+    found_mask = None if mask is None else _mask(mask, data)
     parameters = {
         "volume": data.identity,
         "axes": list(data.axes.names),
@@ -185,12 +194,15 @@ def make_request(
         "patch_size": patch[looped:],
         "patch_overlap": overlap[looped:],
         "overlap_mode": options["overlap_mode"],
+        "num_classes": options["num_classes"],
         "padding_mode": options["padding_mode"],
         "fill": door.plain(fill),
+        "mask": None if found_mask is None else found_mask.volume.identity,
+        "skip_empty": bool(skip_empty),
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
-        "postprocess": model_identity(postprocess) if callable(postprocess) else postprocess,
+        "postprocess": door.per_head(postprocess, lambda value: model_identity(value) if callable(value) else value),
         "output_dtype": options["output_dtype"],
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
@@ -205,7 +217,7 @@ def make_request(
         workspace=place,
         patch_size=patch,
         patch_overlap=overlap,
-        postprocess=door.postprocess(postprocess, POSTPROCESSES),
+        mask=found_mask,
         max_memory=door.memory_limit(max_memory),
         max_disk=None if max_disk is None else door.num_bytes("max_disk", max_disk),
         block_shape=spatial("block_shape", block_shape),
@@ -216,6 +228,34 @@ def make_request(
 
 def _volume(volume: Any, axes: str | Sequence[str] | None) -> Volume:
     return Volume(volume.source if isinstance(volume, Volume) else volume, axes)
+
+
+def _mask(mask: Any, volume: Volume) -> Mask:
+    """A checked mask.
+
+    Raises:
+        ValueError: when it cannot lie over the volume.
+    """
+    given = mask if isinstance(mask, Volume) else Volume(mask)
+    for names in (volume.names, volume.names[-volume.spatial_ndim :]):
+        if len(given.source.shape) == len(names):
+            found = Volume(given.source, names)
+            if any(m > n for m, n in zip(found.shape[::-1], volume.shape[::-1], strict=False)):
+                raise ValueError(
+                    f"mask must not have more voxels than the volume on any axis, got {found.shape} for {volume.shape}"
+                )
+            return Mask(found, volume.shape)
+    spatial = ", ".join(volume.names[-volume.spatial_ndim :])
+    raise ValueError(
+        f"mask must have the volume's spatial axes ({spatial}), at any resolution, got shape {given.source.shape}"
+    )
+
+
+def empty_value(volume: Volume) -> float:
+    """What voxels hold that were never written."""
+    array = volume.source.array
+    value = None if array is None else array.fill_value
+    return 0.0 if value is None else float(value)
 
 
 def beside(output: Path, suffix: str) -> Path:
@@ -247,15 +287,14 @@ def make_plan(request: Request) -> Plan:
     predictor = request.predictor(torch_threads=threads)
     with predictor.ready():
         probe = predictor.probe(volume.channels, request.patch_size, torch_dtype(str(volume.dtype)))
-    head = _head(request, probe)
-    chunks, unit = _chunks(request, head)
-    sizes = _sizes(request, head, probe, unit)
-    core = None if request.block_shape is None else (*unit[: request.looped], *request.block_shape)
+    layout = lay_out(request, probe)
+    sizes = _sizes(request, layout, probe)
+    core = None
+    if request.block_shape is not None:
+        core = (*common_unit(layout.heads)[: request.looped], *request.block_shape)
     choice = choose(
-        request.grid,
-        unit,
+        layout.grid,
         sizes,
-        crop=options["overlap_mode"] == "crop",
         max_memory=request.max_memory,
         max_disk=request.max_disk,
         block_shape=core,
@@ -273,12 +312,13 @@ def make_plan(request: Request) -> Plan:
         patch_overlap=request.patch_overlap,
         padding_mode=options["padding_mode"],
         fill=options["fill"],
-        overlap_mode=options["overlap_mode"],
-        head=head,
+        context=layout.context,
+        snap=layout.snap,
+        heads=layout.heads,
+        copies_input=probe.copies_input,
+        skips=request.skips,
         core=tuple(a.size for a in choice.blocks.axes),
-        unit=unit,
         sweep=choice.blocks.sweep,
-        chunks=chunks,
         way=choice.way,
         concurrency=choice.concurrency,
         batch_size=options["batch_size"],
@@ -311,81 +351,37 @@ def resumed(plan: Plan, request: Request) -> Plan:
     return plan.at(workers, needed)
 
 
-def _head(request: Request, probe: Probe) -> Head:
-    """What becomes of the model's output: channels and dtypes after blending and postprocess."""
-    mode, output = request.options["overlap_mode"], probe.output
-    values = (output if mode == "crop" else output.to(torch.float32))[0]
-    sums = values.dtype
-    channels = values.shape[0]
-    out_dtype = str(values.numpy(force=True).dtype)
-    if request.postprocess is not None:
-        result = _postprocessed(request, values)
-        out_channels = result.shape[0]
-        out_dtype = str(result.numpy(force=True).dtype)
-        if request.parameters["postprocess"] == "argmax":
-            out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
-    else:
-        out_channels = channels
-    name = request.volume.channel_axis
-    if name is None and out_channels > 1:
-        name = "channel"
-    return Head(
-        name=HEAD_NAME,
-        channels=channels,
-        dtype=str(torch.empty(0, dtype=sums).numpy().dtype),
-        out_channels=out_channels,
-        out_dtype=request.options["output_dtype"] or out_dtype,
-        channel_axis=name,
-        copies_input=probe.copies_input,
-    )
-
-
-def _postprocessed(request: Request, values: torch.Tensor) -> torch.Tensor:
-    assert request.postprocess is not None
-    looped = tuple(range(1, 1 + request.looped))
-    scores = values.squeeze(looped) if looped else values
-    try:
-        result = torch.as_tensor(request.postprocess(scores))
-    except Exception as error:
-        raise ValueError(
-            f"postprocess failed on scores of shape {tuple(scores.shape)}: {type(error).__name__}: {error}"
-        ) from error
-    if result.ndim != scores.ndim or result.shape[1:] != scores.shape[1:]:
-        raise ValueError(
-            f"postprocess must return (C, {', '.join(map(str, scores.shape[1:]))}), got {tuple(result.shape)}"
-        )
-    return result
-
-
-def _chunks(request: Request, head: Head) -> tuple[Ints, Ints]:
-    """The output's chunks and its write unit, in voxels per axis."""
-    volume, looped = request.volume, request.looped
-    default = default_chunks(volume, np.dtype(head.out_dtype).itemsize)
-    shape, shards = volume.shape[looped:], request.options["output_shards"]
-    chunks: Ints = request.options["output_chunks"] or default[looped:]
-    if request.options["output_chunks"] is None and shards is not None:
-        chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
-    unit = door.write_unit(chunks, shards, shape)
-    return (*default[:looped], *door.clipped(chunks, shape)), (*default[:looped], *unit)
-
-
-def _sizes(request: Request, head: Head, probe: Probe, unit: Ints) -> Sizes:
+def _sizes(request: Request, layout: Layout, probe: Probe) -> Sizes:
+    """What a voxel, a chunk and a batch weigh."""
     volume, batch = request.volume, request.options["batch_size"]
-    voxels = math.prod(request.patch_size)
-    cast = request.options["overlap_mode"] != "crop" and probe.output.dtype != torch.float32
-    inputs = voxels * volume.channels * volume.dtype.itemsize
-    outputs = 0 if probe.aliased else voxels * head.channels * probe.output.dtype.itemsize
-    outputs += cast * voxels * head.channels * 4
-    out_voxel = head.out_channels * np.dtype(head.out_dtype).itemsize
+    patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
+    heads, windows = [], 0
+    for head in layout.heads:
+        output = probe.outputs[head.name]
+        voxels = math.prod(output.shape[2:])
+        patch_bytes += 0 if head.name in probe.aliased else voxels * output.shape[1] * output.dtype.itemsize
+        if head.votes or (not head.crop and output.dtype != torch.float32):  # a copy as float32, one channel per class
+            patch_bytes += voxels * head.channels * 4
+        windows += 4 * voxels if head.blended else 0
+        heads.append(
+            HeadSizes(
+                scale=head.scale,
+                unit=head.unit,
+                crop=head.crop,
+                sum_voxel=head.stored * np.dtype(head.dtype).itemsize,
+                out_voxel=head.out_channels * np.dtype(head.out_dtype).itemsize,
+                channels=max(head.stored, head.out_channels),
+            )
+        )
     return Sizes(
         in_voxel=volume.channels * volume.dtype.itemsize,
-        sum_voxel=head.channels * np.dtype(head.dtype).itemsize,
-        out_voxel=out_voxel,
-        channels=max(head.channels, head.out_channels),
         in_chunk=volume.chunks,
         in_chunk_bytes=volume.chunk_bytes,
-        out_unit_bytes=math.prod(unit) * out_voxel,
+        context=layout.context,
+        heads=tuple(heads),
+        mask_voxel=0.0 if request.mask is None else request.mask.voxel_bytes,
+        window_bytes=windows,
         batch=batch,
         model_bytes=batch * probe.bytes,
-        batch_bytes=batch * (inputs + outputs),
+        batch_bytes=batch * patch_bytes,
     )

@@ -16,14 +16,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xarray
 from tqdm import tqdm
 
 from oocpatch.errors import OutputBusy, OutputExists
@@ -31,11 +30,12 @@ from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Run, Stopped, dask_threads
 from oocpatch.inference.stages import Job, normalize_block, predict_block, window
+from oocpatch.layout import postprocess_of
 from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request, beside, make_plan, make_request, resumed
 from oocpatch.storage.lock import clear_dead, holder, locked
-from oocpatch.storage.output import Output, OutputRecord, create_output, inspect_output, open_result
+from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
 logger = logging.getLogger("oocpatch")
@@ -48,14 +48,15 @@ def predict(
     *,
     patch_size: int | Sequence[int],
     patch_overlap: int | Sequence[int] = 0,
-    overlap_mode: str = "hann",
+    overlap_mode: str | Mapping[str, str] = "hann",
+    num_classes: int | None = None,
     padding_mode: str | None = None,
     fill: float = 0.0,
     axes: str | Sequence[str] | None = None,
     batch_size: int = 1,
     device: str = "auto",
     autocast: bool = False,
-    postprocess: str | Callable[..., Any] | None = None,
+    postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
     output_dtype: Any = None,
     output_chunks: int | Sequence[int] | None = None,
     output_shards: int | Sequence[int] | None = None,
@@ -65,14 +66,15 @@ def predict(
     block_shape: int | Sequence[int] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    mask: None = None,
+    mask: Any = None,
+    skip_empty: bool = False,
     client: None = None,
     output_format: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: str | bool = "auto",
-) -> xarray.DataArray:
+) -> Result:
     """Run a model over a volume that does not fit in memory, patch by patch, and blend what it gives.
 
     The same call again goes on where a killed one stopped, and gives the same bytes; a complete output is opened at
@@ -85,7 +87,9 @@ def predict(
         output: path of the Zarr group to write.
         patch_size: size of a patch in voxels; an int, or one per spatial axis.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
-        overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend.
+        overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
+            keeps the largest value; `"vote"` the most frequent label. A dict gives each of the model's outputs its own.
+        num_classes: number of labels that are voted on.
         padding_mode: `"constant"` (with `fill`), `"edge"`, `"reflect"`, `"symmetric"` or `"wrap"`: patches also cover
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
@@ -94,8 +98,8 @@ def predict(
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
         postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
-            by voxel.
-        output_dtype: dtype of the output; integers are rounded half to even and saturate.
+            by voxel. A dict gives each of the model's outputs its own.
+        output_dtype: dtype of the output; integers are rounded half to even and saturate. As a dict, of each.
         output_chunks: chunks of the output, in voxels, spatial; default: those of the volume, if reasonable.
         output_shards: shards of the output, in voxels, spatial; multiples of its chunks.
         output_fill: value of voxels that no patch covers.
@@ -104,7 +108,9 @@ def predict(
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
         workspace: directory for what is kept until the run is done; default: beside the output.
         workers: blocks to work on at a time.
-        mask: not offered in this version; None.
+        mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
+            skipped.
+        skip_empty: skip patches that hold nothing but what voxels hold that were never written.
         client: not offered in this version; None.
         output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
         resume: go on with an incomplete output; else it is refused.
@@ -113,7 +119,9 @@ def predict(
         progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
 
     Returns:
-        The output as a lazy `xarray.DataArray` `([C',] *axes)`, backed by the Zarr at `output`.
+        The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a
+        dict, a `Dataset`, or where scales differ a `DataTree` with a node per head. Its attribute `uncovered_voxels` is
+        the number of voxels that no patch covered, if there are any.
 
     Raises:
         ValueError, TypeError: for bad arguments.
@@ -172,7 +180,7 @@ def plan(
     request = make_request(volume, model, output, **{**_DEFAULTS, **arguments})
     made, _ = _decide(request, resume=resume, overwrite=overwrite)
 
-    def run(planned: Plan) -> xarray.DataArray:
+    def run(planned: Plan) -> Result:
         return _predict(request, resume=resume, overwrite=overwrite, progress=progress, planned=planned)
 
     return (made or make_plan(request)).bound(run)
@@ -211,12 +219,12 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
 
 def _predict(
     request: Request, *, resume: bool, overwrite: bool, progress: str | bool, planned: Plan | None = None
-) -> xarray.DataArray:
+) -> Result:
     stored, found = _decide(request, resume=resume, overwrite=overwrite)
     if found is not None and found.complete and not overwrite:
         remove_workspace(_root(found))  # a crash after success may have left it, and its lock
         clear_dead(beside(request.output, ".lock"))
-        return open_result(request.output, found.arrays[0])
+        return open_result(request.output)
     made = stored or planned or make_plan(request)
     request.output.parent.mkdir(parents=True, exist_ok=True)
     with locked(beside(request.output, ".lock"), str(request.output)):
@@ -228,36 +236,36 @@ def _predict(
                 remove_workspace(_root(found))
             create_output(request.output, made, request.volume, request.workspace, found)
             workspace = Workspace.create(request.workspace / made.run_id, made)
-        seconds = _run(request, made, workspace, progress)
-        Output(request.output, made).complete(_details(made, seconds))
+        seconds, uncovered = _run(request, made, workspace, progress)
+        Output(request.output, made).complete(_details(made, seconds, uncovered))
         remove_workspace(workspace.root)
-    return open_result(request.output, made.head.name)
+    return open_result(request.output)
 
 
 def _root(record: OutputRecord) -> Path:
     return Path(record.workspace) / record.run_id
 
 
-def _details(made: Plan, seconds: float) -> dict[str, Any]:
+def _details(made: Plan, seconds: float, uncovered: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
         "patches": made.patches,
         "blocks": made.blocks,
         "open_blocks": made.block_grid.num_open,
-        "uncovered_voxels": 0,  # a full grid covers every voxel
+        "uncovered_voxels": uncovered,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
     }
 
 
-def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> float:
-    """Run the stages of a plan over what is not done yet; the seconds it took."""
+def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> tuple[float, int]:
+    """Run the stages of a plan over what is not done yet; the seconds it took, and the voxels where no patch was."""
     started = time.monotonic()
     lean_heap()
     workspace.write_weights()
     done = workspace.progress()
     stop = threading.Event()
-    predictor = request.predictor(copies_input=made.head.copies_input, torch_threads=made.torch_threads)
+    predictor = request.predictor(copies_input=made.copies_input, torch_threads=made.torch_threads)
     ledger = workspace.ledger()
     with contextlib.ExitStack() as stack:
         stack.callback(ledger.close)
@@ -277,14 +285,16 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         job = Job(
             plan=made,
             volume=request.volume.native(reading(threads)),
+            mask=request.mask,
             predictor=predictor,
             workspace=workspace,
-            window=window(made, request.options["device"]),
+            windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
             output=output,
-            finisher=_finisher(request, made, workspace),
+            finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
             reads=reads,
             writes=writes,
             allow_nonfinite=request.options["allow_nonfinite"],
+            skip_value=request.options["skip_value"],
             on_patches=on_patches,
         )
         run = Run(
@@ -298,15 +308,22 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         )
         with dask_threads(made.concurrency) as submit:
             run.execute(submit, made.concurrency)
-    return time.monotonic() - started
+    return time.monotonic() - started, done.uncovered
 
 
-def _finisher(request: Request, made: Plan, workspace: Workspace) -> Finisher:
-    weights = None
-    if made.overlap_mode != "crop":
-        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights())
-    channels = max(made.head.channels, made.head.out_channels)
-    return Finisher(weights, request.postprocess, request.looped, max(1, TILE // channels))
+def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
+    head, weights = made.heads[number], None
+    if head.blended and not head.dense:
+        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
+    return Finisher(
+        weights,
+        postprocess_of(request.options, head.name, head.mode),
+        request.looped,
+        max(1, TILE // max(head.stored, head.out_channels)),
+        dense=head.dense,
+        divide=head.blended,
+        fill=request.options["output_fill"],
+    )
 
 
 @contextlib.contextmanager

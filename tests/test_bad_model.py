@@ -30,8 +30,8 @@ def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
     assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
 
 
-def smaller_by_two(patches: torch.Tensor) -> torch.Tensor:
-    return patches[..., 1:-1, 1:-1]
+def smaller_by_one(patches: torch.Tensor) -> torch.Tensor:
+    return patches[..., 1:, 1:]
 
 
 def without_channels(patches: torch.Tensor) -> torch.Tensor:
@@ -54,14 +54,14 @@ def complex_values(patches: torch.Tensor) -> torch.Tensor:
     return patches.to(torch.complex64)
 
 
-WRONG = (smaller_by_two, without_channels, only_one_patch, a_list, nothing, complex_values)
+WRONG = (smaller_by_one, without_channels, only_one_patch, a_list, nothing, complex_values)
 
 
 @pytest.mark.parametrize("model", WRONG, ids=[model.__name__ for model in WRONG])
 def test_a_model_that_returns_the_wrong_thing_is_refused_by_the_probe(model: Any, volume: Path, output: Path) -> None:
     with pytest.raises((ValueError, TypeError), match=r"model") as error:
         predict(volume, output, model)
-    got = {"smaller_by_two": "6, 6", "without_channels": "8, 8", "a_list": "list", "nothing": "None"}
+    got = {"smaller_by_one": "7, 7", "without_channels": "8, 8", "a_list": "list", "nothing": "None"}
     assert got.get(model.__name__, "") in str(error.value)
 
 

@@ -13,9 +13,20 @@ import math
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from oocpatch.planning.memory import KEPT_BY_HEAP
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's dtype of a numpy dtype's name.
+
+    >>> torch_dtype("uint8")
+    torch.uint8
+    """
+    return torch.from_numpy(np.empty(0, name)).dtype
+
 
 SMALL = 1 << 20
 """Bytes below which a mapping of its own is not worth its pages."""

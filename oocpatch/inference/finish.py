@@ -23,39 +23,72 @@ class Finisher:
     """Turns sums into output values.
 
     Attributes:
-        weights: per axis, the sum of all windows, float32 `(length,)`; None in `crop` mode, where nothing is divided.
+        weights: per axis, the sum of all windows, float32 `(length,)`; None where nothing is divided, or `dense` is set.
         postprocess: a function of `(C, *spatial)`, applied to blended values.
         looped: number of looped axes, which a postprocess does not see.
         tile: voxels that are worked on at a time.
+        dense: the last channel of the sums holds the weights, zero where no patch was.
+        divide: whether dense weights are divided by, or only tell where patches were.
+        fill: value of voxels where no patch was.
     """
 
     weights: tuple[torch.Tensor, ...] | None
     postprocess: Postprocess | None
     looped: int
     tile: int
+    dense: bool = False
+    divide: bool = True
+    fill: float = 0.0
 
-    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> None:
+    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> int:
         """Write the values of a box into `out`.
 
         Args:
-            sums: `(C, *box.shape)`.
-            box: where the sums lie in the volume.
+            sums: `(C, *box.shape)`, and one more channel if `dense`.
+            box: where the sums lie in the output.
             out: `(C', *box.shape)` of the output's dtype.
+
+        Returns:
+            The number of voxels where no patch was.
         """
         scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32) if self.weights is not None else None
         plain = self.postprocess is None and out.dtype == torch.float32
+        uncovered = 0
         for tile in tiles(box, self.tile, self.looped):
             inner = (slice(None), *tile.slices(box.start))
             values, target = sums[inner], out[inner]
+            if self.dense:
+                uncovered += self._dense(values, target)
+                continue
             if scratch is not None:
                 weights = self._weights(tile, scratch)
                 if plain:
                     torch.div(values, weights, out=target)
                     continue
                 values = values / weights
-            if self.postprocess is not None:
-                values = self._postprocessed(values, target.shape)
-            target.copy_(cast(values, out.dtype))
+            self._store(values, target)
+        return uncovered
+
+    def _dense(self, sums: torch.Tensor, target: torch.Tensor) -> int:
+        """Finish a tile whose last channel holds the weights; the number of voxels without any."""
+        values, weights = sums[:-1], sums[-1]
+        empty = weights == 0
+        uncovered = int(empty.sum())
+        if uncovered == empty.numel():
+            target.fill_(self.fill)
+            return uncovered
+        if uncovered:  # a postprocess must not meet the infinities and NaNs that no patch has overwritten
+            values = torch.where(empty, values.new_zeros(()), values)
+            weights = torch.where(empty, weights.new_ones(()), weights)
+        self._store(values / weights if self.divide else values, target)
+        if uncovered:
+            target.copy_(torch.where(empty, target.new_full((), self.fill), target))
+        return uncovered
+
+    def _store(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        if self.postprocess is not None:
+            values = self._postprocessed(values, target.shape)
+        target.copy_(cast(values, target.dtype))
 
     def _weights(self, tile: Box, scratch: torch.Tensor) -> torch.Tensor:
         """The weights of a tile, in `scratch`: the outer product of one array per axis."""

@@ -8,17 +8,23 @@ not fought over. There is no thread of the model's own: handing a batch over cos
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from oocpatch.inference.footprint import Footprint
+from oocpatch.inference.geometry import Geometry, measure
 from oocpatch.planning.box import Ints
 
 Model = Callable[[torch.Tensor], Any]
+ONLY = "prediction"
+"""Name of the output of a model that gives one tensor."""
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
 
 
@@ -27,15 +33,17 @@ class Probe:
     """What one call of the model with one patch of zeros showed.
 
     Attributes:
-        output: the model's output `(1, C, *patch)`.
+        outputs: the model's outputs by name, `(1, C, *spatial)`, looped axes included.
+        geometry: how the spatial size of each follows from the patch's.
         copies_input: whether the model must be given copies of patches, because it writes to its input.
-        aliased: whether the output is the input's memory.
-        bytes: memory that the call added at its peak, output included, input not.
+        aliased: names of the outputs that are the input's memory.
+        bytes: memory that the call added at its peak, outputs included, input not.
     """
 
-    output: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
+    geometry: Mapping[str, Geometry]
     copies_input: bool
-    aliased: bool
+    aliased: frozenset[str]
     bytes: int
 
 
@@ -43,7 +51,7 @@ class Predictor:
     """The user's model as a function of batches.
 
     Args:
-        model: a `torch.nn.Module`, or a callable `(B, C, *patch) -> (B, C', *patch)`.
+        model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a dict of such tensors.
         device: where it runs, e.g. `"cpu"` or `"cuda:0"`.
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
@@ -91,11 +99,11 @@ class Predictor:
         """Whether patches of a dtype reach the model as they are."""
         return self._dtype is None or self._dtype == dtype
 
-    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
-        """Run the model on `(B, C, *patch)`; its output `(B, C', *patch)`.
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model on `(B, C, *patch)`; its outputs by name, `(B, C', *spatial)`.
 
         Raises:
-            ValueError: when the output is not one tensor of the patch's spatial shape.
+            ValueError: when it does not return tensors of real numbers with as many axes.
         """
         looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
@@ -108,10 +116,10 @@ class Predictor:
                 use_threads(1)
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
-        result = self._checked(result, inputs)
+        outputs = self._checked(result, inputs)
         for axis in looped:
-            result = result.unsqueeze(axis)
-        return result
+            outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
+        return outputs
 
     def _run(self, inputs: torch.Tensor) -> Any:
         if self._dtype is not None:
@@ -121,21 +129,29 @@ class Predictor:
         with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
             return self.model(inputs)
 
-    def _checked(self, result: Any, inputs: torch.Tensor) -> torch.Tensor:
-        if isinstance(result, dict):
-            raise ValueError(f"the model must return one tensor, got a dict with {sorted(map(str, result))}")
+    def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not isinstance(result, Mapping):
+            return {ONLY: self._tensor(result, inputs, "")}
+        if not result:
+            raise ValueError("the model must return a tensor or a dict of tensors, got an empty dict")
+        for name in result:
+            if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"the model must return a dict whose keys can be names of arrays, got {name!r}")
+        return {name: self._tensor(value, inputs, f" for {name!r}") for name, value in result.items()}
+
+    def _tensor(self, result: Any, inputs: torch.Tensor, which: str) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):
             try:
                 result = torch.as_tensor(result, device=inputs.device)
             except Exception as error:
-                raise ValueError(f"the model must return a tensor, got {type(result).__name__}") from error
-        expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
-        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or result.shape[2:] != inputs.shape[2:]:
-            raise ValueError(f"the model must return shape {expected}, got {tuple(result.shape)}")
+                raise ValueError(f"the model must return a tensor{which}, got {type(result).__name__}") from error
+        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape:
+            expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
+            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}")
         if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
             result = result.to(torch.float32)
         if result.is_complex():
-            raise ValueError(f"the model must return real numbers, got {result.dtype}")
+            raise ValueError(f"the model must return real numbers{which}, got {result.dtype}")
         output: torch.Tensor = result.detach() if result.requires_grad else result
         return output
 
@@ -152,7 +168,7 @@ class Predictor:
 
         try:
             with footprint:
-                output = self(patch)
+                outputs = self(patch)
         except ValueError as error:
             if str(error).startswith("the model must return"):
                 raise
@@ -161,8 +177,23 @@ class Predictor:
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
         writes = version(patch) != before or not isinstance(self.model, torch.nn.Module)
         extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
-        aliased = output.untyped_storage().data_ptr() == patch.untyped_storage().data_ptr()
-        return Probe(output, writes, aliased, max(footprint.peak, extra))
+        memory = patch.untyped_storage().data_ptr()
+        aliased = frozenset(n for n, o in outputs.items() if o.untyped_storage().data_ptr() == memory)
+        loops = self._looped
+        geometry = measure(
+            patch_size[loops:],
+            {name: tuple(o.shape[2 + loops :]) for name, o in outputs.items()},
+            lambda size: self._given(channels, (*patch_size[:loops], *size), dtype),
+        )
+        return Probe(outputs, geometry, writes, aliased, max(footprint.peak, extra))
+
+    def _given(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> dict[str, Ints] | None:
+        """What the model gives for patches of another size; None: it does not take them."""
+        try:
+            outputs = self(torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device))
+        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
+            return None
+        return {name: tuple(output.shape[2 + self._looped :]) for name, output in outputs.items()}
 
     def _rejection(self, channels: int, patch_size: Ints, dtype: torch.dtype, error: Exception) -> str:
         spatial = patch_size[self._looped :]

@@ -52,13 +52,17 @@ class Reader:
         self._batch: torch.Tensor | None = None
         self.pending = Pending(pool)
 
+    def fits(self, group: Group, keep: int) -> bool:
+        """Whether a group can be read while planes from `keep` on are still in use."""
+        return group.read_stop - keep <= self._ring.capacity
+
     def request(self, group: Group, keep: int) -> None:
         """Begin to read what a group needs beyond what was read before; planes from `keep` on are still in use."""
         if group.read_stop <= self._at:
             return
-        if group.read_stop - keep > self._ring.capacity:
+        if not self.fits(group, keep):
             raise RuntimeError(f"planes {keep} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
-        box = self._ring.region.along(self._axis, self._at, group.read_stop)
+        box = self._ring.region.along(self._axis, max(self._at, group.start), group.read_stop)
         self._at = group.read_stop
         for part, view in self._ring.parts(box):
             target = view.numpy() if view.device.type == "cpu" else np.empty(view.shape, self._volume.dtype)
@@ -66,11 +70,12 @@ class Reader:
                 inner = (slice(None), *request.slices(part.start))
                 self.pending.submit(self._read, request, target[inner], view[inner])
 
-    def batch(self, boxes: Sequence[Box], *, copy: bool) -> torch.Tensor:
+    def batch(self, boxes: Sequence[Box], *, size: int, copy: bool) -> torch.Tensor:
         """Patches as `(B, C, *patch_size)`, valid until the next call.
 
         Args:
             boxes: the patches.
+            size: most patches of a batch.
             copy: whether the model may write to them; else a single patch is a view, where it does not wrap around.
         """
         if len(boxes) == 1 and not copy:
@@ -78,12 +83,16 @@ class Reader:
             if len(views) == 1:
                 return views[0][None]
         if self._batch is None:
-            shape = (len(boxes), self._ring.data.shape[0], *boxes[0].shape)
+            shape = (size, self._ring.data.shape[0], *boxes[0].shape)
             self._batch = buffer(shape, self._ring.data.dtype, self._ring.data.device)
         for target, box in zip(self._batch, boxes, strict=False):  # the last batch may be smaller
             for part, view in self._ring.parts(box):
                 target[(slice(None), *part.slices(box.start))] = view
         return self._batch[: len(boxes)]
+
+    def holds_only(self, value: float, box: Box) -> bool:
+        """Whether a patch holds nothing but one value."""
+        return all(bool((view == value).all()) for _, view in self._ring.parts(box))
 
     def _read(self, box: Box, target: npt.NDArray[Any], view: torch.Tensor) -> None:
         self._volume.read_into(target, box, *self._padding)

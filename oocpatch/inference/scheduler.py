@@ -22,6 +22,7 @@ from dask.delayed import delayed
 
 from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
 from oocpatch.inference.predictor import use_threads
+from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.storage.ledger import Ledger, Progress, Record
 
@@ -91,7 +92,7 @@ class Run:
         blocks: the block grid.
         progress: what the ledger says is done.
         ledger: where what gets done is recorded.
-        predict: runs the predict stage of a block; gives the digest of its partials.
+        predict: runs the predict stage of a block.
         normalize: runs the normalize stage of a block, given the digests of what it reads.
         delete: deletes the partials of a block.
         stop: set to make the tasks in flight give up.
@@ -100,8 +101,8 @@ class Run:
     blocks: BlockGrid
     progress: Progress
     ledger: Ledger
-    predict: Callable[[int], int]
-    normalize: Callable[[int, dict[int, int]], None]
+    predict: Callable[[int], Done]
+    normalize: Callable[[int, dict[int, int]], Done]
     delete: Callable[[int], None]
     stop: threading.Event
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
@@ -180,7 +181,7 @@ class Run:
         if error is None and stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
-            self._record(Record("normalize", index))
+            self._record(Record("normalize", index, uncovered=future.result().uncovered))
             self._release(index)
         elif isinstance(error, CorruptPartial):
             self._repair(index, error)
@@ -194,10 +195,10 @@ class Run:
             self._failed[index] = message
             self._record(Record("failed", index, note=message[:500]))
 
-    def _record_predicted(self, index: int, digest: int) -> None:
-        before = self._earlier.pop(index, digest)
-        self._record(Record("predict", index, digest))
-        if before != digest:
+    def _record_predicted(self, index: int, done: Done) -> None:
+        before = self._earlier.pop(index, done.digest)
+        self._record(Record("predict", index, done.digest, done.uncovered))
+        if before != done.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
                 "make it so, or start afresh with overwrite=True"

@@ -1,14 +1,14 @@
 """The two stages of a run: plain functions over block indices.
 
-`predict_block` sweeps a block: read the next layer, run the model batch by batch, add to the partial, let go of what
-is final. `normalize_block` finishes the part of a core that neighbours spill into. Both are idempotent: they write only
-what belongs to their block, whole write units, and may run twice, or halfway and again.
+`predict_block` sweeps a block: read the next layer, run the model batch by batch, add to the partial of each head, let
+go of what is final. `normalize_block` finishes the part of a core that neighbours spill into. Both are idempotent: they
+write only what belongs to their block, whole write units, and may run twice, or halfway and again.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -16,14 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocpatch.inference.buffers import buffer
+from oocpatch.inference.buffers import buffer, torch_dtype
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_name
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
+from oocpatch.inference.selection import Mask, select
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import GridAxis
+from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
@@ -39,56 +42,60 @@ class Job:
     Attributes:
         plan: the plan.
         volume: where to read.
+        mask: which patches to compute; None: all.
         predictor: the model.
         workspace: where partials go.
-        window: the blending weights of a patch, `(1, *patch_size)` on the model's device; None for `crop`.
+        windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
         output: where values go.
-        finisher: makes output values of sums.
+        finishers: per head, makes output values of sums.
         reads: threads that read chunks.
         writes: threads that write them; of their own, since a model that waits for input costs more than a late write.
         allow_nonfinite: keep NaN and infinities instead of failing.
-        on_patches: told the number of patches that were just computed.
+        skip_value: patches that hold nothing else are skipped; None: none is.
+        on_patches: told the number of patches that are done with.
     """
 
     plan: Plan
     volume: Volume
+    mask: Mask | None
     predictor: Predictor
     workspace: Workspace
-    window: torch.Tensor | None
+    windows: tuple[torch.Tensor | None, ...]
     output: Output
-    finisher: Finisher
+    finishers: tuple[Finisher, ...]
     reads: Executor
     writes: Executor
     allow_nonfinite: bool
+    skip_value: float | None
     on_patches: Callable[[int], None]
 
-    @property
-    def blended(self) -> bool:
-        return self.plan.overlap_mode != "crop"
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a stage did.
 
-def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of a numpy dtype's name.
-
-    >>> torch_dtype("uint8")
-    torch.uint8
+    Attributes:
+        digest: of the partials it left; 0: none.
+        uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
     """
-    return torch.from_numpy(np.empty(0, name)).dtype
+
+    digest: int = 0
+    uncovered: int = 0
 
 
-def window(plan: Plan, device: str) -> torch.Tensor | None:
-    """The blending weights of a patch, float32 `(1, *patch_size)`; None for `crop`."""
-    if plan.overlap_mode == "crop":
+def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
+    """The blending weights of a patch, float32 `(1, *patch)`; None where values are not weighed."""
+    if not head.blended:
         return None
     product = torch.ones((), dtype=torch.float32)
-    for n in reversed(plan.patch_size):
-        factor = torch.from_numpy(axis_window(plan.overlap_mode, n)).to(torch.float32)
+    for axis, scale in zip(reversed(plan.grid.axes), reversed(head.scale), strict=True):
+        factor = torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)).to(torch.float32)
         product = factor.reshape(-1, *(1,) * product.ndim) * product
     return product[None].to(device)
 
 
 class Writes:
-    """Writes of a block that go on while the next slab is computed; at most one slab is being written at a time."""
+    """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
     def __init__(self, job: Job, partials: PartialWriter | None) -> None:
         self._job = job
@@ -100,12 +107,13 @@ class Writes:
         """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
         self.pending.wait()
         written, self._under_way = self._under_way, staged
+        output = self._job.output
         for item in staged:
             data = item.data.cpu().numpy()
             if item.part.piece is None:
-                for request in self._job.output.requests(item.part.box):
+                for request in output.requests(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
-                    self.pending.submit(self._job.output.write, request, inner)
+                    self.pending.submit(output.write, item.part.head, request, inner)
             else:
                 self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
@@ -116,119 +124,175 @@ class Writes:
     def _partial(self, part: Part, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
         assert part.piece is not None
-        self._partials.write(part.piece, part.whole, part.box, data)
+        self._partials.write(part.head, part.piece, part.whole, part.box, data)
 
 
-def predict_block(job: Job, index: int) -> int:
-    """Sweep one block. Returns the digest of its partials, 0 when it leaves none.
+def predict_block(job: Job, index: int) -> Done:
+    """Sweep one block.
 
     Idempotent: writes only the direct part of its own core to the output, and `blocks/<index>` in the workspace.
     """
-    plan, blocks = job.plan, job.plan.block_grid
-    block = blocks[index]
-    ranges = blocks.patches(block)
+    plan = job.plan
+    ranges = plan.block_grid.patches(plan.block_grid[index])
+    layers = ranges[plan.sweep] if all(ranges) else range(0)
+    axis = plan.input_grid.axes[plan.sweep]
     chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
-    layers, axis = ranges[plan.sweep], plan.grid.axes[plan.sweep]
-    if not all(ranges):
-        layers = range(0)
-    schedule = groups(axis, layers, plan.layers_per_group, chunk)
-    in_planes, sum_planes = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
+    planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
-    writes = Writes(job, partials)
-    partial = Partial(
-        blocks,
-        block,
-        channels=plan.head.channels,
-        dtype=torch_dtype(plan.head.dtype),
-        out_channels=plan.head.out_channels,
-        out_dtype=torch_dtype(plan.head.out_dtype),
-        capacity=sum_planes,
-        window=job.window,
-        finisher=job.finisher,
-        device=job.predictor.device,
-        emit=writes.emit,
-        check_finite=not job.allow_nonfinite,
-    )
+    writes = [Writes(job, partials) for _ in plan.heads]
+    sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
         job.volume,
         _extent(plan, ranges),
         axis=plan.sweep,
-        capacity=in_planes,
+        capacity=planes,
         dtype=torch_dtype(plan.in_dtype),
         device=job.predictor.device,
         pool=job.reads,
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
     )
+    steps = _steps(job, ranges, groups(axis, layers, plan.layers_per_group, chunk))
     try:
-        for i, group in enumerate(schedule):
+        step = next(steps, None)
+        while step is not None:
+            group, members = step
             reader.request(group, group.start)
             reader.pending.wait()
-            partial.advance(group.start)
-            if plan.way.ahead and i + 1 < len(schedule):
-                reader.request(schedule[i + 1], group.start)
-            _compute(job, block, partial, reader, _batches(plan, ranges, group))
-        partial.advance(block.reach.stop[plan.sweep])
-        writes.pending.wait()
+            for partial, frame in zip(sums, plan.frames, strict=True):
+                partial.advance(frame.axes[plan.sweep].grid.start(group.layers[0]))
+            step = next(steps, None)
+            if plan.way.ahead and step is not None and reader.fits(step[0], group.start):
+                reader.request(step[0], group.start)
+            _compute(job, index, sums, reader, members)
+        for partial, frame in zip(sums, plan.frames, strict=True):
+            partial.advance(frame[index].reach.stop[plan.sweep])
+        for head in writes:
+            head.pending.wait()
     finally:
         reader.pending.abandon()
-        writes.pending.abandon()
-    return partials.close()
+        for head in writes:
+            head.pending.abandon()
+    return Done(partials.close(), sums[0].uncovered)
+
+
+def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
+    """The sums of one head."""
+    plan, frame = job.plan, job.plan.frames[number]
+    _, planes = capacity(frame.axes[plan.sweep].grid, layers, plan.layers_per_group, 1, ahead=plan.way.ahead)
+    return Partial(
+        frame,
+        index,
+        number=number,
+        head=plan.heads[number],
+        capacity=planes,
+        window=job.windows[number],
+        finisher=job.finishers[number],
+        device=job.predictor.device,
+        emit=writes.emit,
+        check_finite=not job.allow_nonfinite,
+    )
 
 
 def _extent(plan: Plan, ranges: Sequence[range]) -> Box:
-    """Bounding box of a block's patches."""
+    """Bounding box of what a block's patches read."""
     if not all(ranges):
         return Box((0,) * len(ranges), (1,) * len(ranges))
-    axes = plan.grid.axes
+    axes = plan.input_grid.axes
     return Box(
         tuple(a.start(r[0]) for a, r in zip(axes, ranges, strict=True)),
         tuple(a.start(r[-1]) + a.patch for a, r in zip(axes, ranges, strict=True)),
     )
 
 
-def _batches(plan: Plan, ranges: Sequence[range], group: Group) -> Iterator[list[Ints]]:
-    """The patches of a group in their one order, as grid indices, in batches."""
-    indices = (
-        (*cross[: plan.sweep], layer, *cross[plan.sweep :])
-        for layer in group.layers
-        for cross in itertools.product(*(r for a, r in enumerate(ranges) if a != plan.sweep))
-    )
-    while members := list(itertools.islice(indices, plan.batch_size)):
-        yield members
+def _steps(job: Job, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
+    """The groups that have patches to compute, with these in their one order: layer by layer, in C order within."""
+    sweep = job.plan.sweep
+    for group in schedule:
+        members: list[Ints] = []
+        for layer in group.layers:
+            one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
+            members += select(job.mask, job.plan.grid, one)
+        skipped = len(group.layers) * _patches(ranges, sweep) - len(members)
+        if skipped:
+            job.on_patches(skipped)
+        if members:
+            yield group, members
 
 
-def _compute(job: Job, block: Block, partial: Partial, reader: Reader, batches: Iterator[list[Ints]]) -> None:
-    """Run the model on the batches of a group and add what it gives, in the order of the patches."""
-    channels = job.plan.head.channels
-    for members in batches:
-        boxes = [_box(job.plan, index) for index in members]
-        outputs = job.predictor(reader.batch(boxes, copy=job.predictor.copies_input))
-        if outputs.shape[1] != channels:
-            raise ValueError(
-                f"the model must give {channels} channels, as it did for the probe, got {outputs.shape[1]}"
-            )
-        if job.blended:
-            outputs = outputs.to(torch.float32)
-        for index, box, values in zip(members, boxes, outputs, strict=True):
-            partial.add(box.start, _kept(job, block, index, box), values)
-        job.on_patches(len(members))
+def _patches(ranges: Sequence[range], sweep: int) -> int:
+    """Patches of one layer."""
+    return math.prod(len(r) for a, r in enumerate(ranges) if a != sweep)
 
 
-def _box(plan: Plan, index: Ints) -> Box:
-    start = tuple(a.start(i) for a, i in zip(plan.grid.axes, index, strict=True))
-    return Box(start, tuple(a + n for a, n in zip(start, plan.patch_size, strict=True)))
+def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
+    """Run the model on the patches of a group, batch by batch, and add what it gives, in the order of the patches."""
+    plan = job.plan
+    blocks = [frame[index] for frame in plan.frames]
+    if job.skip_value is not None:
+        kept = [m for m in members if not reader.holds_only(job.skip_value, _box(plan.input_grid.axes, m))]
+        job.on_patches(len(members) - len(kept))
+        members = kept
+    for i in range(0, len(members), plan.batch_size):
+        batch = members[i : i + plan.batch_size]
+        boxes = [_box(plan.input_grid.axes, m) for m in batch]
+        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input))
+        for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
+            axes = [a.grid for a in frame.axes]
+            values = _values(head, outputs, tuple(a.patch for a in axes))
+            for member, one in zip(batch, values, strict=True):
+                box = _box(axes, member)
+                partial.add(box.start, _kept(head, frame.grid.shape, axes, block, member, box), one)
+        job.on_patches(len(batch))
 
 
-def _kept(job: Job, block: Block, index: Ints, box: Box) -> Box:
-    """The voxels of a patch that count: inside the volume, and for `crop` those it has the last word on."""
-    if job.blended:
-        return box & Box.of_shape(job.plan.shape)
-    spans = [a.kept(i) for a, i in zip(job.plan.grid.axes, index, strict=True)]
+def _values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -> torch.Tensor:
+    """What a head takes of the model's outputs, `(B, C, *patch)`, as it is added.
+
+    Raises:
+        ValueError: when it is not as it was for the probe.
+    """
+    if head.name not in outputs:
+        raise ValueError(f"the model must give {head.name!r}, as it did for the probe, got {sorted(outputs)}")
+    values = outputs[head.name]
+    if any(head.trim):
+        inner = tuple(slice(t, n - t) for t, n in zip(head.trim, values.shape[2:], strict=True))
+        values = values[(slice(None), slice(None), *inner)]
+    given = 1 if head.votes else head.channels
+    if values.shape[1:] != (given, *patch):
+        if values.shape[2:] == patch:
+            raise ValueError(f"the model must give {given} channels, as it did for the probe, got {values.shape[1]}")
+        raise ValueError(
+            f"the model must give {(given, *patch)}, as it did for the probe, got {tuple(values.shape[1:])}"
+        )
+    if head.votes:
+        return _ballots(values, head.channels)
+    return values if head.crop else values.to(torch.float32)
+
+
+def _ballots(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """One channel per class, 1 where the label is that class: `(B, 1, *patch)` -> `(B, classes, *patch)`."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
+        raise ValueError(f"labels must be in [0, {classes}) for overlap_mode='vote', got {lowest} to {highest}")
+    ballots = labels.new_zeros((labels.shape[0], classes, *labels.shape[2:]), dtype=torch.float32)
+    return ballots.scatter_(1, labels.to(torch.int64), 1.0)
+
+
+def _box(axes: Sequence[GridAxis], index: Ints) -> Box:
+    start = tuple(a.start(i) for a, i in zip(axes, index, strict=True))
+    return Box(start, tuple(s + a.patch for a, s in zip(axes, start, strict=True)))
+
+
+def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index: Ints, box: Box) -> Box:  # noqa: PLR0917
+    """The voxels of a patch that count: inside the output, and for `crop` those it has the last word on."""
+    if not head.crop:
+        return box & Box.of_shape(shape)
+    spans = [a.kept(i) for a, i in zip(axes, index, strict=True)]
     return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
 
 
-def normalize_block(job: Job, index: int, digests: dict[int, int]) -> None:
+def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
     Idempotent: writes only the open part of its own core, whole write units.
@@ -241,63 +305,90 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> None:
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
-    blocks = job.plan.block_grid
-    block = blocks[index]
     readers: dict[int, PartialReader] = {}
+    uncovered = [_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))]
+    return Done(uncovered=uncovered[0])
+
+
+def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> int:
+    """The normalize stage of one head; the number of voxels where no patch was."""
+    frame = job.plan.frames[number]
+    block = frame[index]
+
+    def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
+        if part.empty:
+            return None
+        if source not in readers:
+            readers[source] = job.workspace.reader(source, digests[source])
+        found = readers[source].read(number, piece, whole, part)
+        return None if found is None else torch.from_numpy(found)
+
+    uncovered = 0
     writes = Writes(job, None)
     try:
-        for slab in blocks.steps(block.core):
-            staged = []
-            sums = _own_sums(job, block, slab, digests, readers)
-            for offset, source in blocks.sources(block):
+        for slab in frame.steps(block.core):
+            sums = _Sums(job.plan.heads[number])
+            for axis, whole in enumerate(block.own):
+                sums.own(whole & slab, read(index, own_name(axis), whole, whole & slab))
+            for offset, source in frame.sources(block):
                 seam = source.seam(offset)
-                part = seam & slab
-                if part.empty:
+                sums.add(seam & slab, read(source.index, seam_name(offset), seam, seam & slab))
+            staged = []
+            for box, data in sums.parts:
+                if data is None:  # no patch came near it, and the output's fill value needs no writing
+                    uncovered += box.size
                     continue
-                data = torch.from_numpy(
-                    _reader(job, source.index, digests, readers).read(seam_name(offset), seam, part)
-                )
-                for box, own in sums:
-                    _merge(job, own, box, data, part)
-            for box, own in sums:
-                head = job.plan.head
-                values = buffer((head.out_channels, *box.shape), torch_dtype(head.out_dtype), "cpu")
-                job.finisher.finish(own, box, values)
-                staged.append(Staged(Part(None, block.core, box), values))
+                values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
+                uncovered += job.finishers[number].finish(data, box, values)
+                staged.append(Staged(Part(None, block.core, box, number), values))
             del sums
             writes.emit(staged)
             writes.pending.wait()
     finally:
         writes.pending.abandon()
+    return uncovered
 
 
-def _own_sums(
-    job: Job, block: Block, slab: Box, digests: dict[int, int], readers: dict[int, PartialReader]
-) -> list[tuple[Box, torch.Tensor]]:
-    """The block's own sums over the open parts of one slab."""
-    found = []
-    for axis, whole in enumerate(block.own):
-        part = whole & slab
-        if not part.empty:
-            data = _reader(job, block.index, digests, readers).read(own_name(axis), whole, part)
-            found.append((part, torch.from_numpy(data)))
-    return found
+class _Sums:
+    """Own sums over the open parts of one slab, and the seams that are added to them in turn.
 
+    Args:
+        head: what they are sums of.
+    """
 
-def _reader(job: Job, index: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> PartialReader:
-    if index not in readers:
-        readers[index] = job.workspace.reader(index, digests[index])
-    return readers[index]
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.out_dtype = torch_dtype(head.out_dtype)
+        self.parts: list[tuple[Box, torch.Tensor | None]] = []
 
+    def own(self, box: Box, data: torch.Tensor | None) -> None:
+        """Begin with the block's own sums over a box; None: it has none there."""
+        if not box.empty:
+            self.parts.append((box, data))
 
-def _merge(job: Job, own: torch.Tensor, box: Box, seam: torch.Tensor, part: Box) -> None:
-    """Add the common voxels of a seam to own sums; for `crop` they replace them."""
-    common = box & part
-    if common.empty:
-        return
-    target = own[(slice(None), *common.slices(box.start))]
-    values = seam[(slice(None), *common.slices(part.start))]
-    if job.blended:
-        target.add_(values)
-    else:
-        target.copy_(values)
+    def add(self, box: Box, seam: torch.Tensor | None) -> None:
+        """Add a seam over a box; for `crop` its values replace what is there."""
+        if seam is None:
+            return
+        for i, (own, data) in enumerate(self.parts):
+            common = own & box
+            if common.empty:
+                continue
+            if data is None:
+                data = torch.zeros((self.head.stored, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
+                if self.head.mode == "max":
+                    data[: self.head.channels] = -torch.inf
+                self.parts[i] = own, data
+            target = data[(slice(None), *common.slices(own.start))]
+            self._merge(target, seam[(slice(None), *common.slices(box.start))])
+
+    def _merge(self, target: torch.Tensor, seam: torch.Tensor) -> None:
+        head = self.head
+        if head.blended:
+            target.add_(seam)
+        elif head.mode == "max":
+            torch.maximum(target, seam, out=target)  # of the last channel, too, if it says where patches were
+        elif head.dense:
+            target.copy_(torch.where(seam[-1:] != 0, seam, target))
+        else:
+            target.copy_(seam)

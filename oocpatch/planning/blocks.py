@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oocpatch.planning.box import Box, Ints, ceil_to
-from oocpatch.planning.grid import GridAxis, PatchGrid
+from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 
 Offset = Ints
 
@@ -53,6 +53,7 @@ class BlockAxis:
         unit: the output's write unit, in voxels.
         crop: whether patches are cropped (a halo then ends where the next patch has the last word).
         step: granularity of `open`; at least `unit`, more on the swept axis.
+        blocks: number of cores, where it does not follow from the rest.
     """
 
     grid: GridAxis
@@ -60,9 +61,12 @@ class BlockAxis:
     unit: int
     crop: bool
     step: int
+    blocks: int | None = None
 
     @property
     def count(self) -> int:
+        if self.blocks is not None:
+            return self.blocks
         full, rest = divmod(self.grid.length, self.size)
         return max(1, full + _is_block(rest, self.size, self.grid))
 
@@ -176,6 +180,15 @@ class BlockGrid:
             ),
             sweep,
         )
+
+    def scaled(self, scale: tuple[Scale, ...], unit: Ints, *, crop: bool) -> BlockGrid:
+        """The same blocks in an output at another scale, with write units of its own."""
+        axes = []
+        for a, (axis, s, u) in enumerate(zip(self.axes, scale, unit, strict=True)):
+            grid = axis.grid.scaled(s)
+            step = sweep_step(grid, u) if a == self.sweep else u
+            axes.append(BlockAxis(grid, axis.size * s[0] // s[1], u, crop, step, axis.count))
+        return BlockGrid(tuple(axes), self.sweep)
 
     @property
     def grid(self) -> PatchGrid:

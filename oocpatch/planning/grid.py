@@ -18,7 +18,9 @@ With a padded frame, the frame grows by `overlap // 2` on each side and the firs
  patch 0  [==========]
 ```
 
-A volume smaller than a patch has one patch, at 0, that reaches beyond the border.
+A volume smaller than a patch has one patch, at 0, that reaches beyond the border. An output whose voxels are larger or
+smaller than the volume's has a grid of its own: the same patches, each start and size multiplied. So that this gives
+whole voxels, starts can be made to snap to multiples; the last patch then reaches beyond the border.
 """
 
 from __future__ import annotations
@@ -30,10 +32,20 @@ from dataclasses import dataclass
 
 from oocpatch.planning.box import Box, Ints, ceil_to
 
+Scale = tuple[int, int]
+"""Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""
+
 
 @dataclass(frozen=True, slots=True)
 class GridAxis:
     """The patch starts of one axis, in voxels of the unpadded volume.
+
+    Attributes:
+        length: extent of the volume.
+        patch, overlap: of the patches; `patch - overlap` is a multiple of `snap`.
+        padded: whether the frame grows by `overlap // 2` on each side.
+        snap: all starts are multiples of it.
+        begin, end: start of the first and of the last patch, where they do not follow from the rest.
 
     >>> axis = GridAxis(length=10, patch=4, overlap=2)
     >>> [axis.start(i) for i in range(axis.count)]
@@ -44,6 +56,9 @@ class GridAxis:
     patch: int
     overlap: int = 0
     padded: bool = False
+    snap: int = 1
+    begin: int | None = None
+    end: int | None = None
 
     @property
     def stride(self) -> int:
@@ -52,12 +67,16 @@ class GridAxis:
     @property
     def first(self) -> int:
         """Start of the first patch; negative in a padded frame."""
-        return -(self.overlap // 2) if self.padded else 0
+        if self.begin is not None:
+            return self.begin
+        return -ceil_to(self.overlap // 2, self.snap) if self.padded else 0
 
     @property
     def last(self) -> int:
         """Start of the last patch."""
-        return max(self.first, self.length - self.first - self.patch)
+        if self.end is not None:
+            return self.end
+        return max(self.first, ceil_to(self.length - self.first - self.patch, self.snap))
 
     @property
     def count(self) -> int:
@@ -65,6 +84,35 @@ class GridAxis:
 
     def start(self, index: int) -> int:
         return min(self.first + index * self.stride, self.last)
+
+    def scaled(self, scale: Scale) -> GridAxis:
+        """The same patches in an output with `scale[0] / scale[1]` times as many voxels.
+
+        >>> axis = GridAxis(10, 4, 2, snap=2).scaled((1, 2))
+        >>> axis.length, [axis.start(i) for i in range(axis.count)]
+        (5, [0, 1, 2, 3])
+        """
+        times, per = scale
+        if scale == (1, 1):
+            return self
+        length = -(-self.length * times // per)
+        sizes = (self.patch, self.overlap, self.first, self.last)
+        if any(n * times % per for n in sizes):
+            raise ValueError(f"patches {sizes} do not have whole voxels at a scale of {times}/{per}")
+        patch, overlap, first, last = (n * times // per for n in sizes)
+        return GridAxis(length, patch, overlap, begin=first, end=last)
+
+    def grown(self, context: int) -> GridAxis:
+        """The same patches, larger by `context` voxels on each side."""
+        if not context:
+            return self
+        return GridAxis(
+            self.length,
+            self.patch + 2 * context,
+            self.overlap + 2 * context,
+            begin=self.first - context,
+            end=self.last - context,
+        )
 
     def indices(self, start: int, stop: int) -> range:
         """The patches owned by the span `[start, stop)` of the volume: those that start in it.

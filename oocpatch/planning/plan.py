@@ -14,34 +14,13 @@ import numpy as np
 
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
-from oocpatch.planning.grid import PatchGrid
-from oocpatch.planning.memory import Way, axis_totals, layers_per_group
+from oocpatch.planning.grid import PatchGrid, Scale
+from oocpatch.planning.head import Head, common_unit, crops, patch_grid
+from oocpatch.planning.memory import Way, layers_per_group
+from oocpatch.planning.totals import axis_totals
 
-FORMAT = 1
+FORMAT = 2
 """Version of the plan's JSON and of the workspace's layout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What the model gives for one patch, and what becomes of it.
-
-    Attributes:
-        name: name of the output array.
-        channels: channels of the model's output.
-        dtype: dtype of the sums (`crop`: of the model's output; else float32).
-        out_channels: channels after the postprocess.
-        out_dtype: dtype of the output array.
-        channel_axis: name of the output's channel axis; None: it has none.
-        copies_input: whether the model must be given copies, because it writes to its input.
-    """
-
-    name: str
-    channels: int
-    dtype: str
-    out_channels: int
-    out_dtype: str
-    channel_axis: str | None
-    copies_input: bool
 
 
 @dataclass(frozen=True)
@@ -59,10 +38,12 @@ class Plan:
         in_dtype: dtype of the volume.
         patch_size, patch_overlap: per axis.
         padding_mode, fill: what lies outside the volume; None: the frame is not padded.
-        overlap_mode: how patches are blended.
-        head: what the model gives.
-        core, unit, sweep: block shape, the output's write unit, the swept axis.
-        chunks: the output's chunks, spatial as `axes`.
+        context: voxels that the model takes beyond its output, on each side.
+        snap: patch starts are multiples of it.
+        heads: what the model gives; one, or several from a dict.
+        copies_input: whether the model must be given copies, because it writes to its input.
+        skips: whether patches may be skipped.
+        core, sweep: block shape, the swept axis.
         way: how tasks go about their blocks.
         concurrency: blocks computed at a time.
         batch_size: patches per batch.
@@ -85,12 +66,13 @@ class Plan:
     patch_overlap: Ints
     padding_mode: str | None
     fill: float
-    overlap_mode: str
-    head: Head
+    context: Ints
+    snap: Ints
+    heads: tuple[Head, ...]
+    copies_input: bool
+    skips: bool
     core: Ints
-    unit: Ints
     sweep: int
-    chunks: Ints
     way: Way
     concurrency: int
     batch_size: int
@@ -105,11 +87,29 @@ class Plan:
 
     @cached_property
     def grid(self) -> PatchGrid:
-        return PatchGrid.of(self.shape, self.patch_size, self.patch_overlap, padded=self.padding_mode is not None)
+        """The patches that the model gives, in the volume's frame."""
+        sizes = (self.patch_size, self.patch_overlap, self.context, self.snap)
+        return patch_grid(self.shape, *sizes, padded=self.padding_mode is not None)
+
+    @cached_property
+    def input_grid(self) -> PatchGrid:
+        """The same patches as the model takes them: larger by its context."""
+        return PatchGrid(tuple(a.grown(c) for a, c in zip(self.grid.axes, self.context, strict=True)))
+
+    @cached_property
+    def unit(self) -> Ints:
+        """What cores are multiples of."""
+        return common_unit(self.heads)
 
     @cached_property
     def block_grid(self) -> BlockGrid:
-        return BlockGrid.of(self.grid, self.core, self.unit, self.sweep, crop=self.overlap_mode == "crop")
+        """The blocks in the volume's frame."""
+        return BlockGrid.of(self.grid, self.core, self.unit, self.sweep, crop=crops(self.heads))
+
+    @cached_property
+    def frames(self) -> tuple[BlockGrid, ...]:
+        """The blocks in the frame of each head."""
+        return tuple(self.block_grid.scaled(h.scale, h.unit, crop=h.crop) for h in self.heads)
 
     @cached_property
     def layers_per_group(self) -> int:
@@ -143,9 +143,10 @@ class Plan:
             "format": FORMAT,
             "parameters": self.parameters,
             "core": self.core,
-            "unit": self.unit,
             "sweep": self.sweep,
-            "head": asdict(self.head),
+            "context": self.context,
+            "snap": self.snap,
+            "heads": [asdict(h) for h in self.heads],
             "torch_threads": self.torch_threads,
         }
         return digest(identity)
@@ -167,7 +168,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as a JSON object, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "runner"}
-        record["head"], record["way"] = asdict(self.head), asdict(self.way)
+        record["heads"], record["way"] = [asdict(h) for h in self.heads], asdict(self.way)
         derived = {
             "format": FORMAT,
             "run_id": self.run_id,
@@ -189,7 +190,8 @@ class Plan:
             raise ValueError(f"the plan must have format {FORMAT}, got {record.get('format')!r}")
         values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name != "runner"}
         values["parameters"] = record["parameters"]
-        values["head"], values["way"] = Head(**record["head"]), Way(**record["way"])
+        values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
+        values["way"] = Way(**record["way"])
         return cls(**values)
 
     def __str__(self) -> str:
@@ -202,18 +204,30 @@ class Plan:
         names = "".join(a[0] for a in self.axes)
         parts = ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n)
         patches = f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap {size(self.patch_overlap[spatial])}"
+        patches += f", context {size(self.context[spatial])}" if any(self.context) else ""
         swept = f"swept along {self.axes[self.sweep]}, {self.concurrency} at a time"
-        head = self.head
+        modes = ", ".join(dict.fromkeys(h.mode for h in self.heads))
+        outputs = {
+            "output" if i == 0 else f"output {i + 1}": f"{h.name}: {h.out_channels} channel(s), {h.out_dtype}, "
+            f"chunks {size(h.chunks[spatial])}" + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
+            for i, h in enumerate(self.heads)
+        }
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
-            "patches": f"{patches}, {self.overlap_mode}, batches of {self.batch_size}",
+            "patches": f"{patches}, {modes}, batches of {self.batch_size}",
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
-            "output": f"{head.out_channels} channel(s), {head.out_dtype}, chunks {size(self.chunks)}",
+            **outputs,
             "memory": f"{human(self.projected_memory)} at most ({parts})",
             "disk": f"workspace {human(self.projected_disk)} at most",
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }
         return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+
+def _scales(scale: tuple[Scale, ...]) -> str:
+    """`1/4` where all axes have the same, `1 x 1/4 x 1/4` else."""
+    told = [str(a) if b == 1 else f"{a}/{b}" for a, b in scale]
+    return told[0] if len(set(told)) == 1 else " x ".join(told)
 
 
 def differences(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.planning.blocks import BlockGrid, core_length
+from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
-from oocpatch.planning.memory import AxisTotals, Projection, Sizes, Way, axis_totals, io_threads, project
+from oocpatch.planning.head import common_unit, crops
+from oocpatch.planning.memory import Projection, Sizes, Way, io_threads, project
 from oocpatch.planning.plan import human
+from oocpatch.planning.totals import AxisTotals, Frame, axis_totals
 
 WORK = 1 << 30
 """Voxels of patches a block should not exceed: what a crash costs, about ten seconds on a GPU, minutes on a CPU."""
@@ -45,10 +47,8 @@ class Choice:
 
 def choose(
     grid: PatchGrid,
-    unit: Ints,
     sizes: Sizes,
     *,
-    crop: bool,
     max_memory: int,
     max_disk: int | None = None,
     block_shape: Ints | None = None,
@@ -58,9 +58,7 @@ def choose(
 
     Args:
         grid: the patches.
-        unit: the output's write unit, in voxels per axis.
         sizes: what a voxel, a chunk and a batch weigh.
-        crop: whether patches are cropped instead of blended.
         max_memory: bytes that the run may add to its process.
         max_disk: bytes that the workspace may take.
         block_shape: core asked for, in voxels per axis.
@@ -69,20 +67,16 @@ def choose(
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and what to change.
     """
-    threads = io_threads(max_memory, max(sizes.in_chunk_bytes, sizes.out_unit_bytes))
+    threads = io_threads(max_memory, sizes.unit_bytes)
     best: tuple[float, Choice] | None = None
     smallest: Projection | None = None
     leanest: Projection | None = None
-    totals: dict[tuple[int, int, int], AxisTotals] = {}
-    for blocks in _candidates(grid, unit, block_shape, crop=crop):
-        key = [(a, axis.size, axis.step) for a, axis in enumerate(blocks.axes)]
-        for k, axis, chunk in zip(key, blocks.axes, sizes.in_chunk, strict=True):
-            if k not in totals:
-                totals[k] = axis_totals(axis, chunk)
-        found = tuple(totals[k] for k in key)
+    frames = Frames(sizes)
+    for blocks in _candidates(grid, common_unit(sizes.heads), block_shape, crop=crops(sizes.heads)):
+        frame, heads = frames.of(blocks)
         for aligned, ahead in itertools.product((True, False), repeat=2):
             way = Way(aligned, ahead, threads)
-            projection = project(blocks, found, sizes, way, NOMINAL[0])
+            projection = project(frame, heads, sizes, way, NOMINAL[0])
             if smallest is None or projection.memory(1) < smallest.memory(1):
                 smallest = projection
             concurrency = next((c for c in NOMINAL if projection.memory(c) <= max_memory), 0)
@@ -98,6 +92,31 @@ def choose(
     if best is None:
         raise PlanTooLarge(_refusal(smallest, leanest, max_memory, max_disk))
     return _with_workers(best[1], workers, max_memory)
+
+
+class Frames:
+    """Blocks in all frames, with the totals of their axes, which many candidates share."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._totals: dict[tuple[int, int, BlockAxis], AxisTotals] = {}
+
+    def of(self, blocks: BlockGrid) -> tuple[Frame, tuple[Frame, ...]]:
+        """The blocks in the volume's frame, and in each head's."""
+        sizes = self._sizes
+        heads = (blocks.scaled(h.scale, h.unit, crop=h.crop) for h in sizes.heads)
+        ones = (0,) * len(blocks.axes)
+        return self._frame(blocks, -1, sizes.context), tuple(self._frame(b, i, ones) for i, b in enumerate(heads))
+
+    def _frame(self, blocks: BlockGrid, head: int, context: Ints) -> Frame:
+        found = []
+        for a, axis in enumerate(blocks.axes):
+            key = (head, a, axis)
+            if key not in self._totals:
+                chunk = self._sizes.in_chunk[a] if head < 0 else 1
+                self._totals[key] = axis_totals(axis, chunk, context[a])
+            found.append(self._totals[key])
+        return Frame(blocks, tuple(found))
 
 
 def _with_workers(choice: Choice, workers: int | None, max_memory: int) -> Choice:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.grid import GridAxis
 
-OverlapMode = Literal["crop", "average", "hann", "gaussian"]
+OverlapMode = Literal["crop", "average", "hann", "gaussian", "max", "vote"]
 OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
 Floats = npt.NDArray[np.float64]
 

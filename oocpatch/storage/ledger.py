@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +31,14 @@ class Record:
             partials were damaged; `failed`: the block failed, for the reason in `note`.
         block: index of the block.
         digest: digest of the partials that the block left (`predict`).
+        uncovered: voxels of the output where no patch was, among those the stage wrote.
         note: a message (`failed`).
     """
 
     kind: Kind
     block: int
     digest: int = 0
+    uncovered: int = 0
     note: str = ""
 
 
@@ -56,7 +58,7 @@ class Ledger:
 
     def append(self, record: Record) -> None:
         """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        text = json.dumps([record.kind, record.block, record.digest, record.note])
+        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note])
         line = f"{text_checksum(text):08x} {text}\n".encode()
         written = os.write(self._file, line)
         if written != len(line):  # a disk that is just full takes part of a line
@@ -106,10 +108,9 @@ def _parse(line: bytes) -> Record | None:
         crc, text = line.decode().removesuffix("\n").split(" ", 1)
         if not line.endswith(b"\n") or int(crc, 16) != text_checksum(text):
             return None
-        kind, block, digest, note = json.loads(text)
-    except ValueError:
+        return Record(*json.loads(text))
+    except (ValueError, TypeError):
         return None
-    return Record(kind, block, digest, note)
 
 
 @dataclass(slots=True)
@@ -120,11 +121,18 @@ class Progress:
         predicted: digest of the partials of each block whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
+        without: voxels where no patch was, by stage and block, where there are any.
     """
 
     predicted: dict[int, int]
     normalized: set[int]
     failed: dict[int, str]
+    without: dict[tuple[str, int], int] = field(default_factory=dict)
+
+    @property
+    def uncovered(self) -> int:
+        """Voxels where no patch was."""
+        return sum(self.without.values())
 
     @classmethod
     def read(cls, path: Path) -> Progress:
@@ -136,6 +144,8 @@ class Progress:
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
+        if record.uncovered:
+            self.without[record.kind, record.block] = record.uncovered
         if record.kind == "predict":
             self.predicted[record.block] = record.digest
             self.failed.pop(record.block, None)

@@ -1,7 +1,8 @@
 """The output: an ordinary Zarr v3 group with one array per head and its coordinates, that xarray opens.
 
-The group's attribute `oocpatch` says which run wrote it, with which parameters, and whether it is complete. Only what
-it lists is ever replaced.
+Heads of one scale are arrays of the group; heads of different scales have a group each, `<head>/<head>`, as nodes of a
+tree. The group's attribute `oocpatch` says which run wrote it, with which parameters, and whether it is complete. Only
+what it lists is ever replaced.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists
 from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.planning.grid import Scale
+from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.native import StagedArray
@@ -76,14 +79,21 @@ def inspect_output(path: Path) -> OutputRecord | None:
 
 
 def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
-    """Make the output's group, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
-    head = plan.head
-    coords = _coords(plan, volume)
-    arrays = (head.name, *coords)
-    details = {"block_shape": list(plan.block_shape), "unit": list(plan.unit)}
-    record = OutputRecord(
-        plan.run_id, False, json.loads(json.dumps(plan.parameters, default=list)), str(workspace), arrays, details
-    )
+    """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
+    coords = [scaled_coords(volume, plan, head) for head in plan.heads]
+    split = is_tree(plan.heads)
+    heads = tuple(h.name for h in plan.heads)
+    members = heads if split else (*heads, *(str(n) for n in coords[0]))
+    details = {
+        "block_shape": list(plan.block_shape),
+        "context": list(plan.context),
+        "snap": list(plan.snap),
+        "unit": list(plan.unit),
+        "heads": list(heads),
+        "tree": split,
+    }
+    parameters = json.loads(json.dumps(plan.parameters, default=list))
+    record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
     store = LocalStore(path)
     if previous is not None:
         group = zarr.open_group(store, mode="r+", use_consolidated=False)
@@ -93,23 +103,48 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         _rewrite(path, record)
     else:
         zarr.create_group(store, attributes={ATTRIBUTE: _plain(record)}, overwrite=False)
-    if coords:
-        with warnings.catch_warnings():
-            # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
-            warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            # xarray puts the group's attributes anew: without ours a crash would leave an output nobody may touch
-            dataset = xarray.Dataset(coords=coords, attrs={ATTRIBUTE: _plain(record)})
-            dataset.to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+    # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
+    attributes = {ATTRIBUTE: _plain(record)}
+    if not split:
+        _write_coords(path, coords[0], attributes)
+    for head, found in zip(plan.heads, coords, strict=True):
+        if split:
+            zarr.create_group(store, path=head.name)
+            _write_coords(path / head.name, found, {})
+        _create_array(store, head, plan, volume)
+
+
+def is_tree(heads: Sequence[Head]) -> bool:
+    """Whether heads have a group each: those of different scales cannot share coordinates."""
+    return len({h.scale for h in heads}) > 1
+
+
+def array_path(head: Head, heads: Sequence[Head]) -> str:
+    """Where a head's array lies in the output."""
+    return f"{head.name}/{head.name}" if is_tree(heads) else head.name
+
+
+def _write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    if not coords:
+        return
+    with warnings.catch_warnings():
+        # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
+        warnings.simplefilter("ignore", UnstableSpecificationWarning)
+        dataset = xarray.Dataset(coords=coords, attrs=attributes)
+        dataset.to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+
+
+def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> None:
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
     ones = tuple(1 for _ in channels)
-    sharded = plan.unit != plan.chunks
+    shape = tuple(-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True))
     zarr.create_array(
         store,
-        name=head.name,
-        shape=(*channels, *plan.shape),
-        chunks=(*ones, *plan.chunks),
-        shards=(*ones, *plan.unit) if sharded else None,
+        name=array_path(head, plan.heads),
+        shape=(*channels, *shape),
+        chunks=(*ones, *head.chunks),
+        shards=(*ones, *head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
         dimension_names=(*channel, *plan.axes),
@@ -132,18 +167,47 @@ def _json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _coords(plan: Plan, volume: Volume) -> dict[str, Any]:
-    """The coordinates of the volume that still fit the output."""
+def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
+    """The coordinates of an output: those of the volume that still fit, and those of scaled axes at the new centres."""
+    scales = dict(zip(plan.axes, head.scale, strict=True))
     sizes = dict(zip(plan.axes, plan.shape, strict=True))
-    if plan.head.channel_axis is not None:
-        sizes[plan.head.channel_axis] = plan.head.out_channels
+    if head.channel_axis is not None:
+        sizes[head.channel_axis] = head.out_channels
     found = {}
     for name, variable in volume.source.coords.items():
-        if name != plan.head.name and all(sizes.get(str(d)) == n for d, n in variable.sizes.items()):
-            plain = variable.copy(deep=False)
-            plain.encoding = {}
-            found[name] = plain
+        if name == head.name or any(sizes.get(str(d)) != n for d, n in variable.sizes.items()):
+            continue
+        if any(scales.get(str(d), (1, 1)) != (1, 1) for d in variable.dims):
+            if variable.ndim != 1 or variable.dtype.kind not in "iuf":
+                continue
+            axis = str(variable.dims[0])
+            values = _at_centres(np.asarray(variable.values, np.float64), scales[axis])
+            found[name] = xarray.Variable((axis,), values, variable.attrs)
+            continue
+        plain = variable.copy(deep=False)
+        plain.encoding = {}
+        found[name] = plain
+    for axis, scale in scales.items():
+        if scale != (1, 1) and axis not in found:  # voxels of the volume, so that heads can be laid over it
+            found[axis] = xarray.Variable((axis,), _at_centres(np.arange(sizes[axis], dtype=np.float64), scale))
     return found
+
+
+def _at_centres(values: npt.NDArray[np.float64], scale: Scale) -> npt.NDArray[np.float64]:
+    """Coordinates of the centres of an output's voxels, given those of the volume's.
+
+    Voxel `j` covers `[j, j + 1) / scale` in voxel edges, so that its centre lies at `(j + 1/2) / scale - 1/2`.
+
+    >>> _at_centres(np.array([0.0, 10.0, 20.0, 30.0]), (1, 2)).tolist()
+    [5.0, 25.0]
+    """
+    times, per = scale
+    n = len(values)
+    centres = (np.arange(-(-n * times // per)) + 0.5) * per / times - 0.5
+    if n == 1:
+        return np.full(len(centres), values[0])
+    low = np.clip(np.floor(centres).astype(int), 0, n - 2)  # beyond the ends the last step goes on
+    return np.asarray(values[low] + (centres - low) * (values[low + 1] - values[low]))
 
 
 REQUEST = 1 << 19
@@ -151,7 +215,7 @@ REQUEST = 1 << 19
 
 
 class Output:
-    """The output's array, for tasks to write to.
+    """The output's arrays, for tasks to write to. Heads go by their numbers.
 
     Args:
         path: the group.
@@ -160,39 +224,42 @@ class Output:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
-        self._plan = plan
-        self._array = zarr.open_array(LocalStore(path), path=plan.head.name, mode="r+")
-        self._staged: StagedArray | None = None
+        self._heads = plan.heads
+        self._paths = [array_path(h, plan.heads) for h in plan.heads]
+        self._arrays = [zarr.open_array(LocalStore(path), path=p, mode="r+") for p in self._paths]
+        self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
     @contextlib.contextmanager
     def native(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        self._staged = StagedArray.open(self._array, threads)
+        self._staged = [StagedArray.open(array, threads) for array in self._arrays]
         try:
             yield
         finally:
-            if self._staged is not None:
-                self._staged.close()
-            self._staged = None
+            for staged in self._staged:
+                if staged is not None:
+                    staged.close()
+            self._staged = [None] * len(self._arrays)
 
-    def requests(self, box: Box) -> Iterator[Box]:
+    def requests(self, head: int, box: Box) -> Iterator[Box]:
         """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
-        if self._staged is not None:
+        if self._staged[head] is not None:
             yield box
             return
-        head = self._plan.head
-        voxel = head.out_channels * np.dtype(head.out_dtype).itemsize
-        yield from box.split(worthwhile(self._plan.unit, box.shape, REQUEST // (2 * voxel)))
+        found = self._heads[head]
+        voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
+        yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 
-    def write(self, box: Box, values: npt.NDArray[Any]) -> None:
+    def write(self, head: int, box: Box, values: npt.NDArray[Any]) -> None:
         """Write `(C, *box.shape)`, a box of whole write units."""
-        channels = () if self._plan.head.channel_axis is None else (slice(0, len(values)),)
+        channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
         selection = (*channels, *box.slices())
         values = values if channels else values[0]
-        if self._staged is None:
-            self._array[selection] = values
+        staged = self._staged[head]
+        if staged is None:
+            self._arrays[head][selection] = values
         else:
-            self._staged.write(selection, values)
+            staged.write(selection, values)
 
     def complete(self, details: Mapping[str, Any]) -> None:
         """Record success in the group's attributes, and consolidate its metadata for xarray."""
@@ -208,7 +275,7 @@ class Output:
 
     def _sweep(self) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
-        for left in list((self.path / self._plan.head.name).rglob("*.partial")):
+        for left in [left for path in self._paths for left in (self.path / path).rglob("*.partial")]:
             if left.is_dir():
                 shutil.rmtree(left)
             else:
@@ -222,7 +289,9 @@ def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) ->
     metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
     if consolidated:
         members = metadata["consolidated_metadata"]["metadata"]
-        metadata["consolidated_metadata"]["metadata"] = {n: m for n, m in members.items() if n in record.arrays}
+        metadata["consolidated_metadata"]["metadata"] = {
+            n: m for n, m in members.items() if n.split("/")[0] in record.arrays
+        }
     else:
         metadata.pop("consolidated_metadata", None)
     write_atomically(file, json.dumps(metadata, indent=2))
@@ -233,9 +302,23 @@ def _plain(record: OutputRecord) -> dict[str, Any]:
     return {n: list(v) if isinstance(v := getattr(record, n), tuple) else v for n in names}
 
 
-def open_result(path: Path, name: str) -> xarray.DataArray:
-    """The output as a lazy `xarray.DataArray`, backed by the Zarr at `path`."""
-    result: xarray.DataArray = xarray.open_zarr(path)[name]
+Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
+
+
+def open_result(path: Path) -> Result:
+    """The output, lazy and backed by the Zarr at `path`: an array, a dataset of several heads, or a tree of heads."""
+    record = inspect_output(path)
+    assert record is not None
+    heads = record.details["heads"]
+    uncovered = record.details.get("uncovered_voxels", 0)
+    result: Result
+    if record.details["tree"]:
+        result = xarray.open_datatree(path, engine="zarr")
+    else:
+        dataset = xarray.open_zarr(path)
+        result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
+    if uncovered:
+        result.attrs["uncovered_voxels"] = uncovered
     return result
 
 

@@ -69,6 +69,8 @@ def open_source(source: Any) -> Source:
         ValueError: when nothing can be read there, with the address and what was found instead.
         TypeError: when it is no kind of array.
     """
+    if isinstance(source, Source):
+        return source
     if isinstance(source, (str, os.PathLike)):
         return _from_address(local_or_url(source))
     if isinstance(source, zarr.Array):

@@ -4,12 +4,14 @@
 <workspace>/<run_id>/
     plan.json            written last when a run is set up: without it the directory is rubbish
     ledger
-    weights/<axis>       the weights of a full grid, one 1-D array per axis
-    blocks/<index>/      one directory per block
-        manifest.json    the CRC of each chunk of its pieces, written after them
-        own-<axis>       sums over the open part of the core      (C, *box), one chunk per step of the sweep
-        seam-<offset>    sums over the halo, for one neighbour
+    weights/<head>/<axis>    the weights of a full grid, one 1-D array per axis
+    blocks/<index>/          one directory per block
+        manifest.json        the CRC of each chunk of its pieces, written after them
+        <head>/own-<axis>    sums over the open part of the core      (C, *box), one chunk per step of the sweep
+        <head>/seam-<offset> sums over the halo, for one neighbour
 ```
+
+Heads go by their numbers. A step of a piece that no patch came near is not there.
 
 Every piece is stored at its true width and written by one task, whole chunks at a time, uncompressed: partial sums
 hardly compress. The CRCs of all chunks go into the block's manifest, and the manifest's own CRC into the ledger. So the
@@ -91,14 +93,16 @@ class Workspace:
     def write_weights(self) -> None:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""
         shutil.rmtree(self.root / "weights", ignore_errors=True)
-        for name, axis in zip(self.plan.axes, self.plan.grid.axes, strict=True):
-            values = axis_weights(self.plan.overlap_mode, axis)
-            array = self.array("weights", name, values.shape, values.shape, "float64")
-            array[:] = values
+        for number, (head, frame) in enumerate(zip(self.plan.heads, self.plan.frames, strict=True)):
+            if head.blended and not head.dense:
+                for name, axis in zip(self.plan.axes, frame.grid.axes, strict=True):
+                    values = axis_weights(head.window, axis)
+                    array = self.array(f"weights/{number}", name, values.shape, values.shape, "float64")
+                    array[:] = values
 
-    def weights(self) -> list[npt.NDArray[np.float64]]:
+    def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
         """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows."""
-        store = LocalStore(self.root / "weights")
+        store = LocalStore(self.root / "weights" / str(head))
         arrays = (zarr.open_array(store, path=name, mode="r") for name in self.plan.axes)
         return [np.asarray(array[:], dtype=np.float64) for array in arrays]
 
@@ -163,29 +167,30 @@ class PartialWriter:
         self._lock = threading.Lock()
         workspace.delete(block)  # what a crash left may be damaged
 
-    def write(self, piece: str, box: Box, part: Box, data: Array) -> None:
+    def write(self, head: int, piece: str, box: Box, part: Box, data: Array) -> None:
         """Write one step of a piece.
 
         Args:
+            head: number of the head.
             piece: name of the piece.
             box: the whole piece.
             part: the step, a whole chunk of the piece.
             data: sums over `part`, `(C, *part.shape)`.
         """
+        name = f"{head}/{piece}"
         with self._lock:
-            array = self._arrays.get(piece)
+            array = self._arrays.get(name)
             if array is None:
-                array = self._arrays[piece] = self._open(piece, box, len(data), data.dtype)
+                array = self._arrays[name] = self._open(head, piece, box, data)
         array[(slice(None), *part.slices(box.start))] = data
         crc = checksum(data)
         with self._lock:
-            self._crcs.setdefault(piece, {})[step_key(box, part)] = crc
+            self._crcs.setdefault(name, {})[step_key(box, part)] = crc
 
-    def _open(self, piece: str, box: Box, channels: int, dtype: np.dtype[Any]) -> zarr.Array[Any]:
-        blocks = self._workspace.plan.block_grid
-        first = next(iter(blocks.steps(box)))
-        folder = f"blocks/{self._block}"
-        return self._workspace.array(folder, piece, (channels, *box.shape), (channels, *first.shape), str(dtype))
+    def _open(self, head: int, piece: str, box: Box, data: Array) -> zarr.Array[Any]:
+        first = next(iter(self._workspace.plan.frames[head].steps(box)))
+        shapes = (len(data), *box.shape), (len(data), *first.shape)
+        return self._workspace.array(f"blocks/{self._block}/{head}", piece, *shapes, str(data.dtype))
 
     def close(self) -> int:
         """Write the manifest; the block's digest for the ledger."""
@@ -204,21 +209,26 @@ class PartialReader:
         self._block = block
         self._group = workspace.root / "blocks" / str(block)
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._crcs: Mapping[str, Mapping[str, int]] = {}
+        if not digest:  # the block left nothing
+            return
         try:
             manifest = (self._group / "manifest.json").read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptPartial(block, f"manifest.json cannot be read ({type(error).__name__})") from error
         if text_checksum(manifest) != digest:
             raise CorruptPartial(block, "manifest.json is not the one in the ledger")
-        self._crcs: Mapping[str, Mapping[str, int]] = json.loads(manifest)
+        self._crcs = json.loads(manifest)
 
-    def read(self, piece: str, box: Box, part: Box) -> Array:
-        """Read one step of a piece, `(C, *part.shape)`.
+    def read(self, head: int, piece: str, box: Box, part: Box) -> Array | None:
+        """Read one step of a piece, `(C, *part.shape)`; None where no patch came near it.
 
         Raises:
             CorruptPartial: when it is missing, or its CRC is not the one in the manifest.
         """
-        key = step_key(box, part)
+        key, piece = step_key(box, part), f"{head}/{piece}"
+        if key not in self._crcs.get(piece, {}):
+            return None
         try:
             array = self._arrays.get(piece)
             if array is None:
