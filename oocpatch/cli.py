@@ -44,6 +44,21 @@ def number(text: str | float) -> int | float:
     raise click.BadParameter(f"expected a number, got {text!r}.")
 
 
+def per_head(names: str = "") -> Callable[[str], str | dict[str, str]]:
+    """Read `hann`, the same for every head, or `scores=hann,labels=crop`, one per head; of the given names, if any."""
+    allowed = names.split()
+
+    def read(text: str) -> str | dict[str, str]:
+        parts = [part.rpartition("=") for part in text.split(",")]
+        unknown = [value for _, _, value in parts if allowed and value not in allowed]
+        if unknown or (len(parts) > 1 and not all(name for name, _, _ in parts)):
+            told = f"one of {', '.join(allowed)}" if allowed else "a value"
+            raise click.BadParameter(f"expected {told}, or one per head such as scores={text}, got {text!r}.")
+        return {name: value for name, _, value in parts} if parts[0][0] else text
+
+    return read
+
+
 class _Commands(click.Group):
     """A group whose commands end in one line and an exit code, never in a traceback for a user's mistake."""
 
@@ -113,8 +128,13 @@ _patch_options = _options(
     click.option("--patch-size", type=size, required=True, help="Voxels: 96, or per axis 32,96,96."),
     _option("--patch-overlap", type=size, default=0, help="Voxels that adjacent patches share, in total."),
     _option(
-        "--overlap-mode", type=_one_of("crop average hann gaussian"), default="hann", help="How patches are blended."
+        "--overlap-mode",
+        type=per_head("crop average hann gaussian max vote"),
+        metavar="[crop|average|hann|gaussian|max|vote]",
+        default="hann",
+        help="How patches are blended; HEAD=MODE,... for several outputs.",
     ),
+    _option("--num-classes", type=int, help="Number of labels that are voted on."),
     _option(
         "--padding-mode",
         type=_one_of("constant edge reflect symmetric wrap"),
@@ -125,8 +145,18 @@ _patch_options = _options(
     _option("--batch-size", type=int, default=1, help="Patches per call of the model."),
     _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
-    _option("--postprocess", type=_one_of("argmax softmax sigmoid"), help="Applied to the blended result."),
-    _option("--output-dtype", metavar="DTYPE", help="Default: float32; the model's for crop; the smallest for argmax."),
+    _option(
+        "--postprocess",
+        type=per_head("argmax softmax sigmoid"),
+        metavar="[argmax|softmax|sigmoid]",
+        help="Applied to the blended result; HEAD=NAME,... for several outputs.",
+    ),
+    _option(
+        "--output-dtype",
+        type=per_head(),
+        metavar="DTYPE",
+        help="Default: float32; the model's for crop; the smallest for argmax.",
+    ),
 )
 
 _run_options = _options(
@@ -136,6 +166,8 @@ _run_options = _options(
     _option(
         "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that the run adds, such as 2GiB."
     ),
+    _option("--mask", metavar="ZARR", help="Skip patches without a nonzero voxel in this mask, of any resolution."),
+    _option("--skip-empty", is_flag=True, help="Skip patches of which nothing was ever written."),
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
     _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
