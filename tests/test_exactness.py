@@ -183,3 +183,29 @@ def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, call
         SCRIPT.fail_at = -1
         case.predict(data, failing, root, **fixed)
         assert file_digests(root / "out" / "prediction") == file_digests(root / "whole" / "prediction")
+
+
+@given(data=st.data(), mode=st.sampled_from(MODES))
+@law(40)
+def test_a_long_sweep_of_many_layers_is_as_exact_as_a_short_one(data: st.DataObject, mode: str) -> None:
+    # A ring that holds too few planes shows only after its layers have gone around it in step with the chunks.
+    length = data.draw(st.integers(150, 500))
+    patch = data.draw(st.integers(3, 17))
+    overlap = data.draw(st.integers(0, patch - 1))
+    sizes_of_chunks = st.integers(max(7, length // 24), 40)
+    shape, chunks = (length, 6), (data.draw(sizes_of_chunks), 6)
+    arguments = {
+        "axes": "yx",
+        "patch_size": (patch, 4),
+        "patch_overlap": (overlap, 2),
+        "overlap_mode": mode,
+        "block_shape": data.draw(st.sampled_from(((length, 6), (length // 2, 6)))),
+        "output_chunks": (data.draw(sizes_of_chunks), 6),
+        "batch_size": data.draw(st.integers(1, 5)),
+        "progress": False,
+    }
+    volume = np.arange(1, length * 6 + 1, dtype=np.float32).reshape(shape)
+    with scratch() as root:
+        zarr.create_array(root / "volume.zarr", data=volume, chunks=chunks)
+        values = oocpatch.predict(root / "volume.zarr", torch.nn.Identity(), root / "out", **arguments).values
+    np.testing.assert_allclose(values, volume, rtol=0 if mode == "crop" else 4e-6)
