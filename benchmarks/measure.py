@@ -90,16 +90,17 @@ class _Sampler:
         return self._highest
 
 
-def in_fresh_process(task: str, **arguments: Any) -> dict[str, Any]:
-    """Run a function of `benchmarks.tasks` in a new interpreter; what it returns.
+def in_fresh_process(task: str, module: str = "benchmarks.tasks", **arguments: Any) -> dict[str, Any]:
+    """Run a task in a new interpreter; what it returns.
 
     Args:
         task: name of the function.
+        module: where it is.
         **arguments: what the function gets; must be JSON.
     """
     # What earlier tasks left to be written must not be paid for by the next.
     os.sync()
-    command = [sys.executable, "-m", "benchmarks.tasks", task, json.dumps(arguments)]
+    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{task} {arguments} ended with exit code {done.returncode}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,29 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.head import Head, patch_grid
 from oocpatch.storage.output import default_chunks
+from oocpatch.storage.volume import Volume
 
-if TYPE_CHECKING:
-    from oocpatch.request import Request
+
+class Asked(Protocol):
+    """What the user asked for, as far as it shapes the outputs; see `request.Request`."""
+
+    @property
+    def volume(self) -> Volume: ...
+
+    @property
+    def patch_size(self) -> Ints: ...
+
+    @property
+    def patch_overlap(self) -> Ints: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+    @property
+    def looped(self) -> int: ...
+
+    @property
+    def skips(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +63,7 @@ class Layout:
     grid: PatchGrid
 
 
-def lay_out(request: Request, probe: Probe) -> Layout:
+def lay_out(request: Asked, probe: Probe) -> Layout:
     """Decide what becomes of the model's outputs.
 
     Raises:
@@ -100,7 +120,7 @@ def _trim(geometry: Geometry, axis: int, context: int) -> int | None:
     return None if rest else cut
 
 
-def _head(request: Request, name: str, output: torch.Tensor, scale: tuple[Scale, ...], trim: Ints) -> Head:
+def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, ...], trim: Ints) -> Head:
     """What becomes of one output: channels and dtypes after blending and postprocess, and chunks."""
     options, loops = request.options, request.looped
     mode = door.of_head(options["overlap_mode"], name, "hann")
@@ -175,7 +195,7 @@ def _postprocessed(postprocess: Postprocess, values: torch.Tensor, loops: int) -
     return result
 
 
-def _chunks(request: Request, itemsize: int, scale: tuple[Scale, ...]) -> tuple[Ints, Ints]:
+def _chunks(request: Asked, itemsize: int, scale: tuple[Scale, ...]) -> tuple[Ints, Ints]:
     """Chunks and write unit of an output, in its own voxels per axis; by default they cover what the volume's do."""
     volume, loops = request.volume, request.looped
     shape = tuple(-(-n * times // per) for n, (times, per) in zip(volume.shape, scale, strict=True))

@@ -32,10 +32,12 @@ def _floors() -> dict[str, Floor]:
     """Every part of the package with its floor; what is not listed here has no place yet."""
     errors = frozenset({"errors"})
     decide, remember = errors | {"planning"}, errors | {"planning", "storage"}
-    compute, feed = remember | {"inference"}, remember | {"sampling"}
-    # Floor 3 has three steps: checks of arguments, what they ask for, carrying it out.
-    door = compute | feed | {"door"}
-    request = door | {"request"}
+    # The public classes of floors 2 and 3 check their arguments at one door.
+    door = remember | {"door"}
+    compute, feed = door | {"inference"}, door | {"sampling"}
+    # Floor 3 has three steps: what the model gives, what the arguments ask for, carrying it out.
+    layout = compute | {"layout"}
+    request = layout | feed | {"request"}
     run = request | {"run"}
     public = run | {"checking"}
     above = public | {
@@ -50,7 +52,8 @@ def _floors() -> dict[str, Floor]:
         "storage": Floor(remember, on_disk),
         "inference": Floor(compute, on_device),
         "sampling": Floor(feed, on_device),
-        "door": Floor(door, on_device),
+        "door": Floor(door, on_disk),
+        "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
         "checking": Floor(above, on_device),
@@ -66,6 +69,9 @@ FLOORS = _floors()
 EXTRA = {
     "inference/scheduler.py": frozenset({"dask", "distributed", "tenacity", "tqdm"}),
     "inference/models.py": frozenset({"safetensors"}),
+    "inference/onnx_model.py": frozenset({"onnxruntime"}),
+    "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "door.py": frozenset({"dask.utils"}),  # reads "2GiB"
 }
 

@@ -1,0 +1,134 @@
+"""Batches: patches stacked by a `DataLoader`, plain or ours.
+
+```text
+ patch.t1.data (C, *patch)  ... B of them ...  -->  batch.t1.data (B, C, *patch)
+ patch.patch_location                          -->  batch.patch_location, a list
+ patch.age                                     -->  batch.age, a list
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+# Torch documents this map as the place to register types in; it has no public name for it.
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from oocpatch.sampling.streams import Passes
+from oocpatch.sampling.subject import LoadedVolume, Subject
+
+
+@dataclass(slots=True, eq=False)
+class VolumeBatch:
+    """One volume of a batch.
+
+    Attributes:
+        data: tensor `(B, C, *patch)`.
+    """
+
+    data: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class SubjectsBatch:
+    """Patches stacked volume by volume; what is not a volume is a list with one value per patch.
+
+    Both are attributes and items: `batch.t1.data`, `batch["t1"]`, `batch.patch_location`.
+
+    >>> a, b = (Subject(t1=torch.full((1, 2, 2), i), age=40 + i) for i in range(2))
+    >>> batch = SubjectsBatch.of([a, b])
+    >>> batch.t1.data.shape, batch.age, len(batch)
+    (torch.Size([2, 1, 2, 2]), [40, 41], 2)
+    """
+
+    images: dict[str, VolumeBatch]
+    metadata: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, subjects: Sequence[Subject]) -> Self:
+        """Stack subjects.
+
+        Raises:
+            ValueError: when their names or shapes differ, or a volume is not in memory.
+        """
+        first = subjects[0]
+        for subject in subjects:
+            if subject.images.keys() != first.images.keys() or subject.metadata.keys() != first.metadata.keys():
+                raise ValueError(
+                    "the subjects of a batch must have the same names, got "
+                    f"{[*first.images, *first.metadata]} and {[*subject.images, *subject.metadata]}"
+                )
+        return cls(
+            {name: VolumeBatch(_stacked(name, [subject[name] for subject in subjects])) for name in first.images},
+            {name: [subject[name] for subject in subjects] for name in first.metadata},
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name not in self.__slots__:
+            for store in (self.images, self.metadata):
+                if name in store:
+                    return store[name]
+        raise AttributeError(f"the batch has no {name!r}")
+
+    def __getitem__(self, name: str) -> Any:
+        return self.images[name] if name in self.images else self.metadata[name]
+
+    def __len__(self) -> int:
+        """Number of patches."""
+        return len(next(iter(self.images.values())).data)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the tensors, as `torch.Tensor.to` does; the batch itself."""
+        return self._each(lambda data: data.to(*args, **kwargs))
+
+    def pin_memory(self) -> Self:
+        """Pin the tensors, for `DataLoader(pin_memory=True)`; the batch itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        for volume in self.images.values():
+            volume.data = change(volume.data)
+        return self
+
+
+def _stacked(name: str, volumes: Sequence[Any]) -> torch.Tensor:
+    if not all(isinstance(volume, LoadedVolume) for volume in volumes):
+        raise ValueError(f"the volumes of a batch must be in memory, but {name!r} is not; load() it, or use a sampler")
+    shapes = sorted({tuple(volume.data.shape) for volume in volumes})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the volumes of a batch must have one shape, got {' and '.join(map(str, shapes))} for {name!r}"
+        )
+    stacked: torch.Tensor = default_collate([volume.data for volume in volumes])  # in shared memory, in a worker
+    return stacked
+
+
+def _collate(subjects: Sequence[Subject], *, collate_fn_map: Any = None) -> SubjectsBatch:  # noqa: ARG001 - torch passes it
+    return SubjectsBatch.of(subjects)
+
+
+default_collate_fn_map[Subject] = _collate
+
+
+class SubjectsLoader(DataLoader[Any]):
+    """A `DataLoader` of patches; it takes what `torch.utils.data.DataLoader` takes.
+
+    A plain one works as well. This one also counts its passes for seeded samplers and queues: workers that start afresh
+    for each pass would otherwise all draw the patches of the first, unless `set_epoch` is called.
+
+    >>> from oocpatch.sampling.samplers import UniformSampler
+    >>> sampler = UniformSampler(Subject(t1=torch.zeros(1, 9, 9)), patch_size=4, num_patches=3)
+    >>> [tuple(batch.t1.data.shape) for batch in SubjectsLoader(sampler, batch_size=2)]
+    [(2, 1, 4, 4), (1, 1, 4, 4)]
+    """
+
+    def __iter__(self) -> Any:
+        passes = getattr(self.dataset, "passes", None)
+        if self.num_workers and isinstance(passes, Passes):
+            passes.announce()
+        return super().__iter__()

@@ -1,0 +1,274 @@
+"""The queue: a shuffle buffer of patches from many subjects, read in the background.
+
+Patches are drawn region by region. Those in the buffer and those under way are never more than `max_length` together:
+
+```text
+                      drawn and read, by threads             shuffle buffer
+ subjects --> order --> region --> patches, transformed --+--> [ # # # # # # # ] --> one at random
+                    --> region --> patches, transformed --+
+                        <---- regions_in_flight ---->
+                        <---------------- at most max_length patches --------------->
+```
+
+What comes out, and in which order, follows from the seed and the counts alone, not from which thread was faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
+
+from oocpatch.planning.grid import PatchLocation
+from oocpatch.planning.plan import human
+from oocpatch.sampling.samplers import UniformSampler
+from oocpatch.sampling.streams import Passes, stream
+from oocpatch.sampling.subject import LoadedVolume, Subject, read_patches
+
+DRAWS, SUBJECTS, PATCHES = range(3)
+"""What the random streams of an epoch decide: patches, the order of subjects, the order of patches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A few patches of one subject that are drawn and read together.
+
+    Attributes:
+        subject: index of the subject.
+        visit: how many subjects come before it in the epoch.
+        number: of the region within the visit.
+        count: patches.
+    """
+
+    subject: int
+    visit: int
+    number: int
+    count: int
+
+
+class Queue(IterableDataset[Subject]):
+    """A buffer of random patches from many subjects, in random order.
+
+    An `IterableDataset` for a `DataLoader`, whose workers share out the patches, as do the ranks of `torch.distributed`
+    when there is no `subject_sampler`. Threads usually do: `num_workers` here, none in the loader.
+
+    Args:
+        subjects: where patches come from; read only patch by patch.
+        patch_sampler: a uniform, weighted or label sampler; its own subject plays no part.
+        max_length: patches in memory at most, those under way included; workers of a loader divide them up.
+        patches_per_volume: patches of each subject in an epoch.
+        num_workers: threads that read; 0: patches are read when they are asked for.
+        shuffle_subjects: whether each epoch takes the subjects in another order.
+        shuffle_patches: whether patches leave the buffer in random order, else in the order of reading.
+        transform: a function of a patch (a `Subject`) that gives a patch, applied after reading.
+        subject_sampler: gives the indices of an epoch's subjects, as `DistributedSampler` does; then `shuffle_subjects`
+            must be False.
+        seed: the same seed, the same patches in each epoch (see `set_epoch`). None: the seed of `patch_sampler`, else
+            `torch.manual_seed` governs.
+        patches_per_region: patches drawn together from a region as large as a chunk, or as a patch if that is larger,
+            and read at once. Each alone has its sampler's distribution, and more than one reads less, but they are
+            from nearby places.
+        regions_in_flight: regions read at a time at most; default: one per thread.
+
+    Raises:
+        ValueError: for subjects that the sampler does not fit, or numbers that do not fit each other.
+        TypeError: for a sampler of another kind.
+
+    >>> subjects = [Subject(t1=np.full((8, 8), i)) for i in range(3)]
+    >>> queue = Queue(subjects, UniformSampler(subjects[0], 4), max_length=4, patches_per_volume=2, seed=0)
+    >>> sorted(int(patch.t1.data[0, 0, 0]) for patch in queue), queue.patches_per_epoch, queue.max_memory_pretty
+    ([0, 0, 1, 1, 2, 2], 6, '512 B')
+    """
+
+    def __init__(  # noqa: PLR0917 - the order of TorchIO's parameters
+        self,
+        subjects: Sequence[Subject],
+        patch_sampler: UniformSampler,
+        max_length: int = 300,
+        patches_per_volume: int = 10,
+        num_workers: int = 0,
+        shuffle_subjects: bool = True,
+        shuffle_patches: bool = True,
+        transform: Callable[[Subject], Subject] | None = None,
+        subject_sampler: Sampler[int] | None = None,
+        *,
+        seed: int | None = None,
+        patches_per_region: int = 1,
+        regions_in_flight: int | None = None,
+    ) -> None:
+        if not isinstance(patch_sampler, UniformSampler):
+            raise TypeError(f"patch_sampler must be a uniform, weighted or label sampler, got {patch_sampler!r}")
+        if subject_sampler is not None and shuffle_subjects:
+            raise ValueError("shuffle_subjects must be False when there is a subject_sampler, which gives the order")
+        self.subjects = subjects
+        self.patch_sampler = patch_sampler
+        self.max_length = _at_least(1, "max_length", max_length)
+        self.patches_per_volume = _at_least(1, "patches_per_volume", patches_per_volume)
+        self.num_workers = _at_least(0, "num_workers", num_workers)
+        self.shuffle_subjects = shuffle_subjects
+        self.shuffle_patches = shuffle_patches
+        self.transform = transform
+        self.subject_sampler = subject_sampler
+        self.patches_per_region = _at_least(1, "patches_per_region", patches_per_region)
+        in_flight = max(1, num_workers) if regions_in_flight is None else regions_in_flight
+        self.regions_in_flight = _at_least(1, "regions_in_flight", in_flight)
+        self.passes = Passes(patch_sampler.passes.seed if seed is None else seed)
+        self._check_room(self.max_length)
+        if not len(subjects):
+            raise ValueError("subjects must hold at least one subject, got none")
+        for index, subject in enumerate(subjects):
+            if not isinstance(subject, Subject):
+                raise TypeError(f"subjects must hold subjects, got {type(subject).__name__} at index {index}")
+            try:
+                patch_sampler.check(subject)
+            except ValueError as error:
+                raise ValueError(f"subject {index}: {error}") from error
+
+    @property
+    def num_subjects(self) -> int:
+        """Subjects per epoch.
+
+        Raises:
+            TypeError: when `subject_sampler` has no length.
+        """
+        if self.subject_sampler is None:
+            return len(self.subjects)
+        if not isinstance(self.subject_sampler, Sized):
+            raise TypeError("subject_sampler must have a length, to know the number of subjects")
+        return len(self.subject_sampler)
+
+    @property
+    def patches_per_epoch(self) -> int:
+        """Patches that an epoch yields, over all workers."""
+        return self.num_subjects * self._patches_per_visit
+
+    @property
+    def max_memory(self) -> int:
+        """Bytes of a full buffer, as patches are when they are read."""
+        return self.max_length * max(map(self._patch_bytes, self.subjects))
+
+    @property
+    def max_memory_pretty(self) -> str:
+        """`max_memory` for people, such as `1.5 GiB`."""
+        return human(self.max_memory)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next pass is, also to workers that run already."""
+        self.passes.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Subject]:
+        seed, epoch = self.passes.begin()
+        share = self.passes.share(ranks=self.subject_sampler is None)
+        worker = get_worker_info()
+        room = self.max_length if worker is None else self.max_length // worker.num_workers
+        self._check_room(room)
+        shuffle = stream(seed, epoch, PATCHES, share.index) if self.shuffle_patches else None
+        regions = share.of(self._regions(seed, epoch))
+        return self._buffered(regions, functools.partial(self._read, seed, epoch), room, shuffle)
+
+    def _buffered(
+        self,
+        regions: Iterator[Region],
+        read: Callable[[Region], list[Subject]],
+        room: int,
+        shuffle: np.random.Generator | None,
+    ) -> Iterator[Subject]:
+        """Patches of all regions, at most `room` of them here at any time."""
+        buffer: deque[Subject] = deque()
+        under_way: deque[tuple[int, Callable[[], list[Subject]]]] = deque()
+        held = 0  # patches in the buffer and under way
+        region = next(regions, None)
+        with contextlib.ExitStack() as stack:
+            start = self._starter(read, stack)
+            while region is not None or under_way or buffer:
+                fits = region is not None and held + region.count <= room
+                if region is not None and fits and len(under_way) < self.regions_in_flight:
+                    under_way.append((region.count, start(region)))
+                    held += region.count
+                    region = next(regions, None)
+                elif under_way and (fits or region is None or not buffer):
+                    _, result = under_way.popleft()
+                    buffer.extend(result())
+                    del result  # it holds the patches, too
+                else:
+                    if shuffle is not None:
+                        chosen = int(shuffle.integers(len(buffer)))
+                        buffer[0], buffer[chosen] = buffer[chosen], buffer[0]
+                    held -= 1
+                    yield buffer.popleft()
+
+    def _starter(
+        self, read: Callable[[Region], list[Subject]], stack: contextlib.ExitStack
+    ) -> Callable[[Region], Callable[[], list[Subject]]]:
+        """A function that has a region read, in a thread if there are any, and gives a function for the result."""
+        if not self.num_workers:
+            return lambda region: functools.partial(read, region)
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="oocpatch-queue")
+        stack.callback(pool.shutdown, cancel_futures=True)
+        return lambda region: pool.submit(read, region).result
+
+    def _regions(self, seed: int, epoch: int) -> Iterator[Region]:
+        """All regions of an epoch, in order."""
+        whole, rest = divmod(self._patches_per_visit, self.patches_per_region)
+        counts = [self.patches_per_region] * whole + [rest] * (rest > 0)
+        for visit, subject in enumerate(self._order(seed, epoch)):
+            for number, count in enumerate(counts):
+                yield Region(subject, visit, number, count)
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        """The subjects of an epoch, by index."""
+        random = stream(seed, epoch, SUBJECTS)
+        if self.subject_sampler is not None:
+            # All workers must get the same order from a sampler that asks torch's generator.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(random.integers(2**63)))
+                return list(self.subject_sampler)
+        if self.shuffle_subjects:
+            return [int(i) for i in random.permutation(len(self.subjects))]
+        return list(range(len(self.subjects)))
+
+    def _read(self, seed: int, epoch: int, region: Region) -> list[Subject]:
+        subject, sampler = self.subjects[region.subject], self.patch_sampler
+        random = stream(seed, epoch, DRAWS, region.visit, region.number)
+        corners = sampler.draw(subject, random, region.count)
+        locations = [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners]
+        patches = read_patches(subject, locations)
+        return patches if self.transform is None else [self.transform(patch) for patch in patches]
+
+    @property
+    def _patches_per_visit(self) -> int:
+        own = self.patch_sampler.num_patches
+        return self.patches_per_volume if own is None else min(own, self.patches_per_volume)
+
+    def _patch_bytes(self, subject: Subject) -> int:
+        voxels = int(np.prod(self.patch_sampler.patch_size))
+        return sum(_voxel_bytes(volume) for volume in subject.images.values()) * voxels
+
+    def _check_room(self, room: int) -> None:
+        if room < self.patches_per_region:
+            worker = get_worker_info()
+            told = "" if worker is None else f" for each of {worker.num_workers} workers of the loader"
+            raise ValueError(
+                f"max_length must be at least patches_per_region{told}, "
+                f"got {self.max_length} and {self.patches_per_region}"
+            )
+
+
+def _voxel_bytes(volume: Any) -> int:
+    if isinstance(volume, LoadedVolume):
+        return volume.channels * volume.data.element_size()
+    return int(volume.channels * volume.dtype.itemsize)
+
+
+def _at_least(least: int, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    return int(value)

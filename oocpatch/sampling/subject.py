@@ -1,0 +1,221 @@
+"""Subjects: named volumes of one spatial shape, and what else is known about them.
+
+Volumes stay where they are until a patch is asked for. A patch is a subject, too, whose volumes are in memory:
+
+```text
+ Subject                                     a patch
+   t1     Volume, on disk          --read-->   t1     LoadedVolume, .data (C, *patch)
+   label  Volume, on disk          --read-->   label  LoadedVolume, .data (C, *patch)
+   age    45                                   age    45
+                                               patch_location
+```
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray
+import zarr
+
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import PatchLocation
+from oocpatch.storage.volume import Volume
+
+ARRAYS = (np.ndarray, zarr.Array, zarr.Group, xarray.DataArray, xarray.Dataset)
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class LoadedVolume:
+    """A volume in memory.
+
+    Attributes:
+        data: tensor `(C, *spatial)`. A transform may put another in its place.
+
+    >>> LoadedVolume(torch.zeros(2, 8, 9)).shape
+    (8, 9)
+
+    Raises:
+        ValueError: when the tensor has no axis beside the channels.
+    """
+
+    data: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.ndim < 2:
+            raise ValueError(f"a tensor must have shape (C, *spatial), got {tuple(self.data.shape)}")
+
+    @property
+    def channels(self) -> int:
+        return int(self.data.shape[0])
+
+    @property
+    def shape(self) -> Ints:
+        """Spatial shape, in voxels."""
+        return tuple(self.data.shape[1:])
+
+    @property
+    def volume(self) -> Volume:
+        """The same voxels as a `Volume`, to read boxes from."""
+        return Volume(self.data.numpy(force=True), ("c", *(f"axis{i}" for i in range(self.data.ndim - 1))))
+
+
+class Subject:
+    """Named volumes of one spatial shape, lazy, plus metadata.
+
+    Arrays (numpy, Zarr, Xarray, Dask), `Volume`s and `Path`s are volumes, with their axes as `Volume` takes them. So
+    are torch tensors, which are always `(C, *spatial)`. All else is metadata, strings included.
+
+    Volumes and metadata are attributes and items: `subject.t1`, `subject["t1"]`. A volume has `channels` and a `shape`
+    (spatial, in voxels). Those of patches, and of any subject after `load()`, have their voxels in `data`,
+    a tensor `(C, *spatial)`.
+
+    Raises:
+        ValueError: when there is no volume, a volume cannot be opened, has looped axes such as time, or differs from
+            the others in spatial shape, or a name is one that `Subject` needs itself.
+
+    >>> subject = Subject(t1=np.zeros((8, 9)), label=np.zeros((8, 9), np.uint8), age=45)
+    >>> subject.spatial_shape, list(subject.images), subject.metadata
+    ((8, 9), ['t1', 'label'], {'age': 45})
+    """
+
+    def __init__(self, **volumes_and_metadata: Any) -> None:
+        self._volumes: dict[str, Volume | LoadedVolume] = {}
+        self._metadata: dict[str, Any] = {}
+        for name, value in volumes_and_metadata.items():
+            if name in RESERVED:
+                raise ValueError(f"names of a subject must not be one of {', '.join(sorted(RESERVED))}, got {name!r}")
+            if is_volume(value):
+                self._volumes[name] = _opened(name, value)
+            else:
+                self._metadata[name] = value
+        if not self._volumes:
+            raise ValueError(f"a subject must have at least one volume, got only {list(self._metadata) or 'nothing'}")
+        shapes = {name: volume.shape for name, volume in self._volumes.items()}
+        if len(set(shapes.values())) > 1:
+            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"the volumes of a subject must have one spatial shape, got {told}")
+
+    @property
+    def images(self) -> dict[str, Volume | LoadedVolume]:
+        """The volumes by name."""
+        return dict(self._volumes)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is not a volume, by name."""
+        return self._metadata
+
+    @property
+    def spatial_shape(self) -> Ints:
+        """The shape that all volumes share, without channels, in voxels."""
+        return next(iter(self._volumes.values())).shape
+
+    @property
+    def spatial_names(self) -> tuple[str, ...]:
+        """Names of the spatial axes, those of the first volume."""
+        first = next(iter(self._volumes.values()))
+        return (first if isinstance(first, Volume) else first.volume).names
+
+    def load(self) -> None:
+        """Read all volumes into memory, where `subject.t1.data` is a tensor `(C, *spatial)`."""
+        for name, volume in self._volumes.items():
+            if isinstance(volume, Volume):
+                self._volumes[name] = LoadedVolume(_read(volume, Box.of_shape(volume.shape)))
+
+    def __getattr__(self, name: str) -> Any:
+        # Names that begin with an underscore are never stored here; pickle asks for some before there is a store.
+        if not name.startswith("_"):
+            for store in (self._volumes, self._metadata):
+                if name in store:
+                    return store[name]
+        raise AttributeError(f"the subject has no {name!r}")
+
+    def __getitem__(self, name: str) -> Any:
+        return self._volumes[name] if name in self._volumes else self._metadata[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._volumes or name in self._metadata
+
+    def __repr__(self) -> str:
+        volumes = ", ".join(f"{n} ({v.channels}, {', '.join(map(str, v.shape))})" for n, v in self._volumes.items())
+        return f"Subject({volumes}; {', '.join(self._metadata) or 'no metadata'})"
+
+
+RESERVED = frozenset(name for name in dir(Subject) if not name.startswith("_"))
+
+
+def is_volume(value: Any) -> bool:
+    """Whether a subject takes a value for a volume, rather than for metadata."""
+    kinds = (*ARRAYS, torch.Tensor, Volume, LoadedVolume, os.PathLike)
+    return isinstance(value, kinds) or (hasattr(value, "dask") and hasattr(value, "chunksize"))
+
+
+def _opened(name: str, value: Any) -> Volume | LoadedVolume:
+    if isinstance(value, LoadedVolume):
+        return value
+    try:
+        if isinstance(value, torch.Tensor):
+            return LoadedVolume(value)
+        volume = value if isinstance(value, Volume) else Volume(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if volume.axes.looped:
+        told = ", ".join(volume.names[: len(volume.axes.looped)])
+        raise ValueError(
+            f"{name}: the volumes of a subject must have no looped axes, got {told}; select one index of them, or make "
+            f"them spatial by another name, as in Volume(source, axes=...)"
+        )
+    try:
+        torch.from_numpy(np.empty(0, volume.dtype))
+    except TypeError as error:
+        raise ValueError(f"{name}: torch has no dtype {volume.dtype}") from error
+    return volume
+
+
+def read_patches(
+    subject: Subject,
+    locations: Sequence[PatchLocation],
+    padding_mode: str | None = None,
+    fill: float = 0.0,
+) -> list[Subject]:
+    """The patches of a subject at some locations, their bounding box read once.
+
+    Args:
+        subject: where the patches lie.
+        locations: in voxels of the unpadded volume.
+        padding_mode: how voxels outside the volume are made, see `Volume.read`; None when there are none.
+        fill: their value when the mode is `constant`.
+
+    Returns:
+        One subject per location, with that location as `patch_location`; each owns its memory.
+    """
+    box = Box(
+        tuple(map(min, zip(*(location.index_ini for location in locations), strict=True))),
+        tuple(map(max, zip(*(location.index_fin for location in locations), strict=True))),
+    )
+    data = {name: _read(volume, box, padding_mode, fill) for name, volume in subject.images.items()}
+    if len(locations) == 1:
+        return [_patch(data, subject.metadata, locations[0])]
+    parts = [(slice(None), *location.box.slices(box.start)) for location in locations]
+    # clones: a view would keep the whole box alive
+    return [
+        _patch({name: whole[part].clone() for name, whole in data.items()}, subject.metadata, location)
+        for part, location in zip(parts, locations, strict=True)
+    ]
+
+
+def _patch(data: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], location: PatchLocation) -> Subject:
+    volumes = {name: LoadedVolume(tensor) for name, tensor in data.items()}
+    return Subject(**volumes, **{**metadata, "patch_location": location})
+
+
+def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str | None = None, fill: float = 0.0) -> torch.Tensor:
+    """A box as a tensor `(C, *box.shape)` of its own."""
+    source = volume if isinstance(volume, Volume) else volume.volume
+    return torch.from_numpy(source.read(box, padding_mode or "edge", fill))

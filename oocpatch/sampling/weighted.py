@@ -1,0 +1,241 @@
+"""Weighted samplers: the centre of a patch is drawn with a map, exactly, and without the whole map in memory.
+
+The centre of a patch is its corner plus `patch_size // 2`. A draw takes three steps, each exact in float64:
+
+```text
+ masses of all cells  -->  a cell  -->  its voxels, read  -->  a voxel: the centre
+ (one pass, kept)
+```
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.planning.box import Box, Ints
+from oocpatch.sampling.cells import Cells, RecentCells, pick
+from oocpatch.sampling.masses import labels_in, measure, weights_in
+from oocpatch.sampling.samplers import UniformSampler
+from oocpatch.sampling.subject import LoadedVolume, Subject
+from oocpatch.sampling.table import Table, Tables, remembered
+from oocpatch.storage.volume import Volume
+
+Generator = np.random.Generator
+Values = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+
+RECENT_BYTES = 64 << 20
+"""Voxels of maps that a sampler keeps at hand."""
+
+
+class WeightedSampler(UniformSampler):
+    """Random patches whose centre voxel is drawn with a probability map.
+
+    A voxel's probability is proportional to the map's value there, among the voxels that can be the centre of a patch
+    that lies in the volume. The first draw takes one pass over the map, whose result is kept beside a map on disk. For
+    a map in memory the pass is made, and the map checked, at once.
+
+    Args:
+        subject: where patches are drawn from.
+        patch_size: in voxels.
+        probability_map: name of the map among the subject's volumes: one channel, finite values that are not negative.
+        num_patches: patches per epoch; None: endless.
+        seed: as for `UniformSampler`.
+
+    Raises:
+        ValueError: also for a map that is not there, has several channels, holds a negative, infinite or undefined
+            value, or is zero wherever a patch can be centred.
+
+    >>> subject = Subject(t1=np.arange(6), where=np.array([9, 0, 1, 0, 0, 9]))
+    >>> sampler = WeightedSampler(subject, patch_size=3, probability_map="where", num_patches=1)
+    >>> [patch.t1.data.tolist() for patch in sampler]
+    [[[1, 2, 3]]]
+    """
+
+    _parameter = "probability_map"
+
+    def __init__(
+        self,
+        subject: Subject,
+        patch_size: int | Sequence[int],
+        probability_map: str,
+        num_patches: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.probability_map = probability_map
+        self._tables = Tables()
+        self._recent = RecentCells(RECENT_BYTES)
+        super().__init__(subject, patch_size, num_patches, seed=seed)
+        if not _as_volume(subject[probability_map]).source.chunked:
+            self.prepare()
+
+    def prepare(self, subject: Subject | None = None) -> None:
+        """Make the pass over the map now, in this process, rather than at the first draw.
+
+        Worth it before workers start when the result cannot be kept beside the map.
+        """
+        self._masses(self.subject if subject is None else subject)
+
+    def check(self, subject: Subject) -> None:
+        super().check(subject)
+        name = self.probability_map
+        if name not in subject.images:
+            raise ValueError(f"{self._parameter} must be one of {', '.join(subject.images)}, got {name!r}")
+        if subject[name].channels != 1:
+            raise ValueError(f"{self._parameter} must have one channel, but {name!r} has {subject[name].channels}")
+
+    def _summarize(self, values: Values) -> tuple[Values, Values]:
+        """What some voxels of the map hold, and the mass of each."""
+        return weights_in(values)
+
+    def _weigh(self, values: Values) -> Floats:
+        """The weight that a unit of mass has, by what the map holds: `(E,)` to `(E,)`."""
+        return np.ones(len(values))
+
+    def draw(self, subject: Subject, random: Generator, count: int = 1) -> list[Ints]:
+        cells, table, sums = self._masses(subject)
+        entry = pick(sums, random.random())
+        number, value = int(table.cells[entry]), table.values[entry]
+        cell = cells[number]
+        source = subject[self.probability_map]
+        voxels = self._recent.get(source, number, lambda: _as_volume(source).read(cell)[0])
+        half = tuple(p // 2 for p in self.patch_size)
+
+        def corner(index: Ints, origin: Ints) -> Ints:
+            return tuple(o + i - h for o, i, h in zip(origin, index, half, strict=True))
+
+        first = corner(self._inside(voxels, value, random), cell.start)
+        if count == 1:
+            return [first]
+        region = self._region(subject, first)
+        centres = cell & Box(
+            tuple(a + h for a, h in zip(region.start, half, strict=True)),
+            tuple(b + h for b, h in zip(region.stop, half, strict=True)),
+        )
+        near = voxels[centres.slices(cell.start)]
+        values, masses = self._summarize(near)
+        sums = np.cumsum(masses * self._weigh(values))
+        rest = (values[pick(sums, random.random())] for _ in range(count - 1))
+        return [first, *(corner(self._inside(near, value, random), centres.start) for value in rest)]
+
+    def _inside(self, voxels: Values, value: Any, random: Generator) -> Ints:  # noqa: ARG002 - labels need it
+        """The index of a voxel among some, drawn by the map."""
+        rows = voxels.reshape(-1, voxels.shape[-1])
+        row = pick(np.cumsum(rows.sum(axis=1, dtype=np.float64)), random.random())
+        column = pick(np.cumsum(rows[row], dtype=np.float64), random.random())
+        return _unravel(row, column, voxels.shape)
+
+    def _masses(self, subject: Subject) -> tuple[Cells, Table, Floats]:
+        """The cells of a subject's map, what lies in them, and the cumulative sums of that."""
+        source = subject[self.probability_map]
+        return self._tables.get(source, lambda: self._measured(_as_volume(source)))
+
+    def _measured(self, volume: Volume) -> tuple[Cells, Table, Floats]:
+        cells = Cells.of_centres(volume.shape, volume.chunks, self.patch_size)
+        name, kind = self.probability_map, self._parameter
+        table = remembered(volume, cells, kind, lambda: measure(volume, cells, self._summarize, name))
+        sums = np.cumsum(table.masses * self._weigh(table.values))
+        if not len(sums) or sums[-1] <= 0:
+            raise ValueError(self._nowhere(table))
+        return cells, table, sums
+
+    def _nowhere(self, table: Table) -> str:  # noqa: ARG002 - labels tell which there are
+        return (
+            f"{self._parameter} must be above zero somewhere that a patch of size {self.patch_size} can be centred, "
+            f"but {self.probability_map!r} is not"
+        )
+
+
+class LabelSampler(WeightedSampler):
+    """Random patches whose centre voxel is drawn by its label.
+
+    Each voxel weighs as its label does: a label that has twice the voxels is drawn twice as often at the same weight.
+
+    Args:
+        subject: where patches are drawn from.
+        patch_size: in voxels.
+        label_name: name of the label map among the subject's volumes; one channel.
+        label_probabilities: weight of each label; those not in it weigh nothing. None: all labels but 0 alike.
+        num_patches: patches per epoch; None: endless.
+        seed: as for `UniformSampler`.
+
+    Raises:
+        ValueError: also for weights that are negative, infinite or all zero, or when no patch can be centred on a label
+            that has a weight.
+
+    >>> subject = Subject(label=np.array([0, 0, 1, 1, 2, 1, 0]))
+    >>> sampler = LabelSampler(subject, 5, "label", {2: 1.0}, num_patches=2)
+    >>> [patch.label.data.tolist() for patch in sampler]
+    [[[1, 1, 2, 1, 0]], [[1, 1, 2, 1, 0]]]
+    """
+
+    _parameter = "label_name"
+
+    def __init__(
+        self,
+        subject: Subject,
+        patch_size: int | Sequence[int],
+        label_name: str,
+        label_probabilities: Mapping[int, float] | None = None,
+        num_patches: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.label_name = label_name
+        self.label_probabilities = None if label_probabilities is None else _weights(label_probabilities)
+        super().__init__(subject, patch_size, label_name, num_patches, seed=seed)
+
+    def _summarize(self, values: Values) -> tuple[Values, Values]:
+        return labels_in(values)
+
+    def _weigh(self, values: Values) -> Floats:
+        if self.label_probabilities is None:
+            return np.where(values != 0, 1.0, 0.0)
+        labels, where = np.unique(values, return_inverse=True)
+        weights: Floats = np.array([self.label_probabilities.get(label, 0.0) for label in labels.tolist()])[where]
+        return weights
+
+    def _inside(self, voxels: Values, value: Any, random: Generator) -> Ints:
+        rows = voxels.reshape(-1, voxels.shape[-1]) == value
+        counts = np.cumsum(np.count_nonzero(rows, axis=1))
+        number = int(random.integers(counts[-1]))
+        row = int(np.searchsorted(counts, number, side="right"))
+        before = int(counts[row - 1]) if row else 0
+        return _unravel(row, int(np.flatnonzero(rows[row])[number - before]), voxels.shape)
+
+    def _nowhere(self, table: Table) -> str:
+        found = np.unique(table.values)
+        told = ", ".join(map(str, found[:20].tolist())) + (", ..." if len(found) > 20 else "")
+        return (
+            "label_probabilities must give weight to a label that a patch can be centred on, "
+            f"got {self.label_probabilities or 'all but 0'}, but where {self.label_name!r} can be a patch's centre, "
+            f"for patches of size {self.patch_size}, it has only {told}"
+        )
+
+
+def _as_volume(source: Volume | LoadedVolume) -> Volume:
+    return source if isinstance(source, Volume) else source.volume
+
+
+def _unravel(row: int, column: int, shape: Ints) -> Ints:
+    return (*(int(i) for i in np.unravel_index(row, shape[:-1])), column) if len(shape) > 1 else (column,)
+
+
+def _weights(probabilities: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(probabilities, Mapping):
+        raise TypeError(f"label_probabilities must be a dict of labels and their weights, got {probabilities!r}")
+    numbers: list[Any] = [*probabilities.keys(), *probabilities.values()]
+    if not all(isinstance(number, Real | np.bool_) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"label_probabilities must hold finite numbers, got {dict(probabilities)}")
+    if any(weight < 0 for weight in probabilities.values()):
+        raise ValueError(f"label_probabilities must not be negative, got {dict(probabilities)}")
+    if not any(weight > 0 for weight in probabilities.values()):
+        raise ValueError(f"label_probabilities must give a weight to some label, got {dict(probabilities)}")
+    return {label: float(weight) for label, weight in probabilities.items()}
