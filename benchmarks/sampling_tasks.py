@@ -17,8 +17,8 @@ import torchio
 import zarr
 from zarr.storage import LocalStore
 
-import oocpatch
 from benchmarks.measure import RESULT, measured
+from oocpatch import GridSampler, LabelSampler, Queue, Subject, UniformSampler, WeightedSampler
 
 NAMES = ("t1", "label")
 
@@ -31,7 +31,8 @@ def make_study(path: str, size: int, chunk: int) -> dict[str, Any]:
         array = group.create_array(name, shape=(size,) * 3, chunks=(chunk,) * 3, dtype=dtype)
         for start in range(0, size, chunk):
             slab = random.random((min(chunk, size - start), size, size), dtype=np.float32)
-            array[start : start + chunk] = slab if name == "t1" else (slab > 0.95).astype(np.uint8) * (slab > 0.975) + (slab > 0.95)  # fmt: skip # noqa: E501
+            labels = np.digitize(slab, (0.95, 0.975))
+            array[start : start + chunk] = slab if name == "t1" else labels.astype(np.uint8)
     return {}
 
 
@@ -50,7 +51,7 @@ def sample(
             patches = _torchio(arrays, patch, kind)
         else:
             sources = arrays or {name: Path(path) / name for name in NAMES}
-            patches = _oocpatch(oocpatch.Subject(**sources), patch, kind, threads, together)
+            patches = _oocpatch(Subject(**sources), patch, kind, threads, together)
         next(patches)
         first = time.perf_counter() - started
         count, started = 0, time.perf_counter()
@@ -69,19 +70,19 @@ def _plain(read: dict[str, Any], patch: int) -> Iterator[Any]:
         yield [array[box] for array in read.values()]
 
 
-def _oocpatch(subject: oocpatch.Subject, patch: int, kind: str, threads: int, together: int) -> Iterator[Any]:
+def _oocpatch(subject: Subject, patch: int, kind: str, threads: int, together: int) -> Iterator[Any]:
     if kind == "grid":
-        sampler = oocpatch.GridSampler(subject, patch, patch // 4 * 2)
-        return itertools.cycle(sampler[i] for i in np.random.default_rng(0).permutation(len(sampler)))
+        sampler = GridSampler(subject, patch, patch // 4 * 2)
+        return _shuffled(sampler)
     samplers: dict[str, Callable[[], Any]] = {
-        "uniform": lambda: oocpatch.UniformSampler(subject, patch),
-        "weighted": lambda: oocpatch.WeightedSampler(subject, patch, "label"),
-        "label": lambda: oocpatch.LabelSampler(subject, patch, "label", {1: 1, 2: 3}),
+        "uniform": lambda: UniformSampler(subject, patch),
+        "weighted": lambda: WeightedSampler(subject, patch, "label"),
+        "label": lambda: LabelSampler(subject, patch, "label", {1: 1, 2: 3}),
     }
     if kind != "queue":
         return iter(samplers[kind]())
     options = {"max_length": 64, "patches_per_volume": 64, "num_workers": threads, "patches_per_region": together}
-    queue = oocpatch.Queue([subject] * 4, samplers["uniform"](), **options)
+    queue = Queue([subject] * 4, samplers["uniform"](), **options)
     return itertools.chain.from_iterable(itertools.repeat(queue))
 
 
@@ -92,7 +93,7 @@ def _torchio(arrays: dict[str, Any], patch: int, kind: str) -> Iterator[Any]:
     )
     if kind == "grid":
         sampler = torchio.GridSampler(subject, patch, patch // 4 * 2)
-        return itertools.cycle(sampler[int(i)] for i in np.random.default_rng(0).permutation(len(sampler)))
+        return _shuffled(sampler)
     samplers: dict[str, Callable[[], Any]] = {
         "uniform": lambda: torchio.UniformSampler(subject, patch),
         "weighted": lambda: torchio.WeightedSampler(subject, patch, "label"),
@@ -102,6 +103,12 @@ def _torchio(arrays: dict[str, Any], patch: int, kind: str) -> Iterator[Any]:
         return iter(samplers[kind]())
     queue = torchio.Queue([subject] * 4, samplers["uniform"](), max_length=64, patches_per_volume=64)
     return itertools.chain.from_iterable(itertools.repeat(queue))
+
+
+def _shuffled(sampler: Any) -> Iterator[Any]:
+    random = np.random.default_rng(0)
+    while True:
+        yield sampler[int(random.integers(len(sampler)))]
 
 
 class CountingStore(LocalStore):
@@ -118,11 +125,11 @@ class CountingStore(LocalStore):
 def amplification(path: str, patch: int) -> dict[str, Any]:
     """Bytes of chunks that are decoded per byte of patches, by how many patches are drawn together."""
     array = zarr.open_array(CountingStore(f"{path}/t1", read_only=True), mode="r")
-    subject = oocpatch.Subject(t1=array)
+    subject = Subject(t1=array)
     found = {}
     for together in (1, 2, 4, 8, 16, 32):
-        sampler = oocpatch.UniformSampler(subject, patch)
-        queue = oocpatch.Queue([subject], sampler, 64, 192, seed=0, patches_per_region=together)
+        sampler = UniformSampler(subject, patch)
+        queue = Queue([subject], sampler, 64, 192, seed=0, patches_per_region=together)
         CountingStore.reads = 0
         patches = sum(1 for _ in queue)
         found[str(together)] = CountingStore.reads * np.prod(array.chunks) / (patches * patch**3)

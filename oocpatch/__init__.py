@@ -16,9 +16,18 @@ if TYPE_CHECKING:
         PlanTooLarge,
         RunMismatch,
     )
+    from oocpatch.inference.aggregator import PatchAggregator
+    from oocpatch.inference.functions import NumpyModel
     from oocpatch.planning.grid import PatchGrid, PatchLocation
     from oocpatch.planning.plan import Plan
-    from oocpatch.run import RunStatus, plan, predict, status
+    from oocpatch.progress import RunStatus, status
+    from oocpatch.run import plan, predict
+    from oocpatch.sampling.grid import GridSampler
+    from oocpatch.sampling.loader import SubjectsLoader
+    from oocpatch.sampling.queue import Queue
+    from oocpatch.sampling.samplers import UniformSampler
+    from oocpatch.sampling.subject import Subject
+    from oocpatch.sampling.weighted import LabelSampler, WeightedSampler
     from oocpatch.storage.volume import Volume
 
 __version__ = "0.1.0"
@@ -34,9 +43,18 @@ _HOMES = {
         "PlanTooLarge",
         "RunMismatch",
     ),
+    "oocpatch.inference.aggregator": ("PatchAggregator",),
+    "oocpatch.inference.functions": ("NumpyModel",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
     "oocpatch.planning.plan": ("Plan",),
-    "oocpatch.run": ("RunStatus", "plan", "predict", "status"),
+    "oocpatch.progress": ("RunStatus", "status"),
+    "oocpatch.run": ("plan", "predict"),
+    "oocpatch.sampling.grid": ("GridSampler",),
+    "oocpatch.sampling.loader": ("SubjectsLoader",),
+    "oocpatch.sampling.queue": ("Queue",),
+    "oocpatch.sampling.samplers": ("UniformSampler",),
+    "oocpatch.sampling.subject": ("Subject",),
+    "oocpatch.sampling.weighted": ("LabelSampler", "WeightedSampler"),
     "oocpatch.storage.volume": ("Volume",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,16 +63,25 @@ __all__ = [
     "BlockFailed",
     "CheckReport",
     "CorruptData",
+    "GridSampler",
+    "LabelSampler",
+    "NumpyModel",
     "OocpatchError",
     "OutputBusy",
     "OutputExists",
+    "PatchAggregator",
     "PatchGrid",
     "PatchLocation",
     "Plan",
     "PlanTooLarge",
+    "Queue",
     "RunMismatch",
     "RunStatus",
+    "Subject",
+    "SubjectsLoader",
+    "UniformSampler",
     "Volume",
+    "WeightedSampler",
     "check",
     "plan",
     "predict",

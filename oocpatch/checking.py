@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ import torch
 import zarr
 
 import oocpatch
-from oocpatch.inference.models import load_model
+from oocpatch.inference import preprocess as preprocessing
+from oocpatch.inference import turns as augmentation
+from oocpatch.inference.around import around
+from oocpatch.inference.models import Model, load_models
+from oocpatch.inference.predictor import Predictor, resolve_device
 from oocpatch.inference.reference import reference_scores
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.volume import Volume
@@ -78,17 +82,16 @@ class CheckReport:
         return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
 
 
-def check(
-    volume: Any, model: str | Callable[..., Any], *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any
-) -> CheckReport:
+def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any) -> CheckReport:
     """Compare `predict` with a plain in-memory computation on random boxes of a volume.
 
     Args:
         volume: as for `predict`.
-        model: a module or a callable, `(B, C, *patch)` to `(B, C', *patch)`, or a model spec.
+        model: as for `predict`, with `weights`, `model_args` and `trust_pickle`.
         boxes: how many boxes to draw.
         seed: which boxes; the same seed draws the same.
         **predict_kwargs: the arguments of `predict`. `block_shape` and `output_chunks` are made small unless given.
+            What a `preprocess` needs to know of the whole volume is taken from each box.
 
     Raises:
         ValueError: as `predict`, for arguments that do not fit the volume or the model.
@@ -97,16 +100,29 @@ def check(
     >>> check(np.ones((40, 40), np.float32), torch.nn.Identity(), boxes=1, patch_size=8, patch_overlap=4).passed
     True
     """
-    model = load_model(model) if isinstance(model, str) else model
+    loading = {name: predict_kwargs.pop(name, None) for name in ("weights", "model_args")}
+    trust = bool(predict_kwargs.pop("trust_pickle", False))
+    device = predict_kwargs.get("device", "auto")
+    models = load_models(model, **loading, trust_pickle=trust, device=device)
     source = Volume(volume, predict_kwargs.pop("axes", None))
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
-        settings = _settings(source, predict_kwargs)
+        settings = _settings(source, _with_sizes(source, models, predict_kwargs, Path(folder)))
         reports = []
         for number in range(boxes):
             box = _draw(source, settings["patch_size"], settings["patch_overlap"], generator)
-            reports.append(_compare(source, box, model, settings, Path(folder) / str(number)))
+            reports.append(_compare(source, box, models, settings, Path(folder) / str(number)))
     return CheckReport(tuple(reports))
+
+
+def _with_sizes(source: Volume, models: Sequence[Model], given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The arguments with the sizes that `predict` would choose for the whole volume."""
+    if "auto" not in [
+        value for name, value in given.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
+    ]:
+        return given
+    plan = oocpatch.plan(source, list(models), folder / "sizes", **given)
+    return {**given, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
 
 
 def _settings(source: Volume, given: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +162,7 @@ def _draw(source: Volume, size: Ints, overlap: Ints, generator: np.random.Genera
     return Box(tuple(start), tuple(stop))
 
 
-def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict[str, Any], folder: Path) -> BoxReport:
+def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[str, Any], folder: Path) -> BoxReport:
     ndim = source.spatial_ndim
     data = source.read(box).reshape(source.channels, *box.shape[-ndim:])
     axes, stored = source.names[-ndim:], data[0]
@@ -155,12 +171,14 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
     # On disk and in chunks, as the volume itself is.
     chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
-    plan = oocpatch.plan(folder / "volume", model, folder / "output", axes=axes, **settings)
+    plan = oocpatch.plan(folder / "volume", list(models), folder / "output", axes=axes, **settings)
     mode = plan.heads[0].mode
     if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote"}:
         raise ValueError("check compares models that give one output of the patch's size, blended or cropped")
     found = np.asarray(plan.run())
-    with _torch_threads(plan.torch_threads):
+    model = _whole_model(models, Volume(folder / "volume", axes), settings)
+    device = resolve_device(settings.get("device", "auto"))
+    with _torch_threads(plan.torch_threads), Predictor(model, device=device).ready():
         scores = reference_scores(
             data,
             model,
@@ -169,7 +187,7 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
             overlap_mode=mode,
             padding_mode=plan.padding_mode,
             fill=plan.fill,
-            device=settings.get("device", "auto"),
+            device=device,
             autocast=settings.get("autocast", False),
         )
     absolute, scale = _difference(found.reshape(-1, *data.shape[1:]), scores, settings.get("postprocess"))
@@ -183,6 +201,15 @@ def _compare(source: Volume, box: Box, model: Callable[..., Any], settings: dict
         largest_relative=absolute / scale if scale else absolute,
         tolerance=0.0 if exact and settings.get("postprocess") is None else _share(model, settings, found) * scale,
     )
+
+
+def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, Any]) -> Model:
+    """The model with what is around it."""
+    axes = volume.names[-volume.spatial_ndim :]
+    preprocess = preprocessing.checked(settings.get("preprocess"), volume.dtype, volume.channels)
+    found = preprocessing.statistics(preprocess, volume, 1 << 28, hidden=True)
+    turns = augmentation.turns(augmentation.checked(settings.get("augment"), axes), axes, settings["patch_size"])
+    return around(models, preprocessing.applied(preprocess, found), turns)
 
 
 def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, float]:
@@ -220,7 +247,7 @@ def _largest(values: Array) -> float:
     return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
 
 
-def _share(model: Callable[..., Any], settings: dict[str, Any], found: Array) -> float:
+def _share(model: Model, settings: dict[str, Any], found: Array) -> float:
     """The tolerance as a share of the largest score, by the coarsest type that the values went through."""
     kinds = {str(found.dtype)}
     if isinstance(model, torch.nn.Module):

@@ -36,6 +36,36 @@ def size(text: str | int) -> int | tuple[int, ...]:
     return sizes if len(sizes) > 1 else sizes[0]
 
 
+def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
+    """Read a size, or `auto`."""
+    return "auto" if text == "auto" else size(text)
+
+
+def setting(text: str) -> Any:
+    """Read JSON if it is that, else the text itself.
+
+    >>> setting("3"), setting("[1, 2]"), setting("unet")
+    (3, [1, 2], 'unet')
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def settings(_context: object, _parameter: object, texts: tuple[str, ...]) -> dict[str, Any]:
+    """Read `NAME=VALUE` pairs."""
+    for text in texts:
+        if not text.partition("=")[0].isidentifier() or "=" not in text:
+            raise click.BadParameter(f"arguments are NAME=VALUE, such as depth=3, got {text!r}.")
+    return {name: setting(value) for name, _, value in (text.partition("=") for text in texts)}
+
+
+def one_or_more(_context: object, _parameter: object, texts: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """One value as it is, several as a tuple."""
+    return (texts[0] if len(texts) == 1 else texts) if texts else None
+
+
 def number(text: str | float) -> int | float:
     """Read an integer if it is one, so that it stays exact, else a float."""
     for kind in (int, float):
@@ -118,14 +148,46 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 _model_options = _options(
     click.option(
-        "--model", required=True, metavar="SPEC", help="package.module:name, file.py:name, .pt2, .pt, identity."
+        "--model",
+        required=True,
+        multiple=True,
+        callback=one_or_more,
+        metavar="SPEC",
+        help="package.module:name, file.py:name, .pt2, .pt, .onnx, identity; several times: the mean of all.",
     ),
-    click.option("--weights", metavar="FILE", help="State dict or safetensors to load into the model."),
-    click.option("--trust-pickle", is_flag=True, help="Let the weights file run code while it is unpickled."),
+    click.option(
+        "--weights",
+        multiple=True,
+        callback=one_or_more,
+        metavar="FILE",
+        help="State dict or safetensors to load into the model; several times: a model with each, and their mean.",
+    ),
+    click.option(
+        "--model-args",
+        multiple=True,
+        callback=settings,
+        metavar="NAME=VALUE",
+        help="Argument of the factory that the spec names, as JSON or text; several times for several.",
+    ),
+    click.option("--trust-pickle", is_flag=True, help="Let model and weights files run code while they are unpickled."),
+    _option(
+        "--preprocess",
+        type=setting,
+        metavar="[zscore|percentile|scale|JSON]",
+        help='Done to patches first; with arguments as JSON: {"name": "percentile", "low": 1, "high": 99}.',
+    ),
+    _option(
+        "--augment",
+        type=setting,
+        metavar="[flips|rotations|all|JSON]",
+        help='The mean over turned patches; of some axes as JSON: {"name": "rotations", "axes": ["y", "x"]}.',
+    ),
 )
 
 _patch_options = _options(
-    click.option("--patch-size", type=size, required=True, help="Voxels: 96, or per axis 32,96,96."),
+    click.option(
+        "--patch-size", type=size_or_auto, required=True, help="Voxels: 96, or per axis 32,96,96; auto: chosen."
+    ),
     _option("--patch-overlap", type=size, default=0, help="Voxels that adjacent patches share, in total."),
     _option(
         "--overlap-mode",
@@ -142,7 +204,7 @@ _patch_options = _options(
     ),
     _option("--fill", type=float, default=0.0, help="Value of the padding 'constant'."),
     _option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or tczyx; default: its dimension names."),
-    _option("--batch-size", type=int, default=1, help="Patches per call of the model."),
+    _option("--batch-size", type=size_or_auto, default=1, help="Patches per call of the model; auto: chosen."),
     _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
     _option(
@@ -248,11 +310,8 @@ def _uncovered_voxels(output: str) -> int:
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:
     import oocpatch
-    from oocpatch.inference.models import load_model
 
-    spec, weights, trust_pickle = (options.pop(name) for name in ("model", "weights", "trust_pickle"))
-    model = load_model(spec, weights=weights, trust_pickle=trust_pickle, device=options["device"])
-    return oocpatch.plan(volume, model, output, **options)
+    return oocpatch.plan(volume, output=output, **options)
 
 
 @main.command()
@@ -260,7 +319,7 @@ def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:
 @_json_option
 def status(output: str, *, as_json: bool) -> None:
     """Say how far the run that writes OUT is."""
-    from oocpatch.run import status as status_of
+    from oocpatch.progress import status as status_of
 
     found = status_of(output)
     if as_json:
@@ -301,11 +360,8 @@ def demo(*, as_json: bool, progress: str, **options: Any) -> None:
 def check(volume: str, *, as_json: bool, **options: Any) -> None:
     """Compare predict with a plain in-memory computation on a few random boxes of the volume IN."""
     from oocpatch.checking import check as run_check
-    from oocpatch.inference.models import load_model
 
-    spec, weights, trust_pickle = (options.pop(name) for name in ("model", "weights", "trust_pickle"))
-    model = load_model(spec, weights=weights, trust_pickle=trust_pickle, device=options["device"])
-    report = run_check(volume, model, **options)
+    report = run_check(volume, **options)
     click.echo(report.to_json() if as_json else str(report))
     if not report.passed:
         raise click.exceptions.Exit(FAILED)

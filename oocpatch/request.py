@@ -1,37 +1,35 @@
-"""A request: the checked arguments of one call, and the plan made of them.
-
-Reads metadata only, and calls the model once with one patch of zeros. Nothing is written.
-"""
+"""A request: the checked arguments of one call. Reads metadata only; nothing is written."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from oocpatch import door
-from oocpatch.errors import PlanTooLarge, RunMismatch
-from oocpatch.inference.buffers import torch_dtype
+from oocpatch.errors import RunMismatch
+from oocpatch.inference import preprocess as preprocessing
+from oocpatch.inference import turns as augmentation
+from oocpatch.inference.accepts import accepted
+from oocpatch.inference.around import around
 from oocpatch.inference.finish import POSTPROCESSES
-from oocpatch.inference.models import load_model, model_identity
-from oocpatch.inference.predictor import Model, Predictor, Probe, resolve_device
+from oocpatch.inference.models import Model, load_models, model_identity
+from oocpatch.inference.predictor import Predictor, resolve_device
 from oocpatch.inference.selection import Mask
-from oocpatch.layout import Layout, lay_out
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.planning.head import common_unit, patch_grid
-from oocpatch.planning.memory import HeadSizes, Sizes, chunk_bytes
-from oocpatch.planning.plan import Plan, differences, human
-from oocpatch.planning.planner import choose
+from oocpatch.planning.head import patch_grid
+from oocpatch.planning.plan import differences
 from oocpatch.storage.output import OutputRecord
 from oocpatch.storage.volume import Volume
+
+AUTO = "auto"
+"""A size that is to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,10 @@ class Request:
     """The checked arguments of `predict`.
 
     Attributes:
-        volume, model: what to read, and what to run.
+        volume, models: what to read, and what to run; several are averaged.
         output, workspace: directories of the result, and of what is kept until it is done.
-        patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones.
+        patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones; no patch
+            size: it is to be chosen.
         mask: which patches to compute; None: all.
         max_memory, max_disk: in bytes.
         block_shape: as asked for, spatial.
@@ -50,7 +49,7 @@ class Request:
     """
 
     volume: Volume
-    model: Model
+    models: tuple[Model, ...]
     output: Path
     workspace: Path
     patch_size: Ints
@@ -71,10 +70,19 @@ class Request:
         """Whether patches may be skipped."""
         return self.mask is not None or self.options["skip_value"] is not None
 
-    def predictor(self, *, copies_input: bool = True, torch_threads: int | None = None) -> Predictor:
-        """The model, as a function of batches."""
+    @property
+    def turns(self) -> tuple[augmentation.Turn, ...]:
+        """The ways in which the model sees a patch."""
+        axes, patch_size = self.volume.names[self.looped :], self.patch_size[self.looped :]
+        return augmentation.turns(self.options["augment"], axes, patch_size)
+
+    def predictor(
+        self, *, copies_input: bool = True, torch_threads: int | None = None, statistics: preprocessing.Statistics = ()
+    ) -> Predictor:
+        """The model and what is around it, as a function of batches."""
+        preprocess = preprocessing.applied(self.options["preprocess"], statistics)
         return Predictor(
-            self.model,
+            around(self.models, preprocess, self.turns),
             device=self.options["device"],
             autocast=self.options["autocast"],
             looped=self.looped,
@@ -82,12 +90,36 @@ class Request:
             torch_threads=torch_threads,
         )
 
+    def statistics(self, *, hidden: bool | None = True) -> tuple[tuple[float, float], ...]:
+        """What the preprocess needs to know of the whole volume; reads it all, if anything."""
+        return preprocessing.statistics(self.options["preprocess"], self.volume, self.max_memory, hidden=hidden)
+
+    def refuse_patches(self) -> None:
+        """Refuse patches that the model's file, or what is around the model, rules out.
+
+        Raises:
+            ValueError: with what would do.
+        """
+        accepts, preprocess = accepted(around(self.models, None, self.turns)), self.options["preprocess"]
+        channels = accepts.channels or 0 if callable(preprocess) else self.volume.channels  # it may change them
+        accepts.refuse(channels, self.patch_size[self.looped :])
+
+    def settled(self, patch_size: Sequence[int], batch_size: Any) -> Request:
+        """The same request, with these sizes where it left them open; `patch_size` is spatial."""
+        patch = self.patch_size or (*(1,) * self.looped, *patch_size)
+        batch = batch_size if is_auto(self.options["batch_size"]) else self.options["batch_size"]
+        parameters = {**self.parameters, "patch_size": patch[self.looped :], "batch_size": batch}
+        return replace(self, patch_size=patch, parameters=parameters, options={**self.options, "batch_size": batch})
+
     def refuse_other_run(self, record: OutputRecord) -> None:
         """Refuse to go on with a run that was started with other arguments.
 
         Raises:
             RunMismatch: naming each parameter that differs.
         """
+        if not self.patch_size or is_auto(self.options["batch_size"]):  # what is left open is what the run has
+            self.settled(record.parameters["patch_size"], record.parameters["batch_size"]).refuse_other_run(record)
+            return
         found = differences(self.parameters, record.parameters)
         if not found and self.block_shape is not None:
             asked, there = self._blocks(record.details), record.details["block_shape"]
@@ -114,17 +146,22 @@ class Request:
 
 def make_request(
     volume: Any,
-    model: Model | str,
+    model: Any,
     output: str | os.PathLike[str],
     *,
-    patch_size: int | Sequence[int],
+    weights: str | Sequence[str] | None,
+    model_args: Mapping[str, Any] | None,
+    trust_pickle: bool,
+    preprocess: str | Mapping[str, Any] | Callable[..., Any] | None,
+    augment: str | Sequence[str] | Mapping[str, Any] | None,
+    patch_size: Any,
     patch_overlap: int | Sequence[int],
     overlap_mode: str | Mapping[str, str],
     num_classes: int | None,
     padding_mode: str | None,
     fill: float,
     axes: str | Sequence[str] | None,
-    batch_size: int,
+    batch_size: Any,
     device: str,
     autocast: bool,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None,
@@ -156,26 +193,26 @@ def make_request(
         door.writable(name, path)
     door.not_yet("client", client)
     door.one_of("output_format", output_format, ("auto", "zarr"))
-    if isinstance(model, str):
-        model = load_model(model)
-    if not callable(model):
-        raise TypeError(f"model must be a torch.nn.Module, a callable or a model spec, got {type(model).__name__}")
-    looped = len(data.shape) - data.spatial_ndim
-    patch = (1,) * looped + door.sizes("patch_size", patch_size, data, least=1)
-    overlap = (0,) * looped + door.sizes("patch_overlap", patch_overlap, data)
-    PatchGrid.of(data.shape, patch, overlap)
     found_device = resolve_device(device)
+    models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
+    looped = len(data.shape) - data.spatial_ndim
+    patch = () if is_auto(patch_size) else (1,) * looped + door.sizes("patch_size", patch_size, data, least=1)
+    overlap = (0,) * looped + door.sizes("patch_overlap", patch_overlap, data)
+    if patch:
+        PatchGrid.of(data.shape, patch, overlap)
 
     def spatial(name: str, value: int | Sequence[int] | None) -> Ints | None:
         return None if value is None else door.sizes(name, value, data, least=1)
 
     options = {
+        "preprocess": preprocessing.checked(preprocess, data.dtype, data.channels),
+        "augment": augmentation.checked(augment, data.names[looped:]),
         "overlap_mode": door.per_head(overlap_mode, door.overlap_mode),
         "num_classes": None if num_classes is None else door.positive("num_classes", num_classes),
         "postprocess": door.per_head(postprocess, lambda value: door.postprocess(value, POSTPROCESSES)),
         "padding_mode": door.padding_mode(padding_mode),
         "fill": door.number("fill", fill),
-        "batch_size": door.positive("batch_size", batch_size),
+        "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
         "device": found_device,
         "autocast": bool(autocast),
         "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
@@ -190,8 +227,10 @@ def make_request(
     parameters = {
         "volume": data.identity,
         "axes": list(data.axes.names),
-        "model": model_identity(model),
-        "patch_size": patch[looped:],
+        "model": model_identity(models[0]) if len(models) == 1 else [model_identity(member) for member in models],
+        "preprocess": _identity_of(options["preprocess"]),
+        "augment": options["augment"],
+        "patch_size": patch[looped:] if patch else AUTO,
         "patch_overlap": overlap[looped:],
         "overlap_mode": options["overlap_mode"],
         "num_classes": options["num_classes"],
@@ -202,7 +241,7 @@ def make_request(
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
-        "postprocess": door.per_head(postprocess, lambda value: model_identity(value) if callable(value) else value),
+        "postprocess": door.per_head(postprocess, _identity_of),
         "output_dtype": options["output_dtype"],
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
@@ -210,9 +249,9 @@ def make_request(
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
     }
-    return Request(
+    request = Request(
         volume=data,
-        model=model,
+        models=models,
         output=target,
         workspace=place,
         patch_size=patch,
@@ -224,6 +263,18 @@ def make_request(
         parameters=parameters,
         options=options,
     )
+    if patch:
+        request.refuse_patches()
+    return request
+
+
+def is_auto(value: object) -> bool:
+    """Whether a size is to be chosen."""
+    return isinstance(value, str) and value == AUTO
+
+
+def _identity_of(value: Any) -> Any:
+    return model_identity(value) if callable(value) else value
 
 
 def _volume(volume: Any, axes: str | Sequence[str] | None) -> Volume:
@@ -261,127 +312,3 @@ def empty_value(volume: Volume) -> float:
 def beside(output: Path, suffix: str) -> Path:
     """What a run keeps beside its output: the workspace, and with a suffix the lock."""
     return output.with_name(f"{output.name}.oocpatch{suffix}")
-
-
-def make_plan(request: Request) -> Plan:
-    """Decide everything about a run.
-
-    Raises:
-        ValueError: when the model does not take the patches, or does not return what it should.
-        PlanTooLarge: when the run would need more memory or disk than allowed.
-    """
-    volume, options = request.volume, request.options
-    patch_bytes = volume.channels * math.prod(request.patch_size) * volume.dtype.itemsize
-    if patch_bytes > request.max_memory:
-        raise PlanTooLarge(
-            f"one patch of {request.patch_size[request.looped :]} needs {human(patch_bytes)} but max_memory is "
-            f"{human(request.max_memory)}; lower patch_size or raise max_memory"
-        )
-    if chunk_bytes(1, volume.chunk_bytes) > request.max_memory:
-        raise PlanTooLarge(
-            f"reading one chunk of the volume ({volume.chunks} voxels, {human(volume.chunk_bytes)}) needs "
-            f"{human(chunk_bytes(1, volume.chunk_bytes))} but max_memory is {human(request.max_memory)}; "
-            "raise max_memory, or store the volume in smaller chunks"
-        )
-    threads = torch.get_num_threads()
-    predictor = request.predictor(torch_threads=threads)
-    with predictor.ready():
-        probe = predictor.probe(volume.channels, request.patch_size, torch_dtype(str(volume.dtype)))
-    layout = lay_out(request, probe)
-    sizes = _sizes(request, layout, probe)
-    core = None
-    if request.block_shape is not None:
-        core = (*common_unit(layout.heads)[: request.looped], *request.block_shape)
-    choice = choose(
-        layout.grid,
-        sizes,
-        max_memory=request.max_memory,
-        max_disk=request.max_disk,
-        block_shape=core,
-        workers=options["workers"],
-    )
-    return Plan(
-        parameters=request.parameters,
-        axes=volume.names,
-        spatial=volume.spatial_ndim,
-        shape=volume.shape,
-        in_channels=volume.channels,
-        in_dtype=str(volume.dtype),
-        in_chunks=volume.chunks,
-        patch_size=request.patch_size,
-        patch_overlap=request.patch_overlap,
-        padding_mode=options["padding_mode"],
-        fill=options["fill"],
-        context=layout.context,
-        snap=layout.snap,
-        heads=layout.heads,
-        copies_input=probe.copies_input,
-        skips=request.skips,
-        core=tuple(a.size for a in choice.blocks.axes),
-        sweep=choice.blocks.sweep,
-        way=choice.way,
-        concurrency=choice.concurrency,
-        batch_size=options["batch_size"],
-        torch_threads=threads,
-        projected_memory=choice.projection.memory(choice.concurrency),
-        projected_disk=choice.projection.disk,
-        bytes_read=choice.projection.bytes_read,
-        bytes_written=choice.projection.bytes_written,
-        task_memory=choice.projection.task_memory,
-        memory_parts=choice.projection.parts,
-    )
-
-
-def resumed(plan: Plan, request: Request) -> Plan:
-    """A stored plan, at the concurrency that this call allows.
-
-    Raises:
-        PlanTooLarge: when even one task at a time needs more memory than this call allows.
-    """
-    shared = plan.projected_memory - plan.concurrency * plan.task_memory
-    workers = request.options["workers"] or plan.concurrency
-    while workers > 1 and shared + workers * plan.task_memory > request.max_memory:
-        workers -= 1
-    needed = shared + workers * plan.task_memory
-    if needed > request.max_memory:
-        raise PlanTooLarge(
-            f"the run to be resumed was planned with blocks that need {human(needed)} but max_memory is "
-            f"{human(request.max_memory)}; raise max_memory, or start afresh with overwrite=True"
-        )
-    return plan.at(workers, needed)
-
-
-def _sizes(request: Request, layout: Layout, probe: Probe) -> Sizes:
-    """What a voxel, a chunk and a batch weigh."""
-    volume, batch = request.volume, request.options["batch_size"]
-    patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
-    heads, windows = [], 0
-    for head in layout.heads:
-        output = probe.outputs[head.name]
-        voxels = math.prod(output.shape[2:])
-        patch_bytes += 0 if head.name in probe.aliased else voxels * output.shape[1] * output.dtype.itemsize
-        if head.votes or (not head.crop and output.dtype != torch.float32):  # a copy as float32, one channel per class
-            patch_bytes += voxels * head.channels * 4
-        windows += 4 * voxels if head.blended else 0
-        heads.append(
-            HeadSizes(
-                scale=head.scale,
-                unit=head.unit,
-                crop=head.crop,
-                sum_voxel=head.stored * np.dtype(head.dtype).itemsize,
-                out_voxel=head.out_channels * np.dtype(head.out_dtype).itemsize,
-                channels=max(head.stored, head.out_channels),
-            )
-        )
-    return Sizes(
-        in_voxel=volume.channels * volume.dtype.itemsize,
-        in_chunk=volume.chunks,
-        in_chunk_bytes=volume.chunk_bytes,
-        context=layout.context,
-        heads=tuple(heads),
-        mask_voxel=0.0 if request.mask is None else request.mask.voxel_bytes,
-        window_bytes=windows,
-        batch=batch,
-        model_bytes=batch * probe.bytes,
-        batch_bytes=batch * patch_bytes,
-    )

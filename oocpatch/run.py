@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from oocpatch.decide import make_plan, resumed
 from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
@@ -33,7 +30,8 @@ from oocpatch.inference.stages import Job, normalize_block, predict_block, windo
 from oocpatch.layout import postprocess_of
 from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
-from oocpatch.request import Request, beside, make_plan, make_request, resumed
+from oocpatch.progress import bar_of, hidden, root_of
+from oocpatch.request import Request, beside, make_request
 from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
@@ -46,14 +44,19 @@ def predict(
     model: Any,
     output: str | os.PathLike[str],
     *,
-    patch_size: int | Sequence[int],
+    patch_size: int | Sequence[int] | str,
     patch_overlap: int | Sequence[int] = 0,
     overlap_mode: str | Mapping[str, str] = "hann",
     num_classes: int | None = None,
     padding_mode: str | None = None,
     fill: float = 0.0,
     axes: str | Sequence[str] | None = None,
-    batch_size: int = 1,
+    preprocess: str | Mapping[str, Any] | Callable[..., Any] | None = None,
+    augment: str | Sequence[str] | Mapping[str, Any] | None = None,
+    weights: str | Sequence[str] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    batch_size: int | str = 1,
     device: str = "auto",
     autocast: bool = False,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
@@ -83,9 +86,10 @@ def predict(
     Args:
         volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
-            `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode.
+            `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
+            mean of all.
         output: path of the Zarr group to write.
-        patch_size: size of a patch in voxels; an int, or one per spatial axis.
+        patch_size: size of a patch in voxels; an int, or one per spatial axis; `"auto"`: chosen.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label. A dict gives each of the model's outputs its own.
@@ -94,7 +98,14 @@ def predict(
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
-        batch_size: patches per call of the model.
+        preprocess: what is done to patches: `"zscore"`, `"percentile"`, `"scale"`, a dict of one of these and its
+            arguments, or a function of `(B, C, *patch)`.
+        augment: turns of a patch whose outputs are averaged: `"flips"`, `"rotations"`, `"all"`, names of axes to flip,
+            or a dict of a name and the axes it may use.
+        weights: file of a model spec's weights, a state dict or safetensors; a list: one per model.
+        model_args: arguments of the factory that a model spec names.
+        trust_pickle: let model and weights files run code while they are unpickled.
+        batch_size: patches per call of the model; `"auto"`: chosen.
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
         postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
@@ -211,7 +222,7 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
     if not resume:
         state = "complete" if found.complete else "incomplete"
         raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
-    workspace = Workspace.find(_root(found))
+    workspace = Workspace.find(root_of(found))
     stored = workspace.plan if workspace is not None else None
     request.refuse_other_run(found)
     return (resumed(stored, request) if stored is not None and not found.complete else None), found
@@ -222,33 +233,32 @@ def _predict(
 ) -> Result:
     stored, found = _decide(request, resume=resume, overwrite=overwrite)
     if found is not None and found.complete and not overwrite:
-        remove_workspace(_root(found))  # a crash after success may have left it, and its lock
+        remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
         clear_dead(beside(request.output, ".lock"))
         return open_result(request.output)
     made = stored or planned or make_plan(request)
+    request = request.settled(made.patch_size[request.looped :], made.batch_size)
     request.output.parent.mkdir(parents=True, exist_ok=True)
     with locked(beside(request.output, ".lock"), str(request.output)):
         found = inspect_output(request.output)
         if stored is not None and found is not None:
-            workspace = Workspace(_root(found), made)
+            workspace = Workspace(root_of(found), made)
         else:
             if found is not None:
-                remove_workspace(_root(found))
+                remove_workspace(root_of(found))
+            made = made.knowing(request.statistics(hidden=hidden(progress)))
             create_output(request.output, made, request.volume, request.workspace, found)
             workspace = Workspace.create(request.workspace / made.run_id, made)
-        seconds, uncovered = _run(request, made, workspace, progress)
-        Output(request.output, made).complete(_details(made, seconds, uncovered))
+        Output(request.output, made).complete(_run(request, made, workspace, progress))
         remove_workspace(workspace.root)
     return open_result(request.output)
 
 
-def _root(record: OutputRecord) -> Path:
-    return Path(record.workspace) / record.run_id
-
-
-def _details(made: Plan, seconds: float, uncovered: int) -> dict[str, Any]:
+def _details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
+        **({"statistics": made.statistics} if made.statistics else {}),
+        **({"halved_batches": halved} if halved else {}),
         "patches": made.patches,
         "blocks": made.blocks,
         "open_blocks": made.block_grid.num_open,
@@ -258,18 +268,20 @@ def _details(made: Plan, seconds: float, uncovered: int) -> dict[str, Any]:
     }
 
 
-def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> tuple[float, int]:
-    """Run the stages of a plan over what is not done yet; the seconds it took, and the voxels where no patch was."""
+def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
+    """Run the stages of a plan over what is not done yet; facts about the run."""
     started = time.monotonic()
     lean_heap()
     workspace.write_weights()
     done = workspace.progress()
     stop = threading.Event()
-    predictor = request.predictor(copies_input=made.copies_input, torch_threads=made.torch_threads)
+    predictor = request.predictor(
+        copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
+    )
     ledger = workspace.ledger()
     with contextlib.ExitStack() as stack:
         stack.callback(ledger.close)
-        bar = stack.enter_context(_bar(made, progress, sum(made.patches_of(i) for i in done.predicted)))
+        bar = stack.enter_context(bar_of(made, progress, sum(made.patches_of(i) for i in done.predicted)))
         stack.enter_context(predictor.ready())
         threads = made.way.io_threads
         reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
@@ -308,7 +320,7 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         )
         with dask_threads(made.concurrency) as submit:
             run.execute(submit, made.concurrency)
-    return time.monotonic() - started, done.uncovered
+    return _details(made, time.monotonic() - started, done.uncovered, predictor.halving.count)
 
 
 def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
@@ -323,77 +335,4 @@ def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -
         dense=head.dense,
         divide=head.blended,
         fill=request.options["output_fill"],
-    )
-
-
-@contextlib.contextmanager
-def _bar(made: Plan, progress: str | bool, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over patches, as a function that is told how many more are done, from any thread."""
-    if progress not in ("auto", "bar", "none", True, False):
-        raise ValueError(f"progress must be 'auto', 'bar' or 'none', got {progress!r}")
-    hidden = None if progress == "auto" else progress in ("none", False)
-    lock = threading.Lock()
-    with tqdm(total=made.patches, initial=done, unit="patch", disable=hidden, desc="oocpatch") as bar:
-
-        def tell(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield tell
-
-
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """How far a run is, from its output and workspace alone.
-
-    Attributes:
-        output, workspace: where they are.
-        state: `complete`, `running` (a process is at work), `incomplete` (the same call resumes it) or `absent`.
-        predict_done, predict_total: blocks computed, and all blocks.
-        normalize_done, normalize_total: blocks finished after their neighbours, and all that need it.
-        failed: message of each block that failed.
-    """
-
-    output: str
-    workspace: str
-    state: str
-    predict_done: int
-    predict_total: int
-    normalize_done: int
-    normalize_total: int
-    failed: dict[int, str]
-
-    def to_json(self) -> str:
-        """The status as a JSON object."""
-        return json.dumps(asdict(self), indent=1)
-
-
-def status(output: str | os.PathLike[str]) -> RunStatus:
-    """How far the run of an output is.
-
-    Raises:
-        OutputExists: when what lies there is not an output of oocpatch.
-    """
-    path = Path(output).absolute()
-    record = inspect_output(path)
-    if record is None:
-        return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
-    if record.complete:
-        blocks, opened = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks"))
-        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {})
-    running = holder(beside(path, ".lock")) is not None
-    state = "running" if running else "incomplete"
-    workspace = Workspace.find(_root(record))
-    if workspace is None:
-        return RunStatus(str(path), str(_root(record)), state, 0, 0, 0, 0, {})
-    done, grid = workspace.progress(), workspace.plan.block_grid
-    return RunStatus(
-        output=str(path),
-        workspace=str(workspace.root),
-        state=state,
-        predict_done=len(done.predicted),
-        predict_total=grid.num_blocks,
-        normalize_done=len(done.normalized),
-        normalize_total=grid.num_open,
-        failed=done.failed,
     )

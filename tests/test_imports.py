@@ -35,10 +35,10 @@ def _floors() -> dict[str, Floor]:
     # The public classes of floors 2 and 3 check their arguments at one door.
     door = remember | {"door"}
     compute, feed = door | {"inference"}, door | {"sampling"}
-    # Floor 3 has three steps: what the model gives, what the arguments ask for, carrying it out.
+    # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"run"}
+    run = request | {"decide", "progress", "run"}
     public = run | {"checking"}
     above = public | {
         "__init__"
@@ -55,6 +55,8 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_disk),
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
+        "decide": Floor(request | {"decide"}, on_device),
+        "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
         "run": Floor(run, on_device | {"tqdm"}),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),

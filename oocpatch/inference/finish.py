@@ -24,7 +24,7 @@ class Finisher:
     """Turns sums into output values.
 
     Attributes:
-        weights: per axis, the sum of all windows, float32 `(length,)`; None where nothing is divided, or `dense` is set.
+        weights: per axis, the sum of all windows, float32 `(length,)`; None where none are needed, or `dense` is set.
         postprocess: a function of `(C, *spatial)`, applied to blended values.
         looped: number of looped axes, which a postprocess does not see.
         tile: voxels that are worked on at a time.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 SCRATCH = ("conv", "mm", "linear", "attention")
 """Operators whose kernels reorder their operands into buffers of their own, which no tensor shows."""
+
+
+_ACTIVE: ContextVar[Footprint | None] = ContextVar("_ACTIVE", default=None)
 
 
 class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -36,6 +40,24 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch do
         # by object: an address is used again as soon as it is free
         self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self.peak = 0
+
+    @classmethod
+    def active(cls) -> Footprint | None:
+        """The one that counts what this thread does, if there is one."""
+        return _ACTIVE.get()
+
+    def __enter__(self) -> Self:
+        self._token = _ACTIVE.set(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _ACTIVE.reset(self._token)
+
+    def count(self, other_bytes: int) -> None:
+        """Count memory that is not torch's, as living now and no longer."""
+        self.peak = max(self.peak, sum(self._live.values()) + other_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -24,6 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from oocpatch.inference.batches import ModelFile
+from oocpatch.inference.functions import Function
+from oocpatch.inference.onnx_model import OnnxSession
+
 # Classes and functions of these are named, not read: their versions are recorded with the run.
 _NOT_READ = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
 _MUTATORS = frozenset({
@@ -261,7 +265,9 @@ class _Digest:
         for name, submodule in value.named_modules(remove_duplicate=False):
             self._token("module", name)
             self._see(submodule)
-            if isinstance(submodule, torch.jit.ScriptModule):
+            if isinstance(submodule, ModelFile | OnnxSession | Function):
+                self.feed(submodule.described)  # ours: its own code is no part of the model
+            elif isinstance(submodule, torch.jit.ScriptModule):
                 self._script(submodule)
             elif isinstance(submodule, torch.fx.GraphModule):
                 # Its other attributes are the compiler's notes: places in sources, symbols, empty hooks.

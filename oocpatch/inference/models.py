@@ -3,90 +3,165 @@
 A model object often cannot travel between processes, so a run names its model by a *spec* and every process loads its
 own. `load_model` turns a spec into a model. `model_identity` turns a model into a digest that is the same in every
 process, so that a resumed run never mixes the outputs of two models.
+
+```text
+ package.module:name, file.py:name    Python code, which is run       named.py
+ numpy:package.module:name            the same, of numpy arrays       functions.py
+ model.pt2                            torch.export                    exported.py
+ model.pt .pth .ts .torchscript       TorchScript
+ model.onnx                           ONNX, by onnxruntime            onnx_model.py
+```
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
-import importlib.util
-import inspect
 import pathlib
 import pickle
-import sys
-import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.export.passes import move_to_device_pass
 
+from oocpatch.inference.batches import ModelFile
+from oocpatch.inference.exported import load_exported
+from oocpatch.inference.functions import NumpyModel
 from oocpatch.inference.identity import model_identity
+from oocpatch.inference.named import SPEC_RULE, Model, load_named
+from oocpatch.inference.onnx_model import load_onnx
+from oocpatch.inference.wording import existing, say
 
-__all__ = ["Model", "load_model", "model_identity"]
-
-Model = nn.Module | Callable[..., Any]
+__all__ = ["Model", "load_model", "load_models", "model_identity"]
 
 _TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
-_LONGEST = 300  # characters of another library's message; a state dict that does not fit fills a screen
-_SPEC_RULE = (
-    "a model spec is package.module:name, file.py:name, model.pt2 (torch.export), model.pt (TorchScript) or identity"
-)
+_NUMPY = "numpy:"
 
 
-def load_model(spec: str, *, weights: str | None = None, trust_pickle: bool = False, device: str = "cpu") -> Model:
+def load_models(
+    specs: Any,
+    *,
+    weights: str | Sequence[str] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    device: str = "cpu",
+) -> tuple[Model, ...]:
+    """The models that a user gave: one, or the members of an ensemble; specs are loaded.
+
+    Args:
+        specs: a model or a spec, or a list of them.
+        weights: file with the weights of each model; one spec and several files are as many models.
+        model_args: arguments for the factories that specs name.
+        trust_pickle: as for `load_model`.
+        device: as for `load_model`.
+
+    Raises:
+        TypeError: for what is neither a model nor a spec.
+        ValueError: as `load_model`, and when weights and models do not go together.
+
+    >>> len(load_models(["identity", nn.ReLU()]))
+    2
+    """
+    given = list(specs) if isinstance(specs, (list, tuple)) else [specs]
+    files = [weights] if weights is None or isinstance(weights, (str, pathlib.Path)) else list(weights)
+    if not given or not files:
+        raise ValueError("model and weights must not be empty lists")
+    if len(given) == 1:
+        given *= len(files)
+    if len(files) == 1 and files[0] is None:
+        files *= len(given)
+    if len(files) != len(given):
+        raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(given)} models")
+    if (weights is not None or model_args) and not all(isinstance(item, str) for item in given):
+        raise ValueError("weights and model_args are for models given as specs, such as 'file.py:name'; got a model")
+    models = tuple(
+        load_model(
+            item,
+            weights=None if file is None else str(file),
+            model_args=model_args,
+            trust_pickle=trust_pickle,
+            device=device,
+        )
+        if isinstance(item, str)
+        else item
+        for item, file in zip(given, files, strict=True)
+    )
+    for model in models:
+        if not callable(model):
+            raise TypeError(f"model must be a torch.nn.Module, a callable or a model spec, got {type(model).__name__}")
+    if weights is not None and len({id(model) for model in models}) < len(models):
+        raise ValueError(
+            f"models with weights of their own must be made anew each time, got {given[0]!r} twice; name a factory"
+        )
+    return models
+
+
+def load_model(
+    spec: str,
+    *,
+    weights: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    device: str = "cpu",
+) -> Model:
     """Load the model that a spec names, ready for inference.
 
     Args:
         spec: `package.module:name` or `file.py:name`, where the name is a module, a callable or a factory (a class or
-            function without required arguments that returns one); `model.pt2` (torch.export); `model.pt`, `.pth`,
-            `.ts` or `.torchscript` (TorchScript); `identity`. A package is also looked for in the current directory,
-            and the siblings of a file are importable while it is loaded, in both cases after everything installed.
+            function that returns one); `numpy:` and one of these, for a function of numpy arrays; `model.pt2`
+            (torch.export); `model.pt`, `.pth`, `.ts` or `.torchscript` (TorchScript); `model.onnx`; `identity`. A
+            package is also looked for in the current directory, and the siblings of a file are importable while it is
+            loaded, in both cases after everything installed.
         weights: file with a state dict, as safetensors or written by `torch.save`, loaded strictly.
-        trust_pickle: allow a weights file to run code while it is unpickled.
+        model_args: arguments of the factory.
+        trust_pickle: allow a file to run code while it is unpickled.
         device: where the model is put; `auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        ValueError: the spec, the weights or the device cannot be used; the message says what would do.
+        ValueError: the spec, its arguments, the weights or the device cannot be used; the message says what would do.
 
     >>> load_model("identity")(torch.ones(1, 1, 4)).sum()
     tensor(4.)
+    >>> load_model("torch.nn:LeakyReLU", model_args={"negative_slope": 0.5})(torch.tensor(-1.0))
+    tensor(-0.5000)
     """
     target = _device(device)
-    model = _load(spec, target)
+    model = _load(spec, target, dict(model_args or {}), trust_pickle=trust_pickle)
     if weights is not None:
         _load_weights(model, spec, weights, trust_pickle=trust_pickle)
     if isinstance(model, nn.Module):
         model = model.to(target)
-        # An exported program is fixed in the mode it was exported in, and refuses eval().
-        if not isinstance(model, torch.fx.GraphModule):
+        # A program in a file is fixed in the mode it was exported in, and refuses eval().
+        if not isinstance(model, (ModelFile, torch.fx.GraphModule)):
             model.eval()
     return model
 
 
-def _load(spec: str, device: torch.device) -> Model:
+def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_pickle: bool) -> Model:
     path, colon, name = spec.rpartition(":")
+    if spec.startswith(_NUMPY) and path and path != _NUMPY.rstrip(":"):
+        function = _load(spec.removeprefix(_NUMPY), device, arguments, trust_pickle=trust_pickle)
+        if isinstance(function, nn.Module):
+            raise ValueError(f"numpy: is for functions of numpy arrays, but {spec!r} is a torch module; leave it out")
+        return NumpyModel(function)
+    if colon and path and name:
+        return load_named(path, name, spec, arguments)
+    if arguments:
+        raise ValueError(f"model_args are for a factory, such as file.py:name, and {spec!r} names none; leave them out")
     suffix = pathlib.PurePath(spec).suffix.lower()
     if spec == "identity":
         return nn.Identity()
     if suffix == ".pt2":
-        return _load_exported(spec, device)
+        return load_exported(spec, device, trust_pickle=trust_pickle)
     if suffix in _TORCHSCRIPT_SUFFIXES:
         return _load_torchscript(spec, device)
     if suffix == ".onnx":
-        raise ValueError(
-            f"ONNX models are not supported yet, got {spec!r}; export the torch model with torch.export.save instead"
-        )
-    if colon and path and name:
-        module = _import_file(path, spec) if path.endswith(".py") else _import_module(path, spec)
-        return _instantiate(_member(module, name, spec), spec)
+        return load_onnx(spec, device)
     if suffix == ".py":
         raise ValueError(f"a Python file needs the name of what is in it, got {spec!r}; write {spec}:NAME")
-    raise ValueError(f"{_SPEC_RULE}, got {spec!r}")
+    raise ValueError(f"{SPEC_RULE}, got {spec!r}")
 
 
 def _device(name: str) -> torch.device:
@@ -102,129 +177,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _existing(path: str, spec: str) -> pathlib.Path:
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"the file of model spec {spec!r} does not exist: {str(file.absolute())!r}; check the path")
-    return file
-
-
-@contextlib.contextmanager
-def _importable(folder: pathlib.Path) -> Iterator[None]:
-    """Let imports find `folder`, after everything else, so that it never shadows what is installed."""
-    entry = str(folder.absolute())
-    sys.path.append(entry)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(entry)
-
-
-def _import_module(path: str, spec: str) -> types.ModuleType:
-    if not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError(f"{_SPEC_RULE}, got {spec!r}: {path!r} is neither a module's name nor a file that ends in .py")
-    try:
-        with _importable(pathlib.Path.cwd()):
-            return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(error.name + ".")):
-            raise ValueError(
-                f"there is no module {error.name!r} for model spec {spec!r}; install it, run in the directory that "
-                "holds it, or name its file (file.py:name)"
-            ) from error
-        raise ValueError(f"importing {path!r} for model spec {spec!r} failed: {_say(error)}; install it") from error
-    except Exception as error:
-        raise ValueError(f"importing {path!r} for model spec {spec!r} failed: {_say(error)}; correct it") from error
-
-
-def _import_file(path: str, spec: str) -> types.ModuleType:
-    file = _existing(path, spec)
-    # The name holds no directory: the same file elsewhere is the same model.
-    name = f"oocpatch_model_{file.stem}"
-    description = importlib.util.spec_from_file_location(name, file)
-    if description is None or description.loader is None:
-        raise ValueError(f"{_SPEC_RULE}, got {spec!r}: {path!r} cannot be imported")
-    module = importlib.util.module_from_spec(description)
-    sys.modules[name] = module
-    try:
-        with _importable(file.absolute().parent):
-            description.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(f"running {path!r} for model spec {spec!r} failed: {_say(error)}; correct it") from error
-    return module
-
-
-def _member(module: types.ModuleType, name: str, spec: str) -> object:
-    value: object = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            names = sorted(key for key, item in vars(module).items() if callable(item) and not key.startswith("_"))
-            raise ValueError(
-                f"model spec {spec!r} names nothing that is there; choose from {', '.join(names) or 'none'}"
-            )
-        value = getattr(value, part)
-    return value
-
-
-def _instantiate(value: object, spec: str) -> Model:
-    """A module or callable as it is; a factory called."""
-    if isinstance(value, nn.Module):
-        return value
-    if not callable(value):
-        raise ValueError(  # what is wrong is the spec's value
-            f"a model spec must name a module, a callable or a factory of one, got {spec!r}, a {type(value).__name__}"
-        )
-    is_class = isinstance(value, type)
-    wrapped = isinstance(value, functools.partial) or hasattr(value, "__wrapped__")
-    if not (is_class or wrapped or inspect.isroutine(value)):
-        return value  # an object with __call__, or a TorchScript function
-    required = _required_arguments(value)
-    if not is_class and (required is None or len(required) == 1):
-        return value
-    if required:
-        raise ValueError(
-            f"a factory takes no required arguments, but {spec!r} requires {', '.join(required)}; write a function "
-            "without arguments that returns the model, and name that"
-        )
-    try:
-        made: object = value()
-    except Exception as error:
-        raise ValueError(f"calling the factory {spec!r} failed: {_say(error)}; correct it") from error
-    if not callable(made):
-        raise ValueError(  # what is wrong is the spec's value
-            f"the factory {spec!r} must return a module or a callable, got a {type(made).__name__}; return the model"
-        )
-    return made
-
-
-def _required_arguments(function: Callable[..., Any]) -> list[str] | None:
-    """Names of the arguments a call must give; None for a builtin that does not say."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return None
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [item.name for item in parameters if item.default is item.empty and item.kind not in variable]
-
-
-def _load_exported(spec: str, device: torch.device) -> nn.Module:
-    file = _existing(spec, spec)
-    try:
-        program = torch.export.load(file)
-        if device.type != "cpu":
-            # Devices are written into the graph, where Module.to does not reach.
-            program = move_to_device_pass(program, device)
-        return program.module()
-    except Exception as error:
-        raise ValueError(
-            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {_say(error)}"
-        ) from error
-
-
 def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
-    file = _existing(spec, spec)
+    file = existing(spec, spec)
     members: list[str] = []
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -241,7 +195,7 @@ def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
             warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
             model: nn.Module = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise ValueError(f"{spec!r} cannot be loaded as TorchScript: {_say(error)}; export it anew") from error
+        raise ValueError(f"{spec!r} cannot be loaded as TorchScript: {say(error)}; export it anew") from error
     return model
 
 
@@ -262,7 +216,7 @@ def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) 
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"weights must fit the model, but {weights!r} does not fit {spec!r}: {_say(error)}") from error
+        raise ValueError(f"weights must fit the model, but {weights!r} does not fit {spec!r}: {say(error)}") from error
 
 
 def _read_safetensors(file: pathlib.Path) -> object:
@@ -273,7 +227,7 @@ def _read_safetensors(file: pathlib.Path) -> object:
     try:
         return safetensors.load_file(str(file), device="cpu")
     except Exception as error:
-        raise ValueError(f"{str(file)!r} is not a safetensors file: {_say(error)}") from error
+        raise ValueError(f"{str(file)!r} is not a safetensors file: {say(error)}") from error
 
 
 def _read_pickle(file: pathlib.Path, *, trust_pickle: bool) -> object:
@@ -282,13 +236,13 @@ def _read_pickle(file: pathlib.Path, *, trust_pickle: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if trust_pickle:
-            raise ValueError(f"{str(file)!r} cannot be unpickled: {_say(error)}") from error
+            raise ValueError(f"{str(file)!r} cannot be unpickled: {say(error)}") from error
         raise ValueError(
             f"weights must be a plain state dict, but {str(file)!r} needs code of its own to be unpickled, or is no "
             "pickle; save model.state_dict(), or pass --trust-pickle (trust_pickle=True) if you trust its author"
         ) from error
     except Exception as error:
-        raise ValueError(f"the weights file {str(file)!r} cannot be read: {_say(error)}") from error
+        raise ValueError(f"the weights file {str(file)!r} cannot be read: {say(error)}") from error
 
 
 def _state_dict(state: object, weights: str) -> dict[str, Any]:
@@ -305,9 +259,3 @@ def _state_dict(state: object, weights: str) -> dict[str, Any]:
     raise ValueError(
         f"weights must be a state dict, got {weights!r}, a {type(state).__name__}; save model.state_dict()"
     )
-
-
-def _say(error: BaseException) -> str:
-    """The error's kind and message on one line, without torch's stack of C++ frames."""
-    text = " ".join(str(error).split("\nException raised from")[0].split())
-    return f"{type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}"

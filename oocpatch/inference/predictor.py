@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
+from oocpatch.inference.accepts import accepted, as_input, input_dtype
+from oocpatch.inference.around import ONLY
+from oocpatch.inference.batches import Halving, out_of_memory
 from oocpatch.inference.footprint import Footprint
+from oocpatch.inference.functions import writes_unseen
 from oocpatch.inference.geometry import Geometry, measure
 from oocpatch.planning.box import Ints
 
 Model = Callable[[torch.Tensor], Any]
-ONLY = "prediction"
-"""Name of the output of a model that gives one tensor."""
-
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
 
@@ -38,6 +39,7 @@ class Probe:
         copies_input: whether the model must be given copies of patches, because it writes to its input.
         aliased: names of the outputs that are the input's memory.
         bytes: memory that the call added at its peak, outputs included, input not.
+        least_batch: patches that the model takes at least: those of a call that is given fewer are made up.
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -45,6 +47,11 @@ class Probe:
     copies_input: bool
     aliased: frozenset[str]
     bytes: int
+    least_batch: int = 1
+
+    def model_bytes(self, batch: int) -> int:
+        """Memory that a call with so many patches adds."""
+        return self.bytes * -(-batch // self.least_batch)
 
 
 class Predictor:
@@ -57,6 +64,9 @@ class Predictor:
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
         torch_threads: threads of torch, since results depend on it.
+
+    Attributes:
+        halving: counts the batches that did not fit into memory.
     """
 
     def __init__(
@@ -75,7 +85,8 @@ class Predictor:
         self._autocast = autocast
         self._looped = looped
         self._threads = torch_threads or torch.get_num_threads()
-        self._dtype = _parameter_dtype(model)
+        self._dtype = input_dtype(model)
+        self.halving = Halving(model)
         self._turn = threading.Lock()
 
     @contextlib.contextmanager
@@ -122,12 +133,11 @@ class Predictor:
         return outputs
 
     def _run(self, inputs: torch.Tensor) -> Any:
-        if self._dtype is not None:
-            inputs = inputs.to(self._dtype)
+        inputs = as_input(inputs, self._dtype)
         kind = torch.device(self.device).type
         # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
         with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
-            return self.model(inputs)
+            return self.halving(inputs)
 
     def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         if not isinstance(result, Mapping):
@@ -174,8 +184,11 @@ class Predictor:
                 raise
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
         except Exception as error:
+            if out_of_memory(error):
+                told = f"one patch of {_sides(patch_size[self._looped :])} is too much for the model: {error}"
+                raise ValueError(f"{told}; lower patch_size") from error
             raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
-        writes = version(patch) != before or not isinstance(self.model, torch.nn.Module)
+        writes = version(patch) != before or writes_unseen(self.model)
         extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
         memory = patch.untyped_storage().data_ptr()
         aliased = frozenset(n for n, o in outputs.items() if o.untyped_storage().data_ptr() == memory)
@@ -185,7 +198,8 @@ class Predictor:
             {name: tuple(o.shape[2 + loops :]) for name, o in outputs.items()},
             lambda size: self._given(channels, (*patch_size[:loops], *size), dtype),
         )
-        return Probe(outputs, geometry, writes, aliased, max(footprint.peak, extra))
+        peak = max(footprint.peak, extra)
+        return Probe(outputs, geometry, writes, aliased, peak, accepted(self.model).least_batch)
 
     def _given(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> dict[str, Ints] | None:
         """What the model gives for patches of another size; None: it does not take them."""
@@ -237,15 +251,6 @@ def _tensors(model: Model) -> Iterator[torch.Tensor]:
 def version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to in place."""
     return int(tensor._version)  # noqa: SLF001 - torch documents the counter, but has no public name for it
-
-
-def _parameter_dtype(model: Model) -> torch.dtype | None:
-    """The dtype that patches are cast to: that of the parameters, when they are floating point."""
-    if isinstance(model, torch.nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return None
 
 
 def resolve_device(device: str) -> str:

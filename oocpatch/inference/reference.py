@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from oocpatch.inference.accepts import as_input, input_dtype
+
 Array = np.ndarray[Any, Any]
 Sizes = tuple[int, ...]
 
@@ -111,9 +113,7 @@ def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool
     batch = torch.from_numpy(np.ascontiguousarray(patch)[None]).to(device)
     if isinstance(model, nn.Module):
         model.to(device)
-        dtypes = [item.dtype for item in model.parameters() if item.is_floating_point()]
-        if dtypes:
-            batch = batch.to(dtypes[0])
+    batch = as_input(batch, input_dtype(model))
     with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=autocast):
         output: torch.Tensor = model(batch)[0].cpu()
     if output.dtype == torch.bfloat16:

@@ -53,6 +53,8 @@ class Plan:
         bytes_read, bytes_written: decoded and uncompressed bytes, workspace included.
         task_memory: the share of `projected_memory` that each concurrent block takes.
         memory_parts: shares of the memory by name.
+        note: what is around the model, for people.
+        statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet taken.
     """
 
     parameters: Mapping[str, Any]
@@ -83,6 +85,8 @@ class Plan:
     bytes_written: int
     task_memory: int
     memory_parts: tuple[tuple[str, int], ...] = ()
+    note: str = ""
+    statistics: tuple[tuple[float, float], ...] = ()
     runner: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
@@ -161,6 +165,10 @@ class Plan:
         """The same plan with so many blocks at a time; not a byte of the result depends on it."""
         return replace(self, concurrency=concurrency, projected_memory=projected_memory)
 
+    def knowing(self, statistics: tuple[tuple[float, float], ...]) -> Plan:
+        """The same plan, with what a pass over the volume found; the fingerprint has what was asked of it."""
+        return replace(self, statistics=statistics)
+
     def bound(self, runner: Callable[[Plan], Any]) -> Plan:
         """The same plan, able to `run()`."""
         return replace(self, runner=runner)
@@ -215,6 +223,7 @@ class Plan:
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
             "patches": f"{patches}, {modes}, batches of {self.batch_size}",
+            **({"model": self.note} if self.note else {}),
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
             **outputs,
             "memory": f"{human(self.projected_memory)} at most ({parts})",

@@ -69,14 +69,10 @@ def open_source(source: Any) -> Source:
         ValueError: when nothing can be read there, with the address and what was found instead.
         TypeError: when it is no kind of array.
     """
-    if isinstance(source, Source):
-        return source
     if isinstance(source, (str, os.PathLike)):
         return _from_address(local_or_url(source))
-    if isinstance(source, zarr.Array):
-        return _from_zarr(source)
-    if isinstance(source, zarr.Group):
-        return _from_group(source, str(source.store_path))
+    if isinstance(source, (zarr.Array, zarr.Group)):
+        return _from_zarr(source) if isinstance(source, zarr.Array) else _from_group(source, str(source.store_path))
     if isinstance(source, xarray.Dataset):
         if len(source.data_vars) != 1:
             raise ValueError(f"the dataset must hold one variable, got {list(source.data_vars)}; pass dataset[name]")

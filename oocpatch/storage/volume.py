@@ -44,7 +44,7 @@ class Volume:
     """
 
     def __init__(self, source: Any, axes: str | Sequence[str] | None = None) -> None:
-        self.source: Source = open_source(source)
+        self.source: Source = source if isinstance(source, Source) else open_source(source)
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
         self.coder: NativeArray | None = None  # see `native`

@@ -1,0 +1,139 @@
+"""What a model takes: as its file says, or as its parameters let one guess.
+
+Files of torch.export and ONNX fix what was fixed when they were written: the number of patches in a batch, channels,
+sides, a dtype. Knowing it before the first call gives a clear refusal instead of the model's own words, and lets sizes
+be chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oocpatch.planning.box import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Accepts:
+    """The batches `(B, C, *patch)` that a model takes.
+
+    Attributes:
+        least_batch: fewest patches of a call.
+        most_batch: most patches of a call; None: any number.
+        channels: channels; None: not said.
+        sides: voxels of a patch per axis, None where they are free; None: not said, not even the number of axes.
+        dtype: dtype of the patches; None: not said.
+
+    >>> Accepts(sides=(64, None)).refuse(1, (96, 96))
+    Traceback (most recent call last):
+    ...
+    ValueError: the model takes patches of 64 x any only, got 96 x 96; patch_size="auto" chooses what it takes
+    """
+
+    least_batch: int = 1
+    most_batch: int | None = None
+    channels: int | None = None
+    sides: tuple[int | None, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    def refuse(self, channels: int, patch_size: Ints) -> None:
+        """Refuse patches of other channels or sides than these.
+
+        Raises:
+            ValueError: naming what is taken.
+        """
+        if self.sides is not None and len(self.sides) != len(patch_size):
+            raise ValueError(
+                f"the model takes patches of {len(self.sides)} axes, got {len(patch_size)}: {_sides(patch_size)}"
+            )
+        if self.sides is not None and any(s not in (None, n) for s, n in zip(self.sides, patch_size, strict=True)):
+            raise ValueError(
+                f"the model takes patches of {_sides(self.sides)} only, got {_sides(patch_size)}; "
+                'patch_size="auto" chooses what it takes'
+            )
+        if self.channels not in (None, channels):
+            raise ValueError(f"the model takes {self.channels} channel(s), and the volume has {channels}")
+
+    def and_also(self, other: Accepts) -> Accepts:
+        """What two models both take.
+
+        Raises:
+            ValueError: when there is nothing of the kind.
+        """
+        return Accepts(
+            least_batch=max(self.least_batch, other.least_batch),
+            most_batch=min((m for m in (self.most_batch, other.most_batch) if m is not None), default=None),
+            channels=_common("channels", self.channels, other.channels),
+            sides=_common_sides(self.sides, other.sides),
+            dtype=None,
+        )
+
+
+def accepted(model: Any) -> Accepts:
+    """What a model takes, all of an ensemble together.
+
+    >>> accepted(nn.Identity())
+    Accepts(least_batch=1, most_batch=None, channels=None, sides=None, dtype=None)
+    """
+    found = Accepts()
+    if isinstance(model, nn.Module):
+        told = (getattr(module, "accepts", None) for module in model.modules())
+        for accepts in (item for item in told if isinstance(item, Accepts)):
+            found = accepts if found == Accepts() else found.and_also(accepts)
+    return found
+
+
+def input_dtype(model: Any) -> torch.dtype | None:
+    """The dtype that patches are cast to: as the model's file says, else that of parameters that are floating point.
+
+    >>> input_dtype(nn.Conv2d(1, 1, 3).half())
+    torch.float16
+    """
+    accepts = getattr(model, "accepts", None)
+    if isinstance(accepts, Accepts):
+        return accepts.dtype
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return None
+
+
+def as_input(patches: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Patches cast to what a model takes.
+
+    Raises:
+        ValueError: when they do not fit: floats or larger integers for a model that takes integers.
+    """
+    if dtype is None or patches.dtype == dtype:
+        return patches
+    if not dtype.is_floating_point and torch.promote_types(patches.dtype, dtype) != dtype:
+        raise ValueError(f"the model takes patches of {_name(dtype)}, which do not hold {_name(patches.dtype)}")
+    return patches.to(dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _common(name: str, one: int | None, other: int | None) -> int | None:
+    if one is not None and other is not None and one != other:
+        raise ValueError(f"the models of an ensemble must take the same {name}, got {one} and {other}")
+    return other if one is None else one
+
+
+def _common_sides(
+    one: tuple[int | None, ...] | None, other: tuple[int | None, ...] | None
+) -> tuple[int | None, ...] | None:
+    if one is None or other is None:
+        return other if one is None else one
+    if len(one) != len(other):
+        raise ValueError(f"the models of an ensemble must take the same axes, got {_sides(one)} and {_sides(other)}")
+    return tuple(_common("sides", a, b) for a, b in zip(one, other, strict=True))
+
+
+def _sides(sides: tuple[int | None, ...]) -> str:
+    return " x ".join("any" if side is None else str(side) for side in sides)

@@ -1,0 +1,148 @@
+"""Turns: flips and right-angle rotations of patches, and the way back for what the model makes of them.
+
+```text
+      patch         flipped along x        exchanged y, x and flipped: a quarter turn
+     a b               b a                     b d
+     c d               d c                     a c
+```
+
+A turn exchanges axes first, and then flips. Axes are exchanged only if patches are as long along both, so that a turned
+patch has the shape of a patch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oocpatch.planning.box import Ints
+
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""Dtypes that torch cannot flip, and those of the same size that it can."""
+
+AUGMENTATIONS = ("flips", "rotations", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One way to turn a patch.
+
+    Attributes:
+        order: for each spatial axis of the turned patch, the axis it comes from.
+        flipped: spatial axes of the turned patch that run backwards.
+
+    >>> quarter = Turn((1, 0), (0,))
+    >>> quarter.of(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
+    [[[[2, 4], [1, 3]]]]
+    """
+
+    order: Ints
+    flipped: Ints
+
+    @property
+    def identity(self) -> bool:
+        return not self.flipped and self.order == tuple(range(len(self.order)))
+
+    def of(self, patches: torch.Tensor) -> torch.Tensor:
+        """Patches `(B, C, *patch)`, turned; the same tensor if the turn changes nothing."""
+        if self.identity:
+            return patches
+        turned = patches.permute(0, 1, *(2 + axis for axis in self.order))
+        # contiguous, as every other batch is: a network may compute otherwise with strides
+        return _flipped(turned, self.flipped).contiguous()
+
+    def back(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What a model made of turned patches, as if of the patches; outputs may have another scale."""
+        if self.identity:
+            return outputs
+        origin = sorted(range(len(self.order)), key=lambda axis: self.order[axis])
+        return _flipped(outputs, self.flipped).permute(0, 1, *(2 + axis for axis in origin))
+
+
+def _flipped(patches: torch.Tensor, axes: Ints) -> torch.Tensor:
+    """Patches that run backwards along spatial axes."""
+    signed = SIGNED.get(patches.dtype, patches.dtype)
+    return patches.view(signed).flip([2 + axis for axis in axes]).view(patches.dtype)
+
+
+def checked(augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Sequence[str]) -> dict[str, Any] | None:
+    """An augmentation as asked for, in one form: its name, and the names of the axes it may use.
+
+    Args:
+        augment: `"flips"`, `"rotations"` or `"all"`, of all spatial axes; names of axes to flip; or a dict of a name
+            and of the axes it may use.
+        axes: names of the spatial axes.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+
+    >>> checked(["x"], "zyx"), checked({"name": "rotations", "axes": "yx"}, "zyx")
+    ({'name': 'flips', 'axes': ['x']}, {'name': 'rotations', 'axes': ['y', 'x']})
+    """
+    if augment is None:
+        return None
+    if isinstance(augment, str):
+        augment = {"name": augment}
+    elif isinstance(augment, Sequence):
+        augment = {"name": "flips", "axes": augment}
+    if not isinstance(augment, Mapping):
+        raise TypeError(f"augment must be a name, names of axes or a dict, got {type(augment).__name__}")
+    if augment.get("name") not in AUGMENTATIONS or augment.keys() - {"name", "axes"}:
+        raise ValueError(
+            f"augment must be one of {', '.join(AUGMENTATIONS)}, or names of axes to flip, "
+            f"or a dict with name and axes, got {augment.get('name', dict(augment))!r}"
+        )
+    chosen = [str(axis) for axis in augment.get("axes", axes)]
+    if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(axes):
+        raise ValueError(f"augment must name spatial axes of the volume ({', '.join(axes)}), got {', '.join(chosen)}")
+    return {"name": augment["name"], "axes": [axis for axis in axes if axis in chosen]}
+
+
+def turns(augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: Ints) -> tuple[Turn, ...]:
+    """The turns of an augmentation, the one that changes nothing first.
+
+    Args:
+        augment: as `checked` gives it.
+        axes: names of the spatial axes.
+        patch_size: in voxels per spatial axis; axes of equal size may be exchanged.
+
+    Raises:
+        ValueError: for rotations where no two axes may be exchanged.
+
+    >>> [len(turns(checked(name, "zyx"), "zyx", (8, 8, 8))) for name in ("flips", "rotations", "all")]
+    [8, 24, 48]
+    >>> [len(turns(checked(name, "zyx"), "zyx", (4, 8, 8))) for name in ("flips", "rotations", "all")]
+    [8, 8, 16]
+    """
+    ndim = len(axes)
+    order = tuple(range(ndim))
+    if augment is None:
+        return (Turn(order, ()),)
+    used = [axis for axis in order if axes[axis] in augment["axes"]]
+    orders = [order]
+    if augment["name"] != "flips":
+        orders = [found for found in itertools.permutations(order) if _exchanges(found, used, patch_size)]
+    if augment["name"] == "rotations" and len(orders) == 1:
+        raise ValueError(
+            "rotations exchange axes along which patches are equally long, and there are none: "
+            f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augment['axes'])}"
+        )
+    found = [Turn(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)]
+    if augment["name"] == "rotations":
+        found = [turn for turn in found if _keeps_hand(turn)]
+    return tuple(found)
+
+
+def _exchanges(order: Ints, used: Sequence[int], patch_size: Ints) -> bool:
+    """Whether an order exchanges nothing but used axes of equal size."""
+    return all(a == b or (a in used and b in used and patch_size[a] == patch_size[b]) for a, b in enumerate(order))
+
+
+def _keeps_hand(turn: Turn) -> bool:
+    """Whether a turn is a rotation, and no mirror image: the determinant of its matrix is 1."""
+    exchanges = sum(a > b for a, b in itertools.combinations(turn.order, 2))
+    return (exchanges + len(turn.flipped)) % 2 == 0

@@ -1,0 +1,105 @@
+"""How far a run is: a bar while it goes on, and what its output and workspace say from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from oocpatch.planning.plan import Plan
+from oocpatch.request import beside
+from oocpatch.storage.lock import holder
+from oocpatch.storage.output import OutputRecord, inspect_output
+from oocpatch.storage.workspace import Workspace
+
+
+def hidden(progress: str | bool) -> bool | None:
+    """Whether no progress is shown; None: it is, on a terminal.
+
+    Raises:
+        ValueError: when it is none of the known ways.
+    """
+    if progress not in ("auto", "bar", "none", True, False):
+        raise ValueError(f"progress must be 'auto', 'bar' or 'none', got {progress!r}")
+    return None if progress == "auto" else progress in ("none", False)
+
+
+def root_of(record: OutputRecord) -> Path:
+    """The workspace of the run that wrote, or writes, an output."""
+    return Path(record.workspace) / record.run_id
+
+
+@contextlib.contextmanager
+def bar_of(made: Plan, progress: str | bool, done: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over patches, as a function that is told how many more are done, from any thread."""
+    lock = threading.Lock()
+    with tqdm(total=made.patches, initial=done, unit="patch", disable=hidden(progress), desc="oocpatch") as bar:
+
+        def tell(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        yield tell
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """How far a run is, from its output and workspace alone.
+
+    Attributes:
+        output, workspace: where they are.
+        state: `complete`, `running` (a process is at work), `incomplete` (the same call resumes it) or `absent`.
+        predict_done, predict_total: blocks computed, and all blocks.
+        normalize_done, normalize_total: blocks finished after their neighbours, and all that need it.
+        failed: message of each block that failed.
+    """
+
+    output: str
+    workspace: str
+    state: str
+    predict_done: int
+    predict_total: int
+    normalize_done: int
+    normalize_total: int
+    failed: dict[int, str]
+
+    def to_json(self) -> str:
+        """The status as a JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def status(output: str | os.PathLike[str]) -> RunStatus:
+    """How far the run of an output is.
+
+    Raises:
+        OutputExists: when what lies there is not an output of oocpatch.
+    """
+    path = Path(output).absolute()
+    record = inspect_output(path)
+    if record is None:
+        return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
+    if record.complete:
+        blocks, opened = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks"))
+        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {})
+    running = holder(beside(path, ".lock")) is not None
+    state = "running" if running else "incomplete"
+    workspace = Workspace.find(root_of(record))
+    if workspace is None:
+        return RunStatus(str(path), str(root_of(record)), state, 0, 0, 0, 0, {})
+    done, grid = workspace.progress(), workspace.plan.block_grid
+    return RunStatus(
+        output=str(path),
+        workspace=str(workspace.root),
+        state=state,
+        predict_done=len(done.predicted),
+        predict_total=grid.num_blocks,
+        normalize_done=len(done.normalized),
+        normalize_total=grid.num_open,
+        failed=done.failed,
+    )
