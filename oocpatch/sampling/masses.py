@@ -48,6 +48,12 @@ PATIENCE = 2.0
 MOST_LABELS_COUNTED = 1 << 16
 """Integers further apart than this are sorted rather than counted."""
 
+COUNTED_AT_ONCE = 1 << 17
+"""Voxels whose labels are counted at a time."""
+
+MOST_THREADS = 8
+"""Threads of a pass: each holds a cell, and Zarr's turns leave no work for more."""
+
 
 def weights_in(values: Values) -> tuple[Values, Values]:
     """The mass of some voxels of a probability map: their sum, in float64, with a value that says nothing.
@@ -84,10 +90,15 @@ def labels_in(values: Values) -> tuple[Values, Values]:
             raise ValueError("a label map must hold numbers, got nan")
         labels, counts = np.unique(values, return_counts=True)
     elif int(high) - int(low) < MOST_LABELS_COUNTED:
-        wide = values.astype(np.intp) if values.dtype.itemsize < 4 else values
-        found = np.bincount((wide - wide.dtype.type(low)).astype(np.intp, copy=False).ravel())
-        offsets = np.flatnonzero(found)
-        labels, counts = offsets.astype(values.dtype) + low, found[offsets]  # wraps around and back for int8
+        found = np.zeros(int(high) - int(low) + 1, np.intp)
+        flat = values.ravel()
+        for start in range(0, len(flat), COUNTED_AT_ONCE):  # bincount takes eight bytes a voxel
+            part = flat[start : start + COUNTED_AT_ONCE]
+            wide = part.astype(np.intp) if part.dtype.itemsize < 4 else part
+            offsets = (wide - wide.dtype.type(low)).astype(np.intp, copy=False)
+            found += np.bincount(offsets, minlength=len(found))
+        present = np.flatnonzero(found)
+        labels, counts = present.astype(values.dtype) + low, found[present]  # wraps around and back for int8
     else:
         labels, counts = np.unique(values, return_counts=True)
     return labels, counts.astype(np.float64)
@@ -109,7 +120,7 @@ def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Tabl
     """
     per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
     tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
-    threads = min(len(tasks), len(os.sched_getaffinity(0)))
+    threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
     parts: list[Table] = []
     with (
         # a pool of our own: Dask's default one does not survive the fork of a DataLoader's worker

@@ -317,6 +317,17 @@ def test_a_subject_that_comes_again_gives_other_patches() -> None:
     assert len({patch.patch_location.index for patch in queue}) == 50
 
 
+def test_a_sampler_of_ones_own_says_where_patches_are() -> None:
+    class Diagonal(oocpatch.UniformSampler):
+        def draw(self, subject: oocpatch.Subject, random: Any, count: int = 1) -> list[Ints]:
+            return [(int(random.integers(4)),) * 2 for _ in range(count)]
+
+    some = subjects(3)
+    for together in (1, 4):
+        queue = oocpatch.Queue(some, Diagonal(some[0], 3), 6, 10, 2, patches_per_region=together)
+        assert {index for _, index in drawn(queue)} == {(i, i) for i in range(4)}
+
+
 def test_max_memory_is_that_of_a_full_buffer_with_true_item_sizes() -> None:
     subject = oocpatch.Subject(t1=np.zeros((2, 8, 8, 8), np.float64), label=np.zeros((8, 8, 8), np.uint8), age=4)
     queue = oocpatch.Queue([subject], oocpatch.UniformSampler(subject, 4), max_length=100)

@@ -108,6 +108,13 @@ def test_without_probabilities_all_labels_but_zero_weigh_alike() -> None:
     assert_fits(drawn(sampler, 3000), centre_distribution(data != 0, (3, 3)))
 
 
+def test_labels_below_zero_are_labels_where_torchio_takes_them_for_background() -> None:
+    data = np.full((3, 3, 3), -1)
+    with pytest.raises(RuntimeError, match="all zeros"):
+        next(iter(torchio.LabelSampler(torchio_subject(label=data), 1, "label")))
+    assert len(drawn(oocpatch.LabelSampler(oocpatch.Subject(label=data), 1, "label"), 300)) == 27
+
+
 def test_the_first_example_of_torchio() -> None:
     """Labels 0 0 1 1 2 1 0, patches of 5: centres 2, 3, 4, which weigh 50, 50, 25."""
     label = np.array([0, 0, 1, 1, 2, 1, 0]).reshape(1, 1, 7)
@@ -481,3 +488,12 @@ def test_loaded_volumes_and_tensors_can_be_maps() -> None:
     assert_fits(drawn(oocpatch.WeightedSampler(subject, 3, "map"), 2000), centre_distribution(data, (3, 3)))
     subject.load()
     assert_fits(drawn(oocpatch.WeightedSampler(subject, 3, "t1"), 2000), centre_distribution(data, (3, 3)))
+
+
+def test_labels_are_counted_block_by_block() -> None:
+    values = np.random.default_rng(5).integers(-5, 60_000, (3, masses.COUNTED_AT_ONCE // 2 + 17)).astype(np.int32)
+    labels, counts = masses.labels_in(values)
+    expected, numbers = np.unique(values, return_counts=True)
+    assert np.array_equal(labels, expected)
+    assert np.array_equal(counts, numbers)
+    assert labels.dtype == np.int32
