@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -100,6 +101,8 @@ class AggregatedOutput:
             before.give_up()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock.enter_context(locked(self._beside(".lock"), str(self.path)))
+        # Also at exit, and before threads are frozen there: the lock's own would never be joined after that.
+        weakref.finalize(self, _close, self._lock, os.getpid())
         _HELD[self.path] = self
 
     def release(self) -> None:
@@ -180,4 +183,12 @@ class AggregatedOutput:
         self.record = OutputRecord(**{**plain, "arrays": tuple(plain["arrays"])})
 
 
+def _close(lock: contextlib.ExitStack, process: int) -> None:
+    if os.getpid() == process:
+        lock.close()
+    else:
+        _OF_PARENT.append(lock)  # a forked worker of a loader must not unlock what its parent holds
+
+
+_OF_PARENT: list[contextlib.ExitStack] = []
 _HELD: weakref.WeakValueDictionary[Path, AggregatedOutput] = weakref.WeakValueDictionary()

@@ -358,6 +358,16 @@ def test_another_process_at_work_is_refused_and_a_dead_one_is_not(tmp_path: Path
     assert any(aggregation.location(p) in aggregator.done for p in loop.patches)
 
 
+def test_a_process_that_just_ends_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch, oocpatch\n"
+        "aggregator = oocpatch.PatchAggregator((8, 8), store=sys.argv[1])\n"
+        "aggregator.add_batch(torch.ones(1, 1, 4, 4), [oocpatch.PatchLocation((0, 0), (4, 4))])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.zarr")], cwd=ROOT, timeout=60, check=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
+
+
 def test_nothing_is_written_before_the_first_batch(tmp_path: Path) -> None:
     PatchAggregator((8, 8), store=tmp_path / "deep" / "out.zarr").close()
     assert not list(tmp_path.iterdir())
