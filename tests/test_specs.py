@@ -472,10 +472,10 @@ def test_the_command_line_has_all_of_it(code: Path, volume: Path, data: Array) -
             "name=a",
         ),
         *("--weights", "2.0.pth", "--weights", "6.0.pth", "--preprocess", '{"name": "scale", "divide": 2}'),
-        *("--augment", "flips", "--patch-size", "auto", "--batch-size", "auto", "--progress", "none", "--json"),
+        *("--augment", "all", "--patch-size", "auto", "--batch-size", "auto", "--progress", "none", "--json"),
     )
     assert done.exit_code == 0, done.output
-    assert "mean of 2 models, mean of 4 turns, preprocess scale" in done.stderr
+    assert "mean of 2 models, mean of 8 turns, preprocess scale" in done.stderr
     result = oocpatch.predict(
         "volume",
         "code.py:Scaled",
@@ -483,7 +483,7 @@ def test_the_command_line_has_all_of_it(code: Path, volume: Path, data: Array) -
         weights=["2.0.pth", "6.0.pth"],
         model_args={"factor": 1, "name": "a"},
         preprocess={"name": "scale", "divide": 2},
-        augment="flips",
+        augment="all",
         patch_size="auto",
         batch_size="auto",
     )

@@ -27,7 +27,9 @@ SETTINGS: dict[str, Any] = {"patch_size": PATCH, "patch_overlap": OVERLAP, "prog
 def data() -> Array:
     """Two channels of uint16 that differ in mean and spread."""
     generator = np.random.default_rng(0)
-    return np.stack([generator.integers(0, 1000, SHAPE), generator.integers(30_000, 65_536, SHAPE)]).astype(np.uint16)
+    found = np.stack([generator.integers(0, 1000, SHAPE), generator.integers(30_000, 65_536, SHAPE)]).astype(np.uint16)
+    found[1, 3, 5] = 65_535
+    return found
 
 
 @pytest.fixture
@@ -248,6 +250,14 @@ def test_sizes_follow_model_volume_and_memory(tmp_path: Path) -> None:
     assert oocpatch.plan(volume, Halved(), output, **sizes, max_memory="12MiB").projected_memory <= 12 << 20
     assert chosen(volume, nn.Identity(), output, max_memory="1GiB", patch_size=64)[1] == 64
     assert chosen(volume, Halved(), output, max_memory="1GiB", patch_overlap=(256, 300))[0] == (512, 512)
+
+
+def test_sizes_that_would_take_too_much_are_not_even_tried(tmp_path: Path) -> None:
+    seen: list[int] = []
+    model = Halved()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    sizes, _ = chosen(large(tmp_path), model, tmp_path / "out", max_memory="12MiB")
+    assert max(seen) == np.prod(sizes) < 512 * 512
 
 
 def test_sizes_of_a_thin_volume_are_no_longer_than_it(tmp_path: Path) -> None:
