@@ -16,8 +16,9 @@ import secrets
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -86,14 +87,16 @@ class StagedArray:
         array: the array; Zarr v3, in a local directory.
         folder: its directory.
         aside: directory where units are coded.
-        native: the array in that directory.
+        coders: the array in that directory, once for each box that may be coded at a time.
     """
 
-    def __init__(self, array: zarr.Array[Any], folder: Path, aside: Path, native: NativeArray) -> None:
+    def __init__(self, array: zarr.Array[Any], folder: Path, aside: Path, coders: Sequence[NativeArray]) -> None:
         self._array = array
         self._folder = folder
         self._aside = aside
-        self._native = native
+        self._coders: SimpleQueue[NativeArray] = SimpleQueue()
+        for coder in coders:
+            self._coders.put(coder)
         self._unit = array.shards or array.chunks
         self._folders: set[Path] = set()
 
@@ -106,15 +109,28 @@ class StagedArray:
         aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
         aside.mkdir()
         shutil.copyfile(folder / "zarr.json", aside / "zarr.json")
-        native = NativeArray.open(zarr.open_array(LocalStore(aside), mode="r+"), threads)
-        if native is None:
+        # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
+        # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
+        boxes, each = (1, threads) if array.shards is None else (threads, 1)
+        staged = zarr.open_array(LocalStore(aside), mode="r+")
+        coders = [coder for _ in range(boxes) if (coder := NativeArray.open(staged, each)) is not None]
+        if not coders:
             shutil.rmtree(aside)
             return None
-        return cls(array, folder, aside, native)
+        return cls(array, folder, aside, coders)
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether write units should be written one by one, by several callers."""
+        return self._array.shards is not None
 
     def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
         """Write a selection of whole write units."""
-        self._native.write(selection, values)
+        coder = self._coders.get()
+        try:
+            coder.write(selection, values)
+        finally:
+            self._coders.put(coder)
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, self._unit, strict=True)]
         for position in itertools.product(*spans):
             key = self._array.metadata.encode_chunk_key(position)

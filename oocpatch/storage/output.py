@@ -243,10 +243,10 @@ class Output:
 
     def requests(self, head: int, box: Box) -> Iterator[Box]:
         """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
-        if self._staged[head] is not None:
-            yield box
-            return
         found = self._heads[head]
+        if (staged := self._staged[head]) is not None:
+            yield from box.split(found.unit) if staged.by_unit else [box]
+            return
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 

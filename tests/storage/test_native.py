@@ -94,6 +94,21 @@ def test_whole_units_are_written_as_zarr_python_writes_them(options, tmp_path):
     assert sorted(p.name for p in (tmp_path / "a.zarr").iterdir()) == ["c", "zarr.json"]
 
 
+def test_the_same_values_give_the_same_shard_byte_for_byte(tmp_path):
+    values = some((16, 16, 16), "i4")
+    files = set()
+    for attempt in range(50):
+        folder = tmp_path / f"{attempt}.zarr"
+        array = zarr.create_array(folder, shape=values.shape, chunks=(2, 2, 2), shards=(16, 16, 16), dtype="i4")
+        staged = StagedArray.open(array, 4)
+        assert staged is not None
+        staged.write((slice(0, 16),) * 3, values)
+        staged.close()
+        assert_array_equal(array[...], values)
+        files.add((folder / "c" / "0" / "0" / "0").read_bytes())
+    assert len(files) == 1
+
+
 def test_a_fault_of_the_system_keeps_its_number():
     with pytest.raises(OSError, match="No space left") as caught, os_errors():
         raise RuntimeError("No space left on device (os error 28)")
