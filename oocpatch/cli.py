@@ -36,6 +36,23 @@ def size(text: str | int) -> int | tuple[int, ...]:
     return sizes if len(sizes) > 1 else sizes[0]
 
 
+def box(text: str) -> list[tuple[int | None, int | None]]:
+    """Read `START:STOP` per axis; either may be left out.
+
+    >>> box("16:64,:,:128")
+    [(16, 64), (None, None), (None, 128)]
+    """
+    spans = []
+    for part in text.split(","):
+        start, colon, stop = part.partition(":")
+        try:
+            assert colon
+            spans.append((int(start) if start else None, int(stop) if stop else None))
+        except (AssertionError, ValueError):
+            raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {text!r}.") from None
+    return spans
+
+
 def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
     """Read a size, or `auto`."""
     return "auto" if text == "auto" else size(text)
@@ -230,6 +247,12 @@ _run_options = _options(
     ),
     _option("--mask", metavar="ZARR", help="Skip patches without a nonzero voxel in this mask, of any resolution."),
     _option("--skip-empty", is_flag=True, help="Skip patches of which nothing was ever written."),
+    _option(
+        "--box",
+        type=box,
+        metavar="START:STOP,...",
+        help="Compute only the patches that meet this box, in voxels per spatial axis; 16:64,:,0:128.",
+    ),
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
     _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
@@ -295,17 +318,20 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
         "seconds": round(time.monotonic() - start, 3),
         "patches": made.patches,
         "blocks": made.blocks,
-        "uncovered_voxels": _uncovered_voxels(output),
+        **_counts(output),
     }
     line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+    if report["nonfinite_voxels"]:
+        line += ", {nonfinite_voxels} that are NaN or infinite"
     click.echo(_as_json(report) if as_json else line.format(**report))
 
 
-def _uncovered_voxels(output: str) -> int:
+def _counts(output: str) -> dict[str, int]:
     from oocpatch.storage.output import inspect_output
 
     record = inspect_output(Path(output))
-    return int(record.details["uncovered_voxels"]) if record is not None else 0
+    details = {} if record is None else record.details
+    return {name: int(details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
 
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:

@@ -19,7 +19,7 @@ from oocpatch.inference.around import around
 from oocpatch.inference.finish import POSTPROCESSES
 from oocpatch.inference.models import Model, load_models, model_identity
 from oocpatch.inference.predictor import Predictor, resolve_device
-from oocpatch.inference.selection import Mask
+from oocpatch.inference.selection import Mask, Selection
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
@@ -41,7 +41,7 @@ class Request:
         output, workspace: directories of the result, and of what is kept until it is done.
         patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones; no patch
             size: it is to be chosen.
-        mask: which patches to compute; None: all.
+        selection: which patches to compute.
         max_memory, max_disk: in bytes.
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
@@ -54,7 +54,7 @@ class Request:
     workspace: Path
     patch_size: Ints
     patch_overlap: Ints
-    mask: Mask | None
+    selection: Selection
     max_memory: int
     max_disk: int | None
     block_shape: Ints | None
@@ -68,7 +68,7 @@ class Request:
     @property
     def skips(self) -> bool:
         """Whether patches may be skipped."""
-        return self.mask is not None or self.options["skip_value"] is not None
+        return bool(self.selection) or self.options["skip_value"] is not None
 
     @property
     def turns(self) -> tuple[augmentation.Turn, ...]:
@@ -176,6 +176,7 @@ def make_request(
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
     mask: Any,
+    box: Any,
     skip_empty: bool,
     client: None,
     output_format: str,
@@ -224,6 +225,7 @@ def make_request(
         "workers": None if workers is None else door.positive("workers", workers),
     }
     found_mask = None if mask is None else _mask(mask, data)
+    found_box = None if box is None else door.box("box", box, data)
     parameters = {
         "volume": data.identity,
         "axes": list(data.axes.names),
@@ -238,6 +240,7 @@ def make_request(
         "fill": door.plain(fill),
         "mask": None if found_mask is None else found_mask.volume.identity,
         "skip_empty": bool(skip_empty),
+        "box": None if found_box is None else [list(found_box.start[looped:]), list(found_box.stop[looped:])],
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
@@ -256,7 +259,7 @@ def make_request(
         workspace=place,
         patch_size=patch,
         patch_overlap=overlap,
-        mask=found_mask,
+        selection=Selection(found_mask, found_box),
         max_memory=door.memory_limit(max_memory),
         max_disk=None if max_disk is None else door.num_bytes("max_disk", max_disk),
         block_shape=spatial("block_shape", block_shape),
