@@ -97,7 +97,7 @@ def per_head(names: str = "") -> Callable[[str], str | dict[str, str]]:
 
     def read(text: str) -> str | dict[str, str]:
         parts = [part.rpartition("=") for part in text.split(",")]
-        unknown = [value for _, _, value in parts if allowed and value not in allowed]
+        unknown = [value for _, _, value in parts if allowed and value.partition(":")[0] not in allowed]
         if unknown or (len(parts) > 1 and not all(name for name, _, _ in parts)):
             told = f"one of {', '.join(allowed)}" if allowed else "a value"
             raise click.BadParameter(f"expected {told}, or one per head such as scores={text}, got {text!r}.")
@@ -226,8 +226,8 @@ _patch_options = _options(
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
     _option(
         "--postprocess",
-        type=per_head("argmax softmax sigmoid"),
-        metavar="[argmax|softmax|sigmoid]",
+        type=per_head("argmax softmax sigmoid threshold"),
+        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER]",
         help="Applied to the blended result; HEAD=NAME,... for several outputs.",
     ),
     _option(

@@ -164,16 +164,6 @@ def dtype(name: str, value: Any) -> str | None:
     return str(found)
 
 
-def postprocess(
-    value: str | Callable[..., Any] | None, named: Mapping[str, Callable[..., Any]]
-) -> Callable[..., Any] | None:
-    """A checked postprocess, as a function; `named` are those that have a name."""
-    if value is None or callable(value):
-        return value
-    one_of("postprocess", value, tuple(named))
-    return named[value]
-
-
 def box(name: str, value: Any, volume: Volume) -> Box:
     """A checked box, one span per spatial axis, over all indices of looped axes.
 

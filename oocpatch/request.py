@@ -16,7 +16,7 @@ from oocpatch.inference import preprocess as preprocessing
 from oocpatch.inference import turns as augmentation
 from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
-from oocpatch.inference.finish import POSTPROCESSES
+from oocpatch.inference.finish import named_postprocess
 from oocpatch.inference.models import Model, load_models, model_identity
 from oocpatch.inference.predictor import Predictor, resolve_device
 from oocpatch.inference.selection import Mask, Selection
@@ -210,7 +210,7 @@ def make_request(
         "augment": augmentation.checked(augment, data.names[looped:]),
         "overlap_mode": door.per_head(overlap_mode, door.overlap_mode),
         "num_classes": None if num_classes is None else door.positive("num_classes", num_classes),
-        "postprocess": door.per_head(postprocess, lambda value: door.postprocess(value, POSTPROCESSES)),
+        "postprocess": door.per_head(postprocess, _postprocess),
         "padding_mode": door.padding_mode(padding_mode),
         "fill": door.number("fill", fill),
         "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
@@ -274,6 +274,10 @@ def make_request(
 def is_auto(value: object) -> bool:
     """Whether a size is to be chosen."""
     return isinstance(value, str) and value == AUTO
+
+
+def _postprocess(value: Any) -> Any:
+    return value if value is None or callable(value) else named_postprocess(str(value))
 
 
 def _identity_of(value: Any) -> Any:

@@ -110,8 +110,8 @@ def predict(
         batch_size: patches per call of the model; `"auto"`: chosen.
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
-        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
-            by voxel. A dict gives each of the model's outputs its own.
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), or a function
+            of blended scores `(C, *box)` that works voxel by voxel. A dict gives each of the model's outputs its own.
         output_dtype: dtype of the output; integers are rounded half to even and saturate. As a dict, of each.
         output_chunks: chunks of the output, in voxels, spatial; default: those of the volume, if reasonable.
         output_shards: shards of the output, in voxels, spatial; multiples of its chunks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,31 @@ POSTPROCESSES: dict[str, Postprocess] = {
     "argmax": lambda scores: scores.max(dim=0, keepdim=True).indices,
     "softmax": lambda scores: scores.softmax(dim=0),
     "sigmoid": lambda scores: scores.sigmoid(),
+    "threshold": lambda scores: threshold(scores, 0.5),
 }
+
+
+def threshold(scores: torch.Tensor, at: float) -> torch.Tensor:
+    """1 where a score is above a threshold, else 0, as uint8."""
+    return (scores > at).to(torch.uint8)
+
+
+def named_postprocess(name: str) -> Postprocess:
+    """A postprocess by its name: one of `POSTPROCESSES`, or `threshold:0.3` for a threshold other than 0.5.
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> named_postprocess("threshold:0.3")(torch.tensor([0.2, 0.4]))
+    tensor([0, 1], dtype=torch.uint8)
+    """
+    if name in POSTPROCESSES:
+        return POSTPROCESSES[name]
+    kind, _, at = name.partition(":")
+    if kind == "threshold":
+        with contextlib.suppress(ValueError):
+            return functools.partial(threshold, at=float(at))
+    raise ValueError(f"postprocess must be one of {', '.join(POSTPROCESSES)} or threshold:NUMBER, got {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
