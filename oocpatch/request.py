@@ -16,6 +16,7 @@ from oocpatch.inference import preprocess as preprocessing
 from oocpatch.inference import turns as augmentation
 from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
+from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import named_postprocess
 from oocpatch.inference.models import Model, load_models, model_identity
 from oocpatch.inference.predictor import Predictor, resolve_device
@@ -186,6 +187,7 @@ def make_request(
     Raises:
         ValueError, TypeError: for the first one that will not do.
     """
+    lean_heap()  # before the probe of the model, whose memory would stay in the heap
     target = door.local_path("output", output)
     place = door.local_path("workspace", workspace) if workspace is not None else beside(target, "")
     data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes)

@@ -23,7 +23,6 @@ import torch
 
 from oocpatch.decide import make_plan, resumed
 from oocpatch.errors import OutputBusy, OutputExists
-from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Run, Stopped, dask_threads
 from oocpatch.inference.stages import Job, normalize_block, predict_block, window
@@ -276,7 +275,6 @@ def _details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[st
 def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
     """Run the stages of a plan over what is not done yet; facts about the run."""
     started = time.monotonic()
-    lean_heap()
     workspace.write_weights()
     done = workspace.progress()
     stop = threading.Event()
