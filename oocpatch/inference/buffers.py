@@ -34,7 +34,7 @@ SMALL = 1 << 20
 
 HUGE = 16 << 20
 """Bytes from which on a buffer asks for huge pages: rows of a patch lie in a page each, and finding these takes 8% of
-the CPU time of a run. Smaller buffers would be resident to the last page, and leave no room for what no plan can count."""
+the CPU time of a run. Smaller buffers would be resident to the last page, and leave no room for what nobody counts."""
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
