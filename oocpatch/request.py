@@ -46,6 +46,8 @@ class Request:
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
         options: all other arguments by name.
+        given: the model and its weights as they were given.
+        client: of the cluster that does the work; None: this process does.
     """
 
     volume: Volume
@@ -60,6 +62,8 @@ class Request:
     block_shape: Ints | None
     parameters: Mapping[str, Any]
     options: Mapping[str, Any]
+    given: Mapping[str, Any]
+    client: Any
 
     @property
     def looped(self) -> int:
@@ -177,7 +181,7 @@ def make_request(
     workers: int | None,
     mask: Any,
     skip_empty: bool,
-    client: None,
+    client: Any,
     output_format: str,
 ) -> Request:
     """Check the arguments of `predict`.
@@ -191,7 +195,10 @@ def make_request(
     for name, path in (("output", target), ("workspace", place)):
         door.apart(name, path, data)
         door.writable(name, path)
-    door.not_yet("client", client)
+    if client is not None:
+        from oocpatch.inference.cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
+
+        checked_client(client)
     door.one_of("output_format", output_format, ("auto", "zarr"))
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
@@ -204,6 +211,7 @@ def make_request(
     def spatial(name: str, value: int | Sequence[int] | None) -> Ints | None:
         return None if value is None else door.sizes(name, value, data, least=1)
 
+    processes = None if workers is None else door.positive("workers", workers)
     options = {
         "preprocess": preprocessing.checked(preprocess, data.dtype, data.channels),
         "augment": augmentation.checked(augment, data.names[looped:]),
@@ -221,7 +229,9 @@ def make_request(
         "output_fill": door.number("output_fill", output_fill),
         "allow_nonfinite": bool(allow_nonfinite),
         "skip_value": empty_value(data) if skip_empty else None,
-        "workers": None if workers is None else door.positive("workers", workers),
+        # A process of a cluster works on one block at a time.
+        "workers": 1 if client is not None else processes,
+        "processes": processes,
     }
     found_mask = None if mask is None else _mask(mask, data)
     parameters = {
@@ -262,6 +272,8 @@ def make_request(
         block_shape=spatial("block_shape", block_shape),
         parameters=parameters,
         options=options,
+        given={"model": model, "weights": weights, "model_args": model_args, "trust_pickle": trust_pickle},
+        client=client,
     )
     if patch:
         request.refuse_patches()

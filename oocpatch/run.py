@@ -16,19 +16,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-import torch
 
 from oocpatch.decide import make_plan, resumed
 from oocpatch.errors import OutputBusy, OutputExists
-from oocpatch.inference.buffers import lean_heap
-from oocpatch.inference.finish import Finisher
-from oocpatch.inference.scheduler import Run, Stopped, dask_threads
-from oocpatch.inference.stages import Job, normalize_block, predict_block, window
-from oocpatch.layout import postprocess_of
-from oocpatch.planning.memory import TILE, reading
+from oocpatch.inference.scheduler import Executor, Run, Stopped, dask_threads
+from oocpatch.inference.stages import Job
+from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of, hidden, root_of
 from oocpatch.request import Request, beside, make_request
@@ -71,7 +65,7 @@ def predict(
     workers: int | None = None,
     mask: Any = None,
     skip_empty: bool = False,
-    client: None = None,
+    client: Any = None,
     output_format: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
@@ -118,11 +112,12 @@ def predict(
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
         workspace: directory for what is kept until the run is done; default: beside the output.
-        workers: blocks to work on at a time.
+        workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
         skip_empty: skip patches that hold nothing but what voxels hold that were never written.
-        client: not offered in this version; None.
+        client: a `dask.distributed.Client`, whose worker processes do the work, each within `max_memory`. They must see
+            volume, output and workspace under the same paths.
         output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
@@ -140,8 +135,9 @@ def predict(
         RunMismatch: when the output belongs to a run with other parameters.
         OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
+        ClusterLost: when the scheduler or all workers are gone; the same call goes on.
 
-    >>> import tempfile, numpy as np
+    >>> import tempfile, numpy as np, torch
     >>> volume = np.random.default_rng(0).random((40, 50), dtype=np.float32)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = predict(volume, torch.nn.Identity(), f"{folder}/out.zarr", patch_size=16, patch_overlap=8)
@@ -178,7 +174,7 @@ def plan(
     Raises:
         As `predict`, before its first block.
 
-    >>> import numpy as np
+    >>> import numpy as np, torch
     >>> made = plan(np.zeros((64, 64), np.float32), torch.nn.Identity(), "out.zarr", patch_size=32, patch_overlap=16)
     >>> made.patches, made.blocks, made.block_shape
     (9, 1, (64, 64))
@@ -213,6 +209,10 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
     Raises:
         OutputExists, OutputBusy, RunMismatch: when this call must not touch it.
     """
+    if request.client is not None:
+        from oocpatch.recipe import refuse_cluster  # noqa: PLC0415 - a second of imports, for clusters only
+
+        refuse_cluster(request)
     who = holder(beside(request.output, ".lock"))
     if who is not None:
         raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
@@ -271,68 +271,29 @@ def _details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[st
 def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
     """Run the stages of a plan over what is not done yet; facts about the run."""
     started = time.monotonic()
-    lean_heap()
     workspace.write_weights()
     done = workspace.progress()
+    workspace.sweep(done)
     stop = threading.Event()
-    predictor = request.predictor(
-        copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
-    )
     ledger = workspace.ledger()
     with contextlib.ExitStack() as stack:
         stack.callback(ledger.close)
         bar = stack.enter_context(bar_of(made, progress, sum(made.patches_of(i) for i in done.predicted)))
-        stack.enter_context(predictor.ready())
-        threads = made.way.io_threads
-        reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
-        writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
 
         def on_patches(count: int) -> None:
             if stop.is_set():
                 raise Stopped
             bar(count)
 
-        output = Output(request.output, made)
-        stack.enter_context(output.native(threads))
-        job = Job(
-            plan=made,
-            volume=request.volume.native(reading(threads)),
-            mask=request.mask,
-            predictor=predictor,
-            workspace=workspace,
-            windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
-            output=output,
-            finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
-            reads=reads,
-            writes=writes,
-            allow_nonfinite=request.options["allow_nonfinite"],
-            skip_value=request.options["skip_value"],
-            on_patches=on_patches,
-        )
-        run = Run(
-            blocks=made.block_grid,
-            progress=done,
-            ledger=ledger,
-            predict=functools.partial(predict_block, job),
-            normalize=functools.partial(normalize_block, job),
-            delete=workspace.delete,
-            stop=stop,
-        )
-        with dask_threads(made.concurrency) as submit:
-            run.execute(submit, made.concurrency)
-    return _details(made, time.monotonic() - started, done.uncovered, predictor.halving.count)
+        job: Job | None = None
+        executor: Executor
+        if request.client is not None:
+            from oocpatch.remote import cluster_of  # noqa: PLC0415 - a second of imports, for clusters only
 
-
-def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
-    head, weights = made.heads[number], None
-    if head.blended and not head.dense:
-        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
-    return Finisher(
-        weights,
-        postprocess_of(request.options, head.name, head.mode),
-        request.looped,
-        max(1, TILE // max(head.stored, head.out_channels)),
-        dense=head.dense,
-        divide=head.blended,
-        fill=request.options["output_fill"],
-    )
+            executor = stack.enter_context(cluster_of(request, made, workspace, bar))
+        else:
+            job = stack.enter_context(open_job(request, made, workspace, Output(request.output, made), on_patches))
+            executor = stack.enter_context(dask_threads(made.concurrency, functools.partial(perform, job), stop))
+        blocks = range(made.blocks)
+        Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+    return _details(made, time.monotonic() - started, done.uncovered, job.predictor.halving.count if job else 0)

@@ -30,6 +30,7 @@ from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
+from oocpatch.storage.ledger import NOTHING, Promise
 from oocpatch.storage.output import Output
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
@@ -75,11 +76,11 @@ class Done:
     """What a stage did.
 
     Attributes:
-        digest: of the partials it left; 0: none.
+        promise: the partials it left.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
     """
 
-    digest: int = 0
+    promise: Promise = NOTHING
     uncovered: int = 0
 
 
@@ -130,7 +131,8 @@ class Writes:
 def predict_block(job: Job, index: int) -> Done:
     """Sweep one block.
 
-    Idempotent: writes only the direct part of its own core to the output, and `blocks/<index>` in the workspace.
+    Idempotent: writes only the direct part of its own core to the output, and a directory of its own below
+    `blocks/<index>` in the workspace.
     """
     plan = job.plan
     ranges = plan.block_grid.patches(plan.block_grid[index])
@@ -169,11 +171,13 @@ def predict_block(job: Job, index: int) -> Done:
             partial.advance(frame[index].reach.stop[plan.sweep])
         for head in writes:
             head.pending.wait()
+        promise = partials.close()
     finally:
         reader.pending.abandon()
         for head in writes:
             head.pending.abandon()
-    return Done(partials.close(), sums[0].uncovered)
+        partials.discard()
+    return Done(promise, sums[0].uncovered)
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -292,7 +296,7 @@ def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index
     return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
 
 
-def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
+def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Done:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
     Idempotent: writes only the open part of its own core, whole write units.
@@ -300,17 +304,19 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
     Args:
         job: what tasks share.
         index: the block.
-        digests: from the ledger, for the block and those whose seams enter it.
+        promises: from the ledger, for the block and those whose seams enter it.
 
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
     readers: dict[int, PartialReader] = {}
-    uncovered = [_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))]
+    uncovered = [_normalize(job, index, number, promises, readers) for number in range(len(job.plan.heads))]
     return Done(uncovered=uncovered[0])
 
 
-def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> int:
+def _normalize(
+    job: Job, index: int, number: int, promises: Mapping[int, Promise], readers: dict[int, PartialReader]
+) -> int:
     """The normalize stage of one head; the number of voxels where no patch was."""
     frame = job.plan.frames[number]
     block = frame[index]
@@ -319,7 +325,7 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
         if part.empty:
             return None
         if source not in readers:
-            readers[source] = job.workspace.reader(source, digests[source])
+            readers[source] = job.workspace.reader(source, promises[source])
         found = readers[source].read(number, piece, whole, part)
         return None if found is None else torch.from_numpy(found)
 

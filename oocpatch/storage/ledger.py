@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from oocpatch.storage.checksum import text_checksum
 
@@ -32,7 +32,7 @@ class Record:
         block: index of the block.
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
-        note: a message (`failed`).
+        note: a message (`failed`); the attempt that left the partials (`predict`), and whose are damaged (`undone`).
     """
 
     kind: Kind
@@ -40,6 +40,21 @@ class Record:
     digest: int = 0
     uncovered: int = 0
     note: str = ""
+
+
+class Promise(NamedTuple):
+    """The partials that a block left.
+
+    Attributes:
+        digest: of their manifest; 0: there are none.
+        attempt: which of the attempts at the block left them.
+    """
+
+    digest: int
+    attempt: str
+
+
+NOTHING = Promise(0, "")
 
 
 class Ledger:
@@ -118,16 +133,17 @@ class Progress:
     """What a ledger says, summed up.
 
     Attributes:
-        predicted: digest of the partials of each block whose predict stage is done.
+        predicted: what each block left whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         without: voxels where no patch was, by stage and block, where there are any.
     """
 
-    predicted: dict[int, int]
+    predicted: dict[int, Promise]
     normalized: set[int]
     failed: dict[int, str]
     without: dict[tuple[str, int], int] = field(default_factory=dict)
+    _undone: set[str] = field(default_factory=set)
 
     @property
     def uncovered(self) -> int:
@@ -146,13 +162,17 @@ class Progress:
         """Take one more record into account."""
         if record.uncovered:
             self.without[record.kind, record.block] = record.uncovered
+        if record.kind == "predict" and record.note in self._undone:
+            return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
-            self.predicted[record.block] = record.digest
+            self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NOTHING
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "undone":
-            self.predicted.pop(record.block, None)
+            self._undone.add(record.note)
+            if self.predicted.get(record.block, NOTHING).attempt == record.note:
+                del self.predicted[record.block]
         else:
             self.failed[record.block] = record.note

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.native import StagedArray
+from oocpatch.storage.native import StagedArray, sweep_aside
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -277,7 +276,7 @@ class Output:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
         for left in [left for path in self._paths for left in (self.path / path).rglob("*.partial")]:
             if left.is_dir():
-                shutil.rmtree(left)
+                sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
 
