@@ -1,7 +1,8 @@
 """The command line: one verb, one job. stdout is data, stderr is logs and progress.
 
-Exit codes: 0 done; 1 some blocks failed, or a check did; 2 bad usage or bad input; 3 refused (plan too large, other
-run, output taken); 130 interrupted. Options are the parameters of `oocpatch.predict`.
+Exit codes: 0 done; 1 some blocks failed, a cluster was lost, or a check failed; 2 bad usage or bad input; 3 refused
+(plan too large, other run, output taken); 130 interrupted, by Ctrl-C or SIGTERM. Options are the parameters of
+`oocpatch.predict`.
 
 Heavy libraries are imported inside the commands: `oocpatch --help` imports neither torch nor zarr nor dask.
 """
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+
+from oocpatch import where
 
 if TYPE_CHECKING:
     from oocpatch.planning.plan import Plan
@@ -94,7 +97,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with where.terminable():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
@@ -112,7 +116,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (errors.PlanTooLarge, errors.RunMismatch, errors.OutputExists, errors.OutputBusy)):
         return REFUSED
-    if isinstance(error, (errors.BlockFailed, errors.CorruptData)):
+    if isinstance(error, (errors.BlockFailed, errors.ClusterLost, errors.CorruptData)):
         return FAILED
     if isinstance(error, (errors.OocpatchError, ValueError, TypeError, OSError)):
         return BAD_INPUT
@@ -233,7 +237,16 @@ _run_options = _options(
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
     _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
-    _option("--workers", type=int, help="Blocks computed at a time; default: the planner's choice."),
+    _option(
+        "--workers", type=int, help="Blocks, or worker processes, at a time; default: the planner's choice, or all."
+    ),
+    _option("--processes", is_flag=True, help="Compute in --workers processes of this machine instead of threads."),
+    _option(
+        "--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://HOST:PORT or file:scheduler.json."
+    ),
+    _option(
+        "--part", type=where.part, metavar="I/N", help="Compute only part I of N; the last part finishes the output."
+    ),
     _option("--resume/--no-resume", default=True, help="Continue an unfinished run."),
     _option("--overwrite", is_flag=True, help="Replace what oocpatch wrote here before."),
     _option("--allow-nonfinite", is_flag=True, help="Keep the model's NaN and infinity instead of failing the block."),
@@ -263,7 +276,7 @@ def main() -> None:
 @_json_option
 def plan(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
-    made = _plan(volume, output, options)
+    made = _plan(volume, output, where.as_planned(options))
     click.echo(made.to_json() if as_json else str(made))
 
 
@@ -280,32 +293,32 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
     from oocpatch.errors import BlockFailed
 
     start = time.monotonic()
-    made = _plan(volume, output, {**options, "progress": progress})
-    _log(str(made))
-    try:
-        made.run()
-    except BlockFailed as error:
-        if as_json:
-            failed = {str(block): message for block, message in error.failures.items()}
-            click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
-        raise
-    report = {
-        "output": output,
-        "complete": True,
-        "seconds": round(time.monotonic() - start, 3),
-        "patches": made.patches,
-        "blocks": made.blocks,
-        "uncovered_voxels": _uncovered_voxels(output),
-    }
-    line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+    with where.client_of(options, _log) as given:
+        made = _plan(volume, output, {**given, "progress": progress})
+        _log(str(made))
+        try:
+            made.run()
+        except BlockFailed as error:
+            if as_json:
+                failed = {str(block): message for block, message in error.failures.items()}
+                click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
+            raise
+    seconds = round(time.monotonic() - start, 3)
+    uncovered = _uncovered_voxels(output)
+    report = {"output": output, "complete": uncovered is not None, "seconds": seconds}
+    line = "{output}: {seconds:.1f} s, this part is done, others are not"
+    if uncovered is not None:
+        report |= {"patches": made.patches, "blocks": made.blocks, "uncovered_voxels": uncovered}
+        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
     click.echo(_as_json(report) if as_json else line.format(**report))
 
 
-def _uncovered_voxels(output: str) -> int:
+def _uncovered_voxels(output: str) -> int | None:
+    """How many there are; None while parts of the run are not done."""
     from oocpatch.storage.output import inspect_output
 
     record = inspect_output(Path(output))
-    return int(record.details["uncovered_voxels"]) if record is not None else 0
+    return int(record.details["uncovered_voxels"]) if record is not None and record.complete else None
 
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:

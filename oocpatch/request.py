@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -324,3 +325,15 @@ def empty_value(volume: Volume) -> float:
 def beside(output: Path, suffix: str) -> Path:
     """What a run keeps beside its output: the workspace, and with a suffix the lock."""
     return output.with_name(f"{output.name}.oocpatch{suffix}")
+
+
+def part_lock(output: Path, part: tuple[int, int]) -> Path:
+    """The lock of one part of a run."""
+    return beside(output, f".lock.part-{part[0]}-of-{part[1]}")
+
+
+def locks(output: Path) -> list[Path]:
+    """The lock of an output, and those of parts of its run."""
+    whole = beside(output, ".lock")
+    found = output.parent.glob(f"{glob.escape(whole.name)}.part-*-of-*")
+    return [whole, *sorted(path for path in found if path.suffix.removeprefix(".part-").replace("-of-", "").isdigit())]

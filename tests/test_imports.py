@@ -38,7 +38,7 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "recipe", "job", "remote", "run"}
+    run = request | {"decide", "progress", "parts", "recipe", "job", "remote", "executors", "run"}
     public = run | {"checking"}
     above = public | {
         "__init__"
@@ -58,12 +58,15 @@ def _floors() -> dict[str, Floor]:
         "decide": Floor(request | {"decide"}, on_device),
         "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
         "job": Floor(request | {"job"}, on_device),
+        "parts": Floor(request | {"parts"}, frozenset()),
+        "executors": Floor(request | {"progress", "job", "remote", "executors"}, frozenset()),
         "recipe": Floor(request | {"recipe"}, on_device),
         "remote": Floor(request | {"job", "recipe", "remote"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
-        "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),
+        "where": Floor(request, frozenset({"click"})),
+        "cli": Floor(above | {"demo", "where", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
@@ -361,6 +362,8 @@ def connected(scheduler: str | None, processes: int) -> Iterator[distributed.Cli
     where = {"scheduler_file": rest} if kind == "file" else {"address": scheduler}
     if kind not in ("tcp", "tls", "ucx", "ws", "wss", "file") or not rest.strip("/"):
         raise ValueError(f"scheduler must be tcp://host:port or file:scheduler.json, got {scheduler!r}")
+    if kind == "file" and not Path(rest).is_file():  # Dask would wait for it
+        raise ValueError(f"no scheduler has written {rest}; start one with `dask scheduler --scheduler-file {rest}`")
     try:
         client = distributed.Client(**where, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:

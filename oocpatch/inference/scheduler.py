@@ -172,6 +172,7 @@ class Run:
         """
         upcoming = iter(self.own)
         pending: dict[Future[Done], Task] = {}
+        self._hear()
         for index in [i for i in self.progress.predicted if i not in self.own]:
             self._predicted(index)
         try:
@@ -282,7 +283,6 @@ class Run:
         logger.warning("%s; computing block %d anew", error, error.block)
         self._earlier[error.block] = self.progress.predicted[error.block].digest
         self._record(Record("undone", error.block, note=self.progress.predicted[error.block].attempt))
-        self.delete(error.block)
         self._ready.append(("predict", error.block))
 
     def _record(self, record: Record) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -118,6 +118,40 @@ def read_ledger(path: Path) -> Iterator[Record]:
                 yield record
 
 
+class News:
+    """What other drivers record in segments of their own, as it comes.
+
+    Args:
+        root: the directory of all segments.
+        own: name of the segment that is not looked at.
+    """
+
+    def __init__(self, root: Path, own: str) -> None:
+        self._root = root
+        self._own = own
+        self._read: dict[str, int] = {}
+
+    def __call__(self) -> list[Record]:
+        """The records since the last time; the first time all of them."""
+        found: list[Record] = []
+        for path in segments(self._root):
+            if path.name == self._own:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path.name, 0))
+                data = file.read()
+            whole = data.rfind(b"\n") + 1  # the end may be on its way
+            self._read[path.name] = self._read.get(path.name, 0) + whole
+            records = (_parse(line) for line in data[:whole].splitlines(keepends=True))
+            found += [record for record in records if record is not None]
+        return found
+
+
+def segments(root: Path) -> list[Path]:
+    """The ledger of a run, and those of parts that have drivers of their own."""
+    return sorted(root.glob("ledger")) + sorted(root.glob("ledger.*"))
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         crc, text = line.decode().removesuffix("\n").split(" ", 1)
@@ -151,11 +185,12 @@ class Progress:
         return sum(self.without.values())
 
     @classmethod
-    def read(cls, path: Path) -> Progress:
-        """Sum up a ledger."""
+    def read(cls, paths: Iterable[Path]) -> Progress:
+        """Sum up the segments of a ledger; in which order does not matter."""
         progress = cls({}, set(), {})
-        for record in read_ledger(path):
-            progress.add(record)
+        for path in paths:
+            for record in read_ledger(path):
+                progress.add(record)
         return progress
 
     def add(self, record: Record) -> None:

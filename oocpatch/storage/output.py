@@ -310,11 +310,12 @@ def open_result(path: Path) -> Result:
     assert record is not None
     heads = record.details["heads"]
     uncovered = record.details.get("uncovered_voxels", 0)
+    consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
     if record.details["tree"]:
-        result = xarray.open_datatree(path, engine="zarr")
+        result = xarray.open_datatree(path, engine="zarr", consolidated=consolidated)
     else:
-        dataset = xarray.open_zarr(path)
+        dataset = xarray.open_zarr(path, consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     if uncovered:
         result.attrs["uncovered_voxels"] = uncovered

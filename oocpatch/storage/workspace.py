@@ -4,6 +4,7 @@
 <workspace>/<run_id>/
     plan.json            written last when a run is set up: without it the directory is rubbish
     ledger
+    ledger.<i>-of-<n>    of a part of an array job
     weights/<head>/<axis>    the weights of a full grid, one 1-D array per axis
     blocks/<index>/          one directory per block
         <attempt>/           one per attempt at it, of a name of its own; the ledger says which counts
@@ -42,7 +43,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.checksum import checksum, text_checksum
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.ledger import NOTHING, Ledger, Progress, Promise
+from oocpatch.storage.ledger import NOTHING, Ledger, Progress, Promise, read_ledger, segments
 
 Array = npt.NDArray[Any]
 
@@ -85,13 +86,25 @@ class Workspace:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def ledger(self) -> Ledger:
-        """The ledger, for its one writer."""
-        return Ledger(self.root / "ledger")
+    def ledger(self, segment: str = "ledger") -> Ledger:
+        """The ledger, or a segment of it, for its one writer."""
+        return Ledger(self.root / segment)
 
     def progress(self) -> Progress:
-        """What the ledger says is done."""
-        return Progress.read(self.root / "ledger")
+        """What the ledger says is done, all segments together."""
+        return Progress.read(segments(self.root))
+
+    def join(self) -> None:
+        """Move the records of all segments into the ledger; only when nobody writes to any of them."""
+        parts = [path for path in segments(self.root) if path.name != "ledger"]
+        if parts:
+            ledger = self.ledger()
+            for path in parts:
+                for record in read_ledger(path):
+                    ledger.append(record)
+            ledger.close()
+            for path in parts:
+                path.unlink()
 
     def write_weights(self) -> None:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""
