@@ -164,7 +164,9 @@ def in_processes(folder: Path, kills: int, generator: random.Random) -> Tally:
     log = Path(f"{control}.log")
 
     def start(*more: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*command, *more], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, *more], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     assert start().wait() == 0
     expected = file_digests(Path(job.output) / "prediction")

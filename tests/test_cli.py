@@ -296,9 +296,8 @@ def test_failed_blocks_are_exit_code_1_and_the_same_command_retries_them(data: n
         (signal.SIGINT, ["--workers", "1"]),
         (signal.SIGTERM, ["--workers", "1"]),
         (signal.SIGTERM, ["--processes", "--workers", "2"]),
-        (signal.SIGTERM, ["--part", "1/1", "--workers", "1"]),
     ],
-    ids=["ctrl-c", "sigterm", "processes", "part"],
+    ids=["ctrl-c", "sigterm", "processes"],
 )
 def test_interrupt_ends_with_130_and_the_same_command_continues(
     number: int, workers: list[str], data: np.ndarray[Any, Any]
@@ -317,23 +316,12 @@ def test_interrupt_ends_with_130_and_the_same_command_continues(
     assert stdout == ""
     assert "Traceback" not in stderr
     assert "interrupted; what is finished is kept, the same command continues" in stderr.splitlines()[-1]
+    assert ("dashboard: http" in stderr) == ("--processes" in workers)
     status = run("status", "out.zarr")
     assert status.exit_code == 0
     assert status.stdout.splitlines()[0].endswith("out.zarr: incomplete")
     assert run(*command, "--workers", "1").exit_code == 0
     np.testing.assert_allclose(prediction(), data * 2, rtol=1e-6)
-
-
-def test_processes_of_this_machine_give_the_bytes_of_threads(data: np.ndarray[Any, Any]) -> None:
-    command = ["--model", "models.py:double", *PATCHES, "--block-shape", "8", "--output-chunks", "8"]
-    assert run("predict", "in.zarr", "threads.zarr", *command).exit_code == 0
-    child = start("predict", "in.zarr", "out.zarr", *command, "--processes", "--workers", "2", "--json")
-    stdout, stderr = child.communicate(timeout=120)
-    assert child.returncode == 0, stderr
-    assert json.loads(stdout)["complete"] is True
-    assert "dashboard: http" in stderr
-    assert "Traceback" not in stderr
-    assert prediction().tobytes() == prediction("threads.zarr").tobytes()
 
 
 def test_parts_are_commands_of_an_array_job(data: np.ndarray[Any, Any]) -> None:

@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 import oocpatch
 from oocpatch.parts import Part
 from tests.children import Children, report
-from tests.crash_child import Job
+from tests.crash_child import Job, make_volume
 from tests.small_run import (
     MIDDLE,
     MOST_IN_BLOCK,
+    TINY,
     all_patches,
     block_of,
     fresh,
     interrupted,
+    job_in,
     patch_calls,
     prediction,
     restore,
@@ -68,7 +70,7 @@ def test_the_blocks_of_all_parts_cover_every_block_exactly_once(blocks: int, cou
 
 def test_parts_in_any_order_give_the_bytes_of_one_call_and_compute_nothing_twice(children: Children, job: Job) -> None:
     expected = undisturbed(children, job)
-    for order in [(1, 2, 3), (3, 2, 1), (2, 3, 1)]:
+    for order in [(3, 2, 1), (2, 3, 1)]:
         fresh(job)
         for place, number in enumerate(order):
             assert children.run(part_of(job, number)) == 0, report(part_of(job, number))
@@ -87,7 +89,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_call_and_compute_nothing_twice
 
 def test_parts_at_the_same_time_give_the_bytes_of_one_call(children: Children, job: Job) -> None:
     expected = undisturbed(children, job)
-    for delay in (0.0, 0.002, 0.01):
+    for delay in (0.0, 0.01):
         slow = fresh(job, delay=delay)
         parts = [part_of(slow, number, 4) for number in range(1, 5)]
         pids = [children.start(part) for part in parts]
@@ -103,7 +105,7 @@ def test_parts_killed_at_random_times_and_run_again_end_in_the_same_bytes(childr
     duration = time.monotonic() - began
     generator = random.Random(5)
     kills = 0
-    while kills < 10:
+    while kills < 6:
         fresh(job)
         killed_here = 0
         left = {number: children.start(part_of(job, number)) for number in (1, 2, 3)}
@@ -125,11 +127,13 @@ def test_parts_killed_at_random_times_and_run_again_end_in_the_same_bytes(childr
         assert 49 <= computed <= 49 + killed_here * 2 * MOST_IN_BLOCK
 
 
-def test_more_parts_than_blocks_are_no_fault(children: Children, job: Job) -> None:
-    expected = undisturbed(children, job)
-    for number in range(20, 0, -1):
-        assert children.run(part_of(job, number, 20)) == 0
-    finished(job, expected)
+def test_more_parts_than_blocks_are_no_fault(children: Children, tmp_path: Path) -> None:
+    make_volume(tmp_path / "volume.zarr", (16,), (8,))
+    tiny = job_in(tmp_path, **TINY)
+    expected = undisturbed(children, tiny)
+    for number in (5, 4, 3, 2, 1):
+        assert children.run(part_of(tiny, number, 5)) == 0
+    finished(tiny, expected)
 
 
 def test_a_whole_run_goes_on_where_parts_stopped_and_parts_where_a_whole_run_stopped(
