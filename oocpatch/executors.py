@@ -57,7 +57,7 @@ def open_executor(
         yield threads, lambda: job.predictor.halving.count
 
 
-def details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[str, Any]:
+def details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
         **({"statistics": made.statistics} if made.statistics else {}),
@@ -65,7 +65,8 @@ def details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[str
         "patches": made.patches,
         "blocks": made.blocks,
         "open_blocks": made.block_grid.num_open,
-        "uncovered_voxels": uncovered,
+        "uncovered_voxels": done.uncovered,
+        "nonfinite_voxels": done.nonfinite,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
     }

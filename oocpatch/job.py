@@ -56,7 +56,7 @@ def open_job(
         yield Job(
             plan=made,
             volume=request.volume.native(reading(threads)),
-            mask=request.mask,
+            selection=request.selection,
             predictor=predictor,
             workspace=workspace,
             windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
@@ -82,4 +82,5 @@ def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -
         dense=head.dense,
         divide=head.blended,
         fill=request.options["output_fill"],
+        nonfinite=request.options["allow_nonfinite"],
     )

@@ -24,6 +24,7 @@ from zarr.storage import LocalStore, MemoryStore
 from oocpatch.errors import PlanTooLarge
 from oocpatch.inference.cluster import check_versions, packed
 from oocpatch.inference.versions import versions_here
+from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
 from oocpatch.storage.sources import Source
@@ -83,6 +84,7 @@ class Recipe:
         plan: as JSON.
         volume: where it is.
         mask: where it is, if there is one.
+        box: where patches are computed; None: everywhere.
         model: model, weights and their arguments, as they were given to `predict`, with absolute paths.
         rest: all other fields of the request.
     """
@@ -90,6 +92,7 @@ class Recipe:
     plan: str
     volume: Place
     mask: Place | None
+    box: Box | None
     model: Mapping[str, Any]
     rest: Mapping[str, Any]
 
@@ -154,10 +157,12 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
     shutil.rmtree(folder.parent, ignore_errors=True)  # of calls that were killed
     folder.mkdir(parents=True)
     try:
+        mask = request.selection.mask
         recipe = Recipe(
             plan=made.to_json(),
             volume=_place(request.volume, folder, "volume", request, made),
-            mask=None if request.mask is None else _place(request.mask.volume, folder, "mask", request, made),
+            mask=None if mask is None else _place(mask.volume, folder, "mask", request, made),
+            box=request.selection.box,
             model=_model(request),
             rest={f.name: getattr(request, f.name) for f in fields(request) if f.name not in _BUILT},
         )
@@ -171,7 +176,7 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
             folder.parent.rmdir()
 
 
-_BUILT = ("volume", "models", "mask", "given", "client")
+_BUILT = ("volume", "models", "selection", "given", "client")
 """Fields of a request that do not travel as they are."""
 
 

@@ -32,7 +32,7 @@ from oocpatch.inference.cluster import Cluster, announce
 from oocpatch.inference.models import load_models, model_identity
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.scheduler import Stopped, Task, transient
-from oocpatch.inference.selection import Mask
+from oocpatch.inference.selection import Mask, Selection
 from oocpatch.inference.stages import Done, Job
 from oocpatch.inference.versions import MUST_AGREE, disagreement, versions_here
 from oocpatch.job import open_job, perform
@@ -169,7 +169,7 @@ def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> 
     request = Request(
         volume=volume,
         models=models,
-        mask=None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape),
+        selection=Selection(None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape), recipe.box),
         given={},
         client=None,
         **recipe.rest,

@@ -66,6 +66,7 @@ def predict(
     workers: int | None = None,
     mask: Any = None,
     skip_empty: bool = False,
+    box: Any = None,
     client: Any = None,
     part: Sequence[int] | None = None,
     output_format: str = "auto",
@@ -104,8 +105,8 @@ def predict(
         batch_size: patches per call of the model; `"auto"`: chosen.
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
-        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
-            by voxel. A dict gives each of the model's outputs its own.
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), or a function
+            of blended scores `(C, *box)` that works voxel by voxel. A dict gives each of the model's outputs its own.
         output_dtype: dtype of the output; integers are rounded half to even and saturate. As a dict, of each.
         output_chunks: chunks of the output, in voxels, spatial; default: those of the volume, if reasonable.
         output_shards: shards of the output, in voxels, spatial; multiples of its chunks.
@@ -117,6 +118,8 @@ def predict(
         workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
+        box: a pair `(start, stop)` or slice per spatial axis, in voxels: only patches that meet it are computed. Within
+            it the result is that of the whole volume; without, it ends where the last of these patches does.
         skip_empty: skip patches that hold nothing but what voxels hold that were never written.
         client: a `dask.distributed.Client`, whose worker processes do the work, each within `max_memory`. They must see
             volume, output and workspace under the same paths.
@@ -126,13 +129,13 @@ def predict(
         output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
-        allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.
+        allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
         progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
 
     Returns:
         The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a
-        dict, a `Dataset`, or where scales differ a `DataTree` with a node per head. Its attribute `uncovered_voxels` is
-        the number of voxels that no patch covered, if there are any.
+        dict, a `Dataset`, or where scales differ a `DataTree` with a node per head. Its attributes `uncovered_voxels`
+        and `nonfinite_voxels` are the numbers of voxels that no patch covered, and that are NaN or infinite, if any.
 
     Raises:
         ValueError, TypeError: for bad arguments.
@@ -308,7 +311,7 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         executor, halved = opened
         Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
         assert all_done(made, done)
-        return details(made, time.monotonic() - started, done.uncovered, halved())
+        return details(made, time.monotonic() - started, done, halved())
 
 
 def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool) -> Result:
@@ -339,7 +342,7 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    Output(output, made).complete(details(made, time.monotonic() - started, done.uncovered, halved()))
+                    Output(output, made).complete(details(made, time.monotonic() - started, done, halved()))
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

@@ -66,7 +66,8 @@ def _floors() -> dict[str, Floor]:
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "where": Floor(request, frozenset({"click"})),
-        "cli": Floor(above | {"demo", "where", "cli"}, frozenset({"click"})),
+        "texts": Floor(frozenset(), frozenset({"click"})),
+        "cli": Floor(above | {"demo", "where", "texts", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }

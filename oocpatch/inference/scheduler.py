@@ -230,7 +230,8 @@ class Run:
         if error is None and task.stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
-            self._record(Record("normalize", index, uncovered=future.result().uncovered))
+            done = future.result()
+            self._record(Record("normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite))
             self._release(index)
         elif isinstance(error, CorruptPartial):
             self._repair(task, error)
@@ -247,7 +248,9 @@ class Run:
     def _record_predicted(self, index: int, done: Done) -> None:
         promise = done.promise
         before = self._earlier.pop(index, promise.digest)
-        self._record(Record("predict", index, promise.digest, done.uncovered, promise.attempt))
+        self._record(
+            Record("predict", index, promise.digest, done.uncovered, promise.attempt, nonfinite=done.nonfinite)
+        )
         if before != promise.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "

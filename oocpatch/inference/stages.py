@@ -7,6 +7,7 @@ write only what belongs to their block, whole write units, and may run twice, or
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -17,12 +18,13 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.inference.buffers import buffer, torch_dtype
-from oocpatch.inference.finish import Finisher
+from oocpatch.inference.finish import NOTHING, Counts, Finisher
 from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_name
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
-from oocpatch.inference.selection import Mask, select
+from oocpatch.inference.seams import SlabSums
+from oocpatch.inference.selection import Selection
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis
@@ -30,7 +32,7 @@ from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
-from oocpatch.storage.ledger import NOTHING, Promise
+from oocpatch.storage.ledger import NO_PARTIALS, Promise
 from oocpatch.storage.output import Output
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
@@ -43,7 +45,7 @@ class Job:
     Attributes:
         plan: the plan.
         volume: where to read.
-        mask: which patches to compute; None: all.
+        selection: which patches to compute.
         predictor: the model.
         workspace: where partials go.
         windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
@@ -58,7 +60,7 @@ class Job:
 
     plan: Plan
     volume: Volume
-    mask: Mask | None
+    selection: Selection
     predictor: Predictor
     workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
@@ -76,12 +78,19 @@ class Done:
     """What a stage did.
 
     Attributes:
-        promise: the partials it left.
+        promise: its partials.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
+        nonfinite: voxels of all heads that are NaN or infinite, among the same.
     """
 
-    promise: Promise = NOTHING
+    promise: Promise = NO_PARTIALS
     uncovered: int = 0
+    nonfinite: int = 0
+
+    @classmethod
+    def of(cls, heads: Sequence[Counts], promise: Promise = NO_PARTIALS) -> Done:
+        """What was counted head by head."""
+        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads))
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -131,8 +140,7 @@ class Writes:
 def predict_block(job: Job, index: int) -> Done:
     """Sweep one block.
 
-    Idempotent: writes only the direct part of its own core to the output, and a directory of its own below
-    `blocks/<index>` in the workspace.
+    Idempotent: writes only the direct part of its own core to the output, and a new directory in `blocks/<index>`.
     """
     plan = job.plan
     ranges = plan.block_grid.patches(plan.block_grid[index])
@@ -177,7 +185,7 @@ def predict_block(job: Job, index: int) -> Done:
         for head in writes:
             head.pending.abandon()
         partials.discard()
-    return Done(promise, sums[0].uncovered)
+    return Done.of([partial.counts for partial in sums], promise)
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -216,7 +224,7 @@ def _steps(job: Job, ranges: Sequence[range], schedule: list[Group]) -> Iterator
         members: list[Ints] = []
         for layer in group.layers:
             one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
-            members += select(job.mask, job.plan.grid, one)
+            members += job.selection.of(job.plan.grid, one)
         skipped = len(group.layers) * _patches(ranges, sweep) - len(members)
         if skipped:
             job.on_patches(skipped)
@@ -309,31 +317,26 @@ def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Do
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
-    readers: dict[int, PartialReader] = {}
-    uncovered = [_normalize(job, index, number, promises, readers) for number in range(len(job.plan.heads))]
-    return Done(uncovered=uncovered[0])
+    reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
+    return Done.of([_normalize(job, index, number, reader) for number in range(len(job.plan.heads))])
 
 
-def _normalize(
-    job: Job, index: int, number: int, promises: Mapping[int, Promise], readers: dict[int, PartialReader]
-) -> int:
-    """The normalize stage of one head; the number of voxels where no patch was."""
+def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader]) -> Counts:
+    """The normalize stage of one head."""
     frame = job.plan.frames[number]
     block = frame[index]
 
     def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
         if part.empty:
             return None
-        if source not in readers:
-            readers[source] = job.workspace.reader(source, promises[source])
-        found = readers[source].read(number, piece, whole, part)
+        found = reader(source).read(number, piece, whole, part)
         return None if found is None else torch.from_numpy(found)
 
-    uncovered = 0
+    counts = NOTHING
     writes = Writes(job, None)
     try:
         for slab in frame.steps(block.core):
-            sums = _Sums(job.plan.heads[number])
+            sums = SlabSums(job.plan.heads[number])
             for axis, whole in enumerate(block.own):
                 sums.own(whole & slab, read(index, own_name(axis), whole, whole & slab))
             for offset, source in frame.sources(block):
@@ -342,59 +345,14 @@ def _normalize(
             staged = []
             for box, data in sums.parts:
                 if data is None:  # no patch came near it, and the output's fill value needs no writing
-                    uncovered += box.size
+                    counts += Counts(box.size)
                     continue
                 values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
-                uncovered += job.finishers[number].finish(data, box, values)
+                counts += job.finishers[number].finish(data, box, values)
                 staged.append(Staged(Part(None, block.core, box, number), values))
             del sums
             writes.emit(staged)
             writes.pending.wait()
     finally:
         writes.pending.abandon()
-    return uncovered
-
-
-class _Sums:
-    """Own sums over the open parts of one slab, and the seams that are added to them in turn.
-
-    Args:
-        head: what they are sums of.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self.out_dtype = torch_dtype(head.out_dtype)
-        self.parts: list[tuple[Box, torch.Tensor | None]] = []
-
-    def own(self, box: Box, data: torch.Tensor | None) -> None:
-        """Begin with the block's own sums over a box; None: it has none there."""
-        if not box.empty:
-            self.parts.append((box, data))
-
-    def add(self, box: Box, seam: torch.Tensor | None) -> None:
-        """Add a seam over a box; for `crop` its values replace what is there."""
-        if seam is None:
-            return
-        for i, (own, data) in enumerate(self.parts):
-            common = own & box
-            if common.empty:
-                continue
-            if data is None:
-                data = torch.zeros((self.head.stored, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
-                if self.head.mode == "max":
-                    data[: self.head.channels] = -torch.inf
-                self.parts[i] = own, data
-            target = data[(slice(None), *common.slices(own.start))]
-            self._merge(target, seam[(slice(None), *common.slices(box.start))])
-
-    def _merge(self, target: torch.Tensor, seam: torch.Tensor) -> None:
-        head = self.head
-        if head.blended:
-            target.add_(seam)
-        elif head.mode == "max":
-            torch.maximum(target, seam, out=target)  # of the last channel, too, if it says where patches were
-        elif head.dense:
-            target.copy_(torch.where(seam[-1:] != 0, seam, target))
-        else:
-            target.copy_(seam)
+    return counts

@@ -33,6 +33,7 @@ class Record:
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
         note: a message (`failed`); the attempt that left the partials (`predict`), and whose are damaged (`undone`).
+        nonfinite: voxels that are NaN or infinite, among those the stage wrote.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Record:
     digest: int = 0
     uncovered: int = 0
     note: str = ""
+    nonfinite: int = 0
 
 
 class Promise(NamedTuple):
@@ -54,7 +56,7 @@ class Promise(NamedTuple):
     attempt: str
 
 
-NOTHING = Promise(0, "")
+NO_PARTIALS = Promise(0, "")
 
 
 class Ledger:
@@ -73,7 +75,7 @@ class Ledger:
 
     def append(self, record: Record) -> None:
         """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note])
+        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note, record.nonfinite])
         line = f"{text_checksum(text):08x} {text}\n".encode()
         written = os.write(self._file, line)
         if written != len(line):  # a disk that is just full takes part of a line
@@ -170,19 +172,24 @@ class Progress:
         predicted: what each block left whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
-        without: voxels where no patch was, by stage and block, where there are any.
+        counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
     """
 
     predicted: dict[int, Promise]
     normalized: set[int]
     failed: dict[int, str]
-    without: dict[tuple[str, int], int] = field(default_factory=dict)
+    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     _undone: set[str] = field(default_factory=set)
 
     @property
     def uncovered(self) -> int:
         """Voxels where no patch was."""
-        return sum(self.without.values())
+        return sum(uncovered for uncovered, _ in self.counts.values())
+
+    @property
+    def nonfinite(self) -> int:
+        """Voxels that are NaN or infinite."""
+        return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
     def read(cls, paths: Iterable[Path]) -> Progress:
@@ -195,19 +202,19 @@ class Progress:
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
-        if record.uncovered:
-            self.without[record.kind, record.block] = record.uncovered
+        if record.uncovered or record.nonfinite:
+            self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         if record.kind == "predict" and record.note in self._undone:
             return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
-            self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NOTHING
+            self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NO_PARTIALS
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "undone":
             self._undone.add(record.note)
-            if self.predicted.get(record.block, NOTHING).attempt == record.note:
+            if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
                 del self.predicted[record.block]
         else:
             self.failed[record.block] = record.note

@@ -309,7 +309,6 @@ def open_result(path: Path) -> Result:
     record = inspect_output(path)
     assert record is not None
     heads = record.details["heads"]
-    uncovered = record.details.get("uncovered_voxels", 0)
     consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
     if record.details["tree"]:
@@ -317,8 +316,9 @@ def open_result(path: Path) -> Result:
     else:
         dataset = xarray.open_zarr(path, consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
-    if uncovered:
-        result.attrs["uncovered_voxels"] = uncovered
+    for name in ("uncovered_voxels", "nonfinite_voxels"):
+        if count := record.details.get(name, 0):
+            result.attrs[name] = count
     return result
 
 

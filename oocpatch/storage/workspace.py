@@ -43,7 +43,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.checksum import checksum, text_checksum
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.ledger import NOTHING, Ledger, Progress, Promise, read_ledger, segments
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise, read_ledger, segments
 
 Array = npt.NDArray[Any]
 
@@ -144,7 +144,7 @@ class Workspace:
         Only where no other process may have promised them since.
         """
         for block in (self.root / "blocks").glob("*"):
-            kept = progress.predicted.get(int(block.name), NOTHING).attempt if block.name.isdigit() else ""
+            kept = progress.predicted.get(int(block.name), NO_PARTIALS).attempt if block.name.isdigit() else ""
             for attempt in block.glob("*"):
                 if attempt.name != kept:
                     shutil.rmtree(attempt, ignore_errors=True)
@@ -227,7 +227,7 @@ class PartialWriter:
     def close(self) -> Promise:
         """Write the manifest; what the ledger may promise now."""
         if not self._crcs:
-            return NOTHING
+            return NO_PARTIALS
         manifest = json.dumps(self._crcs, sort_keys=True)
         write_atomically(self._workspace.root / self._folder / "manifest.json", manifest)
         self._closed = True
