@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from oocpatch.checking import CheckReport, check
     from oocpatch.errors import (
         BlockFailed,
+        ClusterLost,
         CorruptData,
         OocpatchError,
         OutputBusy,
@@ -36,6 +37,7 @@ _HOMES = {
     "oocpatch.checking": ("CheckReport", "check"),
     "oocpatch.errors": (
         "BlockFailed",
+        "ClusterLost",
         "CorruptData",
         "OocpatchError",
         "OutputBusy",
@@ -62,6 +64,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BlockFailed",
     "CheckReport",
+    "ClusterLost",
     "CorruptData",
     "GridSampler",
     "LabelSampler",

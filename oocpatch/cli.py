@@ -1,14 +1,14 @@
 """The command line: one verb, one job. stdout is data, stderr is logs and progress.
 
-Exit codes: 0 done; 1 some blocks failed, or a check did; 2 bad usage or bad input; 3 refused (plan too large, other
-run, output taken); 130 interrupted. Options are the parameters of `oocpatch.predict`.
+Exit codes: 0 done; 1 some blocks failed, a cluster was lost, or a check failed; 2 bad usage or bad input; 3 refused
+(plan too large, other run, output taken); 130 interrupted, by Ctrl-C or SIGTERM. Options are the parameters of
+`oocpatch.predict`.
 
 Heavy libraries are imported inside the commands: `oocpatch --help` imports neither torch nor zarr nor dask.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+
+from oocpatch import where
+from oocpatch.texts import number, one_or_more, per_head, setting, settings
 
 if TYPE_CHECKING:
     from oocpatch.planning.plan import Plan
@@ -58,60 +61,13 @@ def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
     return "auto" if text == "auto" else size(text)
 
 
-def setting(text: str) -> Any:
-    """Read JSON if it is that, else the text itself.
-
-    >>> setting("3"), setting("[1, 2]"), setting("unet")
-    (3, [1, 2], 'unet')
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def settings(_context: object, _parameter: object, texts: tuple[str, ...]) -> dict[str, Any]:
-    """Read `NAME=VALUE` pairs."""
-    for text in texts:
-        if not text.partition("=")[0].isidentifier() or "=" not in text:
-            raise click.BadParameter(f"arguments are NAME=VALUE, such as depth=3, got {text!r}.")
-    return {name: setting(value) for name, _, value in (text.partition("=") for text in texts)}
-
-
-def one_or_more(_context: object, _parameter: object, texts: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """One value as it is, several as a tuple."""
-    return (texts[0] if len(texts) == 1 else texts) if texts else None
-
-
-def number(text: str | float) -> int | float:
-    """Read an integer if it is one, so that it stays exact, else a float."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise click.BadParameter(f"expected a number, got {text!r}.")
-
-
-def per_head(names: str = "") -> Callable[[str], str | dict[str, str]]:
-    """Read `hann`, the same for every head, or `scores=hann,labels=crop`, one per head; of the given names, if any."""
-    allowed = names.split()
-
-    def read(text: str) -> str | dict[str, str]:
-        parts = [part.rpartition("=") for part in text.split(",")]
-        unknown = [value for _, _, value in parts if allowed and value.partition(":")[0] not in allowed]
-        if unknown or (len(parts) > 1 and not all(name for name, _, _ in parts)):
-            told = f"one of {', '.join(allowed)}" if allowed else "a value"
-            raise click.BadParameter(f"expected {told}, or one per head such as scores={text}, got {text!r}.")
-        return {name: value for name, _, value in parts} if parts[0][0] else text
-
-    return read
-
-
 class _Commands(click.Group):
     """A group whose commands end in one line and an exit code, never in a traceback for a user's mistake."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with where.terminable():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
@@ -129,7 +85,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (errors.PlanTooLarge, errors.RunMismatch, errors.OutputExists, errors.OutputBusy)):
         return REFUSED
-    if isinstance(error, (errors.BlockFailed, errors.CorruptData)):
+    if isinstance(error, (errors.BlockFailed, errors.ClusterLost, errors.CorruptData)):
         return FAILED
     if isinstance(error, (errors.OocpatchError, ValueError, TypeError, OSError)):
         return BAD_INPUT
@@ -256,7 +212,16 @@ _run_options = _options(
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
     _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
-    _option("--workers", type=int, help="Blocks computed at a time; default: the planner's choice."),
+    _option(
+        "--workers", type=int, help="Blocks, or worker processes, at a time; default: the planner's choice, or all."
+    ),
+    _option("--processes", is_flag=True, help="Compute in --workers processes of this machine instead of threads."),
+    _option(
+        "--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://HOST:PORT or file:scheduler.json."
+    ),
+    _option(
+        "--part", type=where.part, metavar="I/N", help="Compute only part I of N; the last part finishes the output."
+    ),
     _option("--resume/--no-resume", default=True, help="Continue an unfinished run."),
     _option("--overwrite", is_flag=True, help="Replace what oocpatch wrote here before."),
     _option("--allow-nonfinite", is_flag=True, help="Keep the model's NaN and infinity instead of failing the block."),
@@ -286,7 +251,7 @@ def main() -> None:
 @_json_option
 def plan(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
-    made = _plan(volume, output, options)
+    made = _plan(volume, output, where.as_planned(options))
     click.echo(made.to_json() if as_json else str(made))
 
 
@@ -303,35 +268,36 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
     from oocpatch.errors import BlockFailed
 
     start = time.monotonic()
-    made = _plan(volume, output, {**options, "progress": progress})
-    _log(str(made))
-    try:
-        made.run()
-    except BlockFailed as error:
-        if as_json:
-            failed = {str(block): message for block, message in error.failures.items()}
-            click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
-        raise
-    report = {
-        "output": output,
-        "complete": True,
-        "seconds": round(time.monotonic() - start, 3),
-        "patches": made.patches,
-        "blocks": made.blocks,
-        **_counts(output),
-    }
-    line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
-    if report["nonfinite_voxels"]:
-        line += ", {nonfinite_voxels} that are NaN or infinite"
+    with where.client_of(options, _log) as given:
+        made = _plan(volume, output, {**given, "progress": progress})
+        _log(str(made))
+        try:
+            made.run()
+        except BlockFailed as error:
+            if as_json:
+                failed = {str(block): message for block, message in error.failures.items()}
+                click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
+            raise
+    seconds = round(time.monotonic() - start, 3)
+    counts = _counts(output)
+    report = {"output": output, "complete": counts is not None, "seconds": seconds}
+    line = "{output}: {seconds:.1f} s, this part is done, others are not"
+    if counts is not None:
+        report |= {"patches": made.patches, "blocks": made.blocks, **counts}
+        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+        if counts["nonfinite_voxels"]:
+            line += ", {nonfinite_voxels} that are NaN or infinite"
     click.echo(_as_json(report) if as_json else line.format(**report))
 
 
-def _counts(output: str) -> dict[str, int]:
+def _counts(output: str) -> dict[str, int] | None:
+    """What is to be known about the voxels; None while parts of the run are not done."""
     from oocpatch.storage.output import inspect_output
 
     record = inspect_output(Path(output))
-    details = {} if record is None else record.details
-    return {name: int(details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
+    if record is None or not record.complete:
+        return None
+    return {name: int(record.details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
 
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:

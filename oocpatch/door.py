@@ -75,6 +75,23 @@ def positive(name: str, value: int) -> int:
     return int(value)
 
 
+def part(value: Any) -> tuple[int, int]:
+    """A checked part of a run, `(i, n)`: the i-th of n, counted from 1.
+
+    >>> part((3, 16))
+    (3, 16)
+
+    Raises:
+        ValueError, TypeError: when there is no such part.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"part must be two numbers (i, n), such as (3, 16), got {value!r}")
+    number, count = (positive("part", item) for item in value)
+    if number > count:
+        raise ValueError(f"part must be (i, n) with i from 1 to n, got {tuple(value)}")
+    return number, count
+
+
 def num_bytes(name: str, value: int | float | str) -> int:
     """A limit in bytes, given as a number or a text such as `"2GiB"`.
 

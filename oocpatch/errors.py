@@ -37,6 +37,10 @@ class BlockFailed(OocpatchError, RuntimeError):
         self.failures = dict(failures or {})
 
 
+class ClusterLost(OocpatchError, ConnectionError):
+    """The scheduler or the workers are gone, or cannot do the work; the same call goes on where this one stopped."""
+
+
 class CorruptData(OocpatchError, RuntimeError):
     """Stored data is not what was written, and recomputing cannot repair it."""
 

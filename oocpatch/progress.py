@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from oocpatch.planning.plan import Plan
-from oocpatch.request import beside
+from oocpatch.request import locks
 from oocpatch.storage.lock import holder
 from oocpatch.storage.output import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace
@@ -36,10 +36,15 @@ def root_of(record: OutputRecord) -> Path:
 
 
 @contextlib.contextmanager
-def bar_of(made: Plan, progress: str | bool, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over patches, as a function that is told how many more are done, from any thread."""
+def bar_of(made: Plan, progress: str | bool, own: range, predicted: Container[int]) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the patches of some blocks, as a function that is told how many more are done.
+
+    Safe to call from any thread.
+    """
     lock = threading.Lock()
-    with tqdm(total=made.patches, initial=done, unit="patch", disable=hidden(progress), desc="oocpatch") as bar:
+    total = made.patches if len(own) == made.blocks else sum(made.patches_of(i) for i in own)
+    done = sum(made.patches_of(i) for i in own if i in predicted)
+    with tqdm(total=total, initial=done, unit="patch", disable=hidden(progress), desc="oocpatch") as bar:
 
         def tell(count: int) -> None:
             with lock:
@@ -87,7 +92,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     if record.complete:
         blocks, opened = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks"))
         return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {})
-    running = holder(beside(path, ".lock")) is not None
+    running = any(holder(lock) for lock in locks(path))
     state = "running" if running else "incomplete"
     workspace = Workspace.find(root_of(record))
     if workspace is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ class Request:
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
         options: all other arguments by name.
+        given: the model and its weights as they were given.
+        client: of the cluster that does the work; None: this process does.
     """
 
     volume: Volume
@@ -61,6 +64,8 @@ class Request:
     block_shape: Ints | None
     parameters: Mapping[str, Any]
     options: Mapping[str, Any]
+    given: Mapping[str, Any]
+    client: Any
 
     @property
     def looped(self) -> int:
@@ -179,7 +184,7 @@ def make_request(
     mask: Any,
     box: Any,
     skip_empty: bool,
-    client: None,
+    client: Any,
     output_format: str,
 ) -> Request:
     """Check the arguments of `predict`.
@@ -194,7 +199,10 @@ def make_request(
     for name, path in (("output", target), ("workspace", place)):
         door.apart(name, path, data)
         door.writable(name, path)
-    door.not_yet("client", client)
+    if client is not None:
+        from oocpatch.inference.cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
+
+        checked_client(client)
     door.one_of("output_format", output_format, ("auto", "zarr"))
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
@@ -207,6 +215,7 @@ def make_request(
     def spatial(name: str, value: int | Sequence[int] | None) -> Ints | None:
         return None if value is None else door.sizes(name, value, data, least=1)
 
+    processes = None if workers is None else door.positive("workers", workers)
     options = {
         "preprocess": preprocessing.checked(preprocess, data.dtype, data.channels),
         "augment": augmentation.checked(augment, data.names[looped:]),
@@ -224,7 +233,9 @@ def make_request(
         "output_fill": door.number("output_fill", output_fill),
         "allow_nonfinite": bool(allow_nonfinite),
         "skip_value": empty_value(data) if skip_empty else None,
-        "workers": None if workers is None else door.positive("workers", workers),
+        # A process of a cluster works on one block at a time.
+        "workers": 1 if client is not None else processes,
+        "processes": processes,
     }
     found_mask = None if mask is None else _mask(mask, data)
     found_box = None if box is None else door.box("box", box, data)
@@ -267,6 +278,8 @@ def make_request(
         block_shape=spatial("block_shape", block_shape),
         parameters=parameters,
         options=options,
+        given={"model": model, "weights": weights, "model_args": model_args, "trust_pickle": trust_pickle},
+        client=client,
     )
     if patch:
         request.refuse_patches()
@@ -321,3 +334,15 @@ def empty_value(volume: Volume) -> float:
 def beside(output: Path, suffix: str) -> Path:
     """What a run keeps beside its output: the workspace, and with a suffix the lock."""
     return output.with_name(f"{output.name}.oocpatch{suffix}")
+
+
+def part_lock(output: Path, part: tuple[int, int]) -> Path:
+    """The lock of one part of a run."""
+    return beside(output, f".lock.part-{part[0]}-of-{part[1]}")
+
+
+def locks(output: Path) -> list[Path]:
+    """The lock of an output, and those of parts of its run."""
+    whole = beside(output, ".lock")
+    found = output.parent.glob(f"{glob.escape(whole.name)}.part-*-of-*")
+    return [whole, *sorted(path for path in found if path.suffix.removeprefix(".part-").replace("-of-", "").isdigit())]

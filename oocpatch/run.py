@@ -13,26 +13,21 @@ import contextlib
 import functools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
+from oocpatch import door
 from oocpatch.decide import make_plan, resumed
 from oocpatch.errors import OutputBusy, OutputExists
-from oocpatch.inference.finish import Finisher
-from oocpatch.inference.scheduler import Run, Stopped, dask_threads
-from oocpatch.inference.stages import Job, normalize_block, predict_block, window
-from oocpatch.layout import postprocess_of
-from oocpatch.planning.memory import TILE, reading
+from oocpatch.executors import all_done, details, open_executor, open_ledger
+from oocpatch.inference.scheduler import Run
+from oocpatch.parts import Part, busy
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import bar_of, hidden, root_of
-from oocpatch.request import Request, beside, make_request
-from oocpatch.storage.ledger import Progress
-from oocpatch.storage.lock import clear_dead, holder, locked
+from oocpatch.progress import hidden, root_of
+from oocpatch.request import Request, beside, locks, make_request
+from oocpatch.storage.ledger import News
+from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
@@ -72,7 +67,8 @@ def predict(
     mask: Any = None,
     skip_empty: bool = False,
     box: Any = None,
-    client: None = None,
+    client: Any = None,
+    part: Sequence[int] | None = None,
     output_format: str = "auto",
     resume: bool = True,
     overwrite: bool = False,
@@ -119,13 +115,17 @@ def predict(
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
         workspace: directory for what is kept until the run is done; default: beside the output.
-        workers: blocks to work on at a time.
+        workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
         box: a pair `(start, stop)` or slice per spatial axis, in voxels: only patches that meet it are computed. Within
             it the result is that of the whole volume; without, it ends where the last of these patches does.
         skip_empty: skip patches that hold nothing but what voxels hold that were never written.
-        client: not offered in this version; None.
+        client: a `dask.distributed.Client`, whose worker processes do the work, each within `max_memory`. They must see
+            volume, output and workspace under the same paths.
+        part: `(i, n)`: compute only the i-th of n parts of the run, counted from 1. Other calls, in any order or at the
+            same time, on any machine that sees the same files, compute the others; the last one completes the output.
+            Until then, voxels that are not computed hold `output_fill`, and the result's attribute `complete` is False.
         output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
@@ -143,8 +143,9 @@ def predict(
         RunMismatch: when the output belongs to a run with other parameters.
         OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
+        ClusterLost: when the scheduler or all workers are gone; the same call goes on.
 
-    >>> import tempfile, numpy as np
+    >>> import tempfile, numpy as np, torch
     >>> volume = np.random.default_rng(0).random((40, 50), dtype=np.float32)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result = predict(volume, torch.nn.Identity(), f"{folder}/out.zarr", patch_size=16, patch_overlap=8)
@@ -152,7 +153,8 @@ def predict(
     ('y', 'x') True
     """
     arguments = _arguments(locals())
-    return _predict(make_request(**arguments), resume=resume, overwrite=overwrite, progress=progress)
+    one = _part(part, client, overwrite=overwrite)
+    return _predict(make_request(**arguments), resume=resume, overwrite=overwrite, progress=progress, part=one)
 
 
 def plan(
@@ -163,6 +165,7 @@ def plan(
     resume: bool = True,
     overwrite: bool = False,
     progress: str | bool = "auto",
+    part: Sequence[int] | None = None,
     **arguments: Any,
 ) -> Plan:
     """Decide everything about a run and stop: what `predict` with the same arguments would do.
@@ -176,12 +179,13 @@ def plan(
         resume: as for `predict`.
         overwrite: as for `predict`.
         progress: as for `predict`; of the plan's `run()`.
+        part: as for `predict`; the plan is that of the whole run.
         arguments: all other arguments of `predict`.
 
     Raises:
         As `predict`, before its first block.
 
-    >>> import numpy as np
+    >>> import numpy as np, torch
     >>> made = plan(np.zeros((64, 64), np.float32), torch.nn.Identity(), "out.zarr", patch_size=32, patch_overlap=16)
     >>> made.patches, made.blocks, made.block_shape
     (9, 1, (64, 64))
@@ -191,16 +195,17 @@ def plan(
         raise TypeError(f"plan() got unexpected arguments: {', '.join(sorted(unknown))}")
     if "patch_size" not in arguments:
         raise TypeError("plan() needs patch_size")
+    one = _part(part, arguments.get("client"), overwrite=overwrite)
     request = make_request(volume, model, output, **{**_DEFAULTS, **arguments})
-    made, _ = _decide(request, resume=resume, overwrite=overwrite)
+    made, _ = _decide(request, resume=resume, overwrite=overwrite, part=one)
 
     def run(planned: Plan) -> Result:
-        return _predict(request, resume=resume, overwrite=overwrite, progress=progress, planned=planned)
+        return _predict(request, resume=resume, overwrite=overwrite, progress=progress, part=one, planned=planned)
 
     return (made or make_plan(request)).bound(run)
 
 
-_CONTROL = {"resume", "overwrite", "progress"}
+_CONTROL = {"resume", "overwrite", "progress", "part"}
 _DEFAULTS: dict[str, Any] = {
     name: value for name, value in (predict.__kwdefaults__ or {}).items() if name not in _CONTROL
 }
@@ -210,13 +215,31 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _CONTROL}
 
 
-def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | None, OutputRecord | None]:
+def _part(part: Sequence[int] | None, client: Any, *, overwrite: bool) -> Part | None:
+    if part is None:
+        return None
+    if client is not None:
+        raise ValueError("part must be None with a client: parts are for jobs without a scheduler")
+    if overwrite:
+        raise ValueError(
+            "overwrite must be False with part: each part would delete the others' work; delete the output"
+        )
+    return Part(*door.part(part))
+
+
+def _decide(
+    request: Request, *, resume: bool, overwrite: bool, part: Part | None = None
+) -> tuple[Plan | None, OutputRecord | None]:
     """The stored plan to go on with, if any, and what lies at the output's place.
 
     Raises:
         OutputExists, OutputBusy, RunMismatch: when this call must not touch it.
     """
-    who = holder(beside(request.output, ".lock"))
+    if request.client is not None:
+        from oocpatch.recipe import refuse_cluster  # noqa: PLC0415 - a second of imports, for clusters only
+
+        refuse_cluster(request)
+    who = busy(request.output, part)
     if who is not None:
         raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
     found = inspect_output(request.output)
@@ -232,111 +255,107 @@ def _decide(request: Request, *, resume: bool, overwrite: bool) -> tuple[Plan | 
 
 
 def _predict(
-    request: Request, *, resume: bool, overwrite: bool, progress: str | bool, planned: Plan | None = None
+    request: Request,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: str | bool,
+    part: Part | None,
+    planned: Plan | None = None,
 ) -> Result:
-    stored, found = _decide(request, resume=resume, overwrite=overwrite)
+    stored, found = _decide(request, resume=resume, overwrite=overwrite, part=part)
     if found is not None and found.complete and not overwrite:
         remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
-        clear_dead(beside(request.output, ".lock"))
+        for lock in locks(request.output):
+            clear_dead(lock)
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
     request.output.parent.mkdir(parents=True, exist_ok=True)
+    if part is not None:
+        return _predict_part(request, made, part, progress)
     with locked(beside(request.output, ".lock"), str(request.output)):
-        found = inspect_output(request.output)
-        if stored is not None and found is not None:
-            workspace = Workspace(root_of(found), made)
-        else:
-            if found is not None:
-                remove_workspace(root_of(found))
-            made = made.knowing(request.statistics(hidden=hidden(progress)))
-            create_output(request.output, made, request.volume, request.workspace, found)
-            workspace = Workspace.create(request.workspace / made.run_id, made)
-        Output(request.output, made).complete(_run(request, made, workspace, progress))
+        who = next(filter(None, map(holder, locks(request.output)[1:])), None)
+        if who is not None:  # a part that began meanwhile
+            raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
+        workspace = _set_up(request, made, progress, resuming=stored is not None)
+        workspace.join()
+        Output(request.output, workspace.plan).complete(_run(request, workspace, progress))
         remove_workspace(workspace.root)
     return open_result(request.output)
 
 
-def _details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
-    """Facts about a finished run, for the output's attributes."""
-    return {
-        **({"statistics": made.statistics} if made.statistics else {}),
-        **({"halved_batches": halved} if halved else {}),
-        "patches": made.patches,
-        "blocks": made.blocks,
-        "open_blocks": made.block_grid.num_open,
-        "uncovered_voxels": done.uncovered,
-        "nonfinite_voxels": done.nonfinite,
-        "seconds": round(seconds, 3),
-        "torch_threads": made.torch_threads,
-    }
+def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
+    """The workspace to go on with; or a new one, and an output that says it is incomplete."""
+    found = inspect_output(request.output)
+    if resuming and found is not None:
+        return Workspace(root_of(found), made)
+    if found is not None:
+        remove_workspace(root_of(found))
+    made = made.knowing(request.statistics(hidden=hidden(progress)))
+    create_output(request.output, made, request.volume, request.workspace, found)
+    return Workspace.create(request.workspace / made.run_id, made)
 
 
-def _run(request: Request, made: Plan, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
+def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
     """Run the stages of a plan over what is not done yet; facts about the run."""
-    started = time.monotonic()
+    started, made = time.monotonic(), workspace.plan
     workspace.write_weights()
     done = workspace.progress()
-    stop = threading.Event()
-    predictor = request.predictor(
-        copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
-    )
-    ledger = workspace.ledger()
+    workspace.sweep(done)
+    blocks = range(made.blocks)
+    with (
+        open_ledger(workspace, "ledger") as ledger,
+        open_executor(request, workspace, progress, blocks, done) as opened,
+    ):
+        executor, halved = opened
+        Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+        assert all_done(made, done)
+        return details(made, time.monotonic() - started, done, halved())
+
+
+def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool) -> Result:
+    """Run one part, and complete the output if it is the last one."""
+    started, output, told = time.monotonic(), request.output, str(request.output)
+    turn = functools.partial(locked_in_turn, beside(output, ".lock"), told, str(part))
     with contextlib.ExitStack() as stack:
-        stack.callback(ledger.close)
-        bar = stack.enter_context(bar_of(made, progress, sum(made.patches_of(i) for i in done.predicted)))
-        stack.enter_context(predictor.ready())
-        threads = made.way.io_threads
-        reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
-        writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
-
-        def on_patches(count: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            bar(count)
-
-        output = Output(request.output, made)
-        stack.enter_context(output.native(threads))
-        job = Job(
-            plan=made,
-            volume=request.volume.native(reading(threads)),
-            selection=request.selection,
-            predictor=predictor,
-            workspace=workspace,
-            windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
-            output=output,
-            finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
-            reads=reads,
-            writes=writes,
-            allow_nonfinite=request.options["allow_nonfinite"],
-            skip_value=request.options["skip_value"],
-            on_patches=on_patches,
-        )
-        run = Run(
-            blocks=made.block_grid,
-            progress=done,
-            ledger=ledger,
-            predict=functools.partial(predict_block, job),
-            normalize=functools.partial(normalize_block, job),
-            delete=workspace.delete,
-            stop=stop,
-        )
-        with dask_threads(made.concurrency) as submit:
-            run.execute(submit, made.concurrency)
-    return _details(made, time.monotonic() - started, done, predictor.halving.count)
+        with turn():
+            own_lock = stack.enter_context(contextlib.ExitStack())
+            own_lock.enter_context(locked(part.lock(output), told, str(part)))
+            stored, found = _decide_again(request)
+            if found is not None and found.complete:
+                return open_result(output)
+            workspace = _set_up(request, stored or made, progress, resuming=stored is not None)
+            made = workspace.plan
+            workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
+            own, done = part.own(made.blocks), workspace.progress()
+            ledger = stack.enter_context(open_ledger(workspace, part.segment))
+            executor, halved = stack.enter_context(open_executor(request, workspace, progress, own, done))
+        news = News(workspace.root, part.segment)
+        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
+        run(own=own, finishes=own).execute(executor)
+        with turn():
+            found = inspect_output(output)
+            complete = found is not None and found.complete  # by another part, which finished this one's blocks
+            if not complete:
+                run(own=range(0), finishes=part.left_to(output, made.blocks)).execute(executor)
+                complete = all_done(made, done)
+                if complete:
+                    workspace.join()
+                    Output(output, made).complete(details(made, time.monotonic() - started, done, halved()))
+                    remove_workspace(workspace.root)
+            own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
+    result = open_result(output)
+    if not complete:
+        result.attrs["complete"] = False
+    return result
 
 
-def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
-    head, weights = made.heads[number], None
-    if head.blended and not head.dense:
-        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
-    return Finisher(
-        weights,
-        postprocess_of(request.options, head.name, head.mode),
-        request.looped,
-        max(1, TILE // max(head.stored, head.out_channels)),
-        dense=head.dense,
-        divide=head.blended,
-        fill=request.options["output_fill"],
-        nonfinite=request.options["allow_nonfinite"],
-    )
+def _decide_again(request: Request) -> tuple[Plan | None, OutputRecord | None]:
+    """What a part goes on with, now that no other one sets it up."""
+    found = inspect_output(request.output)
+    if found is None:
+        return None, None
+    request.refuse_other_run(found)
+    workspace = Workspace.find(root_of(found))
+    return (None if workspace is None else resumed(workspace.plan, request)), found

@@ -310,26 +310,69 @@ def test_failed_blocks_are_exit_code_1_and_the_same_command_retries_them(data: n
     np.testing.assert_allclose(prediction(), data * 2, rtol=1e-6)
 
 
-def test_interrupt_ends_with_130_and_the_same_command_continues(data: np.ndarray[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGINT, ["--workers", "1"]),
+        (signal.SIGTERM, ["--workers", "1"]),
+        (signal.SIGTERM, ["--processes", "--workers", "2"]),
+    ],
+    ids=["ctrl-c", "sigterm", "processes"],
+)
+def test_interrupt_ends_with_130_and_the_same_command_continues(
+    number: int, workers: list[str], data: np.ndarray[Any, Any]
+) -> None:
     command = ["predict", "in.zarr", "out.zarr", "--model", "models.py:slow", *PATCHES, "--block-shape", "8"]
-    command += ["--output-chunks", "8", "--workers", "1"]
-    child = start(*command)
+    command += ["--output-chunks", "8"]
+    child = start(*command, *workers)
     deadline = time.monotonic() + 120
     while not Path("started").exists():
         assert child.poll() is None, child.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "interrupted" in stderr.splitlines()[-1]
+    assert "interrupted; what is finished is kept, the same command continues" in stderr.splitlines()[-1]
+    assert ("dashboard: http" in stderr) == ("--processes" in workers)
     status = run("status", "out.zarr")
     assert status.exit_code == 0
     assert status.stdout.splitlines()[0].endswith("out.zarr: incomplete")
-    assert run(*command).exit_code == 0
+    assert run(*command, "--workers", "1").exit_code == 0
     np.testing.assert_allclose(prediction(), data * 2, rtol=1e-6)
+
+
+def test_parts_are_commands_of_an_array_job(data: np.ndarray[Any, Any]) -> None:
+    command = ["predict", "in.zarr", "out.zarr", *IDENTITY, "--block-shape", "8", "--output-chunks", "8", "--json"]
+    for number in (2, 1, 3):
+        result = run(*command, "--part", f"{number}/3")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["complete"] is (number == 3)
+    np.testing.assert_allclose(prediction(), data, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--processes"], "give --workers N"),
+        (["--processes", "--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "give one of them"),
+        (["--part", "1/2", "--scheduler", "tcp://127.0.0.1:1"], "give one of the two"),
+        (["--part", "third"], "parts are I/N, such as 3/16"),
+        (["--part", "4/3"], "i from 1 to n"),
+        (["--scheduler", "slurm"], "tcp://host:port or file:scheduler.json, got 'slurm'"),
+        (["--scheduler", "file:nothing.json"], "no scheduler"),
+    ],
+    ids=" ".join,
+)
+def test_ways_to_compute_that_do_not_go_together_are_refused(
+    options: list[str], words: str, data: np.ndarray[Any, Any]
+) -> None:
+    result = run("predict", "in.zarr", "out.zarr", *IDENTITY, *options)
+    assert result.exit_code == 2
+    assert words in one_line(result)
+    assert not Path("out.zarr").exists()
 
 
 def test_status_of_nothing_is_absent_and_of_a_finished_run_complete(data: np.ndarray[Any, Any]) -> None:

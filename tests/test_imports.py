@@ -38,7 +38,7 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "run"}
+    run = request | {"decide", "progress", "parts", "recipe", "job", "remote", "executors", "run"}
     public = run | {"checking"}
     above = public | {
         "__init__"
@@ -57,10 +57,17 @@ def _floors() -> dict[str, Floor]:
         "request": Floor(request, on_device),
         "decide": Floor(request | {"decide"}, on_device),
         "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
+        "job": Floor(request | {"job"}, on_device),
+        "parts": Floor(request | {"parts"}, frozenset()),
+        "executors": Floor(request | {"progress", "job", "remote", "executors"}, frozenset()),
+        "recipe": Floor(request | {"recipe"}, on_device),
+        "remote": Floor(request | {"job", "recipe", "remote"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
-        "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),
+        "where": Floor(request, frozenset({"click"})),
+        "texts": Floor(frozenset(), frozenset({"click"})),
+        "cli": Floor(above | {"demo", "where", "texts", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }
@@ -69,7 +76,8 @@ def _floors() -> dict[str, Floor]:
 FLOORS = _floors()
 # What one file may import besides what its floor owns.
 EXTRA = {
-    "inference/scheduler.py": frozenset({"dask", "distributed", "tenacity", "tqdm"}),
+    "inference/scheduler.py": frozenset({"dask", "tenacity"}),
+    "inference/cluster.py": frozenset({"dask", "distributed", "cloudpickle"}),
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
@@ -160,7 +168,7 @@ def test_an_import_that_goes_up_is_found_and_its_line_named(path: str, source: s
     [
         ("planning/grid.py", "import math\nimport numpy as np\nfrom oocpatch.planning.box import Box"),
         ("storage/volume.py", "import dask.array as da\nfrom dask.array import Array\nimport zarr.storage"),
-        ("inference/scheduler.py", "import dask\nfrom distributed import Client\nfrom oocpatch.storage import ledger"),
+        ("inference/cluster.py", "import dask\nfrom distributed import Client\nfrom oocpatch.storage import ledger"),
         ("inference/partial.py", "from .predictor import Predictor\nfrom ..planning.box import Box"),
         ("sampling/queue.py", "import torch\nfrom oocpatch.storage.volume import Volume"),
         ("cli.py", "import click\nfrom oocpatch.run import predict\nfrom oocpatch import __version__"),

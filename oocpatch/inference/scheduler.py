@@ -1,4 +1,4 @@
-"""The scheduler: runs the two stages over all blocks, in Dask's threads, and keeps the ledger.
+"""The scheduler: runs the two stages over all blocks, wherever tasks are executed, and keeps the ledger.
 
 The driver, one thread, is the ledger's only writer. It keeps a bounded window of tasks submitted: first the blocks
 whose seams are all there (their partials can then be deleted), else the next block to predict. A block's partials are
@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from typing import Any, Protocol
 import tenacity
 from dask.delayed import delayed
 
-from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
+from oocpatch.errors import BlockFailed, ClusterLost, CorruptData, CorruptPartial
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
-from oocpatch.storage.ledger import Ledger, Progress, Record
+from oocpatch.storage.ledger import Ledger, Progress, Promise, Record
 
 logger = logging.getLogger("oocpatch")
 
@@ -37,29 +38,78 @@ REPAIRS = 3
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Faults of the storage that no retry mends, and that every other block would meet: the run stops."""
 
+NEWS_SECONDS = 1.0
+"""How often a driver looks what those of other parts recorded."""
 
-class Submit(Protocol):
-    """Hands one task to an executor."""
 
-    def __call__(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]: ...
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One stage of one block.
+
+    Attributes:
+        stage: `predict` or `normalize`.
+        index: the block.
+        promises: the partials that the normalize stage reads, by block.
+    """
+
+    stage: str
+    index: int
+    promises: Mapping[int, Promise] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Where tasks run."""
+
+    @property
+    def window(self) -> int:
+        """Tasks to keep submitted at a time."""
+
+    def submit(self, task: Task) -> Future[Done]:
+        """Begin a task."""
+
+    def stop(self) -> None:
+        """Make the tasks under way give up."""
 
 
 class Stopped(Exception):
     """The run was interrupted; the block in flight is dropped."""
 
 
+class Threads:
+    """Dask on the threads of this process: each task is a Dask task of its own, at most `window` at a time.
+
+    Args:
+        pool: the threads.
+        window: how many there are.
+        perform: does a task.
+        stopped: set to make tasks give up.
+    """
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, window: int, perform: Callable[[Task], Done], stopped: threading.Event
+    ) -> None:
+        self._pool = pool
+        self.window = window
+        self._perform = with_retries(perform)
+        self._stopped = stopped
+
+    def submit(self, task: Task) -> Future[Done]:
+        """Begin a task."""
+        one = delayed(self._perform, pure=False, traverse=False)(task)
+        return self._pool.submit(one.compute, scheduler="synchronous", optimize_graph=False)
+
+    def stop(self) -> None:
+        """Make the tasks under way give up."""
+        self._stopped.set()
+
+
 @contextmanager
-def dask_threads(concurrency: int) -> Iterator[Submit]:
-    """Dask on the threads of this process: each task is a Dask task of its own, at most `concurrency` at a time."""
+def dask_threads(concurrency: int, perform: Callable[[Task], Done], stopped: threading.Event) -> Iterator[Threads]:
+    """An executor of this process."""
     with ThreadPoolExecutor(
         concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
     ) as pool:
-
-        def submit(function: Callable[..., Any], /, *args: Any) -> Future[Any]:
-            task = delayed(function, pure=False, traverse=False)(*args)
-            return pool.submit(task.compute, scheduler="synchronous", optimize_graph=False)
-
-        yield submit
+        yield Threads(pool, concurrency, perform, stopped)
 
 
 def transient(error: BaseException) -> bool:
@@ -71,7 +121,7 @@ def transient(error: BaseException) -> bool:
 
 def hopeless(error: BaseException) -> bool:
     """Whether every block would fail like this one."""
-    return isinstance(error, OSError) and error.errno in HOPELESS
+    return isinstance(error, ClusterLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,100 +142,99 @@ class Run:
         blocks: the block grid.
         progress: what the ledger says is done.
         ledger: where what gets done is recorded.
-        predict: runs the predict stage of a block.
-        normalize: runs the normalize stage of a block, given the digests of what it reads.
         delete: deletes the partials of a block.
-        stop: set to make the tasks in flight give up.
+        own: the blocks whose predict stage is to run.
+        finishes: those whose normalize stage is.
+        news: what drivers of other parts recorded since it was last asked.
     """
 
     blocks: BlockGrid
     progress: Progress
     ledger: Ledger
-    predict: Callable[[int], Done]
-    normalize: Callable[[int, dict[int, int]], Done]
     delete: Callable[[int], None]
-    stop: threading.Event
+    own: range
+    finishes: Container[int]
+    news: Callable[[], Iterable[Record]] = tuple
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: set[int] = field(default_factory=set)
     _failed: dict[int, str] = field(default_factory=dict)
     _repairs: dict[int, int] = field(default_factory=dict)
     _earlier: dict[int, int] = field(default_factory=dict)
     _released: list[int] = field(default_factory=list)
+    _heard_at: float = field(default_factory=time.monotonic)
 
-    def execute(self, submit: Submit, window: int) -> None:
+    def execute(self, executor: Executor) -> None:
         """Run all that is not done yet.
-
-        Args:
-            submit: hands one task to an executor.
-            window: tasks submitted at a time.
 
         Raises:
             BlockFailed: when blocks failed; the others are done.
+            ClusterLost: when there is nobody left to do it.
         """
-        upcoming = iter(range(self.blocks.num_blocks))
-        pending: dict[Future[Any], tuple[str, int]] = {}
-        predict, normalize = with_retries(self.predict), with_retries(self.normalize)
+        upcoming = iter(self.own)
+        pending: dict[Future[Done], Task] = {}
+        self._hear()
+        for index in [i for i in self.progress.predicted if i not in self.own]:
+            self._predicted(index)
         try:
             while True:
-                while len(pending) < window and (task := self._next(upcoming)) is not None:
-                    stage, index = task
-                    future = (
-                        submit(predict, index) if stage == "predict" else submit(normalize, index, self._digests(index))
-                    )
-                    pending[future] = task
+                while len(pending) < executor.window and (task := self._next(upcoming)) is not None:
+                    pending[executor.submit(task)] = task
                 if not pending:
                     break
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
-                    self._finished(*pending.pop(future), future)
+                    self._finished(pending.pop(future), future)
+                if time.monotonic() - self._heard_at >= NEWS_SECONDS:
+                    self._hear()
                 self._tidy()
         except BaseException:
-            self.stop.set()
+            executor.stop()
             for future in pending:
                 future.cancel()
             wait([f for f in pending if not f.cancelled()])
             for future, task in pending.items():
                 if not future.cancelled() and future.exception() is None:
-                    self._finished(*task, future)
+                    self._finished(task, future)
             self.ledger.commit()
             raise
         self._tidy(force=True)
         if self._failed:
             raise BlockFailed(_report(self._failed), self._failed)
 
-    def _next(self, upcoming: Iterator[int]) -> tuple[str, int] | None:
+    def _next(self, upcoming: Iterator[int]) -> Task | None:
         while True:
             while self._ready:
                 stage, index = self._ready.popleft()
-                if stage == "predict" or self._complete(index):
-                    return stage, index
-                self._queued.discard(index)  # a partial it needs was found damaged meanwhile
+                if stage == "predict":
+                    return Task(stage, index)
+                if self._complete(index) and index not in self.progress.normalized:
+                    return Task(stage, index, {i: self.progress.predicted[i] for i in self._read_by(index)})
+                self._queued.discard(index)  # a partial it needs was found damaged meanwhile, or another part was first
             index = next(upcoming, -1)
             if index < 0:
                 return None
             if index not in self.progress.predicted:
-                return "predict", index
+                return Task("predict", index)
             self._predicted(index)
+
+    def _read_by(self, index: int) -> list[int]:
+        """The blocks whose partials the normalize stage of a block reads: its own, and those whose seams enter it."""
+        return [index, *(b.index for _, b in self.blocks.sources(self.blocks[index]))]
 
     def _complete(self, index: int) -> bool:
         """Whether everything that the normalize stage of a block reads is there."""
-        sources = [b.index for _, b in self.blocks.sources(self.blocks[index])]
-        return all(i in self.progress.predicted for i in (index, *sources))
+        return all(i in self.progress.predicted for i in self._read_by(index))
 
-    def _digests(self, index: int) -> dict[int, int]:
-        sources = [b.index for _, b in self.blocks.sources(self.blocks[index])]
-        return {i: self.progress.predicted[i] for i in (index, *sources)}
-
-    def _finished(self, stage: str, index: int, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is None and stage == "predict":
+    def _finished(self, task: Task, future: Future[Done]) -> None:
+        index, error = task.index, future.exception()
+        if error is None and task.stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
             done = future.result()
             self._record(Record("normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite))
             self._release(index)
         elif isinstance(error, CorruptPartial):
-            self._repair(index, error)
+            self._repair(task, error)
         elif isinstance(error, Stopped):
             return
         elif not isinstance(error, Exception) or hopeless(error):
@@ -197,9 +246,12 @@ class Run:
             self._record(Record("failed", index, note=message[:500]))
 
     def _record_predicted(self, index: int, done: Done) -> None:
-        before = self._earlier.pop(index, done.digest)
-        self._record(Record("predict", index, done.digest, done.uncovered, nonfinite=done.nonfinite))
-        if before != done.digest:
+        promise = done.promise
+        before = self._earlier.pop(index, promise.digest)
+        self._record(
+            Record("predict", index, promise.digest, done.uncovered, promise.attempt, nonfinite=done.nonfinite)
+        )
+        if before != promise.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
                 "make it so, or start afresh with overwrite=True"
@@ -210,35 +262,49 @@ class Run:
         """Queue what became possible because the partials of a block are there."""
         block = self.blocks[index]
         for reader in self.blocks.readers(block):
-            if reader in self._queued or reader in self.progress.normalized:
+            if reader in self._queued or reader in self.progress.normalized or reader not in self.finishes:
                 continue
             if self._complete(reader):
                 self._queued.add(reader)
                 self._ready.append(("normalize", reader))
         self._release(index)
 
-    def _repair(self, reader: int, error: CorruptPartial) -> None:
+    def _repair(self, task: Task, error: CorruptPartial) -> None:
         """Compute a block anew whose partials are damaged; its reader is queued again when they are there."""
-        self._queued.discard(reader)
-        if error.block not in self.progress.predicted:
-            return  # another reader found the damage first
+        self._hear()
+        self._queued.discard(task.index)
+        if task.index in self.progress.normalized:
+            return  # another part was first, and has deleted what nobody needs any more
+        if self.progress.predicted.get(error.block) != task.promises.get(error.block):
+            if self._complete(task.index):  # it was computed anew meanwhile: another reader found the damage first
+                self._queued.add(task.index)
+                self._ready.append(("normalize", task.index))
+            return
         count = self._repairs[error.block] = self._repairs.get(error.block, 0) + 1
         if count > REPAIRS:
             raise CorruptData(f"{error}; it was computed anew {REPAIRS} times and damaged each time") from error
         logger.warning("%s; computing block %d anew", error, error.block)
-        self._earlier[error.block] = self.progress.predicted[error.block]
-        self._record(Record("undone", error.block))
-        self.delete(error.block)
+        self._earlier[error.block] = self.progress.predicted[error.block].digest
+        self._record(Record("undone", error.block, note=self.progress.predicted[error.block].attempt))
         self._ready.append(("predict", error.block))
 
     def _record(self, record: Record) -> None:
         self.ledger.append(record)
         self.progress.add(record)
 
+    def _hear(self) -> None:
+        """Take in what other parts recorded."""
+        for record in self.news():
+            self.progress.add(record)
+            if record.kind == "predict" and record.block in self.progress.predicted:
+                self._predicted(record.block)
+            elif record.kind == "normalize":
+                self._release(record.block)
+        self._heard_at = time.monotonic()
+
     def _release(self, index: int) -> None:
         """Note the blocks whose partials nobody will read any more."""
-        block = self.blocks[index]
-        for i in (index, *(b.index for _, b in self.blocks.sources(block))):
+        for i in self._read_by(index):
             readers = self.blocks.readers(self.blocks[i])
             if readers and all(r in self.progress.normalized for r in readers):
                 self._released.append(i)

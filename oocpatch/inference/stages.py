@@ -7,6 +7,7 @@ write only what belongs to their block, whole write units, and may run twice, or
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -22,6 +23,7 @@ from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_nam
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
+from oocpatch.inference.seams import SlabSums
 from oocpatch.inference.selection import Selection
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
@@ -30,6 +32,7 @@ from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
+from oocpatch.storage.ledger import NO_PARTIALS, Promise
 from oocpatch.storage.output import Output
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
@@ -75,19 +78,19 @@ class Done:
     """What a stage did.
 
     Attributes:
-        digest: of the partials it left; 0: none.
+        promise: its partials.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
         nonfinite: voxels of all heads that are NaN or infinite, among the same.
     """
 
-    digest: int = 0
+    promise: Promise = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
 
     @classmethod
-    def of(cls, heads: Sequence[Counts], digest: int = 0) -> Done:
+    def of(cls, heads: Sequence[Counts], promise: Promise = NO_PARTIALS) -> Done:
         """What was counted head by head."""
-        return cls(digest, heads[0].uncovered, sum(head.nonfinite for head in heads))
+        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads))
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -137,7 +140,7 @@ class Writes:
 def predict_block(job: Job, index: int) -> Done:
     """Sweep one block.
 
-    Idempotent: writes only the direct part of its own core to the output, and `blocks/<index>` in the workspace.
+    Idempotent: writes only the direct part of its own core to the output, and a new directory in `blocks/<index>`.
     """
     plan = job.plan
     ranges = plan.block_grid.patches(plan.block_grid[index])
@@ -176,11 +179,13 @@ def predict_block(job: Job, index: int) -> Done:
             partial.advance(frame[index].reach.stop[plan.sweep])
         for head in writes:
             head.pending.wait()
+        promise = partials.close()
     finally:
         reader.pending.abandon()
         for head in writes:
             head.pending.abandon()
-    return Done.of([partial.counts for partial in sums], partials.close())
+        partials.discard()
+    return Done.of([partial.counts for partial in sums], promise)
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -299,7 +304,7 @@ def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index
     return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
 
 
-def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
+def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Done:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
     Idempotent: writes only the open part of its own core, whole write units.
@@ -307,16 +312,16 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
     Args:
         job: what tasks share.
         index: the block.
-        digests: from the ledger, for the block and those whose seams enter it.
+        promises: from the ledger, for the block and those whose seams enter it.
 
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
-    readers: dict[int, PartialReader] = {}
-    return Done.of([_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))])
+    reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
+    return Done.of([_normalize(job, index, number, reader) for number in range(len(job.plan.heads))])
 
 
-def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> Counts:
+def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader]) -> Counts:
     """The normalize stage of one head."""
     frame = job.plan.frames[number]
     block = frame[index]
@@ -324,16 +329,14 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
     def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
         if part.empty:
             return None
-        if source not in readers:
-            readers[source] = job.workspace.reader(source, digests[source])
-        found = readers[source].read(number, piece, whole, part)
+        found = reader(source).read(number, piece, whole, part)
         return None if found is None else torch.from_numpy(found)
 
     counts = NOTHING
     writes = Writes(job, None)
     try:
         for slab in frame.steps(block.core):
-            sums = _Sums(job.plan.heads[number])
+            sums = SlabSums(job.plan.heads[number])
             for axis, whole in enumerate(block.own):
                 sums.own(whole & slab, read(index, own_name(axis), whole, whole & slab))
             for offset, source in frame.sources(block):
@@ -353,48 +356,3 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
     finally:
         writes.pending.abandon()
     return counts
-
-
-class _Sums:
-    """Own sums over the open parts of one slab, and the seams that are added to them in turn.
-
-    Args:
-        head: what they are sums of.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self.out_dtype = torch_dtype(head.out_dtype)
-        self.parts: list[tuple[Box, torch.Tensor | None]] = []
-
-    def own(self, box: Box, data: torch.Tensor | None) -> None:
-        """Begin with the block's own sums over a box; None: it has none there."""
-        if not box.empty:
-            self.parts.append((box, data))
-
-    def add(self, box: Box, seam: torch.Tensor | None) -> None:
-        """Add a seam over a box; for `crop` its values replace what is there."""
-        if seam is None:
-            return
-        for i, (own, data) in enumerate(self.parts):
-            common = own & box
-            if common.empty:
-                continue
-            if data is None:
-                data = torch.zeros((self.head.stored, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
-                if self.head.mode == "max":
-                    data[: self.head.channels] = -torch.inf
-                self.parts[i] = own, data
-            target = data[(slice(None), *common.slices(own.start))]
-            self._merge(target, seam[(slice(None), *common.slices(box.start))])
-
-    def _merge(self, target: torch.Tensor, seam: torch.Tensor) -> None:
-        head = self.head
-        if head.blended:
-            target.add_(seam)
-        elif head.mode == "max":
-            torch.maximum(target, seam, out=target)  # of the last channel, too, if it says where patches were
-        elif head.dense:
-            target.copy_(torch.where(seam[-1:] != 0, seam, target))
-        else:
-            target.copy_(seam)

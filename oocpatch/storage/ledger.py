@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from oocpatch.storage.checksum import text_checksum
 
@@ -32,7 +32,7 @@ class Record:
         block: index of the block.
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
-        note: a message (`failed`).
+        note: a message (`failed`); the attempt that left the partials (`predict`), and whose are damaged (`undone`).
         nonfinite: voxels that are NaN or infinite, among those the stage wrote.
     """
 
@@ -42,6 +42,21 @@ class Record:
     uncovered: int = 0
     note: str = ""
     nonfinite: int = 0
+
+
+class Promise(NamedTuple):
+    """The partials that a block left.
+
+    Attributes:
+        digest: of their manifest; 0: there are none.
+        attempt: which of the attempts at the block left them.
+    """
+
+    digest: int
+    attempt: str
+
+
+NO_PARTIALS = Promise(0, "")
 
 
 class Ledger:
@@ -105,6 +120,40 @@ def read_ledger(path: Path) -> Iterator[Record]:
                 yield record
 
 
+class News:
+    """What other drivers record in segments of their own, as it comes.
+
+    Args:
+        root: the directory of all segments.
+        own: name of the segment that is not looked at.
+    """
+
+    def __init__(self, root: Path, own: str) -> None:
+        self._root = root
+        self._own = own
+        self._read: dict[str, int] = {}
+
+    def __call__(self) -> list[Record]:
+        """The records since the last time; the first time all of them."""
+        found: list[Record] = []
+        for path in segments(self._root):
+            if path.name == self._own:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path.name, 0))
+                data = file.read()
+            whole = data.rfind(b"\n") + 1  # the end may be on its way
+            self._read[path.name] = self._read.get(path.name, 0) + whole
+            records = (_parse(line) for line in data[:whole].splitlines(keepends=True))
+            found += [record for record in records if record is not None]
+        return found
+
+
+def segments(root: Path) -> list[Path]:
+    """The ledger of a run, and those of parts that have drivers of their own."""
+    return sorted(root.glob("ledger")) + sorted(root.glob("ledger.*"))
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         crc, text = line.decode().removesuffix("\n").split(" ", 1)
@@ -120,16 +169,17 @@ class Progress:
     """What a ledger says, summed up.
 
     Attributes:
-        predicted: digest of the partials of each block whose predict stage is done.
+        predicted: what each block left whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
     """
 
-    predicted: dict[int, int]
+    predicted: dict[int, Promise]
     normalized: set[int]
     failed: dict[int, str]
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    _undone: set[str] = field(default_factory=set)
 
     @property
     def uncovered(self) -> int:
@@ -142,24 +192,29 @@ class Progress:
         return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
-    def read(cls, path: Path) -> Progress:
-        """Sum up a ledger."""
+    def read(cls, paths: Iterable[Path]) -> Progress:
+        """Sum up the segments of a ledger; in which order does not matter."""
         progress = cls({}, set(), {})
-        for record in read_ledger(path):
-            progress.add(record)
+        for path in paths:
+            for record in read_ledger(path):
+                progress.add(record)
         return progress
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
         if record.uncovered or record.nonfinite:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
+        if record.kind == "predict" and record.note in self._undone:
+            return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
-            self.predicted[record.block] = record.digest
+            self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NO_PARTIALS
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "undone":
-            self.predicted.pop(record.block, None)
+            self._undone.add(record.note)
+            if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
+                del self.predicted[record.block]
         else:
             self.failed[record.block] = record.note

@@ -23,17 +23,20 @@ from oocpatch.errors import OutputBusy
 BEAT, STALE = 3.0, 12.0
 """Seconds between heartbeats, and after which a silent lock of another host is taken over."""
 
+TURN = 0.1
+"""Seconds between two looks at a lock that is waited for."""
+
 
 @contextlib.contextmanager
-def locked(path: Path, output: str) -> Iterator[None]:
-    """Hold the lock at `path` for a run of `output`.
+def locked(path: Path, output: str, part: str = "") -> Iterator[None]:
+    """Hold the lock at `path` for a run of `output`, or for one part of it.
 
     The lock of a dead process on this host is taken over at once, that of another host when it has been silent.
 
     Raises:
         OutputBusy: when another run holds it.
     """
-    token = _acquire(path, output)
+    token = _acquire(path, output, part)
     _sweep(path)
     stopped = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, stopped), name="oocpatch-heartbeat", daemon=True)
@@ -52,7 +55,8 @@ def holder(path: Path) -> str | None:
     found = _read(path)
     if not found or not _alive(path, found):
         return None
-    return f"process {found.get('pid')} on {found.get('host')}"
+    told = f" for part {found['part']}" if found.get("part") else ""
+    return f"process {found.get('pid')} on {found.get('host')}{told}"
 
 
 def clear_dead(path: Path) -> None:
@@ -62,13 +66,34 @@ def clear_dead(path: Path) -> None:
     _sweep(path)
 
 
-def _acquire(path: Path, output: str) -> str:
+@contextlib.contextmanager
+def locked_in_turn(path: Path, output: str, part: str) -> Iterator[None]:
+    """Hold the lock at `path` for a part of a run of `output`; other parts have it for a while, and are waited for.
+
+    Raises:
+        OutputBusy: when a whole run holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path, output, part))
+                break
+            except OutputBusy:
+                found = _read(path)
+                if found and not found.get("part"):
+                    raise
+                time.sleep(TURN)
+        yield
+
+
+def _acquire(path: Path, output: str, part: str) -> str:
     token = uuid.uuid4().hex
     me = {
         "token": token,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
+        "part": part,
     }
     # Written aside and linked: the lock appears whole or not at all.
     aside = _beside(path, token)

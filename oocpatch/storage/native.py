@@ -8,6 +8,7 @@ it cannot do (other stores, codecs of one's own) is left to zarr-python.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import itertools
 import os
@@ -131,6 +132,7 @@ class StagedArray:
             coder.write(selection, values)
         finally:
             self._coders.put(coder)
+        self._refuse_after_end()
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, self._unit, strict=True)]
         for position in itertools.product(*spans):
             key = self._array.metadata.encode_chunk_key(position)
@@ -145,11 +147,30 @@ class StagedArray:
         except FileNotFoundError:
             if source.exists():
                 raise
+            self._refuse_after_end()
             target.unlink(missing_ok=True)  # nothing but the fill value, which is not stored
+
+    def _refuse_after_end(self) -> None:
+        """Refuse to touch the array once the run is over, which whoever was frozen meanwhile does not know.
+
+        Its directory was swept then, and that a unit is missing in there says nothing about the unit.
+        """
+        if not (self._aside / MARKER).exists():
+            raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._aside))
 
     def close(self) -> None:
         """Delete the directory where units were coded."""
-        shutil.rmtree(self._aside, ignore_errors=True)
+        sweep_aside(self._aside)
+
+
+MARKER = "zarr.json"
+"""In a directory where units are coded for as long as it is in use."""
+
+
+def sweep_aside(path: Path) -> None:
+    """Delete a directory where units were coded, the sign that it is in use first."""
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.native import StagedArray
+from oocpatch.storage.native import StagedArray, sweep_aside
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -277,7 +276,7 @@ class Output:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
         for left in [left for path in self._paths for left in (self.path / path).rglob("*.partial")]:
             if left.is_dir():
-                shutil.rmtree(left)
+                sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
 
@@ -310,11 +309,12 @@ def open_result(path: Path) -> Result:
     record = inspect_output(path)
     assert record is not None
     heads = record.details["heads"]
+    consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
     if record.details["tree"]:
-        result = xarray.open_datatree(path, engine="zarr")
+        result = xarray.open_datatree(path, engine="zarr", consolidated=consolidated)
     else:
-        dataset = xarray.open_zarr(path)
+        dataset = xarray.open_zarr(path, consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):

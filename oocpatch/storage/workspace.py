@@ -4,14 +4,17 @@
 <workspace>/<run_id>/
     plan.json            written last when a run is set up: without it the directory is rubbish
     ledger
+    ledger.<i>-of-<n>    of a part of an array job
     weights/<head>/<axis>    the weights of a full grid, one 1-D array per axis
     blocks/<index>/          one directory per block
-        manifest.json        the CRC of each chunk of its pieces, written after them
-        <head>/own-<axis>    sums over the open part of the core      (C, *box), one chunk per step of the sweep
-        <head>/seam-<offset> sums over the halo, for one neighbour
+        <attempt>/           one per attempt at it, of a name of its own; the ledger says which counts
+            manifest.json        the CRC of each chunk of its pieces, written after them
+            <head>/own-<axis>    sums over the open part of the core      (C, *box), one chunk per step of the sweep
+            <head>/seam-<offset> sums over the halo, for one neighbour
 ```
 
-Heads go by their numbers. A step of a piece that no patch came near is not there.
+Heads go by their numbers. A step of a piece that no patch came near is not there. No attempt touches what another one
+left: a worker that was frozen and comes back late writes to a directory that nobody reads.
 
 Every piece is stored at its true width and written by one task, whole chunks at a time, uncompressed: partial sums
 hardly compress. The CRCs of all chunks go into the block's manifest, and the manifest's own CRC into the ledger. So the
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import shutil
 import threading
 from collections.abc import Mapping
@@ -39,7 +43,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.checksum import checksum, text_checksum
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.ledger import Ledger, Progress
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise, read_ledger, segments
 
 Array = npt.NDArray[Any]
 
@@ -82,13 +86,25 @@ class Workspace:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def ledger(self) -> Ledger:
-        """The ledger, for its one writer."""
-        return Ledger(self.root / "ledger")
+    def ledger(self, segment: str = "ledger") -> Ledger:
+        """The ledger, or a segment of it, for its one writer."""
+        return Ledger(self.root / segment)
 
     def progress(self) -> Progress:
-        """What the ledger says is done."""
-        return Progress.read(self.root / "ledger")
+        """What the ledger says is done, all segments together."""
+        return Progress.read(segments(self.root))
+
+    def join(self) -> None:
+        """Move the records of all segments into the ledger; only when nobody writes to any of them."""
+        parts = [path for path in segments(self.root) if path.name != "ledger"]
+        if parts:
+            ledger = self.ledger()
+            for path in parts:
+                for record in read_ledger(path):
+                    ledger.append(record)
+            ledger.close()
+            for path in parts:
+                path.unlink()
 
     def write_weights(self) -> None:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""
@@ -110,17 +126,31 @@ class Workspace:
         """Write the partials of a block."""
         return PartialWriter(self, block)
 
-    def reader(self, block: int, digest: int) -> PartialReader:
+    def reader(self, block: int, promise: Promise) -> PartialReader:
         """Read the partials of a block, as the ledger promised them.
 
         Raises:
             CorruptPartial: when they are not there, or are others.
         """
-        return PartialReader(self, block, digest)
+        return PartialReader(self, block, promise)
 
     def delete(self, block: int) -> None:
         """Delete the partials of a block."""
         shutil.rmtree(self.root / "blocks" / str(block), ignore_errors=True)
+
+    def sweep(self, progress: Progress) -> None:
+        """Delete the partials that nobody promised: those of attempts that died, or came too late.
+
+        Only where no other process may have promised them since.
+        """
+        for block in (self.root / "blocks").glob("*"):
+            kept = progress.predicted.get(int(block.name), NO_PARTIALS).attempt if block.name.isdigit() else ""
+            for attempt in block.glob("*"):
+                if attempt.name != kept:
+                    shutil.rmtree(attempt, ignore_errors=True)
+            if not kept:
+                with contextlib.suppress(OSError):
+                    block.rmdir()
 
     def array(
         self, folder: str, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str
@@ -154,18 +184,20 @@ def remove_workspace(root: Path) -> None:
 
 
 class PartialWriter:
-    """Writes the partials of one block, and says what it wrote.
+    """Writes the partials of one attempt at a block, and says what it wrote.
 
-    Idempotent: writes only `blocks/<index>/`, whole chunks; safe to call from several threads.
+    Idempotent: writes only `blocks/<index>/<attempt>`, whole chunks; safe to call from several threads.
     """
 
     def __init__(self, workspace: Workspace, block: int) -> None:
         self._workspace = workspace
-        self._block = block
+        # Digits, and enough of them that no two attempts on any machine ever have the same.
+        self._attempt = f"{secrets.randbelow(10**15):015d}"
+        self._folder = f"blocks/{block}/{self._attempt}"
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._crcs: dict[str, dict[str, int]] = {}
+        self._closed = False
         self._lock = threading.Lock()
-        workspace.delete(block)  # what a crash left may be damaged
 
     def write(self, head: int, piece: str, box: Box, part: Box, data: Array) -> None:
         """Write one step of a piece.
@@ -190,33 +222,38 @@ class PartialWriter:
     def _open(self, head: int, piece: str, box: Box, data: Array) -> zarr.Array[Any]:
         first = next(iter(self._workspace.plan.frames[head].steps(box)))
         shapes = (len(data), *box.shape), (len(data), *first.shape)
-        return self._workspace.array(f"blocks/{self._block}/{head}", piece, *shapes, str(data.dtype))
+        return self._workspace.array(f"{self._folder}/{head}", piece, *shapes, str(data.dtype))
 
-    def close(self) -> int:
-        """Write the manifest; the block's digest for the ledger."""
+    def close(self) -> Promise:
+        """Write the manifest; what the ledger may promise now."""
         if not self._crcs:
-            return 0
+            return NO_PARTIALS
         manifest = json.dumps(self._crcs, sort_keys=True)
-        path = self._workspace.root / "blocks" / str(self._block) / "manifest.json"
-        write_atomically(path, manifest)
-        return text_checksum(manifest)
+        write_atomically(self._workspace.root / self._folder / "manifest.json", manifest)
+        self._closed = True
+        return Promise(text_checksum(manifest), self._attempt)
+
+    def discard(self) -> None:
+        """Delete what was written, if it is not whole: this attempt failed."""
+        if not self._closed:
+            shutil.rmtree(self._workspace.root / self._folder, ignore_errors=True)
 
 
 class PartialReader:
     """Reads the partials of one block, each verified against its CRC before it is handed out."""
 
-    def __init__(self, workspace: Workspace, block: int, digest: int) -> None:
+    def __init__(self, workspace: Workspace, block: int, promise: Promise) -> None:
         self._block = block
-        self._group = workspace.root / "blocks" / str(block)
+        self._group = workspace.root / "blocks" / str(block) / promise.attempt
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._crcs: Mapping[str, Mapping[str, int]] = {}
-        if not digest:  # the block left nothing
+        if not promise.digest:  # the block left nothing
             return
         try:
             manifest = (self._group / "manifest.json").read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptPartial(block, f"manifest.json cannot be read ({type(error).__name__})") from error
-        if text_checksum(manifest) != digest:
+        if text_checksum(manifest) != promise.digest:
             raise CorruptPartial(block, "manifest.json is not the one in the ledger")
         self._crcs = json.loads(manifest)
 

@@ -1,0 +1,72 @@
+"""What the drivers of whole runs and of parts have in common: a ledger, an executor, and facts about what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from oocpatch.inference.scheduler import Executor, Stopped, dask_threads
+from oocpatch.job import open_job, perform
+from oocpatch.planning.plan import Plan
+from oocpatch.progress import bar_of
+from oocpatch.request import Request
+from oocpatch.storage.ledger import Ledger, Progress
+from oocpatch.storage.output import Output
+from oocpatch.storage.workspace import Workspace
+
+
+def all_done(made: Plan, done: Progress) -> bool:
+    """Whether nothing is left to do."""
+    return len(done.predicted) == made.blocks and len(done.normalized) == made.block_grid.num_open
+
+
+@contextlib.contextmanager
+def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
+    """The ledger, or a segment of it, committed and closed at the end."""
+    ledger = workspace.ledger(segment)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@contextlib.contextmanager
+def open_executor(
+    request: Request, workspace: Workspace, progress: str | bool, own: range, done: Progress
+) -> Iterator[tuple[Executor, Callable[[], int]]]:
+    """Where the tasks of a run are executed; and how many batches were halved there."""
+    made, stop = workspace.plan, threading.Event()
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(bar_of(made, progress, own, done.predicted))
+        if request.client is not None:
+            from oocpatch.remote import cluster_of  # noqa: PLC0415 - a second of imports, for clusters only
+
+            yield stack.enter_context(cluster_of(request, made, workspace, bar)), int
+            return
+
+        def on_patches(count: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            bar(count)
+
+        job = stack.enter_context(open_job(request, made, workspace, Output(request.output, made), on_patches))
+        threads = stack.enter_context(dask_threads(made.concurrency, functools.partial(perform, job), stop))
+        yield threads, lambda: job.predictor.halving.count
+
+
+def details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
+    """Facts about a finished run, for the output's attributes."""
+    return {
+        **({"statistics": made.statistics} if made.statistics else {}),
+        **({"halved_batches": halved} if halved else {}),
+        "patches": made.patches,
+        "blocks": made.blocks,
+        "open_blocks": made.block_grid.num_open,
+        "uncovered_voxels": done.uncovered,
+        "nonfinite_voxels": done.nonfinite,
+        "seconds": round(seconds, 3),
+        "torch_threads": made.torch_threads,
+    }

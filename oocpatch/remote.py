@@ -1,0 +1,223 @@
+"""Work in other processes: what a worker of a cluster makes of a recipe, and the executor that hands it out.
+
+```text
+  driver:  request, plan --> calls/<token>/recipe  <--read once-- worker process: job
+              |                                                        ^
+              +----- task: address and digest of the recipe, block ----+
+```
+
+A process makes a job of the recipe once, and keeps it until the call is over or a task of another call arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oocpatch.errors import ClusterLost
+from oocpatch.inference.cluster import Cluster, announce
+from oocpatch.inference.models import load_models, model_identity
+from oocpatch.inference.predictor import use_threads
+from oocpatch.inference.scheduler import Stopped, Task, transient
+from oocpatch.inference.selection import Mask, Selection
+from oocpatch.inference.stages import Done, Job
+from oocpatch.inference.versions import MUST_AGREE, disagreement, versions_here
+from oocpatch.job import open_job, perform
+from oocpatch.planning.plan import Plan, differences
+from oocpatch.recipe import Call, Recipe, published
+from oocpatch.request import Request
+from oocpatch.storage.output import Output
+from oocpatch.storage.workspace import Workspace
+
+LOOK_SECONDS = 1.0
+"""How often a worker looks whether the run it works for is still there."""
+
+
+@contextlib.contextmanager
+def cluster_of(
+    request: Request, made: Plan, workspace: Workspace, on_patches: Callable[[int], None]
+) -> Iterator[Cluster]:
+    """The executor of a call with a client."""
+
+    def on_done(task: Task) -> None:
+        if task.stage == "predict":
+            on_patches(made.patches_of(task.index))
+
+    announce(request.client)
+    with (
+        published(request, made, workspace) as call,
+        Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
+    ):
+        yield executor
+
+
+# What a worker process holds. One call at a time, so that memory is what the plan says.
+_turn = threading.Lock()
+"""One block at a time, whatever the number of Dask's threads: the device and `max_memory` are those of the process."""
+_ended: deque[str] = deque(maxlen=1000)
+
+
+@dataclass
+class _Held:
+    """The job of a call, and what closes it."""
+
+    token: str
+    job: Job
+    stack: contextlib.ExitStack
+    stopped: threading.Event
+
+
+_held: _Held | None = None
+
+
+def work(call: Call, task: Task) -> Done:
+    """Do one task in a worker process.
+
+    Idempotent: as the stages are.
+
+    Raises:
+        ClusterLost: when this process cannot take part.
+        Stopped: when the call is over.
+    """
+    with _turn:
+        held = _hold(call)
+        threads = torch.get_num_threads()
+        use_threads(1)
+        try:
+            return perform(held.job, task)
+        finally:
+            use_threads(threads)
+            if held.stopped.is_set():
+                _let_go()
+
+
+def drop(token: str) -> None:
+    """Let go of a call; a task that is under way gives up at its next patch."""
+    _ended.append(token)
+    held = _held
+    if held is not None and held.token == token:
+        held.stopped.set()
+        if _turn.acquire(blocking=False):
+            try:
+                _let_go()
+            finally:
+                _turn.release()
+
+
+def _let_go() -> None:
+    global _held  # noqa: PLW0603 - one per process
+    if _held is not None:
+        _held.stack.close()
+        _held = None
+
+
+def _hold(call: Call) -> _Held:
+    """The job of a call: opened when its first task comes."""
+    global _held  # noqa: PLW0603 - one per process
+    if call.token in _ended:
+        raise Stopped
+    if _held is not None and _held.token == call.token:
+        return _held
+    _let_go()
+    where = f"worker process {os.getpid()} on {socket.gethostname()} cannot take part"
+    told = disagreement(call.versions, versions_here(), MUST_AGREE)
+    if told:
+        raise ClusterLost(f"{where}: workers must have the client's versions: {told}")
+    with contextlib.ExitStack() as stack:
+        stopped = threading.Event()
+        try:
+            job = _open(call, stopped, stack)
+        except Exception as error:
+            if transient(error) and not isinstance(error, ClusterLost):
+                raise
+            raise ClusterLost(
+                f"{where}: {type(error).__name__}: {error}; workers must see volume, output and workspace under the "
+                "paths that the client sees, and be able to import what the client imports"
+            ) from error
+        _held = _Held(call.token, job, stack.pop_all(), stopped)
+    return _held
+
+
+def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
+    data = (call.folder / "recipe").read_bytes()
+    if hashlib.sha256(data).hexdigest() != call.digest:
+        raise ValueError("the recipe of the run is not the one that the client wrote")
+    stack.enter_context(_importable(call.path))
+    recipe: Recipe = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
+    made = Plan.from_json(recipe.plan)
+    volume = recipe.volume.open()
+    if volume.source.location not in (None, call.folder / "volume") and volume.identity != made.parameters["volume"]:
+        raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
+    given = dict(recipe.model)
+    models = load_models(given.pop("model"), **given, device=recipe.rest["options"]["device"])
+    identities = [model_identity(member) for member in models]
+    if differences({"model": identities[0] if len(models) == 1 else identities}, made.parameters):
+        raise ValueError("the model that is loaded here is not the one that the client has")
+    request = Request(
+        volume=volume,
+        models=models,
+        selection=Selection(None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape), recipe.box),
+        given={},
+        client=None,
+        **recipe.rest,
+    )
+    workspace = Workspace(call.root, made)
+    fence = call.root / "plan.json"
+    looked_at = time.monotonic()
+
+    def on_patches(_: int) -> None:
+        nonlocal looked_at
+        if stopped.is_set():
+            raise Stopped
+        if time.monotonic() - looked_at >= LOOK_SECONDS:
+            looked_at = time.monotonic()
+            if not fence.exists():
+                raise Stopped
+
+    output = _Fenced(request.output, made, fence)
+    return stack.enter_context(open_job(request, made, workspace, output, on_patches))
+
+
+@contextlib.contextmanager
+def _importable(folders: tuple[str, ...]) -> Iterator[None]:
+    """Look for modules where the client does, too, after everything that is installed here."""
+    before = list(sys.path)
+    sys.path += folders
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+class _Fenced(Output):
+    """An output that is written to only while its run is there.
+
+    A process that was frozen comes back late, perhaps when another run has the output.
+
+    Args:
+        path: the group.
+        plan: the plan it was created with.
+        fence: a file that is there for as long as the run is.
+    """
+
+    def __init__(self, path: Path, plan: Plan, fence: Path) -> None:
+        super().__init__(path, plan)
+        self._fence = fence
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        if not self._fence.exists():
+            raise Stopped
+        super().write(*args, **kwargs)
