@@ -84,7 +84,8 @@ def predict(
     once.
 
     Args:
-        volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
+        volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array;
+            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, see `docs/files.md`.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.

@@ -74,6 +74,11 @@ EXTRA = {
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
+    "storage/formats/hdf5.py": frozenset({"h5py"}),
+    "storage/formats/nifti.py": frozenset({"nibabel"}),
+    "storage/formats/slide.py": frozenset({"openslide"}),
+    "storage/formats/tensors.py": frozenset({"tensorstore"}),
+    "storage/formats/tiff.py": frozenset({"tifffile"}),
     "door.py": frozenset({"dask.utils"}),  # reads "2GiB"
 }
 
