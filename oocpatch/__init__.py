@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oocpatch.checking import CheckReport, check
+    from oocpatch.converting import convert
     from oocpatch.errors import (
         BlockFailed,
         CorruptData,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "oocpatch.checking": ("CheckReport", "check"),
+    "oocpatch.converting": ("convert",),
     "oocpatch.errors": (
         "BlockFailed",
         "CorruptData",
@@ -83,6 +85,7 @@ __all__ = [
     "Volume",
     "WeightedSampler",
     "check",
+    "convert",
     "plan",
     "predict",
     "status",

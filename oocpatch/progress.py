@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
 from oocpatch.planning.plan import Plan
 from oocpatch.request import beside
 from oocpatch.storage.lock import holder
 from oocpatch.storage.output import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace
+from oocpatch.telling import telling, way_of
 
 
 def hidden(progress: str | bool) -> bool | None:
@@ -25,9 +26,8 @@ def hidden(progress: str | bool) -> bool | None:
     Raises:
         ValueError: when it is none of the known ways.
     """
-    if progress not in ("auto", "bar", "none", True, False):
-        raise ValueError(f"progress must be 'auto', 'bar' or 'none', got {progress!r}")
-    return None if progress == "auto" else progress in ("none", False)
+    way_of(progress)
+    return None if progress == "auto" else progress not in ("bar", True)
 
 
 def root_of(record: OutputRecord) -> Path:
@@ -37,14 +37,10 @@ def root_of(record: OutputRecord) -> Path:
 
 @contextlib.contextmanager
 def bar_of(made: Plan, progress: str | bool, done: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over patches, as a function that is told how many more are done, from any thread."""
-    lock = threading.Lock()
-    with tqdm(total=made.patches, initial=done, unit="patch", disable=hidden(progress), desc="oocpatch") as bar:
-
-        def tell(count: int) -> None:
-            with lock:
-                bar.update(count)
-
+    """Progress over patches, as a function that is told how many more are done, from any thread."""
+    volume = math.prod(made.shape) * made.in_channels * np.dtype(made.in_dtype).itemsize
+    each = volume / max(1, made.patches)
+    with telling(progress, "predict", "patches", made.patches, resumed=done, bytes_each=each) as tell:
         yield tell
 
 

@@ -128,7 +128,8 @@ def predict(
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.
-        progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
+        progress: `"auto"` shows a bar on a terminal, else a line now and then; `"bar"` or True, `"plain"` lines or
+            `"json"` always; `"none"` or False nothing.
 
     Returns:
         The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a

@@ -38,8 +38,9 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "run"}
-    public = run | {"checking"}
+    run = request | {"decide", "progress", "run", "telling"}
+    convert = door | {"telling", "converting"}
+    public = run | convert | {"checking"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -56,11 +57,15 @@ def _floors() -> dict[str, Floor]:
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
         "decide": Floor(request | {"decide"}, on_device),
-        "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
+        "telling": Floor(frozenset(), frozenset({"tqdm"})),
+        "progress": Floor(request | {"progress", "telling"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
+        "converting": Floor(convert, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
-        "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),
+        "cli_values": Floor(frozenset(), frozenset({"click"})),
+        "cli_files": Floor(above | {"cli_values", "cli_files"}, frozenset({"click"})),
+        "cli": Floor(above | {"demo", "cli_values", "cli_files", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }

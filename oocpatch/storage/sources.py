@@ -166,7 +166,7 @@ def _from_group(group: zarr.Group, address: str) -> Source:
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
-            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), dict(arrays[n].attrs))
+            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), _user_attributes(arrays[n]))
     return _from_zarr(array, coords=coords)
 
 
@@ -201,7 +201,6 @@ def _from_zarr(
     names: tuple[str | None, ...] | None = None,
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
-    attributes = array.attrs.asdict()
     root = getattr(array.store, "root", None)
     location = Path(root, array.path).resolve() if root is not None else None
     return Source(
@@ -215,8 +214,13 @@ def _from_zarr(
         array=array,
         files=location,
         coords=coords or {},
-        attrs={k: v for k, v in attributes.items() if k not in ENCODING_ATTRIBUTES},
+        attrs=_user_attributes(array),
     )
+
+
+def _user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Attributes without those by which xarray says how it stored the values; it refuses to write them again."""
+    return {k: v for k, v in array.attrs.asdict().items() if k not in ENCODING_ATTRIBUTES}
 
 
 def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.storage.formats.raw import PIECE, read_box
+from oocpatch.storage.formats.raw import PIECE, ROW, read_box
 from oocpatch.storage.formats.spec import Facts, FileSpec, UnreadableError, coordinate, file_marks, needs, plain
 
 logger = logging.getLogger("oocpatch")
@@ -50,11 +50,12 @@ class NiftiFile:
         self._turn = threading.Lock()
         self._file: IO[bytes] | None = None
         shape, scaled = self._shape, self._scaling != (1.0, 0.0)
+        row = shape[0]  # short rows are read whole, which a planner should know
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
         self.facts = Facts(
             shape=shape,
             dtype=np.dtype(np.float32) if scaled else self._stored,
-            chunks=(1,) * len(shape),
+            chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
             names=names,
             coords=_coords(image, names or (), shape),
             attrs=_attrs(image),
