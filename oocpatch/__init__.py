@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from oocpatch.inference.aggregator import PatchAggregator
     from oocpatch.inference.functions import NumpyModel
+    from oocpatch.looking.viewing import view
     from oocpatch.planning.grid import PatchGrid, PatchLocation
     from oocpatch.planning.plan import Plan
     from oocpatch.progress import RunStatus, status
@@ -47,6 +48,7 @@ _HOMES = {
     ),
     "oocpatch.inference.aggregator": ("PatchAggregator",),
     "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.looking.viewing": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
     "oocpatch.planning.plan": ("Plan",),
     "oocpatch.progress": ("RunStatus", "status"),
@@ -89,6 +91,7 @@ __all__ = [
     "plan",
     "predict",
     "status",
+    "view",
 ]
 
 

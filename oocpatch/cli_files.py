@@ -52,4 +52,22 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     click.echo(f"{Path(output)}: {told} ({', '.join(map(str, made.dims))}), {made.dtype}, {report['seconds']:.1f} s")
 
 
-COMMANDS = (convert,)
+@click.command()
+@click.argument("output", metavar="OUT")
+@click.argument("picture", metavar="[PNG]", required=False)
+@_option("--volume", metavar="IN", help="What to lay the result over; default: what the run noted.")
+@_option("--no-volume", is_flag=True, help="Show the result alone.")
+@_option("--head", help="Which of several outputs; default: the first.")
+@_option("--kind", type=click.Choice(("auto", "labels", "scores", "image", "rgb")), default="auto", help="How to show.")
+@_option("--axes", metavar="NAMES", help="Axes of OUT, where it does not name them.")
+@_option("--pixels", type=click.IntRange(min=16), default=480, help="Longest side of a panel.")
+@_json_option
+def view(output: str, picture: str | None, *, as_json: bool, no_volume: bool, **options: Any) -> None:
+    """Draw OUT, a result or any volume that can be read, as a PNG: middle slices, over the input, and a projection."""
+    import oocpatch
+
+    made = oocpatch.view(output, picture, **{**options, **({"volume": False} if no_volume else {})})
+    click.echo(json.dumps({"picture": str(made)}) if as_json else str(made))
+
+
+COMMANDS = (convert, view)

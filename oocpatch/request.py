@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Request:
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
         options: all other arguments by name.
+        settings: the arguments as they were given, for people.
     """
 
     volume: Volume
@@ -60,6 +61,7 @@ class Request:
     block_shape: Ints | None
     parameters: Mapping[str, Any]
     options: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def looped(self) -> int:

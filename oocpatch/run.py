@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from oocpatch.layout import postprocess_of
 from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of, hidden, root_of
+from oocpatch.record import facts, settings
 from oocpatch.request import Request, beside, make_request
 from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
@@ -151,7 +153,8 @@ def predict(
     ('y', 'x') True
     """
     arguments = _arguments(locals())
-    return _predict(make_request(**arguments), resume=resume, overwrite=overwrite, progress=progress)
+    request = replace(make_request(**arguments), settings=settings(arguments))
+    return _predict(request, resume=resume, overwrite=overwrite, progress=progress)
 
 
 def plan(
@@ -190,7 +193,8 @@ def plan(
         raise TypeError(f"plan() got unexpected arguments: {', '.join(sorted(unknown))}")
     if "patch_size" not in arguments:
         raise TypeError("plan() needs patch_size")
-    request = make_request(volume, model, output, **{**_DEFAULTS, **arguments})
+    given = {"volume": volume, "model": model, "output": output, **_DEFAULTS, **arguments}
+    request = replace(make_request(**given), settings=settings(given))
     made, _ = _decide(request, resume=resume, overwrite=overwrite)
 
     def run(planned: Plan) -> Result:
@@ -322,7 +326,8 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         )
         with dask_threads(made.concurrency) as submit:
             run.execute(submit, made.concurrency)
-    return _details(made, time.monotonic() - started, done.uncovered, predictor.halving.count)
+    found = _details(made, time.monotonic() - started, done.uncovered, predictor.halving.count)
+    return {**found, **facts(made, request.settings)}
 
 
 def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:

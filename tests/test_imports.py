@@ -38,9 +38,10 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "run", "telling"}
+    run = request | {"decide", "progress", "record", "run", "telling"}
     convert = door | {"telling", "converting"}
-    public = run | convert | {"checking"}
+    look = run | {"looking"}
+    public = look | convert | {"checking"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -61,6 +62,8 @@ def _floors() -> dict[str, Floor]:
         "progress": Floor(request | {"progress", "telling"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
         "converting": Floor(convert, on_disk),
+        "record": Floor(frozenset({"planning"}), numpy),
+        "looking": Floor(look, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli_values": Floor(frozenset(), frozenset({"click"})),
@@ -84,6 +87,7 @@ EXTRA = {
     "storage/formats/slide.py": frozenset({"openslide"}),
     "storage/formats/tensors.py": frozenset({"tensorstore"}),
     "storage/formats/tiff.py": frozenset({"tifffile"}),
+    "looking/canvas.py": frozenset({"PIL"}),
     "door.py": frozenset({"dask.utils"}),  # reads "2GiB"
 }
 

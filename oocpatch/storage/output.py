@@ -124,6 +124,11 @@ def array_path(head: Head, heads: Sequence[Head]) -> str:
     return f"{head.name}/{head.name}" if is_tree(heads) else head.name
 
 
+def array_place(record: OutputRecord, head: str) -> str:
+    """Where a head's array lies, by what the output says of itself."""
+    return f"{head}/{head}" if record.details["tree"] else head
+
+
 def write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
     """Write coordinates into a group, as xarray does, which puts the group's attributes anew."""
     if not coords:
