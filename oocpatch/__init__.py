@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from oocpatch.inference.aggregator import PatchAggregator
     from oocpatch.inference.functions import NumpyModel
+    from oocpatch.looking.reporting import report
     from oocpatch.looking.viewing import view
     from oocpatch.planning.grid import PatchGrid, PatchLocation
     from oocpatch.planning.plan import Plan
@@ -48,6 +49,7 @@ _HOMES = {
     ),
     "oocpatch.inference.aggregator": ("PatchAggregator",),
     "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.looking.reporting": ("report",),
     "oocpatch.looking.viewing": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
     "oocpatch.planning.plan": ("Plan",),
@@ -90,6 +92,7 @@ __all__ = [
     "convert",
     "plan",
     "predict",
+    "report",
     "status",
     "view",
 ]

@@ -200,10 +200,13 @@ def main() -> None:
 @_model_options
 @_patch_options
 @_run_options
+@click.option("--draw", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
 @_json_option
-def plan(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
+def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
     made = _plan(volume, output, options)
+    if draw is not None:
+        draw.write_text(made.draw())
     click.echo(made.to_json() if as_json else str(made))
 
 

@@ -70,4 +70,16 @@ def view(output: str, picture: str | None, *, as_json: bool, no_volume: bool, **
     click.echo(json.dumps({"picture": str(made)}) if as_json else str(made))
 
 
-COMMANDS = (convert, view)
+@click.command()
+@click.argument("output", metavar="OUT")
+@click.argument("page", metavar="[HTML]", required=False)
+@_json_option
+def report(output: str, page: str | None, *, as_json: bool) -> None:
+    """Write one HTML file about the run that wrote OUT: pictures, plan, time, memory, coverage, how to repeat it."""
+    import oocpatch
+
+    made = oocpatch.report(output, page)
+    click.echo(json.dumps({"report": str(made)}) if as_json else str(made))
+
+
+COMMANDS = (convert, view, report)

@@ -152,8 +152,8 @@ def test_a_result_that_is_not_finished_can_be_looked_at(tmp_path: Path) -> None:
             raise RuntimeError("no")
         return x
 
+    sizes = {"patch_size": 8, "block_shape": 8, "output_chunks": 8}
     with pytest.raises(oocpatch.BlockFailed):
-        sizes = {"patch_size": 8, "block_shape": 8, "output_chunks": 8}
         oocpatch.predict(volume, fragile, tmp_path / "out.zarr", progress=False, **sizes)
     sheet = sheet_of(tmp_path / "out.zarr", pixels=32)
     assert "not finished yet" in sheet.subtitle
