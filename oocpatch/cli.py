@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from oocpatch import cli_files
+from oocpatch.cli_config import config_option
 from oocpatch.cli_values import number, one_or_more, per_head, setting, settings, size, size_or_auto
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ _patch_options = _options(
 )
 
 _run_options = _options(
+    config_option,
     _option("--output-chunks", type=size, help="Chunk shape of the output; default: the planner's choice."),
     _option("--output-shards", type=size, help="Shard shape of the output; default: no shards."),
     _option("--output-fill", type=number, default=0, help="Value of voxels that no patch covered."),
@@ -188,7 +190,7 @@ _progress_option = _option(
 )
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"})
 @click.version_option(package_name="oocpatch")
 def main() -> None:
     """Patch-based deep learning on volumes larger than memory."""

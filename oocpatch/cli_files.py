@@ -82,4 +82,14 @@ def report(output: str, page: str | None, *, as_json: bool) -> None:
     click.echo(json.dumps({"report": str(made)}) if as_json else str(made))
 
 
-COMMANDS = (convert, view, report)
+@click.command()
+@_json_option
+def doctor(*, as_json: bool) -> None:
+    """Say what there is: versions, cores, memory, disk, devices, extras."""
+    from oocpatch.doctor import examine, told
+
+    found = examine(Path())
+    click.echo(json.dumps(found, indent=1) if as_json else told(found))
+
+
+COMMANDS = (convert, view, report, doctor)

@@ -255,7 +255,11 @@ def _predict(
             made = made.knowing(request.statistics(hidden=hidden(progress)))
             create_output(request.output, made, request.volume, request.workspace, found)
             workspace = Workspace.create(request.workspace / made.run_id, made)
-        Output(request.output, made).complete(_run(request, made, workspace, progress))
+        state = "goes on" if stored is not None else "starts"
+        logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
+        found = _run(request, made, workspace, progress)
+        Output(request.output, made).complete(found)
+        logger.info("%s is complete after %s s", request.output, found["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 

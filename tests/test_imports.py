@@ -67,8 +67,10 @@ def _floors() -> dict[str, Floor]:
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli_values": Floor(frozenset(), frozenset({"click"})),
-        "cli_files": Floor(above | {"cli_values", "cli_files"}, frozenset({"click"})),
-        "cli": Floor(above | {"demo", "cli_values", "cli_files", "cli"}, frozenset({"click"})),
+        "doctor": Floor(above | {"doctor"}, on_device),
+        "cli_config": Floor(frozenset(), frozenset({"click"})),
+        "cli_files": Floor(above | {"cli_values", "cli_files", "doctor"}, frozenset({"click"})),
+        "cli": Floor(above | {"demo", "cli_values", "cli_config", "cli_files", "cli"}, frozenset({"click"})),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }
