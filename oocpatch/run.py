@@ -257,9 +257,9 @@ def _predict(
             workspace = Workspace.create(request.workspace / made.run_id, made)
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
-        found = _run(request, made, workspace, progress)
-        Output(request.output, made).complete(found)
-        logger.info("%s is complete after %s s", request.output, found["seconds"])
+        details = _run(request, made, workspace, progress)
+        Output(request.output, made).complete(details)
+        logger.info("%s is complete after %s s", request.output, details["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 

@@ -382,7 +382,7 @@ def test_a_raw_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_a_scan_as_it_is(tmp_path: Path) -> None:
     expected = nifti(tmp_path / "scan.nii.gz")
-    arguments = ["predict", "scan.nii.gz", "out.zarr", "--model", "identity", "--patch-size", "8", "--json"]
+    arguments = ["predict", "scan.nii.gz", "out.zarr", "--model", "identity", "--patch-size", "16", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "oocpatch.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -114,8 +114,18 @@ def _coords(image: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> dict[
         unit = units[0 if axis < 3 else 1]
         step, start = (affine[axis, axis], affine[axis, 3]) if straight and axis < 3 else (zoom, 0.0)
         if name != "c" and step:
-            found[name] = coordinate(name, size, step, start, None if unit == "unknown" else unit)
+            place = _shortest(step), _shortest(start)
+            found[name] = coordinate(name, size, *place, None if unit == "unknown" else unit)
     return found
+
+
+def _shortest(value: float) -> float:
+    """A number that was stored as float32, as it was meant.
+
+    >>> _shortest(float(np.float32(1.2)))
+    1.2
+    """
+    return float(str(np.float32(value)))
 
 
 def _attrs(image: Any) -> dict[str, Any]:
