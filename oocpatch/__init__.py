@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oocpatch.checking import CheckReport, check
+    from oocpatch.converting import convert
     from oocpatch.errors import (
         BlockFailed,
         ClusterLost,
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     )
     from oocpatch.inference.aggregator import PatchAggregator
     from oocpatch.inference.functions import NumpyModel
+    from oocpatch.looking.reporting import report
+    from oocpatch.looking.viewing import view
     from oocpatch.planning.grid import PatchGrid, PatchLocation
     from oocpatch.planning.plan import Plan
     from oocpatch.progress import RunStatus, status
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "oocpatch.checking": ("CheckReport", "check"),
+    "oocpatch.converting": ("convert",),
     "oocpatch.errors": (
         "BlockFailed",
         "ClusterLost",
@@ -47,6 +51,8 @@ _HOMES = {
     ),
     "oocpatch.inference.aggregator": ("PatchAggregator",),
     "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.looking.reporting": ("report",),
+    "oocpatch.looking.viewing": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
     "oocpatch.planning.plan": ("Plan",),
     "oocpatch.progress": ("RunStatus", "status"),
@@ -86,9 +92,12 @@ __all__ = [
     "Volume",
     "WeightedSampler",
     "check",
+    "convert",
     "plan",
     "predict",
+    "report",
     "status",
+    "view",
 ]
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from oocpatch import where
-from oocpatch.texts import number, one_or_more, per_head, setting, settings
+from oocpatch import cli_files, cli_where
+from oocpatch.cli_config import config_option
+from oocpatch.cli_values import box, number, one_or_more, per_head, setting, settings, size, size_or_auto
 
 if TYPE_CHECKING:
     from oocpatch.planning.plan import Plan
@@ -30,43 +31,12 @@ FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def size(text: str | int) -> int | tuple[int, ...]:
-    """Read `96`, the same on every axis, or `32,96,96`, one per axis."""
-    try:
-        sizes = tuple(int(part) for part in str(text).split(","))
-    except ValueError:
-        raise click.BadParameter(f"sizes are whole numbers of voxels, such as 96 or 32,96,96, got {text!r}.") from None
-    return sizes if len(sizes) > 1 else sizes[0]
-
-
-def box(text: str) -> list[tuple[int | None, int | None]]:
-    """Read `START:STOP` per axis; either may be left out.
-
-    >>> box("16:64,:,:128")
-    [(16, 64), (None, None), (None, 128)]
-    """
-    spans = []
-    for part in text.split(","):
-        start, colon, stop = part.partition(":")
-        try:
-            assert colon
-            spans.append((int(start) if start else None, int(stop) if stop else None))
-        except (AssertionError, ValueError):
-            raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {text!r}.") from None
-    return spans
-
-
-def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
-    """Read a size, or `auto`."""
-    return "auto" if text == "auto" else size(text)
-
-
 class _Commands(click.Group):
     """A group whose commands end in one line and an exit code, never in a traceback for a user's mistake."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with where.terminable():
+            with cli_where.terminable():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -195,6 +165,7 @@ _patch_options = _options(
 )
 
 _run_options = _options(
+    config_option,
     _option("--output-chunks", type=size, help="Chunk shape of the output; default: the planner's choice."),
     _option("--output-shards", type=size, help="Shard shape of the output; default: no shards."),
     _option("--output-fill", type=number, default=0, help="Value of voxels that no patch covered."),
@@ -220,7 +191,10 @@ _run_options = _options(
         "--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://HOST:PORT or file:scheduler.json."
     ),
     _option(
-        "--part", type=where.part, metavar="I/N", help="Compute only part I of N; the last part finishes the output."
+        "--part",
+        type=cli_where.part,
+        metavar="I/N",
+        help="Compute only part I of N; the last part finishes the output.",
     ),
     _option("--resume/--no-resume", default=True, help="Continue an unfinished run."),
     _option("--overwrite", is_flag=True, help="Replace what oocpatch wrote here before."),
@@ -230,13 +204,13 @@ _run_options = _options(
 _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
 _progress_option = _option(
     "--progress",
-    type=_one_of("auto bar none"),
+    type=_one_of("auto bar plain json none"),
     default="auto",
-    help="Progress on stderr; auto: a bar on a terminal.",
+    help="Progress on stderr; auto: a bar on a terminal, else a line now and then; json: an object per line.",
 )
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"})
 @click.version_option(package_name="oocpatch")
 def main() -> None:
     """Patch-based deep learning on volumes larger than memory."""
@@ -248,10 +222,13 @@ def main() -> None:
 @_model_options
 @_patch_options
 @_run_options
+@click.option("--draw", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
 @_json_option
-def plan(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
+def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
-    made = _plan(volume, output, where.as_planned(options))
+    made = _plan(volume, output, cli_where.as_planned(options))
+    if draw is not None:
+        draw.write_text(made.draw())
     click.echo(made.to_json() if as_json else str(made))
 
 
@@ -268,7 +245,7 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
     from oocpatch.errors import BlockFailed
 
     start = time.monotonic()
-    with where.client_of(options, _log) as given:
+    with cli_where.client_of(options, _log) as given:
         made = _plan(volume, output, {**given, "progress": progress})
         _log(str(made))
         try:
@@ -357,6 +334,10 @@ def check(volume: str, *, as_json: bool, **options: Any) -> None:
     click.echo(report.to_json() if as_json else str(report))
     if not report.passed:
         raise click.exceptions.Exit(FAILED)
+
+
+for _command in cli_files.COMMANDS:
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from oocpatch.inference.scheduler import Executor, Stopped, dask_threads
 from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of
+from oocpatch.record import facts
 from oocpatch.request import Request
 from oocpatch.storage.ledger import Ledger, Progress
 from oocpatch.storage.output import Output
@@ -57,7 +58,7 @@ def open_executor(
         yield threads, lambda: job.predictor.halving.count
 
 
-def details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
+def details(request: Request, made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
         **({"statistics": made.statistics} if made.statistics else {}),
@@ -69,4 +70,5 @@ def details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str
         "nonfinite_voxels": done.nonfinite,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
+        **facts(made, request.settings),
     }

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import threading
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
 from oocpatch.storage.lock import holder
 from oocpatch.storage.output import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace
+from oocpatch.telling import telling, way_of
 
 
 def hidden(progress: str | bool) -> bool | None:
@@ -25,9 +26,8 @@ def hidden(progress: str | bool) -> bool | None:
     Raises:
         ValueError: when it is none of the known ways.
     """
-    if progress not in ("auto", "bar", "none", True, False):
-        raise ValueError(f"progress must be 'auto', 'bar' or 'none', got {progress!r}")
-    return None if progress == "auto" else progress in ("none", False)
+    way_of(progress)
+    return None if progress == "auto" else progress not in ("bar", True)
 
 
 def root_of(record: OutputRecord) -> Path:
@@ -37,19 +37,12 @@ def root_of(record: OutputRecord) -> Path:
 
 @contextlib.contextmanager
 def bar_of(made: Plan, progress: str | bool, own: range, predicted: Container[int]) -> Iterator[Callable[[int], None]]:
-    """A progress bar over the patches of some blocks, as a function that is told how many more are done.
-
-    Safe to call from any thread.
-    """
-    lock = threading.Lock()
+    """Progress over the patches of some blocks, as a function that is told how many more are done, from any thread."""
     total = made.patches if len(own) == made.blocks else sum(made.patches_of(i) for i in own)
     done = sum(made.patches_of(i) for i in own if i in predicted)
-    with tqdm(total=total, initial=done, unit="patch", disable=hidden(progress), desc="oocpatch") as bar:
-
-        def tell(count: int) -> None:
-            with lock:
-                bar.update(count)
-
+    volume = math.prod(made.shape) * made.in_channels * np.dtype(made.in_dtype).itemsize
+    each = volume / max(1, made.patches)
+    with telling(progress, "predict", "patches", total, resumed=done, bytes_each=each) as tell:
         yield tell
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Request:
         options: all other arguments by name.
         given: the model and its weights as they were given.
         client: of the cluster that does the work; None: this process does.
+        settings: the arguments as they were given, for people.
     """
 
     volume: Volume
@@ -66,6 +67,7 @@ class Request:
     options: Mapping[str, Any]
     given: Mapping[str, Any]
     client: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def looped(self) -> int:

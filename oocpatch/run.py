@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from oocpatch import door
@@ -25,6 +26,7 @@ from oocpatch.inference.scheduler import Run
 from oocpatch.parts import Part, busy
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import hidden, root_of
+from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
@@ -81,7 +83,8 @@ def predict(
     once.
 
     Args:
-        volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
+        volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array;
+            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, see `docs/files.md`.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.
@@ -130,7 +133,8 @@ def predict(
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
-        progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
+        progress: `"auto"` shows a bar on a terminal, else a line now and then; `"bar"` or True, `"plain"` lines or
+            `"json"` always; `"none"` or False nothing.
 
     Returns:
         The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a
@@ -154,7 +158,8 @@ def predict(
     """
     arguments = _arguments(locals())
     one = _part(part, client, overwrite=overwrite)
-    return _predict(make_request(**arguments), resume=resume, overwrite=overwrite, progress=progress, part=one)
+    request = replace(make_request(**arguments), settings=settings(arguments))
+    return _predict(request, resume=resume, overwrite=overwrite, progress=progress, part=one)
 
 
 def plan(
@@ -196,7 +201,8 @@ def plan(
     if "patch_size" not in arguments:
         raise TypeError("plan() needs patch_size")
     one = _part(part, arguments.get("client"), overwrite=overwrite)
-    request = make_request(volume, model, output, **{**_DEFAULTS, **arguments})
+    given = {"volume": volume, "model": model, "output": output, **_DEFAULTS, **arguments}
+    request = replace(make_request(**given), settings=settings(given))
     made, _ = _decide(request, resume=resume, overwrite=overwrite, part=one)
 
     def run(planned: Plan) -> Result:
@@ -280,7 +286,11 @@ def _predict(
             raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
         workspace = _set_up(request, made, progress, resuming=stored is not None)
         workspace.join()
-        Output(request.output, workspace.plan).complete(_run(request, workspace, progress))
+        state = "goes on" if stored is not None else "starts"
+        logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
+        done = _run(request, workspace, progress)
+        Output(request.output, workspace.plan).complete(done)
+        logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 
@@ -311,7 +321,7 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         executor, halved = opened
         Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
         assert all_done(made, done)
-        return details(made, time.monotonic() - started, done, halved())
+        return details(request, made, time.monotonic() - started, done, halved())
 
 
 def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool) -> Result:
@@ -342,7 +352,7 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    Output(output, made).complete(details(made, time.monotonic() - started, done, halved()))
+                    Output(output, made).complete(details(request, made, time.monotonic() - started, done, halved()))
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

@@ -38,8 +38,10 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "parts", "recipe", "job", "remote", "executors", "run"}
-    public = run | {"checking"}
+    run = request | {"decide", "progress", "record", "telling", "parts", "recipe", "job", "remote", "executors", "run"}
+    convert = door | {"telling", "converting"}
+    look = run | {"looking"}
+    public = look | convert | {"checking"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -56,18 +58,27 @@ def _floors() -> dict[str, Floor]:
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
         "decide": Floor(request | {"decide"}, on_device),
-        "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
+        "telling": Floor(frozenset(), frozenset({"tqdm"})),
+        "progress": Floor(request | {"progress", "telling"}, on_device),
         "job": Floor(request | {"job"}, on_device),
         "parts": Floor(request | {"parts"}, frozenset()),
-        "executors": Floor(request | {"progress", "job", "remote", "executors"}, frozenset()),
+        "executors": Floor(request | {"progress", "record", "job", "remote", "executors"}, frozenset()),
         "recipe": Floor(request | {"recipe"}, on_device),
         "remote": Floor(request | {"job", "recipe", "remote"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
+        "converting": Floor(convert, on_disk),
+        "record": Floor(frozenset({"planning"}), numpy),
+        "looking": Floor(look, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
-        "where": Floor(request, frozenset({"click"})),
-        "texts": Floor(frozenset(), frozenset({"click"})),
-        "cli": Floor(above | {"demo", "where", "texts", "cli"}, frozenset({"click"})),
+        "cli_values": Floor(frozenset(), frozenset({"click"})),
+        "cli_where": Floor(request, frozenset({"click"})),
+        "cli_config": Floor(frozenset(), frozenset({"click"})),
+        "doctor": Floor(above | {"doctor"}, on_device),
+        "cli_files": Floor(above | {"cli_values", "cli_files", "doctor"}, frozenset({"click"})),
+        "cli": Floor(
+            above | {"demo", "cli_values", "cli_where", "cli_config", "cli_files", "cli"}, frozenset({"click"})
+        ),
         "__init__": Floor(public, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }
@@ -82,6 +93,12 @@ EXTRA = {
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
+    "storage/formats/hdf5.py": frozenset({"h5py"}),
+    "storage/formats/nifti.py": frozenset({"nibabel"}),
+    "storage/formats/slide.py": frozenset({"openslide"}),
+    "storage/formats/tensors.py": frozenset({"tensorstore"}),
+    "storage/formats/tiff.py": frozenset({"tifffile"}),
+    "looking/canvas.py": frozenset({"PIL"}),
     "door.py": frozenset({"dask.utils"}),  # reads "2GiB"
 }
 

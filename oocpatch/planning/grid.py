@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oocpatch.planning.box import Box, Ints, ceil_to
+from oocpatch.planning.drawing import draw_grid
 
 Scale = tuple[int, int]
 """Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""
@@ -239,6 +240,10 @@ class PatchGrid:
                 f"patch_overlap must be smaller than patch_size on every axis, got {patch_overlap} and {patch_size}"
             )
         return cls(tuple(GridAxis(n, p, o, padded) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True)))
+
+    def _repr_html_(self) -> str:
+        """The patches in a notebook."""
+        return draw_grid(self)
 
     @property
     def shape(self) -> Ints:

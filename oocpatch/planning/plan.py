@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
+from oocpatch.planning.drawing import draw_plan
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.head import Head, common_unit, crops, patch_grid
 from oocpatch.planning.memory import Way, layers_per_group
@@ -201,6 +203,14 @@ class Plan:
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["way"] = Way(**record["way"])
         return cls(**values)
+
+    def draw(self) -> str:
+        """Sections through blocks, seams and patches, as the text of an SVG file."""
+        return draw_plan(self.block_grid, self.axes, self.spatial)
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook: its numbers and its picture."""
+        return f"<pre>{html.escape(str(self))}</pre>{self.draw()}"
 
     def __str__(self) -> str:
         def size(values: Ints) -> str:

@@ -105,11 +105,11 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
     attributes = {ATTRIBUTE: _plain(record)}
     if not split:
-        _write_coords(path, coords[0], attributes)
+        write_coords(path, coords[0], attributes)
     for head, found in zip(plan.heads, coords, strict=True):
         if split:
             zarr.create_group(store, path=head.name)
-            _write_coords(path / head.name, found, {})
+            write_coords(path / head.name, found, {})
         _create_array(store, head, plan, volume)
 
 
@@ -123,7 +123,13 @@ def array_path(head: Head, heads: Sequence[Head]) -> str:
     return f"{head.name}/{head.name}" if is_tree(heads) else head.name
 
 
-def _write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+def array_place(record: OutputRecord, head: str) -> str:
+    """Where a head's array lies, by what the output says of itself."""
+    return f"{head}/{head}" if record.details["tree"] else head
+
+
+def write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    """Write coordinates into a group, as xarray does, which puts the group's attributes anew."""
     if not coords:
         return
     with warnings.catch_warnings():
@@ -147,11 +153,11 @@ def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> 
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
         dimension_names=(*channel, *plan.axes),
-        attributes=_attributes(volume),
+        attributes=json_attributes(volume),
     )
 
 
-def _attributes(volume: Volume) -> dict[str, Any]:
+def json_attributes(volume: Volume) -> dict[str, Any]:
     """The volume's attributes, as far as JSON can hold them."""
     found = {}
     for key, value in volume.source.attrs.items():

@@ -22,6 +22,8 @@ import xarray
 import zarr
 
 from oocpatch.storage.checksum import checksum
+from oocpatch.storage.formats.opening import Loader, facts_of
+from oocpatch.storage.formats.spec import SUFFIXES, FileSpec, parse
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
 
@@ -101,17 +103,43 @@ def local_or_url(address: str | os.PathLike[str]) -> Path | str:
 
 
 def _from_address(address: Path | str) -> Source:
+    spec = parse(address)
+    if spec is not None:
+        return _from_file(spec)
     if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
     try:
         node = zarr.open(address, mode="r")
     except Exception as error:
         raise ValueError(
-            f"volume cannot be read: {address} must be a Zarr array or group ({type(error).__name__}: {_line(error)})"
+            f"volume cannot be read: {address} must be a Zarr array or group ({type(error).__name__}: {_line(error)}), "
+            f"or a file that ends in {', '.join(e for endings in SUFFIXES.values() for e in endings)}"
         ) from error
     if isinstance(node, zarr.Array):
         return _from_zarr(node)
     return _from_group(node, str(address))
+
+
+def _from_file(spec: FileSpec) -> Source:
+    """An array in a file of another format, opened anew wherever it is read."""
+    local = Path(spec.address) if "://" not in spec.address else None
+    if local is not None and not local.exists():
+        raise ValueError(f"volume not found: {local} does not exist")
+    facts = facts_of(spec)
+    place = str(local.resolve()) if local is not None else spec.address
+    identity = {"address": place, "part": spec.part, "shape": facts.shape, "dtype": str(facts.dtype), **facts.marks}
+    return Source(
+        shape=facts.shape,
+        dtype=facts.dtype,
+        chunks=facts.chunks,
+        names=facts.names,
+        load=Loader(spec),
+        identify=functools.partial(_digest, identity),
+        chunked=facts.chunked,
+        location=local.resolve() if local is not None else None,
+        coords=facts.coords,
+        attrs=facts.attrs,
+    )
 
 
 def _line(error: Exception) -> str:
@@ -138,7 +166,7 @@ def _from_group(group: zarr.Group, address: str) -> Source:
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
-            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), dict(arrays[n].attrs))
+            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), _user_attributes(arrays[n]))
     return _from_zarr(array, coords=coords)
 
 
@@ -173,7 +201,6 @@ def _from_zarr(
     names: tuple[str | None, ...] | None = None,
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
-    attributes = array.attrs.asdict()
     root = getattr(array.store, "root", None)
     location = Path(root, array.path).resolve() if root is not None else None
     return Source(
@@ -187,8 +214,13 @@ def _from_zarr(
         array=array,
         files=location,
         coords=coords or {},
-        attrs={k: v for k, v in attributes.items() if k not in ENCODING_ATTRIBUTES},
+        attrs=_user_attributes(array),
     )
+
+
+def _user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Attributes without those by which xarray says how it stored the values; it refuses to write them again."""
+    return {k: v for k, v in array.attrs.asdict().items() if k not in ENCODING_ATTRIBUTES}
 
 
 def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -29,7 +29,8 @@ class Volume:
     """A lazy volume: reads nothing but metadata until a box is asked for.
 
     Args:
-        source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array.
+        source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array,
+            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file.
         axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
             else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
 

@@ -22,7 +22,7 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
     if scheduler is None and not processes:
         yield given
         return
-    from oocpatch.inference.cluster import announce, connected  # noqa: PLC0415 - so that --help is quick
+    from oocpatch.inference.cluster import announce, connected
 
     with connected(scheduler, given["workers"] or 0) as client:
         log(f"dashboard: {announce(client)}")

@@ -1,4 +1,4 @@
-"""How the command line reads texts: numbers, JSON, pairs, values per head."""
+"""Values on the command line: sizes, JSON, one value for all heads or one for each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,37 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+
+
+def size(text: str | int) -> int | tuple[int, ...]:
+    """Read `96`, the same on every axis, or `32,96,96`, one per axis."""
+    try:
+        sizes = tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        raise click.BadParameter(f"sizes are whole numbers of voxels, such as 96 or 32,96,96, got {text!r}.") from None
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
+    """Read a size, or `auto`."""
+    return "auto" if text == "auto" else size(text)
+
+
+def box(text: str) -> list[tuple[int | None, int | None]]:
+    """Read `START:STOP` per axis; either may be left out.
+
+    >>> box("16:64,:,:128")
+    [(16, 64), (None, None), (None, 128)]
+    """
+    spans = []
+    for part in text.split(","):
+        start, colon, stop = part.partition(":")
+        try:
+            assert colon
+            spans.append((int(start) if start else None, int(stop) if stop else None))
+        except (AssertionError, ValueError):
+            raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {text!r}.") from None
+    return spans
 
 
 def setting(text: str) -> Any:

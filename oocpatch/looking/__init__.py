@@ -1,0 +1,1 @@
+"""Looking at volumes and results: pictures and reports, by reads of bounded memory."""

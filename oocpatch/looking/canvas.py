@@ -1,0 +1,106 @@
+"""A sheet of panels with captions, as a PNG. Pillow is not a requirement of oocpatch: install `oocpatch[view]`."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PAPER, INK, MUTED = (13, 17, 23), (230, 237, 243), (139, 148, 158)
+GAP, TOP, CAPTION, FOOT = 24, 76, 26, 34
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture and what it shows.
+
+    Attributes:
+        picture: `(H, W, 3)` of 0 to 1.
+        caption: a line above it.
+    """
+
+    picture: npt.NDArray[Any]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows of panels.
+
+    Attributes:
+        rows: panels from left to right; those of one column have one width.
+        title, subtitle: above all.
+        legend: colours and what they stand for.
+    """
+
+    rows: tuple[tuple[Panel, ...], ...]
+    title: str
+    subtitle: str
+    legend: tuple[tuple[tuple[int, int, int], str], ...] = ()
+
+    def png(self) -> bytes:
+        """The sheet, drawn.
+
+        Raises:
+            ValueError: without Pillow.
+        """
+        try:
+            image, draw, font = (importlib.import_module(f"PIL.{n}") for n in ("Image", "ImageDraw", "ImageFont"))
+        except ImportError as error:
+            raise ValueError("drawing a picture needs Pillow: pip install 'oocpatch[view]'") from error
+        fonts = {size: font.load_default(size) for size in (14, 16, 22)}
+        widths, heights = self._columns(), [max(p.picture.shape[0] for p in row) for row in self.rows]
+        texts = (self.title, 22), (self.subtitle, 14)
+        least = max(int(fonts[size].getlength(text)) for text, size in texts)
+        width = max(least, sum(widths) + GAP * (len(widths) - 1)) + 2 * GAP
+        lines = self._legend_lines(fonts[14], width - 2 * GAP)
+        height = TOP + sum(h + CAPTION + 12 for h in heights) + (FOOT * len(lines) if lines else 0) + GAP // 2
+        sheet = image.new("RGB", (width, height), PAPER)
+        pen = draw.Draw(sheet)
+        pen.text((GAP, 16), self.title, INK, fonts[22])
+        pen.text((GAP, 46), self.subtitle, MUTED, fonts[14])
+        for (x, y), panel in self.corners():
+            pen.text((x, y - 6), panel.caption, INK, fonts[16], anchor="ls")
+            sheet.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (x, y))
+        y = TOP + sum(h + CAPTION + 12 for h in heights)
+        for line in lines:
+            x = GAP
+            for colour, text in line:
+                pen.rectangle((x, y + 4, x + 14, y + 18), fill=colour)
+                pen.text((x + 20, y + 17), text, MUTED, fonts[14], anchor="ls")
+                x += 44 + int(fonts[14].getlength(text))
+            y += FOOT
+        stream = io.BytesIO()
+        sheet.save(stream, "PNG", optimize=True)
+        return stream.getvalue()
+
+    def corners(self) -> list[tuple[tuple[int, int], Panel]]:
+        """Where the panels lie: x and y of their upper left corners in the PNG."""
+        found, y = [], TOP
+        for row in self.rows:
+            x = GAP
+            for panel, width in zip(row, self._columns(), strict=False):
+                found.append(((x, y + CAPTION), panel))
+                x += width + GAP
+            y += max(p.picture.shape[0] for p in row) + CAPTION + 12
+        return found
+
+    def _columns(self) -> list[int]:
+        count = max(map(len, self.rows))
+        return [max(row[i].picture.shape[1] for row in self.rows if i < len(row)) for i in range(count)]
+
+    def _legend_lines(self, font: Any, width: int) -> list[list[tuple[tuple[int, int, int], str]]]:
+        lines: list[list[tuple[tuple[int, int, int], str]]] = []
+        used = width + 1
+        for colour, text in self.legend:
+            needed = 44 + int(font.getlength(text))
+            if used + needed > width:
+                lines.append([])
+                used = 0
+            lines[-1].append((colour, text))
+            used += needed
+        return lines

@@ -1,0 +1,85 @@
+"""Values to colours: greys for what was measured, heat for scores, a colour of its own for each label."""
+
+from __future__ import annotations
+
+import colorsys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+PALETTE = (
+    (63, 185, 130), (247, 90, 160), (250, 180, 60), (88, 166, 255), (188, 140, 255), (255, 123, 94),
+    (86, 211, 224), (214, 214, 92), (160, 120, 80), (230, 160, 210),
+)  # fmt: skip
+"""Of the labels 1 to 10; later ones follow by hue."""
+
+HEAT = ((0, 0.25, 0.5, 0.75, 1), ((8, 8, 24), (84, 22, 109), (187, 55, 84), (249, 140, 10), (252, 253, 190)))
+
+FEW_LABELS = 64
+"""Integers that take no more different values are taken for labels."""
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """The colour of a label; 0 is background.
+
+    >>> label_colour(1), label_colour(0)
+    ((63, 185, 130), (0, 0, 0))
+    """
+    if label == 0:
+        return 0, 0, 0
+    if 0 < label <= len(PALETTE):
+        return PALETTE[label - 1]
+    hue = label * 0.6180339887 % 1  # successive labels are far apart
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (label % 3) / 2, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def labels_to_rgb(labels: Array) -> Array:
+    """`(H, W)` integers to `(H, W, 3)` of 0 to 1."""
+    values, index = np.unique(labels, return_inverse=True)
+    table = np.array([label_colour(int(v)) for v in values], np.float64) / 255
+    return np.asarray(table[index.reshape(labels.shape)])
+
+
+def window_of(planes: list[Array]) -> tuple[float, float]:
+    """The values that are shown as black and white: all but the darkest hundredth and the brightest half percent."""
+    values = np.concatenate([p[np.isfinite(p)].astype(np.float64).reshape(-1) for p in planes])
+    if not values.size:
+        return 0.0, 1.0
+    low, high = (float(v) for v in np.percentile(values, (1, 99.5)))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def scaled(values: Array, window: tuple[float, float]) -> Array:
+    """Values to 0 to 1."""
+    low, high = window
+    return np.asarray(np.clip((np.nan_to_num(values.astype(np.float64)) - low) / (high - low), 0, 1))
+
+
+def grey(values: Array, window: tuple[float, float]) -> Array:
+    """`(C, H, W)` to greys, and of several channels to a mix of colours, `(H, W, 3)`."""
+    level = scaled(values, window)
+    if len(level) == 1:
+        return np.repeat(level[0][..., None], 3, axis=-1)
+    return mixed(level)
+
+
+def mixed(levels: Array) -> Array:
+    """Channels of 0 to 1 as one picture, each in a colour."""
+    colours = np.array([label_colour(c + 1) for c in range(len(levels))], np.float64) / 255
+    return np.asarray(np.clip(np.einsum("chw,cd->hwd", levels, colours), 0, 1))
+
+
+def heat(level: Array) -> Array:
+    """`(H, W)` of 0 to 1 as colours from dark to bright."""
+    return np.stack([np.interp(level, HEAT[0], np.array(c) / 255) for c in zip(*HEAT[1], strict=True)], axis=-1)
+
+
+def laid_over(below: Array, above: Array, opacity: Array) -> Array:
+    """A picture over another one, `(H, W, 3)` each."""
+    return np.asarray(below * (1 - opacity[..., None]) + above * opacity[..., None])

@@ -1,0 +1,82 @@
+"""What a run writes down about itself: its settings, the versions of what it used, its plan."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oocpatch.planning.plan import Plan
+
+LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
+
+QUIET = frozenset({"resume", "overwrite", "progress"})
+"""Arguments that say nothing about the result."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as JSON can hold them; paths become absolute, what is no plain value is described.
+
+    >>> settings({"patch_size": (8, 8), "model": len, "mask": None})
+    {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>'}
+    """
+    return {
+        name: _absolute(value) if name in ("volume", "output", "mask", "workspace") else _told(value)
+        for name, value in arguments.items()
+        if value is not None and name not in QUIET
+    }
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, (str, os.PathLike)):
+        text = os.fspath(value)
+        return text if "://" in text else str(Path(text).absolute())
+    return _told(value)
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, (str, bool, int, float)) or value is None:
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(k): _told(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_told(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else _described(value)
+
+
+def _described(value: Any) -> str:
+    """An object in words."""
+    if shape := getattr(value, "shape", None):
+        return f"<{type(value).__name__} of shape {' x '.join(map(str, shape))}>"
+    name = getattr(value, "__qualname__", None)
+    return f"<{type(value).__name__}{f' {name}' if name else ''}>"
+
+
+def facts(plan: Plan, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the output's attributes when a run is done. The peak is the whole process', since its start."""
+    return {
+        "settings": dict(asked),
+        "versions": versions(),
+        "plan": json.loads(plan.to_json()),
+        "process_peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

@@ -1,0 +1,74 @@
+"""Boxes out of a file that holds one array, uncompressed: by reads, since pages of a memory map count as memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROW = 1 << 16
+"""Rows that are not longer, in bytes, are read whole, with those beside them: a gap costs less than a call."""
+
+PIECE = 1 << 20
+"""Bytes that are read at a time."""
+
+
+def read_box(
+    file: int, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike, selection: tuple[slice, ...]
+) -> npt.NDArray[Any]:
+    """A selection of an array in C order that begins at `offset` of an open file.
+
+    Raises:
+        OSError: when the file ends too early.
+    """
+    kind = np.dtype(dtype)
+    spans = [range(*s.indices(n)[:2]) for s, n in zip(selection, shape, strict=True)]
+    out = np.empty([len(s) for s in spans], kind)
+    if not out.size:
+        return out
+    # Axes behind `whole` are selected as they are, so that a run covers a span of the axis before them.
+    whole = len(shape)
+    while whole > 0 and len(spans[whole - 1]) == shape[whole - 1]:
+        whole -= 1
+    if whole == 0:
+        _fill(file, offset, out)
+        return out
+    inner = math.prod(shape[whole:])
+    row = shape[whole - 1] * inner
+    strides = [math.prod(shape[a + 1 :]) for a in range(whole)]
+    columns = slice(spans[whole - 1].start * inner, spans[whole - 1].stop * inner)
+    flat = out.reshape(*out.shape[: whole - 1], -1)
+    rows = spans[whole - 2] if whole > 1 else range(1)
+    for index in np.ndindex(*out.shape[: max(0, whole - 2)]):
+        first = sum((spans[a].start + i) * strides[a] for a, i in enumerate(index))
+        first += rows.start * row if whole > 1 else 0
+        target = flat[index] if whole > 1 else flat[None]
+        _fill_rows(file, offset + first * kind.itemsize, target, row, columns)
+    return out
+
+
+def _fill_rows(file: int, offset: int, target: npt.NDArray[Any], row: int, columns: slice) -> None:
+    """Read columns of rows that lie one after another."""
+    size = row * target.itemsize
+    if size > ROW:
+        for number, line in enumerate(target):
+            _fill(file, offset + number * size + columns.start * target.itemsize, line)
+        return
+    step = max(1, PIECE // size)
+    for start in range(0, len(target), step):
+        part = target[start : start + step]
+        lines = np.empty((len(part), row), target.dtype)
+        _fill(file, offset + start * size, lines)
+        part[...] = lines[:, columns]
+
+
+def _fill(file: int, offset: int, target: npt.NDArray[Any]) -> None:
+    view = target.reshape(-1).view(np.uint8).data
+    while view:
+        count = os.preadv(file, [view], offset)
+        if not count:
+            raise OSError(f"the file ends {len(view)} bytes too early")
+        view, offset = view[count:], offset + count

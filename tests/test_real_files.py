@@ -1,0 +1,90 @@
+"""A published scan in each format that holds volumes: what comes out is what nibabel reads."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import tensorstore
+import tifffile
+import torch
+
+import oocpatch
+from tests.real_data import UnavailableError, fetch
+
+pytestmark = pytest.mark.real_data
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def scan() -> Path:
+    try:
+        return fetch().scan
+    except UnavailableError as error:
+        pytest.skip(f"the real data cannot be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def voxels(scan: Path) -> Array:
+    return np.asarray(nibabel.load(scan).dataobj)
+
+
+def packed(path: Path, scan: Path, _: Array) -> str:
+    path.write_bytes(gzip.compress(scan.read_bytes(), 1))
+    return str(path)
+
+
+def hdf5(path: Path, _: Path, voxels: Array) -> str:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("t1", data=voxels, chunks=(64, 64, 64), compression="gzip")
+    return f"{path}::t1"
+
+
+def tiff(path: Path, _: Path, voxels: Array) -> str:
+    tifffile.imwrite(path, voxels.T, compression="zlib", metadata={"axes": "ZYX"}, ome=True)
+    return str(path)
+
+
+def n5(path: Path, _: Path, voxels: Array) -> str:
+    metadata = {
+        "dimensions": list(voxels.shape),
+        "blockSize": [64, 64, 64],
+        "dataType": "uint8",
+        "axes": ["x", "y", "z"],
+    }
+    description = {"driver": "n5", "kvstore": {"driver": "file", "path": str(path)}, "metadata": metadata}
+    tensorstore.open(description, create=True).result().write(voxels).result()
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(packed, "ch2.nii.gz"), (hdf5, "ch2.h5"), (tiff, "ch2.ome.tif"), (n5, "ch2.n5")]
+)
+def test_a_published_scan_comes_back_from_each_format(
+    make: Any, name: str, scan: Path, voxels: Array, tmp_path: Path
+) -> None:
+    address = make(tmp_path / name, scan, voxels)
+    axes = "xyz" if name.endswith("h5") else None
+    made = oocpatch.convert(address, tmp_path / "a.zarr", axes=axes, chunks=64, max_memory="64MiB", progress=False)
+    assert made.shape == (voxels.shape if name.endswith(("gz", "h5")) else voxels.shape[::-1])
+    np.testing.assert_array_equal(made.transpose("x", "y", "z"), voxels)
+    predicted = oocpatch.predict(
+        address, torch.nn.Identity(), tmp_path / "b.zarr",
+        axes=axes, patch_size=64, patch_overlap=32, overlap_mode="crop", progress=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(predicted, made)
+
+
+def test_its_voxels_lie_where_its_affine_says(scan: Path) -> None:
+    affine = nibabel.load(scan).affine
+    source = oocpatch.Volume(scan).source
+    for axis, name in enumerate("xyz"):
+        places = source.coords[name].values
+        assert places[0] == affine[axis, 3]
+        assert places[-1] == affine[axis, 3] + affine[axis, axis] * (source.shape[axis] - 1)
