@@ -204,6 +204,7 @@ _patch_options = _options(
     ),
     _option("--fill", type=float, default=0.0, help="Value of the padding 'constant'."),
     _option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or tczyx; default: its dimension names."),
+    _option("--level", metavar="LEVEL", default="0", help="Level of an OME-Zarr's pyramid: its number, or its path."),
     _option("--batch-size", type=size_or_auto, default=1, help="Patches per call of the model; auto: chosen."),
     _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),

@@ -161,6 +161,7 @@ def make_request(
     padding_mode: str | None,
     fill: float,
     axes: str | Sequence[str] | None,
+    level: int | str,
     batch_size: Any,
     device: str,
     autocast: bool,
@@ -187,7 +188,7 @@ def make_request(
     """
     target = door.local_path("output", output)
     place = door.local_path("workspace", workspace) if workspace is not None else beside(target, "")
-    data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes)
+    data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes, level)
     for name, path in (("output", target), ("workspace", place)):
         door.apart(name, path, data)
         door.writable(name, path)
@@ -277,8 +278,8 @@ def _identity_of(value: Any) -> Any:
     return model_identity(value) if callable(value) else value
 
 
-def _volume(volume: Any, axes: str | Sequence[str] | None) -> Volume:
-    return Volume(volume.source if isinstance(volume, Volume) else volume, axes)
+def _volume(volume: Any, axes: str | Sequence[str] | None, level: int | str) -> Volume:
+    return Volume(volume.source if isinstance(volume, Volume) else volume, axes, level)
 
 
 def _mask(mask: Any, volume: Volume) -> Mask:

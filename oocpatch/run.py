@@ -51,6 +51,7 @@ def predict(
     padding_mode: str | None = None,
     fill: float = 0.0,
     axes: str | Sequence[str] | None = None,
+    level: int | str = 0,
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None = None,
     augment: str | Sequence[str] | Mapping[str, Any] | None = None,
     weights: str | Sequence[str] | None = None,
@@ -98,6 +99,7 @@ def predict(
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
+        level: which level of an OME-Zarr's pyramid to read, by its number (0: the finest) or its path in the group.
         preprocess: what is done to patches: `"zscore"`, `"percentile"`, `"scale"`, a dict of one of these and its
             arguments, or a function of `(B, C, *patch)`.
         augment: turns of a patch whose outputs are averaged: `"flips"`, `"rotations"`, `"all"`, names of axes to flip,
