@@ -225,6 +225,12 @@ _patch_options = _options(
 _run_options = _options(
     _option("--output-chunks", type=size, help="Chunk shape of the output; default: the planner's choice."),
     _option("--output-shards", type=size, help="Shard shape of the output; default: no shards."),
+    _option(
+        "--output-format",
+        type=_one_of("auto zarr ome-zarr ome-zarr-0.4"),
+        default="auto",
+        help="An OME-Zarr has a pyramid; auto: as IN is.",
+    ),
     _option("--output-fill", type=number, default=0, help="Value of voxels that no patch covered."),
     _option(
         "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that the run adds, such as 2GiB."

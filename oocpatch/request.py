@@ -193,7 +193,7 @@ def make_request(
         door.apart(name, path, data)
         door.writable(name, path)
     door.not_yet("client", client)
-    door.one_of("output_format", output_format, ("auto", "zarr"))
+    found_format = door.output_format(output_format, data)
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
     looped = len(data.shape) - data.spatial_ndim
@@ -219,11 +219,16 @@ def make_request(
         "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
+        "ome": found_format != "zarr",
         "output_fill": door.number("output_fill", output_fill),
         "allow_nonfinite": bool(allow_nonfinite),
         "skip_value": empty_value(data) if skip_empty else None,
         "workers": None if workers is None else door.positive("workers", workers),
     }
+    if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
+        raise ValueError(
+            "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
+        )
     found_mask = None if mask is None else _mask(mask, data)
     parameters = {
         "volume": data.identity,
@@ -247,6 +252,7 @@ def make_request(
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
         "output_fill": door.plain(output_fill),
+        "output_format": found_format,
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
     }

@@ -31,6 +31,7 @@ from oocpatch.layout import postprocess_of
 from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of, hidden, root_of
+from oocpatch.pyramid import build_pyramids
 from oocpatch.request import Request, beside, make_request
 from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
@@ -125,7 +126,8 @@ def predict(
             skipped.
         skip_empty: skip patches that hold nothing but what voxels hold that were never written.
         client: not offered in this version; None.
-        output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
+        output_format: `"zarr"`; `"ome-zarr"` with a pyramid, as NGFF 0.5, or `"ome-zarr-0.4"`; `"auto"`: an OME-Zarr
+            where the volume is one.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.
@@ -251,7 +253,9 @@ def _predict(
             made = made.knowing(request.statistics(hidden=hidden(progress)))
             create_output(request.output, made, request.volume, request.workspace, found)
             workspace = Workspace.create(request.workspace / made.run_id, made)
-        Output(request.output, made).complete(_run(request, made, workspace, progress))
+        facts = _run(request, made, workspace, progress)
+        build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
+        Output(request.output, made).complete(facts)
         remove_workspace(workspace.root)
     return open_result(request.output)
 

@@ -38,7 +38,7 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "run"}
+    run = request | {"decide", "progress", "pyramid", "run"}
     public = run | {"checking"}
     above = public | {
         "__init__"
@@ -55,7 +55,8 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_disk),
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
-        "decide": Floor(request | {"decide"}, on_device),
+        "pyramid": Floor(compute | {"pyramid"}, on_disk),
+        "decide": Floor(request | {"decide", "pyramid"}, on_device),
         "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
         "run": Floor(run, on_device | {"tqdm"}),
         "checking": Floor(above, on_device),
@@ -73,6 +74,7 @@ EXTRA = {
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/ome_output.py": frozenset({"yaozarrs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "door.py": frozenset({"dask.utils"}),  # reads "2GiB"
 }

@@ -84,7 +84,7 @@ class StagedArray:
     beside those of the array, and renamed.
 
     Args:
-        array: the array; Zarr v3, in a local directory.
+        array: the array, in a local directory.
         folder: its directory.
         aside: directory where units are coded.
         coders: the array in that directory, once for each box that may be coded at a time.
@@ -108,7 +108,8 @@ class StagedArray:
         folder = Path(array.store.root, array.path)
         aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
         aside.mkdir()
-        shutil.copyfile(folder / "zarr.json", aside / "zarr.json")
+        metadata = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+        shutil.copyfile(folder / metadata, aside / metadata)
         # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
