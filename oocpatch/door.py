@@ -23,12 +23,12 @@ from oocpatch.storage.volume import PADDING_MODES, Volume
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def sizes(name: str, value: int | Sequence[int], volume: Volume, *, least: int = 0) -> Ints:
-    """One size per spatial axis, in voxels; an `int` counts for all of them.
+def sizes(name: str, value: Any, volume: Volume, *, least: int = 0) -> Ints:
+    """One size per spatial axis, in voxels; an `int` counts for all of them, a dict gives them by the axes' names.
 
     Raises:
-        TypeError: when it is neither an `int` nor a sequence of them.
-        ValueError: for a wrong number of sizes, or one that is too small.
+        TypeError: when it is neither an `int` nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
     """
     return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
 

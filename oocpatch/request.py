@@ -155,7 +155,7 @@ def make_request(
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None,
     augment: str | Sequence[str] | Mapping[str, Any] | None,
     patch_size: Any,
-    patch_overlap: int | Sequence[int],
+    patch_overlap: int | Sequence[int] | Mapping[str, int],
     overlap_mode: str | Mapping[str, str],
     num_classes: int | None,
     padding_mode: str | None,
@@ -167,13 +167,13 @@ def make_request(
     autocast: bool,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None,
     output_dtype: Any,
-    output_chunks: int | Sequence[int] | None,
-    output_shards: int | Sequence[int] | None,
+    output_chunks: int | Sequence[int] | Mapping[str, int] | None,
+    output_shards: int | Sequence[int] | Mapping[str, int] | None,
     output_fill: float,
     allow_nonfinite: bool,
     max_memory: int | float | str,
     max_disk: int | float | str | None,
-    block_shape: int | Sequence[int] | None,
+    block_shape: int | Sequence[int] | Mapping[str, int] | None,
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
     mask: Any,
@@ -202,7 +202,7 @@ def make_request(
     if patch:
         PatchGrid.of(data.shape, patch, overlap)
 
-    def spatial(name: str, value: int | Sequence[int] | None) -> Ints | None:
+    def spatial(name: str, value: int | Sequence[int] | Mapping[str, int] | None) -> Ints | None:
         return None if value is None else door.sizes(name, value, data, least=1)
 
     options = {

@@ -45,8 +45,8 @@ def predict(
     model: Any,
     output: str | os.PathLike[str],
     *,
-    patch_size: int | Sequence[int] | str,
-    patch_overlap: int | Sequence[int] = 0,
+    patch_size: int | Sequence[int] | Mapping[str, int] | str,
+    patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
     overlap_mode: str | Mapping[str, str] = "hann",
     num_classes: int | None = None,
     padding_mode: str | None = None,
@@ -63,12 +63,12 @@ def predict(
     autocast: bool = False,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
     output_dtype: Any = None,
-    output_chunks: int | Sequence[int] | None = None,
-    output_shards: int | Sequence[int] | None = None,
+    output_chunks: int | Sequence[int] | Mapping[str, int] | None = None,
+    output_shards: int | Sequence[int] | Mapping[str, int] | None = None,
     output_fill: float = 0,
     max_memory: int | float | str = "auto",
     max_disk: int | float | str | None = None,
-    block_shape: int | Sequence[int] | None = None,
+    block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     mask: Any = None,
@@ -91,7 +91,8 @@ def predict(
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.
         output: path of the Zarr group to write.
-        patch_size: size of a patch in voxels; an int, or one per spatial axis; `"auto"`: chosen.
+        patch_size: size of a patch in voxels; an int, or one per spatial axis, in order or as a dict by their names, as
+            all sizes; `"auto"`: chosen.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label. A dict gives each of the model's outputs its own.

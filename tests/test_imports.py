@@ -62,7 +62,8 @@ def _floors() -> dict[str, Floor]:
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),
-        "__init__": Floor(public, frozenset()),
+        "accessor": Floor(run | {"accessor"}, frozenset({"xarray"})),
+        "__init__": Floor(public | {"accessor"}, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }
 
