@@ -18,7 +18,7 @@ from oocpatch.planning.box import Ints, ceil_to, worthwhile
 LARGEST = 256
 """The coarsest level has no more voxels than a chunk, and than this on each axis would make."""
 
-REGION, PIECE = 1 << 20, 1 << 17
+REGION, PIECE = 1 << 18, 1 << 17
 """Voxels that one write, and one read, should have at least: smaller units are taken several at a time."""
 
 
