@@ -12,16 +12,15 @@ from benchmarks import memory, profile, sampling, slide, speed
 def main() -> None:
     """Run the benchmark that was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--directory", type=Path, help="where the volumes go (default: a temporary directory)")
-    common.add_argument("--patch-size", type=int, default=96)
-    common.add_argument("--overlap-mode", default="hann")
-    common.add_argument("--workers", type=int, help="default: the planner's choice")
-    common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verbs = parser.add_subparsers(required=True, metavar="speed | memory | profile | sampling | slide")
     for benchmark in (speed, memory, profile, sampling, slide):
         name = benchmark.__name__.rpartition(".")[2]
-        verb = verbs.add_parser(name, parents=[common], help=benchmark.__doc__, description=benchmark.__doc__)
+        verb = verbs.add_parser(name, help=benchmark.__doc__, description=benchmark.__doc__)
+        verb.add_argument("--directory", type=Path, help="where the volumes go (default: a temporary directory)")
+        verb.add_argument("--patch-size", type=int, default=96)
+        verb.add_argument("--overlap-mode", default="hann")
+        verb.add_argument("--workers", type=int, help="default: the planner's choice")
+        verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
         benchmark.add_arguments(verb)
         verb.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()

@@ -219,6 +219,9 @@ def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, f
         # Two classes of one score may swap: what counts is how much score the choice gave away.
         chosen = np.take_along_axis(scores, found.astype(np.int64), axis=0)
         return float((scores.max(axis=0) - chosen[0]).max()), _largest(scores)
+    if isinstance(postprocess, str) and postprocess.startswith("threshold"):
+        at = float(postprocess.partition(":")[2] or 0.5)  # a score at the threshold may round to either side
+        return float(np.abs(scores - at).max(initial=0.0, where=(scores > at) != found)), _largest(scores)
     wanted = _postprocessed(scores, postprocess)
     if wanted.shape != found.shape:
         raise ValueError(f"predict gave shape {found.shape} where the reference has {wanted.shape}")

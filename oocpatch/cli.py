@@ -8,7 +8,6 @@ Heavy libraries are imported inside the commands: `oocpatch --help` imports neit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -19,81 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from oocpatch.values import box, number, one_or_more, per_head, setting, settings, size, size_or_auto
+
 if TYPE_CHECKING:
     from oocpatch.planning.plan import Plan
 
 FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def size(text: str | int) -> int | tuple[int, ...] | dict[str, int]:
-    """Read `96`, the same on every axis, `32,96,96`, one per axis, or `z=32,y=96,x=96`, by their names."""
-    parts = [part.rpartition("=") for part in str(text).split(",")]
-    names = [name.strip() for name, _, _ in parts if name]
-    try:
-        sizes = tuple(int(number) for _, _, number in parts)
-    except ValueError:
-        sizes = ()
-    if not sizes or (names and len(set(names)) != len(sizes)):
-        told = "96 or 32,96,96 or z=32,y=96,x=96"
-        raise click.BadParameter(f"sizes are whole numbers of voxels, such as {told}, got {text!r}.")
-    if names:
-        return dict(zip(names, sizes, strict=True))
-    return sizes if len(sizes) > 1 else sizes[0]
-
-
-def size_or_auto(text: str | int) -> int | str | tuple[int, ...] | dict[str, int]:
-    """Read a size, or `auto`."""
-    return "auto" if text == "auto" else size(text)
-
-
-def setting(text: str) -> Any:
-    """Read JSON if it is that, else the text itself.
-
-    >>> setting("3"), setting("[1, 2]"), setting("unet")
-    (3, [1, 2], 'unet')
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def settings(_context: object, _parameter: object, texts: tuple[str, ...]) -> dict[str, Any]:
-    """Read `NAME=VALUE` pairs."""
-    for text in texts:
-        if not text.partition("=")[0].isidentifier() or "=" not in text:
-            raise click.BadParameter(f"arguments are NAME=VALUE, such as depth=3, got {text!r}.")
-    return {name: setting(value) for name, _, value in (text.partition("=") for text in texts)}
-
-
-def one_or_more(_context: object, _parameter: object, texts: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """One value as it is, several as a tuple."""
-    return (texts[0] if len(texts) == 1 else texts) if texts else None
-
-
-def number(text: str | float) -> int | float:
-    """Read an integer if it is one, so that it stays exact, else a float."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise click.BadParameter(f"expected a number, got {text!r}.")
-
-
-def per_head(names: str = "") -> Callable[[str], str | dict[str, str]]:
-    """Read `hann`, the same for every head, or `scores=hann,labels=crop`, one per head; of the given names, if any."""
-    allowed = names.split()
-
-    def read(text: str) -> str | dict[str, str]:
-        parts = [part.rpartition("=") for part in text.split(",")]
-        unknown = [value for _, _, value in parts if allowed and value not in allowed]
-        if unknown or (len(parts) > 1 and not all(name for name, _, _ in parts)):
-            told = f"one of {', '.join(allowed)}" if allowed else "a value"
-            raise click.BadParameter(f"expected {told}, or one per head such as scores={text}, got {text!r}.")
-        return {name: value for name, _, value in parts} if parts[0][0] else text
-
-    return read
 
 
 class _Commands(click.Group):
@@ -217,8 +149,8 @@ _patch_options = _options(
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
     _option(
         "--postprocess",
-        type=per_head("argmax softmax sigmoid"),
-        metavar="[argmax|softmax|sigmoid]",
+        type=per_head("argmax softmax sigmoid threshold"),
+        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER]",
         help="Applied to the blended result; HEAD=NAME,... for several outputs.",
     ),
     _option(
@@ -244,6 +176,12 @@ _run_options = _options(
     ),
     _option("--mask", metavar="ZARR", help="Skip patches without a nonzero voxel in this mask, of any resolution."),
     _option("--skip-empty", is_flag=True, help="Skip patches of which nothing was ever written."),
+    _option(
+        "--box",
+        type=box,
+        metavar="START:STOP,...",
+        help="Compute only the patches that meet this box, in voxels per spatial axis; 16:64,:,0:128.",
+    ),
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
     _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
@@ -309,17 +247,20 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
         "seconds": round(time.monotonic() - start, 3),
         "patches": made.patches,
         "blocks": made.blocks,
-        "uncovered_voxels": _uncovered_voxels(output),
+        **_counts(output),
     }
     line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+    if report["nonfinite_voxels"]:
+        line += ", {nonfinite_voxels} that are NaN or infinite"
     click.echo(_as_json(report) if as_json else line.format(**report))
 
 
-def _uncovered_voxels(output: str) -> int:
+def _counts(output: str) -> dict[str, int]:
     from oocpatch.storage.output import inspect_output
 
     record = inspect_output(Path(output))
-    return int(record.details["uncovered_voxels"]) if record is not None else 0
+    details = {} if record is None else record.details
+    return {name: int(details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
 
 
 def _plan(volume: str, output: str, options: dict[str, Any]) -> Plan:

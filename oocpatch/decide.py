@@ -211,7 +211,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
         in_chunk_bytes=volume.chunk_bytes,
         context=layout.context,
         heads=tuple(heads),
-        mask_voxel=0.0 if request.mask is None else request.mask.voxel_bytes,
+        mask_voxel=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
         window_bytes=windows,
         batch=batch,
         model_bytes=probe.model_bytes(batch),

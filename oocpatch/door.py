@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import psutil
 from dask.utils import parse_bytes
 
-from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.sizes import per_axis
 from oocpatch.planning.window import OVERLAP_MODES
 from oocpatch.storage.ome_output import placed
@@ -164,14 +165,31 @@ def dtype(name: str, value: Any) -> str | None:
     return str(found)
 
 
-def postprocess(
-    value: str | Callable[..., Any] | None, named: Mapping[str, Callable[..., Any]]
-) -> Callable[..., Any] | None:
-    """A checked postprocess, as a function; `named` are those that have a name."""
-    if value is None or callable(value):
-        return value
-    one_of("postprocess", value, tuple(named))
-    return named[value]
+def box(name: str, value: Any, volume: Volume) -> Box:
+    """A checked box, one span per spatial axis, over all indices of looped axes.
+
+    Raises:
+        ValueError: when it is no box within the volume.
+    """
+    looped = len(volume.shape) - volume.spatial_ndim
+    names, shape = volume.names[looped:], volume.shape[looped:]
+    spans = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if len(spans) != len(shape):
+        raise ValueError(
+            f"{name} must be a pair (start, stop) or a slice per spatial axis ({', '.join(names)}), got {value!r}"
+        )
+    found = []
+    for span, n in zip(spans, shape, strict=True):
+        try:
+            start, stop = (span.start, span.stop) if isinstance(span, slice) and span.step in {None, 1} else span
+            start, stop = operator.index(0 if start is None else start), operator.index(n if stop is None else stop)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a pair (start, stop) or a slice per spatial axis, got {span!r}") from None
+        if not 0 <= start < stop <= n:
+            raise ValueError(f"{name} must lie within the volume and hold a voxel, got {start}:{stop} for {n} voxels")
+        found.append((start, stop))
+    whole = [(0, n) for n in volume.shape[:looped]]
+    return Box(*zip(*whole, *found, strict=True))
 
 
 def clipped(chunks: Ints, shape: Ints) -> Ints:

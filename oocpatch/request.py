@@ -16,10 +16,10 @@ from oocpatch.inference import preprocess as preprocessing
 from oocpatch.inference import turns as augmentation
 from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
-from oocpatch.inference.finish import POSTPROCESSES
+from oocpatch.inference.finish import named_postprocess
 from oocpatch.inference.models import Model, load_models, model_identity
 from oocpatch.inference.predictor import Predictor, resolve_device
-from oocpatch.inference.selection import Mask
+from oocpatch.inference.selection import Mask, Selection
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
@@ -41,7 +41,7 @@ class Request:
         output, workspace: directories of the result, and of what is kept until it is done.
         patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones; no patch
             size: it is to be chosen.
-        mask: which patches to compute; None: all.
+        selection: which patches to compute.
         max_memory, max_disk: in bytes.
         block_shape: as asked for, spatial.
         parameters: the fingerprint.
@@ -54,7 +54,7 @@ class Request:
     workspace: Path
     patch_size: Ints
     patch_overlap: Ints
-    mask: Mask | None
+    selection: Selection
     max_memory: int
     max_disk: int | None
     block_shape: Ints | None
@@ -68,7 +68,7 @@ class Request:
     @property
     def skips(self) -> bool:
         """Whether patches may be skipped."""
-        return self.mask is not None or self.options["skip_value"] is not None
+        return bool(self.selection) or self.options["skip_value"] is not None
 
     @property
     def turns(self) -> tuple[augmentation.Turn, ...]:
@@ -177,6 +177,7 @@ def make_request(
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
     mask: Any,
+    box: Any,
     skip_empty: bool,
     client: None,
     output_format: str,
@@ -210,7 +211,7 @@ def make_request(
         "augment": augmentation.checked(augment, data.names[looped:]),
         "overlap_mode": door.per_head(overlap_mode, door.overlap_mode),
         "num_classes": None if num_classes is None else door.positive("num_classes", num_classes),
-        "postprocess": door.per_head(postprocess, lambda value: door.postprocess(value, POSTPROCESSES)),
+        "postprocess": door.per_head(postprocess, _postprocess),
         "padding_mode": door.padding_mode(padding_mode),
         "fill": door.number("fill", fill),
         "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
@@ -230,6 +231,7 @@ def make_request(
             "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
         )
     found_mask = None if mask is None else _mask(mask, data)
+    found_box = None if box is None else door.box("box", box, data)
     parameters = {
         "volume": data.identity,
         "axes": list(data.axes.names),
@@ -244,6 +246,7 @@ def make_request(
         "fill": door.plain(fill),
         "mask": None if found_mask is None else found_mask.volume.identity,
         "skip_empty": bool(skip_empty),
+        "box": None if found_box is None else [list(found_box.start[looped:]), list(found_box.stop[looped:])],
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
@@ -263,7 +266,7 @@ def make_request(
         workspace=place,
         patch_size=patch,
         patch_overlap=overlap,
-        mask=found_mask,
+        selection=Selection(found_mask, found_box),
         max_memory=door.memory_limit(max_memory),
         max_disk=None if max_disk is None else door.num_bytes("max_disk", max_disk),
         block_shape=spatial("block_shape", block_shape),
@@ -278,6 +281,10 @@ def make_request(
 def is_auto(value: object) -> bool:
     """Whether a size is to be chosen."""
     return isinstance(value, str) and value == AUTO
+
+
+def _postprocess(value: Any) -> Any:
+    return value if value is None or callable(value) else named_postprocess(str(value))
 
 
 def _identity_of(value: Any) -> Any:

@@ -33,6 +33,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of, hidden, root_of
 from oocpatch.pyramid import build_pyramids
 from oocpatch.request import Request, beside, make_request
+from oocpatch.storage.ledger import Progress
 from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
@@ -73,6 +74,7 @@ def predict(
     workers: int | None = None,
     mask: Any = None,
     skip_empty: bool = False,
+    box: Any = None,
     client: None = None,
     output_format: str = "auto",
     resume: bool = True,
@@ -112,8 +114,8 @@ def predict(
         batch_size: patches per call of the model; `"auto"`: chosen.
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
-        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"` or a function of blended scores `(C, *box)` that works voxel
-            by voxel. A dict gives each of the model's outputs its own.
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), or a function
+            of blended scores `(C, *box)` that works voxel by voxel. A dict gives each of the model's outputs its own.
         output_dtype: dtype of the output; integers are rounded half to even and saturate. As a dict, of each.
         output_chunks: chunks of the output, in voxels, spatial; default: those of the volume, if reasonable.
         output_shards: shards of the output, in voxels, spatial; multiples of its chunks.
@@ -125,19 +127,21 @@ def predict(
         workers: blocks to work on at a time.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
+        box: a pair `(start, stop)` or slice per spatial axis, in voxels: only patches that meet it are computed. Within
+            it the result is that of the whole volume; without, it ends where the last of these patches does.
         skip_empty: skip patches that hold nothing but what voxels hold that were never written.
         client: not offered in this version; None.
         output_format: `"zarr"`; `"ome-zarr"` with a pyramid, as NGFF 0.5, or `"ome-zarr-0.4"`; `"auto"`: an OME-Zarr
             where the volume is one.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
-        allow_nonfinite: keep NaN and infinities that the model gives, instead of failing their block.
+        allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
         progress: `"auto"` shows a bar on a terminal; `"bar"` or True always; `"none"` or False never.
 
     Returns:
         The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a
-        dict, a `Dataset`, or where scales differ a `DataTree` with a node per head. Its attribute `uncovered_voxels` is
-        the number of voxels that no patch covered, if there are any.
+        dict, a `Dataset`, or where scales differ a `DataTree` with a node per head. Its attributes `uncovered_voxels`
+        and `nonfinite_voxels` are the numbers of voxels that no patch covered, and that are NaN or infinite, if any.
 
     Raises:
         ValueError, TypeError: for bad arguments.
@@ -261,7 +265,7 @@ def _predict(
     return open_result(request.output)
 
 
-def _details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[str, Any]:
+def _details(made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
         **({"statistics": made.statistics} if made.statistics else {}),
@@ -269,7 +273,8 @@ def _details(made: Plan, seconds: float, uncovered: int, halved: int) -> dict[st
         "patches": made.patches,
         "blocks": made.blocks,
         "open_blocks": made.block_grid.num_open,
-        "uncovered_voxels": uncovered,
+        "uncovered_voxels": done.uncovered,
+        "nonfinite_voxels": done.nonfinite,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
     }
@@ -304,7 +309,7 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         job = Job(
             plan=made,
             volume=request.volume.native(reading(threads)),
-            mask=request.mask,
+            selection=request.selection,
             predictor=predictor,
             workspace=workspace,
             windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
@@ -327,7 +332,7 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         )
         with dask_threads(made.concurrency) as submit:
             run.execute(submit, made.concurrency)
-    return _details(made, time.monotonic() - started, done.uncovered, predictor.halving.count)
+    return _details(made, time.monotonic() - started, done, predictor.halving.count)
 
 
 def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
@@ -342,4 +347,5 @@ def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -
         dense=head.dense,
         divide=head.blended,
         fill=request.options["output_fill"],
+        nonfinite=request.options["allow_nonfinite"],
     )

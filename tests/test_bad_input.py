@@ -48,6 +48,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown overlap mode": ({"overlap_mode": "linear"}, r"overlap_mode.*linear"),
     "unknown padding mode": ({"padding_mode": "mirror"}, r"padding_mode.*mirror"),
     "unknown postprocess": ({"postprocess": "argmin"}, r"postprocess.*argmin"),
+    "threshold at no number": ({"postprocess": "threshold:x"}, r"postprocess.*threshold:x"),
     "unknown dtype": ({"output_dtype": "float12"}, r"output_dtype.*float12"),
     "batch of nothing": ({"batch_size": 0}, r"batch_size.*0"),
     "no workers": ({"workers": 0}, r"workers.*0"),

@@ -133,8 +133,10 @@ def test_a_nonfinite_voxel_is_a_failure_in_every_mode(mode: str, volume: Path, t
 def test_allowed_nonfinite_values_stay_where_they_are(mode: str, volume: Path, tmp_path: Path) -> None:
     data = zarr.open_array(volume)[:]
     arguments = {"overlap_mode": mode, "block_shape": 8, "allow_nonfinite": True}
-    result = predict(volume, tmp_path / "out.zarr", nan_for_one_voxel, **arguments).values
+    found = predict(volume, tmp_path / "out.zarr", nan_for_one_voxel, **arguments)
+    result = found.values
     assert np.isnan(result[-1, -1])
+    assert found.attrs["nonfinite_voxels"] == 1
     np.testing.assert_allclose(result.ravel()[:-1], data.ravel()[:-1], rtol=1e-6)
 
 
@@ -149,7 +151,9 @@ def test_allowed_nonfinite_values_spread_only_where_their_patch_reaches(
     mode: str, volume: Path, tmp_path: Path
 ) -> None:
     arguments = {"overlap_mode": mode, "block_shape": 8, "allow_nonfinite": True, "patch_overlap": 0}
-    result = predict(volume, tmp_path / "out.zarr", shifting_nan, **arguments).values
+    found = predict(volume, tmp_path / "out.zarr", shifting_nan, **arguments)
+    result = found.values
+    assert found.attrs["nonfinite_voxels"] == np.isnan(result).sum()
     reached = np.zeros((24, 20), bool)
     # The marked voxel lies in the patch [8, 16) x [8, 16) alone; the last patch of a row starts at 12, after it.
     reached[8:16, 8:16] = True

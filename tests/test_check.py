@@ -73,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     "argmax": {"postprocess": "argmax"},
     "softmax": {"postprocess": "softmax"},
     "sigmoid": {"postprocess": "sigmoid"},
+    "threshold": {"postprocess": "threshold:0.1"},
     "callable": {"postprocess": lambda scores: scores[:2] * 2},
     "rounded": {"output_dtype": "uint8"},
     "half": {"output_dtype": "float16"},

@@ -125,13 +125,33 @@ def test_predict_writes_the_output_and_prints_one_line_of_data(data: np.ndarray[
     assert "patches" in result.stderr  # the plan
 
 
+def test_a_box_is_all_that_is_computed_and_what_it_leaves_out_is_told(data: np.ndarray[Any, Any]) -> None:
+    box = ["--box", "0:8,:,12:", "--overlap-mode", "crop", "--patch-overlap", "0"]
+    result = run("predict", "in.zarr", "out.zarr", *IDENTITY, *box, "--json", "--output-fill", "-1")
+    assert result.exit_code == 0, result.output
+    expected = np.full_like(data, -1)
+    # Patches start at 0, 8 and 12: that at 8 has the voxels up to 12, that at 12 the rest.
+    expected[:8, :, 8:] = data[:8, :, 8:]
+    np.testing.assert_array_equal(prediction(), expected)
+    assert json.loads(result.stdout)["uncovered_voxels"] == (expected == -1).sum()
+    refused = run("predict", "in.zarr", "other.zarr", *IDENTITY, "--box", "0:8,:,x")
+    assert refused.exit_code == 2
+    assert "START:STOP" in one_line(refused)
+
+
 def test_predict_as_json_says_what_was_done(data: np.ndarray[Any, Any]) -> None:
     result = run("predict", "in.zarr", "out.zarr", *IDENTITY, "--json", "--overlap-mode", "crop")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report.pop("seconds") > 0
     assert report.pop("blocks") >= 1
-    assert report == {"output": "out.zarr", "complete": True, "patches": 80, "uncovered_voxels": 0}
+    assert report == {
+        "output": "out.zarr",
+        "complete": True,
+        "patches": 80,
+        "uncovered_voxels": 0,
+        "nonfinite_voxels": 0,
+    }
     np.testing.assert_array_equal(prediction(), data)
 
 

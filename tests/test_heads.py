@@ -306,6 +306,70 @@ def test_patches_without_foreground_are_skipped_and_the_rim_has_true_weights(  #
     assert result.attrs.get("uncovered_voxels", 0) == (~covered).sum()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(5, 50), st.integers(5, 50)),
+    mode=st.sampled_from(["crop", "average", "hann", "max"]),
+    padding=st.sampled_from([None, "reflect"]),
+    data=st.data(),
+    block=st.integers(8, 60),
+)
+def test_a_box_computes_the_patches_that_meet_it_and_equals_the_whole_volume_within_it(  # noqa: PLR0917 - as above
+    shape, mode, padding, data, block, tmp_path_factory
+):
+    patch = (8, 6)
+    overlap = tuple(data.draw(st.integers(0, p // 2)) for p in patch)
+    starts_stops = [sorted(data.draw(st.sampled_from([*itertools.combinations(range(n + 1), 2)]))) for n in shape]
+    volume = RNG.random(shape).astype("float32") + 1
+    root = tmp_path_factory.mktemp("box")
+    options = {
+        "patch_size": patch, "patch_overlap": overlap, "overlap_mode": mode, "block_shape": block, "output_chunks": 5,
+        "padding_mode": padding if all(o // 2 < n for o, n in zip(overlap, shape, strict=True)) else None,
+        "output_fill": -7,
+    }  # fmt: skip
+    calls = []
+
+    def counted(x):
+        calls.extend(x)
+        return uneven(x)
+
+    whole = oocpatch.predict(volume, uneven, root / "whole", **options)
+    result = oocpatch.predict(volume, counted, root / "out", box=starts_stops, **options)
+    inside = np.zeros(shape, bool)
+    inside[tuple(slice(*span) for span in starts_stops)] = True
+    assert_allclose(result.values[inside], whole.values[inside], rtol=2e-6)
+    grown = tuple(slice(max(0, a - p + 1), b + p - 1) for (a, b), p in zip(starts_stops, patch, strict=True))
+    reach = np.zeros(shape, bool)
+    reach[grown] = True
+    assert (result.values[~reach] == -7).all()
+    assert result.attrs.get("uncovered_voxels", 0) == (result.values == -7).sum()
+    padded = [overlap[a] // 2 if options["padding_mode"] else 0 for a in range(2)]
+    per_axis = [
+        sum(s - g < b and s - g + p > a for s in starts(max(n + 2 * g, p), p, o, 1))
+        for (a, b), g, n, p, o in zip(starts_stops, padded, shape, patch, overlap, strict=True)
+    ]
+    assert len(calls) == math.prod(per_axis) + 1  # and the probe
+
+
+def test_a_box_and_a_mask_leave_out_what_either_leaves_out_at_each_time(tmp_path):
+    volume = RNG.random((3, 32, 32)).astype("float32") + 1
+    mask = np.zeros((4, 4), bool)
+    mask[:2] = True
+    result = oocpatch.predict(
+        volume, torch.nn.Identity(), tmp_path / "out", axes="tyx", patch_size=8, overlap_mode="crop", mask=mask,
+        box=(slice(None), (8, 24)), output_chunks=8, block_shape=8,
+    )  # fmt: skip
+    expected = np.zeros_like(volume)
+    expected[:, :16, 8:24] = volume[:, :16, 8:24]
+    assert_array_equal(result.values, expected)
+    assert result.attrs["uncovered_voxels"] == 3 * (32 * 32 - 16 * 16)
+    with pytest.raises(oocpatch.RunMismatch, match="box"):
+        oocpatch.predict(
+            volume, torch.nn.Identity(), tmp_path / "out", axes="tyx", patch_size=8, overlap_mode="crop", mask=mask,
+            output_chunks=8, block_shape=8,
+        )  # fmt: skip
+
+
 def test_cropped_labels_outside_the_mask_are_the_fill_value(tmp_path):
     labels = RNG.integers(1, 200, (40, 40)).astype("uint16")
     mask = np.zeros((4, 4), bool)
@@ -387,6 +451,12 @@ def test_a_masked_run_that_fails_and_goes_on_gives_the_same_bytes_and_count(mode
 BAD = {
     "mask with another number of axes": ({"mask": np.ones((2, 2, 2, 2))}, "mask must have the volume's spatial axes"),
     "mask larger than the volume": ({"mask": np.ones((40, 10))}, "mask must not have more voxels"),
+    "box with another number of axes": ({"box": [(0, 4)]}, r"box must be a pair .* per spatial axis"),
+    "box that is a word": ({"box": "ab"}, r"box must be a pair .* per spatial axis"),
+    "box of no numbers": ({"box": [(0, 4), ("a", "b")]}, "box must be a pair"),
+    "box with steps": ({"box": [(0, 4), slice(0, 8, 2)]}, "box must be a pair"),
+    "box beyond the volume": ({"box": [(0, 4), (0, 31)]}, "box must lie within the volume .*0:31 for 30"),
+    "empty box": ({"box": [(0, 4), (5, 5)]}, "box must lie within the volume and hold a voxel"),
     "mode for a head that is not there": ({"overlap_mode": {"b": "hann"}}, r"overlap_mode names \['b'\]"),
     "vote without classes": ({"overlap_mode": "vote"}, "num_classes must be given"),
     "postprocess of votes": ({"overlap_mode": "vote", "num_classes": 2, "postprocess": "softmax"}, "must be None"),

@@ -76,6 +76,16 @@ def test_sigmoid_is_taken_of_the_blended_scores(mode: str, tmp_path: Path) -> No
     np.testing.assert_allclose(result.values, 1 / (1 + np.exp(-data)), rtol=2e-5)
 
 
+@pytest.mark.parametrize(("name", "at"), [("threshold", 0.5), ("threshold:0.3", 0.3), ("threshold:-2", -2)])
+def test_a_threshold_of_the_blended_scores_is_one_above_it(name: str, at: float, tmp_path: Path) -> None:
+    data = small_integers((15, 20)) / 8
+    result = run(data, torch.nn.Identity(), tmp_path, overlap_mode="crop", postprocess=name)
+    assert result.dims == ("y", "x")
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result.values, data > at)
+    assert set(np.unique(result.values)) == {0, 1}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_callable_postprocess_gets_channels_first_and_may_change_their_number(mode: str, tmp_path: Path) -> None:
     data = small_integers((15, 20))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,50 @@ POSTPROCESSES: dict[str, Postprocess] = {
     "argmax": lambda scores: scores.max(dim=0, keepdim=True).indices,
     "softmax": lambda scores: scores.softmax(dim=0),
     "sigmoid": lambda scores: scores.sigmoid(),
+    "threshold": lambda scores: threshold(scores, 0.5),
 }
+
+
+def threshold(scores: torch.Tensor, at: float) -> torch.Tensor:
+    """1 where a score is above a threshold, else 0, as uint8."""
+    return (scores > at).to(torch.uint8)
+
+
+def named_postprocess(name: str) -> Postprocess:
+    """A postprocess by its name: one of `POSTPROCESSES`, or `threshold:0.3` for a threshold other than 0.5.
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> named_postprocess("threshold:0.3")(torch.tensor([0.2, 0.4]))
+    tensor([0, 1], dtype=torch.uint8)
+    """
+    if name in POSTPROCESSES:
+        return POSTPROCESSES[name]
+    kind, _, at = name.partition(":")
+    if kind == "threshold":
+        with contextlib.suppress(ValueError):
+            return functools.partial(threshold, at=float(at))
+    raise ValueError(f"postprocess must be one of {', '.join(POSTPROCESSES)} or threshold:NUMBER, got {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Voxels of an output that are to be told of.
+
+    Attributes:
+        uncovered: where no patch was.
+        nonfinite: that are NaN or infinite, before the postprocess.
+    """
+
+    uncovered: int = 0
+    nonfinite: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.uncovered + other.uncovered, self.nonfinite + other.nonfinite)
+
+
+NOTHING = Counts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +76,7 @@ class Finisher:
         dense: the last channel of the sums holds the weights, zero where no patch was.
         divide: whether dense weights are divided by, or only tell where patches were.
         fill: value of voxels where no patch was.
+        nonfinite: whether values may be NaN or infinite; they are counted then.
     """
 
     weights: tuple[torch.Tensor, ...] | None
@@ -40,51 +86,58 @@ class Finisher:
     dense: bool = False
     divide: bool = True
     fill: float = 0.0
+    nonfinite: bool = False
 
-    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> int:
+    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
         """Write the values of a box into `out`.
 
         Args:
             sums: `(C, *box.shape)`, and one more channel if `dense`.
             box: where the sums lie in the output.
             out: `(C', *box.shape)` of the output's dtype.
-
-        Returns:
-            The number of voxels where no patch was.
         """
         scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32) if self.weights is not None else None
         plain = self.postprocess is None and out.dtype == torch.float32
-        uncovered = 0
+        counts = NOTHING
         for tile in tiles(box, self.tile, self.looped):
             inner = (slice(None), *tile.slices(box.start))
             values, target = sums[inner], out[inner]
             if self.dense:
-                uncovered += self._dense(values, target)
+                counts += self._dense(values, target)
                 continue
             if scratch is not None:
                 weights = self._weights(tile, scratch)
                 if plain:
                     torch.div(values, weights, out=target)
+                    counts += self._counted(target)
                     continue
                 values = values / weights
+            counts += self._counted(values)
             self._store(values, target)
-        return uncovered
+        return counts
 
-    def _dense(self, sums: torch.Tensor, target: torch.Tensor) -> int:
-        """Finish a tile whose last channel holds the weights; the number of voxels without any."""
+    def _counted(self, values: torch.Tensor) -> Counts:
+        if not self.nonfinite or not values.dtype.is_floating_point:
+            return NOTHING
+        return Counts(nonfinite=int((~values.isfinite()).any(dim=0).sum()))
+
+    def _dense(self, sums: torch.Tensor, target: torch.Tensor) -> Counts:
+        """Finish a tile whose last channel holds the weights."""
         values, weights = sums[:-1], sums[-1]
         empty = weights == 0
         uncovered = int(empty.sum())
         if uncovered == empty.numel():
             target.fill_(self.fill)
-            return uncovered
+            return Counts(uncovered)
         if uncovered:  # a postprocess must not meet the infinities and NaNs that no patch has overwritten
             values = torch.where(empty, values.new_zeros(()), values)
             weights = torch.where(empty, weights.new_ones(()), weights)
-        self._store(values / weights if self.divide else values, target)
+        values = values / weights if self.divide else values
+        counts = Counts(uncovered) + self._counted(values)
+        self._store(values, target)
         if uncovered:
             target.copy_(torch.where(empty, target.new_full((), self.fill), target))
-        return uncovered
+        return counts
 
     def _store(self, values: torch.Tensor, target: torch.Tensor) -> None:
         if self.postprocess is not None:

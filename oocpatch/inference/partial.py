@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 
 from oocpatch.inference.buffers import buffer, torch_dtype
-from oocpatch.inference.finish import Finisher
+from oocpatch.inference.finish import NOTHING, Counts, Finisher
 from oocpatch.inference.ring import Ring
 from oocpatch.planning.blocks import Block, BlockGrid, offsets
 from oocpatch.planning.box import Box
@@ -105,7 +105,7 @@ class Partial:
         check_finite: raise on NaN and infinities.
 
     Attributes:
-        uncovered: voxels of the output, among those that have left, where no patch was.
+        counts: of the voxels of the output, among those that have left.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Partial:
         self._slab: tuple[Box, list[Staged]] | None = None
         self._free: list[torch.Tensor] = []
         self._at = self._touched = block.reach.start[blocks.sweep]
-        self.uncovered = 0
+        self.counts = NOTHING
         if head.mode == "max":
             self._clear(self._ring.data)
 
@@ -175,7 +175,7 @@ class Partial:
             if self._slab is None:
                 slab, parts = next(self._slabs)
                 if self._touched <= slab.start[self._axis] and slab.stop[self._axis] <= to:  # no patch came near it
-                    self.uncovered += sum(p.box.size for p in parts if p.piece is None)
+                    self.counts += Counts(sum(p.box.size for p in parts if p.piece is None))
                     self._at = slab.stop[self._axis]
                     continue
                 self._slab = slab, [Staged(p, self._empty(p)) for p in parts]
@@ -218,7 +218,7 @@ class Partial:
         for part, sums in self._ring.parts(box):
             target = item.data[(slice(None), *part.slices(item.part.box.start))]
             if item.part.piece is None:
-                self.uncovered += self._finisher.finish(sums, part, target)
+                self.counts += self._finisher.finish(sums, part, target)
             else:
                 target.copy_(sums)
 
@@ -231,9 +231,9 @@ class Partial:
                 self._refuse(sums, part)
 
     def _refuse(self, values: torch.Tensor, box: Box) -> NoReturn:
-        where = (~torch.isfinite(values)).nonzero()[0][1:].tolist()
-        voxel = tuple(a + b for a, b in zip(where, box.start, strict=True))
+        unlike = ~torch.isfinite(values).all(dim=0)
+        voxel = tuple(a + b for a, b in zip(unlike.nonzero()[0].tolist(), box.start, strict=True))
         raise ValueError(
-            f"the model's output must be finite, got NaN or infinity at voxel {voxel}; "
-            "pass allow_nonfinite=True to keep such values where they are"
+            f"the model's output must be finite, got NaN or infinity at voxel {voxel} and in {int(unlike.sum())} of "
+            f"the {box.size} voxels around it; pass allow_nonfinite=True to keep such values where they are"
         )

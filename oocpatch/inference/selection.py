@@ -1,4 +1,4 @@
-"""Which patches of a block are computed: all, or those where the mask has foreground."""
+"""Which patches of a block are computed: all, those where the mask has foreground, those that meet a box."""
 
 from __future__ import annotations
 
@@ -66,9 +66,35 @@ def _spans(axis: Any, indices: range, length: int, size: int) -> tuple[npt.NDArr
     return starts * size // length, -(-stops * size // length)
 
 
-def select(mask: Mask | None, grid: PatchGrid, ranges: Sequence[range]) -> list[Ints]:
-    """The patches to compute of a product of ranges of grid indices, in C order."""
-    if mask is None:
-        return list(itertools.product(*ranges))
-    chosen = np.argwhere(mask.foreground(grid, ranges)).tolist()
-    return [tuple(r[i] for r, i in zip(ranges, index, strict=True)) for index in chosen]
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The patches to compute: those that meet both the mask and the box.
+
+    Attributes:
+        mask: None: it leaves out none.
+        box: in the volume's frame, looped axes included; None: it leaves out none.
+
+    >>> grid = PatchGrid.of((8, 8), (4, 4), (0, 0))
+    >>> Selection(box=Box((0, 5), (3, 6))).of(grid, [range(2), range(2)])
+    [(0, 1)]
+    """
+
+    mask: Mask | None = None
+    box: Box | None = None
+
+    def __bool__(self) -> bool:
+        """Whether it may leave patches out."""
+        return self.mask is not None or self.box is not None
+
+    def of(self, grid: PatchGrid, ranges: Sequence[range]) -> list[Ints]:
+        """The patches to compute of a product of ranges of grid indices, in C order."""
+        if self.box is not None:
+            meeting = (a.meeting(*span) for a, *span in zip(grid.axes, self.box.start, self.box.stop, strict=True))
+            ranges = [
+                range(max(r.start, m.start), max(r.start, m.start, min(r.stop, m.stop)))
+                for r, m in zip(ranges, meeting, strict=True)
+            ]
+        if self.mask is None or not all(ranges):
+            return list(itertools.product(*ranges))
+        chosen = np.argwhere(self.mask.foreground(grid, ranges)).tolist()
+        return [tuple(r[i] for r, i in zip(ranges, index, strict=True)) for index in chosen]

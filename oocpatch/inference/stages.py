@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.inference.buffers import buffer, torch_dtype
-from oocpatch.inference.finish import Finisher
+from oocpatch.inference.finish import NOTHING, Counts, Finisher
 from oocpatch.inference.partial import Part, Partial, Staged, own_name, seam_name
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
-from oocpatch.inference.selection import Mask, select
+from oocpatch.inference.selection import Selection
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis
@@ -42,7 +42,7 @@ class Job:
     Attributes:
         plan: the plan.
         volume: where to read.
-        mask: which patches to compute; None: all.
+        selection: which patches to compute.
         predictor: the model.
         workspace: where partials go.
         windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
@@ -57,7 +57,7 @@ class Job:
 
     plan: Plan
     volume: Volume
-    mask: Mask | None
+    selection: Selection
     predictor: Predictor
     workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
@@ -77,10 +77,17 @@ class Done:
     Attributes:
         digest: of the partials it left; 0: none.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
+        nonfinite: voxels of all heads that are NaN or infinite, among the same.
     """
 
     digest: int = 0
     uncovered: int = 0
+    nonfinite: int = 0
+
+    @classmethod
+    def of(cls, heads: Sequence[Counts], digest: int = 0) -> Done:
+        """What was counted head by head."""
+        return cls(digest, heads[0].uncovered, sum(head.nonfinite for head in heads))
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -173,7 +180,7 @@ def predict_block(job: Job, index: int) -> Done:
         reader.pending.abandon()
         for head in writes:
             head.pending.abandon()
-    return Done(partials.close(), sums[0].uncovered)
+    return Done.of([partial.counts for partial in sums], partials.close())
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -212,7 +219,7 @@ def _steps(job: Job, ranges: Sequence[range], schedule: list[Group]) -> Iterator
         members: list[Ints] = []
         for layer in group.layers:
             one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
-            members += select(job.mask, job.plan.grid, one)
+            members += job.selection.of(job.plan.grid, one)
         skipped = len(group.layers) * _patches(ranges, sweep) - len(members)
         if skipped:
             job.on_patches(skipped)
@@ -306,12 +313,11 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
         CorruptPartial: when a partial is not what the ledger promised.
     """
     readers: dict[int, PartialReader] = {}
-    uncovered = [_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))]
-    return Done(uncovered=uncovered[0])
+    return Done.of([_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))])
 
 
-def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> int:
-    """The normalize stage of one head; the number of voxels where no patch was."""
+def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> Counts:
+    """The normalize stage of one head."""
     frame = job.plan.frames[number]
     block = frame[index]
 
@@ -323,7 +329,7 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
         found = readers[source].read(number, piece, whole, part)
         return None if found is None else torch.from_numpy(found)
 
-    uncovered = 0
+    counts = NOTHING
     writes = Writes(job, None)
     try:
         for slab in frame.steps(block.core):
@@ -336,17 +342,17 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
             staged = []
             for box, data in sums.parts:
                 if data is None:  # no patch came near it, and the output's fill value needs no writing
-                    uncovered += box.size
+                    counts += Counts(box.size)
                     continue
                 values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
-                uncovered += job.finishers[number].finish(data, box, values)
+                counts += job.finishers[number].finish(data, box, values)
                 staged.append(Staged(Part(None, block.core, box, number), values))
             del sums
             writes.emit(staged)
             writes.pending.wait()
     finally:
         writes.pending.abandon()
-    return uncovered
+    return counts
 
 
 class _Sums:

@@ -121,6 +121,14 @@ class GridAxis:
         """
         return range(0 if start <= 0 else self._index_from(start), self._index_from(stop))
 
+    def meeting(self, start: int, stop: int) -> range:
+        """The patches that have a voxel in the span `[start, stop)` of the volume.
+
+        >>> GridAxis(10, 4, 2).meeting(4, 5)
+        range(1, 3)
+        """
+        return range(self._index_from(start - self.patch + 1), self._index_from(stop))
+
     def _index_from(self, value: int) -> int:
         """Index of the first patch that starts at or after `value`, else `count`."""
         if value > self.last:

@@ -33,6 +33,7 @@ class Record:
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
         note: a message (`failed`).
+        nonfinite: voxels that are NaN or infinite, among those the stage wrote.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Record:
     digest: int = 0
     uncovered: int = 0
     note: str = ""
+    nonfinite: int = 0
 
 
 class Ledger:
@@ -58,7 +60,7 @@ class Ledger:
 
     def append(self, record: Record) -> None:
         """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note])
+        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note, record.nonfinite])
         line = f"{text_checksum(text):08x} {text}\n".encode()
         written = os.write(self._file, line)
         if written != len(line):  # a disk that is just full takes part of a line
@@ -121,18 +123,23 @@ class Progress:
         predicted: digest of the partials of each block whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
-        without: voxels where no patch was, by stage and block, where there are any.
+        counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
     """
 
     predicted: dict[int, int]
     normalized: set[int]
     failed: dict[int, str]
-    without: dict[tuple[str, int], int] = field(default_factory=dict)
+    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def uncovered(self) -> int:
         """Voxels where no patch was."""
-        return sum(self.without.values())
+        return sum(uncovered for uncovered, _ in self.counts.values())
+
+    @property
+    def nonfinite(self) -> int:
+        """Voxels that are NaN or infinite."""
+        return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
     def read(cls, path: Path) -> Progress:
@@ -144,8 +151,8 @@ class Progress:
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
-        if record.uncovered:
-            self.without[record.kind, record.block] = record.uncovered
+        if record.uncovered or record.nonfinite:
+            self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         if record.kind == "predict":
             self.predicted[record.block] = record.digest
             self.failed.pop(record.block, None)

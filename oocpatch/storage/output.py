@@ -293,7 +293,6 @@ def open_result(path: Path) -> Result:
     record = inspect_output(path)
     assert record is not None
     heads = record.details["heads"]
-    uncovered = record.details.get("uncovered_voxels", 0)
     result: Result
     if record.details.get("pyramids"):
         found = {n: _finest(path, p).rename(n) for n, p in zip(heads, record.details["arrays"], strict=True)}
@@ -306,8 +305,9 @@ def open_result(path: Path) -> Result:
     else:
         dataset = xarray.open_zarr(path)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
-    if uncovered:
-        result.attrs["uncovered_voxels"] = uncovered
+    for name in ("uncovered_voxels", "nonfinite_voxels"):
+        if count := record.details.get(name, 0):
+            result.attrs[name] = count
     return result
 
 
