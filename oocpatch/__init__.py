@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from oocpatch.accessor import arrange
+
 if TYPE_CHECKING:
     from oocpatch.checking import CheckReport, check
     from oocpatch.converting import convert
@@ -112,3 +114,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+arrange()  # `array.oocpatch`, wherever xarray is imported

@@ -104,7 +104,7 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     trust = bool(predict_kwargs.pop("trust_pickle", False))
     device = predict_kwargs.get("device", "auto")
     models = load_models(model, **loading, trust_pickle=trust, device=device)
-    source = Volume(volume, predict_kwargs.pop("axes", None))
+    source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
         settings = _settings(source, _with_sizes(source, models, predict_kwargs, Path(folder)))

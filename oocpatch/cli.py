@@ -147,6 +147,7 @@ _patch_options = _options(
     ),
     _option("--fill", type=float, default=0.0, help="Value of the padding 'constant'."),
     _option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or tczyx; default: its dimension names."),
+    _option("--level", metavar="LEVEL", default="0", help="Level of an OME-Zarr's pyramid: its number, or its path."),
     _option("--batch-size", type=size_or_auto, default=1, help="Patches per call of the model; auto: chosen."),
     _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
@@ -168,6 +169,12 @@ _run_options = _options(
     config_option,
     _option("--output-chunks", type=size, help="Chunk shape of the output; default: the planner's choice."),
     _option("--output-shards", type=size, help="Shard shape of the output; default: no shards."),
+    _option(
+        "--output-format",
+        type=_one_of("auto zarr ome-zarr ome-zarr-0.4"),
+        default="auto",
+        help="An OME-Zarr has a pyramid; auto: as IN is.",
+    ),
     _option("--output-fill", type=number, default=0, help="Value of voxels that no patch covered."),
     _option(
         "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that the run adds, such as 2GiB."

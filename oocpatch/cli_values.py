@@ -10,18 +10,20 @@ from typing import Any
 import click
 
 
-def size(text: str | int) -> int | tuple[int, ...]:
-    """Read `96`, the same on every axis, or `32,96,96`, one per axis."""
+def size(text: str | int) -> int | tuple[int, ...] | dict[str, int]:
+    """Read `96`, the same on every axis, `32,96,96`, one per axis, or `z=32,y=96,x=96`, by their names."""
+    parts = [part.rpartition("=") for part in str(text).split(",")]
+    names = [name.strip() for name, _, _ in parts if name]
     try:
-        sizes = tuple(int(part) for part in str(text).split(","))
+        sizes = tuple(int(number) for _, _, number in parts)
     except ValueError:
-        raise click.BadParameter(f"sizes are whole numbers of voxels, such as 96 or 32,96,96, got {text!r}.") from None
+        sizes = ()
+    if not sizes or (names and len(set(names)) != len(sizes)):
+        told = "96 or 32,96,96 or z=32,y=96,x=96"
+        raise click.BadParameter(f"sizes are whole numbers of voxels, such as {told}, got {text!r}.")
+    if names:
+        return dict(zip(names, sizes, strict=True))
     return sizes if len(sizes) > 1 else sizes[0]
-
-
-def size_or_auto(text: str | int) -> int | str | tuple[int, ...]:
-    """Read a size, or `auto`."""
-    return "auto" if text == "auto" else size(text)
 
 
 def box(text: str) -> list[tuple[int | None, int | None]]:
@@ -39,6 +41,11 @@ def box(text: str) -> list[tuple[int | None, int | None]]:
         except (AssertionError, ValueError):
             raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {text!r}.") from None
     return spans
+
+
+def size_or_auto(text: str | int) -> int | str | tuple[int, ...] | dict[str, int]:
+    """Read a size, or `auto`."""
+    return "auto" if text == "auto" else size(text)
 
 
 def setting(text: str) -> Any:

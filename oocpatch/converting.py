@@ -31,9 +31,9 @@ from oocpatch import door
 from oocpatch.errors import OutputExists, PlanTooLarge
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import human
-from oocpatch.storage.formats.spec import parse
+from oocpatch.storage.coordinates import plain_attributes, write_coords
 from oocpatch.storage.lock import locked
-from oocpatch.storage.output import default_chunks, json_attributes, write_coords
+from oocpatch.storage.output import default_chunks
 from oocpatch.storage.volume import REQUEST, Volume
 from oocpatch.telling import telling
 
@@ -72,7 +72,7 @@ def convert(
     output: str | os.PathLike[str],
     *,
     axes: str | Sequence[str] | None = None,
-    level: int | None = None,
+    level: int | str = 0,
     chunks: int | Sequence[int] | None = None,
     shards: int | Sequence[int] | None = None,
     max_memory: int | float | str = "auto",
@@ -87,7 +87,7 @@ def convert(
         volume: whatever `predict` takes.
         output: directory to write; must not exist.
         axes: names of the volume's axes, e.g. `"zyx"`.
-        level: of a slide's or a TIFF's pyramid; 0 is the largest.
+        level: of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
         chunks: spatial chunks, in voxels; default: those of the volume, if reasonable.
         shards: spatial shards, in voxels; multiples of the chunks.
         max_memory: bytes that the conversion may add to this process; `"auto"`: a quarter of the machine's.
@@ -108,7 +108,7 @@ def convert(
     ('y', 'x') [6, 7, 8, 9, 10, 11]
     """
     target = door.local_path("output", output)
-    data = Volume(_at_level(volume, level), axes)
+    data = Volume(volume, axes, level)
     door.apart("output", target, data)
     door.writable("output", target)
     if target.exists():
@@ -137,14 +137,6 @@ def convert(
         partial.rename(target)
     made: xarray.DataArray = xarray.open_zarr(target)[NAME]
     return made
-
-
-def _at_level(volume: Any, level: int | None) -> Any:
-    if level is None:
-        return volume
-    if not isinstance(volume, (str, os.PathLike)) or parse(str(volume)) is None:
-        raise ValueError(f"level must be None for a volume that is not a file with levels, got {level}")
-    return f"{os.fspath(volume)}::level={level}"
 
 
 def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
@@ -224,7 +216,7 @@ def _create(path: Path, volume: Volume, chunk: Ints, unit: Ints, address: str | 
         shards=(*together, *unit) if unit != chunk else None,
         dtype=volume.dtype,
         dimension_names=(*channel, *volume.names),
-        attributes=json_attributes(volume),
+        attributes=plain_attributes(volume),
     )
 
 

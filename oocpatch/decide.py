@@ -23,6 +23,7 @@ from oocpatch.planning.head import common_unit
 from oocpatch.planning.memory import HeadSizes, Sizes, chunk_bytes
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.planner import choose
+from oocpatch.pyramid import with_pyramids
 from oocpatch.request import AUTO, Request, is_auto
 
 
@@ -114,7 +115,7 @@ def _planned(request: Request) -> Plan:
         block_shape=core,
         workers=options["workers"],
     )
-    return Plan(
+    made = Plan(
         parameters=request.parameters,
         axes=volume.names,
         spatial=volume.spatial_ndim,
@@ -145,6 +146,7 @@ def _planned(request: Request) -> Plan:
         memory_parts=choice.projection.parts,
         note=_note(request),
     )
+    return with_pyramids(made, request.max_memory)
 
 
 def _note(request: Request) -> str:

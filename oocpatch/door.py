@@ -17,18 +17,19 @@ from dask.utils import parse_bytes
 from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.sizes import per_axis
 from oocpatch.planning.window import OVERLAP_MODES
+from oocpatch.storage.ome_output import placed
 from oocpatch.storage.sources import local_or_url
 from oocpatch.storage.volume import PADDING_MODES, Volume
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def sizes(name: str, value: int | Sequence[int], volume: Volume, *, least: int = 0) -> Ints:
-    """One size per spatial axis, in voxels; an `int` counts for all of them.
+def sizes(name: str, value: Any, volume: Volume, *, least: int = 0) -> Ints:
+    """One size per spatial axis, in voxels; an `int` counts for all of them, a dict gives them by the axes' names.
 
     Raises:
-        TypeError: when it is neither an `int` nor a sequence of them.
-        ValueError: for a wrong number of sizes, or one that is too small.
+        TypeError: when it is neither an `int` nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
     """
     return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
 
@@ -224,6 +225,30 @@ def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
     if any(s % c for s, c in zip(shards, chunks, strict=True)):
         raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
     return tuple(n if c >= n else min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
+
+
+FORMATS = ("auto", "zarr", "ome-zarr", "ome-zarr-0.4")
+
+
+def output_format(value: str, volume: Volume) -> str:
+    """A checked `output_format`; of `"auto"`, what it comes to.
+
+    Raises:
+        ValueError: when there is no such format, or the volume does not fit it.
+    """
+    one_of("output_format", value, FORMATS)
+    if value == "auto":
+        value = "zarr" if volume.source.image is None else "ome-zarr"
+    if value != "zarr":
+        looped = len(volume.shape) - volume.spatial_ndim
+        if not 2 <= volume.spatial_ndim <= 3 or looped > 1:
+            raise ValueError(
+                "an OME-Zarr must have two or three axes in space and at most one for time, got "
+                f"{', '.join(volume.axes.names)}; write output_format='zarr', or name the axes with `axes`"
+            )
+        for name in volume.names:
+            placed(volume, name)
+    return value
 
 
 def number(name: str, value: float) -> float:

@@ -135,6 +135,7 @@ def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, .
         out_channels, out_dtype = result.shape[0], str(result.numpy(force=True).dtype)
         if postprocess is POSTPROCESSES["argmax"]:
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
+    labels = np.dtype(out_dtype).kind in "bui"  # not because `output_dtype` asks for rounding
     axis = request.volume.channel_axis
     if axis is None and out_channels > 1:
         axis = "channel"
@@ -153,6 +154,7 @@ def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, .
         channel_axis=axis,
         chunks=chunks,
         unit=unit,
+        labels=labels,
     )
 
 
@@ -208,4 +210,6 @@ def _chunks(request: Asked, itemsize: int, scale: tuple[Scale, ...]) -> tuple[In
     if asked is None and shards is not None:
         chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
     unit = door.write_unit(chunks, shards, shape[loops:])
+    if request.options["ome"]:  # time comes before channels there, and each index of it is a write of its own
+        default = (*(1,) * loops, *default[loops:])
     return (*default[:loops], *door.clipped(chunks, shape[loops:])), (*default[:loops], *unit)

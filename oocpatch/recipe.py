@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from oocpatch.inference.versions import versions_here
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
-from oocpatch.storage.sources import Source
+from oocpatch.storage.sources import Source, open_source
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
 
@@ -66,14 +66,17 @@ class Place:
     Attributes:
         source: a directory; or what was given, if it travels.
         names: of its axes.
+        roles: of its axes, where its metadata tell them.
     """
 
     source: Path | Source
     names: tuple[str, ...]
+    roles: tuple[str, ...] | None
 
     def open(self) -> Volume:
         """The volume."""
-        return Volume(self.source, self.names)
+        source = self.source if isinstance(self.source, Source) else open_source(self.source)
+        return Volume(replace(source, roles=self.roles), self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ def _place(volume: Volume, folder: Path, name: str, request: Request, made: Plan
     source, names = volume.source, volume.axes.names
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
     if not in_memory:
-        return Place(source.location if source.array is not None and source.location else source, names)
+        return Place(source.location if source.array is not None and source.location else source, names, source.roles)
     size = int(np.prod(source.shape, dtype=object)) * volume.dtype.itemsize
     if request.max_disk is not None and made.projected_disk + size > request.max_disk:
         raise PlanTooLarge(
@@ -206,4 +209,4 @@ def _place(volume: Volume, folder: Path, name: str, request: Request, made: Plan
     for start in range(0, source.shape[0], side):
         part = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
         array[part] = source.load(part)
-    return Place(folder / name, names)
+    return Place(folder / name, names, source.roles)

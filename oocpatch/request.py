@@ -163,24 +163,25 @@ def make_request(
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None,
     augment: str | Sequence[str] | Mapping[str, Any] | None,
     patch_size: Any,
-    patch_overlap: int | Sequence[int],
+    patch_overlap: int | Sequence[int] | Mapping[str, int],
     overlap_mode: str | Mapping[str, str],
     num_classes: int | None,
     padding_mode: str | None,
     fill: float,
     axes: str | Sequence[str] | None,
+    level: int | str,
     batch_size: Any,
     device: str,
     autocast: bool,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None,
     output_dtype: Any,
-    output_chunks: int | Sequence[int] | None,
-    output_shards: int | Sequence[int] | None,
+    output_chunks: int | Sequence[int] | Mapping[str, int] | None,
+    output_shards: int | Sequence[int] | Mapping[str, int] | None,
     output_fill: float,
     allow_nonfinite: bool,
     max_memory: int | float | str,
     max_disk: int | float | str | None,
-    block_shape: int | Sequence[int] | None,
+    block_shape: int | Sequence[int] | Mapping[str, int] | None,
     workspace: str | os.PathLike[str] | None,
     workers: int | None,
     mask: Any,
@@ -197,7 +198,7 @@ def make_request(
     lean_heap()  # before the probe of the model, whose memory would stay in the heap
     target = door.local_path("output", output)
     place = door.local_path("workspace", workspace) if workspace is not None else beside(target, "")
-    data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes)
+    data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes, level)
     for name, path in (("output", target), ("workspace", place)):
         door.apart(name, path, data)
         door.writable(name, path)
@@ -205,7 +206,7 @@ def make_request(
         from oocpatch.inference.cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
 
         checked_client(client)
-    door.one_of("output_format", output_format, ("auto", "zarr"))
+    found_format = door.output_format(output_format, data)
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
     looped = len(data.shape) - data.spatial_ndim
@@ -214,7 +215,7 @@ def make_request(
     if patch:
         PatchGrid.of(data.shape, patch, overlap)
 
-    def spatial(name: str, value: int | Sequence[int] | None) -> Ints | None:
+    def spatial(name: str, value: int | Sequence[int] | Mapping[str, int] | None) -> Ints | None:
         return None if value is None else door.sizes(name, value, data, least=1)
 
     processes = None if workers is None else door.positive("workers", workers)
@@ -232,6 +233,7 @@ def make_request(
         "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
+        "ome": found_format != "zarr",
         "output_fill": door.number("output_fill", output_fill),
         "allow_nonfinite": bool(allow_nonfinite),
         "skip_value": empty_value(data) if skip_empty else None,
@@ -239,6 +241,10 @@ def make_request(
         "workers": 1 if client is not None else processes,
         "processes": processes,
     }
+    if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
+        raise ValueError(
+            "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
+        )
     found_mask = None if mask is None else _mask(mask, data)
     found_box = None if box is None else door.box("box", box, data)
     parameters = {
@@ -264,6 +270,7 @@ def make_request(
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
         "output_fill": door.plain(output_fill),
+        "output_format": found_format,
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
     }
@@ -301,8 +308,8 @@ def _identity_of(value: Any) -> Any:
     return model_identity(value) if callable(value) else value
 
 
-def _volume(volume: Any, axes: str | Sequence[str] | None) -> Volume:
-    return Volume(volume.source if isinstance(volume, Volume) else volume, axes)
+def _volume(volume: Any, axes: str | Sequence[str] | None, level: int | str) -> Volume:
+    return Volume(volume.source if isinstance(volume, Volume) else volume, axes, level)
 
 
 def _mask(mask: Any, volume: Volume) -> Mask:

@@ -26,6 +26,7 @@ from oocpatch.inference.scheduler import Run
 from oocpatch.parts import Part, busy
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import hidden, root_of
+from oocpatch.pyramid import build_pyramids
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
@@ -41,13 +42,14 @@ def predict(
     model: Any,
     output: str | os.PathLike[str],
     *,
-    patch_size: int | Sequence[int] | str,
-    patch_overlap: int | Sequence[int] = 0,
+    patch_size: int | Sequence[int] | Mapping[str, int] | str,
+    patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
     overlap_mode: str | Mapping[str, str] = "hann",
     num_classes: int | None = None,
     padding_mode: str | None = None,
     fill: float = 0.0,
     axes: str | Sequence[str] | None = None,
+    level: int | str = 0,
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None = None,
     augment: str | Sequence[str] | Mapping[str, Any] | None = None,
     weights: str | Sequence[str] | None = None,
@@ -58,12 +60,12 @@ def predict(
     autocast: bool = False,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
     output_dtype: Any = None,
-    output_chunks: int | Sequence[int] | None = None,
-    output_shards: int | Sequence[int] | None = None,
+    output_chunks: int | Sequence[int] | Mapping[str, int] | None = None,
+    output_shards: int | Sequence[int] | Mapping[str, int] | None = None,
     output_fill: float = 0,
     max_memory: int | float | str = "auto",
     max_disk: int | float | str | None = None,
-    block_shape: int | Sequence[int] | None = None,
+    block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     mask: Any = None,
@@ -89,7 +91,8 @@ def predict(
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.
         output: path of the Zarr group to write.
-        patch_size: size of a patch in voxels; an int, or one per spatial axis; `"auto"`: chosen.
+        patch_size: size of a patch in voxels; an int, or one per spatial axis, in order or as a dict by their names, as
+            all sizes; `"auto"`: chosen.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label. A dict gives each of the model's outputs its own.
@@ -98,6 +101,7 @@ def predict(
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
+        level: which level of an OME-Zarr's pyramid to read, by its number (0: the finest) or its path in the group.
         preprocess: what is done to patches: `"zscore"`, `"percentile"`, `"scale"`, a dict of one of these and its
             arguments, or a function of `(B, C, *patch)`.
         augment: turns of a patch whose outputs are averaged: `"flips"`, `"rotations"`, `"all"`, names of axes to flip,
@@ -129,7 +133,8 @@ def predict(
         part: `(i, n)`: compute only the i-th of n parts of the run, counted from 1. Other calls, in any order or at the
             same time, on any machine that sees the same files, compute the others; the last one completes the output.
             Until then, voxels that are not computed hold `output_fill`, and the result's attribute `complete` is False.
-        output_format: `"auto"` or `"zarr"`; other formats are not offered in this version.
+        output_format: `"zarr"`; `"ome-zarr"` with a pyramid, as NGFF 0.5, or `"ome-zarr-0.4"`; `"auto"`: an OME-Zarr
+            where the volume is one.
         resume: go on with an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
@@ -289,10 +294,17 @@ def _predict(
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
         done = _run(request, workspace, progress)
-        Output(request.output, workspace.plan).complete(done)
+        _complete(request, workspace, done)
         logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
+
+
+def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) -> None:
+    """Make the coarser levels, if there are any, and record success."""
+    made = workspace.plan
+    build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
+    Output(request.output, made).complete(facts)
 
 
 def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
@@ -352,7 +364,7 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    Output(output, made).complete(details(request, made, time.monotonic() - started, done, halved()))
+                    _complete(request, workspace, details(request, made, time.monotonic() - started, done, halved()))
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

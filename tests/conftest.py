@@ -15,11 +15,22 @@ settings.register_profile("explore", deadline=None, max_examples=2000, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "promise"))
 
 
+DOORS = {
+    "real_data": (
+        os.environ.get("OOCPATCH_REAL_DATA") == "1",
+        "downloads a scan and a network; set OOCPATCH_REAL_DATA=1 to run it",
+    ),
+    "readers": (
+        bool(os.environ.get("OOCPATCH_READERS")),
+        "runs other programs; set OOCPATCH_READERS to the Python of an environment that has them",
+    ),
+}
+"""By marker: whether it was asked for, and what to say if not."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what downloads unless it was asked for."""
-    if os.environ.get("OOCPATCH_REAL_DATA") == "1":
-        return
-    skip = pytest.mark.skip(reason="downloads a scan and a network; set OOCPATCH_REAL_DATA=1 to run it")
+    """Skip what downloads, or needs other programs, unless it was asked for."""
     for item in items:
-        if item.get_closest_marker("real_data"):
-            item.add_marker(skip)
+        for marker, (asked, reason) in DOORS.items():
+            if item.get_closest_marker(marker) and not asked:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -189,7 +189,8 @@ def import_what_a_run_imports() -> None:
     receiver, sender = os.pipe()
     if not os.fork():
         with tempfile.TemporaryDirectory() as root:
-            oocpatch.predict(np.zeros(16, np.float32), scripted_model, f"{root}/out", patch_size=8, progress=False)
+            settings = {"patch_size": 8, "output_chunks": 4, "progress": False, "output_format": "ome-zarr"}
+            oocpatch.predict(np.zeros((8, 8), np.float32), scripted_model, f"{root}/out", **settings)
         with os.fdopen(sender, "w") as pipe:
             json.dump(list(sys.modules), pipe)
         os._exit(0)

@@ -74,7 +74,8 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
     before = psutil.Process().memory_info().rss
     with PeakSampler() as sampler:
         plan.run()
-    result = zarr.open_array(f"{output}/prediction", mode="r")
+    place = "scale0/image" if options.get("output_format") == "ome-zarr" else "prediction"
+    result = zarr.open_array(f"{output}/{place}", mode="r")
     probes = [result[:8, :8, :8], result[-8:, -8:, -8:], result[tuple(slice(n // 2, n // 2 + 8) for n in result.shape)]]
     answer = {
         "added": sampler.peak - before,

@@ -38,7 +38,19 @@ def _floors() -> dict[str, Floor]:
     # Floor 3 has four steps: what the model gives, what the arguments ask for, the plan, carrying it out.
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
-    run = request | {"decide", "progress", "record", "telling", "parts", "recipe", "job", "remote", "executors", "run"}
+    run = request | {
+        "decide",
+        "progress",
+        "pyramid",
+        "record",
+        "telling",
+        "parts",
+        "recipe",
+        "job",
+        "remote",
+        "executors",
+        "run",
+    }
     convert = door | {"telling", "converting"}
     look = run | {"looking"}
     public = look | convert | {"checking"}
@@ -57,7 +69,8 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_disk),
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
-        "decide": Floor(request | {"decide"}, on_device),
+        "pyramid": Floor(compute | {"pyramid"}, on_disk),
+        "decide": Floor(request | {"decide", "pyramid"}, on_device),
         "telling": Floor(frozenset(), frozenset({"tqdm"})),
         "progress": Floor(request | {"progress", "telling"}, on_device),
         "job": Floor(request | {"job"}, on_device),
@@ -79,7 +92,8 @@ def _floors() -> dict[str, Floor]:
         "cli": Floor(
             above | {"demo", "cli_values", "cli_where", "cli_config", "cli_files", "cli"}, frozenset({"click"})
         ),
-        "__init__": Floor(public, frozenset()),
+        "accessor": Floor(run | {"accessor"}, frozenset({"xarray"})),
+        "__init__": Floor(public | {"accessor"}, frozenset()),
         "__main__": Floor(frozenset({"cli"}), frozenset()),
     }
 
@@ -92,6 +106,7 @@ EXTRA = {
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/ome_output.py": frozenset({"yaozarrs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "storage/formats/hdf5.py": frozenset({"h5py"}),
     "storage/formats/nifti.py": frozenset({"nibabel"}),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import Children, calls, report
+from tests.children import Children, calls, file_digests, report
 from tests.crash_child import DIED, INTERRUPTED, Job, make_volume
 from tests.small_run import (
     LAST_TINY_PATCH,
@@ -116,6 +116,43 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
         assert children.run(tiny) == 0, f"after change {number}: {report(tiny).message}"
         assert prediction(tiny) == expected, f"after change {number}"
         assert not list(Path(tiny.watch).glob("out?*")), f"something was left behind after change {number}"
+
+
+def test_a_run_that_dies_anywhere_in_its_pyramid_ends_in_the_same_bytes(children: Children, tmp_path: Path) -> None:
+    make_volume(tmp_path / "volume.zarr", (12, 9), (12, 9))
+    job = job_in(tmp_path, patch_size=12, output_chunks=(6, 9), output_format="ome-zarr", workers=1)
+    assert children.run(job) == 0
+    output = Path(job.output)
+    levels = sorted(path.name for path in output.glob("scale*"))
+    assert levels == ["scale0", "scale1"]
+    expected = [file_digests(output / level) for level in levels]
+    assert all(len(digests) > 4 for digests in expected)
+    changes = report(job).changes
+    died_after = set()
+    for number in range(changes * 2 // 3, changes):  # before that, it is a run like any other
+        dying = fresh(job, die_before=number)
+        died = children.run(dying) == DIED
+        assert died or report(dying).changes <= number
+        died_after |= {level for level in levels if file_digests(output / level) == expected[levels.index(level)]}
+        assert children.run(job) == 0, f"after change {number}: {report(job).message}"
+        assert [file_digests(output / level) for level in levels] == expected, f"after change {number}"
+        assert not list(Path(job.watch).glob("out?*")), f"something was left behind after change {number}"
+    assert died_after == set(levels)
+
+
+def test_a_pyramid_goes_on_where_it_was(children: Children, tmp_path: Path) -> None:
+    """A level that is done is not made again: what is missing of it stays missing."""
+    make_volume(tmp_path / "volume.zarr", (12, 9), (12, 9))
+    job = job_in(tmp_path, patch_size=12, output_chunks=(6, 9), output_format="ome-zarr", workers=1)
+    assert children.run(job) == 0
+    for number in range(report(job).changes - 1, 0, -1):
+        assert children.run(fresh(job, die_before=number)) == DIED
+        if list(Path(job.watch).glob("out.oocpatch/*/pyramids.json")):
+            break
+    chunk = Path(job.output) / "scale1" / "image" / "c" / "0" / "0"
+    chunk.unlink()
+    assert children.run(job) == 0
+    assert not chunk.exists()
 
 
 def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(

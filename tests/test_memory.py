@@ -49,6 +49,11 @@ def test_a_run_adds_no_more_memory_than_its_plan_and_its_limit(mode: str, overla
     assert_within_bounds(measured(tmp_path, 192, patch_overlap=overlap, overlap_mode=mode), LIMIT)
 
 
+def test_a_pyramid_keeps_the_limit_as_well(tmp_path: Path) -> None:
+    settings = {"patch_overlap": 8, "overlap_mode": "average", "output_format": "ome-zarr", "max_memory": 32 * MIB}
+    assert_within_bounds(measured(tmp_path, 192, **settings), 32 * MIB)
+
+
 def test_a_tighter_limit_is_kept_as_well(tmp_path: Path) -> None:
     assert_within_bounds(measured(tmp_path, 96, patch_overlap=8, max_memory=24 * MIB), 24 * MIB)
 

@@ -39,6 +39,7 @@ class Head:
         out_dtype: dtype of the output array.
         channel_axis: name of the output's channel axis; None: it has none.
         chunks, unit: the output's chunks, and its write unit.
+        labels: whether its values are labels, of which a mean says nothing.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Head:
     channel_axis: str | None
     chunks: Ints
     unit: Ints
+    labels: bool = False
 
     @property
     def crop(self) -> bool:

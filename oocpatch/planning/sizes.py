@@ -1,16 +1,16 @@
-"""Sizes in voxels, as users give them: one `int` for all spatial axes, or one per axis."""
+"""Sizes in voxels, as users give them: one `int` for all spatial axes, or one per axis, in order or by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from oocpatch.planning.box import Ints
 
 
-def per_axis(name: str, value: int | Sequence[int], axes: Sequence[str], *, least: int = 0) -> Ints:
-    """One size per spatial axis, in voxels; an `int` counts for all of them.
+def per_axis(name: str, value: int | Sequence[int] | Mapping[str, int], axes: Sequence[str], *, least: int = 0) -> Ints:
+    """One size per spatial axis, in voxels; an `int` counts for all of them, a dict gives them by the axes' names.
 
     Args:
         name: the parameter's name, for messages.
@@ -19,12 +19,16 @@ def per_axis(name: str, value: int | Sequence[int], axes: Sequence[str], *, leas
         least: the smallest size that is allowed.
 
     Raises:
-        TypeError: when it is neither an `int` nor a sequence of them.
-        ValueError: for a wrong number of sizes, or one that is too small.
+        TypeError: when it is neither an `int` nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
 
-    >>> per_axis("patch_size", 64, "zyx")
-    (64, 64, 64)
+    >>> per_axis("patch_size", 64, "zyx"), per_axis("patch_size", {"x": 32, "y": 16}, "yx")
+    ((64, 64, 64), (16, 32))
     """
+    if isinstance(value, Mapping):
+        if set(value) != set(axes):
+            raise ValueError(f"{name} must name each spatial axis ({', '.join(axes)}) and no other, got {dict(value)}")
+        value = [value[axis] for axis in axes]
     given = (value,) * len(axes) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else value
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence | np.ndarray):
         raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")

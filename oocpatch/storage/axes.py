@@ -57,8 +57,13 @@ class Axes:
         return self.looped + self.spatial
 
 
-def resolve_axes(axes: str | Sequence[str] | None, names: Sequence[str | None] | None, ndim: int) -> Axes:
-    """The axes of an array: roles as asked for, else by dimension names, else by the number of axes.
+def resolve_axes(
+    axes: str | Sequence[str] | None,
+    names: Sequence[str | None] | None,
+    ndim: int,
+    roles: tuple[str, ...] | None = None,
+) -> Axes:
+    """The axes of an array: roles as asked for, else as given beside the names, by these, or by the number of axes.
 
     Dimensions that have names keep them.
 
@@ -74,13 +79,13 @@ def resolve_axes(axes: str | Sequence[str] | None, names: Sequence[str | None] |
     if names is not None and all(names) and not all(str(n).startswith("dim_") for n in names):
         own = tuple(str(n) for n in names)
     if axes is not None:
-        roles = tuple(str(n) for n in axes)
-        if len(roles) != ndim:
+        asked = tuple(str(n) for n in axes)
+        if len(asked) != ndim:
             raise ValueError(f"axes must name each of the {ndim} axes of the volume, got {axes!r}")
-        Axes(roles)  # refuses roles that do not fit, in the user's own words
-        return Axes(own or roles, roles)
+        Axes(asked)  # refuses roles that do not fit, in the user's own words
+        return Axes(own or asked, asked)
     if own is not None:
-        return Axes(own)
+        return Axes(own, roles or ())
     if ndim not in DEFAULTS:
         raise ValueError(f"axes must be given for a volume of {ndim} axes (for example axes='tczyx')")
     return Axes(tuple(DEFAULTS[ndim]))

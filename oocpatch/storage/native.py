@@ -85,7 +85,7 @@ class StagedArray:
     beside those of the array, and renamed.
 
     Args:
-        array: the array; Zarr v3, in a local directory.
+        array: the array, in a local directory.
         folder: its directory.
         aside: directory where units are coded.
         coders: the array in that directory, once for each box that may be coded at a time.
@@ -109,7 +109,8 @@ class StagedArray:
         folder = Path(array.store.root, array.path)
         aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
         aside.mkdir()
-        shutil.copyfile(folder / "zarr.json", aside / "zarr.json")
+        marker = MARKERS[array.metadata.zarr_format]
+        shutil.copyfile(folder / marker, aside / marker)
         # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
@@ -155,7 +156,7 @@ class StagedArray:
 
         Its directory was swept then, and that a unit is missing in there says nothing about the unit.
         """
-        if not (self._aside / MARKER).exists():
+        if not (self._aside / MARKERS[self._array.metadata.zarr_format]).exists():
             raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._aside))
 
     def close(self) -> None:
@@ -163,13 +164,14 @@ class StagedArray:
         sweep_aside(self._aside)
 
 
-MARKER = "zarr.json"
-"""In a directory where units are coded for as long as it is in use."""
+MARKERS = {2: ".zarray", 3: "zarr.json"}
+"""In a directory where units are coded for as long as it is in use: the array's metadata, by the version of Zarr."""
 
 
 def sweep_aside(path: Path) -> None:
     """Delete a directory where units were coded, the sign that it is in use first."""
-    (path / MARKER).unlink(missing_ok=True)
+    for marker in MARKERS.values():
+        (path / marker).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,8 +1,8 @@
-"""The output: an ordinary Zarr v3 group with one array per head and its coordinates, that xarray opens.
+"""The output: an ordinary Zarr v3 group with one array per head and its coordinates, or an OME-Zarr with pyramids.
 
-Heads of one scale are arrays of the group; heads of different scales have a group each, `<head>/<head>`, as nodes of a
-tree. The group's attribute `oocpatch` says which run wrote it, with which parameters, and whether it is complete. Only
-what it lists is ever replaced.
+xarray opens both; for the second see `ome_output`. In the first, heads of one scale are arrays of the group; heads of
+different scales have a group each, `<head>/<head>`, as nodes of a tree. The group's attribute `oocpatch` says which run
+wrote it, with which parameters, and whether it is complete. Only what it lists is ever replaced.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,17 @@ from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists
 from oocpatch.planning.box import Box, Ints, worthwhile
-from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.native import StagedArray, sweep_aside
+from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
+METADATA = "zarr.json"
+OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "bioformats2raw.layout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def inspect_output(path: Path) -> OutputRecord | None:
         return None  # an empty directory, or one whose first file a crash kept from its name
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
-        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=3, use_consolidated=False)
+        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=_format(path), use_consolidated=False)
         record = group.attrs[ATTRIBUTE]
         assert isinstance(record, dict)
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
@@ -80,9 +84,13 @@ def inspect_output(path: Path) -> OutputRecord | None:
 def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    split = is_tree(plan.heads)
+    version, split = ome_version(plan), is_tree(plan.heads)
+    images = images_of(plan, volume) if version else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
+    if images:
+        members = tuple(dict.fromkeys(p.split("/")[0] for image in images for p in image.paths))
+        members = (*members, "OME") if all(image.group for image in images) else members
     details = {
         "block_shape": list(plan.block_shape),
         "context": list(plan.context),
@@ -90,20 +98,21 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         "unit": list(plan.unit),
         "heads": list(heads),
         "tree": split,
+        "arrays": array_paths(plan),
+        "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
-    store = LocalStore(path)
-    if previous is not None:
-        group = zarr.open_group(store, mode="r+", use_consolidated=False)
-        for name in previous.arrays:
-            with contextlib.suppress(KeyError):
-                del group[name]
-        _rewrite(path, record)
-    else:
-        zarr.create_group(store, attributes={ATTRIBUTE: _plain(record)}, overwrite=False)
+    store, zarr_format = LocalStore(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: _plain(record)}
+    attributes = {ATTRIBUTE: _plain(record), **(root_attributes(images, version) if version else {})}
+    if previous is not None:
+        _replace(path, previous, attributes, zarr_format)
+    else:
+        zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3 if zarr_format == 3 else 2)
+    if version:
+        create_images(store, plan, volume, images, version)
+        return
     if not split:
         write_coords(path, coords[0], attributes)
     for head, found in zip(plan.heads, coords, strict=True):
@@ -113,30 +122,48 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         _create_array(store, head, plan, volume)
 
 
+def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
+    """Delete what a previous run wrote, and put other attributes in place of its own."""
+    old = _format(path)
+    store = LocalStore(path)
+    group = zarr.open_group(store, mode="r+", zarr_format=3 if old == 3 else 2, use_consolidated=False)
+    for name in previous.arrays:
+        with contextlib.suppress(KeyError):
+            del group[name]
+    foreign = {k: v for k, v in dict(group.attrs).items() if k not in {ATTRIBUTE, *OME_ATTRIBUTES}}
+    given = {**foreign, **attributes}
+    if zarr_format == 3:
+        write_atomically(path / METADATA, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": given}))
+    else:
+        write_atomically(path / ".zattrs", json.dumps(given))
+        write_atomically(path / ".zgroup", json.dumps({"zarr_format": 2}))
+    stale = (".zgroup", ".zattrs", ".zmetadata") if zarr_format == 3 else (METADATA, ".zmetadata")
+    for name in stale:
+        (path / name).unlink(missing_ok=True)
+
+
+def _format(path: Path) -> Literal[2, 3]:
+    """Zarr's format of a group; where a crash left both, the newer."""
+    return 2 if (path / ".zgroup").exists() and not (path / METADATA).exists() else 3
+
+
 def is_tree(heads: Sequence[Head]) -> bool:
     """Whether heads have a group each: those of different scales cannot share coordinates."""
     return len({h.scale for h in heads}) > 1
 
 
-def array_path(head: Head, heads: Sequence[Head]) -> str:
-    """Where a head's array lies in the output."""
-    return f"{head.name}/{head.name}" if is_tree(heads) else head.name
-
-
 def array_place(record: OutputRecord, head: str) -> str:
     """Where a head's array lies, by what the output says of itself."""
-    return f"{head}/{head}" if record.details["tree"] else head
+    details = record.details
+    return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
-def write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
-    """Write coordinates into a group, as xarray does, which puts the group's attributes anew."""
-    if not coords:
-        return
-    with warnings.catch_warnings():
-        # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
-        warnings.simplefilter("ignore", UnstableSpecificationWarning)
-        dataset = xarray.Dataset(coords=coords, attrs=attributes)
-        dataset.to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+def array_paths(plan: Plan) -> list[str]:
+    """Where the heads' arrays lie in the output."""
+    if ome_version(plan):
+        groups = image_groups(plan.heads)
+        return [f"{groups[head.name]}/scale0/{ARRAY}".strip("/") for head in plan.heads]
+    return [f"{head.name}/{head.name}" if is_tree(plan.heads) else head.name for head in plan.heads]
 
 
 def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> None:
@@ -146,73 +173,15 @@ def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> 
     shape = tuple(-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True))
     zarr.create_array(
         store,
-        name=array_path(head, plan.heads),
+        name=array_paths(plan)[plan.heads.index(head)],
         shape=(*channels, *shape),
         chunks=(*ones, *head.chunks),
         shards=(*ones, *head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
         dimension_names=(*channel, *plan.axes),
-        attributes=json_attributes(volume),
+        attributes=plain_attributes(volume),
     )
-
-
-def json_attributes(volume: Volume) -> dict[str, Any]:
-    """The volume's attributes, as far as JSON can hold them."""
-    found = {}
-    for key, value in volume.source.attrs.items():
-        with contextlib.suppress(TypeError):
-            found[str(key)] = json.loads(json.dumps(value, default=_json))
-    return found
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
-    """The coordinates of an output: those of the volume that still fit, and those of scaled axes at the new centres."""
-    scales = dict(zip(plan.axes, head.scale, strict=True))
-    sizes = dict(zip(plan.axes, plan.shape, strict=True))
-    if head.channel_axis is not None:
-        sizes[head.channel_axis] = head.out_channels
-    found = {}
-    for name, variable in volume.source.coords.items():
-        if name == head.name or any(sizes.get(str(d)) != n for d, n in variable.sizes.items()):
-            continue
-        if any(scales.get(str(d), (1, 1)) != (1, 1) for d in variable.dims):
-            if variable.ndim != 1 or variable.dtype.kind not in "iuf":
-                continue
-            axis = str(variable.dims[0])
-            values = _at_centres(np.asarray(variable.values, np.float64), scales[axis])
-            found[name] = xarray.Variable((axis,), values, variable.attrs)
-            continue
-        plain = variable.copy(deep=False)
-        plain.encoding = {}
-        found[name] = plain
-    for axis, scale in scales.items():
-        if scale != (1, 1) and axis not in found:  # voxels of the volume, so that heads can be laid over it
-            found[axis] = xarray.Variable((axis,), _at_centres(np.arange(sizes[axis], dtype=np.float64), scale))
-    return found
-
-
-def _at_centres(values: npt.NDArray[np.float64], scale: Scale) -> npt.NDArray[np.float64]:
-    """Coordinates of the centres of an output's voxels, given those of the volume's.
-
-    Voxel `j` covers `[j, j + 1) / scale` in voxel edges, so that its centre lies at `(j + 1/2) / scale - 1/2`.
-
-    >>> _at_centres(np.array([0.0, 10.0, 20.0, 30.0]), (1, 2)).tolist()
-    [5.0, 25.0]
-    """
-    times, per = scale
-    n = len(values)
-    centres = (np.arange(-(-n * times // per)) + 0.5) * per / times - 0.5
-    if n == 1:
-        return np.full(len(centres), values[0])
-    low = np.clip(np.floor(centres).astype(int), 0, n - 2)  # beyond the ends the last step goes on
-    return np.asarray(values[low] + (centres - low) * (values[low + 1] - values[low]))
 
 
 REQUEST = 1 << 19
@@ -230,7 +199,9 @@ class Output:
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
         self._heads = plan.heads
-        self._paths = [array_path(h, plan.heads) for h in plan.heads]
+        self._paths = array_paths(plan)
+        # Channels come first, but in an OME-Zarr: there after time.
+        self._channel = len(plan.axes) - plan.spatial if ome_version(plan) else 0
         self._arrays = [zarr.open_array(LocalStore(path), path=p, mode="r+") for p in self._paths]
         self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
@@ -250,16 +221,19 @@ class Output:
         """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
         found = self._heads[head]
         if (staged := self._staged[head]) is not None:
-            yield from box.split(found.unit) if staged.by_unit else [box]
+            # With time before channels, one index of time at a time is as it lies in memory, and need not be copied.
+            step = (*found.unit[: self._channel], *box.stop[self._channel :])
+            yield from box.split(found.unit if staged.by_unit else step)
             return
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 
     def write(self, head: int, box: Box, values: npt.NDArray[Any]) -> None:
         """Write `(C, *box.shape)`, a box of whole write units."""
+        found = box.slices()
         channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
-        selection = (*channels, *box.slices())
-        values = values if channels else values[0]
+        selection = (*found[: self._channel], *channels, *found[self._channel :])
+        values = np.moveaxis(values, 0, self._channel) if channels else values[0]
         staged = self._staged[head]
         if staged is None:
             self._arrays[head][selection] = values
@@ -270,36 +244,45 @@ class Output:
         """Record success in the group's attributes, and consolidate its metadata for xarray."""
         record = inspect_output(self.path)
         assert record is not None
-        self._sweep()
+        self._sweep(record)
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(LocalStore(self.path))
-        _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+        _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}))
 
-    def _sweep(self) -> None:
+    def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
-        for left in [left for path in self._paths for left in (self.path / path).rglob("*.partial")]:
+        levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
+        for left in [left for path in {*self._paths, *levels} for left in (self.path / path).rglob("*.partial")]:
             if left.is_dir():
                 sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
 
 
-def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
-    """Put a record into the group's metadata, in one atomic step."""
-    file = path / "zarr.json"
+def _rewrite(path: Path, record: OutputRecord) -> None:
+    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists."""
+    if _format(path) == 2:
+        consolidated = json.loads((path / ".zmetadata").read_text())
+        _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
+        consolidated["metadata"][".zattrs"][ATTRIBUTE] = _plain(record)
+        write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
+        attributes = json.loads((path / ".zattrs").read_text())
+        write_atomically(path / ".zattrs", json.dumps({**attributes, ATTRIBUTE: _plain(record)}, indent=2))
+        return
+    file = path / METADATA
     metadata = json.loads(file.read_text())
     metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
-    if consolidated:
-        members = metadata["consolidated_metadata"]["metadata"]
-        metadata["consolidated_metadata"]["metadata"] = {
-            n: m for n, m in members.items() if n.split("/")[0] in record.arrays
-        }
-    else:
-        metadata.pop("consolidated_metadata", None)
+    _keep(metadata["consolidated_metadata"]["metadata"], record)
     write_atomically(file, json.dumps(metadata, indent=2))
+
+
+def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
+    """Drop what the record does not list."""
+    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others}]:
+        del members[name]
 
 
 def _plain(record: OutputRecord) -> dict[str, Any]:
@@ -317,7 +300,13 @@ def open_result(path: Path) -> Result:
     heads = record.details["heads"]
     consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
-    if record.details["tree"]:
+    if record.details.get("pyramids"):
+        found = {n: _finest(path, p).rename(n) for n, p in zip(heads, record.details["arrays"], strict=True)}
+        if record.details["tree"]:
+            result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in found.items()})
+        else:
+            result = found[heads[0]] if len(heads) == 1 else xarray.Dataset(found)
+    elif record.details["tree"]:
         result = xarray.open_datatree(path, engine="zarr", consolidated=consolidated)
     else:
         dataset = xarray.open_zarr(path, consolidated=consolidated)
@@ -326,6 +315,15 @@ def open_result(path: Path) -> Result:
         if count := record.details.get(name, 0):
             result.attrs[name] = count
     return result
+
+
+def _finest(path: Path, array: str) -> xarray.DataArray:
+    """The finest level of an image."""
+    parent, _, name = array.rpartition("/")
+    # Of Zarr 2, xarray takes the fill value for missing data.
+    opened = xarray.open_zarr(path / parent, consolidated=False, mask_and_scale=_format(path) == 3)
+    found: xarray.DataArray = opened[name]
+    return found
 
 
 DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}

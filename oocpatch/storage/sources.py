@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import zarr
 from oocpatch.storage.checksum import checksum
 from oocpatch.storage.formats.opening import Loader, facts_of
 from oocpatch.storage.formats.spec import SUFFIXES, FileSpec, parse
+from oocpatch.storage.ome import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
 
@@ -43,6 +44,8 @@ class Source:
         files: the local directory that holds this array's chunks and nothing else, if there is one.
         coords: coordinates of xarray, or of an OME-Zarr's scale and translation.
         attrs: the user's attributes.
+        roles: names that tell what the axes are for, where `names` may not.
+        image: what an OME-Zarr says of it, with the one level that this is.
     """
 
     shape: tuple[int, ...]
@@ -57,6 +60,8 @@ class Source:
     files: Path | None = None
     coords: Mapping[str, Any] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    roles: tuple[str, ...] | None = None
+    image: Multiscale | None = None
 
     @functools.cached_property
     def identity(self) -> str:
@@ -64,17 +69,32 @@ class Source:
         return self.identify()
 
 
-def open_source(source: Any) -> Source:
+def open_source(source: Any, level: int | str = 0) -> Source:
     """The source behind what a user gave.
+
+    Args:
+        source: a path, a URL or an array.
+        level: which level of a pyramid, by its number; in an OME-Zarr also by its path.
 
     Raises:
         ValueError: when nothing can be read there, with the address and what was found instead.
         TypeError: when it is no kind of array.
     """
+    if isinstance(level, bool) or not isinstance(level, (int, str)):
+        raise TypeError(f"level must be an int or the path of a level, got {level!r}")
+    level = int(level) if isinstance(level, str) and level.isdecimal() else level  # as the command line gives it
     if isinstance(source, (str, os.PathLike)):
-        return _from_address(local_or_url(source))
-    if isinstance(source, (zarr.Array, zarr.Group)):
-        return _from_zarr(source) if isinstance(source, zarr.Array) else _from_group(source, str(source.store_path))
+        address = local_or_url(source)
+        spec = parse(f"{address}::level={level}" if level != 0 and parse(address) is not None else address)
+        if spec is not None:
+            return _from_file(spec)
+        source = _at(address)
+    if isinstance(source, zarr.Group):
+        return _from_group(source, _address(source), level)
+    if level != 0:
+        raise ValueError(f"level must be 0 where the volume is an array and no OME-Zarr with levels, got {level!r}")
+    if isinstance(source, zarr.Array):
+        return _from_zarr(source)
     if isinstance(source, xarray.Dataset):
         if len(source.data_vars) != 1:
             raise ValueError(f"the dataset must hold one variable, got {list(source.data_vars)}; pass dataset[name]")
@@ -102,22 +122,22 @@ def local_or_url(address: str | os.PathLike[str]) -> Path | str:
     return text if "://" in text else Path(text)
 
 
-def _from_address(address: Path | str) -> Source:
-    spec = parse(address)
-    if spec is not None:
-        return _from_file(spec)
+def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
     if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
     try:
-        node = zarr.open(address, mode="r")
+        return zarr.open(address, mode="r")
     except Exception as error:
         raise ValueError(
             f"volume cannot be read: {address} must be a Zarr array or group ({type(error).__name__}: {_line(error)}), "
             f"or a file that ends in {', '.join(e for endings in SUFFIXES.values() for e in endings)}"
         ) from error
-    if isinstance(node, zarr.Array):
-        return _from_zarr(node)
-    return _from_group(node, str(address))
+
+
+def _address(group: zarr.Group) -> str:
+    """Where a group lies, as a user would write it."""
+    root = getattr(group.store, "root", None)
+    return str(group.store_path) if root is None else str(Path(root, group.path))
 
 
 def _from_file(spec: FileSpec) -> Source:
@@ -146,12 +166,11 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _from_group(group: zarr.Group, address: str) -> Source:
-    """The first level of an OME-Zarr, else the only array that is not a coordinate."""
+def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
+    """A level of an OME-Zarr, else the only array that is not a coordinate."""
     attributes: dict[str, Any] = dict(group.attrs)
-    ome = attributes.get("ome", attributes)
-    if isinstance(ome, Mapping) and ome.get("multiscales"):
-        return _from_ome(group, ome["multiscales"][0], address)
+    if (multiscale := read_multiscale(attributes, address)) is not None:
+        return _from_ome(group, multiscale, address, level)
     try:
         arrays = dict(group.arrays())
     except Exception as error:
@@ -159,9 +178,17 @@ def _from_group(group: zarr.Group, address: str) -> Source:
     names = {n for a in arrays.values() for n in _dimension_names(a) or () if n}
     found = {k: a for k, a in arrays.items() if k not in names}
     found = found if len(found) == 1 else {k: a for k, a in found.items() if a.ndim >= 2}
+    if not found and (images := images_inside(group)):
+        told = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
+        raise ValueError(
+            f"volume must be one image, but {address} holds {len(images)}; pass the path of one of them, "
+            f"such as {address.rstrip('/')}/{images[0]}: {told}"
+        )
     if len(found) != 1:
         hint = f"; pass the path of one of them: {', '.join(sorted(found))}" if found else ""
         raise ValueError(f"volume must be one array, but the group {address} holds {len(found)}{hint}")
+    if level != 0:
+        raise ValueError(f"level must be 0 where the volume is no OME-Zarr with levels, got {level!r} for {address}")
     array = next(iter(found.values()))
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
@@ -170,24 +197,24 @@ def _from_group(group: zarr.Group, address: str) -> Source:
     return _from_zarr(array, coords=coords)
 
 
-def _from_ome(group: zarr.Group, multiscale: Mapping[str, Any], address: str) -> Source:
+def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: int | str) -> Source:
     try:
-        dataset = multiscale["datasets"][0]
-        array = group[dataset["path"]]
-        axes = [a["name"] if isinstance(a, Mapping) else str(a) for a in multiscale.get("axes", ())]
-        transforms = {t["type"]: t for t in dataset.get("coordinateTransformations", ())}
+        arrays = [group[found.path] for found in multiscale.levels]
+        shapes = [array.shape for array in arrays if isinstance(array, zarr.Array)]
     except Exception as error:
         raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {_line(error)}") from error
-    if not isinstance(array, zarr.Array) or (axes and len(axes) != array.ndim):
-        raise ValueError(f"OME-Zarr metadata of {address} must name one axis per dimension of its array, got {axes}")
-    coords = {}
-    scale = transforms.get("scale", {}).get("scale")
-    translation = transforms.get("translation", {}).get("translation") or [0.0] * len(axes)
-    if scale and len(scale) == len(translation) == len(axes):
-        for name, size, s, t in zip(axes, array.shape, scale, translation, strict=True):
-            if (s, t) != (1, 0) and name != "c":
-                coords[name] = xarray.Variable((name,), np.arange(size) * float(s) + float(t))
-    return _from_zarr(array, names=tuple(axes) or None, coords=coords)
+    axes = tuple(axis.name for axis in multiscale.axes)
+    if len(shapes) != len(arrays) or any(axes and len(axes) != len(shape) for shape in shapes):
+        raise ValueError(
+            f"OME-Zarr metadata of {address} must name one axis per dimension of its arrays, got {list(axes)}"
+        )
+    chosen = multiscale.find(level, shapes, address)
+    array = arrays[multiscale.levels.index(chosen)]
+    assert isinstance(array, zarr.Array)
+    if not axes:  # metadata before 0.4
+        return _from_zarr(array)
+    source = _from_zarr(array, names=axes, coords=multiscale.coords(chosen, array.shape))
+    return replace(source, roles=multiscale.roles(), image=replace(multiscale, levels=(chosen,)))
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:

@@ -33,6 +33,7 @@ class Volume:
             or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file.
         axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
             else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
+        level: which level of an OME-Zarr's pyramid, by its number (0: the finest) or its path in the group.
 
     Raises:
         ValueError: when the source cannot be read as one array, or the axes do not fit.
@@ -44,10 +45,10 @@ class Volume:
     [[[16, 17, 17, 17], [22, 23, 23, 23]]]
     """
 
-    def __init__(self, source: Any, axes: str | Sequence[str] | None = None) -> None:
-        self.source: Source = source if isinstance(source, Source) else open_source(source)
+    def __init__(self, source: Any, axes: str | Sequence[str] | None = None, level: int | str = 0) -> None:
+        self.source: Source = source if isinstance(source, Source) else open_source(source, level)
         data = self.source
-        self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
+        self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
         self.coder: NativeArray | None = None  # see `native`
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
