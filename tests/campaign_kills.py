@@ -8,6 +8,7 @@ disturbed: in threads, in parts, in worker processes of one machine, and on a cl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import random
@@ -175,12 +176,10 @@ def in_processes(folder: Path, kills: int, generator: random.Random) -> Tally:
         log.unlink(missing_ok=True)
         driver = start("--processes", "--workers", "2")
         while True:
-            while not log.exists() and driver.poll() is None:
-                time.sleep(0.05)  # the first call comes after all the imports
-            try:
-                code = driver.wait(generator.uniform(0.1, 6.0))
-            except subprocess.TimeoutExpired:
-                code = None
+            enough = _computed(log) + generator.randint(1, 12)
+            while driver.poll() is None and _computed(log) < enough:
+                time.sleep(0.02)
+            code = driver.poll()
             if code == 0:
                 break
             if code not in (None, 1, -signal.SIGKILL):  # 1: a block was killed three times, and named
@@ -193,12 +192,21 @@ def in_processes(folder: Path, kills: int, generator: random.Random) -> Tally:
             driver = start("--processes", "--workers", "2")
         tally.runs += 1
         tally.wrong += file_digests(Path(job.output) / "prediction") != expected
-        tally.computed += sum(line.count(",") for line in log.read_text().splitlines() if ", 0.0" not in line)
+        tally.computed += _computed(log)
     return tally
 
 
+def _computed(log: Path) -> int:
+    """Patches that were computed, without the probe."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return sum(line.count(",") for line in lines if ", 0.0" not in line)
+
+
 def _kill_one_of(driver: subprocess.Popen[bytes], tally: Tally, generator: random.Random) -> None:
-    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    workers = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # one that was killed before may not be gone yet
+            workers += [process] if "spawn_main" in " ".join(process.cmdline()) else []
     victim = generator.choice([driver.pid, *(p.pid for p in workers)])
     tally.kills["drivers" if victim == driver.pid else "workers"] += 1
     os.kill(victim, signal.SIGKILL)
