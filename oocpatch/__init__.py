@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from oocpatch.sampling.subject import Subject
     from oocpatch.sampling.weighted import LabelSampler, WeightedSampler
     from oocpatch.storage.volume import Volume
+    from oocpatch.verifying import Damage, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _HOMES = {
     "oocpatch.sampling.subject": ("Subject",),
     "oocpatch.sampling.weighted": ("LabelSampler", "WeightedSampler"),
     "oocpatch.storage.volume": ("Volume",),
+    "oocpatch.verifying": ("Damage", "Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -63,6 +65,7 @@ __all__ = [
     "BlockFailed",
     "CheckReport",
     "CorruptData",
+    "Damage",
     "GridSampler",
     "LabelSampler",
     "NumpyModel",
@@ -80,12 +83,14 @@ __all__ = [
     "Subject",
     "SubjectsLoader",
     "UniformSampler",
+    "Verification",
     "Volume",
     "WeightedSampler",
     "check",
     "plan",
     "predict",
     "status",
+    "verify",
 ]
 
 

@@ -73,6 +73,14 @@ class RunStatus:
         """The status as a JSON object."""
         return json.dumps(asdict(self), indent=1)
 
+    def __str__(self) -> str:
+        lines = [f"{self.output}: {self.state}"]
+        if self.predict_total:
+            lines.append(f"predict    {self.predict_done} of {self.predict_total} blocks")
+            lines.append(f"normalize  {self.normalize_done} of {self.normalize_total} blocks")
+        lines += [f"failed     block {block}: {' '.join(text.split())}" for block, text in self.failed.items()]
+        return "\n".join(lines)
+
 
 def status(output: str | os.PathLike[str]) -> RunStatus:
     """How far the run of an output is.

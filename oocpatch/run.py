@@ -249,7 +249,7 @@ def _predict(
             made = made.knowing(request.statistics(hidden=hidden(progress)))
             create_output(request.output, made, request.volume, request.workspace, found)
             workspace = Workspace.create(request.workspace / made.run_id, made)
-        Output(request.output, made).complete(_run(request, made, workspace, progress))
+        Output(request.output, made).complete(_run(request, made, workspace, progress), workspace.root / "ledger")
         remove_workspace(workspace.root)
     return open_result(request.output)
 

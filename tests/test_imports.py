@@ -39,7 +39,7 @@ def _floors() -> dict[str, Floor]:
     layout = compute | {"layout"}
     request = layout | feed | {"request"}
     run = request | {"decide", "progress", "run"}
-    public = run | {"checking"}
+    public = run | {"checking", "verifying"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -58,6 +58,7 @@ def _floors() -> dict[str, Floor]:
         "decide": Floor(request | {"decide"}, on_device),
         "progress": Floor(request | {"progress"}, on_device | {"tqdm"}),
         "run": Floor(run, on_device | {"tqdm"}),
+        "verifying": Floor(request | {"progress", "verifying"}, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli": Floor(above | {"demo", "cli"}, frozenset({"click"})),

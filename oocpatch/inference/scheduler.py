@@ -181,7 +181,8 @@ class Run:
         if error is None and stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
-            self._record(Record("normalize", index, uncovered=future.result().uncovered))
+            done = future.result()
+            self._record(Record("normalize", index, uncovered=done.uncovered, units=done.units))
             self._release(index)
         elif isinstance(error, CorruptPartial):
             self._repair(index, error)
@@ -197,7 +198,7 @@ class Run:
 
     def _record_predicted(self, index: int, done: Done) -> None:
         before = self._earlier.pop(index, done.digest)
-        self._record(Record("predict", index, done.digest, done.uncovered))
+        self._record(Record("predict", index, done.digest, done.uncovered, units=done.units))
         if before != done.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "

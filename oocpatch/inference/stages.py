@@ -7,6 +7,7 @@ write only what belongs to their block, whole write units, and may run twice, or
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -31,6 +32,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
 from oocpatch.storage.output import Output
+from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
 
@@ -77,10 +79,12 @@ class Done:
     Attributes:
         digest: of the partials it left; 0: none.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
+        units: the CRCs of the write units it is answerable for; see `storage.units`.
     """
 
     digest: int = 0
     uncovered: int = 0
+    units: str = ""
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -97,9 +101,10 @@ def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
 class Writes:
     """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
-    def __init__(self, job: Job, partials: PartialWriter | None) -> None:
+    def __init__(self, job: Job, partials: PartialWriter | None, written: Written) -> None:
         self._job = job
         self._partials = partials
+        self._written = written
         self._under_way: list[Staged] = []
         self.pending = Pending(job.writes)
 
@@ -113,7 +118,7 @@ class Writes:
             if item.part.piece is None:
                 for request in output.requests(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
-                    self.pending.submit(output.write, item.part.head, request, inner)
+                    self.pending.submit(output.write, item.part.head, request, inner, self._written)
             else:
                 self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
@@ -139,7 +144,8 @@ def predict_block(job: Job, index: int) -> Done:
     chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
-    writes = [Writes(job, partials) for _ in plan.heads]
+    written = Written(plan, "predict", index)
+    writes = [Writes(job, partials, written) for _ in plan.heads]
     sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
         job.volume,
@@ -173,7 +179,7 @@ def predict_block(job: Job, index: int) -> Done:
         reader.pending.abandon()
         for head in writes:
             head.pending.abandon()
-    return Done(partials.close(), sums[0].uncovered)
+    return Done(partials.close(), sums[0].uncovered, written.packed())
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -305,12 +311,13 @@ def normalize_block(job: Job, index: int, digests: dict[int, int]) -> Done:
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
-    readers: dict[int, PartialReader] = {}
-    uncovered = [_normalize(job, index, number, digests, readers) for number in range(len(job.plan.heads))]
-    return Done(uncovered=uncovered[0])
+    reader = functools.cache(lambda source: job.workspace.reader(source, digests[source]))
+    written = Written(job.plan, "normalize", index)
+    uncovered = [_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))]
+    return Done(uncovered=uncovered[0], units=written.packed())
 
 
-def _normalize(job: Job, index: int, number: int, digests: dict[int, int], readers: dict[int, PartialReader]) -> int:
+def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader], written: Written) -> int:
     """The normalize stage of one head; the number of voxels where no patch was."""
     frame = job.plan.frames[number]
     block = frame[index]
@@ -318,13 +325,11 @@ def _normalize(job: Job, index: int, number: int, digests: dict[int, int], reade
     def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
         if part.empty:
             return None
-        if source not in readers:
-            readers[source] = job.workspace.reader(source, digests[source])
-        found = readers[source].read(number, piece, whole, part)
+        found = reader(source).read(number, piece, whole, part)
         return None if found is None else torch.from_numpy(found)
 
     uncovered = 0
-    writes = Writes(job, None)
+    writes = Writes(job, None, written)
     try:
         for slab in frame.steps(block.core):
             sums = _Sums(job.plan.heads[number])

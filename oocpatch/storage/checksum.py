@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,3 +29,12 @@ def text_checksum(text: str) -> int:
     '0xe3069283'
     """
     return int(google_crc32c.value(text.encode()))
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32C of a file's bytes, read a piece at a time."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            crc = int(google_crc32c.extend(crc, piece))
+    return crc

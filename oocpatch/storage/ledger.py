@@ -11,9 +11,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from oocpatch.storage.checksum import text_checksum
 
@@ -33,6 +35,8 @@ class Record:
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
         note: a message (`failed`).
+        units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`).
+        at: when it was recorded, in seconds since 1970, for people.
     """
 
     kind: Kind
@@ -40,6 +44,14 @@ class Record:
     digest: int = 0
     uncovered: int = 0
     note: str = ""
+    units: str = ""
+    at: float = 0.0
+
+    def line(self) -> bytes:
+        """The record as a line of a ledger."""
+        fields = [self.kind, self.block, self.digest, self.uncovered, self.note, self.units, self.at]
+        text = json.dumps(fields)
+        return f"{text_checksum(text):08x} {text}\n".encode()
 
 
 class Ledger:
@@ -58,8 +70,7 @@ class Ledger:
 
     def append(self, record: Record) -> None:
         """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note])
-        line = f"{text_checksum(text):08x} {text}\n".encode()
+        line = replace(record, at=round(time.time(), 3)).line()
         written = os.write(self._file, line)
         if written != len(line):  # a disk that is just full takes part of a line
             raise OSError(f"ledger {self.path} could not be written whole: {written} of {len(line)} bytes")
@@ -101,6 +112,35 @@ def read_ledger(path: Path) -> Iterator[Record]:
             record = _parse(line)
             if record is not None:
                 yield record
+
+
+def standing(path: Path, blocks: int) -> Iterator[Record]:
+    """The records that stand: of each stage of each block the last one, block by block, but for what was undone.
+
+    Args:
+        path: the ledger.
+        blocks: number of blocks; 16 bytes are kept of each.
+    """
+    if not path.is_file():
+        return
+    places = {kind: np.full(blocks, -1, np.int64) for kind in ("predict", "normalize")}
+    with path.open("rb") as file:
+        place = 0
+        for line in file:
+            record = _parse(line)
+            if record is not None and 0 <= record.block < blocks:
+                if record.kind in places:
+                    places[record.kind][record.block] = place
+                elif record.kind == "undone":
+                    places["predict"][record.block] = -1
+            place += len(line)
+        for block in range(blocks):
+            for kind in places:
+                if (found := int(places[kind][block])) >= 0:
+                    file.seek(found)
+                    record = _parse(file.readline())
+                    if record is not None:
+                        yield record
 
 
 def _parse(line: bytes) -> Record | None:

@@ -28,8 +28,11 @@ from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.files import write_atomically
+from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files
 from oocpatch.storage.native import StagedArray
+from oocpatch.storage.units import NotingStore, Written, unit_positions, units_of
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -100,7 +103,7 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         for name in previous.arrays:
             with contextlib.suppress(KeyError):
                 del group[name]
-        _rewrite(path, record)
+        rewrite(path, record)
     else:
         zarr.create_group(store, attributes={ATTRIBUTE: _plain(record)}, overwrite=False)
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
@@ -224,15 +227,18 @@ class Output:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
+        self._plan = plan
         self._heads = plan.heads
         self._paths = [array_path(h, plan.heads) for h in plan.heads]
-        self._arrays = [zarr.open_array(LocalStore(path), path=p, mode="r+") for p in self._paths]
+        self._store = NotingStore(LocalStore(path))
+        self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
         self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
     @contextlib.contextmanager
     def native(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        self._staged = [StagedArray.open(array, threads) for array in self._arrays]
+        plain = [zarr.open_array(LocalStore(self.path), path=p, mode="r+") for p in self._paths]
+        self._staged = [StagedArray.open(array, threads) for array in plain]
         try:
             yield
         finally:
@@ -250,28 +256,43 @@ class Output:
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 
-    def write(self, head: int, box: Box, values: npt.NDArray[Any]) -> None:
-        """Write `(C, *box.shape)`, a box of whole write units."""
+    def write(self, head: int, box: Box, values: npt.NDArray[Any], written: Written) -> None:
+        """Write `(C, *box.shape)`, a box of whole write units; their CRCs are told to `written`."""
         channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
         selection = (*channels, *box.slices())
         values = values if channels else values[0]
         staged = self._staged[head]
         if staged is None:
             self._arrays[head][selection] = values
+            crcs = [self._store.pop(key) for key in self._keys(head, selection)]
         else:
-            staged.write(selection, values)
+            crcs = staged.write(selection, values)
+        units = units_of(box, self._heads[head].unit).shape
+        written.add(head, box, np.array(crcs, np.uint32).reshape(-1, *units))
 
-    def complete(self, details: Mapping[str, Any]) -> None:
-        """Record success in the group's attributes, and consolidate its metadata for xarray."""
+    def _keys(self, head: int, selection: tuple[slice, ...]) -> Iterator[str]:
+        """Keys of the write units of a selection, in C order."""
+        array = self._arrays[head]
+        for position in unit_positions(array, selection):
+            yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
+
+    def complete(self, details: Mapping[str, Any], ledger: Path) -> None:
+        """Record success in the group's attributes, and consolidate its metadata for xarray.
+
+        What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
+        """
         record = inspect_output(self.path)
         assert record is not None
         self._sweep()
+        keep_ledger(ledger, self.path / self._paths[0] / LEDGER, self._plan.blocks)
+        files = {name: file_checksum(self.path / name) for name in other_files(self.path, record.arrays, self._paths)}
+        details = {**details, "plan": json.loads(self._plan.to_json()), "files": files}
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(LocalStore(self.path))
-        _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+        rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
 
     def _sweep(self) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
@@ -282,7 +303,7 @@ class Output:
                 left.unlink(missing_ok=True)
 
 
-def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
+def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
     """Put a record into the group's metadata, in one atomic step."""
     file = path / "zarr.json"
     metadata = json.loads(file.read_text())
@@ -292,6 +313,7 @@ def _rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) ->
         metadata["consolidated_metadata"]["metadata"] = {
             n: m for n, m in members.items() if n.split("/")[0] in record.arrays
         }
+        metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
     else:
         metadata.pop("consolidated_metadata", None)
     write_atomically(file, json.dumps(metadata, indent=2))
