@@ -1,4 +1,4 @@
-"""The door: `python -m benchmarks speed | memory | profile | sampling | slide`."""
+"""The door: `python -m benchmarks speed | memory | ledger | profile | sampling | slide`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import memory, profile, sampling, slide, speed
+from benchmarks import ledger, memory, profile, sampling, slide, speed
 
 
 def main() -> None:
@@ -18,8 +18,8 @@ def main() -> None:
     common.add_argument("--overlap-mode", default="hann")
     common.add_argument("--workers", type=int, help="default: the planner's choice")
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    verbs = parser.add_subparsers(required=True, metavar="speed | memory | profile | sampling | slide")
-    for benchmark in (speed, memory, profile, sampling, slide):
+    verbs = parser.add_subparsers(required=True, metavar="speed | memory | ledger | profile | sampling | slide")
+    for benchmark in (speed, memory, ledger, profile, sampling, slide):
         name = benchmark.__name__.rpartition(".")[2]
         verb = verbs.add_parser(name, parents=[common], help=benchmark.__doc__, description=benchmark.__doc__)
         benchmark.add_arguments(verb)

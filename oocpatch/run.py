@@ -32,6 +32,7 @@ from oocpatch.planning.memory import TILE, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of, hidden, root_of
 from oocpatch.request import Request, beside, make_request
+from oocpatch.storage.ledger import Record
 from oocpatch.storage.lock import clear_dead, holder, locked
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
@@ -279,9 +280,10 @@ def _run(request: Request, made: Plan, workspace: Workspace, progress: str | boo
         copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
     )
     ledger = workspace.ledger()
+    ledger.append(Record("begun", 0))
     with contextlib.ExitStack() as stack:
         stack.callback(ledger.close)
-        bar = stack.enter_context(bar_of(made, progress, sum(made.patches_of(i) for i in done.predicted)))
+        bar = stack.enter_context(bar_of(made, progress, made.patches_in(done.predicted)))
         stack.enter_context(predictor.ready())
         threads = made.way.io_threads
         reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))

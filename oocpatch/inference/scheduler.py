@@ -24,6 +24,7 @@ from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.neighbours import Neighbours
 from oocpatch.storage.ledger import Ledger, Progress, Record
 
 logger = logging.getLogger("oocpatch")
@@ -111,6 +112,10 @@ class Run:
     _repairs: dict[int, int] = field(default_factory=dict)
     _earlier: dict[int, int] = field(default_factory=dict)
     _released: list[int] = field(default_factory=list)
+    _neighbours: Neighbours = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._neighbours = Neighbours(self.blocks)
 
     def execute(self, submit: Submit, window: int) -> None:
         """Run all that is not done yet.
@@ -169,12 +174,10 @@ class Run:
 
     def _complete(self, index: int) -> bool:
         """Whether everything that the normalize stage of a block reads is there."""
-        sources = [b.index for _, b in self.blocks.sources(self.blocks[index])]
-        return all(i in self.progress.predicted for i in (index, *sources))
+        return all(i in self.progress.predicted for i in (index, *self._neighbours.sources(index)))
 
     def _digests(self, index: int) -> dict[int, int]:
-        sources = [b.index for _, b in self.blocks.sources(self.blocks[index])]
-        return {i: self.progress.predicted[i] for i in (index, *sources)}
+        return {i: self.progress.predicted[i] for i in (index, *self._neighbours.sources(index))}
 
     def _finished(self, stage: str, index: int, future: Future[Any]) -> None:
         error = future.exception()
@@ -208,8 +211,7 @@ class Run:
 
     def _predicted(self, index: int) -> None:
         """Queue what became possible because the partials of a block are there."""
-        block = self.blocks[index]
-        for reader in self.blocks.readers(block):
+        for reader in self._neighbours.readers(index):
             if reader in self._queued or reader in self.progress.normalized:
                 continue
             if self._complete(reader):
@@ -237,9 +239,8 @@ class Run:
 
     def _release(self, index: int) -> None:
         """Note the blocks whose partials nobody will read any more."""
-        block = self.blocks[index]
-        for i in (index, *(b.index for _, b in self.blocks.sources(block))):
-            readers = self.blocks.readers(self.blocks[i])
+        for i in (index, *self._neighbours.sources(index)):
+            readers = self._neighbours.readers(i)
             if readers and all(r in self.progress.normalized for r in readers):
                 self._released.append(i)
 

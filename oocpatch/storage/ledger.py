@@ -19,7 +19,7 @@ import numpy as np
 
 from oocpatch.storage.checksum import text_checksum
 
-Kind = Literal["predict", "normalize", "undone", "failed"]
+Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
 COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
 """Records are made durable in groups: so many, or so many seconds."""
 
@@ -30,7 +30,7 @@ class Record:
 
     Attributes:
         kind: `predict` and `normalize`: the stage is done; `undone`: the predict stage must run again, because its
-            partials were damaged; `failed`: the block failed, for the reason in `note`.
+            partials were damaged; `failed`: the block failed, for the reason in `note`; `begun`: a call went to work.
         block: index of the block.
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
@@ -162,12 +162,17 @@ class Progress:
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         without: voxels where no patch was, by stage and block, where there are any.
+        begun, last: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
+        since: blocks whose predict stage the last call has done.
     """
 
     predicted: dict[int, int]
     normalized: set[int]
     failed: dict[int, str]
     without: dict[tuple[str, int], int] = field(default_factory=dict)
+    begun: float = 0.0
+    last: float = 0.0
+    since: list[int] = field(default_factory=list)
 
     @property
     def uncovered(self) -> int:
@@ -184,15 +189,20 @@ class Progress:
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
+        self.last = max(self.last, record.at)
         if record.uncovered:
             self.without[record.kind, record.block] = record.uncovered
         if record.kind == "predict":
             self.predicted[record.block] = record.digest
+            self.since.append(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "undone":
             self.predicted.pop(record.block, None)
+        elif record.kind == "begun":
+            self.begun = record.at
+            self.since.clear()
         else:
             self.failed[record.block] = record.note
