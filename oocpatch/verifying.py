@@ -141,6 +141,8 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
                 units, size = units + number, size + read
                 counts[one.kind] += 1
                 found += damaged
+    if record.complete and not found and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
+        found.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
     result = Verification(str(path), record.complete, units, size, tuple(found))
     if repair and found:
         _repair(path, record, plan, ledger, result)

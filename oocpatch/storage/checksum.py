@@ -31,10 +31,15 @@ def text_checksum(text: str) -> int:
     return int(google_crc32c.value(text.encode()))
 
 
+def bytes_checksum(data: bytes, before: int = 0) -> int:
+    """CRC-32C of bytes, continued from the CRC of what came before."""
+    return int(google_crc32c.extend(before, data))
+
+
 def file_checksum(path: Path) -> int:
     """CRC-32C of a file's bytes, read a piece at a time."""
     crc = 0
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
-            crc = int(google_crc32c.extend(crc, piece))
+            crc = bytes_checksum(piece, crc)
     return crc

@@ -19,15 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from oocpatch.storage.checksum import text_checksum
-from oocpatch.storage.ledger import Record, standing
+from oocpatch.storage.checksum import bytes_checksum, text_checksum
+from oocpatch.storage.ledger import standing
 
 LEDGER = "oocpatch.ledger"
 METADATA_CRC = "metadata_crc"
 
 
-def keep_ledger(source: Path, target: Path, blocks: int, *, without: frozenset[tuple[str, int]] = frozenset()) -> None:
-    """Write the records that stand into a new file, in one order, without times and messages.
+def keep_ledger(source: Path, target: Path, blocks: int, *, without: frozenset[tuple[str, int]] = frozenset()) -> int:
+    """Write the records that stand into a new file, in one order, without times and messages; its CRC.
 
     Args:
         source: a ledger.
@@ -36,17 +36,17 @@ def keep_ledger(source: Path, target: Path, blocks: int, *, without: frozenset[t
         without: stages and blocks whose records are left out.
     """
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    crc = 0
     with aside.open("wb") as file:
         for record in standing(source, blocks):
             if (record.kind, record.block) not in without:
-                file.write(_timeless(record).line())
+                line = replace(record, note="", at=0.0).line()
+                crc = bytes_checksum(line, crc)
+                file.write(line)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(target)
-
-
-def _timeless(record: Record) -> Record:
-    return replace(record, note="", at=0.0)
+    return crc
 
 
 def other_files(path: Path, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:

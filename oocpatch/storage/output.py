@@ -23,7 +23,7 @@ import zarr
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
-from oocpatch.errors import OutputExists
+from oocpatch.errors import CorruptData, OutputExists
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
@@ -231,7 +231,13 @@ class Output:
         self._heads = plan.heads
         self._paths = [array_path(h, plan.heads) for h in plan.heads]
         self._store = NotingStore(LocalStore(path))
-        self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
+        try:
+            self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(
+                f"the arrays of {path} are not what was written ({type(error).__name__}); "
+                "start afresh with overwrite=True"
+            ) from error
         self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
     @contextlib.contextmanager
@@ -284,8 +290,9 @@ class Output:
         record = inspect_output(self.path)
         assert record is not None
         self._sweep()
-        keep_ledger(ledger, self.path / self._paths[0] / LEDGER, self._plan.blocks)
         files = {name: file_checksum(self.path / name) for name in other_files(self.path, record.arrays, self._paths)}
+        kept = f"{self._paths[0]}/{LEDGER}"
+        files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
         details = {**details, "plan": json.loads(self._plan.to_json()), "files": files}
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
@@ -304,18 +311,25 @@ class Output:
 
 
 def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
-    """Put a record into the group's metadata, in one atomic step."""
+    """Put a record into the group's metadata, in one atomic step.
+
+    Raises:
+        CorruptData: when the metadata is not what was written.
+    """
     file = path / "zarr.json"
-    metadata = json.loads(file.read_text())
-    metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
+    try:
+        metadata = json.loads(file.read_text())
+        metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
+        members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptData(
+            f"{file} is not what was written ({type(error).__name__}); delete {path}, and the same call starts afresh"
+        ) from error
+    metadata.pop("consolidated_metadata", None)
     if consolidated:
-        members = metadata["consolidated_metadata"]["metadata"]
-        metadata["consolidated_metadata"]["metadata"] = {
-            n: m for n, m in members.items() if n.split("/")[0] in record.arrays
-        }
+        own = {n: m for n, m in members.items() if n.split("/")[0] in record.arrays}
+        metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": own}
         metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
-    else:
-        metadata.pop("consolidated_metadata", None)
     write_atomically(file, json.dumps(metadata, indent=2))
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.axes import Axes, resolve_axes
+from oocpatch.storage.inflation import ChunkGuard
 from oocpatch.storage.native import NativeArray
 from oocpatch.storage.sources import Source, open_source
 
@@ -48,6 +49,7 @@ class Volume:
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape))
         self.coder: NativeArray | None = None  # see `native`
+        self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
         if self.dtype.kind not in "buif":
@@ -129,6 +131,7 @@ class Volume:
         if box in Box.of_shape(self.shape):
             target = self._natively(out)
             if target is not None and self.coder is not None:
+                self._check(box)
                 self.coder.read_into(target, self._selection(box))
             else:
                 out[...] = self._load(box)
@@ -166,8 +169,14 @@ class Volume:
 
     def _load(self, box: Box) -> npt.NDArray[Any]:
         """Read a box inside the volume as `(C, *box.shape)`."""
+        self._check(box)
         data = self.source.load(self._selection(box)).transpose(self._positions)
         return data[None] if self.axes.channel is None else data
+
+    def _check(self, box: Box) -> None:
+        """Refuse chunks that would inflate, before they are read."""
+        if self._guard is not None:
+            self._guard.check(self._selection(box))
 
     def _natively(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """`out`, `(C, *shape)`, with its axes as the source has them; None where zarrs cannot read into it."""
