@@ -120,7 +120,11 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     if who is not None:
         raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
     metadata, record, found = _record(path)
-    if record is None:
+    if record is not None and record.complete and (METADATA_CRC in record.details or _keeps_ledger(path)):
+        found += _metadata_damage(metadata)
+    if record is None or found:
+        if repair:
+            raise CorruptData(f"{path} cannot be repaired: {found[0]}; delete it, and predict starts afresh")
         return Verification(str(path), complete=True, units=0, bytes=0, damaged=tuple(found))
     stored = _stored(path, record)
     if stored is None:
@@ -128,9 +132,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     plan, ledger = stored
     size = 0
     if record.complete:
-        found += _metadata_damage(metadata)
-        others, size = _other_damage(path, record)
-        found += others
+        found, size = _other_damage(path, record)
     look = functools.partial(_look, path, plan)
     units = 0
     records = standing(ledger, plan.blocks)
@@ -159,10 +161,15 @@ def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damag
             raise ValueError(f"there is no output at {path}: it is an empty directory")
         metadata: dict[str, Any] = json.loads((path / "zarr.json").read_text())
     except OutputExists:
-        if not any(path.glob(f"*/{LEDGER}")) and not any(path.glob(f"*/*/{LEDGER}")):
+        if not _keeps_ledger(path):
             raise
         return {}, None, [Damage("", "zarr.json", "is missing or damaged; nothing else can be verified without it")]
     return metadata, record, []
+
+
+def _keeps_ledger(path: Path) -> bool:
+    """Whether a run was completed here, whatever the metadata says."""
+    return any(path.glob(f"*/{LEDGER}")) or any(path.glob(f"*/*/{LEDGER}"))
 
 
 def _stored(path: Path, record: OutputRecord) -> tuple[Plan, Path] | None:
@@ -183,7 +190,7 @@ def _stored(path: Path, record: OutputRecord) -> tuple[Plan, Path] | None:
 def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
     wanted = metadata["attributes"][ATTRIBUTE]["details"].get(METADATA_CRC)
     if metadata_checksum(metadata, ATTRIBUTE) != wanted:
-        yield Damage("", "zarr.json", "is not what was written")
+        yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
 
 
 def _other_damage(path: Path, record: OutputRecord) -> tuple[list[Damage], int]:
@@ -261,5 +268,6 @@ def _repair(path: Path, record: OutputRecord, plan: Plan, ledger: Path, found: V
             Workspace.create(root, plan)
         keep_ledger(ledger, root / "ledger", plan.blocks, without=frozenset(undone))
         if record.complete:
-            kept = {name: value for name, value in record.details.items() if name not in ("plan", "files")}
+            kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
+            kept["files"] = {name: crc for name, crc in kept["files"].items() if not name.endswith(LEDGER)}
             rewrite(path, dataclasses.replace(record, complete=False, details=kept))

@@ -115,6 +115,9 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
             zarr.create_group(store, path=head.name)
             _write_coords(path / head.name, found, {})
         _create_array(store, head, plan, volume)
+    arrays = [array_path(head, plan.heads) for head in plan.heads]
+    files = {name: file_checksum(path / name) for name in other_files(path, members, arrays)}
+    rewrite(path, replace(record, details={**details, "files": files}))
 
 
 def is_tree(heads: Sequence[Head]) -> bool:
@@ -286,11 +289,19 @@ class Output:
         """Record success in the group's attributes, and consolidate its metadata for xarray.
 
         What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
+
+        Raises:
+            CorruptData: when one of these is not as it was made.
         """
         record = inspect_output(self.path)
         assert record is not None
         self._sweep()
-        files = {name: file_checksum(self.path / name) for name in other_files(self.path, record.arrays, self._paths)}
+        if "files" not in record.details:
+            raise CorruptData(f"{self.path}/zarr.json is not what was written; start afresh with overwrite=True")
+        files = dict(record.details["files"])
+        for name, crc in files.items():
+            if file_checksum(self.path / name) != crc:
+                raise CorruptData(f"{self.path / name} is not what was written; start afresh with overwrite=True")
         kept = f"{self._paths[0]}/{LEDGER}"
         files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
         details = {**details, "plan": json.loads(self._plan.to_json()), "files": files}
