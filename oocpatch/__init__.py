@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oocpatch.sampling.subject import Subject
     from oocpatch.sampling.weighted import LabelSampler, WeightedSampler
     from oocpatch.storage.volume import Volume
+    from oocpatch.verifying import Damage, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ _HOMES = {
     "oocpatch.sampling.subject": ("Subject",),
     "oocpatch.sampling.weighted": ("LabelSampler", "WeightedSampler"),
     "oocpatch.storage.volume": ("Volume",),
+    "oocpatch.verifying": ("Damage", "Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -74,6 +76,7 @@ __all__ = [
     "CheckReport",
     "ClusterLost",
     "CorruptData",
+    "Damage",
     "GridSampler",
     "LabelSampler",
     "NumpyModel",
@@ -91,6 +94,7 @@ __all__ = [
     "Subject",
     "SubjectsLoader",
     "UniformSampler",
+    "Verification",
     "Volume",
     "WeightedSampler",
     "check",
@@ -99,6 +103,7 @@ __all__ = [
     "predict",
     "report",
     "status",
+    "verify",
     "view",
 ]
 

@@ -298,15 +298,7 @@ def status(output: str, *, as_json: bool) -> None:
     from oocpatch.progress import status as status_of
 
     found = status_of(output)
-    if as_json:
-        click.echo(found.to_json())
-        return
-    click.echo(f"{found.output}: {found.state}")
-    if found.predict_total:
-        click.echo(f"predict    {found.predict_done} of {found.predict_total} blocks")
-        click.echo(f"normalize  {found.normalize_done} of {found.normalize_total} blocks")
-    for block, message in found.failed.items():
-        click.echo(f"failed     block {block}: {' '.join(message.split())}")
+    click.echo(found.to_json() if as_json else str(found))
 
 
 @main.command()
@@ -327,21 +319,42 @@ def demo(*, as_json: bool, progress: str, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("volume", metavar="IN")
+@click.argument("volume", metavar="IN|OUT")
 @_model_options
 @_patch_options
 @click.option("--boxes", type=click.IntRange(min=1), default=3, show_default=True, help="Boxes to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Which boxes.")
+@click.option(
+    "--repair", is_flag=True, help="Without a model: let the same predict command compute anew what is damaged."
+)
 @_json_option
-def check(volume: str, *, as_json: bool, **options: Any) -> None:
-    """Compare predict with a plain in-memory computation on a few random boxes of the volume IN."""
-    from oocpatch.checking import check as run_check
+def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
+    """Verify the output OUT: read it all again. With a model: compare predict with a plain computation on boxes of IN.
 
-    report = run_check(volume, **options)
+    An output is compared with the checksums that were taken while it was written. Else predict runs on a few random
+    boxes of the volume IN.
+    """
+    report: Any
+    if options["model"] is None and options["patch_size"] is None:
+        from oocpatch.verifying import verify
+
+        report = verify(volume, repair=repair)
+    elif options["model"] is None or options["patch_size"] is None or repair:
+        raise click.UsageError("To compare, check needs --model and --patch-size; to verify an output, neither.")
+    else:
+        from oocpatch.checking import check as run_check
+
+        report = run_check(volume, **options)
     click.echo(report.to_json() if as_json else str(report))
     if not report.passed:
+        if repair:
+            _log("what is damaged is marked as not done: the same predict command computes it anew")
         raise click.exceptions.Exit(FAILED)
 
+
+for _parameter in check.params:
+    if _parameter.name in ("model", "patch_size"):
+        _parameter.required = False  # nothing is computed to verify an output
 
 for _command in cli_files.COMMANDS:
     main.add_command(_command)

@@ -33,8 +33,7 @@ from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import human
 from oocpatch.storage.coordinates import plain_attributes, write_coords
 from oocpatch.storage.lock import locked
-from oocpatch.storage.output import default_chunks
-from oocpatch.storage.volume import REQUEST, Volume
+from oocpatch.storage.volume import REQUEST, Volume, default_chunks
 from oocpatch.telling import telling
 
 NAME = "volume"

@@ -14,7 +14,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of
 from oocpatch.record import facts
 from oocpatch.request import Request
-from oocpatch.storage.ledger import Ledger, Progress
+from oocpatch.storage.ledger import Ledger, Progress, Record
 from oocpatch.storage.output import Output
 from oocpatch.storage.workspace import Workspace
 
@@ -28,6 +28,7 @@ def all_done(made: Plan, done: Progress) -> bool:
 def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
     """The ledger, or a segment of it, committed and closed at the end."""
     ledger = workspace.ledger(segment)
+    ledger.append(Record("begun", 0))
     try:
         yield ledger
     finally:

@@ -20,8 +20,7 @@ from oocpatch.inference.predictor import Probe
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.head import Head, patch_grid
-from oocpatch.storage.output import default_chunks
-from oocpatch.storage.volume import Volume
+from oocpatch.storage.volume import Volume, default_chunks
 
 
 class Asked(Protocol):

@@ -54,7 +54,7 @@ def cluster_of(
 
     def on_done(task: Task) -> None:
         if task.stage == "predict":
-            on_patches(made.patches_of(task.index))
+            on_patches(made.patches_in([task.index]))
 
     announce(request.client)
     with (

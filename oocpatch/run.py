@@ -304,7 +304,7 @@ def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) 
     """Make the coarser levels, if there are any, and record success."""
     made = workspace.plan
     build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
-    Output(request.output, made).complete(facts)
+    Output(request.output, made).complete(facts, workspace.root / "ledger")
 
 
 def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:

@@ -7,6 +7,7 @@ seconds of imports. `tests.children` is its other end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import itertools
 import json
@@ -50,6 +51,8 @@ class Job:
     """Changes of the disk are counted below this prefix."""
     die_before: int | None = None
     """Die at once before this change of the disk, counted from 0; an `os.write` is torn: half of it gets through."""
+    fault: str = "die"
+    """What happens at that change instead, see `ChangeCounter`."""
     file_size_limit: int | None = None
     """Writing a longer file fails, as it does on a full disk."""
 
@@ -63,6 +66,12 @@ class Report:
     message: str
     changes: int
     """Changes of the disk below `watch`."""
+    struck: bool = False
+    """Whether the fault happened."""
+    seconds: float = 0.0
+    """How long the call took."""
+    added: int = 0
+    """Bytes that its peak of resident memory added."""
 
 
 JOB = Job("", "", os.devnull, os.devnull)
@@ -107,11 +116,18 @@ class ChangeCounter:
     Python announces opening for writing, creating, renaming and removing as audit events, whoever does it: Zarr's
     store, the ledger, the lock. Only `os.write` is not announced. Between two changes nothing happens that a later
     process could see, so dying before each change is dying after each one, too.
+
+    Other faults than `die`: `eio`: the change fails once, as on a bad disk; `enospc`: it and all later ones fail, as on
+    a full disk; `slow`: it takes a quarter of a second; and what a disk does in silence: `tear`: half of the file gets
+    its name; `flip`: a bit of it is another; `stale`: it has the bytes of the file that was there before, or none.
     """
 
-    def __init__(self, prefix: str, die_before: int | None) -> None:
+    def __init__(self, prefix: str, die_before: int | None, fault: str = "die") -> None:
         self.prefix = prefix
         self.die_before = die_before
+        self.fault = fault
+        self.full = False
+        self.struck = False
         self.numbers = itertools.count()
         self.changes = 0
         self.real_write = os.write
@@ -124,7 +140,36 @@ class ChangeCounter:
         """Count a change; whether the process dies at it."""
         number = next(self.numbers)
         self.changes = number + 1
-        return number == self.die_before
+        return number == self.die_before or self.full
+
+    def _strike(self, event: str, paths: tuple[Any, ...]) -> None:
+        """Let the fault happen to a change that is about to be made."""
+        self.struck = True
+        if self.fault == "die":
+            os._exit(DIED)
+        elif self.fault == "eio":
+            raise OSError(errno.EIO, "Input/output error (injected)")
+        elif self.fault == "enospc":
+            self.full = True
+            # What frees room works on a full disk, too.
+            if event not in ("os.remove", "os.rmdir", "os.truncate"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif self.fault == "slow":
+            time.sleep(0.25)
+        elif event == "os.rename" and Path(paths[0]).is_file():
+            self._spoil(Path(paths[0]), Path(paths[1]))
+
+    def _spoil(self, file: Path, target: Path) -> None:
+        """Change a file that is about to get its name."""
+        data = bytearray(file.read_bytes())
+        if self.fault == "tear":
+            data = data[: len(data) // 2]
+        elif self.fault == "flip" and data:
+            data[len(data) // 2] ^= 4
+        elif self.fault == "stale":
+            data = bytearray(target.read_bytes()) if target.is_file() else bytearray()
+        self.die_before = None  # what follows is not counted
+        file.write_bytes(data)
 
     def _inside(self, path: object, directory: object = -1) -> bool:
         if isinstance(path, int):
@@ -149,12 +194,16 @@ class ChangeCounter:
         else:
             return
         if changes and self._count():
-            os._exit(DIED)
+            self._strike(event, arguments)
 
     def _write(self, descriptor: int, data: Any) -> int:
         if self._inside(descriptor) and self._count():
-            self.real_write(descriptor, bytes(data)[: len(bytes(data)) // 2])
-            os._exit(DIED)
+            if self.fault in ("die", "enospc", "tear", "stale", "flip"):
+                self.real_write(descriptor, bytes(data)[: len(bytes(data)) // 2])
+            if self.fault in ("tear", "stale", "flip"):
+                self.struck = True
+                return len(data)  # and says that it is all there
+            self._strike("os.write", ())
         return self.real_write(descriptor, data)
 
 
@@ -162,13 +211,14 @@ def perform(job: Job) -> NoReturn:
     """Do the job in this process and leave it with 0, 1 for an error, or `INTERRUPTED`."""
     global JOB  # noqa: PLW0603 - one job per process
     JOB = job
-    counter = ChangeCounter(job.watch or "\0", job.die_before)
+    counter = ChangeCounter(job.watch or "\0", job.die_before, job.fault)
     counter.install()
     if job.file_size_limit is not None:
         # The signal would kill; ignored, the write fails with an error as it does on a full disk.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_size_limit, resource.RLIM_INFINITY))
     code, error, message, trace = 0, "", "", ""
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         # JSON knows no tuples.
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()}
@@ -179,7 +229,9 @@ def perform(job: Job) -> NoReturn:
         code, error, message, trace = 1, type(problem).__name__, str(problem), traceback.format_exc()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     sys.stderr.write(trace)
-    Path(job.report).write_text(json.dumps(vars(Report(error, message, counter.changes))))
+    seconds, added = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    end = Report(error, message, counter.changes, counter.struck, seconds, added * 1024)
+    Path(job.report).write_text(json.dumps(vars(end)))
     sys.stderr.flush()
     os._exit(code)
 

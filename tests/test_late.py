@@ -17,6 +17,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.remote import _Fenced
 from oocpatch.storage.ledger import Progress, Record
 from oocpatch.storage.output import Output, create_output
+from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
 from tests.children import file_digests
@@ -103,11 +104,11 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(
     frozen, other = Output(tmp_path / "out", plan), Output(tmp_path / "out", plan)
     with frozen.native(2):
         with other.native(2):
-            other.write(0, box, values(2.0))
-        other.complete({"uncovered_voxels": 0})  # sweeps what was not closed
+            other.write(0, box, values(2.0), Written(plan, "predict", 0))
+        other.complete({"uncovered_voxels": 0}, workspace.root / "ledger")  # sweeps what was not closed
         before = file_digests(tmp_path / "out")
         with pytest.raises(OSError, match=r"over|os error"):
-            frozen.write(0, box, values(value))
+            frozen.write(0, box, values(value), Written(plan, "predict", 0))
         left = file_digests(tmp_path / "out")
     assert {name: digest for name, digest in left.items() if ".partial" not in name} == before
     assert np.all(oocpatch.storage.output.open_result(tmp_path / "out").values[8:16] == 2)
@@ -116,11 +117,11 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(
 def test_a_worker_writes_only_while_its_run_is_there(plan: Plan, workspace: Workspace, tmp_path: Path) -> None:
     box = Box((8, 0), (16, 8))
     output = _Fenced(tmp_path / "out", plan, workspace.root / "plan.json")
-    output.write(0, box, values(2.0))
+    output.write(0, box, values(2.0), Written(plan, "predict", 0))
     before = file_digests(tmp_path / "out")
     (workspace.root / "plan.json").unlink()
     with pytest.raises(Stopped):
-        output.write(0, box, values(3.0))
+        output.write(0, box, values(3.0), Written(plan, "predict", 0))
     assert file_digests(tmp_path / "out") == before
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from oocpatch.planning.box import Ints, worthwhile
 from oocpatch.planning.placement import AxisPlacement, Placement
-from oocpatch.storage.output import DEFAULT_CHUNKS
+from oocpatch.storage.volume import DEFAULT_CHUNKS
 
 
 @dataclass(frozen=True, slots=True)

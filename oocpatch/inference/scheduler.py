@@ -25,6 +25,7 @@ from oocpatch.errors import BlockFailed, ClusterLost, CorruptData, CorruptPartia
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.neighbours import Neighbours
 from oocpatch.storage.ledger import Ledger, Progress, Promise, Record
 
 logger = logging.getLogger("oocpatch")
@@ -162,6 +163,10 @@ class Run:
     _earlier: dict[int, int] = field(default_factory=dict)
     _released: list[int] = field(default_factory=list)
     _heard_at: float = field(default_factory=time.monotonic)
+    _neighbours: Neighbours = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._neighbours = Neighbours(self.blocks)
 
     def execute(self, executor: Executor) -> None:
         """Run all that is not done yet.
@@ -219,7 +224,7 @@ class Run:
 
     def _read_by(self, index: int) -> list[int]:
         """The blocks whose partials the normalize stage of a block reads: its own, and those whose seams enter it."""
-        return [index, *(b.index for _, b in self.blocks.sources(self.blocks[index]))]
+        return [index, *self._neighbours.sources(index)]
 
     def _complete(self, index: int) -> bool:
         """Whether everything that the normalize stage of a block reads is there."""
@@ -231,7 +236,9 @@ class Run:
             self._record_predicted(index, future.result())
         elif error is None:
             done = future.result()
-            self._record(Record("normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite))
+            self._record(
+                Record("normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite, units=done.units)
+            )
             self._release(index)
         elif isinstance(error, CorruptPartial):
             self._repair(task, error)
@@ -246,10 +253,10 @@ class Run:
             self._record(Record("failed", index, note=message[:500]))
 
     def _record_predicted(self, index: int, done: Done) -> None:
-        promise = done.promise
+        promise, nonfinite = done.promise, done.nonfinite
         before = self._earlier.pop(index, promise.digest)
         self._record(
-            Record("predict", index, promise.digest, done.uncovered, promise.attempt, nonfinite=done.nonfinite)
+            Record("predict", index, promise.digest, done.uncovered, promise.attempt, done.units, nonfinite=nonfinite)
         )
         if before != promise.digest:
             raise CorruptData(
@@ -260,8 +267,7 @@ class Run:
 
     def _predicted(self, index: int) -> None:
         """Queue what became possible because the partials of a block are there."""
-        block = self.blocks[index]
-        for reader in self.blocks.readers(block):
+        for reader in self._neighbours.readers(index):
             if reader in self._queued or reader in self.progress.normalized or reader not in self.finishes:
                 continue
             if self._complete(reader):
@@ -305,7 +311,7 @@ class Run:
     def _release(self, index: int) -> None:
         """Note the blocks whose partials nobody will read any more."""
         for i in self._read_by(index):
-            readers = self.blocks.readers(self.blocks[i])
+            readers = self._neighbours.readers(i)
             if readers and all(r in self.progress.normalized for r in readers):
                 self._released.append(i)
 

@@ -34,6 +34,7 @@ from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
 from oocpatch.storage.ledger import NO_PARTIALS, Promise
 from oocpatch.storage.output import Output
+from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
 
@@ -81,16 +82,18 @@ class Done:
         promise: its partials.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
         nonfinite: voxels of all heads that are NaN or infinite, among the same.
+        units: the CRCs of the write units it is answerable for; see `storage.units`.
     """
 
     promise: Promise = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
+    units: str = ""
 
     @classmethod
-    def of(cls, heads: Sequence[Counts], promise: Promise = NO_PARTIALS) -> Done:
-        """What was counted head by head."""
-        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads))
+    def of(cls, heads: Sequence[Counts], written: Written, promise: Promise = NO_PARTIALS) -> Done:
+        """What was counted head by head, and written."""
+        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.packed())
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -107,9 +110,10 @@ def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
 class Writes:
     """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
-    def __init__(self, job: Job, partials: PartialWriter | None) -> None:
+    def __init__(self, job: Job, partials: PartialWriter | None, written: Written) -> None:
         self._job = job
         self._partials = partials
+        self._written = written
         self._under_way: list[Staged] = []
         self.pending = Pending(job.writes)
 
@@ -123,7 +127,7 @@ class Writes:
             if item.part.piece is None:
                 for request in output.requests(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
-                    self.pending.submit(output.write, item.part.head, request, inner)
+                    self.pending.submit(output.write, item.part.head, request, inner, self._written)
             else:
                 self.pending.submit(self._partial, item.part, data)
         if not self._job.plan.way.ahead:
@@ -149,7 +153,8 @@ def predict_block(job: Job, index: int) -> Done:
     chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
-    writes = [Writes(job, partials) for _ in plan.heads]
+    written = Written(plan, "predict", index)
+    writes = [Writes(job, partials, written) for _ in plan.heads]
     sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
         job.volume,
@@ -185,7 +190,7 @@ def predict_block(job: Job, index: int) -> Done:
         for head in writes:
             head.pending.abandon()
         partials.discard()
-    return Done.of([partial.counts for partial in sums], promise)
+    return Done.of([partial.counts for partial in sums], written, promise)
 
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
@@ -318,10 +323,11 @@ def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Do
         CorruptPartial: when a partial is not what the ledger promised.
     """
     reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
-    return Done.of([_normalize(job, index, number, reader) for number in range(len(job.plan.heads))])
+    written = Written(job.plan, "normalize", index)
+    return Done.of([_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))], written)
 
 
-def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader]) -> Counts:
+def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader], written: Written) -> Counts:
     """The normalize stage of one head."""
     frame = job.plan.frames[number]
     block = frame[index]
@@ -333,7 +339,7 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
         return None if found is None else torch.from_numpy(found)
 
     counts = NOTHING
-    writes = Writes(job, None)
+    writes = Writes(job, None, written)
     try:
         for slab in frame.steps(block.core):
             sums = SlabSums(job.plan.heads[number])

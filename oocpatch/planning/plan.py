@@ -6,7 +6,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -133,9 +133,13 @@ class Plan:
         """Number of blocks."""
         return self.block_grid.num_blocks
 
-    def patches_of(self, block: int) -> int:
-        """Number of patches of one block."""
-        return math.prod(map(len, self.block_grid.patches(self.block_grid[block])))
+    def patches_in(self, blocks: Collection[int]) -> int:
+        """Number of patches of many blocks: a few bytes of each are needed, and no `Block`."""
+        indices = np.fromiter(blocks, np.int64, len(blocks))
+        total = np.ones(len(indices), np.int64)
+        for axis, at in zip(self.block_grid.axes, np.unravel_index(indices, self.block_grid.counts), strict=True):
+            total *= np.array([len(axis.patches(i)) for i in range(axis.count)], np.int64)[at]
+        return int(total.sum())
 
     @property
     def block_shape(self) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -28,3 +29,17 @@ def text_checksum(text: str) -> int:
     '0xe3069283'
     """
     return int(google_crc32c.value(text.encode()))
+
+
+def bytes_checksum(data: bytes, before: int = 0) -> int:
+    """CRC-32C of bytes, continued from the CRC of what came before."""
+    return int(google_crc32c.extend(before, data))
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32C of a file's bytes, read a piece at a time."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 20):
+            crc = bytes_checksum(piece, crc)
+    return crc

@@ -11,13 +11,15 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from oocpatch.storage.checksum import text_checksum
 
-Kind = Literal["predict", "normalize", "undone", "failed"]
+Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
 COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
 """Records are made durable in groups: so many, or so many seconds."""
 
@@ -28,11 +30,13 @@ class Record:
 
     Attributes:
         kind: `predict` and `normalize`: the stage is done; `undone`: the predict stage must run again, because its
-            partials were damaged; `failed`: the block failed, for the reason in `note`.
+            partials were damaged; `failed`: the block failed, for the reason in `note`; `begun`: a call went to work.
         block: index of the block.
         digest: digest of the partials that the block left (`predict`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
         note: a message (`failed`); the attempt that left the partials (`predict`), and whose are damaged (`undone`).
+        units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`).
+        at: when it was recorded, in seconds since 1970, for people.
         nonfinite: voxels that are NaN or infinite, among those the stage wrote.
     """
 
@@ -41,7 +45,15 @@ class Record:
     digest: int = 0
     uncovered: int = 0
     note: str = ""
+    units: str = ""
+    at: float = 0.0
     nonfinite: int = 0
+
+    def line(self) -> bytes:
+        """The record as a line of a ledger."""
+        told = [self.kind, self.block, self.digest, self.uncovered, self.note, self.units, self.at, self.nonfinite]
+        text = json.dumps(told)
+        return f"{text_checksum(text):08x} {text}\n".encode()
 
 
 class Promise(NamedTuple):
@@ -75,8 +87,7 @@ class Ledger:
 
     def append(self, record: Record) -> None:
         """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        text = json.dumps([record.kind, record.block, record.digest, record.uncovered, record.note, record.nonfinite])
-        line = f"{text_checksum(text):08x} {text}\n".encode()
+        line = replace(record, at=record.at or round(time.time(), 3)).line()
         written = os.write(self._file, line)
         if written != len(line):  # a disk that is just full takes part of a line
             raise OSError(f"ledger {self.path} could not be written whole: {written} of {len(line)} bytes")
@@ -154,6 +165,41 @@ def segments(root: Path) -> list[Path]:
     return sorted(root.glob("ledger")) + sorted(root.glob("ledger.*"))
 
 
+def standing(path: Path, blocks: int) -> Iterator[Record]:
+    """The records that stand: of each stage of each block the last one, block by block, but for what was undone.
+
+    Args:
+        path: the ledger.
+        blocks: number of blocks; 16 bytes are kept of each.
+    """
+    if not path.is_file():
+        return
+    places = {kind: np.full(blocks, -1, np.int64) for kind in ("predict", "normalize")}
+    undone: set[str] = set()
+    with path.open("rb") as file, path.open("rb") as again:
+
+        def at(place: int) -> Record | None:
+            again.seek(place)
+            return _parse(again.readline())
+
+        place = 0
+        for line in file:
+            record = _parse(line)
+            if record is not None and 0 <= record.block < blocks:
+                if record.kind in places and not (record.kind == "predict" and record.note in undone):
+                    places[record.kind][record.block] = place
+                elif record.kind == "undone":
+                    undone.add(record.note)
+                    before = int(places["predict"][record.block])
+                    if before >= 0 and (found := at(before)) is not None and found.note == record.note:
+                        places["predict"][record.block] = -1
+            place += len(line)
+        for block in range(blocks):
+            for kind in places:
+                if (last := int(places[kind][block])) >= 0 and (found := at(last)) is not None:
+                    yield found
+
+
 def _parse(line: bytes) -> Record | None:
     try:
         crc, text = line.decode().removesuffix("\n").split(" ", 1)
@@ -173,6 +219,8 @@ class Progress:
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
+        begun, last: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
+        since: blocks whose predict stage the last call has done.
     """
 
     predicted: dict[int, Promise]
@@ -180,6 +228,9 @@ class Progress:
     failed: dict[int, str]
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     _undone: set[str] = field(default_factory=set)
+    begun: float = 0.0
+    last: float = 0.0
+    since: list[int] = field(default_factory=list)
 
     @property
     def uncovered(self) -> int:
@@ -202,12 +253,14 @@ class Progress:
 
     def add(self, record: Record) -> None:
         """Take one more record into account."""
+        self.last = max(self.last, record.at)
         if record.uncovered or record.nonfinite:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         if record.kind == "predict" and record.note in self._undone:
             return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
             self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NO_PARTIALS
+            self.since.append(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
@@ -216,5 +269,8 @@ class Progress:
             self._undone.add(record.note)
             if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
                 del self.predicted[record.block]
+        elif record.kind == "begun":
+            self.begun = record.at
+            self.since.clear()
         else:
             self.failed[record.block] = record.note

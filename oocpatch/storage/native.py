@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import itertools
 import os
 import re
 import secrets
@@ -27,6 +26,9 @@ import numpy.typing as npt
 import zarr
 from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
+
+from oocpatch.storage.checksum import file_checksum
+from oocpatch.storage.units import ABSENT, unit_positions
 
 Selection = tuple[slice, ...]
 
@@ -98,7 +100,6 @@ class StagedArray:
         self._coders: SimpleQueue[NativeArray] = SimpleQueue()
         for coder in coders:
             self._coders.put(coder)
-        self._unit = array.shards or array.chunks
         self._folders: set[Path] = set()
 
     @classmethod
@@ -126,30 +127,31 @@ class StagedArray:
         """Whether write units should be written one by one, by several callers."""
         return self._array.shards is not None
 
-    def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
-        """Write a selection of whole write units."""
+    def write(self, selection: Selection, values: npt.NDArray[Any]) -> list[int]:
+        """Write a selection of whole write units; the CRC of each unit's file in C order, 0 where there is none."""
         coder = self._coders.get()
         try:
             coder.write(selection, values)
         finally:
             self._coders.put(coder)
         self._refuse_after_end()
-        spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, self._unit, strict=True)]
-        for position in itertools.product(*spans):
-            key = self._array.metadata.encode_chunk_key(position)
-            self._rename(self._aside / key, self._folder / key)
+        keys = map(self._array.metadata.encode_chunk_key, unit_positions(self._array, selection))
+        return [self._rename(self._aside / key, self._folder / key) for key in keys]
 
-    def _rename(self, source: Path, target: Path) -> None:
+    def _rename(self, source: Path, target: Path) -> int:
         if target.parent not in self._folders:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._folders.add(target.parent)
         try:
+            crc = file_checksum(source) or 1
             source.replace(target)
         except FileNotFoundError:
             if source.exists():
                 raise
             self._refuse_after_end()
             target.unlink(missing_ok=True)  # nothing but the fill value, which is not stored
+            return ABSENT
+        return crc
 
     def _refuse_after_end(self) -> None:
         """Refuse to touch the array once the run is over, which whoever was frozen meanwhile does not know.

@@ -23,14 +23,17 @@ import zarr
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
-from oocpatch.errors import OutputExists
-from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.errors import CorruptData, OutputExists
+from oocpatch.planning.box import Box, worthwhile
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import write_atomically
+from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files
 from oocpatch.storage.native import StagedArray, sweep_aside
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
+from oocpatch.storage.units import NotingStore, Written, unit_positions, units_of
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
@@ -112,14 +115,17 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3 if zarr_format == 3 else 2)
     if version:
         create_images(store, plan, volume, images, version)
-        return
-    if not split:
-        write_coords(path, coords[0], attributes)
-    for head, found in zip(plan.heads, coords, strict=True):
-        if split:
-            zarr.create_group(store, path=head.name)
-            write_coords(path / head.name, found, {})
-        _create_array(store, head, plan, volume)
+    else:
+        if not split:
+            write_coords(path, coords[0], attributes)
+        for head, found in zip(plan.heads, coords, strict=True):
+            if split:
+                zarr.create_group(store, path=head.name)
+                write_coords(path / head.name, found, {})
+            _create_array(store, head, plan, volume)
+    if zarr_format == 3:
+        files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
+        rewrite(path, replace(record, details={**details, "files": files}))
 
 
 def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
@@ -166,6 +172,11 @@ def array_paths(plan: Plan) -> list[str]:
     return [f"{head.name}/{head.name}" if is_tree(plan.heads) else head.name for head in plan.heads]
 
 
+def channel_place(plan: Plan) -> int:
+    """Where the channel axis stands in the arrays, if there is one: first, but in an OME-Zarr after time."""
+    return len(plan.axes) - plan.spatial if ome_version(plan) else 0
+
+
 def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> None:
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
@@ -198,17 +209,25 @@ class Output:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path = path
+        self._plan = plan
         self._heads = plan.heads
         self._paths = array_paths(plan)
-        # Channels come first, but in an OME-Zarr: there after time.
-        self._channel = len(plan.axes) - plan.spatial if ome_version(plan) else 0
-        self._arrays = [zarr.open_array(LocalStore(path), path=p, mode="r+") for p in self._paths]
+        self._channel = channel_place(plan)
+        self._store = NotingStore(LocalStore(path))
+        try:
+            self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(
+                f"the arrays of {path} are not what was written ({type(error).__name__}); "
+                "start afresh with overwrite=True"
+            ) from error
         self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
     @contextlib.contextmanager
     def native(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        self._staged = [StagedArray.open(array, threads) for array in self._arrays]
+        plain = [zarr.open_array(LocalStore(self.path), path=p, mode="r+") for p in self._paths]
+        self._staged = [StagedArray.open(array, threads) for array in plain]
         try:
             yield
         finally:
@@ -228,8 +247,8 @@ class Output:
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 
-    def write(self, head: int, box: Box, values: npt.NDArray[Any]) -> None:
-        """Write `(C, *box.shape)`, a box of whole write units."""
+    def write(self, head: int, box: Box, values: npt.NDArray[Any], written: Written) -> None:
+        """Write `(C, *box.shape)`, a box of whole write units; their CRCs are told to `written`."""
         found = box.slices()
         channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
         selection = (*found[: self._channel], *channels, *found[self._channel :])
@@ -237,20 +256,50 @@ class Output:
         staged = self._staged[head]
         if staged is None:
             self._arrays[head][selection] = values
+            crcs = [self._store.pop(key) for key in self._keys(head, selection)]
         else:
-            staged.write(selection, values)
+            crcs = staged.write(selection, values)
+        units = units_of(box, self._heads[head].unit).shape
+        found_crcs = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
+        written.add(head, box, np.moveaxis(found_crcs, self._channel, 0))
 
-    def complete(self, details: Mapping[str, Any]) -> None:
-        """Record success in the group's attributes, and consolidate its metadata for xarray."""
+    def _keys(self, head: int, selection: tuple[slice, ...]) -> Iterator[str]:
+        """Keys of the write units of a selection, in C order."""
+        array = self._arrays[head]
+        for position in unit_positions(array, selection):
+            yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
+
+    def complete(self, details: Mapping[str, Any], ledger: Path) -> None:
+        """Record success in the group's attributes, and consolidate its metadata for xarray.
+
+        What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
+
+        Raises:
+            CorruptData: when one of these is not as it was made.
+        """
         record = inspect_output(self.path)
         assert record is not None
         self._sweep(record)
+        if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
+            details = {**details, **self._kept(record, ledger)}
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(LocalStore(self.path))
-        _rewrite(self.path, replace(record, complete=True, details={**record.details, **details}))
+        rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+
+    def _kept(self, record: OutputRecord, ledger: Path) -> dict[str, Any]:
+        """What `oocpatch check` needs later."""
+        if "files" not in record.details:
+            raise CorruptData(f"{self.path}/zarr.json is not what was written; start afresh with overwrite=True")
+        files = dict(record.details["files"])
+        for name, crc in files.items():
+            if file_checksum(self.path / name) != crc:
+                raise CorruptData(f"{self.path / name} is not what was written; start afresh with overwrite=True")
+        kept = f"{self._paths[0]}/{LEDGER}"
+        files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
+        return {"plan": json.loads(self._plan.to_json()), "files": files}
 
     def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
@@ -262,21 +311,41 @@ class Output:
                 left.unlink(missing_ok=True)
 
 
-def _rewrite(path: Path, record: OutputRecord) -> None:
-    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists."""
-    if _format(path) == 2:
-        consolidated = json.loads((path / ".zmetadata").read_text())
-        _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-        consolidated["metadata"][".zattrs"][ATTRIBUTE] = _plain(record)
-        write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
-        attributes = json.loads((path / ".zattrs").read_text())
-        write_atomically(path / ".zattrs", json.dumps({**attributes, ATTRIBUTE: _plain(record)}, indent=2))
-        return
-    file = path / METADATA
-    metadata = json.loads(file.read_text())
-    metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
-    _keep(metadata["consolidated_metadata"]["metadata"], record)
+def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
+    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
+
+    Raises:
+        CorruptData: when the metadata is not what was written.
+    """
+    try:
+        if _format(path) == 2:
+            _rewrite_old(path, record)
+            return
+        file = path / METADATA
+        metadata = json.loads(file.read_text())
+        metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
+        members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptData(
+            f"the metadata of {path} is not what was written ({type(error).__name__}); delete {path}, and the same "
+            "call starts afresh"
+        ) from error
+    metadata.pop("consolidated_metadata", None)
+    if consolidated:
+        _keep(members, record)
+        metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
+        metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
     write_atomically(file, json.dumps(metadata, indent=2))
+
+
+def _rewrite_old(path: Path, record: OutputRecord) -> None:
+    """The same for Zarr 2, whose consolidated metadata is a file of its own."""
+    consolidated = json.loads((path / ".zmetadata").read_text())
+    _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
+    consolidated["metadata"][".zattrs"][ATTRIBUTE] = _plain(record)
+    write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
+    attributes = json.loads((path / ".zattrs").read_text())
+    write_atomically(path / ".zattrs", json.dumps({**attributes, ATTRIBUTE: _plain(record)}, indent=2))
 
 
 def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
@@ -324,21 +393,3 @@ def _finest(path: Path, array: str) -> xarray.DataArray:
     opened = xarray.open_zarr(path / parent, consolidated=False, mask_and_scale=_format(path) == 3)
     found: xarray.DataArray = opened[name]
     return found
-
-
-DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
-CHUNK_BYTES = (1 << 12, 1 << 26)
-"""Chunks of an input that are smaller or larger than this are not taken over for the output."""
-
-
-def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
-    """Chunks for an output: the volume's when they are reasonable, else 64^3, 512^2 and the like."""
-    chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
-    size = out_itemsize * int(np.prod(chunks, dtype=object))
-    if volume.source.chunked and (
-        CHUNK_BYTES[0] <= size <= CHUNK_BYTES[1] or (chunks == volume.shape and size <= CHUNK_BYTES[1])
-    ):
-        return chunks
-    looped = len(volume.shape) - volume.spatial_ndim
-    side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)
-    return tuple(1 if a < looped else min(side, n) for a, n in enumerate(volume.shape))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.axes import Axes, resolve_axes
+from oocpatch.storage.inflation import ChunkGuard
 from oocpatch.storage.native import NativeArray
 from oocpatch.storage.sources import Source, open_source
 
@@ -50,6 +51,7 @@ class Volume:
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
         self.coder: NativeArray | None = None  # see `native`
+        self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
         if self.dtype.kind not in "buif":
@@ -131,6 +133,7 @@ class Volume:
         if box in Box.of_shape(self.shape):
             target = self._natively(out)
             if target is not None and self.coder is not None:
+                self._check(box)
                 self.coder.read_into(target, self._selection(box))
             else:
                 out[...] = self._load(box)
@@ -168,8 +171,14 @@ class Volume:
 
     def _load(self, box: Box) -> npt.NDArray[Any]:
         """Read a box inside the volume as `(C, *box.shape)`."""
+        self._check(box)
         data = self.source.load(self._selection(box)).transpose(self._positions)
         return data[None] if self.axes.channel is None else data
+
+    def _check(self, box: Box) -> None:
+        """Refuse chunks that would inflate, before they are read."""
+        if self._guard is not None:
+            self._guard.check(self._selection(box))
 
     def _natively(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """`out`, `(C, *shape)`, with its axes as the source has them; None where zarrs cannot read into it."""
@@ -197,3 +206,21 @@ def _source_index(index: npt.NDArray[np.int64], length: int, mode: str) -> npt.N
     if mode == "wrap":
         return index % length
     return np.clip(index, 0, length - 1)
+
+
+DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
+CHUNK_BYTES = (1 << 12, 1 << 26)
+"""Chunks of an input that are smaller or larger than this are not taken over for the output."""
+
+
+def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
+    """Chunks for an output: the volume's when they are reasonable, else 64^3, 512^2 and the like."""
+    chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
+    size = out_itemsize * int(np.prod(chunks, dtype=object))
+    if volume.source.chunked and (
+        CHUNK_BYTES[0] <= size <= CHUNK_BYTES[1] or (chunks == volume.shape and size <= CHUNK_BYTES[1])
+    ):
+        return chunks
+    looped = len(volume.shape) - volume.spatial_ndim
+    side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)
+    return tuple(1 if a < looped else min(side, n) for a, n in enumerate(volume.shape))

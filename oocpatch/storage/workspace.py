@@ -37,7 +37,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from oocpatch.errors import CorruptPartial
+from oocpatch.errors import CorruptData, CorruptPartial
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
@@ -117,10 +117,20 @@ class Workspace:
                     array[:] = values
 
     def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
-        """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows."""
+        """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.
+
+        Raises:
+            CorruptData: when they cannot be read.
+        """
         store = LocalStore(self.root / "weights" / str(head))
-        arrays = (zarr.open_array(store, path=name, mode="r") for name in self.plan.axes)
-        return [np.asarray(array[:], dtype=np.float64) for array in arrays]
+        try:
+            arrays = [zarr.open_array(store, path=name, mode="r") for name in self.plan.axes]
+            return [np.asarray(array[:], dtype=np.float64) for array in arrays]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(
+                f"the weights in {store.root} are not what was written ({type(error).__name__}); "
+                "the same call writes them anew"
+            ) from error
 
     def writer(self, block: int) -> PartialWriter:
         """Write the partials of a block."""

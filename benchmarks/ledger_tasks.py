@@ -1,0 +1,125 @@
+"""The steps of the ledger benchmark; each in a process of its own: `python -m benchmarks.ledger_tasks NAME JSON`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+
+import oocpatch
+from benchmarks.measure import MIB, RESULT, measured
+from oocpatch.inference.scheduler import Run
+from oocpatch.inference.stages import Done
+from oocpatch.planning.plan import Plan
+from oocpatch.progress import root_of
+from oocpatch.storage.kept import keep_ledger
+from oocpatch.storage.ledger import Ledger, Progress
+from oocpatch.storage.output import create_output, inspect_output
+from oocpatch.storage.volume import Volume
+from oocpatch.storage.workspace import Workspace
+
+PATCH, STRIDE, BLOCK = 16, 8, 16
+"""Each block receives seams from up to seven neighbours."""
+
+
+def _plan(directory: str, edge: int) -> tuple[Plan, Path]:
+    """A run over an empty volume."""
+    volume, output = Path(directory) / f"empty-{edge}.zarr", Path(directory) / "out.zarr"
+    if not volume.exists():
+        zarr.create_array(volume, shape=(edge * BLOCK,) * 3, chunks=(BLOCK,) * 3, dtype="uint8")
+    made = oocpatch.plan(
+        volume,
+        torch.nn.Identity(),
+        output,
+        axes="zyx",
+        patch_size=PATCH,
+        patch_overlap=PATCH - STRIDE,
+        block_shape=BLOCK,
+        output_chunks=BLOCK,
+        max_memory="4GiB",
+    )
+    return made, output
+
+
+def _ledger(directory: str) -> Path:
+    return Path(directory) / "ledger"
+
+
+def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
+    """Make the plan, and look at its first and last blocks."""
+    _plan(directory, 4)
+    with measured() as usage:
+        made, _ = _plan(directory, edge)
+        last = made.block_grid[made.blocks - 1]
+        sources = made.block_grid.sources(last)
+    return {**vars(usage), "result": f"{made.patches:,} patches, {len(sources)} seams"}
+
+
+def drive(directory: str, edge: int) -> dict[str, Any]:
+    """Run both stages over all blocks, with tasks that do nothing."""
+    made, _ = _plan(directory, edge)
+    done = Progress.read(_ledger(directory))
+    crcs = "AAAAAA=="
+
+    def submit(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    with measured() as usage:
+        ledger = Ledger(_ledger(directory))
+        run = Run(
+            blocks=made.block_grid,
+            progress=done,
+            ledger=ledger,
+            predict=lambda index: Done(index + 1, 0, crcs),
+            normalize=lambda _, digests: Done(0, 0, crcs if digests else ""),
+            delete=lambda _: None,
+            stop=threading.Event(),
+        )
+        run.execute(submit, 2)
+        ledger.close()
+    size = _ledger(directory).stat().st_size
+    return {**vars(usage), "result": f"{len(done.predicted) + len(done.normalized):,} records, {size / MIB:.0f} MiB"}
+
+
+def read_progress(directory: str, edge: int) -> dict[str, Any]:
+    """Read the ledger, as a resume does."""
+    with measured() as usage:
+        found = Progress.read(_ledger(directory))
+    return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
+
+
+def keep(directory: str, edge: int) -> dict[str, Any]:
+    """Gather the records that stand, as the end of a run does."""
+    with measured() as usage:
+        keep_ledger(_ledger(directory), Path(directory) / "kept", edge**3)
+    return {**vars(usage), "result": f"{(Path(directory) / 'kept').stat().st_size / MIB:.0f} MiB"}
+
+
+def tell_status(directory: str, edge: int) -> dict[str, Any]:
+    """Say how far the run is, from its workspace alone."""
+    made, output = _plan(directory, edge)
+    create_output(
+        output, made, Volume(Path(directory) / f"empty-{edge}.zarr", "zyx"), Path(directory) / "workspace", None
+    )
+    record = inspect_output(output)
+    assert record is not None
+    workspace = Workspace.create(root_of(record), made)
+    _ledger(directory).rename(workspace.root / "ledger")
+    with measured() as usage:
+        found = oocpatch.status(output)
+    (workspace.root / "ledger").rename(_ledger(directory))
+    return {**vars(usage), "result": f"{found.predict_done:,} blocks done"}
+
+
+if __name__ == "__main__":
+    tasks = {task.__name__: task for task in (plan_blocks, drive, read_progress, keep, tell_status)}
+    print(RESULT + json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))
