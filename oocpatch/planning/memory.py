@@ -131,46 +131,81 @@ def layers_per_group(blocks: BlockGrid, totals: tuple[AxisTotals, ...], batch: i
     return max(1, -(-batch // max(1, per_layer)))
 
 
-def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, concurrency: int) -> Projection:
-    """Memory, disk and traffic of a run with the given blocks.
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """The part of a projection that takes little to find.
+
+    Attributes:
+        disk, bytes_read, bytes_written: as in a projection.
+    """
+
+    disk: int
+    bytes_read: int
+    bytes_written: int
+
+
+def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, concurrency: int, *, aligned: bool) -> Traffic:
+    """Disk and traffic of a run with the given blocks.
 
     Args:
         frame: the blocks in the volume's frame.
         heads: the blocks in the frame of each head.
         sizes: what a voxel, a chunk and a batch weigh.
-        way: how tasks go about their blocks.
         concurrency: blocks computed at a time, for the number of blocks whose partials live at a time.
+        aligned: as in `Way`.
     """
     blocks, totals, sweep = frame.blocks, frame.totals, frame.blocks.sweep
     stored = sum((f.seams + f.own) * h.sum_voxel for f, h in zip(heads, sizes.heads, strict=True))
-    group = layers_per_group(blocks, totals, sizes.batch)
-    classes = itertools.product(*(range(len(t.spans)) for t in totals))
-    parts = max(
-        (_task_parts(frame, heads, which, sizes=sizes, way=way, group=group) for which in classes),
-        key=lambda found: sum(size for _, size in found),
+    swept = totals[sweep].decoded if aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
+    decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
+    written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel for f, h in zip(heads, sizes.heads, strict=True))
+    return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel + stored, written + stored)
+
+
+def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, moved: Traffic) -> Projection:
+    """All that a run with the given blocks will need; arguments as for `traffic`, whose result `moved` is."""
+    every = itertools.product(*(range(len(t.spans)) for t in frame.totals))
+    parts = max((_parts_of(frame, heads, which, sizes, way) for which in every), key=_total)
+    shared = _shared(heads, sizes, way)
+    return Projection(
+        task_memory=_total(parts),
+        shared_memory=_total(shared),
+        disk=moved.disk,
+        bytes_read=moved.bytes_read,
+        bytes_written=moved.bytes_written,
+        parts=(*parts, *shared),
     )
-    shared = (
+
+
+def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, concurrency: int) -> int:
+    """A bound from below of `Projection.memory`, in a fraction of the time: that of blocks amid others."""
+    amid = tuple(len(t.spans) // 2 for t in frame.totals)
+    return _total(_shared(heads, sizes, way)) + concurrency * _total(_parts_of(frame, heads, amid, sizes, way))
+
+
+Parts = tuple[tuple[str, int], ...]
+
+
+def _total(parts: Parts) -> int:
+    return sum(size for _, size in parts)
+
+
+def _shared(heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Parts:
+    """Bytes that the tasks of a process share."""
+    return (
         ("model", sizes.model_bytes),
         ("chunks", chunk_bytes(way.io_threads, sizes.unit_bytes)),
         ("weights", 8 * sum(sum(f.blocks.grid.shape) for f in heads)),
         ("window", sizes.window_bytes),
     )
-    swept = totals[sweep].decoded if way.aligned else _decoded_unaligned(blocks, totals[sweep], sizes)
-    decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
-    written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel for f, h in zip(heads, sizes.heads, strict=True))
-    return Projection(
-        task_memory=sum(size for _, size in parts),
-        shared_memory=sum(size for _, size in shared),
-        disk=_disk(heads, sizes, stored, concurrency),
-        bytes_read=decoded * sizes.in_voxel + stored,
-        bytes_written=written + stored,
-        parts=(*parts, *shared),
-    )
 
 
-def _task_parts(
-    frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: Sizes, way: Way, group: int
-) -> tuple[tuple[str, int], ...]:
+def _parts_of(frame: Frame, heads: tuple[Frame, ...], which: Ints, sizes: Sizes, way: Way) -> Parts:
+    group = layers_per_group(frame.blocks, frame.totals, sizes.batch)
+    return _task_parts(frame, heads, which, sizes=sizes, way=way, group=group)
+
+
+def _task_parts(frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: Sizes, way: Way, group: int) -> Parts:
     """Bytes of the buffers of one task, of the stage that needs more.
 
     Args:
@@ -185,7 +220,7 @@ def _task_parts(
     axis = frame.blocks.axes[sweep]
     spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
     chunk = sizes.in_chunk[sweep] if way.aligned else 1
-    layers = axis.patches(spans[sweep].position)
+    layers = spans[sweep].members
     in_planes, _ = capacity(axis.grid.grown(sizes.context[sweep]), layers, group, chunk, ahead=way.ahead)
     section = math.prod(s.patches for a, s in enumerate(spans) if a != sweep)
     planes = frame.blocks.grid.patch_size[sweep] + (group - 1) * axis.grid.stride
@@ -213,7 +248,7 @@ def _head_parts(
     axis = frame.blocks.axes[sweep]
     spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
     swept, cross = spans[sweep], [s for a, s in enumerate(spans) if a != sweep]
-    _, sum_planes = capacity(axis.grid, axis.patches(swept.position), group, 1, ahead=way.ahead)
+    _, sum_planes = capacity(axis.grid, swept.members, group, 1, ahead=way.ahead)
     reach = math.prod(s.reach for s in cross)
     step = min(frame.blocks.step, swept.reach)
     mixed = math.prod(s.direct for s in cross) * sizes.out_voxel

@@ -12,13 +12,14 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.head import common_unit, crops
-from oocpatch.planning.memory import Projection, Sizes, Way, io_threads, project
+from oocpatch.planning.memory import Projection, Sizes, Traffic, Way, io_threads, least_memory, project, traffic
 from oocpatch.planning.plan import human
 from oocpatch.planning.totals import AxisTotals, Frame, axis_totals
 
@@ -68,30 +69,64 @@ def choose(
         PlanTooLarge: when nothing fits; with the numbers, and what to change.
     """
     threads = io_threads(max_memory, sizes.unit_bytes)
-    best: tuple[float, Choice] | None = None
-    smallest: Projection | None = None
-    leanest: Projection | None = None
     frames = Frames(sizes)
+    candidates: list[_Candidate] = []
     for blocks in _candidates(grid, common_unit(sizes.heads), block_shape, crop=crops(sizes.heads)):
         frame, heads = frames.of(blocks)
-        for aligned, ahead in itertools.product((True, False), repeat=2):
-            way = Way(aligned, ahead, threads)
-            projection = project(frame, heads, sizes, way, NOMINAL[0])
-            if smallest is None or projection.memory(1) < smallest.memory(1):
-                smallest = projection
-            concurrency = next((c for c in NOMINAL if projection.memory(c) <= max_memory), 0)
-            if not concurrency:
-                continue
-            if leanest is None or projection.disk < leanest.disk:
-                leanest = projection
-            if max_disk is not None and projection.disk > max_disk:
-                continue
-            cost = _cost(blocks, projection, grid, concurrency, ahead=ahead)
-            if best is None or cost < best[0]:
-                best = cost, Choice(blocks, way, concurrency, projection)
+        for aligned in (True, False):
+            moved = traffic(frame, heads, sizes, NOMINAL[0], aligned=aligned)
+            ways = (Way(aligned, ahead, threads) for ahead in (True, False))
+            candidates += [_Candidate(frame, heads, sizes, way, moved) for way in ways]
+    best: tuple[float, _Candidate, int] | None = None
+    for candidate in sorted(candidates, key=lambda c: c.cost(NOMINAL[0])):
+        if best is not None and candidate.cost(NOMINAL[0]) >= best[0]:
+            break  # nor does any that comes after it cost less
+        if max_disk is not None and candidate.moved.disk > max_disk:
+            continue
+        concurrency = candidate.concurrency(max_memory)
+        if concurrency and (best is None or candidate.cost(concurrency) < best[0]):
+            best = candidate.cost(concurrency), candidate, concurrency
     if best is None:
-        raise PlanTooLarge(_refusal(smallest, leanest, max_memory, max_disk))
-    return _with_workers(best[1], workers, max_memory)
+        raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
+    _, found, concurrency = best
+    return _with_workers(Choice(found.frame.blocks, found.way, concurrency, found.projection), workers, max_memory)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Blocks, and a way to go about them."""
+
+    frame: Frame
+    heads: tuple[Frame, ...]
+    sizes: Sizes
+    way: Way
+    moved: Traffic
+
+    @cached_property
+    def projection(self) -> Projection:
+        return project(self.frame, self.heads, self.sizes, self.way, self.moved)
+
+    @cached_property
+    def least(self) -> int:
+        """A bound from below of the memory of one task at a time."""
+        return least_memory(self.frame, self.heads, self.sizes, self.way, 1)
+
+    def concurrency(self, max_memory: int) -> int:
+        """How many tasks at a time fit, of the nominal numbers; 0: not even one."""
+        if self.least > max_memory:
+            return 0
+        return next((c for c in NOMINAL if self.projection.memory(c) <= max_memory), 0)
+
+    def cost(self, concurrency: int) -> float:
+        """Projected traffic, weighed: bytes, and what makes them slower or dearer to lose."""
+        blocks = self.frame.blocks
+        cost = float(self.moved.bytes_read + self.moved.bytes_written)
+        cost *= 1.0 if self.way.ahead else UNHURRIED
+        cost *= LONELY if concurrency == 1 or blocks.num_blocks == 1 else 1.0
+        cost *= 1.0 + 0.01 * blocks.sweep  # rows of memory stay long when an early axis is swept
+        work = blocks.grid.num_patches * math.prod(blocks.grid.patch_size) / blocks.num_blocks
+        cost *= max(1.0, work / WORK)
+        return cost + 20_000.0 * blocks.num_blocks  # what a task costs besides its bytes
 
 
 class Frames:
@@ -165,25 +200,22 @@ def _core_lengths(axis: GridAxis, unit: int, few: int) -> list[int]:
     return [ordered[i] for i in sorted(picked)]
 
 
-def _cost(blocks: BlockGrid, projection: Projection, grid: PatchGrid, concurrency: int, *, ahead: bool) -> float:
-    """Projected traffic, weighed: bytes, and what makes them slower or dearer to lose."""
-    cost = float(projection.bytes_read + projection.bytes_written)
-    cost *= 1.0 if ahead else UNHURRIED
-    cost *= LONELY if concurrency == 1 or blocks.num_blocks == 1 else 1.0
-    cost *= 1.0 + 0.01 * blocks.sweep  # rows of memory stay long when an early axis is swept
-    work = grid.num_patches * math.prod(grid.patch_size) / blocks.num_blocks
-    cost *= max(1.0, work / WORK)
-    return cost + 20_000.0 * blocks.num_blocks  # what a task costs besides its bytes
-
-
-def _refusal(smallest: Projection | None, leanest: Projection | None, max_memory: int, max_disk: int | None) -> str:
-    if leanest is not None and max_disk is not None:
-        return (
-            f"the workspace needs {human(leanest.disk)} of disk but max_disk is {human(max_disk)}; "
-            "raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
-        )
-    if smallest is None:
-        raise AssertionError("a grid has at least one candidate")
+def _refusal(candidates: list[_Candidate], max_memory: int, max_disk: int | None) -> str:
+    """Why none of the candidates will do: those that fit the memory take too much disk, or none fits it."""
+    if max_disk is not None:
+        for candidate in sorted(candidates, key=lambda c: c.moved.disk):
+            if candidate.concurrency(max_memory):
+                return (
+                    f"the workspace needs {human(candidate.moved.disk)} of disk but max_disk is {human(max_disk)}; "
+                    "raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
+                )
+    smallest: Projection | None = None
+    for candidate in sorted(candidates, key=lambda c: c.least):
+        if smallest is not None and candidate.least >= smallest.memory(1):
+            break
+        if smallest is None or candidate.projection.memory(1) < smallest.memory(1):
+            smallest = candidate.projection
+    assert smallest is not None, "a grid has at least one candidate"
     parts = ", ".join(f"{name} {human(n)}" for name, n in smallest.parts if n)
     return (
         f"one layer of patches needs {human(smallest.memory(1))} ({parts}) but max_memory is {human(max_memory)}; "

@@ -17,7 +17,7 @@ class Span:
     """A bound on some blocks' lengths along one axis, in voxels: first block, last block, or all between.
 
     Attributes:
-        position: index of one such block.
+        members: the patches of one such block.
         core: longest core.
         halo: longest halo.
         open: longest open part.
@@ -26,7 +26,7 @@ class Span:
         layers: most patches of a block.
     """
 
-    position: int
+    members: range
     core: int
     halo: int
     open: int
@@ -114,7 +114,7 @@ def _span(axis: BlockAxis, indices: list[int], context: int) -> Span:
     cores = [stop - start for start, stop in map(axis.core, indices)]
     opens = [axis.open(i) for i in indices]
     return Span(
-        position=indices[0],
+        members=axis.patches(indices[0]),
         core=max(cores),
         halo=max(axis.spill(i) for i in indices),
         open=max(opens),
