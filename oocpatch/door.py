@@ -258,16 +258,6 @@ def number(name: str, value: float) -> float:
     return value if isinstance(value, int) else float(value)
 
 
-def not_yet(name: str, value: object) -> None:
-    """Refuse an argument of the contract that this version does not offer.
-
-    Raises:
-        ValueError: when it is given.
-    """
-    if value is not None:
-        raise ValueError(f"{name} must be None in this version, got {type(value).__name__}")
-
-
 def plain(value: float) -> float | str:
     """A number as JSON can compare it: NaN is not equal to itself, its name is."""
     return "nan" if math.isnan(value) else value

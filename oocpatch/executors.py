@@ -71,5 +71,5 @@ def details(request: Request, made: Plan, seconds: float, done: Progress, halved
         "nonfinite_voxels": done.nonfinite,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
-        **facts(made, request.settings),
+        **facts(request.settings),
     }

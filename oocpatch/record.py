@@ -1,9 +1,8 @@
-"""What a run writes down about itself: its settings, the versions of what it used, its plan."""
+"""What a run writes down about itself: its settings, and the versions of what it used."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from oocpatch.planning.plan import Plan
 
 LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
@@ -72,11 +69,10 @@ def _described(value: Any) -> str:
     return f"<{type(value).__name__}{f' {name}' if name else ''}>"
 
 
-def facts(plan: Plan, asked: Mapping[str, Any]) -> dict[str, Any]:
+def facts(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the output's attributes when a run is done. The peak is the whole process', since its start."""
     return {
         "settings": dict(asked),
         "versions": versions(),
-        "plan": json.loads(plan.to_json()),
         "process_peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -259,10 +259,18 @@ def _decide(
     if not resume:
         state = "complete" if found.complete else "incomplete"
         raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
-    workspace = Workspace.find(root_of(found))
-    stored = workspace.plan if workspace is not None else None
+    return _stored(request, found), found
+
+
+def _stored(request: Request, found: OutputRecord) -> Plan | None:
+    """The stored plan to go on with; None where there is none, or nothing is left to do.
+
+    Raises:
+        RunMismatch: when it is of a run with other parameters.
+    """
     request.refuse_other_run(found)
-    return (resumed(stored, request) if stored is not None and not found.complete else None), found
+    workspace = None if found.complete else Workspace.find(root_of(found))
+    return None if workspace is None else resumed(workspace.plan, request)
 
 
 def _predict(
@@ -344,7 +352,8 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
         with turn():
             own_lock = stack.enter_context(contextlib.ExitStack())
             own_lock.enter_context(locked(part.lock(output), told, str(part)))
-            stored, found = _decide_again(request)
+            found = inspect_output(output)  # once more, now that no other part sets it up
+            stored = None if found is None else _stored(request, found)
             if found is not None and found.complete:
                 return open_result(output)
             workspace = _set_up(request, stored or made, progress, resuming=stored is not None)
@@ -371,13 +380,3 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
     if not complete:
         result.attrs["complete"] = False
     return result
-
-
-def _decide_again(request: Request) -> tuple[Plan | None, OutputRecord | None]:
-    """What a part goes on with, now that no other one sets it up."""
-    found = inspect_output(request.output)
-    if found is None:
-        return None, None
-    request.refuse_other_run(found)
-    workspace = Workspace.find(root_of(found))
-    return (None if workspace is None else resumed(workspace.plan, request)), found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -22,12 +23,16 @@ PATIENCE = 120.0
 """Seconds after which a child counts as hanging."""
 
 
-class Children:
-    """A process that has imported everything and forks a child per job."""
+class Forks(abc.ABC):
+    """A process that has imported everything and forks children, as it is told line by line.
 
-    def __init__(self) -> None:
+    Args:
+        module: the module of the tests whose `serve` it runs.
+    """
+
+    def __init__(self, module: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", "from tests import crash_child; crash_child.serve()"],
+            [sys.executable, "-c", f"from tests import {module}; {module}.serve()"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -44,8 +49,7 @@ class Children:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pid in list(self._alive):
-            self.kill(pid)
+        self.kill_all()
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
@@ -60,6 +64,21 @@ class Children:
         answer = self._server.stdout.readline().strip()
         assert answer, "the process that forks the children has died"
         return answer
+
+    @abc.abstractmethod
+    def kill(self, pid: int) -> object:
+        """End a child, and see it gone."""
+
+    def kill_all(self) -> None:
+        for pid in list(self._alive):
+            self.kill(pid)
+
+
+class Children(Forks):
+    """A child per job."""
+
+    def __init__(self) -> None:
+        super().__init__("crash_child")
 
     def start(self, job: Job) -> int:
         """Process id of a child that does `job`."""

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import distributed
 import numpy as np
 
 import oocpatch
-from tests.children import ROOT, file_digests
+from tests.children import Forks, file_digests
 from tests.cluster_child import MODEL
 from tests.crash_child import make_volume
 
@@ -29,46 +26,19 @@ MIDDLE = float(np.ravel_multi_index((8, 16), SHAPE) + 1)
 MIDDLE_BLOCK = 6
 
 
-class Fork:
+class Fork(Forks):
     """Processes forked on demand: a scheduler, workers, clients."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("cluster_child")
         self.folder = folder
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", "from tests import cluster_child; cluster_child.serve()"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        )
-        self._alive: set[int] = set()
         self._count = 0
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline().strip() == "ready"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill_all()
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.close()
-        self._server.wait(PATIENCE)
-        self._server.stdout.close()
-
-    def _ask(self, *question: Any) -> str:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(question) + "\n")
-        self._server.stdin.flush()
-        return self._server.stdout.readline().strip()
+    def _tell(self, *question: Any) -> str:
+        return self._ask(json.dumps(question))
 
     def start(self, role: str, *arguments: Any) -> int:
-        pid = int(self._ask(role, arguments, str(self.folder / f"{role}.log")))
+        pid = int(self._tell(role, arguments, str(self.folder / f"{role}.log")))
         self._alive.add(pid)
         return pid
 
@@ -82,7 +52,7 @@ class Fork:
 
     def poll(self, pid: int) -> int | None:
         """Exit code of a process; None while it runs."""
-        answer = self._ask(pid)
+        answer = self._tell(pid)
         if answer == "running":
             return None
         self._alive.discard(pid)
@@ -92,10 +62,6 @@ class Fork:
         os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
         until(lambda: self.poll(pid) is not None)
-
-    def kill_all(self) -> None:
-        for pid in list(self._alive):
-            self.kill(pid)
 
 
 class SmallCluster:

@@ -1,11 +1,19 @@
-"""What all tests share: Hypothesis profiles and the door to the tests that download real data."""
+"""What all tests share: Hypothesis profiles, runs to stop, commands, the door to the tests that download real data."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from oocpatch.cli import main
+from tests.children import Children
+from tests.crash_child import Job, make_volume
+from tests.small_run import TINY, job_in, small_run
 
 # The same commit gives the same verdict, on any machine and however busy it is: no deadline, no random seed.
 # `HYPOTHESIS_PROFILE=explore` looks for new counterexamples instead.
@@ -34,3 +42,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, (asked, reason) in DOORS.items():
             if item.get_closest_marker(marker) and not asked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    """Processes to run jobs in, and to kill."""
+    with Children() as running:
+        yield running
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """The run over two axes, with nothing done yet."""
+    return small_run(tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Job:
+    """Two blocks on one axis with a seam between them: every kind of write, as few as possible."""
+    make_volume(tmp_path / "volume.zarr", (16,), (8,))
+    return job_in(tmp_path, **TINY)
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Exit code, stdout and stderr of `oocpatch` with these arguments."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["oocpatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capfd.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from oocpatch.cli import main
 from tests.children import unchanged
 from tests.small_volume import make_small_volume
 from tests.test_bad_output import FOREIGN
@@ -28,20 +26,6 @@ def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
     with unchanged(tmp_path):
         yield tmp_path / "out.zarr"
     assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Exit code, stdout and stderr of `oocpatch` with these arguments."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["oocpatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capfd.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 REFUSALS: dict[str, tuple[int, list[str], str]] = {

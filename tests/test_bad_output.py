@@ -129,12 +129,6 @@ def test_a_workspace_below_a_regular_file_is_refused(volume: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "volume.zarr"]
 
 
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="a limit on file sizes stands in for a full disk")
 @pytest.mark.parametrize("limit", [300, 1500, 3000])
 def test_a_full_disk_fails_with_one_message_and_the_run_continues_when_there_is_room(

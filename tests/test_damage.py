@@ -8,7 +8,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +27,8 @@ from tests.small_run import (
     job_in,
     prediction,
     restore,
-    small_run,
     undisturbed,
 )
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return small_run(tmp_path)
 
 
 def flip_a_bit(path: Path, generator: random.Random) -> None:

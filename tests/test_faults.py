@@ -18,20 +18,7 @@ import oocpatch
 from tests.children import Children, file_digests, report
 from tests.crash_child import Job, make_volume
 from tests.faults import outcome
-from tests.small_run import TINY, fresh, job_in, prediction, small_run
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Job:
-    """Two blocks on one axis with a seam between them: every kind of write, as few as possible."""
-    make_volume(tmp_path / "volume.zarr", (16,), (8,))
-    return job_in(tmp_path, **TINY)
+from tests.small_run import fresh, prediction, small_run
 
 
 def ends(children: Children, tiny: Job, fault: str, every: int, offset: int) -> Counter[str]:

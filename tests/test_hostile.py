@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numcodecs
@@ -22,12 +22,6 @@ from tests.children import Children, report, unchanged
 from tests.crash_child import Job
 
 SECONDS, BYTES = 2.0, 500 << 20
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
 
 
 def metadata_of(path: Path, **fields: object) -> None:

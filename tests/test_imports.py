@@ -80,7 +80,7 @@ def _floors() -> dict[str, Floor]:
         "remote": Floor(request | {"job", "recipe", "remote"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),
         "converting": Floor(convert, on_disk),
-        "record": Floor(frozenset({"planning"}), numpy),
+        "record": Floor(frozenset(), numpy),
         "looking": Floor(look, on_disk),
         "verifying": Floor(request | {"progress", "parts", "verifying"}, on_disk),
         "checking": Floor(above, on_device),

@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,27 +21,14 @@ from tests.crash_child import DIED, INTERRUPTED, Job, make_volume
 from tests.small_run import (
     LAST_TINY_PATCH,
     MOST_IN_BLOCK,
-    TINY,
     all_patches,
     block_of,
     fresh,
     job_in,
     patch_calls,
     prediction,
-    small_run,
     undisturbed,
 )
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return small_run(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -91,13 +77,6 @@ def assert_finished_blocks_stay_finished(
         done = [block for block, count in Counter(computed).items() if count == in_block[block]]
         last_patch = {block: len(computed) - computed[::-1].index(block) for block in done}
         finished |= set(sorted(done, key=last_patch.__getitem__)[: -(workers + 1)])
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Job:
-    """Two blocks on one axis with a seam between them: every kind of write, as few as possible."""
-    make_volume(tmp_path / "volume.zarr", (16,), (8,))
-    return job_in(tmp_path, **TINY)
 
 
 @pytest.mark.parametrize("mode", ["hann", "crop"])

@@ -9,7 +9,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +32,8 @@ from tests.small_run import (
     patch_calls,
     prediction,
     restore,
-    small_run,
     undisturbed,
 )
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return small_run(tmp_path)
 
 
 def part_of(job: Job, number: int, count: int = 3) -> Job:

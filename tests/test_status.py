@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,6 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.storage.ledger import COMMIT_RECORDS, Ledger, Progress, Record, read_ledger, standing
 from tests.children import Children
 from tests.small_run import MIDDLE, fresh, patch_calls, small_run
-
-
-@pytest.fixture(scope="module")
-def children() -> Iterator[Children]:
-    with Children() as running:
-        yield running
 
 
 def test_a_status_says_what_is_done_failed_and_left_and_at_what_speed(children: Children, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import itertools
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import xarray as xr
 import zarr
 
 import oocpatch
-from oocpatch.cli import main
 from tests import crash_child
 from tests.children import file_digests
 from tests.crash_child import Job, scripted_model
@@ -315,20 +313,6 @@ def test_what_is_no_output_of_predict_is_refused(tmp_path: Path) -> None:
 
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Exit code, stdout and stderr of `oocpatch` with these arguments."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["oocpatch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capfd.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_the_command_says_what_is_damaged_and_mends_it(tmp_path: Path, command: Command) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from oocpatch.planning.blocks import BlockGrid
@@ -165,7 +166,8 @@ def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, concurrency: i
 def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, moved: Traffic) -> Projection:
     """All that a run with the given blocks will need; arguments as for `traffic`, whose result `moved` is."""
     every = itertools.product(*(range(len(t.spans)) for t in frame.totals))
-    parts = max((_parts_of(frame, heads, which, sizes, way) for which in every), key=_total)
+    task = _of_a_task(frame, heads, sizes, way)
+    parts = max(map(task, every), key=_total)
     shared = _shared(heads, sizes, way)
     return Projection(
         task_memory=_total(parts),
@@ -177,10 +179,10 @@ def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, move
     )
 
 
-def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, concurrency: int) -> int:
-    """A bound from below of `Projection.memory`, in a fraction of the time: that of blocks amid others."""
+def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> int:
+    """A bound from below of `Projection.memory(1)`, in a fraction of the time: that of a block amid others."""
     amid = tuple(len(t.spans) // 2 for t in frame.totals)
-    return _total(_shared(heads, sizes, way)) + concurrency * _total(_parts_of(frame, heads, amid, sizes, way))
+    return _total(_shared(heads, sizes, way)) + _total(_of_a_task(frame, heads, sizes, way)(amid))
 
 
 Parts = tuple[tuple[str, int], ...]
@@ -200,9 +202,10 @@ def _shared(heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Parts:
     )
 
 
-def _parts_of(frame: Frame, heads: tuple[Frame, ...], which: Ints, sizes: Sizes, way: Way) -> Parts:
+def _of_a_task(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Callable[[Ints], Parts]:
+    """The bytes of the buffers of one task, as a function of which of the totals' spans its block lies in."""
     group = layers_per_group(frame.blocks, frame.totals, sizes.batch)
-    return _task_parts(frame, heads, which, sizes=sizes, way=way, group=group)
+    return lambda which: _task_parts(frame, heads, which, sizes=sizes, way=way, group=group)
 
 
 def _task_parts(frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: Sizes, way: Way, group: int) -> Parts:

@@ -109,7 +109,7 @@ class _Candidate:
     @cached_property
     def least(self) -> int:
         """A bound from below of the memory of one task at a time."""
-        return least_memory(self.frame, self.heads, self.sizes, self.way, 1)
+        return least_memory(self.frame, self.heads, self.sizes, self.way)
 
     def concurrency(self, max_memory: int) -> int:
         """How many tasks at a time fit, of the nominal numbers; 0: not even one."""

@@ -280,8 +280,9 @@ class Output:
         record = inspect_output(self.path)
         assert record is not None
         self._sweep(record)
+        details = {**details, "plan": json.loads(self._plan.to_json())}
         if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
-            details = {**details, **self._kept(record, ledger)}
+            details["files"] = self._files(record, ledger)
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
@@ -289,8 +290,8 @@ class Output:
             zarr.consolidate_metadata(LocalStore(self.path))
         rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
 
-    def _kept(self, record: OutputRecord, ledger: Path) -> dict[str, Any]:
-        """What `oocpatch check` needs later."""
+    def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
+        """The CRCs of all files that hold no write units, the ledger that is kept among them."""
         if "files" not in record.details:
             raise CorruptData(f"{self.path}/zarr.json is not what was written; start afresh with overwrite=True")
         files = dict(record.details["files"])
@@ -299,7 +300,7 @@ class Output:
                 raise CorruptData(f"{self.path / name} is not what was written; start afresh with overwrite=True")
         kept = f"{self._paths[0]}/{LEDGER}"
         files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
-        return {"plan": json.loads(self._plan.to_json()), "files": files}
+        return files
 
     def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
