@@ -231,7 +231,7 @@ def test_a_block_that_kills_its_process_is_named_and_no_other_is_blamed(small: S
             small.predict(client=client)
         assert set(caught.value.failures) == {MIDDLE_BLOCK}
         assert set(oocpatch.status(small.folder / "out").failed) == {MIDDLE_BLOCK}
-        assert len(client.nthreads()) == 2
+        until(lambda: len(client.nthreads()) == 2)
         small.behave()
         before = len(small.calls())
         small.predict(client=client)
