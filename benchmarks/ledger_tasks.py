@@ -65,7 +65,7 @@ def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
 def drive(directory: str, edge: int) -> dict[str, Any]:
     """Run both stages over all blocks, with tasks that do nothing."""
     made, _ = _plan(directory, edge)
-    done = Progress.read(_ledger(directory))
+    done = Progress.read([_ledger(directory)])
     crcs = "AAAAAA=="
 
     def submit(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
@@ -93,7 +93,7 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
 def read_progress(directory: str, edge: int) -> dict[str, Any]:
     """Read the ledger, as a resume does."""
     with measured() as usage:
-        found = Progress.read(_ledger(directory))
+        found = Progress.read([_ledger(directory)])
     return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
 
 
