@@ -234,3 +234,16 @@ def test_what_a_shell_waits_for_does_not_load_the_heavy_libraries(module: str) -
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_counting_the_memory_of_a_model_does_not_import_the_compiler_of_torch():
+    code = (
+        "import sys, torch\n"
+        "from oocpatch.inference.footprint import Footprint\n"
+        "with torch.inference_mode(), Footprint([]) as footprint:\n"
+        "    torch.zeros(1024).add(1)\n"
+        "print(footprint.peak, 'torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["8192", "False"]
