@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import zarr
 
 import oocpatch
 from benchmarks.measure import MIB, RESULT, measured
-from oocpatch.inference.scheduler import Run
+from oocpatch.inference.scheduler import Run, Task
 from oocpatch.inference.stages import Done
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import root_of
 from oocpatch.storage.kept import keep_ledger
-from oocpatch.storage.ledger import Ledger, Progress
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise
 from oocpatch.storage.output import create_output, inspect_output
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
@@ -62,29 +60,29 @@ def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
     return {**vars(usage), "result": f"{made.patches:,} patches, {len(sources)} seams"}
 
 
+class Idle:
+    """An executor whose tasks do nothing, and are done at once."""
+
+    window = 2
+
+    def submit(self, task: Task) -> Future[Done]:
+        """Say what a stage would."""
+        promise = Promise(task.index + 1, f"{task.index:015d}") if task.stage == "predict" else NO_PARTIALS
+        future: Future[Done] = Future()
+        future.set_result(Done(promise, units="AAAAAA=="))
+        return future
+
+    def stop(self) -> None:
+        """Nothing is under way."""
+
+
 def drive(directory: str, edge: int) -> dict[str, Any]:
     """Run both stages over all blocks, with tasks that do nothing."""
     made, _ = _plan(directory, edge)
-    done = Progress.read([_ledger(directory)])
-    crcs = "AAAAAA=="
-
-    def submit(function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments))
-        return future
-
+    done, every = Progress.read([_ledger(directory)]), range(made.blocks)
     with measured() as usage:
         ledger = Ledger(_ledger(directory))
-        run = Run(
-            blocks=made.block_grid,
-            progress=done,
-            ledger=ledger,
-            predict=lambda index: Done(index + 1, 0, crcs),
-            normalize=lambda _, digests: Done(0, 0, crcs if digests else ""),
-            delete=lambda _: None,
-            stop=threading.Event(),
-        )
-        run.execute(submit, 2)
+        Run(made.block_grid, done, ledger, lambda _: None, own=every, finishes=every).execute(Idle())
         ledger.close()
     size = _ledger(directory).stat().st_size
     return {**vars(usage), "result": f"{len(done.predicted) + len(done.normalized):,} records, {size / MIB:.0f} MiB"}
