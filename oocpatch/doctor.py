@@ -29,6 +29,7 @@ EXTRAS = {
     "nifti": ("nibabel",),
     "hdf5": ("h5py",),
     "tensorstore": ("tensorstore",),
+    "s3": ("obstore",),
     "view": ("PIL",),
 }
 """What each extra brings, by the names that are imported."""
