@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from tests.conftest import Command
 from tests.stores import Bucket, served, with_environment
 
 DATA = np.arange(1, 24 * 32 + 1, dtype=np.float32).reshape(24, 32)
+ODD = "a name/with #1 50% %20 ü & <more>?.zarr"
+"""As the names of objects may be."""
 OPTIONS = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "progress": False}
 
 
@@ -43,8 +46,8 @@ def volume(tmp_path: Path) -> Path:
 
 
 def test_a_volume_behind_a_url_is_the_one_on_disk_also_in_another_process(bucket: Bucket, volume: Path) -> None:
-    here, there = oocpatch.Volume(volume), oocpatch.Volume(bucket.upload(volume, "some/volume.zarr"))
-    web = oocpatch.Volume(bucket.web("some/volume.zarr/scan"))
+    here, there = oocpatch.Volume(volume), oocpatch.Volume(bucket.upload(volume, ODD))
+    web = oocpatch.Volume(bucket.web(f"{quote(ODD)}/scan"))
     box = Box((-2, 3), (20, 40))
     travelled = pickle.loads(pickle.dumps(there))  # noqa: S301 - its own
     for found in (there, web, travelled):

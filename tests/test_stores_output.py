@@ -91,7 +91,7 @@ def half(patches: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_an_output_in_an_object_store_has_the_bytes_of_a_local_one(
     model: Any, options: dict[str, Any], bucket: Bucket, volume: Path, tmp_path: Path
 ) -> None:
-    name = f"results/{options['overlap_mode']}.zarr"
+    name = f"results #1 50%/{options['overlap_mode']} ü.zarr"
     here = oocpatch.predict(volume, model, tmp_path / "out", **OPTIONS, **options)
     there = oocpatch.predict(volume, model, bucket.url(name), **OPTIONS, **options)
     assert_same(bucket.objects(f"{name}/"), files(tmp_path / "out"))

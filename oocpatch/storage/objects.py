@@ -17,6 +17,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from zarr.storage import ObjectStore
 
@@ -71,8 +72,10 @@ def _client(url: str, *, hurried: bool) -> Any:
 
     # Options that are given here switch off those of the environment: AWS_ALLOW_HTTP, AWS_TIMEOUT, AWS_PROXY_URL ...
     options: dict[str, Any] = {"client_options": {"allow_http": True}} if scheme_of(url) == "http" else {}
+    scheme, _, path = url.partition("://")
     return from_url(
-        url,
+        # Names of objects are meant as they stand: a `#` would end a URL, and `%20` is no blank.
+        f"{scheme}://{quote(path)}" if scheme in BUCKETS else url,
         **options,
         retry_config={
             "max_retries": HURRIED_RETRIES if hurried else RETRIES,
