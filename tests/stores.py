@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -49,6 +50,10 @@ class Bucket:
         assert self._server.stdout is not None
         self._server.stdout.close()
 
+    def signal(self, number: int) -> None:
+        """Freeze or thaw the server."""
+        self._server.send_signal(number)
+
     def outage(self, connections: int = 3) -> None:
         """Kill the server; begin to start it again when so many connections were made in vain."""
         self.kill()
@@ -84,6 +89,10 @@ class Bucket:
         """All objects whose names begin with a prefix, by the rest of their names."""
         files = {unquote(file.name): file for file in self._objects.iterdir()}
         return {n.removeprefix(prefix): files[n].read_bytes() for n in sorted(files) if n.startswith(prefix)}
+
+    def digests(self, prefix: str) -> dict[str, str]:
+        """As `objects`, with their digests."""
+        return {n: hashlib.sha256(content).hexdigest() for n, content in self.objects(prefix).items()}
 
     def put(self, key: str, content: bytes) -> None:
         (self._objects / quote(key, safe="")).write_bytes(content)
