@@ -107,6 +107,7 @@ EXTRA = {
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/objects.py": frozenset({"obstore"}),
     "storage/ome_output.py": frozenset({"yaozarrs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "storage/formats/hdf5.py": frozenset({"h5py"}),

@@ -1,0 +1,306 @@
+"""Object stores: S3 and its like, through obstore, and as much of `Path` as a volume or an output there needs.
+
+An object is put whole in one request, and is there whole or not at all, as a file is that gets its name by renaming.
+Faults that may pass (5xx, timeouts, connections that are refused or dropped) are tried again with growing pauses, first
+by obstore and then by whoever runs tasks. What is left of them becomes an `OSError` of its kind. Settings come from the
+environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, ...); only addresses travel to other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zarr.storage import LocalStore, ObjectStore
+
+if TYPE_CHECKING:
+    from zarr.abc.buffer import Buffer
+    from zarr.abc.store import ByteRequest, Store
+    from zarr.core.buffer import BufferPrototype
+
+BUCKETS = ("s3", "gs", "az")
+"""Schemes of stores whose objects can be listed and written."""
+WEB = ("http", "https")
+"""Schemes of servers that are only read from, by names that are known."""
+
+RETRIES, HURRIED_RETRIES, RETRY_SECONDS = 10, 3, 60
+"""How often a request is tried again, also before anything has begun, and for how long at most."""
+
+
+def scheme_of(address: str) -> str:
+    """The scheme of a URL; empty for anything else.
+
+    >>> scheme_of("s3://bucket/scan.zarr"), scheme_of("scan.zarr")
+    ('s3', '')
+    """
+    head, found, _ = address.partition("://")
+    return head if found else ""
+
+
+def installed() -> bool:
+    """Whether obstore is."""
+    return importlib.util.find_spec("obstore") is not None
+
+
+def client(url: str, *, hurried: bool = False) -> Any:
+    """The obstore store of what lies below a URL, by the environment's settings.
+
+    Args:
+        url: its address.
+        hurried: give up early: somebody is waiting to be told that the address is wrong.
+
+    Raises:
+        ValueError: when obstore is missing, or there is no such kind of store.
+    """
+    if not installed():
+        raise ValueError(f"{url} needs obstore; install it with `pip install 'oocpatch[s3]'`")
+    with told(url):
+        return _client(url, hurried=hurried)
+
+
+@functools.lru_cache(maxsize=64)
+def _client(url: str, *, hurried: bool) -> Any:
+    from obstore.store import from_url  # noqa: PLC0415 - optional, and not for paths
+
+    # Options that are given here switch off those of the environment: AWS_ALLOW_HTTP, AWS_TIMEOUT, AWS_PROXY_URL ...
+    options: dict[str, Any] = {"client_options": {"allow_http": True}} if scheme_of(url) == "http" else {}
+    return from_url(
+        url,
+        **options,
+        retry_config={
+            "max_retries": HURRIED_RETRIES if hurried else RETRIES,
+            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
+            "retry_timeout": timedelta(seconds=RETRY_SECONDS),
+        },
+    )
+
+
+_process: list[int] = []
+
+
+@contextlib.contextmanager
+def told(url: str) -> Iterator[None]:
+    """Let what obstore raises be an `OSError` of its kind, or a `ValueError`, with the address in it.
+
+    Raises:
+        RuntimeError: in a process that was forked from one that has used obstore, whose threads are not there.
+    """
+    if not _process:
+        _process.append(os.getpid())
+    if _process[0] != os.getpid():
+        raise RuntimeError(
+            f"{url} cannot be read in a process that was forked from one that reads object stores; start processes "
+            "anew, as DataLoader(..., multiprocessing_context='spawn') does"
+        )
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not FileNotFoundError and not type(error).__module__.startswith("obstore"):
+            raise
+        raise _plain(error, url) from error
+
+
+def _plain(error: Exception, url: str) -> Exception:
+    text = str(error).partition("\n\nDebug source")[0]
+    found = re.search(r"status code: (\d+) ?([\w ]*)", text)
+    status = int(found[1]) if found else 0
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    said = ", ".join(filter(None, [f"{status} {found[2]}".strip() if found else "", code[1] if code else ""]))
+    said = said or " ".join(text.rpartition(" - ")[2].split())[:200]
+    return _bad_setting(error, text, said, url) or _fault(error, status, said, url)
+
+
+def _bad_setting(error: Exception, text: str, said: str, url: str) -> Exception | None:
+    """What the user has to change, if that is it."""
+    if "Missing" in text and "AccessKey" in text:
+        return PermissionError(
+            errno.EACCES, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set, or AWS_SKIP_SIGNATURE=true", url
+        )
+    if "builder error" in text:
+        return ValueError(f"{url} cannot be reached: an endpoint with http:// needs AWS_ALLOW_HTTP=true")
+    kinds = ("InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError")
+    return ValueError(f"{url}: {said}") if type(error).__name__ in kinds or "URL error" in text else None
+
+
+def _fault(error: Exception, status: int, said: str, url: str) -> OSError:
+    """What came from the server, or did not."""
+    kind = type(error).__name__
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return FileNotFoundError(errno.ENOENT, f"not found ({said})", url)
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
+        return PermissionError(errno.EACCES, f"access denied ({said})", url)
+    if 300 <= status < 500 and status not in (408, 429):
+        return OSError(errno.EINVAL, f"request refused ({said})", url)
+    return ConnectionError(errno.EIO, f"no answer ({said})", url)
+
+
+def words(error: OSError) -> str:
+    """What an error says, and of which address.
+
+    >>> words(PermissionError(13, "access denied", "s3://bucket/scan.zarr"))
+    's3://bucket/scan.zarr: access denied'
+    """
+    return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
+
+
+class UrlStore(ObjectStore[Any]):
+    """What lies below a URL, as a store of Zarr's. It travels as its address.
+
+    Args:
+        url: its address.
+        read_only: whether it refuses to be written to.
+    """
+
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        super().__init__(client(url), read_only=read_only)
+        self.url = url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(UrlStore, read_only=self.read_only), (self.url,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UrlStore) and (self.url, self.read_only) == (other.url, other.read_only)
+
+    def __hash__(self) -> int:
+        return hash((self.url, self.read_only))
+
+    def __str__(self) -> str:
+        return self.url
+
+    def with_read_only(self, read_only: bool = False) -> UrlStore:
+        return UrlStore(self.url, read_only=read_only)
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        with told(f"{self.url}/{key}"):
+            return await super().get(key, prototype, byte_range)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        with told(self.url):
+            return await super().get_partial_values(prototype, key_ranges)
+
+    async def exists(self, key: str) -> bool:
+        with told(f"{self.url}/{key}"):
+            return await super().exists(key)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Put an object, in one request: what a killed process left of several would stay, unseen, and be paid for."""
+        import obstore  # noqa: PLC0415 - optional
+
+        self._check_writable()
+        with told(f"{self.url}/{key}"):
+            await obstore.put_async(self.store, key, value.as_buffer_like(), use_multipart=False)
+
+    async def delete(self, key: str) -> None:
+        with told(f"{self.url}/{key}"):
+            await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        with told(f"{self.url}/{prefix}"):
+            await super().delete_dir(prefix)
+
+    def list(self) -> AsyncGenerator[str, None]:
+        return self._each(super().list())
+
+    def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        return self._each(super().list_prefix(prefix))
+
+    def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        return self._each(super().list_dir(prefix))
+
+    async def _each(self, names: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+        with told(self.url):
+            async for name in names:
+                yield name
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectPath:
+    """An address in an object store, with as much of `Path` as is needed there. There are no directories.
+
+    >>> path = ObjectPath.of("s3://bucket/results/out.zarr/")
+    >>> str(path / "zarr.json"), path.name, str(path.parent), [str(p) for p in path.parents]
+    ('s3://bucket/results/out.zarr/zarr.json', 'out.zarr', 's3://bucket/results', ['s3://bucket/results', 's3://bucket'])
+    """
+
+    url: str
+
+    @classmethod
+    def of(cls, url: str) -> ObjectPath:
+        """The address of a URL."""
+        return cls(url.rstrip("/"))
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> ObjectPath:
+        return ObjectPath(f"{self.url}/{name}".rstrip("/"))
+
+    @property
+    def root(self) -> str:
+        """The bucket, or the server."""
+        scheme, _, rest = self.url.partition("://")
+        return f"{scheme}://{rest.partition('/')[0]}"
+
+    @property
+    def key(self) -> str:
+        """The name within the bucket."""
+        return self.url.removeprefix(self.root).lstrip("/")
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> ObjectPath:
+        return ObjectPath(f"{self.root}/{self.key.rpartition('/')[0]}".rstrip("/"))
+
+    @property
+    def parents(self) -> Sequence[ObjectPath]:
+        parts = self.key.split("/")
+        return [ObjectPath("/".join([self.root, *parts[:i]])) for i in reversed(range(len(parts)))] if self.key else []
+
+    def with_name(self, name: str) -> ObjectPath:
+        """The address of another name beside this one."""
+        return self.parent / name
+
+    def contact(self) -> None:
+        """See whether the store answers.
+
+        Raises:
+            OSError, ValueError: when it does not, or refuses.
+        """
+        import obstore  # noqa: PLC0415 - optional
+
+        with contextlib.suppress(FileNotFoundError), told(self.url):
+            obstore.head(client(self.url, hurried=True), "zarr.json")
+
+    def files(self) -> Iterator[str]:
+        """Names of all objects below, relative to this address."""
+        import obstore  # noqa: PLC0415 - optional
+
+        with told(self.url):
+            for batch in obstore.list(client(self.root), prefix=self.key or None):
+                for found in batch:
+                    yield str(found["path"]).removeprefix(self.key).lstrip("/")
+
+
+Address = Path | ObjectPath
+"""Where an output lies."""
+
+
+def address_of(store: Store) -> Address | None:
+    """Where what is in a store of Zarr's lies; None where that is nowhere, or not known."""
+    if isinstance(store, UrlStore):
+        return ObjectPath.of(store.url)
+    return Path(store.root) if isinstance(store, LocalStore) else None
