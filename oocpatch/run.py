@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from oocpatch import door
-from oocpatch.decide import make_plan, resumed
+from oocpatch.decide import make_plan, refuse_other_run, resumed
 from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.executors import all_done, details, open_executor, open_ledger
 from oocpatch.inference.scheduler import Run
@@ -266,10 +266,10 @@ def _stored(request: Request, found: OutputRecord) -> Plan | None:
     """The stored plan to go on with; None where there is none, or nothing is left to do.
 
     Raises:
-        RunMismatch: when it is of a run with other parameters.
+        RunMismatch: when it is of a run with other parameters. CorruptData: when it only seems so.
     """
-    request.refuse_other_run(found)
     workspace = None if found.complete else Workspace.find(root_of(found))
+    refuse_other_run(request, found, None if workspace is None else workspace.plan)
     return None if workspace is None else resumed(workspace.plan, request)
 
 

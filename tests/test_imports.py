@@ -104,6 +104,8 @@ FLOORS = _floors()
 EXTRA = {
     "inference/scheduler.py": frozenset({"dask", "tenacity"}),
     "inference/cluster.py": frozenset({"dask", "distributed", "cloudpickle"}),
+    "inference/connecting.py": frozenset({"distributed"}),
+    "inference/slurm.py": frozenset({"dask", "dask_jobqueue", "distributed"}),
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),

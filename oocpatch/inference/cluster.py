@@ -21,11 +21,11 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
@@ -64,6 +64,20 @@ class Call(Protocol):
 
     @property
     def versions(self) -> dict[str, str | None]: ...
+
+
+class Supply(Protocol):
+    """What brings worker processes to a scheduler; see `oocpatch.inference.slurm`."""
+
+    def ask(self) -> None:
+        """Ask for the processes: a run begins."""
+
+    def keep(self, processes: int) -> str | None:
+        """Ask for those that were lost, of which so many are left; why none will come any more, if that is so."""
+
+
+SUPPLIES: weakref.WeakKeyDictionary[distributed.Client, Supply] = weakref.WeakKeyDictionary()
+"""By client; most have none, their processes are there, or come by themselves."""
 
 
 @dataclass
@@ -108,8 +122,12 @@ class Cluster:
     _stopping: bool = False
     _lost: ClusterLost | None = None
     _numbers: int = 0
+    _supply: Supply | None = None
 
     def __enter__(self) -> Self:
+        self._supply = SUPPLIES.get(self.client)
+        if self._supply is not None:
+            self._supply.ask()
         self._look()
         self._thread = threading.Thread(target=self._serve, name="oocpatch-cluster", daemon=True)
         self._thread.start()
@@ -178,7 +196,10 @@ class Cluster:
             raise ClusterLost(f"the scheduler is lost (the client is {self.client.status}); {RESUME}")
         self._processes = set(self.client.nthreads())  # type: ignore[no-untyped-call]  # so has distributed, in places
         self._looked_at = now = time.monotonic()
-        if self._processes:
+        gone = None if self._supply is None else self._supply.keep(len(self._processes))
+        if gone is not None:
+            raise ClusterLost(f"{gone}; {RESUME}")
+        if self._processes or self._supply is not None:  # it knows how long to wait
             self._seen_at = now
         elif now - self._seen_at > (patience := _patience()):
             raise ClusterLost(
@@ -337,36 +358,3 @@ def announce(client: distributed.Client) -> str:
     link = str(client.dashboard_link)
     logger.info("dashboard: %s", link)
     return link
-
-
-@contextlib.contextmanager
-def connected(scheduler: str | None, processes: int) -> Iterator[distributed.Client]:
-    """A client of a scheduler that is there, or of worker processes on this machine that end with the `with` block.
-
-    Args:
-        scheduler: `tcp://host:port` or `file:scheduler.json`; None: processes of our own.
-        processes: how many of them.
-
-    Raises:
-        ValueError: when there is no scheduler.
-    """
-    if scheduler is None:
-        # No limits of Dask's own: max_memory bounds what a run adds, and a worker that is paused finishes nothing.
-        local = distributed.LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=processes, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=":0"
-        )
-        with local, distributed.Client(local, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-            yield client
-        return
-    kind, _, rest = scheduler.partition(":")
-    where = {"scheduler_file": rest} if kind == "file" else {"address": scheduler}
-    if kind not in ("tcp", "tls", "ucx", "ws", "wss", "file") or not rest.strip("/"):
-        raise ValueError(f"scheduler must be tcp://host:port or file:scheduler.json, got {scheduler!r}")
-    if kind == "file" and not Path(rest).is_file():  # Dask would wait for it
-        raise ValueError(f"no scheduler has written {rest}; start one with `dask scheduler --scheduler-file {rest}`")
-    try:
-        client = distributed.Client(**where, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no scheduler can be reached at {scheduler}; start one with `dask scheduler`") from error
-    with client:
-        yield client
