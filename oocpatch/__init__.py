@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     )
     from oocpatch.inference.aggregator import PatchAggregator
     from oocpatch.inference.functions import NumpyModel
+    from oocpatch.linting.finding import Finding
+    from oocpatch.linting.lint import LintReport, lint
     from oocpatch.looking.reporting import report
     from oocpatch.looking.viewing import view
     from oocpatch.planning.grid import PatchGrid, PatchLocation
@@ -55,6 +57,8 @@ _HOMES = {
     ),
     "oocpatch.inference.aggregator": ("PatchAggregator",),
     "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.linting.finding": ("Finding",),
+    "oocpatch.linting.lint": ("LintReport", "lint"),
     "oocpatch.looking.reporting": ("report",),
     "oocpatch.looking.viewing": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
@@ -78,8 +82,10 @@ __all__ = [
     "ClusterLost",
     "CorruptData",
     "Damage",
+    "Finding",
     "GridSampler",
     "LabelSampler",
+    "LintReport",
     "NumpyModel",
     "OocpatchError",
     "OutputBusy",
@@ -100,6 +106,7 @@ __all__ = [
     "WeightedSampler",
     "check",
     "convert",
+    "lint",
     "plan",
     "predict",
     "report",
