@@ -3,6 +3,11 @@
 The pages are Markdown that reads well by itself; what Sphinx adds is navigation, search and the reference.
 """
 
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+
 import oocpatch
 
 project = "oocpatch"
@@ -20,10 +25,12 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 
 # `:::` for Sphinx's own directives: a fence of three backticks is a block that the tests run.
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+smartquotes_action = "D"  # dashes only: quotation marks of options and values are to be copied as they stand
 
 default_role = "py:obj"  # docstrings say `predict`, as Markdown does: a link where there is such a name, else code
 add_module_names = False
@@ -51,3 +58,35 @@ html_theme_options = {
     "footer_end": [],
 }
 html_sidebars = {"index": [], "tutorial": [], "concepts": []}  # pages without others beside them
+
+GIVEN = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "RunStatus", "Verification")}
+"""What callers get and never make: how it is made is left out, and so it is for errors."""
+
+for field in PyObject.doc_field_types:
+    if field.name == "variable":
+        field.label = "Attributes"  # Sphinx says "Variables"
+
+
+def without_arguments(
+    _app: Sphinx, what: str, name: str, _of: Any, _options: Any, arguments: str | None, _returns: Any
+) -> tuple[str, str] | None:
+    """Leave out the arguments of what callers do not make."""
+    return ("", "") if arguments and (what == "exception" or name in GIVEN) else None
+
+
+def as_sentence(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
+    """Keep napoleon from taking what stands before a colon for the type of a property."""
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
+    """Leave out defaults that are none: click has an object for them, which sphinx-click prints."""
+    lines[:] = [line for line in lines if "Sentinel.UNSET" not in line]
+
+
+def setup(app: Sphinx) -> None:
+    """Register the above."""
+    app.connect("autodoc-process-signature", without_arguments)
+    app.connect("autodoc-process-docstring", as_sentence, priority=400)  # napoleon has 500
+    app.connect("sphinx-click-process-options", without_unset)
