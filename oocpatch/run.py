@@ -150,7 +150,8 @@ def predict(
         ValueError, TypeError: for bad arguments.
         PlanTooLarge: when the run would need more memory or disk than allowed; nothing is read or written.
         RunMismatch: when the output belongs to a run with other parameters.
-        OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
+        OutputExists: when the output holds other data.
+        OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
         ClusterLost: when the scheduler or all workers are gone; the same call goes on.
 
