@@ -278,9 +278,10 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
 
 def _counts(output: str) -> dict[str, int] | None:
     """What is to be known about the voxels; None while parts of the run are not done."""
+    from oocpatch.door import place
     from oocpatch.storage.output import inspect_output
 
-    record = inspect_output(Path(output))
+    record = inspect_output(place("output", output))
     if record is None or not record.complete:
         return None
     return {name: int(record.details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}

@@ -29,6 +29,7 @@ EXTRAS = {
     "nifti": ("nibabel",),
     "hdf5": ("h5py",),
     "tensorstore": ("tensorstore",),
+    "s3": ("obstore",),
     "view": ("PIL",),
     "slurm": ("dask_jobqueue",),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from oocpatch import door
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
 from oocpatch.storage.lock import holder
@@ -108,7 +109,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     Raises:
         OutputExists: when what lies there is not an output of oocpatch.
     """
-    path = Path(output).absolute()
+    path = door.place("output", output)
     record = inspect_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.inference.scheduler import with_retries
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid import pieces, regions, task_memory
+from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.native import NativeArray, StagedArray
 from oocpatch.storage.ome_output import ome_version
@@ -113,8 +113,8 @@ class Level:
     staged: StagedArray | None = None
 
     @classmethod
-    def open(cls, path: Path, above: str, level: str, method: str) -> Level:
-        store = LocalStore(path)
+    def open(cls, path: Address, above: str, level: str, method: str) -> Level:
+        store = store_at(path)
         source, target = (zarr.open_array(store, path=name, mode="r+") for name in (above, level))
         pairs = zip(source.shape, target.shape, strict=True)
         return cls(source, target, tuple(1 if m == n else 2 for n, m in pairs), method)
@@ -186,7 +186,7 @@ class Notes:
             self._written = time.monotonic()
 
 
-def levels_of(path: Path) -> Iterator[tuple[str, Level]]:
+def levels_of(path: Address) -> Iterator[tuple[str, Level]]:
     """All levels of an output's pyramids that are to be made, those above first, with their names."""
     record = inspect_output(path)
     assert record is not None
@@ -196,7 +196,7 @@ def levels_of(path: Path) -> Iterator[tuple[str, Level]]:
             yield name, Level.open(path, above, name, pyramid["method"])
 
 
-def build_pyramids(output: Path, workspace: Path, *, max_memory: int, workers: int) -> None:
+def build_pyramids(output: Address, workspace: Path, *, max_memory: int, workers: int) -> None:
     """Make what is not yet made of an output's pyramids; nothing where it has none.
 
     Args:

@@ -27,7 +27,7 @@ from oocpatch.inference.versions import versions_here
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
-from oocpatch.storage.objects import Address
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.sources import Source, open_source
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace

@@ -39,6 +39,7 @@ from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan, differences
 from oocpatch.recipe import Call, Recipe, published
 from oocpatch.request import Request
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.output import Output
 from oocpatch.storage.workspace import Workspace
 
@@ -213,7 +214,7 @@ class _Fenced(Output):
         fence: a file that is there for as long as the run is.
     """
 
-    def __init__(self, path: Path, plan: Plan, fence: Path) -> None:
+    def __init__(self, path: Address, plan: Plan, fence: Path) -> None:
         super().__init__(path, plan)
         self._fence = fence
 

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from oocpatch import door
@@ -90,7 +91,7 @@ def predict(
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.
-        output: path of the Zarr group to write.
+        output: path of the Zarr group to write, or its URL in an object store, `s3://bucket/out.zarr`.
         patch_size: size of a patch in voxels; an int, or one per spatial axis, in order or as a dict by their names, as
             all sizes; `"auto"`: chosen.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
@@ -121,7 +122,8 @@ def predict(
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
-        workspace: directory for what is kept until the run is done; default: beside the output.
+        workspace: directory for what is kept until the run is done; default: beside the output, or where that is a
+            URL in the current directory.
         workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
@@ -291,7 +293,8 @@ def _predict(
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(request.output, Path):
+        request.output.parent.mkdir(parents=True, exist_ok=True)
     if part is not None:
         return _predict_part(request, made, part, progress)
     with locked(beside(request.output, ".lock"), str(request.output)):

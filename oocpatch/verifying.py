@@ -6,24 +6,27 @@ can do no harm. Of an incomplete output, what its ledger says is done is verifie
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from oocpatch import door
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.parts import busy
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import root_of
 from oocpatch.request import beside
-from oocpatch.storage.checksum import file_checksum
+from oocpatch.storage.addresses import Address, ObjectPath
+from oocpatch.storage.checksum import measured
+from oocpatch.storage.files import at_hand
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
 from oocpatch.storage.ledger import Record, segments, standing
 from oocpatch.storage.lock import locked
@@ -120,7 +123,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     ...     verify(f"{folder}/out").passed
     True
     """
-    path = Path(output).absolute()
+    path = door.place("output", output)
     who = busy(path, None)
     if who is not None:
         raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
@@ -140,9 +143,11 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
         found, size = _other_damage(path, record)
     look = functools.partial(_look, path, plan)
     units = 0
-    records = itertools.chain.from_iterable(standing(ledger, plan.blocks) for ledger in ledgers)
     counts = {"predict": 0, "normalize": 0}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
+        records = itertools.chain.from_iterable(standing(file, plan.blocks) for file in files)
         while some := list(itertools.islice(records, AT_A_TIME)):
             for one, (number, read, damaged) in zip(some, pool.map(look, some), strict=True):
                 units, size = units + number, size + read
@@ -156,7 +161,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     return result
 
 
-def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
+def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
     """The group's metadata, and what it says; none of it where an output's metadata is damaged."""
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
@@ -164,7 +169,7 @@ def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damag
         record = inspect_output(path)
         if record is None:
             raise ValueError(f"there is no output at {path}: it is an empty directory")
-        if (path / ".zgroup").exists():
+        if (path / ".zgroup").is_file():
             raise ValueError(
                 f"{path} keeps no checksums: Zarr 2, that is output_format='ome-zarr-0.4', has no place for them"
             )
@@ -176,12 +181,14 @@ def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damag
     return metadata, record, []
 
 
-def _keeps_ledger(path: Path) -> bool:
+def _keeps_ledger(path: Address) -> bool:
     """Whether a run was completed here, whatever the metadata says."""
+    if isinstance(path, ObjectPath):
+        return any(name.endswith(f"/{LEDGER}") for name in path.files())
     return any(any(path.glob(f"{'*/' * depth}{LEDGER}")) for depth in (1, 2, 3, 4))
 
 
-def _stored(path: Path, record: OutputRecord) -> tuple[Plan, list[Path]] | None:
+def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
     """The plan and the ledger, with its segments if there are any; None where nothing is done yet."""
     if not record.complete:
         workspace = Workspace.find(root_of(record))
@@ -202,7 +209,7 @@ def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
         yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
 
 
-def _other_damage(path: Path, record: OutputRecord) -> tuple[list[Damage], int]:
+def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], int]:
     """Damage to files that hold no write units, and how many bytes they have."""
     found, size = [], 0
     for name, crc in record.details["files"].items():
@@ -214,7 +221,7 @@ def _other_damage(path: Path, record: OutputRecord) -> tuple[list[Damage], int]:
     return found, size
 
 
-def _look(path: Path, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
+def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
     """Verify the units of one record: how many, bytes read, damage."""
     number, size, found = 0, 0, []
     try:
@@ -246,15 +253,14 @@ def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     return key, Box(laid(start, channel), laid(stop, ends))
 
 
-def _compare(file: Path, crc: int, *, unit: bool = False) -> tuple[int, str]:
+def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
     """Bytes of a file, and what is wrong with it, if anything."""
     try:
-        size = file.stat().st_size
         if unit and crc == ABSENT:
-            return 0, "is there, though nothing but the fill value was written"
-        found = file_checksum(file)
+            return 0, "is there, though nothing but the fill value was written" if file.exists() else ""
+        size, found = measured(file)
     except FileNotFoundError:
-        return 0, "" if unit and crc == ABSENT else "is missing"
+        return 0, "is missing"
     except OSError as error:
         return 0, f"cannot be read ({error.strerror or type(error).__name__})"
     if (found or 1 if unit else found) != crc:
@@ -262,7 +268,7 @@ def _compare(file: Path, crc: int, *, unit: bool = False) -> tuple[int, str]:
     return size, ""
 
 
-def _repair(path: Path, record: OutputRecord, plan: Plan, found: Verification) -> None:
+def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification) -> None:
     """Take the records of damaged units back, so that the same call of `predict` does these blocks again.
 
     Raises:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +49,25 @@ class Bucket:
         assert self._server.stdout is not None
         self._server.stdout.close()
 
+    def outage(self, connections: int = 3) -> None:
+        """Kill the server; begin to start it again when so many connections were made in vain."""
+        self.kill()
+        deaf = socket.create_server(("127.0.0.1", self.port))
+
+        def wait() -> None:
+            for _ in range(connections):
+                deaf.accept()[0].close()
+            deaf.close()
+            self.start()
+
+        self._restart = threading.Thread(target=wait, daemon=True)
+        self._restart.start()
+
+    def back(self) -> None:
+        """Wait for the end of an outage."""
+        self._restart.join(60)
+        assert not self._restart.is_alive(), "nobody tried to connect while the server was away"
+
     def behave(self, **settings: Any) -> None:
         """Tell the server how to answer from now on; see `tests.s3_server`."""
         aside = self.folder / "control.new"
@@ -65,6 +87,14 @@ class Bucket:
 
     def put(self, key: str, content: bytes) -> None:
         (self._objects / quote(key, safe="")).write_bytes(content)
+
+    def delete(self, key: str) -> None:
+        (self._objects / quote(key, safe="")).unlink()
+
+    def age(self, key: str, seconds: float) -> None:
+        """Let an object be as old as that."""
+        then = time.time() - seconds
+        os.utime(self._objects / quote(key, safe=""), (then, then))
 
     def upload(self, folder: Path, key: str) -> str:
         """Put all files of a folder under a key; its URL."""

@@ -111,6 +111,7 @@ EXTRA = {
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/addresses.py": frozenset({"obstore"}),
     "storage/objects.py": frozenset({"obstore"}),
     "storage/ome_output.py": frozenset({"yaozarrs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),

@@ -69,7 +69,9 @@ def view(
     """
     if picture is None and not isinstance(output, (str, os.PathLike)):
         raise ValueError("picture must be a path for a volume that is not a file itself")
-    place = Path(f"{os.fspath(output).rstrip('/')}.png") if picture is None else door.local_path("picture", picture)
+    beside = os.fspath(output).rstrip("/")
+    beside = beside.rpartition("/")[2] if "://" in beside else beside  # of a URL, in the current directory
+    place = Path(f"{beside}.png") if picture is None else door.local_path("picture", picture)
     sheet = sheet_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
     data = sheet.png()
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Object stores: S3 and its like, through obstore, and as much of `Path` as a volume or an output there needs.
+"""Object stores: S3 and its like, through obstore, as stores of Zarr's.
 
 An object is put whole in one request, and is there whole or not at all, as a file is that gets its name by renaming.
 Faults that may pass (5xx, timeouts, connections that are refused or dropped) are tried again with growing pauses, first
@@ -14,17 +14,15 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zarr.storage import LocalStore, ObjectStore
+from zarr.storage import ObjectStore
 
 if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
-    from zarr.abc.store import ByteRequest, Store
+    from zarr.abc.store import ByteRequest
     from zarr.core.buffer import BufferPrototype
 
 BUCKETS = ("s3", "gs", "az")
@@ -143,15 +141,6 @@ def _fault(error: Exception, status: int, said: str, url: str) -> OSError:
     return ConnectionError(errno.EIO, f"no answer ({said})", url)
 
 
-def words(error: OSError) -> str:
-    """What an error says, and of which address.
-
-    >>> words(PermissionError(13, "access denied", "s3://bucket/scan.zarr"))
-    's3://bucket/scan.zarr: access denied'
-    """
-    return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
-
-
 class UrlStore(ObjectStore[Any]):
     """What lies below a URL, as a store of Zarr's. It travels as its address.
 
@@ -222,85 +211,3 @@ class UrlStore(ObjectStore[Any]):
         with told(self.url):
             async for name in names:
                 yield name
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectPath:
-    """An address in an object store, with as much of `Path` as is needed there. There are no directories.
-
-    >>> path = ObjectPath.of("s3://bucket/results/out.zarr/")
-    >>> str(path / "zarr.json"), path.name, str(path.parent), [str(p) for p in path.parents]
-    ('s3://bucket/results/out.zarr/zarr.json', 'out.zarr', 's3://bucket/results', ['s3://bucket/results', 's3://bucket'])
-    """
-
-    url: str
-
-    @classmethod
-    def of(cls, url: str) -> ObjectPath:
-        """The address of a URL."""
-        return cls(url.rstrip("/"))
-
-    def __str__(self) -> str:
-        return self.url
-
-    def __truediv__(self, name: str) -> ObjectPath:
-        return ObjectPath(f"{self.url}/{name}".rstrip("/"))
-
-    @property
-    def root(self) -> str:
-        """The bucket, or the server."""
-        scheme, _, rest = self.url.partition("://")
-        return f"{scheme}://{rest.partition('/')[0]}"
-
-    @property
-    def key(self) -> str:
-        """The name within the bucket."""
-        return self.url.removeprefix(self.root).lstrip("/")
-
-    @property
-    def name(self) -> str:
-        return self.key.rpartition("/")[2]
-
-    @property
-    def parent(self) -> ObjectPath:
-        return ObjectPath(f"{self.root}/{self.key.rpartition('/')[0]}".rstrip("/"))
-
-    @property
-    def parents(self) -> Sequence[ObjectPath]:
-        parts = self.key.split("/")
-        return [ObjectPath("/".join([self.root, *parts[:i]])) for i in reversed(range(len(parts)))] if self.key else []
-
-    def with_name(self, name: str) -> ObjectPath:
-        """The address of another name beside this one."""
-        return self.parent / name
-
-    def contact(self) -> None:
-        """See whether the store answers.
-
-        Raises:
-            OSError, ValueError: when it does not, or refuses.
-        """
-        import obstore  # noqa: PLC0415 - optional
-
-        with contextlib.suppress(FileNotFoundError), told(self.url):
-            obstore.head(client(self.url, hurried=True), "zarr.json")
-
-    def files(self) -> Iterator[str]:
-        """Names of all objects below, relative to this address."""
-        import obstore  # noqa: PLC0415 - optional
-
-        with told(self.url):
-            for batch in obstore.list(client(self.root), prefix=self.key or None):
-                for found in batch:
-                    yield str(found["path"]).removeprefix(self.key).lstrip("/")
-
-
-Address = Path | ObjectPath
-"""Where an output lies."""
-
-
-def address_of(store: Store) -> Address | None:
-    """Where what is in a store of Zarr's lies; None where that is nowhere, or not known."""
-    if isinstance(store, UrlStore):
-        return ObjectPath.of(store.url)
-    return Path(store.root) if isinstance(store, LocalStore) else None

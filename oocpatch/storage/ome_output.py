@@ -22,18 +22,21 @@ from typing import Any, Literal
 import numpy as np
 import xarray
 import zarr
-from zarr.storage import LocalStore
+from zarr.abc.store import Store
 
 from oocpatch.planning.box import Ints
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.pyramid import halvings, level_chunks, level_shape
+from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.coordinates import at_centres, plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.ome import METERS, Multiscale, OmeAxis, OmeLevel, coordinate, long_unit
 from oocpatch.storage.volume import Volume
 
 ARRAY = "image"
 """Name of the array of each level."""
+
+ZARR_FORMATS: dict[str, Literal[2, 3]] = {"0.4": 2, "0.5": 3}
 
 RESERVED = frozenset({"OME"})
 """Names that a series of images has a use for."""
@@ -180,20 +183,20 @@ def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
     return [s * 10.0 ** METERS.get(axis.unit or "", 0) for axis, s in zip(axes, scales, strict=True)]
 
 
-def create_images(store: LocalStore, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
+def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
     """Make groups, arrays of all levels, coordinates and metadata, below an output's group that is there."""
-    zarr_format: Literal[2, 3] = 3 if version == "0.5" else 2
+    store, zarr_format = store_at(path), ZARR_FORMATS[version]
     settings = {"fill_value": plan.parameters["output_fill"], "zarr_format": zarr_format}
     for image in images:
         if image.group:
             attributes = image_attributes(image, version)
             zarr.create_group(store, path=image.group, zarr_format=zarr_format, attributes=attributes)
         coords = _level_coords(image, scaled_coords(volume, plan, image.head))
-        for path, shape, found in zip(image.paths, image.shapes, coords, strict=True):
-            parent = path.removesuffix(f"/{ARRAY}")
+        for level, shape, found in zip(image.paths, image.shapes, coords, strict=True):
+            parent = level.removesuffix(f"/{ARRAY}")
             zarr.create_group(store, path=parent, zarr_format=zarr_format)
-            write_coords(store.root / parent, found, {}, zarr_format)
-            _create_level(store, path, shape, image, {**settings, "attributes": plain_attributes(volume)})
+            write_coords(path / parent, found, {}, zarr_format)
+            _create_level(store, level, shape, image, {**settings, "attributes": plain_attributes(volume)})
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:
         zarr.open_group(store, path="labels", zarr_format=zarr_format, mode="r+").attrs.update(
@@ -210,7 +213,7 @@ def root_attributes(images: tuple[Image, ...], version: str) -> dict[str, Any]:
     return wrapped({"bioformats2raw.layout": 3}, version) if first is None else image_attributes(first, version)
 
 
-def _create_level(store: LocalStore, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
+def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
     names = [axis.name for axis in image.pyramid.axes]
     chunks, unit = level_chunks(shape, image.chunks, image.unit)
     if settings["zarr_format"] == 3:

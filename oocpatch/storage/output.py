@@ -20,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 import zarr
+from zarr.abc.store import Store
 from zarr.errors import UnstableSpecificationWarning
-from zarr.storage import LocalStore
 
 from oocpatch.errors import CorruptData, OutputExists
 from oocpatch.planning.box import Box, worthwhile
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.addresses import Address, ObjectPath, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import write_atomically
@@ -62,7 +63,7 @@ class OutputRecord:
     details: Mapping[str, Any]
 
 
-def inspect_output(path: Path) -> OutputRecord | None:
+def inspect_output(path: Address) -> OutputRecord | None:
     """What lies at the output's place; None when nothing does.
 
     Raises:
@@ -72,19 +73,21 @@ def inspect_output(path: Path) -> OutputRecord | None:
         return None
     if not path.is_dir():
         raise OutputExists(f"output must be a new path or an output of oocpatch, but {path} is a file")
-    if all(p.name.endswith(".partial") for p in path.iterdir()):
+    if isinstance(path, Path) and all(p.name.endswith(".partial") for p in path.iterdir()):
         return None  # an empty directory, or one whose first file a crash kept from its name
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
-        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=_format(path), use_consolidated=False)
+        group = zarr.open_group(store_at(path), mode="r", zarr_format=_format(path), use_consolidated=False)
         record = group.attrs[ATTRIBUTE]
         assert isinstance(record, dict)
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
     except Exception as error:
+        if isinstance(path, ObjectPath) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # that a store does not answer says nothing about what is there
         raise OutputExists(foreign) from error
 
 
-def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
+def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     version, split = ome_version(plan), is_tree(plan.heads)
@@ -106,7 +109,7 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
-    store, zarr_format = LocalStore(path), 2 if version == "0.4" else 3
+    store, zarr_format = store_at(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
     attributes = {ATTRIBUTE: _plain(record), **(root_attributes(images, version) if version else {})}
     if previous is not None:
@@ -114,7 +117,7 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     else:
         zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3 if zarr_format == 3 else 2)
     if version:
-        create_images(store, plan, volume, images, version)
+        create_images(path, plan, volume, images, version)
     else:
         if not split:
             write_coords(path, coords[0], attributes)
@@ -128,10 +131,10 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         rewrite(path, replace(record, details={**details, "files": files}))
 
 
-def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
+def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
     """Delete what a previous run wrote, and put other attributes in place of its own."""
     old = _format(path)
-    store = LocalStore(path)
+    store = store_at(path)
     group = zarr.open_group(store, mode="r+", zarr_format=3 if old == 3 else 2, use_consolidated=False)
     for name in previous.arrays:
         with contextlib.suppress(KeyError):
@@ -148,9 +151,9 @@ def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], 
         (path / name).unlink(missing_ok=True)
 
 
-def _format(path: Path) -> Literal[2, 3]:
+def _format(path: Address) -> Literal[2, 3]:
     """Zarr's format of a group; where a crash left both, the newer."""
-    return 2 if (path / ".zgroup").exists() and not (path / METADATA).exists() else 3
+    return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
 
 
 def is_tree(heads: Sequence[Head]) -> bool:
@@ -177,7 +180,7 @@ def channel_place(plan: Plan) -> int:
     return len(plan.axes) - plan.spatial if ome_version(plan) else 0
 
 
-def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> None:
+def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
     ones = tuple(1 for _ in channels)
@@ -207,13 +210,13 @@ class Output:
         plan: the plan it was created with.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Address, plan: Plan) -> None:
         self.path = path
         self._plan = plan
         self._heads = plan.heads
         self._paths = array_paths(plan)
         self._channel = channel_place(plan)
-        self._store = NotingStore(LocalStore(path))
+        self._store = NotingStore(store_at(path))
         try:
             self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
         except (ValueError, KeyError, TypeError) as error:
@@ -226,7 +229,7 @@ class Output:
     @contextlib.contextmanager
     def native(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        plain = [zarr.open_array(LocalStore(self.path), path=p, mode="r+") for p in self._paths]
+        plain = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
         self._staged = [StagedArray.open(array, threads) for array in plain]
         try:
             yield
@@ -287,7 +290,7 @@ class Output:
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            zarr.consolidate_metadata(LocalStore(self.path))
+            zarr.consolidate_metadata(store_at(self.path))
         rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
 
     def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
@@ -305,14 +308,15 @@ class Output:
     def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
         levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
-        for left in [left for path in {*self._paths, *levels} for left in (self.path / path).rglob("*.partial")]:
+        folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, Path)]
+        for left in [left for folder in folders for left in folder.rglob("*.partial")]:
             if left.is_dir():
                 sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
 
 
-def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
+def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False) -> None:
     """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
 
     Raises:
@@ -339,7 +343,7 @@ def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> 
     write_atomically(file, json.dumps(metadata, indent=2))
 
 
-def _rewrite_old(path: Path, record: OutputRecord) -> None:
+def _rewrite_old(path: Address, record: OutputRecord) -> None:
     """The same for Zarr 2, whose consolidated metadata is a file of its own."""
     consolidated = json.loads((path / ".zmetadata").read_text())
     _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
@@ -363,7 +367,7 @@ def _plain(record: OutputRecord) -> dict[str, Any]:
 Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
 
 
-def open_result(path: Path) -> Result:
+def open_result(path: Address) -> Result:
     """The output, lazy and backed by the Zarr at `path`: an array, a dataset of several heads, or a tree of heads."""
     record = inspect_output(path)
     assert record is not None
@@ -377,9 +381,9 @@ def open_result(path: Path) -> Result:
         else:
             result = found[heads[0]] if len(heads) == 1 else xarray.Dataset(found)
     elif record.details["tree"]:
-        result = xarray.open_datatree(path, engine="zarr", consolidated=consolidated)
+        result = xarray.open_datatree(readable(path), engine="zarr", consolidated=consolidated)
     else:
-        dataset = xarray.open_zarr(path, consolidated=consolidated)
+        dataset = xarray.open_zarr(readable(path), consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):
@@ -387,10 +391,10 @@ def open_result(path: Path) -> Result:
     return result
 
 
-def _finest(path: Path, array: str) -> xarray.DataArray:
+def _finest(path: Address, array: str) -> xarray.DataArray:
     """The finest level of an image."""
     parent, _, name = array.rpartition("/")
     # Of Zarr 2, xarray takes the fill value for missing data.
-    opened = xarray.open_zarr(path / parent, consolidated=False, mask_and_scale=_format(path) == 3)
+    opened = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=_format(path) == 3)
     found: xarray.DataArray = opened[name]
     return found

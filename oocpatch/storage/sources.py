@@ -21,20 +21,11 @@ import numpy.typing as npt
 import xarray
 import zarr
 
+from oocpatch.storage.addresses import Address, ObjectPath, address_of, store_at, words
 from oocpatch.storage.checksum import checksum
 from oocpatch.storage.formats.opening import Loader, facts_of
 from oocpatch.storage.formats.spec import SUFFIXES, FileSpec, parse
-from oocpatch.storage.objects import (
-    BUCKETS,
-    WEB,
-    Address,
-    ObjectPath,
-    UrlStore,
-    address_of,
-    installed,
-    scheme_of,
-    words,
-)
+from oocpatch.storage.objects import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.ome import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
@@ -153,7 +144,7 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
     where = "check the address, and AWS_ENDPOINT_URL if it is set" if buckets else "check the address"
     try:
         path.contact()
-        return zarr.open(UrlStore(path.url, read_only=True), mode="r")
+        return zarr.open(store_at(path, read_only=True), mode="r")
     except FileNotFoundError as error:
         told = f"{path} holds no Zarr array or group"
         if buckets:
