@@ -16,6 +16,8 @@ own, bound to its process. So Dask never runs one again by itself, and the block
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import logging
 import queue
 import random
@@ -32,6 +34,7 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
 import dask
 import distributed
 from distributed.scheduler import KilledWorker
+from zarr.storage import LocalStore
 
 from oocpatch.errors import ClusterLost, OocpatchError
 from oocpatch.inference.scheduler import ATTEMPTS, Stopped, Task, hopeless, transient
@@ -330,9 +333,20 @@ def checked_client(client: Any) -> Any:
     return client
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Makes paths of arrays on disk absolute: where nothing lies, Zarr reads the fill value."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is LocalStore and not obj.root.is_absolute():
+            return functools.partial(LocalStore, read_only=obj.read_only), (obj.root.absolute(),)
+        return super().reducer_override(obj)
+
+
 def packed(value: Any) -> bytes:
-    """A value as bytes that another process can read."""
-    return bytes(cloudpickle.dumps(value))
+    """A value as bytes that another process can read, wherever its working directory is."""
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def check_versions(client: distributed.Client, here: dict[str, str | None]) -> None:
