@@ -29,6 +29,7 @@ import torch
 
 from oocpatch.errors import ClusterLost
 from oocpatch.inference.cluster import Cluster, announce
+from oocpatch.inference.devices import device_at
 from oocpatch.inference.models import load_models, model_identity
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.scheduler import Stopped, Task, transient
@@ -83,17 +84,22 @@ class _Held:
 _held: _Held | None = None
 
 
-def work(call: Call, task: Task) -> Done:
+def work(call: Call, task: Task, place: int) -> Done:
     """Do one task in a worker process.
 
     Idempotent: as the stages are.
+
+    Args:
+        call: the call it belongs to.
+        task: what to do.
+        place: number of this process among those of its host, which says what device it uses.
 
     Raises:
         ClusterLost: when this process cannot take part.
         Stopped: when the call is over.
     """
     with _turn:
-        held = _hold(call)
+        held = _hold(call, place)
         threads = torch.get_num_threads()
         use_threads(1)
         try:
@@ -124,7 +130,7 @@ def _let_go() -> None:
         _held = None
 
 
-def _hold(call: Call) -> _Held:
+def _hold(call: Call, place: int) -> _Held:
     """The job of a call: opened when its first task comes."""
     global _held  # noqa: PLW0603 - one per process
     if call.token in _ended:
@@ -139,7 +145,7 @@ def _hold(call: Call) -> _Held:
     with contextlib.ExitStack() as stack:
         stopped = threading.Event()
         try:
-            job = _open(call, stopped, stack)
+            job = _open(call, place, stopped, stack)
         except Exception as error:
             if transient(error) and not isinstance(error, ClusterLost):
                 raise
@@ -151,7 +157,7 @@ def _hold(call: Call) -> _Held:
     return _held
 
 
-def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
+def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
     data = (call.folder / "recipe").read_bytes()
     if hashlib.sha256(data).hexdigest() != call.digest:
         raise ValueError("the recipe of the run is not the one that the client wrote")
@@ -161,8 +167,10 @@ def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> 
     volume = recipe.volume.open()
     if volume.source.location not in (None, call.folder / "volume") and volume.identity != made.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
+    device = device_at(place, recipe.rest["options"]["device"], torch.cuda.device_count())
+    rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}
     given = dict(recipe.model)
-    models = load_models(given.pop("model"), **given, device=recipe.rest["options"]["device"])
+    models = load_models(given.pop("model"), **given, device=device)
     identities = [model_identity(member) for member in models]
     if differences({"model": identities[0] if len(models) == 1 else identities}, made.parameters):
         raise ValueError("the model that is loaded here is not the one that the client has")
@@ -172,7 +180,7 @@ def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> 
         selection=Selection(None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape), recipe.box),
         given={},
         client=None,
-        **recipe.rest,
+        **rest,
     )
     workspace = Workspace(call.root, made)
     fence = call.root / "plan.json"

@@ -22,6 +22,7 @@ from torch import nn
 import oocpatch
 from oocpatch import remote
 from oocpatch.inference import cluster as clusters
+from oocpatch.inference.connecting import connected
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -251,6 +252,46 @@ def test_a_fault_that_may_pass_is_tried_again_and_one_that_stays_fails_its_block
         small.predict(client=client)
     assert set(caught.value.failures) == {MIDDLE_BLOCK}
     assert len([1 for _, first in small.calls() if first == MIDDLE]) == clusters.ATTEMPTS
+
+
+def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process sees is real; that there are two devices is not."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for device, seen in {"cuda": ["4", "4", "7"], "cpu": ["4,7"]}.items():
+        with connected(None, len(seen), device) as client:
+            found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+        assert sorted(found.values()) == seen
+
+
+def test_workers_are_told_their_number_among_those_of_their_host(
+    small: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of several devices the number says which one to use. A new process takes the place of a dead one."""
+    told: list[tuple[str, int]] = []
+    submit = distributed.Client.submit
+
+    def noting(self: distributed.Client, *args: Any, **options: Any) -> Any:
+        told.append((options["workers"][0], args[3]))
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(distributed.Client, "submit", noting)
+    small.add(2)
+    small.behave(delay=0.02)
+
+    def replace() -> None:
+        until(lambda: len({address for address, _ in told}) == 2)
+        small.fork.kill(small.workers.pop())
+        small.add(1)
+
+    with small.client() as client:
+        killer = threading.Thread(target=replace)
+        killer.start()
+        small.predict(client=client)
+        killer.join()
+    places = dict(told)
+    assert len(set(told)) == len(places), "a process keeps its place"
+    assert set(places.values()) == {0, 1}
 
 
 def test_a_model_that_cannot_travel_is_refused_before_the_start(small: SmallCluster) -> None:

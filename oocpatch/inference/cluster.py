@@ -37,6 +37,7 @@ from distributed.scheduler import KilledWorker
 from zarr.storage import LocalStore
 
 from oocpatch.errors import ClusterLost, OocpatchError
+from oocpatch.inference.devices import place_of
 from oocpatch.inference.scheduler import ATTEMPTS, Stopped, Task, hopeless, transient
 from oocpatch.inference.stages import Done
 from oocpatch.inference.versions import MUST_AGREE, SHOULD_AGREE, asking, disagreement
@@ -104,7 +105,7 @@ class Cluster:
     Attributes:
         client: the user's client; it stays open.
         call: what every task of this call carries.
-        work: does a task in a worker process.
+        work: does a task in a worker process, which is told its number among those of its host.
         drop: makes a worker process let go of a call, by its token.
         most: processes to use at most; None: all.
         on_done: told the tasks that are done.
@@ -112,7 +113,7 @@ class Cluster:
 
     client: distributed.Client
     call: Call
-    work: Callable[[Any, Task], Done]
+    work: Callable[[Any, Task, int], Done]
     drop: Callable[[str], None]
     most: int | None = None
     on_done: Callable[[Task], None] = lambda _: None
@@ -120,6 +121,7 @@ class Cluster:
     _waiting: deque[_Attempt] = field(default_factory=deque)
     _flying: list[_Attempt] = field(default_factory=list)
     _processes: set[str] = field(default_factory=set)
+    _places: dict[str, int] = field(default_factory=dict)
     _looked_at: float = 0.0
     _seen_at: float = field(default_factory=time.monotonic)
     _stopping: bool = False
@@ -198,6 +200,7 @@ class Cluster:
         if self.client.status != "running":
             raise ClusterLost(f"the scheduler is lost (the client is {self.client.status}); {RESUME}")
         self._processes = set(self.client.nthreads())  # type: ignore[no-untyped-call]  # so has distributed, in places
+        self._places = {address: place for address, place in self._places.items() if address in self._processes}
         self._looked_at = now = time.monotonic()
         gone = None if self._supply is None else self._supply.keep(len(self._processes))
         if gone is not None:
@@ -285,10 +288,13 @@ class Cluster:
     def _launch(self, attempt: _Attempt, address: str) -> None:
         task, self._numbers = attempt.task, self._numbers + 1
         attempt.address = address
+        if address not in self._places:
+            self._places[address] = place_of(address, self._places)
         attempt.remote = self.client.submit(
             self.work,
             self.call,
             task,
+            self._places[address],
             key=f"oocpatch-{task.stage}-{self.call.token}-{self._numbers}",
             workers=[address],
             allow_other_workers=False,  # a dead process is noticed here, and blamed on the right block
