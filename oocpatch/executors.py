@@ -46,7 +46,7 @@ def open_executor(
         if request.client is not None:
             from oocpatch.remote import cluster_of  # noqa: PLC0415 - a second of imports, for clusters only
 
-            yield stack.enter_context(cluster_of(request, made, workspace, bar)), int
+            yield stack.enter_context(cluster_of(request, made, workspace, bar))
             return
 
         def on_patches(count: int) -> None:

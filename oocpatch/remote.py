@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,13 @@ LOOK_SECONDS = 1.0
 @contextlib.contextmanager
 def cluster_of(
     request: Request, made: Plan, workspace: Workspace, on_patches: Callable[[int], None]
-) -> Iterator[Cluster]:
-    """The executor of a call with a client."""
+) -> Iterator[tuple[Cluster, Callable[[], int]]]:
+    """The executor of a call with a client; and how many batches were halved in its processes."""
+    halved = 0
 
-    def on_done(task: Task) -> None:
+    def on_done(task: Task, done: Done) -> None:
+        nonlocal halved
+        halved += done.halved
         if task.stage == "predict":
             on_patches(made.patches_in([task.index]))
 
@@ -62,7 +65,7 @@ def cluster_of(
         published(request, made, workspace) as call,
         Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
     ):
-        yield executor
+        yield executor, lambda: halved
 
 
 # What a worker process holds. One call at a time, so that memory is what the plan says.
@@ -103,7 +106,10 @@ def work(call: Call, task: Task, place: int) -> Done:
         threads = torch.get_num_threads()
         use_threads(1)
         try:
-            return perform(held.job, task)
+            halving = held.job.predictor.halving
+            before = halving.count
+            done = perform(held.job, task)
+            return replace(done, halved=halving.count - before)
         finally:
             use_threads(threads)
             if held.stopped.is_set():

@@ -31,7 +31,7 @@ MODEL = "tests.cluster_child:scripted"
 
 
 def scripted(patches: torch.Tensor, control: str) -> torch.Tensor:
-    """Depends on the place within the patch; logs its calls, and does what a file says: wait, die, fail."""
+    """Depends on the place within the patch; logs its calls; does what a file says: wait, die, fail, lack memory."""
     first = patches.reshape(len(patches), -1)[:, 0].tolist()
     settings = json.loads(Path(control).read_text())
     log = os.open(f"{control}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -40,6 +40,8 @@ def scripted(patches: torch.Tensor, control: str) -> torch.Tensor:
     time.sleep(settings.get("delay", 0.0))
     if set(first) & set(settings.get("fatal", ())):
         os.kill(os.getpid(), signal.SIGKILL)
+    if len(patches) > settings.get("room", len(patches)):
+        raise MemoryError
     if set(first) & set(settings.get("failing", ())):
         raise ConnectionResetError("the storage hiccups")
     ramp = torch.arange(1, patches[0].numel() + 1, dtype=torch.float32).reshape(patches.shape[1:])

@@ -78,7 +78,7 @@ class SmallCluster:
         self.workers: list[int] = []
 
     def behave(self, **settings: Any) -> None:
-        """Tell the model what to do: `delay` in seconds, `fatal` and `failing` patches by their first voxels."""
+        """Tell the model what to do: `delay` in seconds, `fatal` and `failing` patches by first voxels, `room`."""
         aside = self.control.with_suffix(".new")
         aside.write_text(json.dumps(settings))
         aside.rename(self.control)

@@ -23,6 +23,7 @@ import oocpatch
 from oocpatch import remote
 from oocpatch.inference import cluster as clusters
 from oocpatch.inference.connecting import connected
+from oocpatch.storage.output import inspect_output
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -252,6 +253,20 @@ def test_a_fault_that_may_pass_is_tried_again_and_one_that_stays_fails_its_block
         small.predict(client=client)
     assert set(caught.value.failures) == {MIDDLE_BLOCK}
     assert len([1 for _, first in small.calls() if first == MIDDLE]) == clusters.ATTEMPTS
+
+
+def test_batches_that_are_halved_are_counted_over_all_workers(small: SmallCluster) -> None:
+    """Blocks in the inside have four patches, those at the border two or one."""
+    small.add(2)
+    small.behave(room=2)
+    with small.client() as client:
+        small.predict(client=client, batch_size=4)
+    small.predict("embedded", batch_size=4)
+    assert small.digests() == small.digests("embedded")
+    for name in ("out", "embedded"):
+        found = inspect_output(small.folder / name)
+        assert found is not None
+        assert found.details["halved_batches"] == 9
 
 
 def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:

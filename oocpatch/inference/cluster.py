@@ -108,7 +108,7 @@ class Cluster:
         work: does a task in a worker process, which is told its number among those of its host.
         drop: makes a worker process let go of a call, by its token.
         most: processes to use at most; None: all.
-        on_done: told the tasks that are done.
+        on_done: told the tasks that are done, and what they did.
     """
 
     client: distributed.Client
@@ -116,7 +116,7 @@ class Cluster:
     work: Callable[[Any, Task, int], Done]
     drop: Callable[[str], None]
     most: int | None = None
-    on_done: Callable[[Task], None] = lambda _: None
+    on_done: Callable[[Task, Done], None] = lambda *_: None
     _inbox: queue.SimpleQueue[_Attempt | None] = field(default_factory=queue.SimpleQueue)
     _waiting: deque[_Attempt] = field(default_factory=deque)
     _flying: list[_Attempt] = field(default_factory=list)
@@ -225,7 +225,7 @@ class Cluster:
                 if status == "finished":
                     done = attempt.remote.result(timeout=GATHER_SECONDS)
                     self._land(attempt)
-                    self.on_done(attempt.task)
+                    self.on_done(attempt.task, done)
                     attempt.result.set_result(done)
                 elif status == "error":
                     self._failed(attempt, attempt.remote.exception(timeout=GATHER_SECONDS))
