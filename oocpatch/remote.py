@@ -12,6 +12,7 @@ A process makes a job of the recipe once, and keeps it until the call is over or
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -40,6 +41,7 @@ from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan, differences
 from oocpatch.recipe import Call, Recipe, published
 from oocpatch.request import Request
+from oocpatch.storage.files import flush
 from oocpatch.storage.output import Output
 from oocpatch.storage.workspace import Workspace
 
@@ -50,8 +52,8 @@ LOOK_SECONDS = 1.0
 @contextlib.contextmanager
 def cluster_of(
     request: Request, made: Plan, workspace: Workspace, on_patches: Callable[[int], None]
-) -> Iterator[tuple[Cluster, Callable[[], int]]]:
-    """The executor of a call with a client; and how many batches were halved in its processes."""
+) -> Iterator[tuple[Cluster, Callable[[], int], Callable[[], None]]]:
+    """The executor of a call with a client; how many batches its processes halved; what flushes what they wrote."""
     halved = 0
 
     def on_done(task: Task, done: Done) -> None:
@@ -65,7 +67,7 @@ def cluster_of(
         published(request, made, workspace) as call,
         Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
     ):
-        yield executor, lambda: halved
+        yield executor, lambda: halved, lambda: executor.everywhere(functools.partial(flush, request.output))
 
 
 # What a worker process holds. One call at a time, so that memory is what the plan says.

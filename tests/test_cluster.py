@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ import oocpatch
 from oocpatch import remote
 from oocpatch.inference import cluster as clusters
 from oocpatch.inference.connecting import connected
+from oocpatch.storage.files import flush
 from oocpatch.storage.output import inspect_output
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
@@ -99,6 +101,23 @@ def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: 
         until(lambda: client.run(held) == dict.fromkeys(client.nthreads(), None))
     assert max(seen) == 2, "the scheduler holds a task per process"
     assert Counter(Counter(first for _, first in small.calls()).values()) == {1: 49}
+
+
+def noted_flush(path: Path) -> None:
+    (path.parent / f"flushed-by-{os.getpid()}").touch()
+
+
+def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.add(2)
+    monkeypatch.setattr("oocpatch.remote.flush", noted_flush)
+    with small.client() as client:
+        small.predict(client=client)
+        alive = client.run(os.getpid).values()
+        assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
+        monkeypatch.undo()
+        gone = clusters.Cluster(client, call=Any, work=remote.work, drop=remote.drop)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            gone.everywhere(functools.partial(flush, Path("/nowhere")))
 
 
 def held() -> str | None:

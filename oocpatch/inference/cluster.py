@@ -33,6 +33,7 @@ from typing import Any, Protocol, Self
 import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
 import dask
 import distributed
+from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from zarr.storage import LocalStore
 
@@ -50,8 +51,8 @@ DEATHS = 3
 LOOK_SECONDS = 0.5
 """How often the driver looks which processes there are."""
 
-GATHER_SECONDS, GOODBYE_SECONDS = 5.0, 5.0
-"""How long a result may travel, and how long the driver waits for processes to let go of a run."""
+GATHER_SECONDS, LAST_SECONDS, GOODBYE_SECONDS = 5.0, 60.0, 5.0
+"""How long a result may travel, how long processes may take for what each has to do at the end, and to let go."""
 
 RESUME = "what is finished is kept, the same call goes on where this one stopped"
 
@@ -149,6 +150,19 @@ class Cluster:
     def window(self) -> int:
         """Tasks to keep submitted at a time: one per process."""
         return max(1, min(len(self._processes), self.most or len(self._processes)))
+
+    def everywhere(self, function: Callable[[], None]) -> None:
+        """Call a function in every process.
+
+        Raises:
+            OSError: what it raises in one of them.
+        """
+        found = _bounded(lambda: self.client.run(function, on_error="return"), LAST_SECONDS)
+        if found is None:
+            logger.warning("not all workers answered within %.0f s: the disk may not have all of it yet", LAST_SECONDS)
+        for error in (found or {}).values():
+            if isinstance(error, OSError) and not isinstance(error, CommClosedError):
+                raise error
 
     def submit(self, task: Task) -> Future[Done]:
         """Begin a task."""
@@ -310,7 +324,7 @@ def _patience() -> float:
     return float(dask.utils.parse_timedelta(dask.config.get("oocpatch.wait-for-workers", "60s")))
 
 
-def _bounded(function: Callable[[], Any]) -> Any:
+def _bounded(function: Callable[[], Any], seconds: float = GOODBYE_SECONDS) -> Any:
     """What a call gives, if it does so in time; else None."""
     found: list[Any] = []
 
@@ -320,7 +334,7 @@ def _bounded(function: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(GOODBYE_SECONDS)
+    thread.join(seconds)
     return found[0] if found else None
 
 
