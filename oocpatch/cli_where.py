@@ -25,7 +25,7 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
     from oocpatch.inference.cluster import announce
     from oocpatch.inference.connecting import connected
 
-    with connected(scheduler, given["workers"] or 0) as client:
+    with connected(scheduler, given["workers"] or 0, given["device"]) as client:
         log(f"dashboard: {announce(client)}")
         yield {**given, "client": client, "workers": None if processes else given["workers"]}
 

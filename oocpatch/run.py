@@ -342,8 +342,10 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         open_ledger(workspace, "ledger") as ledger,
         open_executor(request, workspace, progress, blocks, done) as opened,
     ):
-        executor, halved = opened
+        executor, halved, flush = opened
         Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+        if request.client is not None:
+            flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         assert all_done(made, done)
         return details(request, made, time.monotonic() - started, done, halved())
 
@@ -365,15 +367,17 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
-            executor, halved = stack.enter_context(open_executor(request, workspace, progress, own, done))
+            executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
         news = News(workspace.root, part.segment)
         run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
         run(own=own, finishes=own).execute(executor)
+        flush()  # the part that completes the output may run on another host
         with turn():
             found = inspect_output(output)
             complete = found is not None and found.complete  # by another part, which finished this one's blocks
             if not complete:
                 run(own=range(0), finishes=part.left_to(output, made.blocks)).execute(executor)
+                flush()
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()

@@ -83,12 +83,14 @@ class Done:
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
         nonfinite: voxels of all heads that are NaN or infinite, among the same.
         units: the CRCs of the write units it is answerable for; see `storage.units`.
+        halved: batches that did not fit into memory, as other processes tell.
     """
 
     promise: Promise = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
     units: str = ""
+    halved: int = 0
 
     @classmethod
     def of(cls, heads: Sequence[Counts], written: Written, promise: Promise = NO_PARTIALS) -> Done:

@@ -100,7 +100,7 @@ def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
     return text_checksum(json.dumps([rest, {**record, "details": details}], sort_keys=True))
 
 
-def metadata_damaged(path: Path, attribute: str) -> bool:
+def metadata_damaged(path: Address, attribute: str) -> bool:
     """Whether the metadata of an output's group are not what was written.
 
     False where they have no CRC: in outputs that are not complete, and in those of Zarr 2.
