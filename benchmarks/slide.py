@@ -15,11 +15,8 @@ import zarr
 
 import oocpatch
 from benchmarks.measure import MIB, RESULT, in_fresh_process, measured, table
+from benchmarks.sources import CHUNK, COLOURS, tile
 from benchmarks.tasks import copy
-
-CHUNK = 512
-COLOURS = np.array([[230, 225, 235], [190, 120, 180], [90, 50, 140]], np.uint8)
-"""Background, tissue and nuclei: what the three classes look like."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,23 +68,14 @@ def make_slide(path: str, mask: str, size: int) -> dict[str, Any]:
     y, x = np.ogrid[:low, :low]
     tissue = (y - centre) ** 2 + (x - centre) ** 2 < radius**2
     zarr.create_array(mask, data=tissue, chunks=(CHUNK, CHUNK), dimension_names=("y", "x"), overwrite=True)
-    tile = _tile()
+    pattern = tile()
     step = CHUNK // 32
     for i in range(0, low, step):
         for j in range(0, low, step):
             if tissue[i : i + step, j : j + step].any():
                 box = tuple(slice(a * 32, min(a * 32 + CHUNK, size)) for a in (i, j))
-                slide[box] = tile[tuple(slice(0, s.stop - s.start) for s in box)]
+                slide[box] = pattern[tuple(slice(0, s.stop - s.start) for s in box)]
     return {"tissue": float(tissue.mean())}
-
-
-def _tile() -> np.ndarray[Any, Any]:
-    """One chunk of tissue: nuclei of a dozen pixels, and noise that does not change a class."""
-    generator = np.random.default_rng(0)
-    y, x = np.ogrid[:CHUNK, :CHUNK]
-    labels = 1 + ((np.sin(y / 6) * np.sin(x / 7)) > 0.6)
-    noise = generator.integers(-8, 9, (CHUNK, CHUNK, 3))
-    return (COLOURS[labels].astype(int) + noise).astype(np.uint8)
 
 
 def copy_slide(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:

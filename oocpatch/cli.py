@@ -195,7 +195,9 @@ _run_options = _options(
     ),
     _option("--processes", is_flag=True, help="Compute in --workers processes of this machine instead of threads."),
     _option(
-        "--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://HOST:PORT or file:scheduler.json."
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
     ),
     _option(
         "--part",

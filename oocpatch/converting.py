@@ -97,7 +97,8 @@ def convert(
 
     Raises:
         ValueError, TypeError: for bad arguments.
-        OutputExists: when there is something at `output`. OutputBusy: when another call is at work on it.
+        OutputExists: when there is something at `output`.
+        OutputBusy: when another call is at work on it.
         PlanTooLarge: when not even one write unit fits the memory limit.
 
     >>> import tempfile

@@ -31,6 +31,7 @@ EXTRAS = {
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),
     "view": ("PIL",),
+    "slurm": ("dask_jobqueue",),
 }
 """What each extra brings, by the names that are imported."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from oocpatch import door
-from oocpatch.decide import make_plan, resumed
+from oocpatch.decide import make_plan, refuse_other_run, resumed
 from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.executors import all_done, details, open_executor, open_ledger
 from oocpatch.inference.scheduler import Run
@@ -152,7 +152,8 @@ def predict(
         ValueError, TypeError: for bad arguments.
         PlanTooLarge: when the run would need more memory or disk than allowed; nothing is read or written.
         RunMismatch: when the output belongs to a run with other parameters.
-        OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
+        OutputExists: when the output holds other data.
+        OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
         ClusterLost: when the scheduler or all workers are gone; the same call goes on.
 
@@ -268,10 +269,10 @@ def _stored(request: Request, found: OutputRecord) -> Plan | None:
     """The stored plan to go on with; None where there is none, or nothing is left to do.
 
     Raises:
-        RunMismatch: when it is of a run with other parameters.
+        RunMismatch: when it is of a run with other parameters. CorruptData: when it only seems so.
     """
-    request.refuse_other_run(found)
     workspace = None if found.complete else Workspace.find(root_of(found))
+    refuse_other_run(request, found, None if workspace is None else workspace.plan)
     return None if workspace is None else resumed(workspace.plan, request)
 
 
@@ -341,8 +342,10 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         open_ledger(workspace, "ledger") as ledger,
         open_executor(request, workspace, progress, blocks, done) as opened,
     ):
-        executor, halved = opened
+        executor, halved, flush = opened
         Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+        if request.client is not None:
+            flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         assert all_done(made, done)
         return details(request, made, time.monotonic() - started, done, halved())
 
@@ -364,15 +367,17 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
-            executor, halved = stack.enter_context(open_executor(request, workspace, progress, own, done))
+            executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
         news = News(workspace.root, part.segment)
         run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
         run(own=own, finishes=own).execute(executor)
+        flush()  # the part that completes the output may run on another host
         with turn():
             found = inspect_output(output)
             complete = found is not None and found.complete  # by another part, which finished this one's blocks
             if not complete:
                 run(own=range(0), finishes=part.left_to(output, made.blocks)).execute(executor)
+                flush()
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()

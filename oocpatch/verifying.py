@@ -45,8 +45,10 @@ class Damage:
         array: the array it belongs to; empty for metadata of the group.
         key: its name within the array, such as `c/0/1`.
         problem: what is wrong.
-        start, shape: the box of the array that it holds, channel first if there is one; empty for other files.
-        block, stage: what wrote it; None for other files.
+        start: first voxel of the box that it holds, channel first if there is one; empty for other files.
+        shape: size of that box.
+        block: the block that wrote it; None for other files.
+        stage: the stage of that block.
     """
 
     array: str
@@ -85,6 +87,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing is damaged."""
         return not self.damaged
 
     def to_json(self) -> str:
@@ -110,7 +113,8 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
 
     Raises:
         ValueError: when there is no output, or one that keeps no checksums.
-        OutputExists: when something is there that oocpatch did not write. OutputBusy: when a run is at work on it.
+        OutputExists: when something is there that oocpatch did not write.
+        OutputBusy: when a run is at work on it.
         CorruptData: when it is to be repaired, and what is damaged is not a write unit.
 
     >>> import tempfile, numpy as np, oocpatch, torch

@@ -26,7 +26,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "promise"))
 DOORS = {
     "real_data": (
         os.environ.get("OOCPATCH_REAL_DATA") == "1",
-        "downloads a scan and a network; set OOCPATCH_REAL_DATA=1 to run it",
+        "downloads published data; set OOCPATCH_REAL_DATA=1 to run it",
     ),
     "readers": (
         bool(os.environ.get("OOCPATCH_READERS")),

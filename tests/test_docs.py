@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pytest
 
+import oocpatch
+
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "console", "text", "bash", "json", "toml"}
@@ -128,6 +130,11 @@ def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)]
     assert [t for t in targets if t and "://" not in t and not (path.parent / t).exists()] == []
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    listed = re.findall(r"^   (\w+)$", (ROOT / "docs/reference/python.rst").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(oocpatch.__all__)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,19 @@ def test_a_tiff_can_be_read_as_a_slide(tmp_path: Path) -> None:
     np.testing.assert_array_equal(volume.read(Box((0, 0), (150, 210))), SLIDE[::2, ::2].transpose(2, 0, 1))
 
 
+def test_a_level_of_a_long_slide_has_its_voxels_at_their_places(tmp_path: Path) -> None:
+    """129 rows become 32, and not a quarter: OpenSlide has one factor for both axes, 4.016."""
+    ramp = np.abs((np.arange(1024) + 128) % 256 - 128).astype(np.uint8)  # a step of one per voxel, up and down
+    level = np.broadcast_to(ramp[:, None], (32, 1024, 3)).copy()
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        options: dict[str, Any] = {"tile": (128, 128), "photometric": "rgb", "metadata": None}
+        file.write(np.zeros((129, 4096, 3), np.uint8), **options)
+        file.write(level, subfiletype=1, **options)
+    volume = oocpatch.Volume(f"{tmp_path / 'a.tif'}::format=slide,level=1")
+    found = volume.read(Box((0, 0), (32, 1024))).transpose(1, 2, 0).astype(int)
+    assert np.abs(found - level).max() <= 1
+
+
 def test_series_of_a_tiff_are_chosen_by_number(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(STACK, metadata={"axes": "ZYX"})

@@ -53,7 +53,8 @@ def _floors() -> dict[str, Floor]:
     }
     convert = door | {"telling", "converting"}
     look = run | {"looking"}
-    public = look | convert | {"checking", "verifying"}
+    lint = remember | {"linting"}
+    public = look | convert | lint | {"checking", "verifying"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -82,6 +83,7 @@ def _floors() -> dict[str, Floor]:
         "converting": Floor(convert, on_disk),
         "record": Floor(frozenset(), numpy),
         "looking": Floor(look, on_disk),
+        "linting": Floor(lint, on_disk),
         "verifying": Floor(request | {"progress", "parts", "verifying"}, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
@@ -104,6 +106,8 @@ FLOORS = _floors()
 EXTRA = {
     "inference/scheduler.py": frozenset({"dask", "tenacity"}),
     "inference/cluster.py": frozenset({"dask", "distributed", "cloudpickle"}),
+    "inference/connecting.py": frozenset({"distributed"}),
+    "inference/slurm.py": frozenset({"dask", "dask_jobqueue", "distributed"}),
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),

@@ -56,6 +56,8 @@ def test_every_level_is_valid_and_has_the_right_values_scale_and_coordinates(
     for head, group in image_groups(name, output).items():
         yaozarrs.validate_zarr_store(str(group))
         assert_image(name, head, group)
+    assert oocpatch.lint(output).findings == ()
+    assert oocpatch.lint(output).images == len(image_groups(name, output))
 
 
 def assert_image(name: str, head: str, group: Path) -> None:

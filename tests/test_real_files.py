@@ -13,9 +13,10 @@ import pytest
 import tensorstore
 import tifffile
 import torch
+import xarray as xr
 
 import oocpatch
-from tests.real_data import UnavailableError, fetch
+from tests.real_data import RealData, UnavailableError, fetch
 
 pytestmark = pytest.mark.real_data
 
@@ -23,11 +24,16 @@ Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture(scope="module")
-def scan() -> Path:
+def data() -> RealData:
     try:
-        return fetch().scan
+        return fetch()
     except UnavailableError as error:
         pytest.skip(f"the real data cannot be had: {error}")
+
+
+@pytest.fixture(scope="module")
+def scan(data: RealData) -> Path:
+    return data.scan
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +94,39 @@ def test_its_voxels_lie_where_its_affine_says(scan: Path) -> None:
         places = source.coords[name].values
         assert places[0] == affine[axis, 3]
         assert places[-1] == affine[axis, 3] + affine[axis, axis] * (source.shape[axis] - 1)
+
+
+@pytest.mark.parametrize(("name", "step", "first"), [("atlas", 1, -90), ("flipped", -2, 90)])
+def test_an_atlas_keeps_its_labels_and_its_places(
+    name: str, step: int, first: int, data: RealData, tmp_path: Path
+) -> None:
+    path: Path = getattr(data, name)
+    labels = np.asarray(nibabel.load(path).dataobj)
+    made = oocpatch.predict(
+        path, torch.nn.Identity(), tmp_path / "out.zarr",
+        patch_size=48, patch_overlap=16, overlap_mode="crop", progress=False,
+    )  # fmt: skip
+    assert made.dtype == labels.dtype
+    np.testing.assert_array_equal(made, labels)
+    np.testing.assert_array_equal(made.x, first + step * np.arange(len(labels)))
+    told = {"mm": "millimeter", "unknown": None}  # the atlas says nothing, the flipped one mm
+    assert made.x.attrs.get("units") == told[nibabel.load(path).header.get_xyzt_units()[0]]
+    converted = oocpatch.convert(path, tmp_path / "converted.zarr", chunks=64, progress=False)
+    assert converted.identical(xr.open_zarr(tmp_path / "converted.zarr").volume)
+    np.testing.assert_array_equal(converted, labels)
+    np.testing.assert_array_equal(converted.x, made.x)
+    np.testing.assert_array_equal(converted.attrs["affine"], nibabel.load(path).affine)
+
+
+def test_a_structure_of_an_atlas_is_found_in_the_scan_by_its_label(data: RealData, voxels: Array) -> None:
+    """Patches around the left hippocampus, which is 37 in this atlas."""
+    labels = np.asarray(nibabel.load(data.atlas).dataobj)
+    subject = oocpatch.Subject(t1=data.scan, atlas=data.atlas)
+    sampler = oocpatch.LabelSampler(subject, 16, "atlas", {37: 1}, num_patches=8, seed=0)
+    found = list(sampler)
+    assert len(found) == 8
+    for patch in found:
+        assert int(patch.atlas.data[0, 8, 8, 8]) == 37
+        box = patch.patch_location.to_slices()
+        np.testing.assert_array_equal(patch.atlas.data[0], labels[box])
+        np.testing.assert_array_equal(patch.t1.data[0], voxels[box])

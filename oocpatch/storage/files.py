@@ -1,8 +1,9 @@
-"""Files and objects that are there whole or not at all."""
+"""Files and objects that are there whole or not at all, and that stay there when the power goes."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import tempfile
 import threading
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oocpatch.storage.addresses import Address, ObjectPath
+
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
 
 
 def write_atomically(path: Address, content: str | bytes) -> None:
@@ -37,3 +40,27 @@ def at_hand(path: Address) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError), copy.open("wb") as file:
             file.writelines(path.pieces())
         yield copy
+
+
+def flush(path: Address) -> None:
+    """Wait until everything that was written to a path's file system is on the disk.
+
+    One call for any number of files, and for their names. It waits for what others write there, too. What another host
+    has written through a shared file system, that host must flush. An object is there for good once it is put.
+
+    Raises:
+        OSError: when the disk did not take something that was written before.
+
+    >>> flush(Path())
+    """
+    if isinstance(path, ObjectPath):
+        return
+    place = os.open(path, os.O_RDONLY)
+    try:
+        if not hasattr(_LIBRARY, "syncfs"):
+            os.sync()
+        elif _LIBRARY.syncfs(place):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(place)

@@ -98,3 +98,16 @@ def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
     details = {name: value for name, value in record["details"].items() if name != METADATA_CRC}
     rest = {name: value for name, value in metadata.items() if name != "attributes"}
     return text_checksum(json.dumps([rest, {**record, "details": details}], sort_keys=True))
+
+
+def metadata_damaged(path: Address, attribute: str) -> bool:
+    """Whether the metadata of an output's group are not what was written.
+
+    False where they have no CRC: in outputs that are not complete, and in those of Zarr 2.
+    """
+    try:
+        metadata = json.loads((path / "zarr.json").read_text())
+        wanted = metadata["attributes"][attribute]["details"].get(METADATA_CRC)
+        return wanted is not None and metadata_checksum(metadata, attribute) != wanted
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return (path / "zarr.json").exists()

@@ -30,7 +30,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.storage.addresses import Address, ObjectPath, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
-from oocpatch.storage.files import write_atomically
+from oocpatch.storage.files import flush, write_atomically
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files
 from oocpatch.storage.native import StagedArray, sweep_aside
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
@@ -273,7 +273,7 @@ class Output:
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
     def complete(self, details: Mapping[str, Any], ledger: Path) -> None:
-        """Record success in the group's attributes, and consolidate its metadata for xarray.
+        """Have the disk take what was written, and record success in the group's attributes, for xarray consolidated.
 
         What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
 
@@ -286,12 +286,14 @@ class Output:
         details = {**details, "plan": json.loads(self._plan.to_json())}
         if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
             details["files"] = self._files(record, ledger)
+        flush(self.path)
         with warnings.catch_warnings():
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(store_at(self.path))
         rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+        flush(self.path)  # before anything deletes what a resume would need
 
     def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
         """The CRCs of all files that hold no write units, the ledger that is kept among them."""

@@ -178,7 +178,7 @@ def _from_file(spec: FileSpec) -> Source:
         dtype=facts.dtype,
         chunks=facts.chunks,
         names=facts.names,
-        load=Loader(spec),
+        load=Loader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
         identify=functools.partial(_digest, identity),
         chunked=facts.chunked,
         location=local.resolve() if local is not None else None,

@@ -19,8 +19,8 @@ TILE = 512
 class SlideFile:
     """A level of a slide, in RGB; where nothing was scanned, the slide's background colour, else white.
 
-    OpenSlide resamples between levels. Whole tiles are read, each at its own place, so that a voxel has one value,
-    whatever box it is read with.
+    OpenSlide takes places in the largest level, as integers, and interpolates where they are no voxel of the level that
+    is read. Whole tiles are read, each at its own place, so that a voxel has one value, whatever box it is read with.
     """
 
     def __init__(self, spec: FileSpec) -> None:
@@ -38,12 +38,13 @@ class SlideFile:
         width, height = self._slide.level_dimensions[spec.level]
         tile = [int(properties.get(f"openslide.level[{spec.level}].tile-{n}", TILE)) for n in ("height", "width")]
         self._tile = min(tile[0], height), min(tile[1], width)
-        self._full = self._slide.dimensions[::-1]
+        # OpenSlide's own factor, one for both axes: with another one, voxels would be read beside their places.
+        self._times = float(self._slide.level_downsamples[spec.level])
         colour = properties.get("openslide.background-color", "FFFFFF")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
         shape = (height, width, 3)
         coords = {}
-        for name, size, full in zip("yx", shape, self._full, strict=False):
+        for name, size, full in zip("yx", shape, self._slide.dimensions[::-1], strict=False):
             if step := float(properties.get(f"openslide.mpp-{name}", 0)):
                 times = full / size
                 coords[name] = coordinate(name, size, step * times, step * (times - 1) / 2, "um")
@@ -71,7 +72,7 @@ class SlideFile:
 
     def _read_tile(self, corner: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         size = [min(t, n - c) for t, n, c in zip(self._tile, self.facts.shape, corner, strict=False)]
-        place = [round(c * full / n) for c, full, n in zip(corner, self._full, self.facts.shape, strict=False)]
+        place = [round(c * self._times) for c in corner]
         values = np.asarray(self._slide.read_region(tuple(place[::-1]), self._level, tuple(size[::-1])))
         return np.where(values[..., 3:] == 0, self._background, values[..., :3])
 
