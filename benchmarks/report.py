@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import commit, machine, versions
+from benchmarks.machine import LIBRARIES, PEERS, commit, machine, versions
 from benchmarks.measure import TaskFailed, in_fresh_process, table
 from benchmarks.peers import ENVIRONMENTS, python_of
 from benchmarks.sources import source
@@ -139,7 +139,7 @@ def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     results["when"] = f"{datetime.now(UTC):%Y-%m-%d}"
     results["commit"] = commit()
     results["note"] = arguments.note if arguments.note is not None else results["note"]
-    results["versions"]["here"] = versions()
+    results["versions"]["here"] = versions([library for library in LIBRARIES if library not in PEERS])
     for name in ENVIRONMENTS if arguments.peers is not None else ():
         if not (python := python_of(arguments.peers, name).absolute()).exists():
             raise SystemExit(f"{python} is not there; make it with `python -m benchmarks peers --make-environment`")
