@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from benchmarks.measure import MIB, in_fresh_process, table
+from benchmarks.sources import CHUNK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,24 +23,30 @@ def run(arguments: argparse.Namespace) -> None:
     names = ("slide.zarr", "mask.zarr", "copy_slide.zarr", "segment.zarr")
     here = {name: str(arguments.directory / name) for name in names}
     made = _task("make_slide", path=here["slide.zarr"], mask=here["mask.zarr"], size=arguments.size)
-    rows, records = [], {"slide": made}
-    for name, task, mask in (("copy, 4 threads", "copy_slide", None), ("oocpatch, mask", "segment", here["mask.zarr"])):
-        options = {
-            "patch_size": arguments.patch_size,
-            "patch_overlap": arguments.patch_overlap,
-            "overlap_mode": arguments.overlap_mode,
-            "max_memory": arguments.max_memory,
-            "workers": arguments.workers,
-            "mask": mask,
-        }
-        record = _task(task, source=here["slide.zarr"], target=here[f"{task}.zarr"], options=options)
-        records[name] = record
-        counts = [str(record.get(key, "-")) for key in ("patches", "called", "wrong")]
-        rows.append([name, f"{record['wall']:.1f}", f"{record['cpu']:.1f}", f"{record['peak'] / MIB:.0f}", *counts])
+    job = {"source": here["slide.zarr"], "patch": arguments.patch_size, "overlap": arguments.patch_overlap}
+    job |= {"target": here["copy_slide.zarr"], "chunk": CHUNK, "model": "two", "compare": False}
+    options = {
+        "patch_size": arguments.patch_size,
+        "patch_overlap": arguments.patch_overlap,
+        "overlap_mode": arguments.overlap_mode,
+        "max_memory": arguments.max_memory,
+        "workers": arguments.workers,
+        "mask": here["mask.zarr"],
+    }
+    records = {
+        "slide": made,
+        "copy, 4 threads": in_fresh_process("zarr_python", "benchmarks.copies", threads=4, **job),
+        "oocpatch, mask": _task("segment", source=here["slide.zarr"], target=here["segment.zarr"], options=options),
+    }
     if arguments.json:
         print(json.dumps(records, indent=1))
         return
     print(f"{arguments.size}^2 RGB, {made['tissue']:.0%} of it tissue, patches {arguments.patch_size}^2\n")
+    rows = [
+        [name, f"{record['wall']:.1f}", f"{record['cpu']:.1f}", f"{record['peak'] / MIB:.0f}",
+         *(str(record.get(key, "-")) for key in ("patches", "called", "wrong"))]
+        for name, record in list(records.items())[1:]
+    ]  # fmt: skip
     print(table(["", "wall s", "CPU s", "peak MiB", "patches", "computed", "wrong pixels"], rows))
 
 
