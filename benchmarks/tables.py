@@ -138,6 +138,9 @@ def machine_table(results: Results) -> str:
         [titles[name], ", ".join(f"{library} {version}" for library, version in found.items())]
         for name, found in results["versions"].items()
     ]
+    if results["shrink"] > 1:
+        smaller = f"edges divided by {results['shrink']}, but not below two patches: smaller than the text says"
+        rows.append(["volumes", smaller])
     rows += [["remark", results["note"]]] if results["note"] else []
     return _markdown(["", ""], rows)
 
