@@ -7,7 +7,8 @@ Each Markdown file is one story, told in an empty directory:
 - a `text` block right after a `python` block is what that block prints;
 - in a `console` block each line after `$ ` is a shell command, and lines below it are what it prints, if there are any;
 - `...` in printed text stands for anything, and runs of blanks are all alike;
-- other languages are only shown.
+- other languages are only shown;
+- a picture that the story makes under the name of one that the page shows is that picture.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import oocpatch
 
@@ -104,6 +107,21 @@ def run_story(path: Path) -> None:
             run_console(block, where)
 
 
+def pictures(path: Path) -> list[Path]:
+    """Files of pictures that a page shows."""
+    return [path.parent / target for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", path.read_text())]
+
+
+def assert_same_picture(shown: Path, made: Path) -> None:
+    """A drawing to the letter; a PNG but for a few pixels: scores that are nearly equal may fall either way."""
+    if shown.suffix == ".svg":
+        assert shown.read_text() == made.read_text(), f"{shown.name} is not what the page makes"
+        return
+    expected, found = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (shown, made))
+    if expected.shape != found.shape or np.abs(expected - found).mean() > 1:
+        raise AssertionError(f"{shown.name} is not what the page makes: {found.shape}, shown {expected.shape}")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_the_documentation_shows_runs_and_prints_what_it_says(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -111,6 +129,9 @@ def test_what_the_documentation_shows_runs_and_prints_what_it_says(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     run_story(path)
+    for shown in pictures(path):
+        if (tmp_path / shown.name).exists():
+            assert_same_picture(shown, tmp_path / shown.name)
 
 
 def test_the_readme_shows_a_first_example_and_the_command_line() -> None:
@@ -155,6 +176,15 @@ def test_documentation_that_is_wrong_fails(
     (tmp_path / "wrong.md").write_text(story)
     with pytest.raises(AssertionError, match=re.escape(failure)):
         run_story(tmp_path / "wrong.md")
+
+
+def test_a_picture_that_is_not_what_the_page_makes_fails(tmp_path: Path) -> None:
+    shown = pictures(ROOT / "docs/tutorial.md")
+    assert [p.name for p in shown] == ["labels.zarr.png"]
+    assert_same_picture(shown[0], shown[0])
+    Image.open(shown[0]).convert("RGB").rotate(180).save(tmp_path / "turned.png")
+    with pytest.raises(AssertionError, match="not what the page makes"):
+        assert_same_picture(shown[0], tmp_path / "turned.png")
 
 
 def test_documentation_that_is_right_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
