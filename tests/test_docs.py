@@ -93,6 +93,13 @@ def run_console(block: Block, where: str) -> None:
             assert_prints(expected, done.stdout, f"{where}: `{command}`")
 
 
+def forget_saved_modules() -> None:
+    """Let the next story import its own `net.py`, and not this one's."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or os.devnull).parent == Path.cwd():
+            del sys.modules[name]
+
+
 def run_story(path: Path) -> None:
     """Run all blocks of a Markdown file, in order, in the current directory."""
     namespace: dict[str, object] = {"__name__": "__main__"}
@@ -128,7 +135,10 @@ def test_what_the_documentation_shows_runs_and_prints_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    run_story(path)
+    try:
+        run_story(path)
+    finally:
+        forget_saved_modules()
     for shown in pictures(path):
         if (tmp_path / shown.name).exists():
             assert_same_picture(shown, tmp_path / shown.name)
@@ -196,3 +206,5 @@ def test_documentation_that_is_right_passes(tmp_path: Path, monkeypatch: pytest.
         "```console\n$ cat sea.py | \\\n    head -1\n# sea.py\n$ true\n```\n\n```text\na drawing\n```\n"
     )
     run_story(tmp_path / "right.md")
+    forget_saved_modules()
+    assert "sea" not in sys.modules
