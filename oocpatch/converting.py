@@ -130,6 +130,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
     Raises:
         PlanTooLarge: when not even one write unit fits.
 
+    >>> import zarr
     >>> planes = Volume(zarr.zeros((100, 128, 128), chunks=(1, 128, 128), dtype="uint8", store={}))
     >>> plan_stream(planes, (32, 32, 32), 40_000_000).box
     (32, 128, 128)
