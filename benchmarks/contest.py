@@ -125,21 +125,24 @@ def _errors(task: Job) -> tuple[float, float]:
     inside = Path(task.target) / "prediction"  # the name of oocpatch's only head
     output = zarr.open_array(str(inside if inside.exists() else task.target), mode="r")
 
-    def differ(box: tuple[slice, ...]) -> tuple[float, float]:
+    def differ(box: tuple[slice, ...]) -> tuple[float, float, int]:
         expected = np.asarray(source[box])
-        if task.image:
-            expected, box = np.moveaxis(expected[..., :2], -1, 0), box[:2]
-        last = task.image and output.shape[-1] == 2
-        found = np.asarray(output[(*box, slice(None))] if last else output[(..., *box)])
-        found = np.moveaxis(found, -1, 0) if last else found.reshape(expected.shape)
+        if output.shape == source.shape:
+            found = np.asarray(output[box])
+        elif task.image and output.shape[-1] == 2:
+            expected, found = expected[..., :2], np.asarray(output[(*box[:2], slice(None))])
+        elif task.image:
+            expected = np.moveaxis(expected[..., :2], -1, 0)
+            found = np.asarray(output[(..., *box[:2])]).reshape(expected.shape)
+        else:
+            found = np.asarray(output[(..., *box)]).reshape(expected.shape)
         difference = np.abs(found.astype(np.float32) - expected)
-        return float(difference.max()), float(difference.sum(dtype=np.float64))
+        return float(difference.max()), float(difference.mean(dtype=np.float64)), expected.size
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(differ, chunks_of(source)))
-    # np.max, because max() would pass over a NaN.
-    voxels = source.size // 3 * 2 if task.image else source.size
-    return float(np.max([largest for largest, _ in found])), sum(total for _, total in found) / voxels
+        largest, means, sizes = np.array(list(pool.map(differ, chunks_of(source)))).T
+    # NumPy's max, because Python's would pass over a NaN.
+    return float(largest.max()), float(np.average(means, weights=sizes))
 
 
 def chunks_of(volume: Any) -> Iterator[tuple[slice, ...]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.measure import MIB, RESULT, measured
+from benchmarks.measure import MIB, answer, measured
 from oocpatch.inference.scheduler import Run, Task
 from oocpatch.inference.stages import Done
 from oocpatch.planning.plan import Plan
@@ -120,5 +118,4 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tasks = {task.__name__: task for task in (plan_blocks, drive, read_progress, keep, tell_status)}
-    print(RESULT + json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(plan_blocks, drive, read_progress, keep, tell_status)

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import psutil
 
 from benchmarks.measure import ROOT, answer
 
+PEERS = ("dask", "monai", "torchio", "patchly")
 LIBRARIES = (
-    "oocpatch", "zarr", "zarrs", "numcodecs", "tensorstore", "numpy", "torch", "dask", "monai", "torchio", "patchly",
+    "oocpatch", "zarr", "zarrs", "numcodecs", "tensorstore", "numpy", "torch", *PEERS,
 )  # fmt: skip
 
 
@@ -41,10 +43,10 @@ def _processor() -> str:
     return f"{found['model name']} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
-def versions() -> dict[str, Any]:
-    """Version of each library that this environment has."""
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
+    """Version of each of some libraries that this environment has."""
     found = {}
-    for library in LIBRARIES:
+    for library in libraries:
         try:
             found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

@@ -108,7 +108,7 @@ class _Sampler:
 
 def in_fresh_process(
     task: str,
-    module: str = "benchmarks.tasks",
+    module: str,
     *,
     python: str | Path = sys.executable,
     timeout: float | None = None,

@@ -16,20 +16,23 @@ from benchmarks.models import network
 
 
 def predict(
-    max_memory: str = "1GiB", workers: int | None = None, output_dtype: str | None = None, **job: Any
+    max_memory: str = "1GiB",
+    workers: int | None = None,
+    output_dtype: str | None = None,
+    overlap_mode: str = "hann",
+    **job: Any,
 ) -> dict[str, Any]:
     """A run, with all that a run does; how much memory its plan promised, and in how many blocks."""
-    return contend(_runner(max_memory, workers, output_dtype), **job)
+    options = {"max_memory": max_memory, "workers": workers, "output_dtype": output_dtype, "overlap_mode": overlap_mode}
+    return contend(_runner(options), **job)
 
 
 def first_patch(max_memory: str = "1GiB", **job: Any) -> dict[str, Any]:
     """Seconds from the call until the network gets its first patch."""
-    return until_first_patch(lambda clock: _runner(max_memory, None, None, clock), **job)
+    return until_first_patch(lambda clock: _runner({"max_memory": max_memory}, clock), **job)
 
 
-def _runner(
-    max_memory: str, workers: int | None, output_dtype: str | None, model: torch.nn.Module | None = None
-) -> Run:
+def _runner(options: dict[str, Any], model: torch.nn.Module | None = None) -> Run:
     def run(task: Job) -> dict[str, Any]:
         plan = oocpatch.plan(
             task.source,
@@ -37,13 +40,10 @@ def _runner(
             task.target,
             patch_size=task.patch,
             patch_overlap=task.overlap,
-            overlap_mode="hann",
             axes="yxc" if task.image else "zyx",
-            max_memory=max_memory,
-            workers=workers,
             output_chunks=task.chunk,
-            output_dtype=output_dtype,
             progress=False,
+            **options,
         )
         plan.run()
         names = ("projected_memory", "patches", "blocks", "block_shape", "concurrency")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import commit, machine
+from benchmarks.machine import LIBRARIES, PEERS, commit, machine, versions
 from benchmarks.measure import TaskFailed, in_fresh_process, table
 from benchmarks.peers import ENVIRONMENTS, python_of
 from benchmarks.sources import source
@@ -21,8 +21,8 @@ from benchmarks.workloads import USUAL, WORKLOADS, Contender, Workload
 
 SLOW = 60
 """Contenders that take longer than these seconds run once."""
-PATIENCE = 5
-"""How many times the expected seconds a contender may take, with a minute for nothing."""
+PATIENCE = 10
+"""How many times the expected seconds a contender may take, with two minutes for nothing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +117,7 @@ def _measure(
         python = str(python_of(arguments.peers, contender.environment).absolute())
     try:
         return in_fresh_process(
-            task, f"benchmarks.{module}", python=python, timeout=60 + PATIENCE * contender.seconds,
+            task, f"benchmarks.{module}", python=python, timeout=120 + PATIENCE * contender.seconds,
             **contender.arguments, **job,
         )  # fmt: skip
     except TaskFailed as failure:
@@ -139,11 +139,9 @@ def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     results["when"] = f"{datetime.now(UTC):%Y-%m-%d}"
     results["commit"] = commit()
     results["note"] = arguments.note if arguments.note is not None else results["note"]
-    pythons = {"here": Path(sys.executable)}
-    if arguments.peers is not None:
-        pythons |= {name: python_of(arguments.peers, name).absolute() for name in ENVIRONMENTS}
-    for name, python in pythons.items():
-        if not python.exists():
+    results["versions"]["here"] = versions([library for library in LIBRARIES if library not in PEERS])
+    for name in ENVIRONMENTS if arguments.peers is not None else ():
+        if not (python := python_of(arguments.peers, name).absolute()).exists():
             raise SystemExit(f"{python} is not there; make it with `python -m benchmarks peers --make-environment`")
         results["versions"][name] = in_fresh_process("versions", "benchmarks.machine", python=python)
     return results

@@ -35,17 +35,17 @@ def write_page(page: Path, results: Results) -> None:
     page.write_text(text)
 
 
-def ratios(results: Results, name: str, contender: str) -> list[float]:
-    """In each round, how many times the yardstick's time a contender took."""
+def ratios(results: Results, name: str, contender: str, key: str = "wall") -> list[float]:
+    """In each round, how many times the yardstick's time a contender took, all in all or for one part of it."""
     workload, kept = WORKLOADS[name], results["workloads"].get(name, {"records": {}})["records"]
     yardsticks = [c.name for c in workload.contenders if c.kind == workload.against]
     found = []
     for round_, record in enumerate(kept.get(contender, [])):
         rounds = [kept[y][min(round_, len(kept[y]) - 1)] for y in yardsticks if kept.get(y)]
         # A bare model's time is the time of the model; a copy's is all it takes.
-        times = [r.get("inference", r.get("wall")) for r in rounds if "failed" not in r]
-        if times and "failed" not in record:
-            found.append(record["wall"] / min(times))
+        times = [r.get("inference", r["wall"]) for r in rounds if "failed" not in r]
+        if times and "failed" not in record and (key == "wall" or key in record):
+            found.append(record[key] / min(times))
     return found
 
 
@@ -54,7 +54,7 @@ def speed_table(results: Results, name: str) -> str:
     workload = WORKLOADS[name]
     yardstick = "the best copy" if workload.against == "copy" else "the network alone"
     head = ["", "seconds", f"times {yardstick}", "CPU s", "memory added", "GB read", "GB written"]
-    head += ["what came out"] if workload.model != "layers" else []
+    head += ["what came out"] if workload.model != "layers" else ["times, without reading and writing"]
     rows = []
     for contender, records in _records(results, name):
         good = [r for r in records if "failed" not in r]
@@ -67,7 +67,9 @@ def speed_table(results: Results, name: str) -> str:
             _strong(contender, f"{statistics.median(times):.2f}") if times else "",
             f"{_median(good, 'cpu'):.1f}", _memory(good), _gigabytes(good, "read"), _gigabytes(good, "written"),
         ]  # fmt: skip
-        rows.append(row + ([_exactness(workload, good)] if workload.model != "layers" else []))
+        inside = ratios(results, name, contender.name, "inference")
+        alone = f"{statistics.median(inside):.2f}" if inside else ""
+        rows.append([*row, _exactness(workload, good) if workload.model != "layers" else alone])
     return _markdown(head, rows)
 
 
@@ -136,6 +138,9 @@ def machine_table(results: Results) -> str:
         [titles[name], ", ".join(f"{library} {version}" for library, version in found.items())]
         for name, found in results["versions"].items()
     ]
+    if results["shrink"] > 1:
+        smaller = f"edges divided by {results['shrink']}, but not below two patches: smaller than the text says"
+        rows.append(["volumes", smaller])
     rows += [["remark", results["note"]]] if results["note"] else []
     return _markdown(["", ""], rows)
 

@@ -107,7 +107,7 @@ WORKLOADS: dict[str, Workload] = {
         targets={"oocpatch, 1 GiB": 1.2},
     ),
     "slide": Workload(
-        "16384^2 RGB uint8, chunks 512^2, patches 512^2, overlap 128, two channels out",
+        "16384^2 RGB uint8, chunks 512^2, patches 512^2, overlap 128, two channels",
         "slide", 16384, 512, 128, 512, "two",
         (
             *COPIES, _ours(15), _ours(12, output_dtype="uint8"),

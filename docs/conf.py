@@ -3,6 +3,7 @@
 The pages are Markdown that reads well by itself; what Sphinx adds is navigation, search and the reference.
 """
 
+import re
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -74,8 +75,9 @@ def without_arguments(
     return ("", "") if arguments and (what == "exception" or name in GIVEN) else None
 
 
-def as_sentence(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
-    """Keep napoleon from taking what stands before a colon for the type of a property."""
+def as_text(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
+    """Make links of names of pages, and keep napoleon from taking what stands before a colon for a property's type."""
+    lines[:] = [re.sub(r"`docs/([\w/-]+)\.md`", r":doc:`\1 </\1>`", line) for line in lines]
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]  # an empty comment
 
@@ -88,5 +90,5 @@ def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
 def setup(app: Sphinx) -> None:
     """Register the above."""
     app.connect("autodoc-process-signature", without_arguments)
-    app.connect("autodoc-process-docstring", as_sentence, priority=400)  # napoleon has 500
+    app.connect("autodoc-process-docstring", as_text, priority=400)  # napoleon has 500
     app.connect("sphinx-click-process-options", without_unset)

@@ -219,7 +219,11 @@ _progress_option = _option(
 )
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"})
+@click.group(
+    name="oocpatch",  # as `dask` knows it
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"},
+)
 @click.version_option(package_name="oocpatch")
 def main() -> None:
     """Patch-based deep learning on volumes larger than memory."""

@@ -30,9 +30,10 @@ _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
     default="auto",
     help="Progress on stderr.",
 )
+@_option("--overwrite", is_flag=True, help="Replace what another conversion wrote.")
 @_json_option
 def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Stream the volume IN, of any format that can be read, into the chunked Zarr OUT.zarr."""
+    """Stream the volume IN, of any format that can be read, into the chunked Zarr OUT.zarr; run again to continue."""
     import oocpatch
 
     start = time.monotonic()

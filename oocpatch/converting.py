@@ -4,7 +4,8 @@
  volume --boxes of whole write units--> buffers, one per thread --> OUT.partial --rename--> OUT
 ```
 
-What is not finished has another name, so that it never looks complete. The same call after an interruption starts anew.
+What is not finished has another name, so that it never looks complete. The same call after an interruption goes on:
+write units that are there are not made again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import shutil
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,27 +22,15 @@ from typing import Any
 
 import numpy as np
 import xarray
-import zarr
-from zarr.errors import UnstableSpecificationWarning
-from zarr.storage import LocalStore
 
 from oocpatch import door
-from oocpatch.errors import OutputExists, PlanTooLarge
+from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import human
-from oocpatch.storage.coordinates import plain_attributes, write_coords
+from oocpatch.storage.conversion import NAME, Conversion, is_complete, record_of, remove, replaceable
 from oocpatch.storage.lock import locked
 from oocpatch.storage.volume import REQUEST, Volume, default_chunks
 from oocpatch.telling import telling
-
-NAME = "volume"
-"""Of the array in the group that is written."""
-
-MARK = "oocpatch_convert"
-"""Attribute of the group: what it was made of."""
-
-FEW = 4
-"""So many channels, such as those of a picture, share a chunk."""
 
 COPIES = 3
 """Copies of a chunk that coding it takes at most, the encoded one included."""
@@ -76,29 +63,33 @@ def convert(
     shards: int | Sequence[int] | None = None,
     max_memory: int | float | str = "auto",
     progress: str | bool = "auto",
+    overwrite: bool = False,
 ) -> xarray.DataArray:
     """Stream a volume of any format into a Zarr v3 group, within a memory limit.
 
     Axes, coordinates and attributes are kept; the order of axes is that of `predict`'s outputs: the channel first, then
-    looped axes, then the spatial ones in their order. An interrupted call leaves nothing at `output`.
+    looped axes, then the spatial ones in their order. An interrupted call leaves nothing at `output`; the same call
+    goes on. When it is complete, the same call returns at once.
 
     Args:
         volume: whatever `predict` takes.
-        output: directory to write; must not exist.
+        output: directory to write; nothing is there yet, or what the same call made.
         axes: names of the volume's axes, e.g. `"zyx"`.
         level: of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
         chunks: spatial chunks, in voxels; default: those of the volume, if reasonable.
         shards: spatial shards, in voxels; multiples of the chunks.
         max_memory: bytes that the conversion may add to this process; `"auto"`: a quarter of the machine's.
         progress: as for `predict`.
+        overwrite: replace what another conversion wrote, finished or not.
 
     Returns:
         The new volume, lazy, `([C,] *axes)`.
 
     Raises:
         ValueError, TypeError: for bad arguments.
-        OutputExists: when there is something at `output`.
+        OutputExists: when there is something else at `output`.
         OutputBusy: when another call is at work on it.
+        RunMismatch: when another volume was converted to it, or in another way; the message names what differs.
         PlanTooLarge: when not even one write unit fits the memory limit.
 
     >>> import tempfile
@@ -111,8 +102,6 @@ def convert(
     data = Volume(volume, axes, level)
     door.apart("output", target, data)
     door.writable("output", target)
-    if target.exists():
-        raise OutputExists(f"output must be a new path, but {target} exists; choose another, or delete it first")
     looped = len(data.shape) - data.spatial_ndim
     chunk = default_chunks(data, data.dtype.itemsize)
     if chunks is not None:
@@ -120,23 +109,20 @@ def convert(
     shard = None if shards is None else (*(1,) * looped, *door.sizes("shards", shards, data, least=1))
     unit = door.write_unit(chunk, shard, data.shape)
     stream = plan_stream(data, unit, door.memory_limit(max_memory))
+    record = record_of(data, level, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.partial.lock"), str(target)):
-        if partial.exists():
-            _remove_left(partial)
-        array = _create(partial, data, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
-        voxel = data.channels * data.dtype.itemsize
-        with telling(progress, "convert", "voxels", math.prod(data.shape), bytes_each=voxel) as tell:
-            _stream(data, array, stream, unit, tell)
-        with warnings.catch_warnings():
-            # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            zarr.consolidate_metadata(LocalStore(partial))
-        partial.rename(target)
-    made: xarray.DataArray = xarray.open_zarr(target)[NAME]
-    return made
+        if overwrite:
+            _remove(partial, target)
+        if not is_complete(target, record):
+            made = Conversion.open(partial, data, record, chunk, unit)
+            voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
+            with telling(progress, "convert", "voxels", total, resumed=made.done, bytes_each=voxel) as tell:
+                _stream(data, made, stream, tell)
+            made.finish(target)
+    found: xarray.DataArray = xarray.open_zarr(target)[NAME]
+    return found
 
 
 def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
@@ -145,6 +131,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
     Raises:
         PlanTooLarge: when not even one write unit fits.
 
+    >>> import zarr
     >>> planes = Volume(zarr.zeros((100, 128, 128), chunks=(1, 128, 128), dtype="uint8", store={}))
     >>> plan_stream(planes, (32, 32, 32), 40_000_000).box
     (32, 128, 128)
@@ -189,39 +176,8 @@ def _decoded(volume: Volume, box: Ints) -> float:
     return times
 
 
-def _create(path: Path, volume: Volume, chunk: Ints, unit: Ints, address: str | None) -> zarr.Array[Any]:
-    attributes = {MARK: {"source": address, "identity": volume.identity}}
-    store = LocalStore(path)
-    zarr.create_group(store, attributes=attributes, overwrite=False)
-    channel = () if volume.channel_axis is None else (volume.channel_axis,)
-    channels = () if volume.channel_axis is None else (volume.channels,)
-    together = tuple(n if n <= FEW else 1 for n in channels)
-    names = {*channel, *volume.names} - {NAME}
-    sizes = dict(zip((*channel, *volume.names), (*channels, *volume.shape), strict=True))
-    coords = {
-        name: variable
-        for name, variable in volume.source.coords.items()
-        if name != NAME
-        and set(map(str, variable.dims)) <= names
-        and all(sizes[str(d)] == n for d, n in variable.sizes.items())
-    }  # fmt: skip
-    for variable in coords.values():
-        variable.encoding = {}
-    write_coords(path, coords, attributes)
-    return zarr.create_array(
-        store,
-        name=NAME,
-        shape=(*channels, *volume.shape),
-        chunks=(*together, *chunk),
-        shards=(*together, *unit) if unit != chunk else None,
-        dtype=volume.dtype,
-        dimension_names=(*channel, *volume.names),
-        attributes=plain_attributes(volume),
-    )
-
-
-def _stream(volume: Volume, array: zarr.Array[Any], stream: Stream, unit: Ints, tell: Callable[[int], None]) -> None:
-    """Read and write all boxes, each by one thread: nobody writes another's write unit."""
+def _stream(volume: Volume, made: Conversion, stream: Stream, tell: Callable[[int], None]) -> None:
+    """Read and write what is missing of all boxes, each by one thread: nobody writes another's write unit."""
     boxes, turn, stop = Box.of_shape(volume.shape).split(stream.box), threading.Lock(), threading.Event()
     voxels = math.prod(min(b, n) for b, n in zip(stream.box, volume.shape, strict=True)) * volume.channels
 
@@ -233,12 +189,16 @@ def _stream(volume: Volume, array: zarr.Array[Any], stream: Stream, unit: Ints, 
                 box = next(boxes, None)
             if box is None:
                 return
+            missing = made.missing(box)
+            if not missing:
+                continue
+            box = _around(missing)
             data = room[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
             for request in volume.requests(box, data):
                 volume.read_into(data[(slice(None), *request.slices(box.start))], request)
-            for part in box.split(unit):
-                _write(array, part, data[(slice(None), *part.slices(box.start))], volume.channel_axis is not None)
-            tell(math.prod(box.shape))
+            for part in missing:
+                made.write(part, data[(slice(None), *part.slices(box.start))])
+            tell(sum(math.prod(part.shape) for part in missing))
 
     with ThreadPoolExecutor(stream.threads, thread_name_prefix="oocpatch-convert") as pool:
         try:
@@ -248,29 +208,16 @@ def _stream(volume: Volume, array: zarr.Array[Any], stream: Stream, unit: Ints, 
             stop.set()
 
 
-def _write(array: zarr.Array[Any], part: Box, values: Any, has_channels: bool) -> None:
-    if not has_channels:
-        array[part.slices()] = values[0]
-        return
-    step = (array.shards or array.chunks)[0]
-    for first in range(0, len(values), step):
-        array[(slice(first, first + step), *part.slices())] = values[first : first + step]
+def _around(parts: Sequence[Box]) -> Box:
+    """The smallest box that holds them all."""
+    starts, stops = zip(*(part.start for part in parts), strict=True), zip(*(part.stop for part in parts), strict=True)
+    return Box(tuple(map(min, starts)), tuple(map(max, stops)))
 
 
-def _remove_left(partial: Path) -> None:
-    """Delete what an interrupted conversion left.
-
-    Raises:
-        OutputExists: when something else has that name.
-    """
-    ours = partial.is_dir() and (not any(partial.iterdir()) or MARK in _attributes_of(partial))
-    if not ours:
-        raise OutputExists(f"unfinished output goes to {partial}, which holds something else; move it away")
-    shutil.rmtree(partial)
-
-
-def _attributes_of(path: Path) -> dict[str, Any]:
-    try:
-        return dict(zarr.open_group(LocalStore(path), mode="r", use_consolidated=False).attrs)
-    except (OSError, ValueError, KeyError):
-        return {}
+def _remove(*paths: Path) -> None:
+    """Delete conversions, if they are that."""
+    for path in paths:
+        replaceable(path)
+    for path in paths:
+        if path.exists():
+            remove(path)

@@ -59,7 +59,7 @@ def bioio(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:
         image.set_resolution_level(level)
         values.append(image.data)
         scales.append([image.scale.T, image.scale.C, image.scale.Z, image.scale.Y, image.scale.X])
-    return seen(values, expected, scales=scales)
+    return seen(values, expected, scales=scales, channels=image.channel_names)
 
 
 def tensorstore(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import xarray as xr
 import zarr
 from click.testing import CliRunner
 
 import oocpatch
-from oocpatch import cli
-from tests.children import file_digests
+from oocpatch import cli, converting
+from oocpatch.storage import conversion
+from tests.children import file_digests, unchanged
 from tests.test_formats import KINDS, SLIDE, STACK, pyramidal_tiff
 
 ROOT = Path(__file__).parents[1]
@@ -138,26 +138,116 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "new.zarr.partial" / "diary.txt").read_text() == "mine"
 
 
-def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_the_same_call_does_it(tmp_path: Path) -> None:
-    data = np.random.default_rng(0).integers(0, 4000, (64, 256, 256), dtype=np.uint16)
+KILLED = """
+import itertools, os, signal, sys
+import oocpatch
+from oocpatch.storage.conversion import Conversion
+
+write, count = Conversion.write, itertools.count(1)
+
+
+def killed(self, part, values):
+    write(self, part, values)
+    if next(count) == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Conversion.write = killed
+oocpatch.convert(*sys.argv[1:], chunks=16, progress=False)
+"""
+"""A conversion that is killed when it has marked its 40th unit, wherever its other threads are."""
+
+
+def chunks_of(path: Path) -> dict[str, tuple[int, int]]:
+    """Stored chunks, by when and as which file they were written."""
+    found = (file for file in path.rglob("*") if file.is_file() and file.parent.name.isdecimal())
+    return {str(f.relative_to(path)): (f.stat().st_mtime_ns, f.stat().st_ino) for f in found if f.name.isdecimal()}
+
+
+def test_a_killed_conversion_goes_on_and_makes_nothing_twice(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 4000, (32, 128, 128), dtype=np.uint16)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("data", data=data, chunks=(8, 32, 32), compression="gzip")
-    options = ["--chunks", "16", "--progress", "none"]
-    command = [sys.executable, "-m", "oocpatch.cli", "convert", str(tmp_path / "a.h5"), str(tmp_path / "out.zarr")]
-    with subprocess.Popen([*command, *options], env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        partial = tmp_path / "out.zarr.partial"
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not (partial / "volume" / "c").exists():
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert partial.exists()
-    assert not (tmp_path / "out.zarr").exists()
-    oocpatch.convert(tmp_path / "a.h5", tmp_path / "out.zarr", chunks=16, progress=False)
+    output, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "a.h5"), str(output)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not output.exists()
+    done = sum((partial / conversion.MARKS).read_bytes())
+    assert 40 <= done < 2 * 8 * 8
+    before = chunks_of(partial)
+    again = oocpatch.convert(tmp_path / "a.h5", output, chunks=16, progress=False)
+    kept = before.items() & chunks_of(output).items()
+    # A thread that died between the two had stored a unit that it had not marked.
+    assert done <= len(kept) <= len(before) <= done + converting.THREADS
+    np.testing.assert_array_equal(again, data)
     oocpatch.convert(tmp_path / "a.h5", tmp_path / "undisturbed.zarr", chunks=16, progress=False)
-    assert file_digests(tmp_path / "out.zarr") == file_digests(tmp_path / "undisturbed.zarr")
-    np.testing.assert_array_equal(xr.open_zarr(tmp_path / "out.zarr").volume, data)
-    assert not list(tmp_path.glob("*partial*"))
+    assert file_digests(output) == file_digests(tmp_path / "undisturbed.zarr")
+    assert not list(tmp_path.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("shards", [None, 8])
+@pytest.mark.parametrize("lost", ["nothing", "a mark", "a unit", "marks", "the array", "the name"])
+def test_whatever_a_call_left_the_same_call_makes_the_same_bytes(lost: str, shards: int | None, tmp_path: Path) -> None:
+    """As if it had died between two steps: data and mark, set-up and marks, the new name and the end."""
+    data = np.arange(10 * 12 * 9, dtype=np.uint16).reshape(10, 12, 9)
+    options: dict[str, Any] = {"axes": "zyx", "chunks": 4, "shards": shards, "progress": False}
+    out, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
+    oocpatch.convert(data, out, **options)
+    expected = file_digests(out)
+    count = 2 * 2 * 2 if shards else 3 * 3 * 3
+    if lost == "the name":
+        (out / conversion.MARKS).write_bytes(bytes([1] * count))
+    else:
+        out.rename(partial)
+        kept = bytes([0, *[1] * (count - 1)])
+        (partial / conversion.MARKS).write_bytes(bytes([1] * count) if lost == "nothing" else kept)
+        if lost == "marks":
+            (partial / conversion.MARKS).unlink()
+        if lost == "the array":
+            shutil.rmtree(partial / "volume")
+            (partial / conversion.MARKS).unlink()
+        if lost == "a unit":
+            (partial / "volume/c/0/0/0").rename(partial / "volume/c/0/0/0.5f2d.partial")
+    np.testing.assert_array_equal(oocpatch.convert(data, out, **options), data)
+    assert file_digests(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
+def test_another_volume_or_other_parameters_are_refused_by_name_until_it_is_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "out.zarr"
+    oocpatch.convert(STACK, out, axes="zyx", chunks=16, progress=False)
+    with unchanged(out):  # complete: it returns at once
+        np.testing.assert_array_equal(oocpatch.convert(STACK, out, axes="zyx", chunks=16, progress=False), STACK)
+    for _ in ("complete", "interrupted"):
+        for field, given in {
+            "volume": {"volume": STACK + 1},
+            "axes": {"axes": "tyx"},
+            "chunks": {"chunks": 8},
+            "shards": {"shards": (12, 32, 32)},
+        }.items():
+            settings: dict[str, Any] = {"volume": STACK, "axes": "zyx", "chunks": 16, "progress": False, **given}
+            with (
+                unchanged(tmp_path),
+                pytest.raises(oocpatch.RunMismatch, match=f"{field}: .* overwrite=True") as refusal,
+            ):
+                oocpatch.convert(settings.pop("volume"), out, **settings)
+            assert field in refusal.value.fields
+        if out.exists():
+            out.rename(tmp_path / "out.zarr.partial")
+            (tmp_path / "out.zarr.partial" / conversion.MARKS).write_bytes(bytes(1 * 3 * 4))
+    made = oocpatch.convert(STACK + 1, out, axes="zyx", chunks=16, progress=False, overwrite=True)
+    np.testing.assert_array_equal(made, STACK + 1)
+    again = oocpatch.convert(STACK, out, axes="zyx", chunks=8, progress=False, overwrite=True)
+    np.testing.assert_array_equal(again, STACK)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
+def test_overwriting_replaces_no_data_of_others(tmp_path: Path) -> None:
+    (tmp_path / "out.zarr").mkdir()
+    (tmp_path / "out.zarr/diary.txt").write_text("mine")
+    with unchanged(tmp_path), pytest.raises(oocpatch.OutputExists, match="replaces only what convert wrote"):
+        oocpatch.convert(STACK, tmp_path / "out.zarr", overwrite=True)
 
 
 def test_the_command_prints_what_it_made_and_ends_in_one_line_for_a_mistake(
@@ -170,9 +260,12 @@ def test_the_command_prints_what_it_made_and_ends_in_one_line_for_a_mistake(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert (report["axes"], report["shape"], report["chunks"]) == (["x", "y", "z"], [50, 40, 12], [16, 16, 8])
-    result = CliRunner().invoke(cli.main, arguments)
+    assert CliRunner().invoke(cli.main, arguments).exit_code == 0  # complete
+    result = CliRunner().invoke(cli.main, [*arguments, "--chunks", "8"])
     assert result.exit_code == 3
-    assert result.stderr.startswith("oocpatch: output must be a new path")
+    assert result.stderr.startswith("oocpatch: ")
+    assert "chunks: [16, 16, 8] before, [8, 8, 8] now" in result.stderr
+    assert CliRunner().invoke(cli.main, [*arguments, "--chunks", "8", "--overwrite"]).exit_code == 0
     result = CliRunner().invoke(cli.main, ["convert", "scan.nii.gz::level=two", "other.zarr"])
     assert result.exit_code == 2
     assert "must be the path of a dataset, level=NUMBER" in result.stderr

@@ -71,6 +71,8 @@ def test_other_programs_see_the_same_axes_scales_and_voxels(told: tuple[str, dic
             ), key
         if "labelled" in seen:
             assert_layer(run, name, head, sizes, seen)
+        if "channels" in seen and "c" in run.axes:
+            assert seen["channels"] == [f"stain {n}" for n in range(run.shape[run.axes.index("c")])], key
         if "dims" in seen:
             assert seen["dims"] == [list(run.axes)] * len(seen["same"]), key
 
@@ -85,5 +87,12 @@ def assert_layer(run: Run, name: str, head: str, sizes: list[float], seen: dict[
     assert seen["labelled"] == [a for a, _ in others], (name, head)
     assert seen["spacing"] == pytest.approx([size for _, size in others]), (name, head)
     assert seen["units"] == ["second" if a == "t" else "micrometer" for a, _ in others], (name, head)
+    if not labels:  # omero: names, and the contrast
+        names = [f"stain {n}" for n in range(run.shape[channel])] if channel >= 0 else [head]
+        found = [seen["names"]] if channel < 0 else seen["names"]
+        assert [n.rpartition(": ")[2] for n in found] == names, (name, head)
+        contrast = [seen["contrast"]] if channel < 0 else seen["contrast"]
+        assert len(contrast) == len(names)
+        assert all(0 <= low < high <= 6 for low, high in contrast), (name, head)
     if name == "labels beside an image":
         assert seen["others"] == ["labels/labels/cells", "labels/labels/nuclei"]

@@ -19,12 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from oocpatch.errors import CorruptData
 from oocpatch.storage.addresses import Address
-from oocpatch.storage.checksum import bytes_checksum, text_checksum
+from oocpatch.storage.checksum import bytes_checksum, file_checksum, text_checksum
 from oocpatch.storage.files import at_hand, write_atomically
 from oocpatch.storage.ledger import standing
 
 LEDGER = "oocpatch.ledger"
+DESCRIBED = "described"
+"""Detail of an incomplete output: CRCs of metadata that are about to be written anew, beside those in `files`."""
 METADATA_CRC = "metadata_crc"
 
 
@@ -90,6 +93,19 @@ def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) ->
             inside = Path(folder).relative_to(path)
             folders[:] = sorted(name for name in folders if (inside / name).as_posix() not in units)
             yield from ((inside / name).as_posix() for name in sorted(files))
+
+
+def refuse_changes(path: Address, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """See that files, by default all whose CRCs an incomplete output notes, are as they were made.
+
+    Raises:
+        CorruptData: when one is not.
+    """
+    if "files" not in details:
+        raise CorruptData(f"{path}/zarr.json is not what was written; start afresh with overwrite=True")
+    for name in details["files"] if names is None else names:
+        if file_checksum(path / name) not in {details["files"][name], details.get(DESCRIBED, {}).get(name)}:
+            raise CorruptData(f"{path / name} is not what was written; start afresh with overwrite=True")
 
 
 def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:

@@ -31,15 +31,16 @@ from oocpatch.storage.addresses import Address, ObjectPath, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import flush, write_atomically
-from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files
+from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files, refuse_changes
 from oocpatch.storage.native import StagedArray, sweep_aside
+from oocpatch.storage.ome_channels import channel_settings, describe, described
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
 from oocpatch.storage.units import NotingStore, Written, unit_positions, units_of
 from oocpatch.storage.volume import Volume
 
 ATTRIBUTE = "oocpatch"
 METADATA = "zarr.json"
-OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "bioformats2raw.layout"})
+OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,32 +281,30 @@ class Output:
         Raises:
             CorruptData: when one of these is not as it was made.
         """
-        record = inspect_output(self.path)
-        assert record is not None
-        self._sweep(record)
+        found = inspect_output(self.path)
+        assert found is not None
+        self._sweep(found)
+        settings = channel_settings(self.path, found.details, found.parameters)
+        noted = describe(self.path, settings, found.details, lambda d: rewrite(self.path, replace(found, details=d)))
+        record = replace(found, details=noted)
         details = {**details, "plan": json.loads(self._plan.to_json())}
         if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
             details["files"] = self._files(record, ledger)
         flush(self.path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
-            warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
             zarr.consolidate_metadata(store_at(self.path))
-        rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+        done = replace(record, complete=True, details={**record.details, **details})
+        rewrite(self.path, done, consolidated=True, omero=settings.get(""))
         flush(self.path)  # before anything deletes what a resume would need
 
     def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
         """The CRCs of all files that hold no write units, the ledger that is kept among them."""
-        if "files" not in record.details:
-            raise CorruptData(f"{self.path}/zarr.json is not what was written; start afresh with overwrite=True")
-        files = dict(record.details["files"])
-        for name, crc in files.items():
-            if file_checksum(self.path / name) != crc:
-                raise CorruptData(f"{self.path / name} is not what was written; start afresh with overwrite=True")
+        refuse_changes(self.path, record.details)
         kept = f"{self._paths[0]}/{LEDGER}"
-        files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
-        return files
+        crc = keep_ledger(ledger, self.path / kept, self._plan.blocks)
+        return {**record.details["files"], kept: crc}
 
     def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
@@ -318,19 +317,23 @@ class Output:
                 left.unlink(missing_ok=True)
 
 
-def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False) -> None:
+def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
     """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
+
+    With `omero`, also how the channels of the group's image are shown.
 
     Raises:
         CorruptData: when the metadata is not what was written.
     """
     try:
         if _format(path) == 2:
-            _rewrite_old(path, record)
+            _rewrite_old(path, record, omero)
             return
         file = path / METADATA
         metadata = json.loads(file.read_text())
         metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
+        if omero:
+            metadata["attributes"] = described(metadata["attributes"], omero)
         members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(
@@ -345,14 +348,15 @@ def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False) 
     write_atomically(file, json.dumps(metadata, indent=2))
 
 
-def _rewrite_old(path: Address, record: OutputRecord) -> None:
+def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
     """The same for Zarr 2, whose consolidated metadata is a file of its own."""
     consolidated = json.loads((path / ".zmetadata").read_text())
     _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-    consolidated["metadata"][".zattrs"][ATTRIBUTE] = _plain(record)
+    attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: _plain(record)}
+    attributes = described(attributes, omero) if omero else attributes
+    consolidated["metadata"][".zattrs"] = attributes
     write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
-    attributes = json.loads((path / ".zattrs").read_text())
-    write_atomically(path / ".zattrs", json.dumps({**attributes, ATTRIBUTE: _plain(record)}, indent=2))
+    write_atomically(path / ".zattrs", json.dumps(attributes, indent=2))
 
 
 def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:

@@ -1,0 +1,102 @@
+"""What `benchmarks.profile` measures; each task in a process of its own."""
+
+from __future__ import annotations
+
+import collections
+import cProfile
+import os
+import pstats
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+import oocpatch
+from benchmarks.contest import remove
+from benchmarks.measure import answer, measured
+
+WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
+"""Where Python threads wait, by file and function."""
+
+
+def predict_under_profile(source: str, target: str, options: dict[str, Any], top: int) -> dict[str, Any]:
+    """The main thread's functions by the time spent in and below them."""
+    _warm_up(options)
+    remove(target)
+    profiler = cProfile.Profile()
+    with measured() as usage:
+        profiler.enable()
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+        profiler.disable()
+    statistics: Any = pstats.Stats(profiler)
+    rows = [
+        {"function": f"{_short(file)}:{line} {name}", "calls": calls, "own": own, "with_callees": cumulative}
+        for (file, line, name), (calls, _, own, cumulative, _) in statistics.stats.items()
+    ]
+    return {**vars(usage), "functions": sorted(rows, key=lambda row: -row["with_callees"])[:top]}
+
+
+def predict_under_sampler(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What each thread was doing, 200 times a second, unless it waited: samples per thread and innermost function."""
+    _warm_up(options)
+    remove(target)
+    stop = threading.Event()
+    threads: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def sample() -> None:
+        while not stop.wait(0.005):
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for ident, frame in sys._current_frames().items():  # noqa: SLF001  # the only door to other threads' frames
+                code = frame.f_code
+                if ident != threading.get_ident() and (Path(code.co_filename).name, code.co_name) not in WAITING:
+                    place = f"{code.co_name} ({_short(code.co_filename)}:{frame.f_lineno})"
+                    threads[names.get(ident, str(ident))][place] += 1
+
+    sampler = threading.Thread(target=sample, name="sampler", daemon=True)
+    sampler.start()
+    oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    stop.set()
+    sampler.join()
+    busiest = sorted(threads.items(), key=lambda item: -item[1].total())
+    return {"threads": {name: dict(places) for name, places in busiest}}
+
+
+def predict_under_py_spy(
+    source: str, target: str, options: dict[str, Any], stacks: str, *, native: bool
+) -> dict[str, Any]:
+    """The same, seen from outside by py-spy, which also sees C and C++; its stacks go to a file."""
+    _warm_up(options)
+    remove(target)
+    command = ["py-spy", "record", "--pid", str(os.getpid()), "--format", "raw", "--threads", "--rate", "200"]
+    # Without --nonblocking it stops the process for every sample and measures itself; native frames need the stop.
+    command += ["--output", stacks, "--native" if native else "--nonblocking"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as spy:
+        time.sleep(1.0)  # to attach; this thread is idle meanwhile, and idle threads are not recorded
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+        spy.send_signal(signal.SIGINT)
+        spy.wait()
+    return {"attached": Path(stacks).exists()}
+
+
+def _warm_up(options: dict[str, Any]) -> None:
+    """A run on a few voxels, so that what is loaded once and for all is not counted."""
+    small = {**options, "patch_size": 8, "patch_overlap": 4, "max_memory": "64MiB"}
+    with tempfile.TemporaryDirectory() as folder:
+        zarr.create_array(Path(folder) / "in", data=np.ones((20, 20, 20), np.float32), chunks=(8, 8, 8))
+        oocpatch.predict(Path(folder) / "in", torch.nn.Identity(), Path(folder) / "out", **small, progress=False)
+
+
+def _short(file: str) -> str:
+    return "/".join(Path(file).parts[-2:])
+
+
+if __name__ == "__main__":
+    answer(predict_under_profile, predict_under_sampler, predict_under_py_spy)
