@@ -1,4 +1,4 @@
-"""The door: `python -m benchmarks speed | memory | ledger | profile | sampling | slide`."""
+"""The door: `python -m benchmarks speed | memory | ledger | flush | profile | sampling | slide`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import ledger, memory, profile, sampling, slide, speed
+from benchmarks import flush, ledger, memory, profile, sampling, slide, speed
 
 
 def main() -> None:
     """Run the benchmark that was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="speed | memory | ledger | profile | sampling | slide")
-    for benchmark in (speed, memory, ledger, profile, sampling, slide):
+    verbs = parser.add_subparsers(required=True, metavar="speed | memory | ledger | flush | profile | sampling | slide")
+    for benchmark in (speed, memory, ledger, flush, profile, sampling, slide):
         name = benchmark.__name__.rpartition(".")[2]
         verb = verbs.add_parser(name, help=benchmark.__doc__, description=benchmark.__doc__)
         verb.add_argument("--directory", type=Path, help="where the volumes go (default: a temporary directory)")
