@@ -96,8 +96,13 @@ def until_first_patch(make: Callable[[Any], Run], **job: Any) -> dict[str, Any]:
 
 
 def remove(target: str) -> None:
-    """Remove what an earlier run wrote, on the disk as well."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Remove what an earlier run wrote, and what it left beside that if it was stopped."""
+    for path in Path(target).parent.glob(f"{Path(target).name}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    # On the disk as well: the next run must not pay for it.
     os.sync()
 
 
