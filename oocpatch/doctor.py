@@ -30,6 +30,7 @@ EXTRAS = {
     "hdf5": ("h5py",),
     "tensorstore": ("tensorstore",),
     "view": ("PIL",),
+    "serve": ("neuroglancer",),
 }
 """What each extra brings, by the names that are imported."""
 
