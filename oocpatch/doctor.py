@@ -32,6 +32,7 @@ EXTRAS = {
     "s3": ("obstore",),
     "view": ("PIL",),
     "slurm": ("dask_jobqueue",),
+    "serve": ("neuroglancer",),
 }
 """What each extra brings, by the names that are imported."""
 

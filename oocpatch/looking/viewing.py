@@ -92,17 +92,17 @@ def sheet_of(
     door.one_of("kind", kind, KINDS)
     door.positive("pixels", pixels)
     sight = open_sight(output, pixels, head=head, axes=axes)
-    below = _input(sight, volume, pixels)
+    below = input_of(sight, volume, pixels)
     cuts = _cuts(sight)
     sizes = _sizes(sight, pixels)
     values, notes = _values(sight, cuts, sizes)
-    chosen = _kind(sight, values) if kind == "auto" else kind
-    window = (0.0, 1.0) if chosen == "scores" and _fractions(values) else colours.window_of(values)
+    chosen = kind_of(sight, values) if kind == "auto" else kind
+    window = (0.0, 1.0) if chosen == "scores" and fractions(values) else colours.window_of(values)
     captions = [_caption(sight, cut, note) for cut, note in zip(cuts, notes, strict=True)]
     rows = []
     if below is not None:
         grounds, _ = _values(below, cuts, sizes)
-        ground_kind = "rgb" if _is_rgb(below) else "image"
+        ground_kind = "rgb" if is_rgb(below) else "image"
         light = colours.window_of(grounds)
         pictures = [_picture(v, ground_kind, light) for v in grounds]
         rows.append(tuple(Panel(p, f"input, {c}") for p, c in zip(pictures, captions, strict=True)))
@@ -115,15 +115,17 @@ def sheet_of(
     return Sheet(tuple(rows), name, _subtitle(sight), _legend(chosen, values, window))
 
 
-def _input(sight: Sight, volume: Any, pixels: int) -> Sight | None:
+def noted_volume(sight: Sight) -> str | None:
+    """The path of the volume that a run noted, if it is still there."""
+    noted = None if sight.record is None else sight.record.details.get("settings", {}).get("volume")
+    return noted if isinstance(noted, str) and Path(noted.partition("::")[0]).exists() else None
+
+
+def input_of(sight: Sight, volume: Any, pixels: int) -> Sight | None:
     """What to lay a result over."""
-    if volume is False:
-        return None
-    noted = None
-    if volume is None and sight.record is not None:
-        noted = sight.record.details.get("settings", {}).get("volume")
-        volume = noted if isinstance(noted, str) and Path(noted.partition("::")[0]).exists() else None
-    if volume is None:
+    noted = noted_volume(sight) if volume is None else None
+    volume = noted if volume is None else volume
+    if volume is None or volume is False:
         return None
     axes = sight.record.parameters.get("axes") if noted and sight.record is not None else None
     found = open_sight(volume, pixels, axes=axes)
@@ -172,23 +174,26 @@ def _values(sight: Sight, cuts: list[Cut], sizes: list[int]) -> tuple[list[Array
     return values, seen
 
 
-def _kind(sight: Sight, values: list[Array]) -> str:
+def kind_of(sight: Sight, values: list[Array]) -> str:
+    """How to show values, where nobody says."""
     if sight.is_labels:
         return "labels"
-    if _is_rgb(sight):
+    if is_rgb(sight):
         return "rgb"
     if sight.volume.channels == 1 and sight.volume.dtype.kind in "bui":
         found = np.unique(np.concatenate([v.reshape(-1) for v in values]))
         if len(found) <= colours.FEW_LABELS and int(found[-1]) - int(found[0]) < colours.FEW_LABELS:
             return "labels"
-    return "scores" if sight.record is not None and _fractions(values) else "image"
+    return "scores" if sight.record is not None and fractions(values) else "image"
 
 
-def _is_rgb(sight: Sight) -> bool:
+def is_rgb(sight: Sight) -> bool:
+    """Whether the channels are red, green and blue."""
     return sight.record is None and sight.volume.channels == 3 and sight.volume.dtype == np.uint8
 
 
-def _fractions(values: list[Array]) -> bool:
+def fractions(values: list[Array]) -> bool:
+    """Whether all values are floats from 0 to 1."""
     return all(v.dtype.kind == "f" and np.nanmin(v) >= 0 and np.nanmax(v) <= 1 for v in values)
 
 
