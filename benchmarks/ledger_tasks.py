@@ -17,7 +17,8 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import root_of
 from oocpatch.storage.kept import keep_ledger
 from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise
-from oocpatch.storage.output import create_output, inspect_output
+from oocpatch.storage.output import create_output
+from oocpatch.storage.output_record import inspect_output
 from oocpatch.storage.tally import Progress
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace

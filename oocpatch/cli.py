@@ -283,7 +283,7 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
 def _counts(output: str) -> dict[str, int] | None:
     """What is to be known about the voxels; None while parts of the run are not done."""
     from oocpatch.door import place
-    from oocpatch.storage.output import inspect_output
+    from oocpatch.storage.output_record import inspect_output
 
     record = inspect_output(place("output", output))
     if record is None or not record.complete:

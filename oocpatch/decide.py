@@ -26,7 +26,7 @@ from oocpatch.planning.planner import choose
 from oocpatch.pyramid import with_pyramids
 from oocpatch.request import AUTO, Request, is_auto
 from oocpatch.storage.kept import metadata_damaged
-from oocpatch.storage.output import ATTRIBUTE, OutputRecord
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord
 
 
 def make_plan(request: Request) -> Plan:

@@ -18,7 +18,7 @@ from oocpatch import door
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
 from oocpatch.storage.lock import holder
-from oocpatch.storage.output import OutputRecord, inspect_output
+from oocpatch.storage.output_record import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace
 from oocpatch.telling import telling, way_of
 

@@ -36,7 +36,7 @@ from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.native import NativeArray, StagedArray
 from oocpatch.storage.ome_output import ome_version
-from oocpatch.storage.output import inspect_output
+from oocpatch.storage.output_record import inspect_output
 
 Array = npt.NDArray[Any]
 

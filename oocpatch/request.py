@@ -29,7 +29,7 @@ from oocpatch.planning.head import patch_grid
 from oocpatch.planning.plan import differences
 from oocpatch.storage.addresses import Address
 from oocpatch.storage.checksum import text_checksum
-from oocpatch.storage.output import OutputRecord
+from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.volume import Volume
 
 AUTO = "auto"

@@ -32,7 +32,8 @@ from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
-from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
+from oocpatch.storage.output import Output, Result, create_output, open_result
+from oocpatch.storage.output_record import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
 logger = logging.getLogger("oocpatch")

@@ -30,7 +30,8 @@ from oocpatch.storage.files import at_hand
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
 from oocpatch.storage.ledger import Record, segments, standing
 from oocpatch.storage.lock import locked
-from oocpatch.storage.output import ATTRIBUTE, OutputRecord, array_paths, channel_place, inspect_output, rewrite
+from oocpatch.storage.output import array_paths, channel_place
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, inspect_output, rewrite
 from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 

@@ -25,7 +25,7 @@ from oocpatch import remote
 from oocpatch.inference import cluster as clusters
 from oocpatch.inference.connecting import connected
 from oocpatch.storage.files import flush
-from oocpatch.storage.output import inspect_output
+from oocpatch.storage.output_record import inspect_output
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 

@@ -18,7 +18,7 @@ import torch
 
 import oocpatch
 from oocpatch.storage.files import flush
-from oocpatch.storage.output import inspect_output
+from oocpatch.storage.output_record import inspect_output
 from tests.children import Children, file_digests, report
 from tests.crash_child import Job, make_volume
 from tests.faults import outcome

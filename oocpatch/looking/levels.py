@@ -14,7 +14,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocpatch.storage.formats.spec import UnreadableError, parse
-from oocpatch.storage.output import OutputRecord, array_place, inspect_output, open_result
+from oocpatch.storage.output import open_result
+from oocpatch.storage.output_record import OutputRecord, array_place, inspect_output
 from oocpatch.storage.volume import Volume
 
 

@@ -19,7 +19,7 @@ from oocpatch.looking.levels import record_of
 from oocpatch.looking.viewing import sheet_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import RunStatus, root_of, status
-from oocpatch.storage.output import OutputRecord
+from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.workspace import Workspace
 
 STYLE = """

@@ -20,7 +20,7 @@ from oocpatch.looking.viewing import fractions, input_of, is_rgb, kind_of, noted
 from oocpatch.storage.formats.spec import parse
 from oocpatch.storage.ome import METERS, ome_attributes
 from oocpatch.storage.ome_output import placed
-from oocpatch.storage.output import array_place
+from oocpatch.storage.output_record import array_place
 from oocpatch.storage.volume import Volume
 
 DTYPES = frozenset({"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "float32"})
@@ -128,7 +128,7 @@ def _place(name: str, address: Any, volume: Volume) -> tuple[Path, str, bool]:
     if "multiscales" in ome_attributes(attributes):
         return folder, "", True
     location = volume.source.location
-    if location is None:
+    if not isinstance(location, Path):
         raise ValueError(f"{name}: only Zarr in local directories is served, got {address}")
     return folder, location.relative_to(folder.resolve()).as_posix(), False
 

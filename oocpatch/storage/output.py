@@ -11,10 +11,9 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,69 +22,30 @@ import zarr
 from zarr.abc.store import Store
 from zarr.errors import UnstableSpecificationWarning
 
-from oocpatch.errors import CorruptData, OutputExists
+from oocpatch.errors import CorruptData
 from oocpatch.planning.box import Box, worthwhile
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
-from oocpatch.storage.addresses import Address, ObjectPath, readable, store_at
+from oocpatch.storage.addresses import Address, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import flush, write_atomically
-from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files, refuse_changes
+from oocpatch.storage.kept import LEDGER, keep_ledger, other_files, refuse_changes
 from oocpatch.storage.native import StagedArray, sweep_aside
-from oocpatch.storage.ome_channels import channel_settings, describe, described
+from oocpatch.storage.ome_channels import channel_settings, describe
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
+from oocpatch.storage.output_record import (
+    ATTRIBUTE,
+    METADATA,
+    OutputRecord,
+    group_format,
+    inspect_output,
+    rewrite,
+)
 from oocpatch.storage.units import NotingStore, Written, unit_positions, units_of
 from oocpatch.storage.volume import Volume
 
-ATTRIBUTE = "oocpatch"
-METADATA = "zarr.json"
 OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
-
-
-@dataclass(frozen=True, slots=True)
-class OutputRecord:
-    """What an output says of itself.
-
-    Attributes:
-        run_id: the run that wrote it.
-        complete: whether that run is done.
-        parameters: its fingerprint.
-        workspace: directory of its workspace.
-        arrays: names of what it wrote.
-        details: facts for people: number of patches, uncovered voxels, versions.
-    """
-
-    run_id: str
-    complete: bool
-    parameters: Mapping[str, Any]
-    workspace: str
-    arrays: tuple[str, ...]
-    details: Mapping[str, Any]
-
-
-def inspect_output(path: Address) -> OutputRecord | None:
-    """What lies at the output's place; None when nothing does.
-
-    Raises:
-        OutputExists: when it is something that oocpatch did not write.
-    """
-    if not path.exists():
-        return None
-    if not path.is_dir():
-        raise OutputExists(f"output must be a new path or an output of oocpatch, but {path} is a file")
-    if isinstance(path, Path) and all(p.name.endswith(".partial") for p in path.iterdir()):
-        return None  # an empty directory, or one whose first file a crash kept from its name
-    foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
-    try:
-        group = zarr.open_group(store_at(path), mode="r", zarr_format=_format(path), use_consolidated=False)
-        record = group.attrs[ATTRIBUTE]
-        assert isinstance(record, dict)
-        return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
-    except Exception as error:
-        if isinstance(path, ObjectPath) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # that a store does not answer says nothing about what is there
-        raise OutputExists(foreign) from error
 
 
 def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
@@ -112,7 +72,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, pr
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
     store, zarr_format = store_at(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: _plain(record), **(root_attributes(images, version) if version else {})}
+    attributes = {ATTRIBUTE: record.plain(), **(root_attributes(images, version) if version else {})}
     if previous is not None:
         _replace(path, previous, attributes, zarr_format)
     else:
@@ -134,7 +94,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, pr
 
 def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
     """Delete what a previous run wrote, and put other attributes in place of its own."""
-    old = _format(path)
+    old = group_format(path)
     store = store_at(path)
     group = zarr.open_group(store, mode="r+", zarr_format=3 if old == 3 else 2, use_consolidated=False)
     for name in previous.arrays:
@@ -152,20 +112,9 @@ def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any
         (path / name).unlink(missing_ok=True)
 
 
-def _format(path: Address) -> Literal[2, 3]:
-    """Zarr's format of a group; where a crash left both, the newer."""
-    return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
-
-
 def is_tree(heads: Sequence[Head]) -> bool:
     """Whether heads have a group each: those of different scales cannot share coordinates."""
     return len({h.scale for h in heads}) > 1
-
-
-def array_place(record: OutputRecord, head: str) -> str:
-    """Where a head's array lies, by what the output says of itself."""
-    details = record.details
-    return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
 def array_paths(plan: Plan) -> list[str]:
@@ -288,7 +237,7 @@ class Output:
         noted = describe(self.path, settings, found.details, lambda d: rewrite(self.path, replace(found, details=d)))
         record = replace(found, details=noted)
         details = {**details, "plan": json.loads(self._plan.to_json())}
-        if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
+        if group_format(self.path) == 3:  # Zarr 2 has no place for what is kept
             details["files"] = self._files(record, ledger)
         flush(self.path)
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -315,59 +264,6 @@ class Output:
                 sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
-
-
-def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
-    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
-
-    With `omero`, also how the channels of the group's image are shown.
-
-    Raises:
-        CorruptData: when the metadata is not what was written.
-    """
-    try:
-        if _format(path) == 2:
-            _rewrite_old(path, record, omero)
-            return
-        file = path / METADATA
-        metadata = json.loads(file.read_text())
-        metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
-        if omero:
-            metadata["attributes"] = described(metadata["attributes"], omero)
-        members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptData(
-            f"the metadata of {path} is not what was written ({type(error).__name__}); delete {path}, and the same "
-            "call starts afresh"
-        ) from error
-    metadata.pop("consolidated_metadata", None)
-    if consolidated:
-        _keep(members, record)
-        metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
-        metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
-    write_atomically(file, json.dumps(metadata, indent=2))
-
-
-def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
-    """The same for Zarr 2, whose consolidated metadata is a file of its own."""
-    consolidated = json.loads((path / ".zmetadata").read_text())
-    _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-    attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: _plain(record)}
-    attributes = described(attributes, omero) if omero else attributes
-    consolidated["metadata"][".zattrs"] = attributes
-    write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
-    write_atomically(path / ".zattrs", json.dumps(attributes, indent=2))
-
-
-def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop what the record does not list."""
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others}]:
-        del members[name]
-
-
-def _plain(record: OutputRecord) -> dict[str, Any]:
-    names = ("run_id", "complete", "parameters", "workspace", "arrays", "details")
-    return {n: list(v) if isinstance(v := getattr(record, n), tuple) else v for n in names}
 
 
 Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
@@ -401,6 +297,6 @@ def _finest(path: Address, array: str) -> xarray.DataArray:
     """The finest level of an image."""
     parent, _, name = array.rpartition("/")
     # Of Zarr 2, xarray takes the fill value for missing data.
-    opened = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=_format(path) == 3)
+    opened = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=group_format(path) == 3)
     found: xarray.DataArray = opened[name]
     return found
