@@ -228,6 +228,18 @@ def test_damaged_objects_are_found_and_mended(bucket: Bucket, volume: Path) -> N
     assert oocpatch.verify(url).passed
 
 
+def test_an_output_in_an_object_store_is_looked_at_as_a_local_one(bucket: Bucket, volume: Path, tmp_path: Path) -> None:
+    url, there = bucket.url("seen.zarr"), bucket.upload(volume, "looked-at.zarr")
+    (tmp_path / "here").mkdir()
+    for output in (url, tmp_path / "here" / "seen.zarr"):
+        oocpatch.predict(there, torch.nn.Identity(), output, **OPTIONS)
+    pictures = oocpatch.view(url), oocpatch.view(tmp_path / "here" / "seen.zarr")
+    assert pictures[0] == Path("seen.zarr.png")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert "seen.zarr" in oocpatch.report(url).read_text()
+    assert Path("seen.zarr.report.html").exists()
+
+
 def test_only_what_oocpatch_wrote_is_ever_replaced(bucket: Bucket, volume: Path) -> None:
     bucket.put("mine.zarr/notes.txt", b"mine")
     for overwrite in (False, True):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from oocpatch import door
-from oocpatch.looking.levels import record_of
+from oocpatch.looking.levels import local_name, record_of
 from oocpatch.looking.viewing import sheet_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import RunStatus, root_of, status
@@ -60,9 +60,8 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
     record = record_of(output)
     if record is None:
         raise ValueError(f"a report needs the output of a run, got {os.fspath(output)}")
-    default = f"{os.fspath(output).rstrip('/')}.report.html"
-    place = Path(default) if page is None else door.local_path("page", page)
-    text = _page(Path(output), record, _plan_of(record), status(output))
+    place = Path(f"{local_name(output)}.report.html") if page is None else door.local_path("page", page)
+    text = _page(os.fspath(output), record, _plan_of(record), status(output))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
     return place
@@ -77,13 +76,13 @@ def _plan_of(record: OutputRecord) -> Plan | None:
     return None if workspace is None else workspace.plan
 
 
-def _page(output: Path, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
+def _page(output: str, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
     pictures = [sheet_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
     settings = record.details.get("settings", {})
     parts = [
-        f"<h1>{_text(output.name)}</h1><p class='state'>{_text(_state(found))}</p>",
+        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(_state(found))}</p>",
         _tiles(_figures(record, plan)),
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
@@ -100,9 +99,8 @@ def _page(output: Path, record: OutputRecord, plan: Plan | None, found: RunStatu
             f"kept for every file; metadata {record.details['metadata_crc']}; `oocpatch check {found.output}` reads all"
         )
     parts.append(f"<h2>Made by</h2>{_table(about)}")
-    head = (
-        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_text(output.name)}</title>"
-    )
+    title = f"<title>{_text(Path(output).name)}</title>"
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{title}"
     body = f"<body><main>{''.join(parts)}</main></body>"
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>\n'
 

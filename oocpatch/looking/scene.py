@@ -98,7 +98,7 @@ def _layer(name: str, address: Any, sight: Sight, kind: str) -> Layer:
     """
     if str(sight.volume.dtype) not in DTYPES:
         raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {sight.volume.dtype}")
-    if sight.record is not None and sight.head is not None:
+    if sight.record is not None and sight.head is not None and Path(address).is_dir():
         folder, inside = Path(address), array_place(sight.record, sight.head)
         ome = bool(sight.record.details.get("pyramids")) and sight.record.complete  # else coarser levels are missing
         inside = inside.rpartition("scale0/")[0].strip("/") if ome else inside

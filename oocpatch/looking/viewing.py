@@ -13,7 +13,7 @@ import numpy.typing as npt
 from oocpatch import door
 from oocpatch.looking import colours
 from oocpatch.looking.canvas import Panel, Sheet
-from oocpatch.looking.levels import Sight, open_sight
+from oocpatch.looking.levels import Sight, folder_of, local_name, open_sight
 from oocpatch.looking.planes import plane, projection
 from oocpatch.planning.plan import human
 
@@ -69,9 +69,7 @@ def view(
     """
     if picture is None and not isinstance(output, (str, os.PathLike)):
         raise ValueError("picture must be a path for a volume that is not a file itself")
-    beside = os.fspath(output).rstrip("/")
-    beside = beside.rpartition("/")[2] if "://" in beside else beside  # of a URL, in the current directory
-    place = Path(f"{beside}.png") if picture is None else door.local_path("picture", picture)
+    place = Path(f"{local_name(output)}.png") if picture is None else door.local_path("picture", picture)
     sheet = sheet_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
     data = sheet.png()
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,8 @@ def sheet_of(
 def noted_volume(sight: Sight) -> str | None:
     """The path of the volume that a run noted, if it is still there."""
     noted = None if sight.record is None else sight.record.details.get("settings", {}).get("volume")
-    return noted if isinstance(noted, str) and Path(noted.partition("::")[0]).exists() else None
+    there = isinstance(noted, str) and (Path(noted.partition("::")[0]).exists() or folder_of(noted) is not None)
+    return noted if there else None
 
 
 def input_of(sight: Sight, volume: Any, pixels: int) -> Sight | None:
