@@ -16,6 +16,7 @@ import pytest
 
 import oocpatch
 from oocpatch.inference import slurm
+from oocpatch.inference.cluster import SUPPLIES
 from oocpatch.inference.connecting import connected
 from tests.children import ROOT, file_digests
 from tests.cluster_child import MODEL
@@ -32,6 +33,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSlurm]
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setattr("dask.config.PATH", str(tmp_path))  # dask-jobqueue writes an example of its configuration
+    slurm._dask_jobqueue()  # before any test sets its configuration, which importing it completes
     monkeypatch.setenv("PATH", fake.path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
@@ -74,6 +76,27 @@ def test_jobs_give_the_bytes_of_one_process_also_when_one_is_lost_and_submitted_
     for line in ("#SBATCH -n 1", "#SBATCH --cpus-per-task=1", "#SBATCH -t 00:10:00", "#SBATCH --gres=gpu:1"):
         assert line in script
     assert "--memory-limit 0" in script
+
+
+def test_jobs_ask_for_what_dask_is_configured_with_and_what_the_command_says_goes_before(jobs: FakeSlurm) -> None:
+    jobs.set("hold")
+    configured = {"cores": 6, "memory": "3GiB", "queue": "long", "walltime": "01:00:00"}
+    with (
+        dask.config.set({f"jobqueue.slurm.{name}": value for name, value in configured.items()}),
+        connected("slurm:walltime=00:20:00", 2) as client,
+    ):
+        SUPPLIES[client].ask()
+        assert jobs.log("scancel") == []
+    assert sorted(jobs.log("sbatch")) == sorted(jobs.log("scancel")) == ["100", "101"]
+    lines = [line for line in jobs.script("100").splitlines() if line.startswith("#SBATCH")]
+    wanted = ["-p long", "-n 1", "--cpus-per-task=6", "--mem=3G", "-t 00:20:00"]
+    assert [line.removeprefix("#SBATCH ") for line in lines][1:] == wanted
+
+
+def test_without_dask_jobqueue_the_extra_is_named(jobs: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dask_jobqueue.slurm", None)
+    with pytest.raises(ValueError, match=r"pip install 'oocpatch\[slurm\]'"), connected(JOB, 1):
+        pass
 
 
 def test_ctrl_c_cancels_jobs_that_wait_in_the_queue(jobs: FakeSlurm) -> None:
