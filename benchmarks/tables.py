@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.measure import MIB
 from benchmarks.workloads import EDGES, WORKLOADS, Contender, Workload
 
-ROUNDING = 1e-6
+ROUNDING = 1e-5
 """Largest error, relative to the largest value of the volume, that is called rounding."""
 
 Results = dict[str, Any]
