@@ -30,6 +30,7 @@ from oocpatch.pyramid import build_pyramids
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
+from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
 from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
 from oocpatch.storage.workspace import Workspace, remove_workspace
@@ -287,6 +288,7 @@ def _predict(
         remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
         for lock in locks(request.output):
             clear_dead(lock)
+        enlist(request.output)  # a crash after success may have kept it from that
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
@@ -313,6 +315,7 @@ def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) 
     made = workspace.plan
     build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
     Output(request.output, made).complete(facts, workspace.root / "ledger")
+    enlist(request.output)
 
 
 def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
