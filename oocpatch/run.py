@@ -304,16 +304,16 @@ def _predict(
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
         done = _run(request, workspace, progress)
-        _complete(request, workspace, done)
+        _complete(request, workspace, done, progress)
         logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 
 
-def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) -> None:
+def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any], progress: str | bool) -> None:
     """Make the coarser levels, if there are any, and record success."""
-    made = workspace.plan
-    build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
+    made, memory = workspace.plan, request.max_memory
+    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
     Output(request.output, made).complete(facts, workspace.root / "ledger")
     enlist(request.output)
 
@@ -376,7 +376,8 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    _complete(request, workspace, details(request, made, time.monotonic() - started, done, halved()))
+                    facts = details(request, made, time.monotonic() - started, done, halved())
+                    _complete(request, workspace, facts, progress)
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)
