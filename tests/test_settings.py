@@ -94,6 +94,8 @@ def test_the_environment_gives_an_option_to_every_command_that_has_it() -> None:
         result = run(*command, **wrong)
         assert result.exit_code == 2
         assert "Invalid value for '--progress': 'loud'" in result.stderr, command
+        if command[0] == "demo":
+            continue  # it reads its limit when the volume is made
         result = run(*command, OOCPATCH_MAX_MEMORY="much")
         assert result.exit_code == 2
         assert "'much'" in result.stderr, command
