@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from oocpatch import cli_files, cli_where
-from oocpatch.cli_config import config_option
+from oocpatch.cli_config import config_option, from_environment
 from oocpatch.cli_values import box, number, one_or_more, per_head, setting, settings, size, size_or_auto
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ _progress_option = _option(
 @click.group(
     name="oocpatch",  # as `dask` knows it
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="oocpatch")
 def main() -> None:
@@ -365,6 +365,7 @@ for _parameter in check.params:
 
 for _command in cli_files.COMMANDS:
     main.add_command(_command)
+from_environment(main, "OOCPATCH")
 
 
 if __name__ == "__main__":

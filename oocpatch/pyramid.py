@@ -37,6 +37,7 @@ from oocpatch.storage.files import write_atomically
 from oocpatch.storage.native import NativeArray, StagedArray
 from oocpatch.storage.ome_output import ome_version
 from oocpatch.storage.output_record import inspect_output
+from oocpatch.telling import telling
 
 Array = npt.NDArray[Any]
 
@@ -129,6 +130,11 @@ class Level:
         return regions(self.array.shape, self.unit, sharded=self.array.shards is not None)
 
     @property
+    def regions(self) -> int:
+        """How many there are."""
+        return math.prod(-(-n // r) for n, r in zip(self.array.shape, self.region, strict=True))
+
+    @property
     def memory(self) -> int:
         """Bytes that one task adds."""
         above, itemsize = tuple(self.above.chunks), self.array.dtype.itemsize
@@ -196,7 +202,9 @@ def levels_of(path: Address) -> Iterator[tuple[str, Level]]:
             yield name, Level.open(path, above, name, pyramid["method"])
 
 
-def build_pyramids(output: Address, workspace: Path, *, max_memory: int, workers: int) -> None:
+def build_pyramids(
+    output: Address, workspace: Path, *, max_memory: int, workers: int, progress: str | bool = "none"
+) -> None:
     """Make what is not yet made of an output's pyramids; nothing where it has none.
 
     Args:
@@ -204,22 +212,34 @@ def build_pyramids(output: Address, workspace: Path, *, max_memory: int, workers
         workspace: where it is noted what is done.
         max_memory: bytes that it may add to this process.
         workers: regions at a time, if the memory is enough.
+        progress: how to tell how far it is.
     """
     notes = Notes(workspace / "pyramids.json")
-    for name, level in levels_of(output):
-        total = math.prod(-(-n // r) for n, r in zip(level.array.shape, level.region, strict=True))
-        done = notes.done(name)
-        if done >= total:
-            continue
-        boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
-        at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))
-        with level.native(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
-            make = with_retries(coded.make)
-            while group := list(itertools.islice(boxes, at_a_time)):
-                list(pool.map(make, group))
-                done += len(group)
-                notes.note(name, done)
-        notes.note(name, total, now=True)
+    levels = list(levels_of(output))
+    total = sum(level.regions for _, level in levels)
+    done = sum(min(notes.done(name), level.regions) for name, level in levels)
+    if done == total:
+        return
+    each = sum(level.array.nbytes for _, level in levels) / total
+    with telling(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as tell:
+        for name, level in levels:
+            if notes.done(name) < level.regions:
+                at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))
+                _build(name, level, notes, at_a_time, tell)
+
+
+def _build(name: str, level: Level, notes: Notes, at_a_time: int, tell: Callable[[int], None]) -> None:
+    """Make what is left of one level."""
+    done = notes.done(name)
+    boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
+    with level.native(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
+        make = with_retries(coded.make)
+        while group := list(itertools.islice(boxes, at_a_time)):
+            list(pool.map(make, group))
+            done += len(group)
+            notes.note(name, done)
+            tell(len(group))
+    notes.note(name, level.regions, now=True)
 
 
 def with_pyramids(plan: Plan, max_memory: int) -> Plan:

@@ -29,6 +29,7 @@ from oocpatch.planning.head import patch_grid
 from oocpatch.planning.plan import differences
 from oocpatch.storage.addresses import Address
 from oocpatch.storage.checksum import text_checksum
+from oocpatch.storage.listing import format_beside
 from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.volume import Volume
 
@@ -209,7 +210,7 @@ def make_request(
         from oocpatch.inference.cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
 
         checked_client(client)
-    found_format = door.output_format(output_format, data)
+    found_format = door.output_format(format_beside(target, output_format), data)
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
     looped = len(data.shape) - data.spatial_ndim

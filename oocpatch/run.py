@@ -31,6 +31,7 @@ from oocpatch.pyramid import build_pyramids
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
+from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
 from oocpatch.storage.output import Output, Result, create_output, open_result
 from oocpatch.storage.output_record import OutputRecord, inspect_output
@@ -291,6 +292,7 @@ def _predict(
         remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
         for lock in locks(request.output):
             clear_dead(lock)
+        enlist(request.output)  # a crash after success may have kept it from that
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
@@ -307,17 +309,18 @@ def _predict(
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
         done = _run(request, workspace, progress)
-        _complete(request, workspace, done)
+        _complete(request, workspace, done, progress)
         logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 
 
-def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) -> None:
+def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any], progress: str | bool) -> None:
     """Make the coarser levels, if there are any, and record success."""
-    made = workspace.plan
-    build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
+    made, memory = workspace.plan, request.max_memory
+    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
     Output(request.output, made).complete(facts, workspace.root / "ledger")
+    enlist(request.output)
 
 
 def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
@@ -382,7 +385,8 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    _complete(request, workspace, details(request, made, time.monotonic() - started, done, halved()))
+                    facts = details(request, made, time.monotonic() - started, done, halved())
+                    _complete(request, workspace, facts, progress)
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

@@ -70,7 +70,7 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_disk),
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
-        "pyramid": Floor(compute | {"pyramid"}, on_disk),
+        "pyramid": Floor(compute | {"pyramid", "telling"}, on_disk),
         "decide": Floor(request | {"decide", "pyramid"}, on_device),
         "telling": Floor(frozenset(), frozenset({"tqdm"})),
         "progress": Floor(request | {"progress", "telling"}, on_device),

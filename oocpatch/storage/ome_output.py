@@ -95,11 +95,12 @@ class Image:
         return "mode" if self.head.labels else "mean"
 
 
-def images_of(plan: Plan, volume: Volume) -> tuple[Image, ...]:
-    """The images of a plan's output."""
+def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Image, ...]:
+    """The images of a plan's output; `levels` are those of the image that a single head with labels lies beside."""
     groups = image_groups(plan.heads)
     first = next((h for h in plan.heads if not groups[h.name]), None)
-    found = {} if first is None else {first.name: _image(plan, volume, first, "")}
+    own = levels if first is not None and first.labels else None
+    found = {} if first is None else {first.name: _image(plan, volume, first, "", own)}
     levels = len(found[first.name].shapes) if first is not None else None
     for head in plan.heads:
         if head is not first:
@@ -207,10 +208,14 @@ def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image
         zarr.create_group(store, path="OME", zarr_format=zarr_format, attributes=series)
 
 
-def root_attributes(images: tuple[Image, ...], version: str) -> dict[str, Any]:
-    """What the output's own group says: it is an image, or a series of them."""
+def root_attributes(images: tuple[Image, ...], version: str | None, *, beside: bool = False) -> dict[str, Any]:
+    """What the output's own group says: it is an image, or a series of them; labels may lie beside an image."""
+    if version is None:
+        return {}
     first = next((image for image in images if not image.group), None)
-    return wrapped({"bioformats2raw.layout": 3}, version) if first is None else image_attributes(first, version)
+    if first is None:
+        return wrapped({"bioformats2raw.layout": 3}, version)
+    return image_attributes(first, version, beside=beside)
 
 
 def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
@@ -252,7 +257,7 @@ def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[d
     return every
 
 
-def image_attributes(image: Image, version: str) -> dict[str, Any]:
+def image_attributes(image: Image, version: str, *, beside: bool = False) -> dict[str, Any]:
     """The OME metadata of an image, as attributes of its group.
 
     Raises:
@@ -281,7 +286,7 @@ def image_attributes(image: Image, version: str) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"multiscales": [multiscale]}
     if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
-        label: dict[str, Any] = {"source": {"image": "../../"}} if image.group.startswith("labels/") else {}
+        label: dict[str, Any] = {"source": {"image": "../../"}} if beside or image.group.startswith("labels/") else {}
         found["image-label"] = label if version == "0.5" else {"version": version, **label}
     if version == "0.4":
         multiscale["version"] = version

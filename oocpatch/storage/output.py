@@ -31,6 +31,7 @@ from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import flush, write_atomically
 from oocpatch.storage.kept import LEDGER, keep_ledger, other_files, refuse_changes
+from oocpatch.storage.listing import image_beside
 from oocpatch.storage.native import StagedArray, sweep_aside
 from oocpatch.storage.ome_channels import channel_settings, describe
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
@@ -51,8 +52,8 @@ OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "biofo
 def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    version, split = ome_version(plan), is_tree(plan.heads)
-    images = images_of(plan, volume) if version else ()
+    version, split, beside = ome_version(plan), is_tree(plan.heads), image_beside(path)
+    images = images_of(plan, volume, beside.levels if beside else None) if version else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
     if images:
@@ -72,7 +73,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, pr
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
     store, zarr_format = store_at(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: record.plain(), **(root_attributes(images, version) if version else {})}
+    attributes = {ATTRIBUTE: record.plain(), **root_attributes(images, version, beside=beside is not None)}
     if previous is not None:
         _replace(path, previous, attributes, zarr_format)
     else:
@@ -162,8 +163,7 @@ class Output:
 
     def __init__(self, path: Address, plan: Plan) -> None:
         self.path = path
-        self._plan = plan
-        self._heads = plan.heads
+        self._plan, self._heads = plan, plan.heads
         self._paths = array_paths(plan)
         self._channel = channel_place(plan)
         self._store = NotingStore(store_at(path))
