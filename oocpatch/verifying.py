@@ -1,7 +1,8 @@
 """Verify an output: every byte that a run wrote is read again and compared with the CRCs taken while it was written.
 
 Files are read once, a piece at a time, and nothing is decoded: memory does not grow with the output, and a damaged file
-can do no harm. Of an incomplete output, what its ledger says is done is verified.
+can do no harm. Of an incomplete output, what its ledger says is done is verified. Coarser levels have no CRCs: when the
+finest ones are as they were, each level is made again of the one above it, and its voxels are compared.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from oocpatch.parts import busy
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import root_of
+from oocpatch.pyramid import compare_pyramids
 from oocpatch.request import beside
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
@@ -32,6 +34,8 @@ from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
+PYRAMID = "pyramid"
+"""The stage that wrote coarser levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Damage:
         key: its name within the array, such as `c/0/1`.
         problem: what is wrong.
         start, shape: the box of the array that it holds, channel first if there is one; empty for other files.
-        block, stage: what wrote it; None for other files.
+        block, stage: what wrote it; None for other files. The stage of coarser levels is `pyramid`, and has no block.
     """
 
     array: str
@@ -59,7 +63,8 @@ class Damage:
         if not self.shape:
             return told
         stop = (a + n for a, n in zip(self.start, self.shape, strict=True))
-        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, block {self.block}"
+        who = self.stage if self.block is None else f"block {self.block}"
+        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {who}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,9 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
                 found += damaged
     if record.complete and not found and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
         found.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
+    if record.complete and not found:
+        number, read, found = _look_at_levels(path)
+        units, size = units + number, size + read
     result = Verification(str(path), record.complete, units, size, tuple(found))
     if repair and found:
         _repair(path, record, plan, result)
@@ -226,6 +234,17 @@ def _look(path: Path, plan: Plan, record: Record) -> tuple[int, int, list[Damage
     return number, size, found
 
 
+def _look_at_levels(path: Path) -> tuple[int, int, list[Damage]]:
+    """Verify what was made of the finest levels: how many units, bytes read, damage."""
+    number, size, found = 0, 0, []
+    for array, key, box, problem in compare_pyramids(path):
+        file = path / array / key
+        number, size = number + 1, size + (file.stat().st_size if file.exists() else 0)
+        if problem:
+            found.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
+    return number, size, found
+
+
 def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     """Key and box of a unit, given its position with the channel first."""
     head, frame = plan.heads[number], plan.frames[number]
@@ -264,7 +283,7 @@ def _repair(path: Path, record: OutputRecord, plan: Plan, found: Verification) -
     Raises:
         CorruptData: when other files are damaged.
     """
-    others = [d for d in found.damaged if d.block is None or d.stage is None]
+    others = [d for d in found.damaged if d.stage != PYRAMID and (d.block is None or d.stage is None)]
     if others:
         raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
     undone = {(str(d.stage), int(d.block)) for d in found.damaged if d.block is not None}
@@ -281,6 +300,8 @@ def _repair(path: Path, record: OutputRecord, plan: Plan, found: Verification) -
         else:
             Workspace(root, plan).join()
             ledger = root / "ledger"
+        for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
+            (path / level.array / level.key).unlink(missing_ok=True)
         keep_ledger(ledger, root / "ledger", plan.blocks, without=frozenset(undone), plain=record.complete)
         if record.complete:
             kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}

@@ -82,7 +82,7 @@ def _floors() -> dict[str, Floor]:
         "converting": Floor(convert, on_disk),
         "record": Floor(frozenset(), numpy),
         "looking": Floor(look, on_disk),
-        "verifying": Floor(request | {"progress", "parts", "verifying"}, on_disk),
+        "verifying": Floor(request | {"progress", "parts", "pyramid", "verifying"}, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli_values": Floor(frozenset(), frozenset({"click"})),
