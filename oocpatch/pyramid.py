@@ -34,6 +34,7 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid import pieces, regions, task_memory
 from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.files import write_atomically
+from oocpatch.storage.inflation import ChunkGuard
 from oocpatch.storage.native import NativeArray, StagedArray
 from oocpatch.storage.ome_output import ome_version
 from oocpatch.storage.output_record import inspect_output
@@ -142,16 +143,35 @@ class Level:
 
     def make(self, region: Box) -> None:
         """Compute and write one region. Idempotent: writes only its own, whole write units."""
+        out = self._computed(region)
+        if self.staged is None:
+            self.array[region.slices()] = out
+        else:
+            self.staged.write(region.slices(), out)
+
+    def compare(self, region: Box) -> Iterator[tuple[Box, str]]:
+        """The write units of a region, each with what is wrong with it, if anything."""
+        guard = ChunkGuard.of(self.array)
+        expected = self._computed(region)
+        for unit in region.split(self.unit):
+            try:
+                if guard is not None:
+                    guard.check(unit.slices())
+                stored = np.asarray(self.array[unit.slices()])
+            except (OSError, ValueError, RuntimeError) as error:
+                yield unit, f"cannot be read ({type(error).__name__})"
+                continue
+            same = stored.tobytes() == expected[unit.slices(region.start)].tobytes()
+            yield unit, "" if same else "is not what the level above gives"
+
+    def _computed(self, region: Box) -> Array:
         out = np.empty(region.shape, self.array.dtype)
         for piece in region.split(pieces(self.region, tuple(self.above.chunks), self.step)):
             starts = (a * f for a, f in zip(piece.start, self.step, strict=True))
             stops = (min(b * f, n) for b, f, n in zip(piece.stop, self.step, self.above.shape, strict=True))
             values = self._read(tuple(slice(a, b) for a, b in zip(starts, stops, strict=True)))
             out[piece.slices(region.start)] = METHODS[self.method](values, self.step)
-        if self.staged is None:
-            self.array[region.slices()] = out
-        else:
-            self.staged.write(region.slices(), out)
+        return out
 
     def _read(self, selection: tuple[slice, ...]) -> Array:
         if self.above_coder is None:
@@ -200,6 +220,24 @@ def levels_of(path: Address) -> Iterator[tuple[str, Level]]:
         names: Sequence[str] = pyramid["levels"]
         for above, name in itertools.pairwise(names):
             yield name, Level.open(path, above, name, pyramid["method"])
+
+
+def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
+    """The write units of an output's coarser levels: array, key, voxels, and what is wrong, if anything.
+
+    A level below a damaged one is left out: it follows from what was there before.
+    """
+    damaged: set[str] = set()
+    for name, level in levels_of(output):
+        if level.above.path in damaged:
+            damaged.add(name)
+            continue
+        for region in Box.of_shape(level.array.shape).split(level.region):
+            for unit, problem in level.compare(region):
+                place = tuple(a // n for a, n in zip(unit.start, level.unit, strict=True))
+                yield name, level.array.metadata.encode_chunk_key(place), unit, problem
+                if problem:
+                    damaged.add(name)
 
 
 def build_pyramids(

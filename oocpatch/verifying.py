@@ -1,7 +1,8 @@
 """Verify an output: every byte that a run wrote is read again and compared with the CRCs taken while it was written.
 
 Files are read once, a piece at a time, and nothing is decoded: memory does not grow with the output, and a damaged file
-can do no harm. Of an incomplete output, what its ledger says is done is verified.
+can do no harm. Of an incomplete output, what its ledger says is done is verified. Coarser levels have no CRCs: when the
+finest ones are as they were, each level is made again of the one above it, and its voxels are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from oocpatch import door
@@ -23,6 +25,7 @@ from oocpatch.parts import busy
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import root_of
+from oocpatch.pyramid import compare_pyramids
 from oocpatch.request import beside
 from oocpatch.storage.addresses import Address, ObjectPath
 from oocpatch.storage.checksum import measured
@@ -36,6 +39,8 @@ from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
+PYRAMID = "pyramid"
+"""The stage that wrote coarser levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,8 @@ class Damage:
         problem: what is wrong.
         start: first voxel of the box that it holds, channel first if there is one; empty for other files.
         shape: size of that box.
-        block: the block that wrote it; None for other files.
-        stage: the stage of that block.
+        block: the block that wrote it; None for other files, and for coarser levels.
+        stage: the stage of that block; `pyramid` for coarser levels.
     """
 
     array: str
@@ -65,7 +70,8 @@ class Damage:
         if not self.shape:
             return told
         stop = (a + n for a, n in zip(self.start, self.shape, strict=True))
-        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, block {self.block}"
+        who = self.stage if self.block is None else f"block {self.block}"
+        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {who}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,9 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
                 found += damaged
     if record.complete and not found and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
         found.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
+    if record.complete and not found:
+        number, read, found = _look_at_levels(path)
+        units, size = units + number, size + read
     result = Verification(str(path), record.complete, units, size, tuple(found))
     if repair and found:
         _repair(path, record, plan, result)
@@ -238,6 +247,17 @@ def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Dam
     return number, size, found
 
 
+def _look_at_levels(path: Address) -> tuple[int, int, list[Damage]]:
+    """Verify what was made of the finest levels: how many units, bytes read, damage."""
+    number, size, found = 0, 0, []
+    for array, key, box, problem in compare_pyramids(path):
+        file = path / array / key
+        number, size = number + 1, size + (file.stat().st_size if isinstance(file, Path) and file.exists() else 0)
+        if problem:
+            found.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
+    return number, size, found
+
+
 def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     """Key and box of a unit, given its position with the channel first."""
     head, frame = plan.heads[number], plan.frames[number]
@@ -275,7 +295,7 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
     Raises:
         CorruptData: when other files are damaged.
     """
-    others = [d for d in found.damaged if d.block is None or d.stage is None]
+    others = [d for d in found.damaged if d.stage != PYRAMID and (d.block is None or d.stage is None)]
     if others:
         raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
     undone = {(str(d.stage), int(d.block)) for d in found.damaged if d.block is not None}
@@ -292,6 +312,8 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
         else:
             Workspace(root, plan).join()
             ledger = root / "ledger"
+        for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
+            (path / level.array / level.key).unlink(missing_ok=True)
         keep_ledger(ledger, root / "ledger", plan.blocks, without=frozenset(undone), plain=record.complete)
         if record.complete:
             kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}

@@ -84,7 +84,7 @@ def _floors() -> dict[str, Floor]:
         "record": Floor(frozenset(), numpy),
         "looking": Floor(look, on_disk),
         "linting": Floor(lint, on_disk),
-        "verifying": Floor(request | {"progress", "parts", "verifying"}, on_disk),
+        "verifying": Floor(request | {"progress", "parts", "pyramid", "verifying"}, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
         "cli_values": Floor(frozenset(), frozenset({"click"})),

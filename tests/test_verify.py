@@ -92,14 +92,16 @@ def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
     assert found.bytes >= sum(path.stat().st_size for head in heads for path in head.rglob("c/**/*") if path.is_file())
 
 
-def test_the_finest_level_of_an_ome_zarr_is_looked_at_with_channels_after_time(tmp_path: Path) -> None:
+def test_the_levels_of_an_ome_zarr_are_looked_at_with_channels_after_time(tmp_path: Path) -> None:
     data = np.random.default_rng(0).random((2, 20, 24), dtype=np.float32)
     sizes = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "axes": "tyx"}
     call = functools.partial(oocpatch.predict, data, two_channels, progress=False, **sizes)
     call(tmp_path / "out", output_format="ome-zarr")
     found = oocpatch.verify(tmp_path / "out")
     assert found.passed, str(found)
-    assert found.units == units_in(tmp_path / "out" / "scale0" / "image") == 2 * 2 * 5 * 6
+    levels = sorted(tmp_path.glob("out/scale*/image"))
+    assert units_in(levels[0]) == 2 * 2 * 5 * 6
+    assert found.units == sum(map(units_in, levels))
     unit = tmp_path / "out" / "scale0" / "image" / "c" / "1" / "0" / "2" / "3"
     unit.write_bytes(unit.read_bytes()[:-1])
     [damage] = oocpatch.verify(tmp_path / "out", repair=True).damaged
@@ -109,6 +111,40 @@ def test_the_finest_level_of_an_ome_zarr_is_looked_at_with_channels_after_time(t
     call(tmp_path / "old", output_format="ome-zarr-0.4")
     with pytest.raises(ValueError, match=r"keeps no checksums: Zarr 2"):
         oocpatch.verify(tmp_path / "old")
+
+
+@pytest.mark.parametrize("shards", [None, 8])
+def test_damage_to_a_coarser_level_is_found_and_made_again_of_the_finest(shards: int | None, tmp_path: Path) -> None:
+    called = []
+
+    def doubled(patches: torch.Tensor) -> torch.Tensor:
+        called.append(len(patches))
+        return patches * 2
+
+    data = np.random.default_rng(0).random((40, 48), dtype=np.float32)
+    sizes = {"patch_size": 16, "output_chunks": 4, "output_shards": shards, "output_format": "ome-zarr", "axes": "yx"}
+    call = functools.partial(oocpatch.predict, data, doubled, tmp_path / "out", progress=False, **sizes)
+    call()
+    before = file_digests(tmp_path / "out")
+    folder = tmp_path / "out" / "scale1" / "image" / "c"
+    (folder / "0/0").write_bytes((folder / "1/1").read_bytes())  # valid, of other voxels
+    (folder / "1/0").write_bytes((folder / "1/0").read_bytes()[:-1])
+    (folder / "1/1").unlink()
+    found = oocpatch.verify(tmp_path / "out", repair=True)
+    assert [(d.array, d.key, d.stage, d.block) for d in found.damaged] == [
+        ("scale1/image", key, "pyramid", None) for key in ("c/0/0", "c/1/0", "c/1/1")
+    ]
+    edge = shards or 4
+    assert (found.damaged[1].start, found.damaged[1].shape) == ((edge, 0), (edge, edge))
+    assert str(found.damaged[0]) == (
+        f"scale1/image/c/0/0 is not what the level above gives: voxels 0,0 to {edge},{edge}, pyramid"
+    )
+    called.clear()
+    call()
+    assert sum(called) <= 2, "no patch is computed again, the probe's apart"
+    assert oocpatch.verify(tmp_path / "out").passed
+    after = file_digests(tmp_path / "out")
+    assert {name for name in before if before[name] != after[name]} <= {"zarr.json"}, "the record of the run has times"
 
 
 def test_the_checksums_are_hidden_from_those_who_read_the_output(here: Job) -> None:
