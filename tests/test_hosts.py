@@ -35,7 +35,8 @@ def net(patches):
 FURTHER = {"volume": "../../shared/volume.zarr", "output": "../../shared/out"}
 """The same places from the working directory of the second host."""
 Pair = tuple[Host, Host]
-namespaces = pytest.mark.skipif(not hosts.allowed(), reason="needs the right to make namespaces of network and name")
+ALLOWED = hosts.allowed()
+namespaces = pytest.mark.skipif(not ALLOWED, reason="needs the right to make namespaces of network and name")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_relative_paths_are_those_of_the_client_whatever_the_directories_of_the_
     assert sorted(path.name for path in pair[1].folder.iterdir() if path.name != "__pycache__") == ["net.py"]
 
 
-@pytest.mark.parametrize("pair", ["two_namespaces" if hosts.allowed() else "two_directories"], indirect=True)
+@pytest.mark.parametrize("pair", ["two_namespaces" if ALLOWED else "two_directories"], indirect=True)
 def test_parts_on_two_hosts_give_the_bytes_of_one_call(fork: Fork, pair: Pair, tmp_path: Path) -> None:
     assert call(fork, pair[0], output="embedded") == "done"
     (pair[1].folder / "net.py").write_text((pair[0].folder / "net.py").read_text())
