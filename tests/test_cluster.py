@@ -292,10 +292,9 @@ def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyP
     """What a process sees is real; that there are two devices is not."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    for device, seen in {"cuda": ["4", "4", "7"], "cpu": ["4,7"]}.items():
-        with connected(None, len(seen), device) as client:
-            found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
-        assert sorted(found.values()) == seen
+    with connected(None, 2, "cuda") as client:
+        found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert sorted(found.values()) == ["4", "7"]
 
 
 def test_workers_are_told_their_number_among_those_of_their_host(

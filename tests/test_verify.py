@@ -335,8 +335,7 @@ def test_damage_to_what_an_incomplete_run_has_done_is_found_and_mended(damage: D
     assert prediction(halted) == mended
 
 
-@pytest.mark.parametrize("name", ["overlap_mode", "patch_size"])
-@pytest.mark.parametrize("state", ["complete", "incomplete"])
+@pytest.mark.parametrize(("name", "state"), [("overlap_mode", "complete"), ("patch_size", "incomplete")])
 def test_damage_to_what_an_output_says_of_its_run_is_not_taken_for_another_run(
     name: str, state: str, request: pytest.FixtureRequest
 ) -> None:
