@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measure import in_fresh_process, table
 
-TASKS = "benchmarks.profile_tasks"
+TASKS = "benchmarks.tasks"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -66,9 +66,9 @@ def _peer(name: str, function: str, seconds: float, environment: str = "zarr3", 
 
 
 COPIES = (
-    Contender("copy, zarr-python, 4 threads", "copy", "copies.zarr_python", 6, {"threads": 4}),
-    Contender("copy, zarr-python with zarrs", "copy", "copies.zarrs", 6, {"chunks": 2}),
-    Contender("copy, TensorStore", "copy", "copies.tensorstore", 6),
+    Contender("copy, zarr-python, 4 threads", "copy", "copies.zarr_python", 4, {"threads": 4}),
+    Contender("copy, zarr-python with zarrs", "copy", "copies.zarrs", 4, {"chunks": 2}),
+    Contender("copy, TensorStore", "copy", "copies.tensorstore", 4),
 )
 MONAI = "MONAI SlidingWindowInferer, in memory"
 MONAI_DISK = "MONAI PatchInferer, ZarrAvgMerger"
@@ -82,15 +82,15 @@ WORKLOADS: dict[str, Workload] = {
         "512^3 float32, chunks 64^3, patches 96^3, overlap 48, identity",
         "random", 512, 96, 48, 64, "identity",
         (
-            *COPIES, _ours(9), _ours(10, "256 MiB"),
-            _peer(MONAI, "monai_in_memory", 16),
-            _peer(TORCHIO, "torchio_in_memory", 15),
-            _peer(PATCHLY, "patchly_on_disk", 30, "zarr2"),
-            _peer(f"{OVERLAP}, overlap 48", "dask_overlap", 25, options={"cut": True}),
-            _peer(f"{OVERLAP}, overlap 32", "dask_overlap", 16, options={"cut": False}),
-            _peer(f"{OVERLAP}, overlap 32, zarrs", "dask_overlap", 14, options={"cut": False}, zarrs=True),
-            _peer(MONAI_DISK, "monai_on_disk", 140),
-            _peer(NAIVE, "naive", 180),
+            *COPIES, _ours(7), _ours(8, "256 MiB"),
+            _peer(MONAI, "monai_in_memory", 9),
+            _peer(TORCHIO, "torchio_in_memory", 9),
+            _peer(PATCHLY, "patchly_on_disk", 20, "zarr2"),
+            _peer(f"{OVERLAP}, overlap 48", "dask_overlap", 16, options={"cut": True}),
+            _peer(f"{OVERLAP}, overlap 32", "dask_overlap", 10, options={"cut": False}),
+            _peer(f"{OVERLAP}, overlap 32, zarrs", "dask_overlap", 9, options={"cut": False}, zarrs=True),
+            _peer(MONAI_DISK, "monai_on_disk", 110),
+            _peer(NAIVE, "naive", 150),
         ),
         targets={"oocpatch, 1 GiB": 1.4, "oocpatch, 256 MiB": 1.7},
     ),
@@ -98,11 +98,11 @@ WORKLOADS: dict[str, Workload] = {
         "512^3 float32, chunks 64^3, patches 96^3 without overlap, identity",
         "random", 512, 96, 0, 64, "identity",
         (
-            *COPIES, _ours(9),
-            _peer(MONAI, "monai_in_memory", 12),
-            _peer(TORCHIO, "torchio_in_memory", 12),
-            _peer(PATCHLY, "patchly_on_disk", 16, "zarr2"),
-            _peer(MONAI_DISK, "monai_on_disk", 30),
+            *COPIES, _ours(7),
+            _peer(MONAI, "monai_in_memory", 8),
+            _peer(TORCHIO, "torchio_in_memory", 8),
+            _peer(PATCHLY, "patchly_on_disk", 10, "zarr2"),
+            _peer(MONAI_DISK, "monai_on_disk", 21),
         ),
         targets={"oocpatch, 1 GiB": 1.2},
     ),
@@ -135,9 +135,9 @@ WORKLOADS: dict[str, Workload] = {
         "random", 512, 96, 48, 64, "identity",
         (
             Contender("oocpatch --help", "ours", "ours.print_help", 1),
-            Contender("oocpatch", "ours", "ours.first_patch", 5),
+            Contender("oocpatch", "ours", "ours.first_patch", 4),
             *(
-                Contender(name, "peer", "peer_tasks.first_patch", 6, {"name": function, **more}, environment)
+                Contender(name, "peer", "peer_tasks.first_patch", 4, {"name": function, **more}, environment)
                 for name, function, environment, more in (
                     (MONAI, "monai_in_memory", "zarr3", {}),
                     (MONAI_DISK, "monai_on_disk", "zarr3", {}),
@@ -165,7 +165,7 @@ WORKLOADS: dict[str, Workload] = {
     "memory-1024": Workload(
         "1024^3 float32, no chunk stored, patches 96^3, overlap 48, identity",
         "sparse", 1024, 96, 48, 64, "identity",
-        (_ours(40), _ours(45, "256 MiB")), against="", once=True,
+        (_ours(20), _ours(25, "256 MiB")), against="", once=True,
     ),
     "memory-2048": Workload(
         "2048^3 float32, no chunk stored, patches 96^3, overlap 48, identity",

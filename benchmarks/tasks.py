@@ -1,4 +1,4 @@
-"""What `benchmarks.profile` measures; each task in a process of its own."""
+"""What is watched inside one run; each task in a process of its own: `python -m benchmarks.tasks NAME JSON`."""
 
 from __future__ import annotations
 
