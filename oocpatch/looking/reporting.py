@@ -148,9 +148,10 @@ def command_of(settings: Mapping[str, Any]) -> str:
         told = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in asked.items())
         return "".join(f"# {n}: {v}\n" for n, v in objects.items()) + f"oocpatch.predict(\n{told})"
     words = ["oocpatch", "predict", *(str(settings[n]) for n in positional if n in settings)]
-    for name, value in settings.items():
-        if name not in positional and value != _DEFAULTS.get(name, _NONE):
-            words += _option(name, value)
+    first = ("model", "weights", "model_args", "patch_size")
+    for name in [*(n for n in first if n in settings), *(n for n in settings if n not in (*first, *positional))]:
+        if settings[name] != _DEFAULTS.get(name, _NONE) and (name, settings[name]) != ("level", "0"):
+            words += _option(name, settings[name])
     return shlex.join(words)
 
 
@@ -158,7 +159,7 @@ _NONE = object()
 _DEFAULTS: Mapping[str, Any] = {
     "patch_overlap": 0, "overlap_mode": "hann", "fill": 0.0, "trust_pickle": False, "batch_size": 1, "device": "auto",
     "autocast": False, "output_fill": 0, "max_memory": "auto", "skip_empty": False, "output_format": "auto",
-    "allow_nonfinite": False,
+    "allow_nonfinite": False, "level": 0,
 }  # fmt: skip
 """Of `predict`, as far as they are not None: what has its default needs no option."""
 
