@@ -210,17 +210,19 @@ def _create(path: Path, volume: Volume, record: Mapping[str, Any], chunk: Ints, 
 def _compare(path: Path, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     differ = [key for key in FIELDS if found.get(key) != record[key]]
     if differ:
-        # Of volumes that differ the addresses are told; it may be the same one, of another file.
-        told = "; ".join(
-            f"{FIELDS[key]}: {old!r} before, {new!r} now"
-            for key in differ
-            for old, new in [(values["source" if key == "identity" else key] for values in (found, record))]
-        )
+        told = "; ".join(_told(key, found, record) for key in differ)
         raise RunMismatch(
             f"{path} belongs to a conversion with other parameters ({told}); "
             "repeat its call, choose another output, or start afresh with overwrite=True",
             tuple(FIELDS[key] for key in differ),
         )
+
+
+def _told(key: str, found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    if key != "identity":
+        return f"{FIELDS[key]}: {found.get(key)!r} before, {record[key]!r} now"
+    old, new = (values.get("source") or "an array in memory" for values in (found, record))
+    return f"volume: {old} before, {f'{new}, which has changed, now' if new == old else f'{new} now'}"
 
 
 def _ours(path: Path) -> bool:
