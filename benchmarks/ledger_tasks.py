@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,16 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.measure import MIB, RESULT, measured
+from benchmarks.measure import MIB, answer, measured
 from oocpatch.inference.scheduler import Run, Task
 from oocpatch.inference.stages import Done
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import root_of
 from oocpatch.storage.kept import keep_ledger
-from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise
-from oocpatch.storage.output import create_output, inspect_output
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise
+from oocpatch.storage.output import create_output
+from oocpatch.storage.output_record import inspect_output
+from oocpatch.storage.tally import Progress
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
 
@@ -79,7 +79,7 @@ class Idle:
 def drive(directory: str, edge: int) -> dict[str, Any]:
     """Run both stages over all blocks, with tasks that do nothing."""
     made, _ = _plan(directory, edge)
-    done, every = Progress.read([_ledger(directory)]), range(made.blocks)
+    done, every = Progress.read([_ledger(directory)], made.blocks), range(made.blocks)
     with measured() as usage:
         ledger = Ledger(_ledger(directory))
         Run(made.block_grid, done, ledger, lambda _: None, own=every, finishes=every).execute(Idle())
@@ -91,7 +91,7 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
 def read_progress(directory: str, edge: int) -> dict[str, Any]:
     """Read the ledger, as a resume does."""
     with measured() as usage:
-        found = Progress.read([_ledger(directory)])
+        found = Progress.read([_ledger(directory)], edge**3)
     return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
 
 
@@ -119,5 +119,4 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    tasks = {task.__name__: task for task in (plan_blocks, drive, read_progress, keep, tell_status)}
-    print(RESULT + json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(plan_blocks, drive, read_progress, keep, tell_status)

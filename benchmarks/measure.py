@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,14 @@ class Usage:
     """Seconds of all threads, user and system."""
     peak: int = 0
     """Resident memory at its peak above that at the start, in bytes."""
+    read: int | None = None
+    """Bytes that were asked of the system, whether its cache or the disk had them; None where nobody counts."""
+    written: int | None = None
+    """Bytes that were handed to the system."""
+
+
+class TaskFailed(Exception):
+    """A task ended without a result; the message is the last line that it said."""
 
 
 @contextmanager
@@ -41,11 +49,19 @@ def measured() -> Iterator[Usage]:
     usage = Usage()
     gc.collect()
     watch = _HighWaterMark() if _HighWaterMark.available() else _Sampler()
-    before = psutil.Process().memory_info().rss
+    before, moved = psutil.Process().memory_info().rss, _bytes_moved()
     wall, cpu = time.perf_counter(), time.process_time()
     yield usage
     usage.wall, usage.cpu = time.perf_counter() - wall, time.process_time() - cpu
     usage.peak = max(0, watch.peak() - before)
+    if moved is not None and (now := _bytes_moved()) is not None:
+        usage.read, usage.written = now[0] - moved[0], now[1] - moved[1]
+
+
+def _bytes_moved() -> tuple[int, int] | None:
+    """What this process has read and written so far, by the system's own counters, which not every system has."""
+    counters = psutil.Process().io_counters() if hasattr(psutil.Process, "io_counters") else None
+    return (counters.read_chars, counters.write_chars) if hasattr(counters, "read_chars") else None
 
 
 class _HighWaterMark:
@@ -90,24 +106,52 @@ class _Sampler:
         return self._highest
 
 
-def in_fresh_process(task: str, module: str = "benchmarks.tasks", **arguments: Any) -> dict[str, Any]:
+def in_fresh_process(
+    task: str,
+    module: str,
+    *,
+    python: str | Path = sys.executable,
+    timeout: float | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Run a task in a new interpreter; what it returns.
 
     Args:
         task: name of the function.
         module: where it is.
+        python: the interpreter, which may be another environment's.
+        timeout: seconds after which the task is ended.
         **arguments: what the function gets; must be JSON.
+
+    Raises:
+        TaskFailed: the task ended with an error, was killed, or took too long.
     """
     # What earlier tasks left to be written must not be paid for by the next.
     os.sync()
-    command = [sys.executable, "-m", module, task, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{task} {arguments} ended with exit code {done.returncode}")
+    command = [str(python), "-m", module, task, json.dumps(arguments)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise TaskFailed(f"took more than {timeout:.0f} s") from error
     # Libraries may talk on stdout, too.
-    line = next(line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    line = next((line for line in done.stdout.splitlines() if line.startswith(RESULT)), None)
+    if done.returncode or line is None:
+        said = done.stderr.strip().splitlines()
+        killed = f"was killed by signal {-done.returncode}" if done.returncode < 0 else ""
+        raise TaskFailed(killed or (said[-1] if said else f"ended with exit code {done.returncode}"))
     record: dict[str, Any] = json.loads(line.removeprefix(RESULT))
     return record
+
+
+def answer(*tasks: Callable[..., dict[str, Any]]) -> None:
+    """The other end of `in_fresh_process`: run the task that the command line names, and print what it returns."""
+    task = {task.__name__: task for task in tasks}[sys.argv[1]]
+    tell(task(**json.loads(sys.argv[2])))
+
+
+def tell(record: dict[str, Any]) -> None:
+    """Print a task's result, in time even if the process ends at once."""
+    print(RESULT + json.dumps(record), flush=True)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -23,16 +23,12 @@ def run(arguments: argparse.Namespace) -> None:
     for gib in arguments.gib:
         source, target = str(arguments.directory / "sparse.zarr"), str(arguments.directory / "result.zarr")
         shape = _shape(gib, arguments.chunk)
-        made = in_fresh_process("make_sparse", path=source, shape=shape, chunk=arguments.chunk)
+        made = in_fresh_process("make_sparse", "benchmarks.sources", path=source, shape=shape, chunk=arguments.chunk)
         for limit in arguments.max_memory:
-            options = {
-                "patch_size": arguments.patch_size,
-                "patch_overlap": arguments.patch_overlap,
-                "overlap_mode": arguments.overlap_mode,
-                "max_memory": limit,
-                "workers": arguments.workers,
-            }
-            record = in_fresh_process("predict", source=source, target=target, options=options, compare=False)
+            job = {"source": source, "target": target, "patch": arguments.patch_size, "chunk": arguments.chunk}
+            job |= {"overlap": arguments.patch_overlap, "compare": False}
+            options = {"overlap_mode": arguments.overlap_mode, "max_memory": limit, "workers": arguments.workers}
+            record = in_fresh_process("predict", "benchmarks.ours", **job, **options)
             records.append({"shape": shape, "bytes": made["bytes"], "max_memory": bytes_of(limit), **record})
     if arguments.json:
         print(json.dumps(records, indent=1))

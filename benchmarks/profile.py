@@ -11,6 +11,8 @@ from typing import Any
 
 from benchmarks.measure import in_fresh_process, table
 
+TASKS = "benchmarks.tasks"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run once under cProfile and once under a sampler, and print both."""
     source, target = str(arguments.directory / "random.zarr"), str(arguments.directory / "result.zarr")
-    in_fresh_process("make_random", path=source, size=arguments.size, chunk=arguments.chunk)
+    in_fresh_process("make_random", "benchmarks.sources", path=source, size=arguments.size, chunk=arguments.chunk)
     options = {
         "patch_size": arguments.patch_size,
         "patch_overlap": arguments.patch_overlap,
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         "workers": arguments.workers,
     }
     profiled = in_fresh_process(
-        "predict_under_profile", source=source, target=target, options=options, top=arguments.top
+        "predict_under_profile", TASKS, source=source, target=target, options=options, top=arguments.top
     )
     threads = _threads(arguments, source=source, target=target, options=options)
     if arguments.json:
@@ -56,10 +58,10 @@ def _threads(arguments: argparse.Namespace, **task: Any) -> dict[str, dict[str, 
     """Samples per thread and innermost function, the most frequent first."""
     stacks = arguments.directory / "stacks.txt"
     if shutil.which("py-spy") is not None:
-        spied = in_fresh_process("predict_under_py_spy", stacks=str(stacks), native=arguments.native, **task)
+        spied = in_fresh_process("predict_under_py_spy", TASKS, stacks=str(stacks), native=arguments.native, **task)
         if spied["attached"]:
             return _read_stacks(stacks)
-    record = in_fresh_process("predict_under_sampler", **task)
+    record = in_fresh_process("predict_under_sampler", TASKS, **task)
     return {name: _sorted(places) for name, places in record["threads"].items()}
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ import torchio
 import zarr
 from zarr.storage import LocalStore
 
-from benchmarks.measure import RESULT, measured
+from benchmarks.measure import answer, measured
 from oocpatch import GridSampler, LabelSampler, Queue, Subject, UniformSampler, WeightedSampler
 
 NAMES = ("t1", "label")
@@ -137,7 +135,4 @@ def amplification(path: str, patch: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-        task.__name__: task for task in (make_study, sample, amplification)
-    }
-    print(RESULT + json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(make_study, sample, amplification)

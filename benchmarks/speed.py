@@ -23,24 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure all contenders in turn, round by round, and print the medians."""
     source, target = str(arguments.directory / "random.zarr"), str(arguments.directory / "result.zarr")
-    in_fresh_process("make_random", path=source, size=arguments.size, chunk=arguments.chunk)
-    contenders: dict[str, tuple[str, dict[str, Any]]] = {
-        f"copy, {threads} threads": ("copy", {"threads": threads}) for threads in arguments.copy_threads
+    in_fresh_process("make_random", "benchmarks.sources", path=source, size=arguments.size, chunk=arguments.chunk)
+    job = {"source": source, "target": target, "patch": arguments.patch_size, "overlap": arguments.patch_overlap}
+    contenders: dict[str, tuple[str, str, dict[str, Any]]] = {
+        f"copy, {threads} threads": ("zarr_python", "benchmarks.copies", {"threads": threads})
+        for threads in arguments.copy_threads
     }
     for limit in arguments.max_memory:
-        options = {
-            "patch_size": arguments.patch_size,
-            "patch_overlap": arguments.patch_overlap,
-            "overlap_mode": arguments.overlap_mode,
-            "max_memory": limit,
-            "workers": arguments.workers,
-            "output_chunks": arguments.chunk,
-        }
-        contenders[f"oocpatch, {limit}"] = ("predict", {"options": options})
+        options = {"max_memory": limit, "overlap_mode": arguments.overlap_mode, "workers": arguments.workers}
+        contenders[f"oocpatch, {limit}"] = ("predict", "benchmarks.ours", options)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(arguments.rounds):
-        for name, (task, options) in contenders.items():
-            records[name].append(in_fresh_process(task, source=source, target=target, **options))
+        for name, (task, module, options) in contenders.items():
+            records[name].append(in_fresh_process(task, module, chunk=arguments.chunk, **job, **options))
     summary = {name: _summary(rounds) for name, rounds in records.items()}
     best = min(entry["wall"] for name, entry in summary.items() if name.startswith("copy"))
     for entry in summary.values():

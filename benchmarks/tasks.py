@@ -1,22 +1,17 @@
-"""What is measured; each task in a process of its own: `python -m benchmarks.tasks NAME JSON` prints a line of JSON."""
+"""What is watched inside one run; each task in a process of its own: `python -m benchmarks.tasks NAME JSON`."""
 
 from __future__ import annotations
 
 import collections
 import cProfile
-import itertools
-import json
 import os
 import pstats
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,82 +20,17 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.measure import RESULT, measured
+from benchmarks.contest import remove
+from benchmarks.measure import answer, measured
 
 WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
 """Where Python threads wait, by file and function."""
 
 
-def make_random(path: str, size: int, chunk: int) -> dict[str, Any]:
-    """A cube of random float32, which does not compress, written slab by slab."""
-    volume = zarr.create_array(
-        path, shape=(size,) * 3, chunks=(chunk,) * 3, dtype="float32", dimension_names=("z", "y", "x"), overwrite=True
-    )
-    generator = np.random.default_rng(0)
-    for start in range(0, size, chunk):
-        stop = min(start + chunk, size)
-        volume[start:stop] = generator.random((stop - start, size, size), dtype=np.float32)
-    return {"bytes": volume.nbytes}
-
-
-def make_sparse(path: str, shape: list[int], chunk: int) -> dict[str, Any]:
-    """A volume without a single stored chunk: as large as one likes, and read like any other."""
-    volume = zarr.create_array(
-        path, shape=shape, chunks=(chunk,) * 3, dtype="float32", dimension_names=("z", "y", "x"), overwrite=True
-    )
-    return {"bytes": volume.nbytes}
-
-
-def copy(source: str, target: str, threads: int) -> dict[str, Any]:
-    """The yardstick: a plain copy with zarr-python, chunk by chunk, on some threads."""
-    volume = zarr.open_array(source, mode="r")
-    with tempfile.TemporaryDirectory() as folder:
-        small = zarr.create_array(Path(folder) / "in", data=np.ones((8, 8, 8), np.float32), chunks=(4, 4, 4))
-        _copy(
-            small, zarr.create_array(Path(folder) / "out", shape=(8, 8, 8), chunks=(4, 4, 4), dtype="float32"), threads
-        )
-    _remove(target)
-    with measured() as usage:
-        copied = zarr.create_array(target, shape=volume.shape, chunks=volume.chunks, dtype=volume.dtype)
-        _copy(volume, copied, threads)
-    return {**vars(usage), "error": _largest_difference(volume, copied)}
-
-
-def _copy(source: zarr.Array[Any], target: zarr.Array[Any], threads: int) -> None:
-    def move(box: tuple[slice, ...]) -> None:
-        target[box] = source[box]
-
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(move, _chunks(source)):
-            pass
-
-
-def predict(source: str, target: str, options: dict[str, Any], *, compare: bool = True) -> dict[str, Any]:
-    """The identity network, through everything that a run does."""
-    model = torch.nn.Identity()
-    _warm_up(options)
-    _remove(target)
-    with measured() as usage:
-        plan = oocpatch.plan(source, model, target, **options, progress=False)
-        plan.run()
-    record = {
-        **vars(usage),
-        "projected_memory": plan.projected_memory,
-        "patches": plan.patches,
-        "blocks": plan.blocks,
-        "block_shape": plan.block_shape,
-        "concurrency": plan.concurrency,
-    }
-    if compare:
-        volume = zarr.open_array(source, mode="r")
-        record["error"] = _largest_difference(volume, zarr.open_array(Path(target) / "prediction", mode="r"))
-    return record
-
-
 def predict_under_profile(source: str, target: str, options: dict[str, Any], top: int) -> dict[str, Any]:
     """The main thread's functions by the time spent in and below them."""
     _warm_up(options)
-    _remove(target)
+    remove(target)
     profiler = cProfile.Profile()
     with measured() as usage:
         profiler.enable()
@@ -117,7 +47,7 @@ def predict_under_profile(source: str, target: str, options: dict[str, Any], top
 def predict_under_sampler(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
     """What each thread was doing, 200 times a second, unless it waited: samples per thread and innermost function."""
     _warm_up(options)
-    _remove(target)
+    remove(target)
     stop = threading.Event()
     threads: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
@@ -144,7 +74,7 @@ def predict_under_py_spy(
 ) -> dict[str, Any]:
     """The same, seen from outside by py-spy, which also sees C and C++; its stacks go to a file."""
     _warm_up(options)
-    _remove(target)
+    remove(target)
     command = ["py-spy", "record", "--pid", str(os.getpid()), "--format", "raw", "--threads", "--rate", "200"]
     # Without --nonblocking it stops the process for every sample and measures itself; native frames need the stop.
     command += ["--output", stacks, "--native" if native else "--nonblocking"]
@@ -164,39 +94,9 @@ def _warm_up(options: dict[str, Any]) -> None:
         oocpatch.predict(Path(folder) / "in", torch.nn.Identity(), Path(folder) / "out", **small, progress=False)
 
 
-def _remove(target: str) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    os.sync()
-
-
-def _chunks(volume: zarr.Array[Any]) -> Iterator[tuple[slice, ...]]:
-    ranges = [range(0, n, c) for n, c in zip(volume.shape, volume.chunks, strict=True)]
-    for corner in itertools.product(*ranges):
-        yield tuple(slice(a, a + c) for a, c in zip(corner, volume.chunks, strict=True))
-
-
-def _largest_difference(one: zarr.Array[Any], other: zarr.Array[Any]) -> float:
-    assert one.shape == other.shape
-    # np.max, because max() would pass over a NaN.
-    return float(np.max([np.abs(np.asarray(one[box]) - np.asarray(other[box])).max() for box in _chunks(one)]))
-
-
 def _short(file: str) -> str:
     return "/".join(Path(file).parts[-2:])
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    task.__name__: task
-    for task in (
-        make_random,
-        make_sparse,
-        copy,
-        predict,
-        predict_under_profile,
-        predict_under_sampler,
-        predict_under_py_spy,
-    )
-}
-
 if __name__ == "__main__":
-    print(RESULT + json.dumps(TASKS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    answer(predict_under_profile, predict_under_sampler, predict_under_py_spy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from oocpatch.accessor import arrange
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     )
     from oocpatch.inference.aggregator import PatchAggregator
     from oocpatch.inference.functions import NumpyModel
+    from oocpatch.linting.finding import Finding
+    from oocpatch.linting.lint import LintReport, lint
     from oocpatch.looking.reporting import report
     from oocpatch.looking.viewing import view
     from oocpatch.planning.grid import PatchGrid, PatchLocation
@@ -54,6 +57,8 @@ _HOMES = {
     ),
     "oocpatch.inference.aggregator": ("PatchAggregator",),
     "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.linting.finding": ("Finding",),
+    "oocpatch.linting.lint": ("LintReport", "lint"),
     "oocpatch.looking.reporting": ("report",),
     "oocpatch.looking.viewing": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
@@ -77,8 +82,10 @@ __all__ = [
     "ClusterLost",
     "CorruptData",
     "Damage",
+    "Finding",
     "GridSampler",
     "LabelSampler",
+    "LintReport",
     "NumpyModel",
     "OocpatchError",
     "OutputBusy",
@@ -99,6 +106,7 @@ __all__ = [
     "WeightedSampler",
     "check",
     "convert",
+    "lint",
     "plan",
     "predict",
     "report",
@@ -120,5 +128,9 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
+
+# Torch asks for huge pages then, where the kernel leaves that to programs: a network's layers are mapped anew for each
+# patch, and touching them page by page took a third of the time. It looks once, before its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 arrange()  # `array.oocpatch`, wherever xarray is imported

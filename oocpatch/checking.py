@@ -63,6 +63,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
+        """Whether no box differs by more than its tolerance."""
         return all(box.passed for box in self.boxes)
 
     def to_json(self) -> str:

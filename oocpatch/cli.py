@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from oocpatch import cli_files, cli_where
-from oocpatch.cli_config import config_option
+from oocpatch.cli_config import config_option, from_environment
 from oocpatch.cli_values import box, number, one_or_more, per_head, setting, settings, size, size_or_auto
 
 if TYPE_CHECKING:
@@ -195,7 +195,9 @@ _run_options = _options(
     ),
     _option("--processes", is_flag=True, help="Compute in --workers processes of this machine instead of threads."),
     _option(
-        "--scheduler", metavar="ADDRESS", help="Compute on a Dask cluster: tcp://HOST:PORT or file:scheduler.json."
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
     ),
     _option(
         "--part",
@@ -220,7 +222,7 @@ _progress_option = _option(
 @click.group(
     name="oocpatch",  # as `dask` knows it
     cls=_Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OOCPATCH"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="oocpatch")
 def main() -> None:
@@ -280,9 +282,10 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
 
 def _counts(output: str) -> dict[str, int] | None:
     """What is to be known about the voxels; None while parts of the run are not done."""
-    from oocpatch.storage.output import inspect_output
+    from oocpatch.door import place
+    from oocpatch.storage.output_record import inspect_output
 
-    record = inspect_output(Path(output))
+    record = inspect_output(place("output", output))
     if record is None or not record.complete:
         return None
     return {name: int(record.details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
@@ -362,6 +365,7 @@ for _parameter in check.params:
 
 for _command in cli_files.COMMANDS:
     main.add_command(_command)
+from_environment(main, "OOCPATCH")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Settings from a file: `--config run.toml` gives defaults to a command, and what is typed goes before them."""
+"""Settings from a file and from the environment; what is typed goes before them.
+
+`--config run.toml` gives defaults to a command. `OOCPATCH_MAX_MEMORY` gives an option to all commands that have it, and
+`OOCPATCH_PREDICT_MAX_MEMORY`, which goes before it, to one.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +55,21 @@ def typed(name: str, value: Any, *, several: bool) -> Any:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return value if isinstance(value, bool) else str(value)
+
+
+def from_environment(group: click.Group, prefix: str) -> None:
+    """Let the options of all commands of a group come from the environment.
+
+    >>> group = click.Group(commands={"fit": click.Command("fit", params=[click.Option(["--max-memory"])])})
+    >>> from_environment(group, "PATCH")
+    >>> group.commands["fit"].params[0].envvar
+    ['PATCH_FIT_MAX_MEMORY', 'PATCH_MAX_MEMORY']
+    """
+    for name, command in group.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                long = max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()
+                option.envvar = [f"{prefix}_{name.upper()}_{long}", f"{prefix}_{long}"]
 
 
 config_option = click.option(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import time
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +64,50 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
 @_option("--kind", type=click.Choice(("auto", "labels", "scores", "image", "rgb")), default="auto", help="How to show.")
 @_option("--axes", metavar="NAMES", help="Axes of OUT, where it does not name them.")
 @_option("--pixels", type=click.IntRange(min=16), default=480, help="Longest side of a panel.")
+@_option("--serve", is_flag=True, help="Show it in a browser of this machine instead, with neuroglancer, until Ctrl-C.")
+@_option("--port", type=click.IntRange(0, 65535), default=0, help="Port to serve at; 0: any that is free.")
+@_option("--browser/--no-browser", default=True, help="With --serve: open a browser where there is a desktop.")
 @_json_option
-def view(output: str, picture: str | None, *, as_json: bool, no_volume: bool, **options: Any) -> None:
+def view(
+    output: str,
+    picture: str | None,
+    *,
+    as_json: bool,
+    no_volume: bool,
+    serve: bool,
+    port: int,
+    browser: bool,
+    **options: Any,
+) -> None:
     """Draw OUT, a result or any volume that can be read, as a PNG: middle slices, over the input, and a projection."""
+    options = {**options, **({"volume": False} if no_volume else {})}
+    if serve:
+        if picture is not None:
+            raise click.UsageError("--serve draws no PNG: leave one of them out.")
+        del options["pixels"]
+        _serve(output, port, options, browser=browser, as_json=as_json)
+        return
     import oocpatch
 
-    made = oocpatch.view(output, picture, **{**options, **({"volume": False} if no_volume else {})})
+    made = oocpatch.view(output, picture, **options)
     click.echo(json.dumps({"picture": str(made)}) if as_json else str(made))
+
+
+def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:
+    from oocpatch.looking.scene import layers_of
+    from oocpatch.looking.serving import Server, serve
+
+    layers, refused = layers_of(output, **options)
+    for reason in refused:
+        click.echo(f"not shown: {reason}", err=True)
+
+    def ready(url: str) -> None:
+        click.echo(json.dumps({"url": url}) if as_json else url)
+        click.echo("serving on this machine until Ctrl-C", err=True)
+        if browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(url)
+
+    serve(Server(layers, port), ready)
 
 
 @click.command()
@@ -84,6 +123,19 @@ def report(output: str, page: str | None, *, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("path", metavar="OME.zarr")
+@_json_option
+def lint(path: str, *, as_json: bool) -> None:
+    """Look for faults of an OME-Zarr that validators of its metadata do not see; ends with 1 when there are some."""
+    import oocpatch
+
+    found = oocpatch.lint(path)
+    click.echo(found.to_json() if as_json else str(found))
+    if not found.passed:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
 @_json_option
 def doctor(*, as_json: bool) -> None:
     """Say what there is: versions, cores, memory, disk, devices, extras."""
@@ -93,4 +145,4 @@ def doctor(*, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=1) if as_json else told(found))
 
 
-COMMANDS = (convert, view, report, doctor)
+COMMANDS = (convert, view, report, lint, doctor)

@@ -22,9 +22,10 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
     if scheduler is None and not processes:
         yield given
         return
-    from oocpatch.inference.cluster import announce, connected
+    from oocpatch.inference.cluster import announce
+    from oocpatch.inference.connecting import connected
 
-    with connected(scheduler, given["workers"] or 0) as client:
+    with connected(scheduler, given["workers"] or 0, given["device"]) as client:
         log(f"dashboard: {announce(client)}")
         yield {**given, "client": client, "workers": None if processes else given["workers"]}
 
@@ -40,11 +41,18 @@ def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
     scheduler, processes = given.pop("scheduler"), given.pop("processes")
     if scheduler and processes:
         raise click.UsageError("--scheduler and --processes are two ways to the same: give one of them.")
-    if processes and not given["workers"]:
-        raise click.UsageError("--processes needs their number: give --workers N.")
+    if (processes or is_slurm(scheduler)) and not given["workers"]:
+        raise click.UsageError(
+            f"--{'processes' if processes else 'scheduler slurm'} needs their number: give --workers N."
+        )
     if (scheduler or processes) and given["part"]:
         raise click.UsageError("--part is for jobs without a scheduler: give one of the two.")
     return given, scheduler, processes
+
+
+def is_slurm(scheduler: str | None) -> bool:
+    """Whether jobs are to be submitted."""
+    return (scheduler or "").partition(":")[0] == "slurm"
 
 
 def part(text: str | tuple[int, int]) -> tuple[int, int]:

@@ -87,7 +87,8 @@ def convert(
 
     Raises:
         ValueError, TypeError: for bad arguments.
-        OutputExists: when there is something else at `output`. OutputBusy: when another call is at work on it.
+        OutputExists: when there is something else at `output`.
+        OutputBusy: when another call is at work on it.
         RunMismatch: when another volume was converted to it, or in another way; the message names what differs.
         PlanTooLarge: when not even one write unit fits the memory limit.
 

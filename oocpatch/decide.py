@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from oocpatch.errors import PlanTooLarge
+from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
 from oocpatch.inference.buffers import torch_dtype
@@ -21,10 +21,12 @@ from oocpatch.layout import Layout, lay_out
 from oocpatch.planning.auto import MODEL_SHARE, MULTIPLE, batch_size, patch_sizes
 from oocpatch.planning.head import common_unit
 from oocpatch.planning.memory import HeadSizes, Sizes, chunk_bytes
-from oocpatch.planning.plan import Plan, human
+from oocpatch.planning.plan import Plan, differences, human
 from oocpatch.planning.planner import choose
 from oocpatch.pyramid import with_pyramids
 from oocpatch.request import AUTO, Request, is_auto
+from oocpatch.storage.kept import metadata_damaged
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord
 
 
 def make_plan(request: Request) -> Plan:
@@ -162,6 +164,29 @@ def _note(request: Request) -> str:
     if accepts.least_batch == accepts.most_batch:
         told.append(f"always called with {accepts.least_batch} patch(es)")
     return ", ".join(told)
+
+
+def refuse_other_run(request: Request, found: OutputRecord, stored: Plan | None) -> None:
+    """Refuse to go on with an output of a run with other parameters.
+
+    Args:
+        request: the arguments.
+        found: what the output says of itself.
+        stored: the plan in the workspace, if there is one.
+
+    Raises:
+        RunMismatch: naming each parameter that differs.
+        CorruptData: when they differ because the output's metadata is damaged.
+    """
+    try:
+        request.refuse_other_run(found)
+    except Exception as error:
+        other = bool(stored is not None and differences(stored.parameters, found.parameters))
+        if other or metadata_damaged(request.output, ATTRIBUTE):
+            raise CorruptData(
+                f"the metadata of {request.output} is not what was written; start afresh with overwrite=True"
+            ) from error
+        raise
 
 
 def resumed(plan: Plan, request: Request) -> Plan:

@@ -29,7 +29,10 @@ EXTRAS = {
     "nifti": ("nibabel",),
     "hdf5": ("h5py",),
     "tensorstore": ("tensorstore",),
+    "s3": ("obstore",),
     "view": ("PIL",),
+    "slurm": ("dask_jobqueue",),
+    "serve": ("neuroglancer",),
 }
 """What each extra brings, by the names that are imported."""
 

@@ -17,6 +17,8 @@ from dask.utils import parse_bytes
 from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.sizes import per_axis
 from oocpatch.planning.window import OVERLAP_MODES
+from oocpatch.storage.addresses import Address, ObjectPath, words
+from oocpatch.storage.objects import BUCKETS, scheme_of
 from oocpatch.storage.ome_output import placed
 from oocpatch.storage.sources import local_or_url
 from oocpatch.storage.volume import PADDING_MODES, Volume
@@ -139,25 +141,51 @@ def local_path(name: str, value: str | os.PathLike[str]) -> Path:
     return address.absolute()
 
 
-def apart(name: str, path: Path, volume: Volume) -> None:
+def place(name: str, value: str | os.PathLike[str]) -> Address:
+    """A place to write: a path on the local file system, or a URL in an object store.
+
+    Raises:
+        ValueError: for a URL of anything else.
+        TypeError: when it is no path.
+    """
+    if not isinstance(value, str) or "://" not in value or value.startswith("file://"):
+        return local_path(name, value)
+    if scheme_of(value) not in BUCKETS:
+        raise ValueError(
+            f"{name} must be a path, or a URL that begins with {', '.join(f'{s}://' for s in BUCKETS)}, got {value}"
+        )
+    found = ObjectPath.of(value)
+    if not found.key:
+        raise ValueError(f"{name} must have a name in its bucket, such as {found}/out.zarr, got {value}")
+    return found
+
+
+def apart(name: str, path: Address, volume: Volume) -> None:
     """Refuse a place to write that is, holds or lies in the volume.
 
     Raises:
         ValueError: in that case.
     """
-    location, target = volume.source.location, path.resolve()
+    location, target = volume.source.location, path.resolve() if isinstance(path, Path) else path
     if location is None:
         return
     if location == target or target in location.parents or location in target.parents:
         raise ValueError(f"{name} must not be, hold or lie in the volume, got {path} for the volume at {location}")
 
 
-def writable(name: str, path: Path) -> None:
+def writable(name: str, path: Address) -> None:
     """Refuse a place where nothing can be written, before anything is.
 
     Raises:
         ValueError: in that case.
     """
+    if isinstance(path, ObjectPath):
+        try:
+            path.look()
+        except OSError as error:
+            where = "check the address, and AWS_ENDPOINT_URL if it is set"
+            raise ValueError(f"{name} cannot be written: {words(error)}; {where}") from error
+        return
     found = next(p for p in path.parents if p.exists())
     if not found.is_dir():
         raise ValueError(f"{name} must be in a directory, got {path}, where {found} is a file")

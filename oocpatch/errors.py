@@ -14,7 +14,11 @@ class PlanTooLarge(OocpatchError, ValueError):
 
 
 class RunMismatch(OocpatchError, ValueError):
-    """The output belongs to a run with other parameters; the message names each one that differs."""
+    """The output belongs to a run with other parameters; the message names each one that differs.
+
+    Attributes:
+        fields: names of the parameters that differ.
+    """
 
     def __init__(self, message: str, fields: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -30,7 +34,11 @@ class OutputBusy(OocpatchError, RuntimeError):
 
 
 class BlockFailed(OocpatchError, RuntimeError):
-    """Some blocks failed. What succeeded is kept; the same call again retries only the failed ones."""
+    """Some blocks failed. What succeeded is kept; the same call again retries only the failed ones.
+
+    Attributes:
+        failures: message of each block that failed, by its number.
+    """
 
     def __init__(self, message: str, failures: Mapping[int, str] | None = None) -> None:
         super().__init__(message)

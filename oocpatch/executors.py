@@ -14,8 +14,10 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import bar_of
 from oocpatch.record import facts
 from oocpatch.request import Request
-from oocpatch.storage.ledger import Ledger, Progress, Record
+from oocpatch.storage.files import flush
+from oocpatch.storage.ledger import Ledger, Record
 from oocpatch.storage.output import Output
+from oocpatch.storage.tally import Progress
 from oocpatch.storage.workspace import Workspace
 
 
@@ -38,15 +40,15 @@ def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
 @contextlib.contextmanager
 def open_executor(
     request: Request, workspace: Workspace, progress: str | bool, own: range, done: Progress
-) -> Iterator[tuple[Executor, Callable[[], int]]]:
-    """Where the tasks of a run are executed; and how many batches were halved there."""
+) -> Iterator[tuple[Executor, Callable[[], int], Callable[[], None]]]:
+    """Where the tasks of a run are executed; how many batches were halved there; what flushes the output there."""
     made, stop = workspace.plan, threading.Event()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(bar_of(made, progress, own, done.predicted))
         if request.client is not None:
             from oocpatch.remote import cluster_of  # noqa: PLC0415 - a second of imports, for clusters only
 
-            yield stack.enter_context(cluster_of(request, made, workspace, bar)), int
+            yield stack.enter_context(cluster_of(request, made, workspace, bar))
             return
 
         def on_patches(count: int) -> None:
@@ -56,7 +58,7 @@ def open_executor(
 
         job = stack.enter_context(open_job(request, made, workspace, Output(request.output, made), on_patches))
         threads = stack.enter_context(dask_threads(made.concurrency, functools.partial(perform, job), stop))
-        yield threads, lambda: job.predictor.halving.count
+        yield threads, lambda: job.predictor.halving.count, functools.partial(flush, request.output)
 
 
 def details(request: Request, made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:

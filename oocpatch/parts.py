@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from oocpatch.request import locks, part_lock
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.lock import holder
 
 
@@ -45,11 +45,11 @@ class Part:
         """Its blocks. Those of all parts cover every block exactly once."""
         return range((self.number - 1) * blocks // self.count, self.number * blocks // self.count)
 
-    def lock(self, output: Path) -> Path:
+    def lock(self, output: Address) -> Address:
         """Its lock."""
         return part_lock(output, (self.number, self.count))
 
-    def left_to(self, output: Path, blocks: int) -> Ranges:
+    def left_to(self, output: Address, blocks: int) -> Ranges:
         """The blocks that it finishes at its end: its own, and those of parts that are not at work."""
         every = [Part(i, self.count) for i in range(1, self.count + 1)]
         return Ranges([p.own(blocks) for p in every if p == self or holder(p.lock(output)) is None])
@@ -65,7 +65,7 @@ class Ranges:
         return any(index in r for r in self.ranges)
 
 
-def busy(output: Path, part: Part | None) -> str | None:
+def busy(output: Address, part: Part | None) -> str | None:
     """Who keeps a call from working on an output, in words: a whole run, the same part, or another division's parts."""
     whole, *parts = locks(output)
     for path in parts:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from oocpatch import door
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
 from oocpatch.storage.lock import holder
-from oocpatch.storage.output import OutputRecord, inspect_output
+from oocpatch.storage.output_record import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace
 from oocpatch.telling import telling, way_of
 
@@ -53,13 +54,18 @@ class RunStatus:
     """How far a run is, from its output and workspace alone.
 
     Attributes:
-        output, workspace: where they are.
+        output: where it is.
+        workspace: where unfinished work lies.
         state: `complete`, `running` (a process is at work), `incomplete` (the same call resumes it) or `absent`.
-        predict_done, predict_total: blocks computed, and all blocks.
-        normalize_done, normalize_total: blocks finished after their neighbours, and all that need it.
+        predict_done: blocks computed.
+        predict_total: all blocks.
+        normalize_done: blocks finished after their neighbours.
+        normalize_total: all blocks that need it.
         failed: message of each block that failed.
-        patches_done, patches_total: patches of the blocks computed, and of all blocks.
-        blocks_per_second, patches_per_second: of the last call, from the times of its records; 0: not known yet.
+        patches_done: patches of the blocks computed.
+        patches_total: patches of all blocks.
+        blocks_per_second: of the last call, from the times of its records; 0: not known yet.
+        patches_per_second: the same in patches.
         seconds_left: what the rest takes at that speed; None: not known.
     """
 
@@ -103,7 +109,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     Raises:
         OutputExists: when what lies there is not an output of oocpatch.
     """
-    path = Path(output).absolute()
+    path = door.place("output", output)
     record = inspect_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})

@@ -27,6 +27,7 @@ from oocpatch.inference.versions import versions_here
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.sources import Source, open_source
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
@@ -64,18 +65,18 @@ class Place:
     """Where a worker finds a volume.
 
     Attributes:
-        source: a directory; or what was given, if it travels.
+        source: a directory or a URL; or what was given, if it travels.
         names: of its axes.
         roles: of its axes, where its metadata tell them.
     """
 
-    source: Path | Source
+    source: Address | Source
     names: tuple[str, ...]
     roles: tuple[str, ...] | None
 
     def open(self) -> Volume:
         """The volume."""
-        source = self.source if isinstance(self.source, Source) else open_source(self.source)
+        source = self.source if isinstance(self.source, Source) else open_source(str(self.source))
         return Volume(replace(source, roles=self.roles), self.names)
 
 

@@ -12,6 +12,7 @@ A process makes a job of the recipe once, and keeps it until the call is over or
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 
 from oocpatch.errors import ClusterLost
 from oocpatch.inference.cluster import Cluster, announce
+from oocpatch.inference.devices import device_at
 from oocpatch.inference.models import load_models, model_identity
 from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.scheduler import Stopped, Task, transient
@@ -39,6 +41,8 @@ from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan, differences
 from oocpatch.recipe import Call, Recipe, published
 from oocpatch.request import Request
+from oocpatch.storage.addresses import Address
+from oocpatch.storage.files import flush
 from oocpatch.storage.output import Output
 from oocpatch.storage.workspace import Workspace
 
@@ -49,10 +53,13 @@ LOOK_SECONDS = 1.0
 @contextlib.contextmanager
 def cluster_of(
     request: Request, made: Plan, workspace: Workspace, on_patches: Callable[[int], None]
-) -> Iterator[Cluster]:
-    """The executor of a call with a client."""
+) -> Iterator[tuple[Cluster, Callable[[], int], Callable[[], None]]]:
+    """The executor of a call with a client; how many batches its processes halved; what flushes what they wrote."""
+    halved = 0
 
-    def on_done(task: Task) -> None:
+    def on_done(task: Task, done: Done) -> None:
+        nonlocal halved
+        halved += done.halved
         if task.stage == "predict":
             on_patches(made.patches_in([task.index]))
 
@@ -61,7 +68,7 @@ def cluster_of(
         published(request, made, workspace) as call,
         Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
     ):
-        yield executor
+        yield executor, lambda: halved, lambda: executor.everywhere(functools.partial(flush, request.output))
 
 
 # What a worker process holds. One call at a time, so that memory is what the plan says.
@@ -83,21 +90,29 @@ class _Held:
 _held: _Held | None = None
 
 
-def work(call: Call, task: Task) -> Done:
+def work(call: Call, task: Task, place: int) -> Done:
     """Do one task in a worker process.
 
     Idempotent: as the stages are.
+
+    Args:
+        call: the call it belongs to.
+        task: what to do.
+        place: number of this process among those of its host, which says what device it uses.
 
     Raises:
         ClusterLost: when this process cannot take part.
         Stopped: when the call is over.
     """
     with _turn:
-        held = _hold(call)
+        held = _hold(call, place)
         threads = torch.get_num_threads()
         use_threads(1)
         try:
-            return perform(held.job, task)
+            halving = held.job.predictor.halving
+            before = halving.count
+            done = perform(held.job, task)
+            return replace(done, halved=halving.count - before)
         finally:
             use_threads(threads)
             if held.stopped.is_set():
@@ -124,7 +139,7 @@ def _let_go() -> None:
         _held = None
 
 
-def _hold(call: Call) -> _Held:
+def _hold(call: Call, place: int) -> _Held:
     """The job of a call: opened when its first task comes."""
     global _held  # noqa: PLW0603 - one per process
     if call.token in _ended:
@@ -139,7 +154,7 @@ def _hold(call: Call) -> _Held:
     with contextlib.ExitStack() as stack:
         stopped = threading.Event()
         try:
-            job = _open(call, stopped, stack)
+            job = _open(call, place, stopped, stack)
         except Exception as error:
             if transient(error) and not isinstance(error, ClusterLost):
                 raise
@@ -151,7 +166,7 @@ def _hold(call: Call) -> _Held:
     return _held
 
 
-def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
+def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
     data = (call.folder / "recipe").read_bytes()
     if hashlib.sha256(data).hexdigest() != call.digest:
         raise ValueError("the recipe of the run is not the one that the client wrote")
@@ -161,8 +176,10 @@ def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> 
     volume = recipe.volume.open()
     if volume.source.location not in (None, call.folder / "volume") and volume.identity != made.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
+    device = device_at(place, recipe.rest["options"]["device"], torch.cuda.device_count())
+    rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}
     given = dict(recipe.model)
-    models = load_models(given.pop("model"), **given, device=recipe.rest["options"]["device"])
+    models = load_models(given.pop("model"), **given, device=device)
     identities = [model_identity(member) for member in models]
     if differences({"model": identities[0] if len(models) == 1 else identities}, made.parameters):
         raise ValueError("the model that is loaded here is not the one that the client has")
@@ -172,7 +189,7 @@ def _open(call: Call, stopped: threading.Event, stack: contextlib.ExitStack) -> 
         selection=Selection(None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape), recipe.box),
         given={},
         client=None,
-        **recipe.rest,
+        **rest,
     )
     workspace = Workspace(call.root, made)
     fence = call.root / "plan.json"
@@ -213,7 +230,7 @@ class _Fenced(Output):
         fence: a file that is there for as long as the run is.
     """
 
-    def __init__(self, path: Path, plan: Plan, fence: Path) -> None:
+    def __init__(self, path: Address, plan: Plan, fence: Path) -> None:
         super().__init__(path, plan)
         self._fence = fence
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,10 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.head import patch_grid
 from oocpatch.planning.plan import differences
-from oocpatch.storage.output import OutputRecord
+from oocpatch.storage.addresses import Address
+from oocpatch.storage.checksum import text_checksum
+from oocpatch.storage.listing import format_beside
+from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.volume import Volume
 
 AUTO = "auto"
@@ -40,7 +43,7 @@ class Request:
 
     Attributes:
         volume, models: what to read, and what to run; several are averaged.
-        output, workspace: directories of the result, and of what is kept until it is done.
+        output, workspace: where the result is, and the directory of what is kept until it is done.
         patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones; no patch
             size: it is to be chosen.
         selection: which patches to compute.
@@ -55,7 +58,7 @@ class Request:
 
     volume: Volume
     models: tuple[Model, ...]
-    output: Path
+    output: Address
     workspace: Path
     patch_size: Ints
     patch_overlap: Ints
@@ -196,17 +199,18 @@ def make_request(
         ValueError, TypeError: for the first one that will not do.
     """
     lean_heap()  # before the probe of the model, whose memory would stay in the heap
-    target = door.local_path("output", output)
-    place = door.local_path("workspace", workspace) if workspace is not None else beside(target, "")
+    target = door.place("output", output)
+    place = door.local_path("workspace", workspace) if workspace is not None else workspace_of(target)
     data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes, level)
-    for name, path in (("output", target), ("workspace", place)):
+    named: tuple[tuple[str, Address], ...] = (("output", target), ("workspace", place))
+    for name, path in named:
         door.apart(name, path, data)
         door.writable(name, path)
     if client is not None:
         from oocpatch.inference.cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
 
         checked_client(client)
-    found_format = door.output_format(output_format, data)
+    found_format = door.output_format(format_beside(target, output_format), data)
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
     looped = len(data.shape) - data.spatial_ndim
@@ -340,18 +344,30 @@ def empty_value(volume: Volume) -> float:
     return 0.0 if value is None else float(value)
 
 
-def beside(output: Path, suffix: str) -> Path:
+def beside(output: Address, suffix: str) -> Address:
     """What a run keeps beside its output: the workspace, and with a suffix the lock."""
     return output.with_name(f"{output.name}.oocpatch{suffix}")
 
 
-def part_lock(output: Path, part: tuple[int, int]) -> Path:
+def workspace_of(output: Address) -> Path:
+    """Where the workspace is unless told: beside the output; of one in an object store, in the current directory."""
+    if isinstance(output, Path):
+        return output.with_name(f"{output.name}.oocpatch")
+    # The name alone would be shared by outputs of other buckets.
+    return Path.cwd() / f"{output.name}.{text_checksum(output.url):08x}.oocpatch"
+
+
+def part_lock(output: Address, part: tuple[int, int]) -> Address:
     """The lock of one part of a run."""
     return beside(output, f".lock.part-{part[0]}-of-{part[1]}")
 
 
-def locks(output: Path) -> list[Path]:
+def locks(output: Address) -> list[Address]:
     """The lock of an output, and those of parts of its run."""
     whole = beside(output, ".lock")
-    found = output.parent.glob(f"{glob.escape(whole.name)}.part-*-of-*")
-    return [whole, *sorted(path for path in found if path.suffix.removeprefix(".part-").replace("-of-", "").isdigit())]
+    start = f"{whole.name}.part-"
+    found: Iterable[Address] = (
+        whole.parent.glob(f"{glob.escape(start)}*") if isinstance(whole, Path) else whole.siblings(start)
+    )
+    parts = (path for path in found if path.name.removeprefix(start).replace("-of-", "").isdigit())
+    return [whole, *sorted(parts, key=str)]

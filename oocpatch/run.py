@@ -16,10 +16,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from oocpatch import door
-from oocpatch.decide import make_plan, resumed
+from oocpatch.decide import make_plan, refuse_other_run, resumed
 from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.executors import all_done, details, open_executor, open_ledger
 from oocpatch.inference.scheduler import Run
@@ -30,8 +31,10 @@ from oocpatch.pyramid import build_pyramids
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
+from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
-from oocpatch.storage.output import Output, OutputRecord, Result, create_output, inspect_output, open_result
+from oocpatch.storage.output import Output, Result, create_output, open_result
+from oocpatch.storage.output_record import OutputRecord, inspect_output
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
 logger = logging.getLogger("oocpatch")
@@ -90,7 +93,7 @@ def predict(
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all.
-        output: path of the Zarr group to write.
+        output: path of the Zarr group to write, or its URL in an object store, `s3://bucket/out.zarr`.
         patch_size: size of a patch in voxels; an int, or one per spatial axis, in order or as a dict by their names, as
             all sizes; `"auto"`: chosen.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
@@ -121,7 +124,8 @@ def predict(
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
-        workspace: directory for what is kept until the run is done; default: beside the output.
+        workspace: directory for what is kept until the run is done; default: beside the output, or where that is a
+            URL in the current directory.
         workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
@@ -150,7 +154,8 @@ def predict(
         ValueError, TypeError: for bad arguments.
         PlanTooLarge: when the run would need more memory or disk than allowed; nothing is read or written.
         RunMismatch: when the output belongs to a run with other parameters.
-        OutputExists: when the output holds other data. OutputBusy: when another run is at work on it.
+        OutputExists: when the output holds other data.
+        OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
         ClusterLost: when the scheduler or all workers are gone; the same call goes on.
 
@@ -266,10 +271,10 @@ def _stored(request: Request, found: OutputRecord) -> Plan | None:
     """The stored plan to go on with; None where there is none, or nothing is left to do.
 
     Raises:
-        RunMismatch: when it is of a run with other parameters.
+        RunMismatch: when it is of a run with other parameters. CorruptData: when it only seems so.
     """
-    request.refuse_other_run(found)
     workspace = None if found.complete else Workspace.find(root_of(found))
+    refuse_other_run(request, found, None if workspace is None else workspace.plan)
     return None if workspace is None else resumed(workspace.plan, request)
 
 
@@ -287,10 +292,12 @@ def _predict(
         remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
         for lock in locks(request.output):
             clear_dead(lock)
+        enlist(request.output)  # a crash after success may have kept it from that
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(request.output, Path):
+        request.output.parent.mkdir(parents=True, exist_ok=True)
     if part is not None:
         return _predict_part(request, made, part, progress)
     with locked(beside(request.output, ".lock"), str(request.output)):
@@ -302,17 +309,18 @@ def _predict(
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
         done = _run(request, workspace, progress)
-        _complete(request, workspace, done)
+        _complete(request, workspace, done, progress)
         logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
 
 
-def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any]) -> None:
+def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any], progress: str | bool) -> None:
     """Make the coarser levels, if there are any, and record success."""
-    made = workspace.plan
-    build_pyramids(request.output, workspace.root, max_memory=request.max_memory, workers=made.concurrency)
+    made, memory = workspace.plan, request.max_memory
+    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
     Output(request.output, made).complete(facts, workspace.root / "ledger")
+    enlist(request.output)
 
 
 def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
@@ -338,8 +346,10 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         open_ledger(workspace, "ledger") as ledger,
         open_executor(request, workspace, progress, blocks, done) as opened,
     ):
-        executor, halved = opened
+        executor, halved, flush = opened
         Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+        if request.client is not None:
+            flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         assert all_done(made, done)
         return details(request, made, time.monotonic() - started, done, halved())
 
@@ -361,19 +371,22 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
-            executor, halved = stack.enter_context(open_executor(request, workspace, progress, own, done))
+            executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
         news = News(workspace.root, part.segment)
         run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
         run(own=own, finishes=own).execute(executor)
+        flush()  # the part that completes the output may run on another host
         with turn():
             found = inspect_output(output)
             complete = found is not None and found.complete  # by another part, which finished this one's blocks
             if not complete:
                 run(own=range(0), finishes=part.left_to(output, made.blocks)).execute(executor)
+                flush()
                 complete = all_done(made, done)
                 if complete:
                     workspace.join()
-                    _complete(request, workspace, details(request, made, time.monotonic() - started, done, halved()))
+                    facts = details(request, made, time.monotonic() - started, done, halved())
+                    _complete(request, workspace, facts, progress)
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

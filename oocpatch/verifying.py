@@ -7,17 +7,19 @@ finest ones are as they were, each level is made again of the one above it, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oocpatch import door
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.parts import busy
 from oocpatch.planning.box import Box, Ints
@@ -25,11 +27,14 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import root_of
 from oocpatch.pyramid import compare_pyramids
 from oocpatch.request import beside
-from oocpatch.storage.checksum import file_checksum
+from oocpatch.storage.addresses import Address, ObjectPath
+from oocpatch.storage.checksum import measured
+from oocpatch.storage.files import at_hand
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
 from oocpatch.storage.ledger import Record, segments, standing
 from oocpatch.storage.lock import locked
-from oocpatch.storage.output import ATTRIBUTE, OutputRecord, array_paths, channel_place, inspect_output, rewrite
+from oocpatch.storage.output import array_paths, channel_place
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, inspect_output, rewrite
 from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 
@@ -46,8 +51,10 @@ class Damage:
         array: the array it belongs to; empty for metadata of the group.
         key: its name within the array, such as `c/0/1`.
         problem: what is wrong.
-        start, shape: the box of the array that it holds, channel first if there is one; empty for other files.
-        block, stage: what wrote it; None for other files. The stage of coarser levels is `pyramid`, and has no block.
+        start: first voxel of the box that it holds, channel first if there is one; empty for other files.
+        shape: size of that box.
+        block: the block that wrote it; None for other files, and for coarser levels.
+        stage: the stage of that block; `pyramid` for coarser levels.
     """
 
     array: str
@@ -87,6 +94,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """Whether nothing is damaged."""
         return not self.damaged
 
     def to_json(self) -> str:
@@ -112,7 +120,8 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
 
     Raises:
         ValueError: when there is no output, or one that keeps no checksums.
-        OutputExists: when something is there that oocpatch did not write. OutputBusy: when a run is at work on it.
+        OutputExists: when something is there that oocpatch did not write.
+        OutputBusy: when a run is at work on it.
         CorruptData: when it is to be repaired, and what is damaged is not a write unit.
 
     >>> import tempfile, numpy as np, oocpatch, torch
@@ -121,7 +130,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     ...     verify(f"{folder}/out").passed
     True
     """
-    path = Path(output).absolute()
+    path = door.place("output", output)
     who = busy(path, None)
     if who is not None:
         raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
@@ -141,9 +150,11 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
         found, size = _other_damage(path, record)
     look = functools.partial(_look, path, plan)
     units = 0
-    records = itertools.chain.from_iterable(standing(ledger, plan.blocks) for ledger in ledgers)
     counts = {"predict": 0, "normalize": 0}
-    with ThreadPoolExecutor(THREADS) as pool:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
+        records = itertools.chain.from_iterable(standing(file, plan.blocks) for file in files)
         while some := list(itertools.islice(records, AT_A_TIME)):
             for one, (number, read, damaged) in zip(some, pool.map(look, some), strict=True):
                 units, size = units + number, size + read
@@ -160,7 +171,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     return result
 
 
-def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
+def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
     """The group's metadata, and what it says; none of it where an output's metadata is damaged."""
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
@@ -168,7 +179,7 @@ def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damag
         record = inspect_output(path)
         if record is None:
             raise ValueError(f"there is no output at {path}: it is an empty directory")
-        if (path / ".zgroup").exists():
+        if (path / ".zgroup").is_file():
             raise ValueError(
                 f"{path} keeps no checksums: Zarr 2, that is output_format='ome-zarr-0.4', has no place for them"
             )
@@ -180,12 +191,14 @@ def _record(path: Path) -> tuple[dict[str, Any], OutputRecord | None, list[Damag
     return metadata, record, []
 
 
-def _keeps_ledger(path: Path) -> bool:
+def _keeps_ledger(path: Address) -> bool:
     """Whether a run was completed here, whatever the metadata says."""
+    if isinstance(path, ObjectPath):
+        return any(name.endswith(f"/{LEDGER}") for name in path.files())
     return any(any(path.glob(f"{'*/' * depth}{LEDGER}")) for depth in (1, 2, 3, 4))
 
 
-def _stored(path: Path, record: OutputRecord) -> tuple[Plan, list[Path]] | None:
+def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
     """The plan and the ledger, with its segments if there are any; None where nothing is done yet."""
     if not record.complete:
         workspace = Workspace.find(root_of(record))
@@ -206,7 +219,7 @@ def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
         yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
 
 
-def _other_damage(path: Path, record: OutputRecord) -> tuple[list[Damage], int]:
+def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], int]:
     """Damage to files that hold no write units, and how many bytes they have."""
     found, size = [], 0
     for name, crc in record.details["files"].items():
@@ -218,7 +231,7 @@ def _other_damage(path: Path, record: OutputRecord) -> tuple[list[Damage], int]:
     return found, size
 
 
-def _look(path: Path, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
+def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
     """Verify the units of one record: how many, bytes read, damage."""
     number, size, found = 0, 0, []
     try:
@@ -234,12 +247,12 @@ def _look(path: Path, plan: Plan, record: Record) -> tuple[int, int, list[Damage
     return number, size, found
 
 
-def _look_at_levels(path: Path) -> tuple[int, int, list[Damage]]:
+def _look_at_levels(path: Address) -> tuple[int, int, list[Damage]]:
     """Verify what was made of the finest levels: how many units, bytes read, damage."""
     number, size, found = 0, 0, []
     for array, key, box, problem in compare_pyramids(path):
         file = path / array / key
-        number, size = number + 1, size + (file.stat().st_size if file.exists() else 0)
+        number, size = number + 1, size + (file.stat().st_size if isinstance(file, Path) and file.exists() else 0)
         if problem:
             found.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
     return number, size, found
@@ -261,15 +274,14 @@ def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     return key, Box(laid(start, channel), laid(stop, ends))
 
 
-def _compare(file: Path, crc: int, *, unit: bool = False) -> tuple[int, str]:
+def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
     """Bytes of a file, and what is wrong with it, if anything."""
     try:
-        size = file.stat().st_size
         if unit and crc == ABSENT:
-            return 0, "is there, though nothing but the fill value was written"
-        found = file_checksum(file)
+            return 0, "is there, though nothing but the fill value was written" if file.exists() else ""
+        size, found = measured(file)
     except FileNotFoundError:
-        return 0, "" if unit and crc == ABSENT else "is missing"
+        return 0, "is missing"
     except OSError as error:
         return 0, f"cannot be read ({error.strerror or type(error).__name__})"
     if (found or 1 if unit else found) != crc:
@@ -277,7 +289,7 @@ def _compare(file: Path, crc: int, *, unit: bool = False) -> tuple[int, str]:
     return size, ""
 
 
-def _repair(path: Path, record: OutputRecord, plan: Plan, found: Verification) -> None:
+def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification) -> None:
     """Take the records of damaged units back, so that the same call of `predict` does these blocks again.
 
     Raises:

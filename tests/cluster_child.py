@@ -6,6 +6,7 @@ A fork costs a tenth of a second and importing costs seconds. `tests.clusters` i
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dask
+import dask.array
 import distributed
 import distributed.scheduler
 import torch
+import zarr
 
 import oocpatch
 import oocpatch.remote
@@ -28,7 +31,7 @@ MODEL = "tests.cluster_child:scripted"
 
 
 def scripted(patches: torch.Tensor, control: str) -> torch.Tensor:
-    """Depends on the place within the patch; logs its calls, and does what a file says: wait, die, fail."""
+    """Depends on the place within the patch; logs its calls; does what a file says: wait, die, fail, lack memory."""
     first = patches.reshape(len(patches), -1)[:, 0].tolist()
     settings = json.loads(Path(control).read_text())
     log = os.open(f"{control}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -37,6 +40,8 @@ def scripted(patches: torch.Tensor, control: str) -> torch.Tensor:
     time.sleep(settings.get("delay", 0.0))
     if set(first) & set(settings.get("fatal", ())):
         os.kill(os.getpid(), signal.SIGKILL)
+    if len(patches) > settings.get("room", len(patches)):
+        raise MemoryError
     if set(first) & set(settings.get("failing", ())):
         raise ConnectionResetError("the storage hiccups")
     ramp = torch.arange(1, patches[0].numel() + 1, dtype=torch.float32).reshape(patches.shape[1:])
@@ -60,24 +65,50 @@ def tell(report: str, text: str) -> None:
     Path(f"{report}.new").rename(report)
 
 
-async def run_scheduler(report: str) -> None:
-    async with distributed.Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+async def run_scheduler(report: str, host: str = "127.0.0.1") -> None:
+    async with distributed.Scheduler(host=host, port=0, dashboard=False) as scheduler:
         tell(report, scheduler.address)
         await scheduler.finished()
 
 
-async def run_worker(address: str, threads: int) -> None:
-    async with distributed.Worker(address, nthreads=threads, host="127.0.0.1", dashboard=False) as worker:
+async def run_worker(address: str, threads: int, host: str = "127.0.0.1") -> None:
+    async with distributed.Worker(address, nthreads=threads, host=host, dashboard=False) as worker:
         await worker.finished()
 
 
 def run_client(report: str, address: str, arguments: dict[str, Any]) -> None:
-    with distributed.Client(address, set_as_default=False) as client:
-        oocpatch.predict(client=client, progress=False, **arguments)
-    tell(report, "done")
+    """A call of `predict`, with a client if there is an address. The volume `dask:PATH` is a dask array of a Zarr."""
+    volume = arguments["volume"]
+    if volume.startswith("dask:"):
+        arguments = {
+            **arguments,
+            "volume": dask.array.from_array(zarr.open_array(volume.removeprefix("dask:"))),
+            "axes": "yx",
+        }
+    try:
+        if address:
+            with distributed.Client(address, set_as_default=False) as client:
+                oocpatch.predict(client=client, progress=False, **arguments)
+        else:
+            oocpatch.predict(progress=False, **arguments)
+    except oocpatch.OocpatchError as error:
+        tell(report, f"{type(error).__name__}: {error}")
+    else:
+        tell(report, "done")
 
 
-def perform(role: str, arguments: list[Any]) -> NoReturn:
+def go_to(folder: str, host: int) -> None:
+    """Work in another directory and, if there is one, on the host whose namespaces a process holds."""
+    os.chdir(folder)
+    for kind in ("uts", "net") if host else ():
+        with Path(f"/proc/{host}/ns/{kind}").open() as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"cannot go to the {kind} namespace of {host}")
+
+
+def perform(role: str, arguments: list[Any], place: tuple[str, int] | None) -> NoReturn:
+    if place is not None:
+        go_to(*place)
     dask.config.set(CONFIG)
     # A worker counts as lost after ten intervals: 1 s, not 5.
     distributed.scheduler.heartbeat_interval = lambda _: 0.1
@@ -96,7 +127,10 @@ def perform(role: str, arguments: list[Any]) -> NoReturn:
 
 
 def serve() -> None:
-    """Say `ready`, then answer each line of stdin: `[role, [arguments], log]` with a pid, `[pid]` with an exit code."""
+    """Say `ready`, then answer each line of stdin: `[pid]` with an exit code, others with the pid of a child.
+
+    Others are `[role, [arguments], log, place]`; a place is a directory and the process that holds a host, or null.
+    """
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
@@ -104,14 +138,14 @@ def serve() -> None:
         if len(question) == 1:
             answer = reap(question[0], 0.0)
         else:
-            role, arguments, log = question
+            role, arguments, log, place = question
             pid = os.fork()
             if not pid:
                 quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(quiet, 1)
                 os.dup2(quiet, 2)
                 os.close(0)
-                perform(role, arguments)
+                perform(role, arguments, place)
             answer = str(pid)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()

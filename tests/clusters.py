@@ -37,16 +37,17 @@ class Fork(Forks):
     def _tell(self, *question: Any) -> str:
         return self._ask(json.dumps(question))
 
-    def start(self, role: str, *arguments: Any) -> int:
-        pid = int(self._tell(role, arguments, str(self.folder / f"{role}.log")))
+    def start(self, role: str, *arguments: Any, place: tuple[str, int] | None = None) -> int:
+        """Process id of a child; a place is its working directory, and a process that holds its host or 0."""
+        pid = int(self._tell(role, arguments, str(self.folder / f"{role}.log"), place))
         self._alive.add(pid)
         return pid
 
-    def scheduler(self) -> tuple[int, str]:
+    def scheduler(self, *host: str, place: tuple[str, int] | None = None) -> tuple[int, str]:
         """Process id and address."""
         self._count += 1
         report = self.folder / f"scheduler{self._count}"
-        pid = self.start("scheduler", str(report))
+        pid = self.start("scheduler", str(report), *host, place=place)
         until(report.exists)
         return pid, report.read_text()
 
@@ -77,7 +78,7 @@ class SmallCluster:
         self.workers: list[int] = []
 
     def behave(self, **settings: Any) -> None:
-        """Tell the model what to do: `delay` in seconds, `fatal` and `failing` patches by their first voxels."""
+        """Tell the model what to do: `delay` in seconds, `fatal` and `failing` patches by first voxels, `room`."""
         aside = self.control.with_suffix(".new")
         aside.write_text(json.dumps(settings))
         aside.rename(self.control)

@@ -155,9 +155,14 @@ class Protocol(RuleBasedStateMachine):
             if self.run() == 0 and self.agree():
                 self.count(f"settled after {attempt}")
                 return
+            told = report(self.job).message
             try:
                 oocpatch.verify(self.job.output, repair=True)
+                afresh = "start afresh with overwrite=True" in told
             except (oocpatch.OocpatchError, ValueError):
+                afresh = True
+            if afresh:
+                self.count("afresh")
                 if self.run(options={**self.job.options, "overwrite": True}):
                     assert report(self.job).error in HONEST, report(self.job)
                     fresh(self.job)

@@ -6,6 +6,8 @@ whether their voxels are those of the `.npy` files in `FOLDER/expected`, one per
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import sys
@@ -57,7 +59,7 @@ def bioio(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:
         image.set_resolution_level(level)
         values.append(image.data)
         scales.append([image.scale.T, image.scale.C, image.scale.Z, image.scale.Y, image.scale.X])
-    return seen(values, expected, scales=scales)
+    return seen(values, expected, scales=scales, channels=image.channel_names)
 
 
 def tensorstore(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:
@@ -80,11 +82,35 @@ def xarray_tree(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:
     return seen([node.values for node in nodes], expected, dims=[list(node.dims) for node in nodes])
 
 
+def napari(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:
+    from napari_ome_zarr import napari_get_reader
+
+    reader = napari_get_reader(str(path))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the attributes
+        layers = reader(str(path))
+    # Of labels it gives the image that they belong to, too, and of an image its labels, with paths as names.
+    beside = path.parent.name == "labels"
+    (found,) = [n for n in layers if (n[2] == "labels" and n[1]["name"].endswith(path.name)) or not beside][:1]
+    values, layer, kind = found
+    return seen(
+        [value.compute() for value in values],
+        expected,
+        kind=kind,
+        channel_axis=layer.get("channel_axis"),
+        labelled=list(layer["axis_labels"]),
+        units=list(layer["units"]),
+        spacing=list(layer["scale"]),
+        names=layer.get("name"),
+        contrast=layer.get("contrast_limits"),
+        others=sorted(n[1]["name"] for n in layers if n[2] == "labels"),
+    )
+
+
 def main(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for image in sorted((folder / "expected").iterdir()):
         expected = [np.load(file) for file in sorted(image.iterdir())]
         path = Path((folder / f"{image.name}.txt").read_text())
-        for reader in (ome_zarr, ome_zarr_models, bioio, tensorstore, xarray_tree):
+        for reader in (ome_zarr, ome_zarr_models, bioio, tensorstore, xarray_tree, napari):
             if reader is ome_zarr_models and (path / "labels" / "zarr.json").exists():
                 continue  # version 1.7 finds levels of listed labels of 0.5 by paths of one part only
             yield f"{image.name} {reader.__name__}", reader(path, expected)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
+import pytest
+
 from benchmarks import ledger_tasks
+from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
+from benchmarks.tables import ratios, speed_table, targets_table
+from benchmarks.workloads import WORKLOADS
 
 
 def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):
@@ -14,3 +23,68 @@ def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):
     assert ledger_tasks.keep(directory, edge)["result"] == "0 MiB"
     assert (tmp_path / "kept").stat().st_size > 0
     assert ledger_tasks.tell_status(directory, edge)["result"] == "64 blocks done"
+
+
+def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path):
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("Before.\n<!-- table: half -->\nold\n<!-- end of table -->\nAfter.\n")
+    command = ["--results", results, "--workloads", "half", "--shrink", "8", "--page", page, "--pictures", tmp_path]
+    copy, ours = "copy, zarr-python, 4 threads", "oocpatch, 1 GiB"
+    begun = report(*command, "--rounds", "1", "--contenders", copy, ours)
+    assert begun.count(copy) == begun.count(ours) == 1
+    records = json.loads(results.read_text())["workloads"]["half"]["records"]
+    # the second call has nothing left to measure
+    assert not report(*command, "--rounds", "1", "--contenders", copy, ours)
+    assert json.loads(results.read_text())["workloads"]["half"]["records"] == records
+
+    assert records[copy][0]["error"] == 0
+    (run,) = records[ours]
+    assert 0 < run["error"] < 1e-6
+    # 192^3 float32, of which random numbers lose about a tenth when they are compressed
+    voxels = 4 * 192**3
+    assert 0.8 * voxels < run["written"] < 2 * voxels
+    assert 0.8 * voxels < records[copy][0]["read"] < 1.1 * voxels
+    assert 0 < run["peak"] <= run["projected_memory"]
+
+    text = page.read_text()
+    assert text.startswith("Before.\n<!-- table: half -->\n\n| | seconds |")
+    assert "old" not in text
+    assert text.endswith("<!-- end of table -->\nAfter.\n")
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if ours in line).split("|")]
+    assert cells[3] == f"**{run['wall'] / records[copy][0]['wall']:.2f}**"
+    assert ours in (tmp_path / "speed.svg").read_text()
+
+
+def test_a_contender_that_fails_is_a_figure_too(tmp_path):
+    results = tmp_path / "results.json"
+    workload = WORKLOADS["half"]
+    record = {"failed": "MemoryError: | 64 GiB"}
+    contender = workload.contenders[0].name
+    measured = {"workloads": {"half": {"edge": 512, "records": {contender: [record]}}}}
+    assert "| copy, zarr-python, 4 threads | failed: MemoryError:   64 GiB |" in speed_table(measured, "half")
+    assert ratios(measured, "half", contender) == []
+    with pytest.raises(TaskFailed, match=r"FileNotFoundError: .*results\.json does not exist"):
+        in_fresh_process("zarr_python", "benchmarks.copies", threads=1, source=str(results), target="x", patch=8,
+                         overlap=0, chunk=8)  # fmt: skip
+
+
+def test_a_ratio_is_against_the_fastest_copy_of_the_same_round():
+    slow, fast = (contender.name for contender in WORKLOADS["half"].contenders[:2])
+    ours = "oocpatch, 1 GiB"
+    # the machine was busy in the second round, and the copy that is usually faster failed in the third
+    walls = {slow: (2.0, 6.0, 4.0), fast: (1.0, 5.0, None), ours: (1.5, 6.0, 8.0)}
+    figures = {"cpu": 1.0, "peak": 1 << 20, "read": None, "written": None, "error": 0.0}
+    records = {
+        name: [{"failed": "killed"} if wall is None else {"wall": wall, **figures} for wall in times]
+        for name, times in walls.items()
+    }
+    measured = {"workloads": {"half": {"edge": 512, "records": records}}}
+    assert ratios(measured, "half", ours) == [1.5, 1.2, 2.0]
+    assert f"| half: {ours} | 1.4 times | 1.50 times | no |" in targets_table(measured)
+    assert f"| **{ours}** | 6.00 (1.50 to 8.00) | **1.50** |" in speed_table(measured, "half")
+
+
+def report(*arguments):
+    """Run the verb; what it says."""
+    command = [sys.executable, "-m", "benchmarks", "report", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr

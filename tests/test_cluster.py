@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -22,6 +23,9 @@ from torch import nn
 import oocpatch
 from oocpatch import remote
 from oocpatch.inference import cluster as clusters
+from oocpatch.inference.connecting import connected
+from oocpatch.storage.files import flush
+from oocpatch.storage.output_record import inspect_output
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -97,6 +101,23 @@ def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: 
         until(lambda: client.run(held) == dict.fromkeys(client.nthreads(), None))
     assert max(seen) == 2, "the scheduler holds a task per process"
     assert Counter(Counter(first for _, first in small.calls()).values()) == {1: 49}
+
+
+def noted_flush(path: Path) -> None:
+    (path.parent / f"flushed-by-{os.getpid()}").touch()
+
+
+def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.add(2)
+    monkeypatch.setattr("oocpatch.remote.flush", noted_flush)
+    with small.client() as client:
+        small.predict(client=client)
+        alive = client.run(os.getpid).values()
+        assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
+        monkeypatch.undo()
+        gone = clusters.Cluster(client, call=Any, work=remote.work, drop=remote.drop)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            gone.everywhere(functools.partial(flush, Path("/nowhere")))
 
 
 def held() -> str | None:
@@ -251,6 +272,59 @@ def test_a_fault_that_may_pass_is_tried_again_and_one_that_stays_fails_its_block
         small.predict(client=client)
     assert set(caught.value.failures) == {MIDDLE_BLOCK}
     assert len([1 for _, first in small.calls() if first == MIDDLE]) == clusters.ATTEMPTS
+
+
+def test_batches_that_are_halved_are_counted_over_all_workers(small: SmallCluster) -> None:
+    """Blocks in the inside have four patches, those at the border two or one."""
+    small.add(2)
+    small.behave(room=2)
+    with small.client() as client:
+        small.predict(client=client, batch_size=4)
+    small.predict("embedded", batch_size=4)
+    assert small.digests() == small.digests("embedded")
+    for name in ("out", "embedded"):
+        found = inspect_output(small.folder / name)
+        assert found is not None
+        assert found.details["halved_batches"] == 9
+
+
+def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process sees is real; that there are two devices is not."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with connected(None, 2, "cuda") as client:
+        found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert sorted(found.values()) == ["4", "7"]
+
+
+def test_workers_are_told_their_number_among_those_of_their_host(
+    small: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of several devices the number says which one to use. A new process takes the place of a dead one."""
+    told: list[tuple[str, int]] = []
+    submit = distributed.Client.submit
+
+    def noting(self: distributed.Client, *args: Any, **options: Any) -> Any:
+        told.append((options["workers"][0], args[3]))
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(distributed.Client, "submit", noting)
+    small.add(2)
+    small.behave(delay=0.02)
+
+    def replace() -> None:
+        until(lambda: len({address for address, _ in told}) == 2)
+        small.fork.kill(small.workers.pop())
+        small.add(1)
+
+    with small.client() as client:
+        killer = threading.Thread(target=replace)
+        killer.start()
+        small.predict(client=client)
+        killer.join()
+    places = dict(told)
+    assert len(set(told)) == len(places), "a process keeps its place"
+    assert set(places.values()) == {0, 1}
 
 
 def test_a_model_that_cannot_travel_is_refused_before_the_start(small: SmallCluster) -> None:

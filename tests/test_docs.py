@@ -7,7 +7,8 @@ Each Markdown file is one story, told in an empty directory:
 - a `text` block right after a `python` block is what that block prints;
 - in a `console` block each line after `$ ` is a shell command, and lines below it are what it prints, if there are any;
 - `...` in printed text stands for anything, and runs of blanks are all alike;
-- other languages are only shown.
+- other languages are only shown;
+- a picture that the story makes under the name of one that the page shows is that picture.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import oocpatch
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -88,6 +93,13 @@ def run_console(block: Block, where: str) -> None:
             assert_prints(expected, done.stdout, f"{where}: `{command}`")
 
 
+def forget_saved_modules() -> None:
+    """Let the next story import its own `net.py`, and not this one's."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or os.devnull).parent == Path.cwd():
+            del sys.modules[name]
+
+
 def run_story(path: Path) -> None:
     """Run all blocks of a Markdown file, in order, in the current directory."""
     namespace: dict[str, object] = {"__name__": "__main__"}
@@ -102,13 +114,34 @@ def run_story(path: Path) -> None:
             run_console(block, where)
 
 
+def pictures(path: Path) -> list[Path]:
+    """Files of pictures that a page shows."""
+    return [path.parent / target for target in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", path.read_text())]
+
+
+def assert_same_picture(shown: Path, made: Path) -> None:
+    """A drawing to the letter; a PNG but for a few pixels: scores that are nearly equal may fall either way."""
+    if shown.suffix == ".svg":
+        assert shown.read_text() == made.read_text(), f"{shown.name} is not what the page makes"
+        return
+    expected, found = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (shown, made))
+    if expected.shape != found.shape or np.abs(expected - found).mean() > 1:
+        raise AssertionError(f"{shown.name} is not what the page makes: {found.shape}, shown {expected.shape}")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_the_documentation_shows_runs_and_prints_what_it_says(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    run_story(path)
+    try:
+        run_story(path)
+    finally:
+        forget_saved_modules()
+    for shown in pictures(path):
+        if (tmp_path / shown.name).exists():
+            assert_same_picture(shown, tmp_path / shown.name)
 
 
 def test_the_readme_shows_a_first_example_and_the_command_line() -> None:
@@ -128,6 +161,11 @@ def test_links_within_the_repository_lead_somewhere(path: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)]
     assert [t for t in targets if t and "://" not in t and not (path.parent / t).exists()] == []
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    listed = re.findall(r"^   (\w+)$", (ROOT / "docs/reference/python.rst").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(oocpatch.__all__)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +188,15 @@ def test_documentation_that_is_wrong_fails(
         run_story(tmp_path / "wrong.md")
 
 
+def test_a_picture_that_is_not_what_the_page_makes_fails(tmp_path: Path) -> None:
+    shown = pictures(ROOT / "docs/tutorial.md")
+    assert [p.name for p in shown] == ["labels.zarr.png"]
+    assert_same_picture(shown[0], shown[0])
+    Image.open(shown[0]).convert("RGB").rotate(180).save(tmp_path / "turned.png")
+    with pytest.raises(AssertionError, match="not what the page makes"):
+        assert_same_picture(shown[0], tmp_path / "turned.png")
+
+
 def test_documentation_that_is_right_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -159,3 +206,5 @@ def test_documentation_that_is_right_passes(tmp_path: Path, monkeypatch: pytest.
         "```console\n$ cat sea.py | \\\n    head -1\n# sea.py\n$ true\n```\n\n```text\na drawing\n```\n"
     )
     run_story(tmp_path / "right.md")
+    forget_saved_modules()
+    assert "sea" not in sys.modules

@@ -12,9 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import oocpatch
+from oocpatch.storage.files import flush
+from oocpatch.storage.output_record import inspect_output
 from tests.children import Children, file_digests, report
 from tests.crash_child import Job, make_volume
 from tests.faults import outcome
@@ -57,6 +61,45 @@ def test_a_full_disk_is_named_and_nothing_else_is_tried(children: Children, tiny
     assert children.run(full) == 1
     assert report(full).error in {"OSError", "BlockFailed"}
     assert os.strerror(errno.ENOSPC) in report(full).message
+
+
+def run_here(tmp_path: Path) -> None:
+    data = np.arange(1, 257, dtype=np.float32).reshape(16, 16)
+    sizes = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "progress": False}
+    oocpatch.predict(data, torch.nn.Identity(), tmp_path / "out", axes="yx", **sizes)
+
+
+def test_the_disk_has_the_output_before_success_is_recorded_and_success_before_the_workspace_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(path: Path) -> None:
+        flush(path)
+        found = inspect_output(path)
+        assert found is not None
+        chunks = len([p for p in (path / "prediction" / "c").rglob("*") if p.is_file()])
+        seen.append((found.complete, chunks, (tmp_path / "out.oocpatch").exists()))
+
+    monkeypatch.setattr("oocpatch.storage.output.flush", noted)
+    run_here(tmp_path)
+    assert seen == [(False, 16, True), (True, 16, True)]
+    assert not (tmp_path / "out.oocpatch").exists()
+
+
+def test_when_the_disk_does_not_take_what_was_written_the_output_stays_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("oocpatch.storage.output.flush", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run_here(tmp_path)
+    assert oocpatch.status(tmp_path / "out").state == "incomplete"
+    monkeypatch.undo()
+    run_here(tmp_path)
+    assert oocpatch.verify(tmp_path / "out").passed
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def _floors() -> dict[str, Floor]:
     }
     convert = door | {"telling", "converting"}
     look = run | {"looking"}
-    public = look | convert | {"checking", "verifying"}
+    lint = remember | {"linting"}
+    public = look | convert | lint | {"checking", "verifying"}
     above = public | {
         "__init__"
     }  # the public names come from floors 3 and 4, so only floor 4 may use them by the package
@@ -69,7 +70,7 @@ def _floors() -> dict[str, Floor]:
         "door": Floor(door, on_disk),
         "layout": Floor(layout, on_device),
         "request": Floor(request, on_device),
-        "pyramid": Floor(compute | {"pyramid"}, on_disk),
+        "pyramid": Floor(compute | {"pyramid", "telling"}, on_disk),
         "decide": Floor(request | {"decide", "pyramid"}, on_device),
         "telling": Floor(frozenset(), frozenset({"tqdm"})),
         "progress": Floor(request | {"progress", "telling"}, on_device),
@@ -82,6 +83,7 @@ def _floors() -> dict[str, Floor]:
         "converting": Floor(convert, on_disk),
         "record": Floor(frozenset(), numpy),
         "looking": Floor(look, on_disk),
+        "linting": Floor(lint, on_disk),
         "verifying": Floor(request | {"progress", "parts", "pyramid", "verifying"}, on_disk),
         "checking": Floor(above, on_device),
         "demo": Floor(above | {"demo"}, on_device | {"PIL", "tqdm"}),
@@ -104,9 +106,13 @@ FLOORS = _floors()
 EXTRA = {
     "inference/scheduler.py": frozenset({"dask", "tenacity"}),
     "inference/cluster.py": frozenset({"dask", "distributed", "cloudpickle"}),
+    "inference/connecting.py": frozenset({"distributed"}),
+    "inference/slurm.py": frozenset({"dask", "dask_jobqueue", "distributed"}),
     "inference/models.py": frozenset({"safetensors"}),
     "inference/onnx_model.py": frozenset({"onnxruntime"}),
     "sampling/masses.py": frozenset({"dask", "tqdm"}),
+    "storage/addresses.py": frozenset({"obstore"}),
+    "storage/objects.py": frozenset({"obstore"}),
     "storage/ome_output.py": frozenset({"yaozarrs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "storage/formats/hdf5.py": frozenset({"h5py"}),

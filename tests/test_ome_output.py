@@ -17,6 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import oocpatch
 from oocpatch.pyramid import mean, mode
+from oocpatch.storage.files import write_atomically
 from tests.ome_runs import RUNS, Run, coarser, image_groups
 
 VERSIONS = ["ome-zarr", "ome-zarr-0.4"]
@@ -56,6 +57,8 @@ def test_every_level_is_valid_and_has_the_right_values_scale_and_coordinates(
     for head, group in image_groups(name, output).items():
         yaozarrs.validate_zarr_store(str(group))
         assert_image(name, head, group)
+    assert oocpatch.lint(output).findings == ()
+    assert oocpatch.lint(output).images == len(image_groups(name, output))
 
 
 def assert_image(name: str, head: str, group: Path) -> None:
@@ -67,6 +70,10 @@ def assert_image(name: str, head: str, group: Path) -> None:
     assert told == [kinds.get(axis, ("space", "micrometer")) for axis in run.axes]
     labels = name == "labels" or head in {"nuclei", "cells"}
     assert ("image-label" in metadata(group)) == labels
+    if labels:
+        assert "omero" not in metadata(group)
+    else:
+        assert_shown(metadata(group)["omero"], expected, run, head)
     factor = {"half": 2.0, "double": 0.5}.get(head, 1.0)
     sizes = [1.0 if a == "c" else run.sizes[a] * (factor if a in "yx" else 1) for a in run.axes]
     starts = [
@@ -97,6 +104,56 @@ def assert_image(name: str, head: str, group: Path) -> None:
             else:
                 assert_allclose(dataset[axis], np.arange(n) * size + start, rtol=1e-12, atol=1e-12)
     assert np.prod(expected.shape[-2 if "z" not in run.axes else -3 :]) <= 4 ** (3 if "z" in run.axes else 2)
+
+
+def assert_shown(omero: dict[str, Any], values: np.ndarray, run: Run, head: str) -> None:
+    """Each channel has its name, and a window from its darkest hundredth to its brightest half percent."""
+    place = run.axes.find("c")
+    each = [values] if place < 0 else list(np.moveaxis(values, place, 0))
+    names = [head] if place < 0 else [f"stain {n}" for n in range(len(each))]
+    assert [channel["label"] for channel in omero["channels"]] == names
+    assert len({channel["color"] for channel in omero["channels"]}) == len(names)
+    assert omero["rdefs"]["model"] == ("color" if len(names) > 1 else "greyscale")
+    for channel, of_it in zip(omero["channels"], each, strict=True):
+        window = [channel["window"][name] for name in ("min", "start", "end", "max")]
+        assert_allclose(window, [of_it.min(), *np.percentile(of_it, (1, 99.5)), of_it.max()], rtol=1e-5, atol=1e-9)
+
+
+def test_windows_of_scores_and_of_integers(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).integers(100, 1000, (2, 40, 40)).astype("uint16")
+    settings = {"patch_size": 20, "axes": "cyx", "output_format": "ome-zarr"}
+    oocpatch.predict(volume, torch.nn.Identity(), tmp_path / "i.zarr", **settings, output_dtype="uint16")
+    first, second = (channel["window"] for channel in metadata(tmp_path / "i.zarr")["omero"]["channels"])
+    low, high = np.percentile(volume[0], (1, 99.5))
+    assert first == {"min": 0, "max": 65535, "start": np.floor(low), "end": np.ceil(high)}
+    assert second != first
+    oocpatch.predict(volume, torch.nn.Identity(), tmp_path / "s.zarr", **settings, postprocess="softmax")
+    for channel in metadata(tmp_path / "s.zarr")["omero"]["channels"]:
+        assert channel["window"] == {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
+
+
+def test_a_crash_while_channels_are_described_leaves_an_output_that_the_same_call_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path, written = RUNS["scaled heads"], tmp_path / "out.zarr", []
+
+    def crash(file: Path, text: str) -> None:
+        if written:
+            raise RuntimeError("as if it was killed")
+        written.append(file)
+        write_atomically(file, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("oocpatch.storage.ome_channels.write_atomically", crash)
+        with pytest.raises(RuntimeError, match="as if"):
+            run.predict(path)
+    assert written == [path / "full/zarr.json"]
+    run.predict(path)
+    run.predict(tmp_path / "other.zarr")
+    assert oocpatch.verify(path).passed
+    for head in ("full", "half", "double"):
+        assert "omero" in metadata(path / head)
+        assert metadata(path / head) == metadata(tmp_path / "other.zarr" / head)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

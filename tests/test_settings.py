@@ -83,6 +83,36 @@ def test_the_environment_gives_options() -> None:
     arguments = ("in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8")
     assert planned(*arguments, OOCPATCH_PLAN_BATCH_SIZE="3")["batch_size"] == 3
     assert planned(*arguments, "--batch-size", "2", OOCPATCH_PLAN_BATCH_SIZE="3")["batch_size"] == 2
+    assert planned(*arguments, OOCPATCH_BATCH_SIZE="4")["batch_size"] == 4
+    assert planned(*arguments, OOCPATCH_BATCH_SIZE="4", OOCPATCH_PLAN_BATCH_SIZE="3")["batch_size"] == 3
+
+
+def test_the_environment_gives_an_option_to_every_command_that_has_it() -> None:
+    wrong = {"OOCPATCH_PROGRESS": "loud", "OOCPATCH_MAX_MEMORY": "much"}
+    predict = ("predict", "in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8")
+    for command in (predict, ("convert", "in.zarr", "out.zarr"), ("demo", "here")):
+        result = run(*command, **wrong)
+        assert result.exit_code == 2
+        assert "Invalid value for '--progress': 'loud'" in result.stderr, command
+        if command[0] == "demo":
+            continue  # it reads its limit when the volume is made
+        result = run(*command, OOCPATCH_MAX_MEMORY="much")
+        assert result.exit_code == 2
+        assert "'much'" in result.stderr, command
+    assert run("status", "out.zarr", **wrong).exit_code == 0
+
+
+def test_pyramids_have_a_progress_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    volume = zarr.open_array("in.zarr", mode="r")[...]
+    settings = {"patch_size": 8, "output_chunks": 4, "output_format": "ome-zarr", "progress": "json"}
+    oocpatch.predict(volume, "identity", "pyramid.zarr", **settings)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [line["verb"] for line in lines] == ["predict"] * 2 + ["pyramid"] * 2
+    assert (lines[2]["done"], lines[3]["done"]) == (0, lines[3]["total"])
+    levels = oocpatch.lint("pyramid.zarr").levels
+    assert lines[3]["total"] >= levels - 1 > 0
+    oocpatch.predict(volume, "identity", "plain.zarr", **{**settings, "output_format": "zarr"})
+    assert "pyramid" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,26 @@ def test_damage_to_what_an_incomplete_run_has_done_is_found_and_mended(damage: D
     assert prediction(halted) == mended
 
 
+@pytest.mark.parametrize(("name", "state"), [("overlap_mode", "complete"), ("patch_size", "incomplete")])
+def test_damage_to_what_an_output_says_of_its_run_is_not_taken_for_another_run(
+    name: str, state: str, request: pytest.FixtureRequest
+) -> None:
+    job = request.getfixturevalue("halted" if state == "incomplete" else "here")
+    if state == "complete":
+        predict(job)
+    file = Path(job.output) / "zarr.json"
+    before = file.read_text()
+    file.write_text(before.replace(f'"{name}"', f'"{name[:-1]}{chr(ord(name[-1]) ^ 1)}"', 1))
+    for size in (job.options["patch_size"], "auto"):
+        with pytest.raises(oocpatch.CorruptData, match=r"metadata.*start afresh"):
+            predict(job, patch_size=size)
+    file.write_text(before)
+    with pytest.raises(oocpatch.RunMismatch, match=r"overlap_mode: 'hann' before, 'crop' now"):
+        predict(job, overlap_mode="crop")
+    predict(job)
+    assert oocpatch.verify(job.output).passed
+
+
 def test_what_is_no_output_of_predict_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         oocpatch.verify(tmp_path / "nothing")

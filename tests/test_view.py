@@ -19,7 +19,7 @@ from PIL import Image
 import oocpatch
 from oocpatch import cli
 from oocpatch.looking.canvas import Panel
-from oocpatch.looking.colours import label_colour
+from oocpatch.looking.colours import GREENS, label_colour
 from oocpatch.looking.levels import open_sight
 from oocpatch.looking.planes import places, plane, projection, sample
 from oocpatch.looking.viewing import sheet_of
@@ -82,6 +82,41 @@ def test_a_result_is_laid_over_the_input_that_its_run_noted(tmp_path: Path) -> N
     (only,) = drawn(alone, sheet_of(tmp_path / "out.zarr", volume=False, pixels=80).corners())
     assert (only[16:32, 60:] == label_colour(1)).all()
     assert (only[:16] == 0).all()
+
+
+def test_an_image_stands_below_its_input_each_channel_in_a_window_of_its_own(tmp_path: Path) -> None:
+    values = np.zeros((32, 40), np.float32)
+    values[:, 20:] = 1
+    zarr.create_array(tmp_path / "in.zarr", data=values, chunks=(16, 16), dimension_names=("y", "x"))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([1000 + x, -5 * x], 1)
+
+    oocpatch.predict(tmp_path / "in.zarr", model, tmp_path / "out.zarr", patch_size=8, progress=False)
+    made = oocpatch.view(tmp_path / "out.zarr", pixels=80)
+    sheet = sheet_of(tmp_path / "out.zarr", pixels=80)
+    assert [row[0].caption for row in sheet.rows] == ["input, yx", "result, yx"]
+    _, below = drawn(made, sheet.corners())
+    assert (below[:, :40] == label_colour(2)).all()  # the second is at its highest where the first is at its lowest
+    assert (below[:, 40:] == label_colour(1)).all()
+    assert [text for _, text in sheet.legend] == ["channel 0", "channel 1"]
+
+
+def test_scores_over_a_bright_picture_are_dark_and_no_stain(tmp_path: Path) -> None:
+    slide = np.full((3, 32, 40), 240, np.uint8)
+    slide[:, 8:16] = 200
+    zarr.create_array(tmp_path / "in.zarr", data=slide, chunks=(3, 16, 16), dimension_names=("c", "y", "x"))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x[:, :1] < 220) * 1.0
+
+    oocpatch.predict(tmp_path / "in.zarr", model, tmp_path / "out.zarr", patch_size=8, progress=False)
+    made = oocpatch.view(tmp_path / "out.zarr", pixels=80)
+    sheet = sheet_of(tmp_path / "out.zarr", pixels=80)
+    _, below = drawn(made, sheet.corners())
+    assert (below[16:32] == GREENS[1][-1]).all()
+    assert (below[:16] == 240).all()
+    assert sheet.legend[-1] == (GREENS[1][-1], "1")
 
 
 def test_proportions_are_those_of_the_world(tmp_path: Path) -> None:

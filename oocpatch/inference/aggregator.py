@@ -65,7 +65,8 @@ class PatchAggregator:
 
     Raises:
         ValueError, TypeError: for bad arguments.
-        RunMismatch: when the store belongs to a loop with other parameters. OutputExists: when it holds other data.
+        RunMismatch: when the store belongs to a loop with other parameters.
+        OutputExists: when it holds other data.
         OutputBusy: when another process is writing to it.
 
     >>> aggregator = PatchAggregator((4, 4), "average", patch_overlap=(0, 2))

@@ -16,24 +16,29 @@ own, bound to its process. So Dask never runs one again by itself, and the block
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import logging
 import queue
 import random
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
 import dask
 import distributed
+from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
+from zarr.storage import LocalStore
 
 from oocpatch.errors import ClusterLost, OocpatchError
+from oocpatch.inference.devices import place_of
 from oocpatch.inference.scheduler import ATTEMPTS, Stopped, Task, hopeless, transient
 from oocpatch.inference.stages import Done
 from oocpatch.inference.versions import MUST_AGREE, SHOULD_AGREE, asking, disagreement
@@ -46,8 +51,8 @@ DEATHS = 3
 LOOK_SECONDS = 0.5
 """How often the driver looks which processes there are."""
 
-GATHER_SECONDS, GOODBYE_SECONDS = 5.0, 5.0
-"""How long a result may travel, and how long the driver waits for processes to let go of a run."""
+GATHER_SECONDS, LAST_SECONDS, GOODBYE_SECONDS = 5.0, 60.0, 5.0
+"""How long a result may travel, how long processes may take for what each has to do at the end, and to let go."""
 
 RESUME = "what is finished is kept, the same call goes on where this one stopped"
 
@@ -64,6 +69,20 @@ class Call(Protocol):
 
     @property
     def versions(self) -> dict[str, str | None]: ...
+
+
+class Supply(Protocol):
+    """What brings worker processes to a scheduler; see `oocpatch.inference.slurm`."""
+
+    def ask(self) -> None:
+        """Ask for the processes: a run begins."""
+
+    def keep(self, processes: int) -> str | None:
+        """Ask for those that were lost, of which so many are left; why none will come any more, if that is so."""
+
+
+SUPPLIES: weakref.WeakKeyDictionary[distributed.Client, Supply] = weakref.WeakKeyDictionary()
+"""By client; most have none, their processes are there, or come by themselves."""
 
 
 @dataclass
@@ -87,29 +106,34 @@ class Cluster:
     Attributes:
         client: the user's client; it stays open.
         call: what every task of this call carries.
-        work: does a task in a worker process.
+        work: does a task in a worker process, which is told its number among those of its host.
         drop: makes a worker process let go of a call, by its token.
         most: processes to use at most; None: all.
-        on_done: told the tasks that are done.
+        on_done: told the tasks that are done, and what they did.
     """
 
     client: distributed.Client
     call: Call
-    work: Callable[[Any, Task], Done]
+    work: Callable[[Any, Task, int], Done]
     drop: Callable[[str], None]
     most: int | None = None
-    on_done: Callable[[Task], None] = lambda _: None
+    on_done: Callable[[Task, Done], None] = lambda *_: None
     _inbox: queue.SimpleQueue[_Attempt | None] = field(default_factory=queue.SimpleQueue)
     _waiting: deque[_Attempt] = field(default_factory=deque)
     _flying: list[_Attempt] = field(default_factory=list)
     _processes: set[str] = field(default_factory=set)
+    _places: dict[str, int] = field(default_factory=dict)
     _looked_at: float = 0.0
     _seen_at: float = field(default_factory=time.monotonic)
     _stopping: bool = False
     _lost: ClusterLost | None = None
     _numbers: int = 0
+    _supply: Supply | None = None
 
     def __enter__(self) -> Self:
+        self._supply = SUPPLIES.get(self.client)
+        if self._supply is not None:
+            self._supply.ask()
         self._look()
         self._thread = threading.Thread(target=self._serve, name="oocpatch-cluster", daemon=True)
         self._thread.start()
@@ -126,6 +150,19 @@ class Cluster:
     def window(self) -> int:
         """Tasks to keep submitted at a time: one per process."""
         return max(1, min(len(self._processes), self.most or len(self._processes)))
+
+    def everywhere(self, function: Callable[[], None]) -> None:
+        """Call a function in every process.
+
+        Raises:
+            OSError: what it raises in one of them.
+        """
+        found = _bounded(lambda: self.client.run(function, on_error="return"), LAST_SECONDS)
+        if found is None:
+            logger.warning("not all workers answered within %.0f s: the disk may not have all of it yet", LAST_SECONDS)
+        for error in (found or {}).values():
+            if isinstance(error, OSError) and not isinstance(error, CommClosedError):
+                raise error
 
     def submit(self, task: Task) -> Future[Done]:
         """Begin a task."""
@@ -177,8 +214,12 @@ class Cluster:
         if self.client.status != "running":
             raise ClusterLost(f"the scheduler is lost (the client is {self.client.status}); {RESUME}")
         self._processes = set(self.client.nthreads())  # type: ignore[no-untyped-call]  # so has distributed, in places
+        self._places = {address: place for address, place in self._places.items() if address in self._processes}
         self._looked_at = now = time.monotonic()
-        if self._processes:
+        gone = None if self._supply is None else self._supply.keep(len(self._processes))
+        if gone is not None:
+            raise ClusterLost(f"{gone}; {RESUME}")
+        if self._processes or self._supply is not None:  # it knows how long to wait
             self._seen_at = now
         elif now - self._seen_at > (patience := _patience()):
             raise ClusterLost(
@@ -198,7 +239,7 @@ class Cluster:
                 if status == "finished":
                     done = attempt.remote.result(timeout=GATHER_SECONDS)
                     self._land(attempt)
-                    self.on_done(attempt.task)
+                    self.on_done(attempt.task, done)
                     attempt.result.set_result(done)
                 elif status == "error":
                     self._failed(attempt, attempt.remote.exception(timeout=GATHER_SECONDS))
@@ -261,10 +302,13 @@ class Cluster:
     def _launch(self, attempt: _Attempt, address: str) -> None:
         task, self._numbers = attempt.task, self._numbers + 1
         attempt.address = address
+        if address not in self._places:
+            self._places[address] = place_of(address, self._places)
         attempt.remote = self.client.submit(
             self.work,
             self.call,
             task,
+            self._places[address],
             key=f"oocpatch-{task.stage}-{self.call.token}-{self._numbers}",
             workers=[address],
             allow_other_workers=False,  # a dead process is noticed here, and blamed on the right block
@@ -280,7 +324,7 @@ def _patience() -> float:
     return float(dask.utils.parse_timedelta(dask.config.get("oocpatch.wait-for-workers", "60s")))
 
 
-def _bounded(function: Callable[[], Any]) -> Any:
+def _bounded(function: Callable[[], Any], seconds: float = GOODBYE_SECONDS) -> Any:
     """What a call gives, if it does so in time; else None."""
     found: list[Any] = []
 
@@ -290,7 +334,7 @@ def _bounded(function: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(GOODBYE_SECONDS)
+    thread.join(seconds)
     return found[0] if found else None
 
 
@@ -309,9 +353,20 @@ def checked_client(client: Any) -> Any:
     return client
 
 
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Makes paths of arrays on disk absolute: where nothing lies, Zarr reads the fill value."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is LocalStore and not obj.root.is_absolute():
+            return functools.partial(LocalStore, read_only=obj.read_only), (obj.root.absolute(),)
+        return super().reducer_override(obj)
+
+
 def packed(value: Any) -> bytes:
-    """A value as bytes that another process can read."""
-    return bytes(cloudpickle.dumps(value))
+    """A value as bytes that another process can read, wherever its working directory is."""
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def check_versions(client: distributed.Client, here: dict[str, str | None]) -> None:
@@ -337,36 +392,3 @@ def announce(client: distributed.Client) -> str:
     link = str(client.dashboard_link)
     logger.info("dashboard: %s", link)
     return link
-
-
-@contextlib.contextmanager
-def connected(scheduler: str | None, processes: int) -> Iterator[distributed.Client]:
-    """A client of a scheduler that is there, or of worker processes on this machine that end with the `with` block.
-
-    Args:
-        scheduler: `tcp://host:port` or `file:scheduler.json`; None: processes of our own.
-        processes: how many of them.
-
-    Raises:
-        ValueError: when there is no scheduler.
-    """
-    if scheduler is None:
-        # No limits of Dask's own: max_memory bounds what a run adds, and a worker that is paused finishes nothing.
-        local = distributed.LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=processes, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=":0"
-        )
-        with local, distributed.Client(local, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-            yield client
-        return
-    kind, _, rest = scheduler.partition(":")
-    where = {"scheduler_file": rest} if kind == "file" else {"address": scheduler}
-    if kind not in ("tcp", "tls", "ucx", "ws", "wss", "file") or not rest.strip("/"):
-        raise ValueError(f"scheduler must be tcp://host:port or file:scheduler.json, got {scheduler!r}")
-    if kind == "file" and not Path(rest).is_file():  # Dask would wait for it
-        raise ValueError(f"no scheduler has written {rest}; start one with `dask scheduler --scheduler-file {rest}`")
-    try:
-        client = distributed.Client(**where, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no scheduler can be reached at {scheduler}; start one with `dask scheduler`") from error
-    with client:
-        yield client

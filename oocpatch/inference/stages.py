@@ -83,12 +83,14 @@ class Done:
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
         nonfinite: voxels of all heads that are NaN or infinite, among the same.
         units: the CRCs of the write units it is answerable for; see `storage.units`.
+        halved: batches that did not fit into memory, as other processes tell.
     """
 
     promise: Promise = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
     units: str = ""
+    halved: int = 0
 
     @classmethod
     def of(cls, heads: Sequence[Counts], written: Written, promise: Promise = NO_PARTIALS) -> Done:
@@ -357,8 +359,8 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
                 counts += job.finishers[number].finish(data, box, values)
                 staged.append(Staged(Part(None, block.core, box, number), values))
             del sums
-            writes.emit(staged)
-            writes.pending.wait()
+            writes.emit(staged)  # which go on while the next slab is read
+        writes.pending.wait()
     finally:
         writes.pending.abandon()
     return counts

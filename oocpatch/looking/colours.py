@@ -18,6 +18,9 @@ PALETTE = (
 
 HEAT = ((0, 0.25, 0.5, 0.75, 1), ((8, 8, 24), (84, 22, 109), (187, 55, 84), (249, 140, 10), (252, 253, 190)))
 
+GREENS = ((0, 0.25, 0.5, 0.75, 1), ((255, 240, 130), (190, 220, 90), (90, 190, 80), (0, 140, 85), (0, 90, 70)))
+"""For slides: no stain looks like that."""
+
 FEW_LABELS = 64
 """Integers that take no more different values are taken for labels."""
 
@@ -61,9 +64,10 @@ def scaled(values: Array, window: tuple[float, float]) -> Array:
     return np.asarray(np.clip((np.nan_to_num(values.astype(np.float64)) - low) / (high - low), 0, 1))
 
 
-def grey(values: Array, window: tuple[float, float]) -> Array:
-    """`(C, H, W)` to greys, and of several channels to a mix of colours, `(H, W, 3)`."""
-    level = scaled(values, window)
+def grey(values: Array, windows: list[tuple[float, float]]) -> Array:
+    """`(C, H, W)` to greys, and of several channels to a mix of colours, `(H, W, 3)`; a window each, or one."""
+    each = windows * len(values) if len(windows) == 1 else windows
+    level = np.stack([scaled(v, window) for v, window in zip(values, each, strict=True)])
     if len(level) == 1:
         return np.repeat(level[0][..., None], 3, axis=-1)
     return mixed(level)
@@ -75,9 +79,10 @@ def mixed(levels: Array) -> Array:
     return np.asarray(np.clip(np.einsum("chw,cd->hwd", levels, colours), 0, 1))
 
 
-def heat(level: Array) -> Array:
-    """`(H, W)` of 0 to 1 as colours from dark to bright."""
-    return np.stack([np.interp(level, HEAT[0], np.array(c) / 255) for c in zip(*HEAT[1], strict=True)], axis=-1)
+def heat(level: Array, *, bright: bool = False) -> Array:
+    """`(H, W)` of 0 to 1 as colours from dark to bright; over something bright, from yellow to dark green."""
+    places, colours = GREENS if bright else HEAT
+    return np.stack([np.interp(level, places, np.array(c) / 255) for c in zip(*colours, strict=True)], axis=-1)
 
 
 def laid_over(below: Array, above: Array, opacity: Array) -> Array:

@@ -6,15 +6,16 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
 
+from oocpatch import door
+from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.formats.spec import UnreadableError, parse
-from oocpatch.storage.output import OutputRecord, array_place, inspect_output, open_result
+from oocpatch.storage.output import open_result
+from oocpatch.storage.output_record import OutputRecord, array_place, inspect_output
 from oocpatch.storage.volume import Volume
 
 
@@ -54,17 +55,17 @@ def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str |
     """
     record = record_of(source)
     if record is not None:
-        path, heads = Path(source), list(record.details["heads"])
+        path, heads = door.place("output", source), list(record.details["heads"])
         chosen = heads[0] if head is None else head
         if chosen not in heads:
             raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
         if record.complete and not record.details["tree"] and len(heads) == 1:
-            volume = Volume(path, axes)
+            volume = Volume(str(path), axes)
         elif record.complete:
             result = open_result(path)
             volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
         else:  # coordinates are missing from nothing but an aspect ratio
-            volume = Volume(zarr.open_array(LocalStore(path), path=array_place(record, chosen), mode="r"))
+            volume = Volume(zarr.open_array(store_at(path), path=array_place(record, chosen), mode="r"))
         return Sight(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
         raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
@@ -79,12 +80,32 @@ def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str |
 
 def record_of(source: Any) -> OutputRecord | None:
     """What the output of a run says of itself; None for anything else."""
-    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
-        return None
+    path = folder_of(source)
     try:
-        return inspect_output(Path(source).absolute())
+        return None if path is None else inspect_output(path)
     except ValueError:
         return None
+
+
+def folder_of(source: Any) -> Address | None:
+    """The directory, or what is like one in an object store, that a source is; None for anything else."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    try:
+        path = door.place("source", source)
+        return path if path.is_dir() else None
+    except ValueError:  # a URL of something else
+        return None
+
+
+def local_name(output: str | os.PathLike[str]) -> str:
+    """How names of files about an output begin: they lie beside it, or where that is a URL in the current directory.
+
+    >>> local_name("results/out.zarr/"), local_name("s3://bucket/results/out.zarr")
+    ('results/out.zarr', 'out.zarr')
+    """
+    name = os.fspath(output).rstrip("/")
+    return name.rpartition("/")[2] if "://" in name else name
 
 
 def _levels(source: Any, axes: str | None) -> Iterator[Sight]:
@@ -100,17 +121,18 @@ def _levels(source: Any, axes: str | None) -> Iterator[Sight]:
                         raise
                     return
                 yield Sight(volume, spacing_of(volume), level)
-        if spec is None and Path(source).is_dir() and (found := _multiscale(Path(source))):
+        folder = folder_of(source) if spec is None else None
+        if folder is not None and (found := _multiscale(folder)):
             yield from found
             return
     volume = source if isinstance(source, Volume) else Volume(source, axes)
     yield Sight(volume, spacing_of(volume))
 
 
-def _multiscale(path: Path) -> list[Sight]:
+def _multiscale(path: Address) -> list[Sight]:
     """The levels of an OME-Zarr; none where it is none."""
     try:
-        group = zarr.open_group(LocalStore(path), mode="r")
+        group = zarr.open_group(store_at(path), mode="r")
     except (OSError, ValueError):
         return []
     attributes = group.attrs.asdict()
@@ -122,7 +144,7 @@ def _multiscale(path: Path) -> list[Sight]:
     names = [a["name"] if isinstance(a, dict) else str(a) for a in multiscales[0].get("axes", ())]
     for level, dataset in enumerate(multiscales[0]["datasets"]):
         scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
-        volume = Volume(zarr.open_array(LocalStore(path), path=dataset["path"], mode="r"), names or None)
+        volume = Volume(zarr.open_array(store_at(path), path=dataset["path"], mode="r"), names or None)
         scale = dict(zip(names, scales[0], strict=True)) if scales else {}
         found.append(Sight(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
     return found

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from oocpatch import door
-from oocpatch.looking.levels import record_of
+from oocpatch.looking.levels import local_name, record_of
 from oocpatch.looking.viewing import sheet_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.progress import RunStatus, root_of, status
-from oocpatch.storage.output import OutputRecord
+from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.workspace import Workspace
 
 STYLE = """
@@ -60,9 +60,8 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
     record = record_of(output)
     if record is None:
         raise ValueError(f"a report needs the output of a run, got {os.fspath(output)}")
-    default = f"{os.fspath(output).rstrip('/')}.report.html"
-    place = Path(default) if page is None else door.local_path("page", page)
-    text = _page(Path(output), record, _plan_of(record), status(output))
+    place = Path(f"{local_name(output)}.report.html") if page is None else door.local_path("page", page)
+    text = _page(os.fspath(output), record, _plan_of(record), status(output))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
     return place
@@ -77,13 +76,13 @@ def _plan_of(record: OutputRecord) -> Plan | None:
     return None if workspace is None else workspace.plan
 
 
-def _page(output: Path, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
+def _page(output: str, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
     pictures = [sheet_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
     settings = record.details.get("settings", {})
     parts = [
-        f"<h1>{_text(output.name)}</h1><p class='state'>{_text(_state(found))}</p>",
+        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(_state(found))}</p>",
         _tiles(_figures(record, plan)),
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
@@ -100,9 +99,8 @@ def _page(output: Path, record: OutputRecord, plan: Plan | None, found: RunStatu
             f"kept for every file; metadata {record.details['metadata_crc']}; `oocpatch check {found.output}` reads all"
         )
     parts.append(f"<h2>Made by</h2>{_table(about)}")
-    head = (
-        f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_text(output.name)}</title>"
-    )
+    title = f"<title>{_text(Path(output).name)}</title>"
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{title}"
     body = f"<body><main>{''.join(parts)}</main></body>"
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>\n'
 
@@ -150,9 +148,10 @@ def command_of(settings: Mapping[str, Any]) -> str:
         told = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in asked.items())
         return "".join(f"# {n}: {v}\n" for n, v in objects.items()) + f"oocpatch.predict(\n{told})"
     words = ["oocpatch", "predict", *(str(settings[n]) for n in positional if n in settings)]
-    for name, value in settings.items():
-        if name not in positional and value != _DEFAULTS.get(name, _NONE):
-            words += _option(name, value)
+    first = ("model", "weights", "model_args", "patch_size")
+    for name in [*(n for n in first if n in settings), *(n for n in settings if n not in (*first, *positional))]:
+        if settings[name] != _DEFAULTS.get(name, _NONE) and (name, settings[name]) != ("level", "0"):
+            words += _option(name, settings[name])
     return shlex.join(words)
 
 
@@ -160,7 +159,7 @@ _NONE = object()
 _DEFAULTS: Mapping[str, Any] = {
     "patch_overlap": 0, "overlap_mode": "hann", "fill": 0.0, "trust_pickle": False, "batch_size": 1, "device": "auto",
     "autocast": False, "output_fill": 0, "max_memory": "auto", "skip_empty": False, "output_format": "auto",
-    "allow_nonfinite": False,
+    "allow_nonfinite": False, "level": 0,
 }  # fmt: skip
 """Of `predict`, as far as they are not None: what has its default needs no option."""
 

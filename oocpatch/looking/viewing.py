@@ -13,13 +13,16 @@ import numpy.typing as npt
 from oocpatch import door
 from oocpatch.looking import colours
 from oocpatch.looking.canvas import Panel, Sheet
-from oocpatch.looking.levels import Sight, open_sight
+from oocpatch.looking.levels import Sight, folder_of, local_name, open_sight
 from oocpatch.looking.planes import plane, projection
 from oocpatch.planning.plan import human
+from oocpatch.storage.volume import Volume
 
 Array = npt.NDArray[Any]
 Legend = tuple[tuple[tuple[int, int, int], str], ...]
 KINDS = ("auto", "labels", "scores", "image", "rgb")
+BRIGHT = 0.5
+"""An input that is lighter on average, such as a slide, has scores in dark colours over it."""
 SHOWN = 24
 """Labels that a legend names."""
 
@@ -69,7 +72,7 @@ def view(
     """
     if picture is None and not isinstance(output, (str, os.PathLike)):
         raise ValueError("picture must be a path for a volume that is not a file itself")
-    place = Path(f"{os.fspath(output).rstrip('/')}.png") if picture is None else door.local_path("picture", picture)
+    place = Path(f"{local_name(output)}.png") if picture is None else door.local_path("picture", picture)
     sheet = sheet_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
     data = sheet.png()
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -90,38 +93,46 @@ def sheet_of(
     door.one_of("kind", kind, KINDS)
     door.positive("pixels", pixels)
     sight = open_sight(output, pixels, head=head, axes=axes)
-    below = _input(sight, volume, pixels)
+    below, bright = input_of(sight, volume, pixels), False
     cuts = _cuts(sight)
     sizes = _sizes(sight, pixels)
     values, notes = _values(sight, cuts, sizes)
-    chosen = _kind(sight, values) if kind == "auto" else kind
-    window = (0.0, 1.0) if chosen == "scores" and _fractions(values) else colours.window_of(values)
+    chosen = kind_of(sight, values) if kind == "auto" else kind
+    windows = [(0.0, 1.0)] if chosen == "scores" and fractions(values) else _windows(chosen, values)
     captions = [_caption(sight, cut, note) for cut, note in zip(cuts, notes, strict=True)]
     rows = []
     if below is not None:
         grounds, _ = _values(below, cuts, sizes)
-        ground_kind = "rgb" if _is_rgb(below) else "image"
-        light = colours.window_of(grounds)
+        ground_kind = "rgb" if is_rgb(below) else "image"
+        light = _windows(ground_kind, grounds)
         pictures = [_picture(v, ground_kind, light) for v in grounds]
         rows.append(tuple(Panel(p, f"input, {c}") for p, c in zip(pictures, captions, strict=True)))
-        over = [_over(p, v, chosen, window) for p, v in zip(pictures, values, strict=True)]
-        rows.append(tuple(Panel(p, f"{chosen} over it, {c}") for p, c in zip(over, captions, strict=True)))
+        if chosen in ("labels", "scores"):
+            bright = float(np.mean([p.mean() for p in pictures])) > BRIGHT
+            over = [_over(p, v, chosen, windows, bright=bright) for p, v in zip(pictures, values, strict=True)]
+            rows.append(tuple(Panel(p, f"{chosen} over it, {c}") for p, c in zip(over, captions, strict=True)))
+        else:  # one image over another shows neither
+            shown = [_picture(v, chosen, windows) for v in values]
+            rows.append(tuple(Panel(p, f"result, {c}") for p, c in zip(shown, captions, strict=True)))
     else:
-        shown = [_picture(v, chosen, window) for v in values]
+        shown = [_picture(v, chosen, windows) for v in values]
         rows.append(tuple(Panel(p, c) for p, c in zip(shown, captions, strict=True)))
     name = Path(os.fspath(output)).name if isinstance(output, (str, os.PathLike)) else "volume"
-    return Sheet(tuple(rows), name, _subtitle(sight), _legend(chosen, values, window))
+    return Sheet(tuple(rows), name, _subtitle(sight), _legend(sight, chosen, values, windows, bright=bright))
 
 
-def _input(sight: Sight, volume: Any, pixels: int) -> Sight | None:
+def noted_volume(sight: Sight) -> str | None:
+    """The path of the volume that a run noted, if it is still there."""
+    noted = None if sight.record is None else sight.record.details.get("settings", {}).get("volume")
+    there = isinstance(noted, str) and (Path(noted.partition("::")[0]).exists() or folder_of(noted) is not None)
+    return noted if there else None
+
+
+def input_of(sight: Sight, volume: Any, pixels: int) -> Sight | None:
     """What to lay a result over."""
-    if volume is False:
-        return None
-    noted = None
-    if volume is None and sight.record is not None:
-        noted = sight.record.details.get("settings", {}).get("volume")
-        volume = noted if isinstance(noted, str) and Path(noted.partition("::")[0]).exists() else None
-    if volume is None:
+    noted = noted_volume(sight) if volume is None else None
+    volume = noted if volume is None else volume
+    if volume is None or volume is False:
         return None
     axes = sight.record.parameters.get("axes") if noted and sight.record is not None else None
     found = open_sight(volume, pixels, axes=axes)
@@ -170,44 +181,56 @@ def _values(sight: Sight, cuts: list[Cut], sizes: list[int]) -> tuple[list[Array
     return values, seen
 
 
-def _kind(sight: Sight, values: list[Array]) -> str:
+def kind_of(sight: Sight, values: list[Array]) -> str:
+    """How to show values, where nobody says."""
     if sight.is_labels:
         return "labels"
-    if _is_rgb(sight):
+    if is_rgb(sight):
         return "rgb"
     if sight.volume.channels == 1 and sight.volume.dtype.kind in "bui":
         found = np.unique(np.concatenate([v.reshape(-1) for v in values]))
         if len(found) <= colours.FEW_LABELS and int(found[-1]) - int(found[0]) < colours.FEW_LABELS:
             return "labels"
-    return "scores" if sight.record is not None and _fractions(values) else "image"
+    return "scores" if sight.record is not None and fractions(values) else "image"
 
 
-def _is_rgb(sight: Sight) -> bool:
+def is_rgb(sight: Sight) -> bool:
+    """Whether the channels are red, green and blue."""
     return sight.record is None and sight.volume.channels == 3 and sight.volume.dtype == np.uint8
 
 
-def _fractions(values: list[Array]) -> bool:
+def fractions(values: list[Array]) -> bool:
+    """Whether all values are floats from 0 to 1."""
     return all(v.dtype.kind == "f" and np.nanmin(v) >= 0 and np.nanmax(v) <= 1 for v in values)
 
 
-def _picture(values: Array, kind: str, window: tuple[float, float]) -> Array:
+def _windows(kind: str, values: list[Array]) -> list[tuple[float, float]]:
+    """What is black and white: of each channel of an image by itself, since they may measure different things."""
+    if kind != "image":
+        return [colours.window_of(values)]
+    return [colours.window_of([v[c] for v in values]) for c in range(len(values[0]))]
+
+
+def _picture(values: Array, kind: str, windows: list[tuple[float, float]]) -> Array:
     """`(C, H, W)` as `(H, W, 3)` of 0 to 1."""
     if kind == "labels":
         return colours.labels_to_rgb(values[0])
     if kind == "rgb" and len(values) >= 3:
         return np.asarray(values[:3].transpose(1, 2, 0) / 255)
     if kind == "scores" and len(values) == 1:
-        return colours.heat(colours.scaled(values[0], window))
-    return colours.grey(values, window)
+        return colours.heat(colours.scaled(values[0], windows[0]))
+    return colours.grey(values, windows)
 
 
-def _over(below: Array, values: Array, kind: str, window: tuple[float, float]) -> Array:
+def _over(below: Array, values: Array, kind: str, windows: list[tuple[float, float]], *, bright: bool) -> Array:
     """A result over its input: labels half through, scores as far as they are high."""
     if kind == "labels":
         return colours.laid_over(below, colours.labels_to_rgb(values[0]), 0.55 * (values[0] != 0))
-    level = colours.scaled(values, window)
-    above = colours.heat(level[0]) if len(level) == 1 else colours.mixed(level)
-    return colours.laid_over(0.8 * below, above, 0.75 * level.max(axis=0))
+    level = colours.scaled(values, windows[0])
+    if len(level) > 1:
+        return colours.laid_over(0.8 * below, colours.mixed(level), 0.75 * level.max(axis=0))
+    opacity = level[0] if bright else 0.75 * level[0]
+    return colours.laid_over(below if bright else 0.8 * below, colours.heat(level[0], bright=bright), opacity)
 
 
 def _caption(sight: Sight, cut: Cut, seen: float) -> str:
@@ -230,16 +253,27 @@ def _subtitle(sight: Sight) -> str:
     return f"{size} ({', '.join(volume.names)}){channels}, {volume.dtype}, {total}{level}{state}"
 
 
-def _legend(kind: str, values: list[Array], window: tuple[float, float]) -> Legend:
+def _legend(
+    sight: Sight, kind: str, values: list[Array], windows: list[tuple[float, float]], *, bright: bool
+) -> Legend:
     if kind == "labels":
         found = [int(v) for v in np.unique(np.concatenate([v.reshape(-1) for v in values])) if v][:SHOWN]
         return tuple((colours.label_colour(v), str(v)) for v in found)
     if kind == "rgb":
         return ()
     if len(values[0]) > 1:
-        return tuple((colours.label_colour(c + 1), f"channel {c}") for c in range(min(SHOWN, len(values[0]))))
-    steps = np.linspace(0, 1, 5)
-    tones = colours.heat(steps) if kind == "scores" else np.repeat(steps[:, None], 3, axis=1)
-    told = [f"{window[0] + s * (window[1] - window[0]):.4g}" for s in steps]
+        names = _channel_names(sight.volume)
+        return tuple((colours.label_colour(c + 1), name) for c, name in enumerate(names[:SHOWN]))
+    steps, (low, high) = np.linspace(0, 1, 5), windows[0]
+    tones = colours.heat(steps, bright=bright) if kind == "scores" else np.repeat(steps[:, None], 3, axis=1)
+    told = [f"{low + s * (high - low):.4g}" for s in steps]
     rounded = [tuple(round(255 * float(t)) for t in tone) for tone in tones]
     return tuple(((c[0], c[1], c[2]), text) for c, text in zip(rounded, told, strict=True))
+
+
+def _channel_names(volume: Volume) -> list[str]:
+    """As the coordinate says, or by number."""
+    found = volume.source.coords.get(str(volume.channel_axis))
+    if found is not None and found.shape == (volume.channels,) and found.dtype.kind in "UOT":
+        return [str(name) for name in found.values]
+    return [f"channel {c}" for c in range(volume.channels)]

@@ -38,21 +38,26 @@ class Plan:
         shape: the volume's extent on `axes`.
         in_channels: channels of the volume.
         in_dtype: dtype of the volume.
-        patch_size, patch_overlap: per axis.
-        padding_mode, fill: what lies outside the volume; None: the frame is not padded.
+        in_chunks: its chunks, which reads are planned by.
+        patch_size: what the model takes, per axis.
+        patch_overlap: voxels that adjacent patches share, per axis.
+        padding_mode: what lies outside the volume; None: the frame is not padded.
+        fill: value outside, for `constant`.
         context: voxels that the model takes beyond its output, on each side.
         snap: patch starts are multiples of it.
         heads: what the model gives; one, or several from a dict.
         copies_input: whether the model must be given copies, because it writes to its input.
         skips: whether patches may be skipped.
-        core, sweep: block shape, the swept axis.
+        core: block shape.
+        sweep: the axis along which blocks are computed.
         way: how tasks go about their blocks.
         concurrency: blocks computed at a time.
         batch_size: patches per batch.
         torch_threads: threads of torch, set in every process, since results depend on it.
         projected_memory: bytes the run adds to its process at most.
         projected_disk: bytes of the workspace at its fullest.
-        bytes_read, bytes_written: decoded and uncompressed bytes, workspace included.
+        bytes_read: decoded bytes, of the workspace, too.
+        bytes_written: uncompressed bytes, to the workspace, too.
         task_memory: the share of `projected_memory` that each concurrent block takes.
         memory_parts: shares of the memory by name.
         note: what is around the model, for people.

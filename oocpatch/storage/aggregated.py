@@ -26,7 +26,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.plan import differences
 from oocpatch.storage.commits import Commits
 from oocpatch.storage.lock import locked
-from oocpatch.storage.output import ATTRIBUTE, OutputRecord, inspect_output
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, inspect_output
 from oocpatch.storage.workspace import remove_workspace
 
 MADE_BY = "PatchAggregator"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from oocpatch.storage.addresses import Address, ObjectPath
 
 
 def checksum(array: npt.NDArray[Any], before: int = 0) -> int:
@@ -36,10 +39,20 @@ def bytes_checksum(data: bytes, before: int = 0) -> int:
     return int(google_crc32c.extend(before, data))
 
 
-def file_checksum(path: Path) -> int:
+def file_checksum(path: Address) -> int:
     """CRC-32C of a file's bytes, read a piece at a time."""
-    crc = 0
+    return measured(path)[1]
+
+
+def measured(path: Address) -> tuple[int, int]:
+    """Size of a file in bytes, and CRC-32C of them, read a piece at a time."""
+    size = crc = 0
+    for piece in path.pieces() if isinstance(path, ObjectPath) else _pieces(path):
+        size, crc = size + len(piece), bytes_checksum(piece, crc)
+    return size, crc
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
-            crc = bytes_checksum(piece, crc)
-    return crc
+            yield piece

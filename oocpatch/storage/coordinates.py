@@ -6,7 +6,6 @@ import contextlib
 import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from zarr.errors import UnstableSpecificationWarning
 from oocpatch.planning.grid import Scale
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.volume import Volume
 
 
-def write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3) -> None:
+def write_coords(path: Address, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3) -> None:
     """Write coordinates beside the arrays of a group; `attributes` replace those of the group."""
     if not coords:
         return
@@ -28,7 +28,7 @@ def write_coords(path: Path, coords: Mapping[str, Any], attributes: Mapping[str,
         # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         dataset = xarray.Dataset(coords=coords, attrs=attributes)
-        dataset.to_zarr(path, mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
+        dataset.to_zarr(store_at(path), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
 
 
 def plain_attributes(volume: Volume) -> dict[str, Any]:

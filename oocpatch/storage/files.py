@@ -1,17 +1,66 @@
-"""Files that are there whole or not at all."""
+"""Files and objects that are there whole or not at all, and that stay there when the power goes."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from oocpatch.storage.addresses import Address, ObjectPath
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
+
+
+def write_atomically(path: Address, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
+    data = content.encode() if isinstance(content, str) else content
+    if isinstance(path, ObjectPath):
+        path.put(data)
+        return
     aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with aside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextlib.contextmanager
+def at_hand(path: Address) -> Iterator[Path]:
+    """A file on the local disk: the file itself, or a copy of an object; an object that is not there has none."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
+        copy = Path(folder, path.name)
+        with contextlib.suppress(FileNotFoundError), copy.open("wb") as file:
+            file.writelines(path.pieces())
+        yield copy
+
+
+def flush(path: Address) -> None:
+    """Wait until everything that was written to a path's file system is on the disk.
+
+    One call for any number of files, and for their names. It waits for what others write there, too. What another host
+    has written through a shared file system, that host must flush. An object is there for good once it is put.
+
+    Raises:
+        OSError: when the disk did not take something that was written before.
+
+    >>> flush(Path())
+    """
+    if isinstance(path, ObjectPath):
+        return
+    place = os.open(path, os.O_RDONLY)
+    try:
+        if not hasattr(_LIBRARY, "syncfs"):
+            os.sync()
+        elif _LIBRARY.syncfs(place):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(place)

@@ -22,18 +22,21 @@ from typing import Any, Literal
 import numpy as np
 import xarray
 import zarr
-from zarr.storage import LocalStore
+from zarr.abc.store import Store
 
 from oocpatch.planning.box import Ints
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.pyramid import halvings, level_chunks, level_shape
+from oocpatch.storage.addresses import Address, store_at
 from oocpatch.storage.coordinates import at_centres, plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.ome import METERS, Multiscale, OmeAxis, OmeLevel, coordinate, long_unit
 from oocpatch.storage.volume import Volume
 
 ARRAY = "image"
 """Name of the array of each level."""
+
+ZARR_FORMATS: dict[str, Literal[2, 3]] = {"0.4": 2, "0.5": 3}
 
 RESERVED = frozenset({"OME"})
 """Names that a series of images has a use for."""
@@ -92,11 +95,12 @@ class Image:
         return "mode" if self.head.labels else "mean"
 
 
-def images_of(plan: Plan, volume: Volume) -> tuple[Image, ...]:
-    """The images of a plan's output."""
+def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Image, ...]:
+    """The images of a plan's output; `levels` are those of the image that a single head with labels lies beside."""
     groups = image_groups(plan.heads)
     first = next((h for h in plan.heads if not groups[h.name]), None)
-    found = {} if first is None else {first.name: _image(plan, volume, first, "")}
+    own = levels if first is not None and first.labels else None
+    found = {} if first is None else {first.name: _image(plan, volume, first, "", own)}
     levels = len(found[first.name].shapes) if first is not None else None
     for head in plan.heads:
         if head is not first:
@@ -180,20 +184,20 @@ def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
     return [s * 10.0 ** METERS.get(axis.unit or "", 0) for axis, s in zip(axes, scales, strict=True)]
 
 
-def create_images(store: LocalStore, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
+def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
     """Make groups, arrays of all levels, coordinates and metadata, below an output's group that is there."""
-    zarr_format: Literal[2, 3] = 3 if version == "0.5" else 2
+    store, zarr_format = store_at(path), ZARR_FORMATS[version]
     settings = {"fill_value": plan.parameters["output_fill"], "zarr_format": zarr_format}
     for image in images:
         if image.group:
             attributes = image_attributes(image, version)
             zarr.create_group(store, path=image.group, zarr_format=zarr_format, attributes=attributes)
         coords = _level_coords(image, scaled_coords(volume, plan, image.head))
-        for path, shape, found in zip(image.paths, image.shapes, coords, strict=True):
-            parent = path.removesuffix(f"/{ARRAY}")
+        for level, shape, found in zip(image.paths, image.shapes, coords, strict=True):
+            parent = level.removesuffix(f"/{ARRAY}")
             zarr.create_group(store, path=parent, zarr_format=zarr_format)
-            write_coords(store.root / parent, found, {}, zarr_format)
-            _create_level(store, path, shape, image, {**settings, "attributes": plain_attributes(volume)})
+            write_coords(path / parent, found, {}, zarr_format)
+            _create_level(store, level, shape, image, {**settings, "attributes": plain_attributes(volume)})
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:
         zarr.open_group(store, path="labels", zarr_format=zarr_format, mode="r+").attrs.update(
@@ -204,13 +208,17 @@ def create_images(store: LocalStore, plan: Plan, volume: Volume, images: tuple[I
         zarr.create_group(store, path="OME", zarr_format=zarr_format, attributes=series)
 
 
-def root_attributes(images: tuple[Image, ...], version: str) -> dict[str, Any]:
-    """What the output's own group says: it is an image, or a series of them."""
+def root_attributes(images: tuple[Image, ...], version: str | None, *, beside: bool = False) -> dict[str, Any]:
+    """What the output's own group says: it is an image, or a series of them; labels may lie beside an image."""
+    if version is None:
+        return {}
     first = next((image for image in images if not image.group), None)
-    return wrapped({"bioformats2raw.layout": 3}, version) if first is None else image_attributes(first, version)
+    if first is None:
+        return wrapped({"bioformats2raw.layout": 3}, version)
+    return image_attributes(first, version, beside=beside)
 
 
-def _create_level(store: LocalStore, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
+def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
     names = [axis.name for axis in image.pyramid.axes]
     chunks, unit = level_chunks(shape, image.chunks, image.unit)
     if settings["zarr_format"] == 3:
@@ -249,7 +257,7 @@ def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[d
     return every
 
 
-def image_attributes(image: Image, version: str) -> dict[str, Any]:
+def image_attributes(image: Image, version: str, *, beside: bool = False) -> dict[str, Any]:
     """The OME metadata of an image, as attributes of its group.
 
     Raises:
@@ -278,7 +286,7 @@ def image_attributes(image: Image, version: str) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"multiscales": [multiscale]}
     if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
-        label: dict[str, Any] = {"source": {"image": "../../"}} if image.group.startswith("labels/") else {}
+        label: dict[str, Any] = {"source": {"image": "../../"}} if beside or image.group.startswith("labels/") else {}
         found["image-label"] = label if version == "0.5" else {"version": version, **label}
     if version == "0.4":
         multiscale["version"] = version

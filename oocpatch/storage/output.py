@@ -11,84 +11,49 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray
 import zarr
+from zarr.abc.store import Store
 from zarr.errors import UnstableSpecificationWarning
-from zarr.storage import LocalStore
 
-from oocpatch.errors import CorruptData, OutputExists
+from oocpatch.errors import CorruptData
 from oocpatch.planning.box import Box, worthwhile
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.addresses import Address, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
-from oocpatch.storage.files import write_atomically
-from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum, other_files
+from oocpatch.storage.files import flush, write_atomically
+from oocpatch.storage.kept import LEDGER, keep_ledger, other_files, refuse_changes
+from oocpatch.storage.listing import image_beside
 from oocpatch.storage.native import StagedArray, sweep_aside
+from oocpatch.storage.ome_channels import channel_settings, describe
 from oocpatch.storage.ome_output import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
+from oocpatch.storage.output_record import (
+    ATTRIBUTE,
+    METADATA,
+    OutputRecord,
+    group_format,
+    inspect_output,
+    rewrite,
+)
 from oocpatch.storage.units import NotingStore, Written, unit_positions, units_of
 from oocpatch.storage.volume import Volume
 
-ATTRIBUTE = "oocpatch"
-METADATA = "zarr.json"
-OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "bioformats2raw.layout"})
+OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
 
 
-@dataclass(frozen=True, slots=True)
-class OutputRecord:
-    """What an output says of itself.
-
-    Attributes:
-        run_id: the run that wrote it.
-        complete: whether that run is done.
-        parameters: its fingerprint.
-        workspace: directory of its workspace.
-        arrays: names of what it wrote.
-        details: facts for people: number of patches, uncovered voxels, versions.
-    """
-
-    run_id: str
-    complete: bool
-    parameters: Mapping[str, Any]
-    workspace: str
-    arrays: tuple[str, ...]
-    details: Mapping[str, Any]
-
-
-def inspect_output(path: Path) -> OutputRecord | None:
-    """What lies at the output's place; None when nothing does.
-
-    Raises:
-        OutputExists: when it is something that oocpatch did not write.
-    """
-    if not path.exists():
-        return None
-    if not path.is_dir():
-        raise OutputExists(f"output must be a new path or an output of oocpatch, but {path} is a file")
-    if all(p.name.endswith(".partial") for p in path.iterdir()):
-        return None  # an empty directory, or one whose first file a crash kept from its name
-    foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
-    try:
-        group = zarr.open_group(LocalStore(path), mode="r", zarr_format=_format(path), use_consolidated=False)
-        record = group.attrs[ATTRIBUTE]
-        assert isinstance(record, dict)
-        return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
-    except Exception as error:
-        raise OutputExists(foreign) from error
-
-
-def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
+def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    version, split = ome_version(plan), is_tree(plan.heads)
-    images = images_of(plan, volume) if version else ()
+    version, split, beside = ome_version(plan), is_tree(plan.heads), image_beside(path)
+    images = images_of(plan, volume, beside.levels if beside else None) if version else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
     if images:
@@ -106,15 +71,15 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
-    store, zarr_format = LocalStore(path), 2 if version == "0.4" else 3
+    store, zarr_format = store_at(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: _plain(record), **(root_attributes(images, version) if version else {})}
+    attributes = {ATTRIBUTE: record.plain(), **root_attributes(images, version, beside=beside is not None)}
     if previous is not None:
         _replace(path, previous, attributes, zarr_format)
     else:
         zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3 if zarr_format == 3 else 2)
     if version:
-        create_images(store, plan, volume, images, version)
+        create_images(path, plan, volume, images, version)
     else:
         if not split:
             write_coords(path, coords[0], attributes)
@@ -128,10 +93,10 @@ def create_output(path: Path, plan: Plan, volume: Volume, workspace: Path, previ
         rewrite(path, replace(record, details={**details, "files": files}))
 
 
-def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
+def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
     """Delete what a previous run wrote, and put other attributes in place of its own."""
-    old = _format(path)
-    store = LocalStore(path)
+    old = group_format(path)
+    store = store_at(path)
     group = zarr.open_group(store, mode="r+", zarr_format=3 if old == 3 else 2, use_consolidated=False)
     for name in previous.arrays:
         with contextlib.suppress(KeyError):
@@ -148,20 +113,9 @@ def _replace(path: Path, previous: OutputRecord, attributes: Mapping[str, Any], 
         (path / name).unlink(missing_ok=True)
 
 
-def _format(path: Path) -> Literal[2, 3]:
-    """Zarr's format of a group; where a crash left both, the newer."""
-    return 2 if (path / ".zgroup").exists() and not (path / METADATA).exists() else 3
-
-
 def is_tree(heads: Sequence[Head]) -> bool:
     """Whether heads have a group each: those of different scales cannot share coordinates."""
     return len({h.scale for h in heads}) > 1
-
-
-def array_place(record: OutputRecord, head: str) -> str:
-    """Where a head's array lies, by what the output says of itself."""
-    details = record.details
-    return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
 def array_paths(plan: Plan) -> list[str]:
@@ -177,7 +131,7 @@ def channel_place(plan: Plan) -> int:
     return len(plan.axes) - plan.spatial if ome_version(plan) else 0
 
 
-def _create_array(store: LocalStore, head: Head, plan: Plan, volume: Volume) -> None:
+def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
     channel = () if head.channel_axis is None else (head.channel_axis,)
     channels = () if head.channel_axis is None else (head.out_channels,)
     ones = tuple(1 for _ in channels)
@@ -207,13 +161,12 @@ class Output:
         plan: the plan it was created with.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Address, plan: Plan) -> None:
         self.path = path
-        self._plan = plan
-        self._heads = plan.heads
+        self._plan, self._heads = plan, plan.heads
         self._paths = array_paths(plan)
         self._channel = channel_place(plan)
-        self._store = NotingStore(LocalStore(path))
+        self._store = NotingStore(store_at(path))
         try:
             self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
         except (ValueError, KeyError, TypeError) as error:
@@ -226,7 +179,7 @@ class Output:
     @contextlib.contextmanager
     def native(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        plain = [zarr.open_array(LocalStore(self.path), path=p, mode="r+") for p in self._paths]
+        plain = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
         self._staged = [StagedArray.open(array, threads) for array in plain]
         try:
             yield
@@ -270,100 +223,53 @@ class Output:
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
     def complete(self, details: Mapping[str, Any], ledger: Path) -> None:
-        """Record success in the group's attributes, and consolidate its metadata for xarray.
+        """Have the disk take what was written, and record success in the group's attributes, for xarray consolidated.
 
         What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
 
         Raises:
             CorruptData: when one of these is not as it was made.
         """
-        record = inspect_output(self.path)
-        assert record is not None
-        self._sweep(record)
+        found = inspect_output(self.path)
+        assert found is not None
+        self._sweep(found)
+        settings = channel_settings(self.path, found.details, found.parameters)
+        noted = describe(self.path, settings, found.details, lambda d: rewrite(self.path, replace(found, details=d)))
+        record = replace(found, details=noted)
         details = {**details, "plan": json.loads(self._plan.to_json())}
-        if _format(self.path) == 3:  # Zarr 2 has no place for what is kept
+        if group_format(self.path) == 3:  # Zarr 2 has no place for what is kept
             details["files"] = self._files(record, ledger)
-        with warnings.catch_warnings():
+        flush(self.path)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
-            warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            zarr.consolidate_metadata(LocalStore(self.path))
-        rewrite(self.path, replace(record, complete=True, details={**record.details, **details}), consolidated=True)
+            zarr.consolidate_metadata(store_at(self.path))
+        done = replace(record, complete=True, details={**record.details, **details})
+        rewrite(self.path, done, consolidated=True, omero=settings.get(""))
+        flush(self.path)  # before anything deletes what a resume would need
 
     def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
         """The CRCs of all files that hold no write units, the ledger that is kept among them."""
-        if "files" not in record.details:
-            raise CorruptData(f"{self.path}/zarr.json is not what was written; start afresh with overwrite=True")
-        files = dict(record.details["files"])
-        for name, crc in files.items():
-            if file_checksum(self.path / name) != crc:
-                raise CorruptData(f"{self.path / name} is not what was written; start afresh with overwrite=True")
+        refuse_changes(self.path, record.details)
         kept = f"{self._paths[0]}/{LEDGER}"
-        files[kept] = keep_ledger(ledger, self.path / kept, self._plan.blocks)
-        return files
+        crc = keep_ledger(ledger, self.path / kept, self._plan.blocks)
+        return {**record.details["files"], kept: crc}
 
     def _sweep(self, record: OutputRecord) -> None:
         """Delete what a crash in the middle of a chunk left: files that never got their names."""
         levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
-        for left in [left for path in {*self._paths, *levels} for left in (self.path / path).rglob("*.partial")]:
+        folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, Path)]
+        for left in [left for folder in folders for left in folder.rglob("*.partial")]:
             if left.is_dir():
                 sweep_aside(left)
             else:
                 left.unlink(missing_ok=True)
 
 
-def rewrite(path: Path, record: OutputRecord, *, consolidated: bool = False) -> None:
-    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
-
-    Raises:
-        CorruptData: when the metadata is not what was written.
-    """
-    try:
-        if _format(path) == 2:
-            _rewrite_old(path, record)
-            return
-        file = path / METADATA
-        metadata = json.loads(file.read_text())
-        metadata.setdefault("attributes", {})[ATTRIBUTE] = _plain(record)
-        members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptData(
-            f"the metadata of {path} is not what was written ({type(error).__name__}); delete {path}, and the same "
-            "call starts afresh"
-        ) from error
-    metadata.pop("consolidated_metadata", None)
-    if consolidated:
-        _keep(members, record)
-        metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
-        metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
-    write_atomically(file, json.dumps(metadata, indent=2))
-
-
-def _rewrite_old(path: Path, record: OutputRecord) -> None:
-    """The same for Zarr 2, whose consolidated metadata is a file of its own."""
-    consolidated = json.loads((path / ".zmetadata").read_text())
-    _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-    consolidated["metadata"][".zattrs"][ATTRIBUTE] = _plain(record)
-    write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
-    attributes = json.loads((path / ".zattrs").read_text())
-    write_atomically(path / ".zattrs", json.dumps({**attributes, ATTRIBUTE: _plain(record)}, indent=2))
-
-
-def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop what the record does not list."""
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others}]:
-        del members[name]
-
-
-def _plain(record: OutputRecord) -> dict[str, Any]:
-    names = ("run_id", "complete", "parameters", "workspace", "arrays", "details")
-    return {n: list(v) if isinstance(v := getattr(record, n), tuple) else v for n in names}
-
-
 Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
 
 
-def open_result(path: Path) -> Result:
+def open_result(path: Address) -> Result:
     """The output, lazy and backed by the Zarr at `path`: an array, a dataset of several heads, or a tree of heads."""
     record = inspect_output(path)
     assert record is not None
@@ -377,9 +283,9 @@ def open_result(path: Path) -> Result:
         else:
             result = found[heads[0]] if len(heads) == 1 else xarray.Dataset(found)
     elif record.details["tree"]:
-        result = xarray.open_datatree(path, engine="zarr", consolidated=consolidated)
+        result = xarray.open_datatree(readable(path), engine="zarr", consolidated=consolidated)
     else:
-        dataset = xarray.open_zarr(path, consolidated=consolidated)
+        dataset = xarray.open_zarr(readable(path), consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):
@@ -387,10 +293,10 @@ def open_result(path: Path) -> Result:
     return result
 
 
-def _finest(path: Path, array: str) -> xarray.DataArray:
+def _finest(path: Address, array: str) -> xarray.DataArray:
     """The finest level of an image."""
     parent, _, name = array.rpartition("/")
     # Of Zarr 2, xarray takes the fill value for missing data.
-    opened = xarray.open_zarr(path / parent, consolidated=False, mask_and_scale=_format(path) == 3)
+    opened = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=group_format(path) == 3)
     found: xarray.DataArray = opened[name]
     return found

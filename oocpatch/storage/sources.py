@@ -21,9 +21,11 @@ import numpy.typing as npt
 import xarray
 import zarr
 
+from oocpatch.storage.addresses import Address, ObjectPath, address_of, store_at, words
 from oocpatch.storage.checksum import checksum
 from oocpatch.storage.formats.opening import Loader, facts_of
 from oocpatch.storage.formats.spec import SUFFIXES, FileSpec, parse
+from oocpatch.storage.objects import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.ome import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
@@ -39,7 +41,7 @@ class Source:
         load: reads a selection of slices as a numpy array.
         identify: makes the digest that says two sources are the same; data in memory is read for it.
         chunked: whether reading part of a chunk costs as much as the chunk.
-        location: where the array lies on the local file system, if it does.
+        location: where the array lies on the local file system or in an object store, if it does.
         array: the Zarr array, where it is one.
         files: the local directory that holds this array's chunks and nothing else, if there is one.
         coords: coordinates of xarray, or of an OME-Zarr's scale and translation.
@@ -55,7 +57,7 @@ class Source:
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
     identify: Callable[[], str]
     chunked: bool = True
-    location: Path | None = None
+    location: Address | None = None
     array: zarr.Array[Any] | None = None
     files: Path | None = None
     coords: Mapping[str, Any] = field(default_factory=dict)
@@ -125,6 +127,8 @@ def local_or_url(address: str | os.PathLike[str]) -> Path | str:
 def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
     if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
+    if isinstance(address, str) and (scheme_of(address) in BUCKETS or (scheme_of(address) in WEB and installed())):
+        return _in_object_store(ObjectPath.of(address))
     try:
         return zarr.open(address, mode="r")
     except Exception as error:
@@ -134,10 +138,29 @@ def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
         ) from error
 
 
+def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
+    """The array or group at a URL, to read only."""
+    buckets = scheme_of(path.url) in BUCKETS
+    where = "check the address, and AWS_ENDPOINT_URL if it is set" if buckets else "check the address"
+    try:
+        path.contact()
+        return zarr.open(store_at(path, read_only=True), mode="r")
+    except FileNotFoundError as error:
+        told = f"{path} holds no Zarr array or group"
+        if buckets:
+            try:
+                told = told if any(path.files()) else f"nothing is at {path}"
+            except OSError as cause:
+                told = words(cause)
+        raise ValueError(f"volume not found: {told}; {where}") from error
+    except OSError as error:
+        raise ValueError(f"volume cannot be read: {words(error)}; {where}") from error
+
+
 def _address(group: zarr.Group) -> str:
     """Where a group lies, as a user would write it."""
-    root = getattr(group.store, "root", None)
-    return str(group.store_path) if root is None else str(Path(root, group.path))
+    place = address_of(group.store)
+    return str(group.store_path) if place is None else str(place / group.path)
 
 
 def _from_file(spec: FileSpec) -> Source:
@@ -145,6 +168,8 @@ def _from_file(spec: FileSpec) -> Source:
     local = Path(spec.address) if "://" not in spec.address else None
     if local is not None and not local.exists():
         raise ValueError(f"volume not found: {local} does not exist")
+    if local is None and spec.format not in ("n5", "precomputed"):
+        raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
     facts = facts_of(spec)
     place = str(local.resolve()) if local is not None else spec.address
     identity = {"address": place, "part": spec.part, "shape": facts.shape, "dtype": str(facts.dtype), **facts.marks}
@@ -153,7 +178,7 @@ def _from_file(spec: FileSpec) -> Source:
         dtype=facts.dtype,
         chunks=facts.chunks,
         names=facts.names,
-        load=Loader(spec),
+        load=Loader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
         identify=functools.partial(_digest, identity),
         chunked=facts.chunked,
         location=local.resolve() if local is not None else None,
@@ -228,8 +253,9 @@ def _from_zarr(
     names: tuple[str | None, ...] | None = None,
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
-    root = getattr(array.store, "root", None)
-    location = Path(root, array.path).resolve() if root is not None else None
+    place = address_of(array.store)
+    location = place / array.path if place is not None else None
+    location = location.resolve() if isinstance(location, Path) else location
     return Source(
         shape=array.shape,
         dtype=array.dtype,
@@ -239,7 +265,7 @@ def _from_zarr(
         identify=functools.partial(_zarr_identity, array, str(location or array.store_path)),
         location=location,
         array=array,
-        files=location,
+        files=location if isinstance(location, Path) else None,
         coords=coords or {},
         attrs=_user_attributes(array),
     )

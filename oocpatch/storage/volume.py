@@ -83,6 +83,7 @@ class Volume:
 
     @property
     def spatial_ndim(self) -> int:
+        """Number of spatial axes."""
         return len(self.axes.spatial)
 
     @property

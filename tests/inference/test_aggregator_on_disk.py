@@ -90,8 +90,8 @@ def processes() -> Iterator[Loops]:
     ids=["in-order", "in-order-crop", "unknown-grid", "shuffled", "shuffled-crop"],
 )
 def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, *, known: bool, tmp_path: Path) -> None:
-    """256 MiB of output under 64 MiB."""
-    options = {"shape": (512, 512, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
+    """144 MiB of output under 64 MiB."""
+    options = {"shape": (384, 384, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
     process = child("memory", str(tmp_path / "out.zarr"), json.dumps({**options, "max_memory": "64MiB"}))
     answer = json.loads(process.communicate(timeout=500)[0])
     assert answer["lowest"] == pytest.approx(1, rel=1e-5)

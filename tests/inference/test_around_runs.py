@@ -15,7 +15,7 @@ from torch import nn
 import oocpatch
 from oocpatch import checking
 from oocpatch.storage import statistics
-from oocpatch.storage.output import inspect_output
+from oocpatch.storage.output_record import inspect_output
 from tests import oracle
 
 Array = np.ndarray[Any, Any]

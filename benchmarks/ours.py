@@ -1,0 +1,63 @@
+"""oocpatch at the same jobs as its peers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+import oocpatch
+from benchmarks.contest import Job, Run, contend, until_first_patch
+from benchmarks.measure import answer
+from benchmarks.models import network
+
+
+def predict(
+    max_memory: str = "1GiB",
+    workers: int | None = None,
+    output_dtype: str | None = None,
+    overlap_mode: str = "hann",
+    **job: Any,
+) -> dict[str, Any]:
+    """A run, with all that a run does; how much memory its plan promised, and in how many blocks."""
+    options = {"max_memory": max_memory, "workers": workers, "output_dtype": output_dtype, "overlap_mode": overlap_mode}
+    return contend(_runner(options), **job)
+
+
+def first_patch(max_memory: str = "1GiB", **job: Any) -> dict[str, Any]:
+    """Seconds from the call until the network gets its first patch."""
+    return until_first_patch(lambda clock: _runner({"max_memory": max_memory}, clock), **job)
+
+
+def _runner(options: dict[str, Any], model: torch.nn.Module | None = None) -> Run:
+    def run(task: Job) -> dict[str, Any]:
+        plan = oocpatch.plan(
+            task.source,
+            network(task.model) if model is None else model,
+            task.target,
+            patch_size=task.patch,
+            patch_overlap=task.overlap,
+            axes="yxc" if task.image else "zyx",
+            output_chunks=task.chunk,
+            progress=False,
+            **options,
+        )
+        plan.run()
+        names = ("projected_memory", "patches", "blocks", "block_shape", "concurrency")
+        return {name: getattr(plan, name) for name in names}
+
+    return run
+
+
+def print_help() -> dict[str, Any]:
+    """Seconds that `oocpatch --help` takes, from the start of the interpreter to its end."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "oocpatch.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+    return {"first": time.perf_counter() - started, "imports": 0.0}
+
+
+if __name__ == "__main__":
+    answer(predict, first_patch, print_help)

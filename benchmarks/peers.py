@@ -1,0 +1,34 @@
+"""The environments of the libraries that oocpatch is compared with; theirs, because their pins are not ours."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ENVIRONMENTS = {"zarr3": HERE / "peers.txt", "zarr2": HERE / "peers-zarr2.txt"}
+"""The requirements of each."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument(
+        "--make-environment", type=Path, required=True, metavar="DIR", help="where the two environments go; 3 GB"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make both environments; what is there already is only completed."""
+    for name, requirements in ENVIRONMENTS.items():
+        python = python_of(arguments.make_environment, name)
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)], check=True)
+        print(python)
+
+
+def python_of(directory: Path, name: str) -> Path:
+    """The interpreter of one of the environments."""
+    return directory / name / "bin" / "python"

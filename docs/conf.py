@@ -1,0 +1,94 @@
+"""The documentation site: `python -m sphinx -W --keep-going -b html docs docs/_build/html`.
+
+The pages are Markdown that reads well by itself; what Sphinx adds is navigation, search and the reference.
+"""
+
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+
+import oocpatch
+
+project = "oocpatch"
+author = "the oocpatch authors"
+version = release = oocpatch.__version__
+project_copyright = "the oocpatch authors, Apache-2.0"
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_click",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]
+
+# `:::` for Sphinx's own directives: a fence of three backticks is a block that the tests run.
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+smartquotes_action = "D"  # dashes only: quotation marks of options and values are to be copied as they stand
+
+default_role = "py:obj"  # docstrings say `predict`, as Markdown does: a link where there is such a name, else code
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say types and shapes
+autosummary_generate = True
+napoleon_use_ivar = True  # attributes are described once, in the text of their class
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+
+html_theme = "pydata_sphinx_theme"
+html_title = "oocpatch"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+    "logo": {"text": "oocpatch"},
+    "header_links_before_dropdown": 6,
+    "navbar_end": ["theme-switcher"],
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+html_sidebars = {"index": [], "tutorial": [], "concepts": []}  # pages without others beside them
+
+GIVEN = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "RunStatus", "Verification")}
+"""What callers get and never make: how it is made is left out, and so it is for errors."""
+
+for field in PyObject.doc_field_types:
+    if field.name == "variable":
+        field.label = "Attributes"  # Sphinx says "Variables"
+
+
+def without_arguments(
+    _app: Sphinx, what: str, name: str, _of: Any, _options: Any, arguments: str | None, _returns: Any
+) -> tuple[str, str] | None:
+    """Leave out the arguments of what callers do not make."""
+    return ("", "") if arguments and (what == "exception" or name in GIVEN) else None
+
+
+def as_text(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
+    """Make links of names of pages, and keep napoleon from taking what stands before a colon for a property's type."""
+    lines[:] = [re.sub(r"`docs/([\w/-]+)\.md`", r":doc:`\1 </\1>`", line) for line in lines]
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
+    """Leave out defaults that are none: click has an object for them, which sphinx-click prints."""
+    lines[:] = [line for line in lines if "Sentinel.UNSET" not in line]
+
+
+def setup(app: Sphinx) -> None:
+    """Register the above."""
+    app.connect("autodoc-process-signature", without_arguments)
+    app.connect("autodoc-process-docstring", as_text, priority=400)  # napoleon has 500
+    app.connect("sphinx-click-process-options", without_unset)

@@ -1,0 +1,1 @@
+"""Lint: what an OME-Zarr says of itself, held against what it holds."""
