@@ -27,8 +27,8 @@ DTYPES = frozenset({"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint
 """Those that the viewer reads."""
 
 PIXELS = 256
-SCREEN = 330
-"""Pixels of a panel, about: what is shown first fills it."""
+PANEL, SCREEN = 330, 700
+"""Pixels of one of four panels, and of one alone, about: what is shown first fills it."""
 
 RGB = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 CHANNELS = 6
@@ -147,7 +147,7 @@ def state_of(layers: list[Layer], sources: list[str]) -> dict[str, Any]:
     return {
         "dimensions": dimensions,
         "displayDimensions": list(reversed(shown)),
-        "crossSectionScale": max(extents) / voxel / SCREEN,
+        "crossSectionScale": max(extents) / voxel / (PANEL if len(shown) > 2 else SCREEN),
         "projectionScale": 1.5 * max(extents) / voxel,
         "layout": "4panel" if len(shown) > 2 else "xy",
         "showSlices": True,
