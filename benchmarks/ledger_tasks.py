@@ -18,8 +18,9 @@ from oocpatch.inference.stages import Done
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import root_of
 from oocpatch.storage.kept import keep_ledger
-from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise
 from oocpatch.storage.output import create_output, inspect_output
+from oocpatch.storage.tally import Progress
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
 
@@ -79,7 +80,7 @@ class Idle:
 def drive(directory: str, edge: int) -> dict[str, Any]:
     """Run both stages over all blocks, with tasks that do nothing."""
     made, _ = _plan(directory, edge)
-    done, every = Progress.read([_ledger(directory)]), range(made.blocks)
+    done, every = Progress.read([_ledger(directory)], made.blocks), range(made.blocks)
     with measured() as usage:
         ledger = Ledger(_ledger(directory))
         Run(made.block_grid, done, ledger, lambda _: None, own=every, finishes=every).execute(Idle())
@@ -91,7 +92,7 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
 def read_progress(directory: str, edge: int) -> dict[str, Any]:
     """Read the ledger, as a resume does."""
     with measured() as usage:
-        found = Progress.read([_ledger(directory)])
+        found = Progress.read([_ledger(directory)], edge**3)
     return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
 
 

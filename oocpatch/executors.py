@@ -15,8 +15,9 @@ from oocpatch.progress import bar_of
 from oocpatch.record import facts
 from oocpatch.request import Request
 from oocpatch.storage.files import flush
-from oocpatch.storage.ledger import Ledger, Progress, Record
+from oocpatch.storage.ledger import Ledger, Record
 from oocpatch.storage.output import Output
+from oocpatch.storage.tally import Progress
 from oocpatch.storage.workspace import Workspace
 
 

@@ -15,8 +15,9 @@ from oocpatch.inference.scheduler import Stopped
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
 from oocpatch.remote import _Fenced
-from oocpatch.storage.ledger import Progress, Record
+from oocpatch.storage.ledger import Record
 from oocpatch.storage.output import Output, create_output
+from oocpatch.storage.tally import Progress
 from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
@@ -69,7 +70,7 @@ def test_what_nobody_promised_is_swept_and_what_was_promised_stays(plan: Plan, w
         attempts.append(writer.close())
     orphan = workspace.writer(1)
     orphan.write(*one_piece(plan))
-    progress = Progress({}, set(), {})
+    progress = Progress(plan.blocks)
     progress.add(Record("predict", 0, attempts[1].digest, note=attempts[1].attempt))
     workspace.sweep(progress)
     left = [path.relative_to(workspace.root).as_posix() for path in workspace.root.glob("blocks/*/*")]
@@ -84,7 +85,7 @@ def test_a_promise_that_was_taken_back_never_counts_whatever_is_read_first(order
         Record("undone", 5, note="first"),
         Record("predict", 5, 77, note="second"),
     ]
-    progress = Progress({}, set(), {})
+    progress = Progress(9)
     for place in order:
         progress.add(records[place])
     assert progress.predicted[5].attempt == "second"

@@ -13,7 +13,8 @@ import pytest
 import oocpatch
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.storage.ledger import COMMIT_RECORDS, Ledger, Progress, Record, read_ledger, standing
+from oocpatch.storage.ledger import COMMIT_RECORDS, Ledger, Record, read_ledger, standing
+from oocpatch.storage.tally import Progress
 from tests.children import Children
 from tests.small_run import MIDDLE, fresh, patch_calls, small_run
 
@@ -94,7 +95,7 @@ def test_a_record_takes_a_few_dozen_bytes_and_what_stands_is_the_last_of_each(tm
     ]
     assert [r.digest for r in found if r.block == 8] == [5, 0]
     assert len(list(read_ledger(tmp_path / "ledger"))) == 2005
-    progress = Progress.read([tmp_path / "ledger"])
+    progress = Progress.read([tmp_path / "ledger"], 1000)
     assert (len(progress.predicted), progress.predicted[8].digest, progress.failed) == (999, 5, {9: "again"})
     assert COMMIT_RECORDS <= 1000
 

@@ -26,7 +26,8 @@ from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.neighbours import Neighbours
-from oocpatch.storage.ledger import Ledger, Progress, Promise, Record
+from oocpatch.storage.ledger import Ledger, Promise, Record
+from oocpatch.storage.tally import BlockSet, Progress
 
 logger = logging.getLogger("oocpatch")
 
@@ -157,7 +158,7 @@ class Run:
     finishes: Container[int]
     news: Callable[[], Iterable[Record]] = tuple
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
-    _queued: set[int] = field(default_factory=set)
+    _queued: BlockSet = field(init=False)
     _failed: dict[int, str] = field(default_factory=dict)
     _repairs: dict[int, int] = field(default_factory=dict)
     _earlier: dict[int, int] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._neighbours = Neighbours(self.blocks)
+        self._queued = BlockSet(self.blocks.num_blocks)
 
     def execute(self, executor: Executor) -> None:
         """Run all that is not done yet.

@@ -359,8 +359,8 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
                 counts += job.finishers[number].finish(data, box, values)
                 staged.append(Staged(Part(None, block.core, box, number), values))
             del sums
-            writes.emit(staged)
-            writes.pending.wait()
+            writes.emit(staged)  # which go on while the next slab is read
+        writes.pending.wait()
     finally:
         writes.pending.abandon()
     return counts

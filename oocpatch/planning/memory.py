@@ -265,7 +265,8 @@ def _head_parts(
     }
     received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
     # own sums, a seam, and a piece as bytes while it is read
-    normalize = {"sums": received * 3 * sizes.sum_voxel, "staged": received * sizes.out_voxel, "tile": tile}
+    staged = (1 + way.ahead) * received * sizes.out_voxel
+    normalize = {"sums": received * 3 * sizes.sum_voxel, "staged": staged, "tile": tile}
     return predict, normalize
 
 

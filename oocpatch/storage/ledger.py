@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -208,69 +208,3 @@ def _parse(line: bytes) -> Record | None:
         return Record(*json.loads(text))
     except (ValueError, TypeError):
         return None
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a ledger says, summed up.
-
-    Attributes:
-        predicted: what each block left whose predict stage is done.
-        normalized: the blocks whose normalize stage is done.
-        failed: message of each block that failed and was not done since.
-        counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
-        begun, last: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
-        since: blocks whose predict stage the last call has done.
-    """
-
-    predicted: dict[int, Promise]
-    normalized: set[int]
-    failed: dict[int, str]
-    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    _undone: set[str] = field(default_factory=set)
-    begun: float = 0.0
-    last: float = 0.0
-    since: list[int] = field(default_factory=list)
-
-    @property
-    def uncovered(self) -> int:
-        """Voxels where no patch was."""
-        return sum(uncovered for uncovered, _ in self.counts.values())
-
-    @property
-    def nonfinite(self) -> int:
-        """Voxels that are NaN or infinite."""
-        return sum(nonfinite for _, nonfinite in self.counts.values())
-
-    @classmethod
-    def read(cls, paths: Iterable[Path]) -> Progress:
-        """Sum up the segments of a ledger; in which order does not matter."""
-        progress = cls({}, set(), {})
-        for path in paths:
-            for record in read_ledger(path):
-                progress.add(record)
-        return progress
-
-    def add(self, record: Record) -> None:
-        """Take one more record into account."""
-        self.last = max(self.last, record.at)
-        if record.uncovered or record.nonfinite:
-            self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
-        if record.kind == "predict" and record.note in self._undone:
-            return  # taken back, by a driver whose records were read first
-        if record.kind == "predict":
-            self.predicted[record.block] = Promise(record.digest, record.note) if record.digest else NO_PARTIALS
-            self.since.append(record.block)
-            self.failed.pop(record.block, None)
-        elif record.kind == "normalize":
-            self.normalized.add(record.block)
-            self.failed.pop(record.block, None)
-        elif record.kind == "undone":
-            self._undone.add(record.note)
-            if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
-                del self.predicted[record.block]
-        elif record.kind == "begun":
-            self.begun = record.at
-            self.since.clear()
-        else:
-            self.failed[record.block] = record.note

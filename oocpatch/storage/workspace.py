@@ -43,7 +43,8 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.checksum import checksum, text_checksum
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Progress, Promise, read_ledger, segments
+from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise, read_ledger, segments
+from oocpatch.storage.tally import Progress
 
 Array = npt.NDArray[Any]
 
@@ -92,7 +93,7 @@ class Workspace:
 
     def progress(self) -> Progress:
         """What the ledger says is done, all segments together."""
-        return Progress.read(segments(self.root))
+        return Progress.read(segments(self.root), self.plan.blocks)
 
     def join(self) -> None:
         """Move the records of all segments into the ledger; only when nobody writes to any of them."""
