@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import math
 import os
 import re
 import secrets
@@ -27,10 +28,14 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
+from oocpatch.planning.box import Box, worthwhile
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.units import ABSENT, unit_positions
 
 Selection = tuple[slice, ...]
+
+PORTION = 1 << 20
+"""Bytes of chunks that are read at a time, at least, where chunks are small."""
 
 
 class NativeArray:
@@ -41,10 +46,12 @@ class NativeArray:
 
     Args:
         array: as zarrs codes it; see `open`.
+        threads: how many code it.
     """
 
-    def __init__(self, array: zarr.Array[Any]) -> None:
+    def __init__(self, array: zarr.Array[Any], threads: int) -> None:
         self._array = array
+        self._threads = threads
         self._turn = threading.Lock()
 
     @classmethod
@@ -65,14 +72,37 @@ class NativeArray:
         with zarr.config.set(settings), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of what it cannot do, and then raises
             try:
-                return cls(zarr.open_array(array.store, path=array.path, mode="r" if array.read_only else "r+"))
+                mode: Any = "r" if array.read_only else "r+"
+                return cls(zarr.open_array(array.store, path=array.path, mode=mode), threads)
             except Exception:  # noqa: BLE001 - whatever it says, zarr-python will code the array, or say what is wrong
                 return None
 
     def read_into(self, out: npt.NDArray[Any], selection: Selection) -> None:
         """Read a selection into a C-contiguous array of the array's dtype."""
+        spans = [part.indices(n)[:2] for part, n in zip(selection, self._array.shape, strict=True)]
+        box = Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
         with self._turn, os_errors():
-            self._array.get_basic_selection(selection, out=NDBuffer.from_numpy_array(out))
+            portions = list(self._portions(box))
+            if len(portions) == 1:
+                self._array.get_basic_selection(selection, out=NDBuffer.from_numpy_array(out))
+                return
+            for portion in portions:
+                out[portion.slices(box.start)] = self._array[portion.slices()]
+
+    def _portions(self, box: Box) -> Iterator[Box]:
+        """A box as it is where it holds whole chunks; else cut at their borders, a few chunks at a time.
+
+        Whole chunks are decoded in place. Of the others zarrs decodes all that a call touches before it lets go of one.
+        """
+        chunks, whole = self._array.chunks, Box.of_shape(self._array.shape)
+        low = tuple(a // n * n for a, n in zip(box.start, chunks, strict=True))
+        around = Box(low, tuple(-(-b // n) * n for b, n in zip(box.stop, chunks, strict=True))) & whole
+        if box == around:
+            yield box
+            return
+        voxels = max(self._threads * math.prod(chunks), PORTION // self._array.dtype.itemsize)
+        for portion in around.split(worthwhile(chunks, around.shape, voxels)):
+            yield portion & box
 
     def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
         """Write a selection."""
