@@ -37,7 +37,7 @@ from tests.children import file_digests
 
 
 @given(case=cases(("crop",)), dtype=st.sampled_from(("bool", "float16", "float32", "float64", *INTEGERS)))
-@law(200)
+@law(100)
 def test_crop_with_the_identity_model_gives_the_input_back_exactly(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -48,7 +48,7 @@ def test_crop_with_the_identity_model_gives_the_input_back_exactly(case: Case, d
 
 
 @given(case=cases(MODES[1:]), dtype=st.sampled_from(("float16", "float32", "float64")))
-@law(200)
+@law(100)
 def test_blending_the_identity_model_gives_the_input_back_to_rounding(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -59,7 +59,7 @@ def test_blending_the_identity_model_gives_the_input_back_to_rounding(case: Case
 
 
 @given(case=cases(MODES[1:]), dtype=st.sampled_from(("int8", "int16", "uint8", "uint16")))
-@law(60)
+@law(25)
 def test_blending_the_identity_model_into_the_inputs_integers_is_exact(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -69,7 +69,7 @@ def test_blending_the_identity_model_into_the_inputs_integers_is_exact(case: Cas
 
 
 @given(case=cases(), fill=st.sampled_from((0.0, -7.0)))
-@law(250)
+@law(120)
 def test_a_model_that_looks_at_position_and_context_equals_the_oracle(case: Case, fill: float) -> None:
     data = small_integers((case.channels or 1, *case.shape))
     padded = {"fill": fill} if case.padding == "constant" else {}
@@ -168,7 +168,7 @@ def failing(patches: torch.Tensor) -> torch.Tensor:
 
 
 @given(case=cases(), calls=st.lists(st.integers(1, 40), min_size=1, max_size=4))
-@law(60)
+@law(25)
 def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, calls: list[int]) -> None:
     data = small_integers((case.channels or 1, *case.shape))
     fixed = {"output_chunks": case.patch, "block_shape": case.patch, **case.options, "workers": 1}
@@ -186,7 +186,7 @@ def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, call
 
 
 @given(data=st.data(), mode=st.sampled_from(MODES))
-@law(40)
+@law(25)
 def test_a_long_sweep_of_many_layers_is_as_exact_as_a_short_one(data: st.DataObject, mode: str) -> None:
     # A ring that holds too few planes shows only after its layers have gone around it in step with the chunks.
     length = data.draw(st.integers(150, 500))
