@@ -53,7 +53,7 @@ CONFIG = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
-    "distributed.scheduler.worker-ttl": "1s",
+    "distributed.scheduler.worker-ttl": "3s",
     "distributed.comm.timeouts.connect": "5s",
     "distributed.admin.log-format": "%(message)s",
 }

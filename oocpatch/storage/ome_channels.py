@@ -106,7 +106,8 @@ def _values(array: zarr.Array[Any], selection: tuple[slice, ...]) -> npt.NDArray
     every = -(-pieces // max(16, READ // (math.prod(array.chunks) * array.dtype.itemsize)))
     step = max(1, math.prod(box.shape) // every // SEEN)
     looked_at = itertools.islice(box.split(array.chunks), 0, None, every)
-    return np.concatenate([np.asarray(array[piece.slices()]).reshape(-1)[::step] for piece in looked_at])
+    # copies: a view would keep its whole chunk
+    return np.concatenate([np.asarray(array[piece.slices()]).reshape(-1)[::step].copy() for piece in looked_at])
 
 
 def window_of(values: npt.NDArray[Any], dtype: npt.DTypeLike, *, fractions: bool = False) -> dict[str, Any]:
