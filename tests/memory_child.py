@@ -69,7 +69,8 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
         # Imports on first use, thread pools and the like belong to the process and not to the run.
         small = zarr.create_array(f"{warm_up}/in", shape=(64, 64, 64), chunks=(32, 32, 32), dtype="float32")
         arguments = {"patch_size": 16, "patch_overlap": 4, "block_shape": 32, "axes": "zyx", "progress": False}
-        oocpatch.predict(small, add_one, f"{warm_up}/out", workers=options.get("workers"), **arguments)
+        arguments |= {name: options[name] for name in ("workers", "output_format") if name in options}
+        oocpatch.predict(small, add_one, f"{warm_up}/out", **arguments)
     plan = oocpatch.plan(volume, add_one, output, progress=False, **options)
     before = psutil.Process().memory_info().rss
     with PeakSampler() as sampler:
