@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from benchmarks.measure import MIB, in_fresh_process, table
+from benchmarks.measure import MIB, in_fresh_process, run_options, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     for size in arguments.sizes:
         source, target = str(arguments.directory / "random.zarr"), str(arguments.directory / "result.zarr")
         in_fresh_process("make_random", "benchmarks.sources", path=source, size=size, chunk=arguments.chunk)
-        options = {
-            "patch_size": arguments.patch_size,
-            "patch_overlap": arguments.patch_overlap,
-            "overlap_mode": arguments.overlap_mode,
-            "workers": arguments.workers,
-        }
-        task = {"source": source, "target": target, "options": options}
-        record = in_fresh_process("predict_timing_the_disk", "benchmarks.flush_tasks", **task)
+        task = {"source": source, "target": target, "options": run_options(arguments)}
+        record = in_fresh_process("predict_timing_the_disk", "benchmarks.tasks", **task)
         records.append({"size": size, **record})
     if arguments.json:
         print(json.dumps(records, indent=1))

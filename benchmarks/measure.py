@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -104,6 +105,12 @@ class _Sampler:
         self._stop.set()
         self._thread.join()
         return self._highest
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a verb's options say about a run."""
+    names = ("patch_size", "patch_overlap", "overlap_mode", "max_memory", "workers")
+    return {name: getattr(arguments, name) for name in names if name in arguments}
 
 
 def in_fresh_process(

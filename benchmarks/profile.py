@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import in_fresh_process, table
+from benchmarks.measure import in_fresh_process, run_options, table
 
 TASKS = "benchmarks.tasks"
 
@@ -28,13 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run once under cProfile and once under a sampler, and print both."""
     source, target = str(arguments.directory / "random.zarr"), str(arguments.directory / "result.zarr")
     in_fresh_process("make_random", "benchmarks.sources", path=source, size=arguments.size, chunk=arguments.chunk)
-    options = {
-        "patch_size": arguments.patch_size,
-        "patch_overlap": arguments.patch_overlap,
-        "overlap_mode": arguments.overlap_mode,
-        "max_memory": arguments.max_memory,
-        "workers": arguments.workers,
-    }
+    options = run_options(arguments)
     profiled = in_fresh_process(
         "predict_under_profile", TASKS, source=source, target=target, options=options, top=arguments.top
     )

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from benchmarks.measure import MIB, in_fresh_process, table
+from benchmarks.measure import MIB, in_fresh_process, run_options, table
 from benchmarks.sources import CHUNK
 
 
@@ -25,14 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     made = _task("make_slide", path=here["slide.zarr"], mask=here["mask.zarr"], size=arguments.size)
     job = {"source": here["slide.zarr"], "patch": arguments.patch_size, "overlap": arguments.patch_overlap}
     job |= {"target": here["copy_slide.zarr"], "chunk": CHUNK, "model": "two", "compare": False}
-    options = {
-        "patch_size": arguments.patch_size,
-        "patch_overlap": arguments.patch_overlap,
-        "overlap_mode": arguments.overlap_mode,
-        "max_memory": arguments.max_memory,
-        "workers": arguments.workers,
-        "mask": here["mask.zarr"],
-    }
+    options = {**run_options(arguments), "mask": here["mask.zarr"]}
     records = {
         "slide": made,
         "copy, 4 threads": in_fresh_process("zarr_python", "benchmarks.copies", threads=4, **job),

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import zarr
 import oocpatch
 from benchmarks.contest import remove
 from benchmarks.measure import answer, measured
+from oocpatch import executors
+from oocpatch.storage import files, output
 
 WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
 """Where Python threads wait, by file and function."""
@@ -86,6 +89,36 @@ def predict_under_py_spy(
     return {"attached": Path(stacks).exists()}
 
 
+def predict_timing_the_disk(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A run, and the seconds in it that wait for the disk: for the ledger and other small files, and for the output."""
+    _warm_up(options)
+    remove(target)
+    synced, flushed = _Timed(os.fsync), _Timed(files.flush)
+    os.fsync = synced  # type: ignore[assignment]
+    for user in (output, executors):
+        user.flush = flushed  # type: ignore[attr-defined]
+    with measured() as usage:
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    written = [path.stat().st_size for path in Path(target).rglob("*") if path.is_file()]
+    waits = {"fsync": synced.seconds, "fsyncs": len(synced.seconds), "flush": flushed.seconds}
+    return {**vars(usage), **waits, "files": len(written), "bytes": sum(written)}
+
+
+class _Timed:
+    """A function that notes how long each of its calls takes, in seconds."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.seconds: list[float] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds.append(time.perf_counter() - start)
+
+
 def _warm_up(options: dict[str, Any]) -> None:
     """A run on a few voxels, so that what is loaded once and for all is not counted."""
     small = {**options, "patch_size": 8, "patch_overlap": 4, "max_memory": "64MiB"}
@@ -99,4 +132,4 @@ def _short(file: str) -> str:
 
 
 if __name__ == "__main__":
-    answer(predict_under_profile, predict_under_sampler, predict_under_py_spy)
+    answer(predict_under_profile, predict_under_sampler, predict_under_py_spy, predict_timing_the_disk)

@@ -21,6 +21,11 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+Data = TypeVar("Data")
 
 SHA256 = {
     "ch2.nii": "707a360b809ba937f6c007231bcf7dc6e2d33657497b254414c9894b6efa5f8c",
@@ -43,6 +48,14 @@ NUCLEI = ("img2d.tif", "mask2d.tif", "img3d.tif", "mask3d.tif", "histo.jpg")
 
 class UnavailableError(Exception):
     """The data cannot be had here; the message says why."""
+
+
+def had(fetched: Callable[[], Data]) -> Data:
+    """What a function fetches; a skip that says why where it cannot."""
+    try:
+        return fetched()
+    except UnavailableError as error:
+        pytest.skip(f"the real data cannot be had: {error}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import xarray as xr
 import zarr
 
 from tests import oracle
-from tests.real_data import UnavailableError, fetch
+from tests.real_data import fetch, had
 
 pytestmark = pytest.mark.real_data
 
@@ -41,10 +41,7 @@ class Head:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Head:
     nibabel = pytest.importorskip("nibabel", reason="reads the scan; it is in the extra `test`")
-    try:
-        data = fetch()
-    except UnavailableError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
+    data = had(fetch)
     scan, reference = (nibabel.as_closest_canonical(nibabel.load(path)) for path in (data.scan, data.reference))
     values = preprocess(scan.get_fdata(dtype=np.float32))
     volume = tmp_path_factory.mktemp("head") / "head.zarr"

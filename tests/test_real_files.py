@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 
 import oocpatch
-from tests.real_data import RealData, UnavailableError, fetch
+from tests.real_data import RealData, fetch, had
 
 pytestmark = pytest.mark.real_data
 
@@ -25,10 +25,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="module")
 def data() -> RealData:
-    try:
-        return fetch()
-    except UnavailableError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
+    return had(fetch)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import xarray as xr
 import oocpatch
 from oocpatch.planning.box import Box
 from tests.ome_runs import coarser
-from tests.real_data import Nuclei, UnavailableError, fetch_nuclei
+from tests.real_data import Nuclei, fetch_nuclei, had
 
 pytestmark = pytest.mark.real_data
 
@@ -30,10 +30,7 @@ BRIGHT = 40
 
 @pytest.fixture(scope="module")
 def nuclei() -> Nuclei:
-    try:
-        return fetch_nuclei()
-    except UnavailableError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
+    return had(fetch_nuclei)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ from PIL import Image
 
 import oocpatch
 from oocpatch.planning.box import Box
-from tests.real_data import UnavailableError, fetch_nuclei
+from tests.real_data import fetch_nuclei, had
 
 pytestmark = pytest.mark.real_data
 
@@ -35,11 +35,7 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def tissue() -> Array:
     """`(300, 500, 3)`."""
-    try:
-        path = fetch_nuclei().stained
-    except UnavailableError as error:
-        pytest.skip(f"the real data cannot be had: {error}")
-    return np.asarray(Image.open(path))
+    return np.asarray(Image.open(had(fetch_nuclei).stained))
 
 
 def mirrored(tissue: Array, height: int, width: int) -> Array:

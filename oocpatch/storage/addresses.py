@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zarr
 from zarr.abc.store import Store
+from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
 from oocpatch.storage.objects import UrlStore, client, told
@@ -219,3 +222,12 @@ def address_of(store: Store) -> Address | None:
     if isinstance(store, UrlStore):
         return ObjectPath.of(store.url)
     return Path(store.root) if isinstance(store, LocalStore) else None
+
+
+def consolidate(path: Address) -> None:
+    """Write consolidated metadata, which xarray looks for and warns of when there are none."""
+    with warnings.catch_warnings():
+        # Zarr v3 has no specification of them yet.
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", UnstableSpecificationWarning)
+        zarr.consolidate_metadata(store_at(path))

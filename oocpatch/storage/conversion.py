@@ -14,18 +14,17 @@ import functools
 import math
 import mmap
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.planning.box import Box, Ints
+from oocpatch.storage.addresses import consolidate
 from oocpatch.storage.coordinates import plain_attributes, write_coords
 from oocpatch.storage.volume import Volume
 
@@ -156,11 +155,7 @@ class Conversion:
     def finish(self, target: Path) -> None:
         """Give the volume its name, now that all of it is there."""
         self._marks.close()
-        with warnings.catch_warnings():
-            # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            zarr.consolidate_metadata(LocalStore(self._path))
+        consolidate(self._path)
         self._path.rename(target)
         (target / MARKS).unlink()
 

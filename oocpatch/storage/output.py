@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,12 @@ import numpy.typing as npt
 import xarray
 import zarr
 from zarr.abc.store import Store
-from zarr.errors import UnstableSpecificationWarning
 
 from oocpatch.errors import CorruptData
 from oocpatch.planning.box import Box, worthwhile
 from oocpatch.planning.head import Head
 from oocpatch.planning.plan import Plan
-from oocpatch.storage.addresses import Address, readable, store_at
+from oocpatch.storage.addresses import Address, consolidate, readable, store_at
 from oocpatch.storage.checksum import file_checksum
 from oocpatch.storage.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.storage.files import flush, write_atomically
@@ -240,10 +238,7 @@ class Output:
         if group_format(self.path) == 3:  # Zarr 2 has no place for what is kept
             details["files"] = self._files(record, ledger)
         flush(self.path)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            # Zarr v3 has no specification of consolidated metadata yet; xarray warns when there is none.
-            warnings.simplefilter("ignore", UnstableSpecificationWarning)
-            zarr.consolidate_metadata(store_at(self.path))
+        consolidate(self.path)
         done = replace(record, complete=True, details={**record.details, **details})
         rewrite(self.path, done, consolidated=True, omero=settings.get(""))
         flush(self.path)  # before anything deletes what a resume would need
