@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ def _local(processes: int, device: str) -> Iterator[distributed.Client]:
         worker_class=Nanny,
         memory_limit=None,
         dashboard_address=":0",
+        # What fails comes back with its task, and a process that dies is reported; the rest is the noise of an end:
+        # a heartbeat that meets a scheduler which has just closed prints its stack.
+        silence_logs=logging.CRITICAL,
     )
     with local, distributed.Client(local, set_as_default=False) as client:  # type: ignore[no-untyped-call]
         yield client
