@@ -114,6 +114,7 @@ EXTRA = {
     "storage/addresses.py": frozenset({"obstore"}),
     "storage/objects.py": frozenset({"obstore"}),
     "storage/ome_output.py": frozenset({"yaozarrs"}),
+    "storage/plain.py": frozenset({"numcodecs"}),
     "storage/statistics.py": frozenset({"dask", "tqdm"}),
     "storage/formats/hdf5.py": frozenset({"h5py"}),
     "storage/formats/nifti.py": frozenset({"nibabel"}),

@@ -71,14 +71,16 @@ def units_in(folder: Path) -> int:
     return int(np.prod([-(-n // u) for n, u in zip(array.shape, units, strict=True)]))
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["zarr", "zarrs"])
+@pytest.mark.parametrize("coder", ["zarr", "zarrs", "ours"])
 @pytest.mark.parametrize(("model", "options"), RUNS.values(), ids=RUNS)
 def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
-    model: Any, options: dict[str, Any], native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, options: dict[str, Any], coder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if native and importlib.util.find_spec("zarrs") is None:
+    if coder == "zarrs" and importlib.util.find_spec("zarrs") is None:
         pytest.skip("zarrs is not installed")
-    if not native:
+    if coder != "ours":
+        monkeypatch.setattr("oocpatch.storage.plain.PlainArray.of", lambda _: None)
+    if coder == "zarr":
         monkeypatch.setattr("oocpatch.storage.native.NativeArray.open", lambda *_: None)
     data = np.arange(24 * 20, dtype=np.float32).reshape(24, 20)
     sizes = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "progress": False}

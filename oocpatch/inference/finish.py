@@ -96,7 +96,9 @@ class Finisher:
             box: where the sums lie in the output.
             out: `(C', *box.shape)` of the output's dtype.
         """
-        scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32) if self.weights is not None else None
+        factors, scratch = self._factors(box, sums.device), sums.new_empty(0, dtype=torch.float32)
+        if len(factors) > 1:
+            scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
         counts = NOTHING
         for tile in tiles(box, self.tile, self.looped):
@@ -105,8 +107,8 @@ class Finisher:
             if self.dense:
                 counts += self._dense(values, target)
                 continue
-            if scratch is not None:
-                weights = self._weights(tile, scratch)
+            if factors:
+                weights = _product(factors, inner[1:], scratch)
                 if plain:
                     torch.div(values, weights, out=target)
                     counts += self._counted(target)
@@ -144,17 +146,9 @@ class Finisher:
             values = self._postprocessed(values, target.shape)
         target.copy_(cast(values, target.dtype))
 
-    def _weights(self, tile: Box, scratch: torch.Tensor) -> torch.Tensor:
-        """The weights of a tile, in `scratch`: the outer product of one array per axis."""
-        assert self.weights is not None
-        factors = [w[part].to(scratch.device) for w, part in zip(self.weights, tile.slices(), strict=True)]
-        product = factors[-1]
-        for factor in reversed(factors[1:-1]):
-            product = factor.reshape(-1, *(1,) * product.ndim) * product
-        if len(factors) == 1:
-            return product
-        target = scratch[: tile.size].view(tile.shape)
-        return torch.mul(factors[0].reshape(-1, *(1,) * product.ndim), product, out=target)
+    def _factors(self, box: Box, device: torch.device) -> list[torch.Tensor]:
+        """The weights of a box: one array per axis, whose outer product they are; none where none are needed."""
+        return [w[part].to(device) for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
 
     def _postprocessed(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         assert self.postprocess is not None
@@ -169,6 +163,19 @@ class Finisher:
                 f"got {tuple(result.shape)} for {tuple(values.shape)}"
             )
         return result
+
+
+def _product(factors: list[torch.Tensor], tile: tuple[slice, ...], scratch: torch.Tensor) -> torch.Tensor:
+    """The outer product of a part of each factor, in `scratch`."""
+    parts = [factor[part] for factor, part in zip(factors, tile, strict=True)]
+    product = parts[-1]
+    for factor in reversed(parts[1:-1]):
+        product = factor.reshape(-1, *(1,) * product.ndim) * product
+    if len(parts) == 1:
+        return product
+    shape = [len(part) for part in parts]
+    target = scratch[: math.prod(shape)].view(shape)
+    return torch.mul(parts[0].reshape(-1, *(1,) * product.ndim), product, out=target)
 
 
 def tiles(box: Box, voxels: int, looped: int = 0) -> Iterator[Box]:
@@ -203,6 +210,14 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if values.dtype == torch.bool or _fits(values.dtype, dtype):
             return values.to(dtype)
         return values.to(torch.int64).clamp(info.min, min(info.max, 2**63 - 1)).to(dtype)
+    return _rounded(values, dtype)
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Floats as integers; see `cast`."""
+    info = torch.iinfo(dtype)
+    if dtype.itemsize <= 2 and values.dtype == torch.float32:  # which holds every limit of 16 bits exactly
+        return values.round().clamp_(info.min, info.max).nan_to_num_(0.0).to(dtype)
     # float64 holds every 32-bit limit exactly; the 64-bit ones are put right by hand
     rounded = values.to(torch.float64).nan_to_num(0.0, math.inf, -math.inf).round()
     if dtype.itemsize < 8:

@@ -301,8 +301,12 @@ def _disk(heads: tuple[Frame, ...], sizes: Sizes, stored: int, concurrency: int)
 
 def chunk_bytes(threads: int, unit_bytes: int) -> int:
     """Bytes of chunks on their way: encoded, decoded and in place in each thread; and what the heap keeps."""
-    active = threads + reading(threads)
-    return active * 3 * unit_bytes + (active + 10) * min(unit_bytes, KEPT_BY_HEAP)
+    return (threads + reading(threads)) * 3 * unit_bytes + kept_chunk_bytes(threads, unit_bytes)
+
+
+def kept_chunk_bytes(threads: int, unit_bytes: int) -> int:
+    """The part of it that the heap may keep when they are freed."""
+    return (threads + reading(threads) + 10) * min(unit_bytes, KEPT_BY_HEAP)
 
 
 def reading(threads: int) -> int:

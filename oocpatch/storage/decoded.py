@@ -7,6 +7,7 @@ number above the limit.
 from __future__ import annotations
 
 import bz2
+import io
 import lzma
 import os
 import zlib
@@ -113,17 +114,34 @@ def _lz4(file: Bytes, _: int) -> int:
     return int.from_bytes(file.read(4), "little")
 
 
-def _zstd(file: Bytes, limit: int) -> int:
-    """The size of a zstd frame from its header, else a bound from its blocks (RFC 8878, 3.1.1)."""
-    head = file.read(18)
+def declared(codec: Any, data: memoryview) -> int | None:
+    """The size that a chunk's header promises and its decoder keeps to; None where it does not say.
+
+    Args:
+        codec: zstd or blosc, of numcodecs.
+        data: the chunk.
+    """
+    file = io.BytesIO(data[:18])
+    return _blosc(file, 0) if _name(codec) == "blosc" else _zstd_header(file.read(18))[0]
+
+
+def _zstd_header(head: bytes) -> tuple[int | None, int]:
+    """The size that a zstd frame's header promises, if it does, and where its first block begins."""
     if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
-        return 0  # not zstd: the decoder will say so
+        return None, 0  # not zstd: the decoder will say so
     flags = head[4]
     single = flags >> 5 & 1
     at = 5 + (not single) + (0, 1, 2, 4)[flags & 3]
     width = (single, 2, 4, 8)[flags >> 6]
-    if width:
-        return int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
+    size = int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
+    return (size if width else None), at + width
+
+
+def _zstd(file: Bytes, limit: int) -> int:
+    """The size of a zstd frame from its header, else a bound from its blocks (RFC 8878, 3.1.1)."""
+    size, at = _zstd_header(file.read(18))
+    if size is not None or not at:
+        return size or 0
     total, last = 0, 0
     while not last and total <= limit:
         file.seek(at)

@@ -42,6 +42,23 @@ def at_hand(path: Address) -> Iterator[Path]:
         yield copy
 
 
+SYNC_FILE_RANGE_WRITE = 2
+"""Of Linux: begin to write, wait for nothing."""
+
+
+def write_soon(path: Path, data: bytes) -> None:
+    """Write a file that the disk begins with at once, so that there is little to wait for when all is flushed."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if hasattr(_LIBRARY, "sync_file_range"):  # a hint: whether it failed is found when all is flushed
+            _LIBRARY.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+    finally:
+        os.close(file)
+
+
 def flush(path: Address) -> None:
     """Wait until everything that was written to a path's file system is on the disk.
 

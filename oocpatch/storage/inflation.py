@@ -6,6 +6,7 @@ selection is looked at; in a shard, each inner chunk of it.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import os
@@ -78,9 +79,7 @@ class ChunkGuard:
             path = self.folder / key
             try:
                 status = path.stat()
-                if not stat.S_ISREG(status.st_mode):
-                    raise ValueError(f"chunk {key} of {self.folder} must be a file, and is none")
-                self._refuse(key, status.st_size, whole)
+                self.check_size(key, status, whole)
                 if self.told is nothing and self.index is None:
                     continue
                 with path.open("rb", buffering=0) as file:
@@ -90,6 +89,25 @@ class ChunkGuard:
                         self._refuse(key, self.told(Part(file.fileno(), 0, status.st_size), limit(whole)), whole)
             except FileNotFoundError:  # a chunk of nothing but the fill value
                 continue
+
+    def check_size(self, key: str, status: os.stat_result, whole: int) -> None:
+        """Look at a chunk's file before it is read.
+
+        Raises:
+            ValueError: when it is none, or larger than a chunk of so many bytes.
+        """
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"chunk {key} of {self.folder} must be a file, and is none")
+        self._refuse(key, status.st_size, whole)
+
+    def check_bytes(self, key: str, data: memoryview, whole: int) -> None:
+        """Look at a chunk that was read, before it is decoded; not for shards.
+
+        Raises:
+            ValueError: when it would decode to more than so many bytes.
+        """
+        if self.told is not nothing:
+            self._refuse(key, self.told(io.BytesIO(data), limit(whole)), whole)
 
     def _check_shard(
         self, index: ShardIndex, file: int, key: str, position: Ints, bounds: Sequence[tuple[int, int]]

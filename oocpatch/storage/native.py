@@ -29,7 +29,9 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, worthwhile
-from oocpatch.storage.checksum import file_checksum
+from oocpatch.storage.checksum import bytes_checksum, file_checksum
+from oocpatch.storage.files import write_soon
+from oocpatch.storage.plain import PlainArray
 from oocpatch.storage.units import ABSENT, unit_positions
 
 Selection = tuple[slice, ...]
@@ -113,18 +115,28 @@ class NativeArray:
 class StagedArray:
     """An array of which whole write units are replaced, each in one step.
 
-    zarrs writes files in place, and a crash must not leave half of one under its name: units are coded into a directory
-    beside those of the array, and renamed.
+    A crash must not leave half of a file under its name: units are written to a directory beside those of the array,
+    and renamed.
 
     Args:
         array: the array, in a local directory.
         folder: its directory.
         aside: directory where units are coded.
-        coders: the array in that directory, once for each box that may be coded at a time.
+        plain: the same array, where its units are plain chunks.
+        coders: else, the array in that directory, once for each box that zarrs may code at a time.
     """
 
-    def __init__(self, array: zarr.Array[Any], folder: Path, aside: Path, coders: Sequence[NativeArray]) -> None:
+    def __init__(
+        self,
+        array: zarr.Array[Any],
+        folder: Path,
+        aside: Path,
+        *,
+        plain: PlainArray | None = None,
+        coders: Sequence[NativeArray] = (),
+    ) -> None:
         self._array = array
+        self._plain = plain
         self._folder = folder
         self._aside = aside
         self._coders: SimpleQueue[NativeArray] = SimpleQueue()
@@ -134,7 +146,10 @@ class StagedArray:
 
     @classmethod
     def open(cls, array: zarr.Array[Any], threads: int) -> StagedArray | None:
-        """The array, coded by so many threads of zarrs; None where that cannot be done."""
+        """The array; None where it cannot be done.
+
+        Plain chunks are coded by the calling thread, others by so many threads of zarrs.
+        """
         if not isinstance(array.store, LocalStore):
             return None
         folder = Path(array.store.root, array.path)
@@ -142,6 +157,9 @@ class StagedArray:
         aside.mkdir()
         marker = MARKERS[array.metadata.zarr_format]
         shutil.copyfile(folder / marker, aside / marker)
+        plain = PlainArray.of(array)
+        if plain is not None and plain.writes:
+            return cls(array, folder, aside, plain=plain)
         # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
@@ -150,15 +168,17 @@ class StagedArray:
         if not coders:
             shutil.rmtree(aside)
             return None
-        return cls(array, folder, aside, coders)
+        return cls(array, folder, aside, coders=coders)
 
     @property
     def by_unit(self) -> bool:
-        """Whether write units should be written one by one, by several callers."""
-        return self._array.shards is not None
+        """Whether write units should be written a few at a time, by several callers."""
+        return self._plain is not None or self._array.shards is not None
 
     def write(self, selection: Selection, values: npt.NDArray[Any]) -> list[int]:
         """Write a selection of whole write units; the CRC of each unit's file in C order, 0 where there is none."""
+        if self._plain is not None:
+            return [self._put(key, data) for key, data in self._plain.encoded(selection, values)]
         coder = self._coders.get()
         try:
             coder.write(selection, values)
@@ -166,22 +186,44 @@ class StagedArray:
             self._coders.put(coder)
         self._refuse_after_end()
         keys = map(self._array.metadata.encode_chunk_key, unit_positions(self._array, selection))
-        return [self._rename(self._aside / key, self._folder / key) for key in keys]
+        return [self._take(key) for key in keys]
 
-    def _rename(self, source: Path, target: Path) -> int:
+    def _put(self, key: str, data: bytes | None) -> int:
+        """Store the bytes of a unit."""
+        if data is None:
+            return self._absent(key)
+        source = self._aside / str(threading.get_ident())
+        try:
+            write_soon(source, data)
+            self._rename(source, key)
+        except FileNotFoundError:
+            self._refuse_after_end()
+            raise
+        return bytes_checksum(data) or 1
+
+    def _take(self, key: str) -> int:
+        """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
+        try:
+            crc = file_checksum(self._aside / key) or 1
+            self._rename(self._aside / key, key)
+        except FileNotFoundError:
+            if (self._aside / key).exists():
+                raise
+            return self._absent(key)
+        return crc
+
+    def _rename(self, source: Path, key: str) -> None:
+        target = self._folder / key
         if target.parent not in self._folders:
             target.parent.mkdir(parents=True, exist_ok=True)
             self._folders.add(target.parent)
-        try:
-            crc = file_checksum(source) or 1
-            source.replace(target)
-        except FileNotFoundError:
-            if source.exists():
-                raise
-            self._refuse_after_end()
-            target.unlink(missing_ok=True)  # nothing but the fill value, which is not stored
-            return ABSENT
-        return crc
+        source.replace(target)
+
+    def _absent(self, key: str) -> int:
+        """Nothing but the fill value is not stored."""
+        self._refuse_after_end()
+        (self._folder / key).unlink(missing_ok=True)
+        return ABSENT
 
     def _refuse_after_end(self) -> None:
         """Refuse to touch the array once the run is over, which whoever was frozen meanwhile does not know.

@@ -190,10 +190,9 @@ class Output:
     def requests(self, head: int, box: Box) -> Iterator[Box]:
         """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
         found = self._heads[head]
-        if (staged := self._staged[head]) is not None:
+        if (staged := self._staged[head]) is not None and not staged.by_unit:
             # With time before channels, one index of time at a time is as it lies in memory, and need not be copied.
-            step = (*found.unit[: self._channel], *box.stop[self._channel :])
-            yield from box.split(found.unit if staged.by_unit else step)
+            yield from box.split((*found.unit[: self._channel], *box.stop[self._channel :]))
             return
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))

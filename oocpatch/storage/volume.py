@@ -19,6 +19,7 @@ from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.axes import Axes, resolve_axes
 from oocpatch.storage.inflation import ChunkGuard
 from oocpatch.storage.native import NativeArray
+from oocpatch.storage.plain import PlainArray
 from oocpatch.storage.sources import Source, open_source
 
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
@@ -50,7 +51,7 @@ class Volume:
         self.source: Source = source if isinstance(source, Source) else open_source(source, level)
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
-        self.coder: NativeArray | None = None  # see `native`
+        self.coder: PlainArray | NativeArray | None = None  # see `native`
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
@@ -102,17 +103,19 @@ class Volume:
         return self.source.identity
 
     def native(self, threads: int) -> Volume:
-        """The same volume, whose boxes are read by threads of zarrs where it is installed and can read it.
+        """The same volume, whose boxes are read without zarr-python where that can be.
 
-        Not for processes that fork later.
+        Plain chunks are read by the calling thread, others by so many threads of zarrs, which is not for processes that
+        fork later.
         """
         found = copy.copy(self)
-        found.coder = NativeArray.open(self.source.array, threads) if self.source.array is not None else None
+        if (array := self.source.array) is not None:
+            found.coder = PlainArray.of(array) or NativeArray.open(array, threads)
         return found
 
     def requests(self, box: Box, out: npt.NDArray[Any]) -> Iterator[Box]:
         """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once."""
-        if self._natively(out) is not None:
+        if isinstance(self.coder, NativeArray) and self._natively(out) is not None:
             yield box
             return
         step = self.chunks if self.source.chunked else (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
@@ -134,7 +137,8 @@ class Volume:
         if box in Box.of_shape(self.shape):
             target = self._natively(out)
             if target is not None and self.coder is not None:
-                self._check(box)
+                if not isinstance(self.coder, PlainArray):  # which looks for itself
+                    self._check(box)
                 self.coder.read_into(target, self._selection(box))
             else:
                 out[...] = self._load(box)
@@ -172,6 +176,10 @@ class Volume:
 
     def _load(self, box: Box) -> npt.NDArray[Any]:
         """Read a box inside the volume as `(C, *box.shape)`."""
+        if isinstance(self.coder, PlainArray):
+            out = np.empty((self.channels, *box.shape), self.dtype)
+            self.read_into(out, box)
+            return out
         self._check(box)
         data = self.source.load(self._selection(box)).transpose(self._positions)
         return data[None] if self.axes.channel is None else data
@@ -182,11 +190,11 @@ class Volume:
             self._guard.check(self._selection(box))
 
     def _natively(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """`out`, `(C, *shape)`, with its axes as the source has them; None where zarrs cannot read into it."""
+        """`out`, `(C, *shape)`, with its axes as the source has them; None where the coder cannot read into it."""
         if self.coder is None:
             return None
         target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
-        return target if target.flags.c_contiguous else None
+        return target if isinstance(self.coder, PlainArray) or target.flags.c_contiguous else None
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

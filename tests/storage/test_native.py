@@ -1,4 +1,4 @@
-"""zarrs and zarr-python are interchangeable: the same voxels, and the same faults."""
+"""Whoever codes the chunks, zarr-python, zarrs or we, it is the same voxels, the same bytes and the same faults."""
 
 import importlib.util
 import itertools
@@ -18,6 +18,7 @@ from zarr.storage import LocalStore
 import oocpatch
 from oocpatch.planning.box import Box
 from oocpatch.storage.native import NativeArray, StagedArray, os_errors
+from oocpatch.storage.plain import PlainArray
 from oocpatch.storage.volume import Volume
 
 RNG = np.random.default_rng(0)
@@ -29,6 +30,7 @@ KINDS = [
     pytest.param({"zarr_format": 3, "compressors": zarr.codecs.BloscCodec()}, id="blosc"),
     pytest.param({"zarr_format": 3, "compressors": [zarr.codecs.GzipCodec(), zarr.codecs.Crc32cCodec()]}, id="gzip"),
 ]
+PLAIN = [p for p in KINDS if p.id not in {"shards", "gzip"}]
 
 
 def some(shape, dtype):
@@ -37,11 +39,15 @@ def some(shape, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint8", "int16", "uint64", "bool"])
 @pytest.mark.parametrize("options", KINDS)
-def test_boxes_are_read_as_zarr_python_reads_them(options, dtype, tmp_path):
+@pytest.mark.parametrize("coder", ["ours", "zarrs"])
+def test_boxes_are_read_as_zarr_python_reads_them(coder, options, dtype, tmp_path, monkeypatch):
     array = zarr.create_array(tmp_path / "a.zarr", shape=(37, 20, 33), chunks=(8, 8, 8), dtype=dtype, **options)
     array[:24] = some((24, 20, 33), dtype)  # the rest was never written
+    if coder == "zarrs":
+        monkeypatch.setattr(PlainArray, "of", lambda _: None)
     volume = Volume(array, "zyx").native(2)
-    assert volume.coder is not None
+    ours = coder == "ours" and options in [p.values[0] for p in PLAIN]
+    assert isinstance(volume.coder, PlainArray if ours else NativeArray)
     for box in (Box((0, 0, 0), (37, 20, 33)), Box((5, 3, 9), (31, 19, 10)), Box((30, 0, 0), (37, 20, 33))):
         assert_array_equal(volume.read(box)[0], array[box.slices()])
         ring = np.zeros((1, *(n + 3 for n in box.shape)), dtype)  # a target that is not contiguous
@@ -77,7 +83,10 @@ def test_arrays_that_zarrs_cannot_read_are_left_to_zarr_python(tmp_path):
 
 
 @pytest.mark.parametrize("options", [p for p in KINDS if p.id != "v2"])
-def test_whole_units_are_written_as_zarr_python_writes_them(options, tmp_path):
+@pytest.mark.parametrize("coder", ["ours", "zarrs"])
+def test_whole_units_are_written_as_zarr_python_writes_them(coder, options, tmp_path, monkeypatch):
+    if coder == "zarrs":
+        monkeypatch.setattr(PlainArray, "of", lambda _: None)
     array = zarr.create_array(tmp_path / "a.zarr", shape=(37, 20, 33), chunks=(8, 8, 8), dtype="f4", **options)
     expected = some(array.shape, "f4")
     expected[:16, :8, :16] = 0  # the fill value: not stored
@@ -134,6 +143,7 @@ def test_a_run_gives_the_same_voxels_without_zarrs(mode, tmp_path, monkeypatch):
     options = {"patch_size": 16, "patch_overlap": 8, "overlap_mode": mode, "max_memory": "8MiB", "block_shape": 25}
     fast = oocpatch.predict(tmp_path / "in.zarr", torch.nn.Identity(), tmp_path / "fast.zarr", **options).values
     assert not list(Path(tmp_path / "fast.zarr").rglob("*.partial"))
+    monkeypatch.setattr(PlainArray, "of", lambda _: None)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "zarrs" else real(name, *rest))
     assert NativeArray.open(zarr.open_array(LocalStore(tmp_path / "in.zarr")), 2) is None
