@@ -50,6 +50,25 @@ def _ledger(directory: str) -> Path:
     return Path(directory) / "ledger"
 
 
+def plan_huge(directory: str, edge: int) -> dict[str, Any]:  # noqa: ARG001 - all steps have it
+    """Make the plan of a volume of 10^15 voxels, without a stored chunk; it is as large for every `edge`."""
+    _plan(directory, 4)
+    volume = Path(directory) / "huge.zarr"
+    zarr.create_array(volume, shape=(100_000,) * 3, chunks=(128,) * 3, dtype="uint8", overwrite=True)
+    with measured() as usage:
+        made = oocpatch.plan(
+            volume,
+            torch.nn.Identity(),
+            Path(directory) / "out.zarr",
+            axes="zyx",
+            patch_size=96,
+            patch_overlap=24,
+            max_memory="4GiB",
+            max_disk="1PiB",
+        )
+    return {**vars(usage), "blocks": made.blocks, "result": f"{made.patches:,} patches"}
+
+
 def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
     """Make the plan, and look at its first and last blocks."""
     _plan(directory, 4)
@@ -119,4 +138,4 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(plan_blocks, drive, read_progress, keep, tell_status)
+    answer(plan_huge, plan_blocks, drive, read_progress, keep, tell_status)

@@ -16,6 +16,7 @@ from benchmarks.workloads import WORKLOADS
 
 def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):
     directory, edge = str(tmp_path), 4
+    assert ledger_tasks.plan_huge(directory, edge)["result"] == "2,679,826,869 patches"
     assert ledger_tasks.plan_blocks(directory, edge)["result"] == "343 patches, 7 seams"
     # the first block, which no seam enters, needs no second stage
     assert ledger_tasks.drive(directory, edge)["result"].startswith(f"{2 * edge**3 - 1} records")
