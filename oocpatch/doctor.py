@@ -90,7 +90,9 @@ def told(found: dict[str, Any]) -> str:
         f"max_memory='auto' is {human(memory['auto'])}",
         **{f"disk, {n}": f"{human(d['free'])} free at {d['path']}" for n, d in found["disk"].items()},
         "devices": ", ".join(found["devices"]),
-        "chunks": f"plain ones coded here, others by {'zarrs' if found['zarrs'] else 'zarr-python; zarrs is faster'}",
+        "chunks": "coded by zarrs"
+        if found["zarrs"]
+        else "plain ones coded here, others by zarr-python; zarrs is faster",
     }
     for name, missing in found["extras"].items():
         rows[f"extra {name}"] = f"needs {', '.join(missing)}: pip install 'oocpatch[{name}]'" if missing else "there"

@@ -46,15 +46,20 @@ SYNC_FILE_RANGE_WRITE = 2
 """Of Linux: begin to write, wait for nothing."""
 
 
+def start_writing(file: int) -> None:
+    """Have the disk begin with what was written to an open file, so that there is little to wait for at the end."""
+    if hasattr(_LIBRARY, "sync_file_range"):  # a hint: whether it failed is found when all is flushed
+        _LIBRARY.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+
+
 def write_soon(path: Path, data: bytes) -> None:
-    """Write a file that the disk begins with at once, so that there is little to wait for when all is flushed."""
+    """Write a file that the disk begins with at once."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
-        if hasattr(_LIBRARY, "sync_file_range"):  # a hint: whether it failed is found when all is flushed
-            _LIBRARY.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+        start_writing(file)
     finally:
         os.close(file)
 

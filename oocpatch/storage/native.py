@@ -29,8 +29,8 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, worthwhile
-from oocpatch.storage.checksum import bytes_checksum, file_checksum
-from oocpatch.storage.files import write_soon
+from oocpatch.storage.checksum import bytes_checksum
+from oocpatch.storage.files import start_writing, write_soon
 from oocpatch.storage.plain import PlainArray
 from oocpatch.storage.units import ABSENT, unit_positions
 
@@ -122,8 +122,8 @@ class StagedArray:
         array: the array, in a local directory.
         folder: its directory.
         aside: directory where units are coded.
-        plain: the same array, where its units are plain chunks.
-        coders: else, the array in that directory, once for each box that zarrs may code at a time.
+        coders: the array in that directory, once for each box that zarrs may code at a time.
+        plain: else, the same array, whose units are plain chunks.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class StagedArray:
         folder: Path,
         aside: Path,
         *,
-        plain: PlainArray | None = None,
         coders: Sequence[NativeArray] = (),
+        plain: PlainArray | None = None,
     ) -> None:
         self._array = array
         self._plain = plain
@@ -148,7 +148,8 @@ class StagedArray:
     def open(cls, array: zarr.Array[Any], threads: int) -> StagedArray | None:
         """The array; None where it cannot be done.
 
-        Plain chunks are coded by the calling thread, others by so many threads of zarrs.
+        So many threads of zarrs code it, for which threads of Python would have to take turns; without zarrs, plain
+        chunks are coded by the calling thread.
         """
         if not isinstance(array.store, LocalStore):
             return None
@@ -157,18 +158,16 @@ class StagedArray:
         aside.mkdir()
         marker = MARKERS[array.metadata.zarr_format]
         shutil.copyfile(folder / marker, aside / marker)
-        plain = PlainArray.of(array)
-        if plain is not None and plain.writes:
-            return cls(array, folder, aside, plain=plain)
         # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
         staged = zarr.open_array(LocalStore(aside), mode="r+")
         coders = [coder for _ in range(boxes) if (coder := NativeArray.open(staged, each)) is not None]
-        if not coders:
+        plain = PlainArray.of(array) if not coders else None
+        if not coders and (plain is None or not plain.writes):
             shutil.rmtree(aside)
             return None
-        return cls(array, folder, aside, coders=coders)
+        return cls(array, folder, aside, coders=coders, plain=plain)
 
     @property
     def by_unit(self) -> bool:
@@ -203,14 +202,18 @@ class StagedArray:
 
     def _take(self, key: str) -> int:
         """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
+        crc = 0
         try:
-            crc = file_checksum(self._aside / key) or 1
+            with (self._aside / key).open("rb", buffering=0) as file:
+                while piece := file.read(PORTION):
+                    crc = bytes_checksum(piece, crc)
+                start_writing(file.fileno())
             self._rename(self._aside / key, key)
         except FileNotFoundError:
             if (self._aside / key).exists():
                 raise
             return self._absent(key)
-        return crc
+        return crc or 1
 
     def _rename(self, source: Path, key: str) -> None:
         target = self._folder / key

@@ -2,8 +2,8 @@
 
 A chunk is plain when it is a file of its own in a local directory and holds numbers in C order, coded by nothing or by
 one codec of numcodecs, which is what zarr-python codes with: so the bytes are the same. zarr-python passes each chunk
-from thread to thread, and zarrs copies it row by row; here the thread that needs a chunk reads it, decodes it and puts
-it in its place, and nearly all of that needs no interpreter.
+from thread to thread; here the thread that needs a chunk reads it, decodes it and puts it in its place, and nearly all
+of that needs no interpreter.
 
 ```text
     file --read--> bytes --decode--> one chunk's memory --copy--> out, with any strides
