@@ -20,7 +20,7 @@ def test_each_object_says_what_it_is_in_a_line() -> None:
     shown = {
         "Volume(y: 40, x: 50; 1 channel(s), uint8)": volume,
         "Subject(t1 (1, 40, 50); age)": subject,
-        "GridSampler(30 patches of (16, 16), overlap (8, 8), of Subject(t1 (1, 40, 50); age))": oocpatch.GridSampler(
+        "GridSampler(24 patches of (16, 16), overlap (8, 8), of Subject(t1 (1, 40, 50); age))": oocpatch.GridSampler(
             subject, 16, 8
         ),
         "UniformSampler(1,200 patches of (16, 16) from Subject(t1 (1, 40, 50); age))": sampler,

@@ -100,7 +100,7 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(
     value: float, plan: Plan, workspace: Workspace, tmp_path: Path
 ) -> None:
     """A write unit of nothing but the fill value is deleted: late, it would delete what is there."""
-    pytest.importorskip("zarrs")
+    pytest.importorskip("zarrs", reason="writes the units aside; it is in the extra `fast`")
     box = Box((8, 0), (16, 8))
     frozen, other = Output(tmp_path / "out", plan), Output(tmp_path / "out", plan)
     with frozen.native(2):

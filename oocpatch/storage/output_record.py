@@ -137,6 +137,7 @@ def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
 
 
 def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop what the record does not list."""
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others}]:
+    """Drop what the record does not list; labels that lie beside an image are listed with it, whoever wrote them."""
+    beside = {"labels"} if record.details.get("pyramids") else set()
+    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others, *beside}]:
         del members[name]
