@@ -31,6 +31,9 @@ class Accessor:
     def __init__(self, array: xarray.DataArray) -> None:
         self._array = array
 
+    def __repr__(self) -> str:
+        return "oocpatch on this array: .predict(model, output, ...) and .plan(model, output, ...)"
+
     def predict(self, model: Any, output: str | os.PathLike[str], **arguments: Any) -> Result:
         """Run a model over the array and write the result to `output`: see `oocpatch.predict`.
 

@@ -10,6 +10,7 @@ Heavy libraries are imported inside the commands: `oocpatch --help` imports neit
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import time
@@ -46,7 +47,7 @@ class _Commands(click.Group):
             code = _exit_code(error)
             if code is None:
                 raise
-            _fail(f"{error}" or type(error).__name__, code)
+            _fail(_told(error), code)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -60,6 +61,16 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, (errors.OocpatchError, ValueError, TypeError, OSError)):
         return BAD_INPUT
     return None
+
+
+def _told(error: Exception) -> str:
+    """The message, and what to do where the system knows only what is wrong."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{error}: the disk of the output or workspace is full; what is finished is kept: make room, and the "
+            "same command continues"
+        )
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> NoReturn:

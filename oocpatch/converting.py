@@ -144,7 +144,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
 
     if needed(unit) > limit:
         raise PlanTooLarge(
-            f"one write unit of {unit} voxels needs {human(needed(unit))} (chunks of the volume included, "
+            f"one write unit of {unit} voxels needs {human(needed(unit), up=True)} (chunks of the volume included, "
             f"{volume.chunks} voxels each) but max_memory is {human(limit)}; raise max_memory or lower chunks"
         )
     units = math.prod(-(-n // u) for n, u in zip(volume.shape, unit, strict=True))

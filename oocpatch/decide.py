@@ -81,13 +81,13 @@ def _planned(request: Request) -> Plan:
     patch_bytes = volume.channels * math.prod(request.patch_size) * volume.dtype.itemsize
     if patch_bytes > request.max_memory:
         raise PlanTooLarge(
-            f"one patch of {request.patch_size[request.looped :]} needs {human(patch_bytes)} but max_memory is "
-            f"{human(request.max_memory)}; lower patch_size or raise max_memory"
+            f"one patch of {request.patch_size[request.looped :]} alone needs {human(patch_bytes, up=True)} but "
+            f"max_memory is {human(request.max_memory)}; lower patch_size or raise max_memory"
         )
     if chunk_bytes(1, volume.chunk_bytes) > request.max_memory:
         raise PlanTooLarge(
             f"reading one chunk of the volume ({volume.chunks} voxels, {human(volume.chunk_bytes)}) needs "
-            f"{human(chunk_bytes(1, volume.chunk_bytes))} but max_memory is {human(request.max_memory)}; "
+            f"{human(chunk_bytes(1, volume.chunk_bytes), up=True)} but max_memory is {human(request.max_memory)}; "
             "raise max_memory, or store the volume in smaller chunks"
         )
     threads = torch.get_num_threads()
@@ -202,7 +202,7 @@ def resumed(plan: Plan, request: Request) -> Plan:
     needed = shared + workers * plan.task_memory
     if needed > request.max_memory:
         raise PlanTooLarge(
-            f"the run to be resumed was planned with blocks that need {human(needed)} but max_memory is "
+            f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(request.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
     return plan.at(workers, needed)

@@ -254,12 +254,17 @@ def run_demo(
     """
     stem = (directory or Path("oocpatch-demo")) / f"nuclei-{size}"
     source, output = stem.with_name(stem.name + ".zarr"), stem.with_name(stem.name + "-prediction.zarr")
+    asked: dict[str, Any] = {
+        "patch_size": PATCH,
+        "patch_overlap": OVERLAP,
+        "max_memory": max_memory,
+        "progress": progress,
+    }
+    with tempfile.TemporaryDirectory() as folder:  # what is refused is refused before the volume is made
+        blank = zarr.create_array({}, shape=(size,) * 3, chunks=(CHUNK,) * 3, dtype=np.uint16)
+        oocpatch.plan(blank, NucleusNet(), f"{folder}/blank.zarr", **asked)
     make_volume(Specimen(size), source, log)
-    plan = oocpatch.plan(
-        str(source / "volume"), NucleusNet(), str(output),
-        patch_size=PATCH, patch_overlap=OVERLAP, overlap_mode="hann", max_memory=max_memory,
-        progress=progress,
-    )  # fmt: skip
+    plan = oocpatch.plan(str(source / "volume"), NucleusNet(), str(output), **asked)
     log(f"{plan}\n")
     with tempfile.TemporaryDirectory() as folder:  # a first run loads libraries; what is measured is the volume's share
         oocpatch.predict(np.zeros((8, 8, 8), np.float32), nn.Identity(), f"{folder}/first.zarr", patch_size=8)

@@ -286,6 +286,34 @@ def number(name: str, value: float) -> float:
     return value if isinstance(value, int) else float(value)
 
 
+def held(name: str, value: float, dtype: str) -> None:
+    """Refuse a number that a dtype cannot hold.
+
+    Raises:
+        ValueError: in that case.
+
+    >>> held("fill", 255.0, "uint8"), held("fill", 0.5, "float32")
+    (None, None)
+    """
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return
+    low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
+    if not (math.isfinite(value) and low <= value <= high and value == int(value)):
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, as {dtype} holds them, got {value}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """A checked switch: the text "no" would be taken for True.
+
+    Raises:
+        TypeError: when it is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def plain(value: float) -> float | str:
     """A number as JSON can compare it: NaN is not equal to itself, its name is."""
     return "nan" if math.isnan(value) else value

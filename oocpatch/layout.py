@@ -139,6 +139,7 @@ def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, .
     if axis is None and out_channels > 1:
         axis = "channel"
     out_dtype = door.of_head(options["output_dtype"], name, None) or out_dtype
+    door.held("output_fill", options["output_fill"], out_dtype)
     chunks, unit = _chunks(request, np.dtype(out_dtype).itemsize, scale)
     return Head(
         name=name,

@@ -18,7 +18,7 @@ from oocpatch import door
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
 from oocpatch.storage.lock import holder
-from oocpatch.storage.output_record import OutputRecord, inspect_output
+from oocpatch.storage.output_record import OutputRecord, written
 from oocpatch.storage.workspace import Workspace
 from oocpatch.telling import telling, way_of
 
@@ -110,7 +110,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
         OutputExists: when what lies there is not an output of oocpatch.
     """
     path = door.place("output", output)
-    record = inspect_output(path)
+    record = written(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
     if record.complete:

@@ -291,7 +291,7 @@ def with_pyramids(plan: Plan, max_memory: int) -> Plan:
     needed = OVERHEAD + max(_task_memory(plan, number) for number in range(len(plan.heads)))
     if needed > max_memory:
         raise PlanTooLarge(
-            f"one write unit of the pyramid needs {human(needed)} but max_memory is {human(max_memory)}; "
+            f"one write unit of the pyramid needs {human(needed, up=True)} but max_memory is {human(max_memory)}; "
             "raise max_memory, lower output_shards or output_chunks, or write output_format='zarr'"
         )
     return replace(plan, projected_memory=max(plan.projected_memory, needed))

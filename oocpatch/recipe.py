@@ -194,8 +194,8 @@ def _place(volume: Volume, folder: Path, name: str, request: Request, made: Plan
     if request.max_disk is not None and made.projected_disk + size > request.max_disk:
         raise PlanTooLarge(
             f"workers need the {name} on disk, and it is in memory: the workspace would need "
-            f"{human(made.projected_disk + size)} but max_disk is {human(request.max_disk)}; raise max_disk, or store "
-            "it as Zarr and pass its path"
+            f"{human(made.projected_disk + size, up=True)} but max_disk is {human(request.max_disk)}; raise max_disk, "
+            "or store it as Zarr and pass its path"
         )
     side = max(1, int((COPIED / volume.dtype.itemsize) ** (1 / len(source.shape))))
     array = zarr.create_array(

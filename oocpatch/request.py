@@ -137,7 +137,7 @@ class Request:
             if list(asked) != list(there):
                 found["block_shape"] = (list(asked), list(there))
         if found:
-            told = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (new, old) in found.items())
+            told = "; ".join(f"{name}: {_told(old)} before, {_told(new)} now" for name, (new, old) in found.items())
             raise RunMismatch(
                 f"{self.output} belongs to a run with other parameters ({told}); "
                 "repeat its call, choose another output, or start afresh with overwrite=True",
@@ -233,18 +233,20 @@ def make_request(
         "fill": door.number("fill", fill),
         "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
         "device": found_device,
-        "autocast": bool(autocast),
+        "autocast": door.flag("autocast", autocast),
         "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
         "ome": found_format != "zarr",
         "output_fill": door.number("output_fill", output_fill),
-        "allow_nonfinite": bool(allow_nonfinite),
-        "skip_value": empty_value(data) if skip_empty else None,
+        "allow_nonfinite": door.flag("allow_nonfinite", allow_nonfinite),
+        "skip_value": empty_value(data) if door.flag("skip_empty", skip_empty) else None,
         # A process of a cluster works on one block at a time.
         "workers": 1 if client is not None else processes,
         "processes": processes,
     }
+    if padding_mode == "constant":
+        door.held("fill", options["fill"], str(data.dtype))
     if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
         raise ValueError(
             "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
@@ -299,6 +301,18 @@ def make_request(
     return request
 
 
+def _told(value: Any) -> str:
+    """A parameter for people; of a digest, as much as two need to be told apart.
+
+    >>> _told("hann"), _told([["03c362d21bea8ec99857", 4]])
+    ("'hann'", '[[03c362d2, 4]]')
+    """
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_told, value))}]"
+    digest = isinstance(value, str) and len(value) >= 16 and set(value) <= set("0123456789abcdef")
+    return value[:8] if digest else repr(value)
+
+
 def is_auto(value: object) -> bool:
     """Whether a size is to be chosen."""
     return isinstance(value, str) and value == AUTO
@@ -322,7 +336,10 @@ def _mask(mask: Any, volume: Volume) -> Mask:
     Raises:
         ValueError: when it cannot lie over the volume.
     """
-    given = mask if isinstance(mask, Volume) else Volume(mask)
+    try:
+        given = mask if isinstance(mask, Volume) else Volume(mask)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"mask: {error}") from error
     for names in (volume.names, volume.names[-volume.spatial_ndim :]):
         if len(given.source.shape) == len(names):
             found = Volume(given.source, names)

@@ -251,6 +251,8 @@ def _decide(
     Raises:
         OutputExists, OutputBusy, RunMismatch: when this call must not touch it.
     """
+    door.flag("resume", resume)
+    door.flag("overwrite", overwrite)
     if request.client is not None:
         from oocpatch.recipe import refuse_cluster  # noqa: PLC0415 - a second of imports, for clusters only
 

@@ -34,7 +34,7 @@ from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_ch
 from oocpatch.storage.ledger import Record, segments, standing
 from oocpatch.storage.lock import locked
 from oocpatch.storage.output import array_paths, channel_place
-from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, inspect_output, rewrite
+from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, rewrite, written
 from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 
@@ -176,7 +176,7 @@ def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Da
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
     try:
-        record = inspect_output(path)
+        record = written(path)
         if record is None:
             raise ValueError(f"there is no output at {path}: it is an empty directory")
         if (path / ".zgroup").is_file():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import oocpatch
 from tests.children import unchanged
 from tests.small_volume import make_small_volume
 from tests.test_bad_output import FOREIGN
@@ -92,3 +96,49 @@ def test_another_run_is_refused(volume: Path, tmp_path: Path, command: Command) 
     assert ended == 3
     assert "patch_size" in err
     assert "Traceback" not in err
+
+
+def test_another_model_is_named_briefly(volume: Path, tmp_path: Path, command: Command) -> None:
+    arguments = ["predict", volume, tmp_path / "out.zarr", "--patch-size", 8, "--model"]
+    assert command(*arguments, "identity")[0] == 0
+    ended, _, err = command(*arguments, "torch.nn:ReLU")
+    assert ended == 3
+    assert re.search(r"\(model: [0-9a-f]{8} before, [0-9a-f]{8} now\)", err)
+
+
+@pytest.mark.parametrize("verb", ["status", "check"])
+def test_looking_at_what_no_run_wrote_asks_for_an_output(verb: str, volume: Path, command: Command) -> None:
+    ended, out, err = command(verb, volume)
+    assert ended == 3
+    assert f"oocpatch wrote, but {volume} holds other data" in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["lint", "no.zarr"], "path not found: no.zarr does not exist"),
+        (["view", __file__], "must be a Zarr array or group, or a file that ends in"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_told_plainly(arguments: list[str], told: str, command: Command) -> None:
+    ended, out, err = command(*arguments)
+    assert ended == 2
+    assert told in err
+    assert not out
+
+
+@pytest.mark.parametrize(("limit", "code"), [("lots", 2), ("1MiB", 3)])
+def test_a_demo_refuses_its_options_before_it_makes_its_volume(
+    limit: str, code: int, tmp_path: Path, command: Command
+) -> None:
+    ended, _, err = command("demo", tmp_path / "demo", "--max-memory", limit)
+    assert ended == code
+    assert "max_memory" in err
+    assert "made" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "oocpatch", "--version"], capture_output=True, text=True, check=True)
+    assert oocpatch.__version__ in done.stdout

@@ -16,6 +16,7 @@ import torch
 import zarr
 
 import oocpatch
+from oocpatch import door
 from tests.children import file_digests, unchanged
 from tests.small_volume import make_small_volume, predict
 
@@ -56,6 +57,13 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "axes of another length": ({"axes": "zyx"}, r"axes.*zyx"),
     "axis named twice": ({"axes": "yy"}, r"axes.*y.*y"),
     "no spatial axis": ({"axes": "tc"}, r"axes.*t.*c"),
+    "a switch that is a text": ({"overwrite": "no"}, r"overwrite.*True or False.*no"),
+    "another switch that is a text": ({"resume": "never"}, r"resume.*True or False.*never"),
+    "precision that is a text": ({"autocast": "bf16"}, r"autocast.*True or False.*bf16"),
+    "fill that the output cannot hold": ({"output_fill": 300, "output_dtype": "uint8"}, r"output_fill.*0 to 255.*300"),
+    "fill that no label is": ({"output_fill": float("nan"), "postprocess": "argmax"}, r"output_fill.*0 to 255.*nan"),
+    "fraction in an integer output": ({"output_fill": 0.5, "output_dtype": "int8"}, r"output_fill.*-128 to 127.*0\.5"),
+    "mask that is not there": ({"mask": "no-mask.zarr"}, r"mask: .*no-mask\.zarr"),
     "memory that is no size": ({"max_memory": "lots"}, r"max_memory.*lots"),
     "negative memory": ({"max_memory": -1}, r"max_memory.*-1"),
     "disk that is no size": ({"max_disk": "2GiBs"}, r"max_disk.*2GiBs"),
@@ -277,6 +285,26 @@ def test_the_numbers_of_a_refusal_are_true(tmp_path: Path) -> None:
         break
     else:
         raise AssertionError("no limit up to 800 MiB was enough for a volume of 250 KiB")
+
+
+def test_the_memory_that_a_refusal_names_is_enough(tmp_path: Path) -> None:
+    """Threads for chunks grow with the limit, and a number that is rounded down is too small by a little."""
+    volume = np.zeros((60, 90, 100), np.uint16)
+    net = torch.nn.Conv3d(1, 2, 3, padding=1)
+    for chunk in (16, 37, 90):
+        asked = {"patch_size": 32, "output_chunks": (1, chunk, chunk), "axes": "zyx"}
+        with pytest.raises(oocpatch.PlanTooLarge) as refusal:
+            oocpatch.plan(volume, net, tmp_path / "o", **asked, max_memory="2MiB")
+        told = re.search(r"needs (\d+\.\d [KM]iB)", str(refusal.value))
+        assert told
+        plan = oocpatch.plan(volume, net, tmp_path / "o", **asked, max_memory=told[1])
+        assert plan.projected_memory <= door.num_bytes("max_memory", told[1])
+
+
+@pytest.mark.parametrize(("dtype", "fill"), [("uint8", 300), ("uint8", -1), ("int16", 0.5), ("uint8", float("nan"))])
+def test_padding_that_the_volume_cannot_hold_is_refused(dtype: str, fill: float, output: Path) -> None:
+    with pytest.raises(ValueError, match=rf"fill must be a whole number from .* as {dtype} holds them, got {fill}"):
+        predict(np.zeros((20, 20), dtype), output, patch_size=8, padding_mode="constant", fill=fill)
 
 
 def test_disk_too_small_for_the_workspace_is_refused_with_the_numbers(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -283,6 +284,15 @@ def test_every_expected_error_has_its_exit_code(
     result = run("predict", "in.zarr", "out.zarr", *IDENTITY)
     assert result.exit_code == code
     assert one_line(result)
+
+
+@pytest.mark.usefixtures("data")
+def test_a_full_disk_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(oocpatch, "plan", refuse)
+    assert "make room, and the same command continues" in one_line(run("predict", "in.zarr", "out.zarr", *IDENTITY))
 
 
 @pytest.mark.usefixtures("data")

@@ -334,7 +334,7 @@ def test_what_is_not_chosen_is_told(tmp_path: Path) -> None:
         ("broken.nii.gz", r"volume cannot be read: broken.nii.gz \("),
         ("broken.tif::lvl=2", r"must be the path of a dataset, level=NUMBER.*got 'lvl=2'"),
         ("volume.zarr::level=2", r"what follows '::' is for files that end in .tif"),
-        ("text.txt", r"must be a Zarr array or group .*or a file that ends in .tif"),
+        ("text.txt", r"must be a Zarr array or group.*or a file that ends in .tif"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_clear_message(

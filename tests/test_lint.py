@@ -376,8 +376,8 @@ def test_the_command_prints_findings_and_ends_with_one(written: Path, tmp_path: 
         "  .: units must have the long names of the format, got 'um' of y; write micrometer [units]\n"
     )
     zarr.create_group(tmp_path / "plain.zarr")
-    for missing in ("plain.zarr", "nowhere.zarr"):
+    for missing, told in (("plain.zarr", "must be an OME-Zarr, got "), ("nowhere.zarr", "not found: ")):
         done = CliRunner().invoke(main, ["lint", str(tmp_path / missing)])
         assert done.exit_code == 2
-        assert done.stderr.startswith("oocpatch: path must be an OME-Zarr, got ")
+        assert done.stderr.startswith(f"oocpatch: path {told}")
         assert len(done.stderr.splitlines()) == 1

@@ -92,6 +92,30 @@ def test_the_same_call_again_lists_what_a_crash_kept_from_it(image: Path) -> Non
     assert lists.stat().st_mtime_ns == written
 
 
+def test_an_image_that_is_replaced_still_lists_the_labels_beside_it(image: Path) -> None:
+    label(image, "nuclei")
+    version = "ome-zarr" if (image / "zarr.json").exists() else "ome-zarr-0.4"
+    RUNS["2-D"].predict(image, output_format=version, overwrite=True)
+    still_listed(image)
+
+
+def test_an_image_that_is_repaired_still_lists_the_labels_beside_it(tmp_path: Path) -> None:
+    RUNS["2-D"].predict(tmp_path / "in.zarr")
+    label(tmp_path / "in.zarr", "nuclei")
+    (tmp_path / "in.zarr/scale0/image/c/0/0").unlink()
+    assert not oocpatch.verify(tmp_path / "in.zarr", repair=True).passed
+    RUNS["2-D"].predict(tmp_path / "in.zarr")
+    still_listed(tmp_path / "in.zarr")
+    assert oocpatch.verify(tmp_path / "in.zarr").passed
+
+
+def still_listed(image: Path) -> None:
+    values = RUNS["2-D"].volume().values > 2.5
+    assert oocpatch.lint(image).findings == ()
+    assert_array_equal(zarr.open_group(image, mode="r", use_consolidated=True)["labels/nuclei/scale0/image"], values)
+    assert listed(image) == ["nuclei"]
+
+
 def test_labels_beside_heads_that_a_run_wrote_keep_its_checksums_right(tmp_path: Path) -> None:
     RUNS["labels beside an image"].predict(tmp_path / "in.zarr")
     label(tmp_path / "in.zarr", "bright")

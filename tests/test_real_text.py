@@ -72,7 +72,9 @@ def fetch() -> Path:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     pytest.importorskip("onnxruntime", reason="runs the network; it is in the extra `onnx`")
     drawing = pytest.importorskip("PIL.ImageDraw", reason="draws the page; it is in the extra `demo`")
-    images, fonts = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageFont")
+    images, fonts = (
+        pytest.importorskip(f"PIL.{name}", reason="draws the page; see above") for name in ("Image", "ImageFont")
+    )
     image = images.new("RGB", SHAPE[::-1], "white")
     draw, font = drawing.Draw(image), fonts.load_default(size=32)
     words: list[str] = re.findall(r"\w+", "out of core patch volume seam block window halo plan ledger")
@@ -106,7 +108,7 @@ def found(page: Page) -> Array:
 
 def by_hand(page: Page) -> Any:
     """The network as a function of one patch, by onnxruntime alone."""
-    runtime = pytest.importorskip("onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="runs the network; it is in the extra `onnx`")
     session = runtime.InferenceSession(str(page.network), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda patch: session.run(None, {name: ((patch[None] - 127.5) / 127.5).astype(np.float32)})[0][0]

@@ -97,8 +97,8 @@ class Accumulation:
         needed = memory_needed(self._specs, given)
         if needed > self._limit:
             raise PlanTooLarge(
-                f"one patch needs {human(needed)} (the tiles it lies in, {self._tiles_told()}, and the writing of one) "
-                f"but max_memory is {human(self._limit)}; lower output_chunks or raise max_memory"
+                f"one patch needs {human(needed, up=True)} (the tiles it lies in, {self._tiles_told()}, and the "
+                f"writing of one) but max_memory is {human(self._limit)}; lower output_chunks or raise max_memory"
             )
         self._reserve = max(self._reserve, needed - sum(tile_set_bytes(s, given[s.name]) for s in self._specs))
         self._measure_room()
@@ -172,7 +172,7 @@ class Accumulation:
         if self._needed(visits) > self._room:
             raise PlanTooLarge(
                 f"what is kept on patches in the workspace leaves {human(max(0, self._room))} of max_memory, which is "
-                f"{human(self._limit)}, and one patch needs {human(needed)}; raise max_memory"
+                f"{human(self._limit)}, and one patch needs {human(needed, up=True)}; raise max_memory"
             )
 
     def _needed(self, visits: Mapping[str, Visit]) -> int:

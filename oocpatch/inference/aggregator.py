@@ -111,6 +111,10 @@ class PatchAggregator:
         if store is not None:
             self._open(store)
 
+    def __repr__(self) -> str:
+        where = "in memory" if self._output is None else f"at {self._output.path}"
+        return f"PatchAggregator({self._shape}, {self._mode!r}, patch_overlap={self._overlap}, {where})"
+
     # Patches
 
     def add_batch(

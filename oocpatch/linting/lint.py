@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import zarr
@@ -88,6 +89,8 @@ def lint(path: str | os.PathLike[str]) -> LintReport:
     ('units', "units must have the long names of the format, got 'um' of y; write micrometer")
     """
     address = local_or_url(path)
+    if isinstance(address, Path) and not address.exists():
+        raise ValueError(f"path not found: {address} does not exist")
     store = address if isinstance(address, str) else LocalStore(address, read_only=True)
     try:
         container = zarr.open_group(store, mode="r", use_consolidated=False)

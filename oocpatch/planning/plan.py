@@ -221,6 +221,10 @@ class Plan:
         """The plan in a notebook: its numbers and its picture."""
         return f"<pre>{html.escape(str(self))}</pre>{self.draw()}"
 
+    def __repr__(self) -> str:
+        """The plan in a console: its numbers."""
+        return str(self)
+
     def __str__(self) -> str:
         def size(values: Ints) -> str:
             return " x ".join(map(str, values))
@@ -275,14 +279,15 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def human(size: float) -> str:
-    """A number of bytes for people.
+def human(size: float, *, up: bool = False) -> str:
+    """A number of bytes for people; with `up`, not less than it is: as a limit it is enough.
 
-    >>> human(1536), human(3 << 30)
-    ('1.5 KiB', '3.0 GiB')
+    >>> human(1536), human(3 << 30), human((3 << 30) + 1, up=True)
+    ('1.5 KiB', '3.0 GiB', '3.1 GiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if size < 1024 or unit == "PiB":
+            size = math.ceil(size * 10) / 10 if up else size
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError

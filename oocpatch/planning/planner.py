@@ -68,15 +68,32 @@ def choose(
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and what to change.
     """
-    threads = io_threads(max_memory, sizes.unit_bytes)
-    frames = Frames(sizes)
+    grids = list(_candidates(grid, common_unit(sizes.heads), block_shape, crop=crops(sizes.heads)))
     candidates: list[_Candidate] = []
-    for blocks in _candidates(grid, common_unit(sizes.heads), block_shape, crop=crops(sizes.heads)):
+    for threads in dict.fromkeys((io_threads(max_memory, sizes.unit_bytes), 1)):  # one only where more do not fit
+        candidates = _ways(grids, sizes, threads)
+        best = _best(candidates, max_memory, max_disk)
+        if best is not None:
+            found, concurrency = best
+            choice = Choice(found.frame.blocks, found.way, concurrency, found.projection)
+            return _with_workers(choice, workers, max_memory)
+    raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
+
+
+def _ways(grids: list[BlockGrid], sizes: Sizes, threads: int) -> list[_Candidate]:
+    """All ways to go about the blocks, with so many threads for chunks."""
+    frames, candidates = Frames(sizes), []
+    for blocks in grids:
         frame, heads = frames.of(blocks)
         for aligned in (True, False):
             moved = traffic(frame, heads, sizes, NOMINAL[0], aligned=aligned)
             ways = (Way(aligned, ahead, threads) for ahead in (True, False))
             candidates += [_Candidate(frame, heads, sizes, way, moved) for way in ways]
+    return candidates
+
+
+def _best(candidates: list[_Candidate], max_memory: int, max_disk: int | None) -> tuple[_Candidate, int] | None:
+    """The candidate that costs least of those that fit, and how many tasks at a time; None when none fits."""
     best: tuple[float, _Candidate, int] | None = None
     for candidate in sorted(candidates, key=lambda c: c.cost(NOMINAL[0])):
         if best is not None and candidate.cost(NOMINAL[0]) >= best[0]:
@@ -86,10 +103,7 @@ def choose(
         concurrency = candidate.concurrency(max_memory)
         if concurrency and (best is None or candidate.cost(concurrency) < best[0]):
             best = candidate.cost(concurrency), candidate, concurrency
-    if best is None:
-        raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
-    _, found, concurrency = best
-    return _with_workers(Choice(found.frame.blocks, found.way, concurrency, found.projection), workers, max_memory)
+    return None if best is None else best[1:]
 
 
 @dataclass(frozen=True)
@@ -206,8 +220,8 @@ def _refusal(candidates: list[_Candidate], max_memory: int, max_disk: int | None
         for candidate in sorted(candidates, key=lambda c: c.moved.disk):
             if candidate.concurrency(max_memory):
                 return (
-                    f"the workspace needs {human(candidate.moved.disk)} of disk but max_disk is {human(max_disk)}; "
-                    "raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
+                    f"the workspace needs {human(candidate.moved.disk, up=True)} of disk but max_disk is "
+                    f"{human(max_disk)}; raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
                 )
     smallest: Projection | None = None
     for candidate in sorted(candidates, key=lambda c: c.least):
@@ -218,6 +232,6 @@ def _refusal(candidates: list[_Candidate], max_memory: int, max_disk: int | None
     assert smallest is not None, "a grid has at least one candidate"
     parts = ", ".join(f"{name} {human(n)}" for name, n in smallest.parts if n)
     return (
-        f"one layer of patches needs {human(smallest.memory(1))} ({parts}) but max_memory is {human(max_memory)}; "
-        "raise max_memory, or lower batch_size, patch_size, block_shape or output_chunks"
+        f"one layer of patches needs {human(smallest.memory(1), up=True)} ({parts}) but max_memory is "
+        f"{human(max_memory)}; raise max_memory, or lower batch_size, patch_size, block_shape or output_chunks"
     )

@@ -108,6 +108,11 @@ class GridSampler(Dataset[Subject]):
             )
         self.locations = Locations(grid, range(len(grid)))
 
+    def __repr__(self) -> str:
+        return (
+            f"GridSampler({len(self):,} patches of {self.patch_size}, overlap {self.patch_overlap}, of {self.subject})"
+        )
+
     def without(self, done: Container[PatchLocation]) -> Self:
         """The same sampler without the patches at some locations, such as those of a loop that was interrupted.
 

@@ -33,6 +33,9 @@ class VolumeBatch:
 
     data: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"VolumeBatch({tuple(self.data.shape)}, {self.data.dtype})"
+
 
 @dataclass(slots=True, eq=False)
 class SubjectsBatch:
@@ -77,6 +80,10 @@ class SubjectsBatch:
 
     def __getitem__(self, name: str) -> Any:
         return self.images[name] if name in self.images else self.metadata[name]
+
+    def __repr__(self) -> str:
+        volumes = ", ".join(f"{name} {tuple(volume.data.shape)}" for name, volume in self.images.items())
+        return f"SubjectsBatch({volumes}; {', '.join(self.metadata) or 'no metadata'})"
 
     def __len__(self) -> int:
         """Number of patches."""

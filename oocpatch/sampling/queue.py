@@ -160,6 +160,10 @@ class Queue(IterableDataset[Subject]):
         """`max_memory` for people, such as `1.5 GiB`."""
         return human(self.max_memory)
 
+    def __repr__(self) -> str:
+        told = f"{len(self.subjects):,} subjects, {self.patches_per_volume:,} patches of each"
+        return f"Queue({told}, at most {self.max_length:,} here: {self.max_memory_pretty})"
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is, also to workers that run already."""
         self.passes.set_epoch(epoch)

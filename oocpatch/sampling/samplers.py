@@ -64,6 +64,10 @@ class UniformSampler(IterableDataset[Subject]):
         self.passes = Passes(seed)
         self.check(subject)
 
+    def __repr__(self) -> str:
+        number = "no end of" if self.num_patches is None else f"{self.num_patches:,}"
+        return f"{type(self).__name__}({number} patches of {self.patch_size} from {self.subject})"
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass is, also to workers that run already."""
         self.passes.set_epoch(epoch)

@@ -50,6 +50,9 @@ class LoadedVolume:
         if self.data.ndim < 2:
             raise ValueError(f"a tensor must have shape (C, *spatial), got {tuple(self.data.shape)}")
 
+    def __repr__(self) -> str:
+        return f"LoadedVolume({tuple(self.data.shape)}, {self.data.dtype})"
+
     @property
     def channels(self) -> int:
         return int(self.data.shape[0])

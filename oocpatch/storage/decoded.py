@@ -96,9 +96,15 @@ class _After:
 
 
 def _name(codec: Any) -> str:
-    """`zstd`, `blosc`, ... of a codec of Zarr v3 or of numcodecs."""
-    found = getattr(codec, "codec_id", None) or type(codec).__name__.removesuffix("Codec").lower()
-    return str(found).rpartition(".")[2]
+    """`zstd`, `blosc`, ... of a codec of Zarr v3, of numcodecs or of imagecodecs."""
+    found = str(getattr(codec, "codec_id", None) or type(codec).__name__.removesuffix("Codec").lower())
+    if found.startswith(OTHERS) and not getattr(codec, "header", True):
+        return found  # no size before it
+    return found.rpartition(".")[2].removeprefix(OTHERS)
+
+
+OTHERS = "imagecodecs_"
+"""What imagecodecs puts before the names of its codecs. Those of pictures, pcodec and zfp tell no size."""
 
 
 def nothing(_: Bytes, __: int) -> int:
@@ -207,9 +213,13 @@ def _lzma(codec: Any) -> Told:
 
 _TOLD: dict[str, Told] = {
     "blosc": _blosc,
+    "blosc2": _blosc,
     "lz4": _lz4,
+    "lzf": _lz4,
     "zstd": _zstd,
     "gzip": _inflated(lambda: _Zlib(31)),
     "zlib": _inflated(lambda: _Zlib(15)),
+    "zlibng": _inflated(lambda: _Zlib(15)),
+    "deflate": _inflated(lambda: _Zlib(15)),
     "bz2": _inflated(bz2.BZ2Decompressor),
 }

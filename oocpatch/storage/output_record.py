@@ -71,6 +71,18 @@ def inspect_output(path: Address) -> OutputRecord | None:
         raise OutputExists(foreign) from error
 
 
+def written(path: Address) -> OutputRecord | None:
+    """What lies at a place that is only looked at; None when nothing does.
+
+    Raises:
+        OutputExists: when it is something that oocpatch did not write.
+    """
+    try:
+        return inspect_output(path)
+    except OutputExists as error:
+        raise OutputExists(f"output must be one that oocpatch wrote, but {path} holds other data") from error
+
+
 def group_format(path: Address) -> Literal[2, 3]:
     """Zarr's format of a group; where a crash left both, the newer."""
     return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
@@ -125,6 +137,7 @@ def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
 
 
 def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop what the record does not list."""
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others}]:
+    """Drop what the record does not list; labels that lie beside an image are listed with it, whoever wrote them."""
+    beside = {"labels"} if record.details.get("pyramids") else set()
+    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others, *beside}]:
         del members[name]

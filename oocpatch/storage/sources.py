@@ -132,8 +132,9 @@ def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
     try:
         return zarr.open(address, mode="r")
     except Exception as error:
+        why = "" if isinstance(error, FileNotFoundError) else f" ({type(error).__name__}: {_line(error)})"
         raise ValueError(
-            f"volume cannot be read: {address} must be a Zarr array or group ({type(error).__name__}: {_line(error)}), "
+            f"volume cannot be read: {address} must be a Zarr array or group{why}, "
             f"or a file that ends in {', '.join(e for endings in SUFFIXES.values() for e in endings)}"
         ) from error
 

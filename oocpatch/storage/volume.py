@@ -41,6 +41,8 @@ class Volume:
         ValueError: when the source cannot be read as one array, or the axes do not fit.
 
     >>> volume = Volume(np.arange(24).reshape(4, 6))
+    >>> volume
+    Volume(y: 4, x: 6; 1 channel(s), int64)
     >>> volume.channels, volume.shape
     (1, (4, 6))
     >>> volume.read(Box((2, 4), (4, 8)), "edge").tolist()
@@ -61,6 +63,11 @@ class Volume:
             raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}{told}")
         if any(n < 1 for n in data.chunks):
             raise ValueError(f"the volume's chunks must have at least one voxel, got {data.chunks}{told}")
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {n}" for name, n in zip(self.names, self.shape, strict=True))
+        where = f", {self.source.location}" if self.source.location is not None else ""
+        return f"Volume({sizes}; {self.channels} channel(s), {self.dtype}{where})"
 
     @property
     def channels(self) -> int:

@@ -260,7 +260,9 @@ def test_weights_of_a_state_dict_reach_the_model(weighted: State, wrap: Callable
 
 
 def test_weights_of_safetensors_reach_the_model(weighted: State) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="writes the weights; it is in the extra `safetensors`"
+    )
     safetensors.save_file(weighted, "weights.safetensors")
     model = load_model(WEIGHTS_SPEC, weights="weights.safetensors")
     assert model(torch.tensor([[1.0, 1.0]])).tolist() == [[8.0, 13.0]]

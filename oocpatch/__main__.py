@@ -1,0 +1,6 @@
+"""`python -m oocpatch` is the command `oocpatch`."""
+
+from oocpatch.cli import main
+
+if __name__ == "__main__":
+    main()
