@@ -46,9 +46,14 @@ SYNC_FILE_RANGE_WRITE = 2
 """Of Linux: begin to write, wait for nothing."""
 
 
-def start_writing(file: int) -> None:
+WORTH_STARTING = 1 << 18
+"""Bytes of a file from which on it is worth a request of its own to the disk."""
+
+
+def start_writing(file: int, size: int) -> None:
     """Have the disk begin with what was written to an open file, so that there is little to wait for at the end."""
-    if hasattr(_LIBRARY, "sync_file_range"):  # a hint: whether it failed is found when all is flushed
+    # A hint: whether it failed is found when all is flushed.
+    if size >= WORTH_STARTING and hasattr(_LIBRARY, "sync_file_range"):
         _LIBRARY.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
@@ -59,7 +64,7 @@ def write_soon(path: Path, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
-        start_writing(file)
+        start_writing(file, len(data))
     finally:
         os.close(file)
 

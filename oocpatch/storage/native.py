@@ -202,12 +202,12 @@ class StagedArray:
 
     def _take(self, key: str) -> int:
         """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
-        crc = 0
+        crc = size = 0
         try:
             with (self._aside / key).open("rb", buffering=0) as file:
                 while piece := file.read(PORTION):
-                    crc = bytes_checksum(piece, crc)
-                start_writing(file.fileno())
+                    size, crc = size + len(piece), bytes_checksum(piece, crc)
+                start_writing(file.fileno(), size)
             self._rename(self._aside / key, key)
         except FileNotFoundError:
             if (self._aside / key).exists():
