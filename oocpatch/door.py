@@ -105,7 +105,7 @@ def num_bytes(name: str, value: int | float | str) -> int:
         ValueError: when it is not a positive number of bytes.
     """
     try:
-        parsed = int(parse_bytes(value))
+        parsed = int(parse_bytes(_plain_number(value)))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} must be a number of bytes such as 4000000 or '2GiB', got {value!r}") from error
     if parsed <= 0:
@@ -283,7 +283,13 @@ def number(name: str, value: float) -> float:
     """A checked number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return value if isinstance(value, int) else float(value)
+    found = _plain_number(value)
+    return found if isinstance(found, int) else float(found)
+
+
+def _plain_number(value: Any) -> Any:
+    """Of a number of numpy, Python's, which JSON can hold."""
+    return value.item() if isinstance(value, np.number) else value
 
 
 def held(name: str, value: float, dtype: str) -> None:

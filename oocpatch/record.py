@@ -32,8 +32,8 @@ def versions() -> dict[str, str]:
 def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call as JSON can hold them; paths become absolute, what is no plain value is described.
 
-    >>> settings({"patch_size": (8, 8), "model": len, "mask": None})
-    {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>'}
+    >>> settings({"patch_size": (8, 8), "model": len, "output_dtype": np.float64})
+    {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>', 'output_dtype': 'float64'}
     """
     return {
         name: _absolute(value) if name in ("volume", "output", "mask", "workspace") else _told(value)
@@ -54,6 +54,8 @@ def _told(value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return str(np.dtype(value))
     if isinstance(value, Mapping):
         return {str(k): _told(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -63,7 +65,8 @@ def _told(value: Any) -> Any:
 
 def _described(value: Any) -> str:
     """An object in words."""
-    if shape := getattr(value, "shape", None):
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
         return f"<{type(value).__name__} of shape {' x '.join(map(str, shape))}>"
     name = getattr(value, "__qualname__", None)
     return f"<{type(value).__name__}{f' {name}' if name else ''}>"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import xarray
 
@@ -51,3 +53,34 @@ def test_a_plan_shows_its_numbers_and_the_accessor_what_it_can_do(tmp_path: Path
     assert repr(plan) == str(plan)
     assert "12 of 16 x 16" in repr(plan)
     assert ".predict(model, output, ...)" in repr(array.oocpatch)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.dtype("float64"), torch.float64, "float64", float], ids=repr)
+def test_a_dtype_may_be_given_in_every_way_that_people_write_it(dtype: Any, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((20, 20))
+    asked = {"patch_size": 16, "overlap_mode": "crop", "output_dtype": dtype, "progress": "none"}
+    result = oocpatch.predict(values, torch.nn.Identity(), tmp_path / "out.zarr", **asked)
+    assert result.dtype == np.float64
+    assert np.array_equal(result, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fill", np.float32(0)),
+        ("fill", np.int16(3)),
+        ("output_fill", np.float32(1)),
+        ("max_memory", np.int64(64 << 20)),
+        ("patch_overlap", np.int64(8)),
+        ("patch_size", np.array([16, 16])),
+        ("batch_size", np.uint8(2)),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_are_numbers(name: str, value: Any, tmp_path: Path) -> None:
+    """Also to a run that is resumed: the same number of Python is the same argument."""
+    values = np.random.default_rng(0).random((20, 20))
+    asked = {"patch_size": 16, "overlap_mode": "crop", "padding_mode": "constant", "progress": "none"}
+    for given in (value, value.tolist()):
+        result = oocpatch.predict(values, torch.nn.Identity(), tmp_path / "out.zarr", **{**asked, name: given})
+        assert np.array_equal(result, values)
