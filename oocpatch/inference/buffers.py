@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import math
 import mmap
 from collections.abc import Sequence
@@ -64,7 +63,6 @@ LIGHT = 8 << 20
 """A model that adds no more than these bytes is light."""
 
 
-@functools.cache
 def lean_heap(chunks: int = 0, model: int = 0) -> None:
     """Keep the heap from holding on to what is freed, where the C library is glibc.
 
