@@ -15,7 +15,7 @@ from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Task
 from oocpatch.inference.stages import Done, Job, normalize_block, predict_block, window
 from oocpatch.layout import postprocess_of
-from oocpatch.planning.memory import KEPT_BY_HEAP, TILE, kept_chunk_bytes, reading
+from oocpatch.planning.memory import TILE, kept_chunk_bytes, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request
 from oocpatch.storage.output import Output
@@ -46,9 +46,7 @@ def open_job(
         on_patches: told the number of patches that are done with.
     """
     units = [math.prod(head.unit) * head.out_channels * np.dtype(head.out_dtype).itemsize for head in made.heads]
-    unit = max(request.volume.chunk_bytes, *units)
-    model = dict(made.memory_parts).get("model", 0) if unit <= KEPT_BY_HEAP else 0
-    lean_heap(kept_chunk_bytes(made.way.io_threads, unit), model)
+    lean_heap(kept_chunk_bytes(made.way.io_threads, max(request.volume.chunk_bytes, *units)))
     predictor = request.predictor(
         copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
     )

@@ -59,11 +59,8 @@ MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 LEAST_TRIM = 4 << 20
 """Bytes of free memory at the end of the heap that it may keep at least."""
 
-LIGHT = 8 << 20
-"""A model that adds no more than these bytes is light."""
 
-
-def lean_heap(chunks: int = 0, model: int = 0) -> None:
+def lean_heap(chunks: int = 0) -> None:
     """Keep the heap from holding on to what is freed, where the C library is glibc.
 
     Left alone, its threshold for mapping grows with the blocks it sees, and each of a dozen threads keeps megabytes of
@@ -73,12 +70,9 @@ def lean_heap(chunks: int = 0, model: int = 0) -> None:
     Args:
         chunks: bytes of chunks that it may keep: what is allocated and freed for each chunk would else be fetched from
             the system anew each time, page by page, which took 0.4 of 3.9 s of CPU time.
-        model: bytes that a call of the model adds. What a light model gives stays in the heap, and is there when it is
-            called again: fetching 2 MiB anew took as long as filling them.
     """
-    light = model if model <= LIGHT else 0
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, max(KEPT_BY_HEAP, light + SMALL))
-        mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2 + light))  # of each arena
+        mallopt(MMAP_THRESHOLD, KEPT_BY_HEAP)
+        mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)
