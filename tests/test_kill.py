@@ -157,7 +157,7 @@ def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_byte
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_cleanly_and_what_is_finished_stays_finished(workers: int, children: Children, job: Job) -> None:
-    job = dataclasses.replace(job, options={**job.options, "workers": workers}, delay=0.01)
+    job = dataclasses.replace(job, options={**job.options, "workers": workers}, delay=0.04)
     expected = undisturbed(children, job)
     pid = children.start(job)
     while len(patch_calls(job)) < 30:
