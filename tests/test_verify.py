@@ -77,7 +77,7 @@ def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
     model: Any, options: dict[str, Any], coder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if coder == "zarrs" and importlib.util.find_spec("zarrs") is None:
-        pytest.skip("zarrs is not installed")
+        pytest.skip("needs zarrs, which is in the extra `fast`")
     if coder == "zarr":
         monkeypatch.setattr("oocpatch.storage.plain.PlainArray.of", lambda _: None)
     if coder != "zarrs":

@@ -50,11 +50,15 @@ WORTH_STARTING = 1 << 18
 """Bytes of a file from which on it is worth a request of its own to the disk."""
 
 
-def start_writing(file: int, size: int) -> None:
-    """Have the disk begin with what was written to an open file, so that there is little to wait for at the end."""
-    # A hint: whether it failed is found when all is flushed.
-    if size >= WORTH_STARTING and hasattr(_LIBRARY, "sync_file_range"):
+def start_writing(path: Path, size: int) -> None:
+    """Have the disk begin with a file of so many bytes, so that there is little to wait for at the end."""
+    if size < WORTH_STARTING or not hasattr(_LIBRARY, "sync_file_range"):
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:  # a hint: whether it failed is found when all is flushed
         _LIBRARY.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+    finally:
+        os.close(file)
 
 
 def write_soon(path: Path, data: bytes) -> None:
@@ -64,9 +68,9 @@ def write_soon(path: Path, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(file, rest) :]
-        start_writing(file, len(data))
     finally:
         os.close(file)
+    start_writing(path, len(data))
 
 
 def flush(path: Address) -> None:

@@ -29,10 +29,10 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, worthwhile
-from oocpatch.storage.checksum import bytes_checksum
+from oocpatch.storage.checksum import bytes_checksum, measured
 from oocpatch.storage.files import start_writing, write_soon
 from oocpatch.storage.plain import PlainArray
-from oocpatch.storage.units import ABSENT, unit_positions
+from oocpatch.storage.units import ABSENT, selected, unit_positions
 
 Selection = tuple[slice, ...]
 
@@ -81,8 +81,7 @@ class NativeArray:
 
     def read_into(self, out: npt.NDArray[Any], selection: Selection) -> None:
         """Read a selection into a C-contiguous array of the array's dtype."""
-        spans = [part.indices(n)[:2] for part, n in zip(selection, self._array.shape, strict=True)]
-        box = Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+        box = selected(selection, self._array.shape)
         with self._turn, os_errors():
             portions = list(self._portions(box))
             if len(portions) == 1:
@@ -202,12 +201,9 @@ class StagedArray:
 
     def _take(self, key: str) -> int:
         """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
-        crc = size = 0
         try:
-            with (self._aside / key).open("rb", buffering=0) as file:
-                while piece := file.read(PORTION):
-                    size, crc = size + len(piece), bytes_checksum(piece, crc)
-                start_writing(file.fileno(), size)
+            size, crc = measured(self._aside / key)
+            start_writing(self._aside / key, size)
             self._rename(self._aside / key, key)
         except FileNotFoundError:
             if (self._aside / key).exists():

@@ -29,9 +29,10 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
+from oocpatch.planning.box import Box
 from oocpatch.storage.decoded import declared
 from oocpatch.storage.inflation import ChunkGuard
-from oocpatch.storage.units import unit_positions
+from oocpatch.storage.units import selected, unit_positions
 
 Array = npt.NDArray[Any]
 Selection = tuple[slice, ...]
@@ -53,7 +54,9 @@ class PlainArray:
         self._folder = folder
         self._codec = codec
         self.writes = writes
-        self._guard = ChunkGuard.of(array)
+        guard = ChunkGuard.of(array)
+        assert guard is not None  # the array lies in a local directory
+        self._guard = guard
         self._dtype = np.dtype(array.dtype)
         self._empty = np.asarray(0 if array.fill_value is None else array.fill_value, self._dtype)
         self._bytes = math.prod(array.chunks) * self._dtype.itemsize
@@ -81,19 +84,12 @@ class PlainArray:
         Raises:
             ValueError: when a chunk is damaged, or would decode to more than it should.
         """
-        spans = [part.indices(n)[:2] for part, n in zip(selection, self._array.shape, strict=True)]
-        for position in unit_positions(self._array, tuple(slice(*span) for span in spans)):
-            starts = [p * n for p, n in zip(position, self._array.chunks, strict=True)]
-            ends = [s + n for s, n in zip(starts, self._array.chunks, strict=True)]
-            low = [max(a, s) for (a, _), s in zip(spans, starts, strict=True)]
-            high = [min(b, e) for (_, b), e in zip(spans, ends, strict=True)]
-            target = out[tuple(slice(a - o, b - o) for a, b, (o, _) in zip(low, high, spans, strict=True))]
-            key = self._array.metadata.encode_chunk_key(position)
-            chunk = self._chunk(key)
-            if chunk is None:
-                target[...] = self._empty
-            else:
-                target[...] = chunk[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True))]
+        box, chunks = selected(selection, self._array.shape), self._array.chunks
+        for position in unit_positions(self._array, box.slices()):
+            start = tuple(p * n for p, n in zip(position, chunks, strict=True))
+            common = Box(start, tuple(a + n for a, n in zip(start, chunks, strict=True))) & box
+            chunk = self._chunk(self._array.metadata.encode_chunk_key(position))
+            out[common.slices(box.start)] = self._empty if chunk is None else chunk[common.slices(start)]
 
     def _chunk(self, key: str) -> Array | None:
         """A chunk, valid until the same thread reads the next one; None where none is stored."""
@@ -104,13 +100,11 @@ class PlainArray:
             return None
         try:
             status = os.fstat(file)
-            if self._guard is not None:
-                self._guard.check_size(key, status, self._bytes)
+            self._guard.check_size(key, status, self._bytes)
             data = self._read(file, status.st_size)
         finally:
             os.close(file)
-        if self._guard is not None:
-            self._guard.check_bytes(key, data, self._bytes)
+        self._guard.check_bytes(key, data, self._bytes)
         decoded = self._decoded(key, data)
         if decoded.nbytes != self._bytes:
             raise ValueError(f"chunk {key} of {self._folder} must decode to {self._bytes} bytes, got {decoded.nbytes}")
@@ -144,12 +138,10 @@ class PlainArray:
 
     def encoded(self, selection: Selection, values: Array) -> Iterator[tuple[str, bytes | None]]:
         """The chunks of a selection of whole chunks, in C order: key, and bytes; None: nothing but the fill value."""
-        for position in unit_positions(self._array, selection):
-            inner = tuple(
-                slice(p * n - part.start, min((p + 1) * n, part.stop) - part.start)
-                for p, n, part in zip(position, self._array.chunks, selection, strict=True)
-            )
-            yield self._array.metadata.encode_chunk_key(position), self._encoded(values[inner])
+        box = selected(selection, self._array.shape)
+        parts = box.split(self._array.chunks)
+        for position, part in zip(unit_positions(self._array, selection), parts, strict=True):
+            yield self._array.metadata.encode_chunk_key(position), self._encoded(values[part.slices(box.start)])
 
     def _encoded(self, values: Array) -> bytes | None:
         if values.shape != self._array.chunks:  # at the border

@@ -129,6 +129,16 @@ def units_of(box: Box, unit: Sequence[int]) -> Box:
     )
 
 
+def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
+    """The box that slices select of an array.
+
+    >>> selected((slice(None), slice(1, 9)), (4, 6))
+    Box(start=(0, 1), stop=(4, 6))
+    """
+    spans = [part.indices(n)[:2] for part, n in zip(selection, shape, strict=True)]
+    return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
+
 def unit_positions(array: zarr.Array[Any], selection: tuple[slice, ...]) -> Iterator[Ints]:
     """Positions of the write units of a selection, in C order."""
     units = array.shards or array.chunks

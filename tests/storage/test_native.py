@@ -87,7 +87,7 @@ def test_arrays_that_zarrs_cannot_read_are_left_to_zarr_python(tmp_path):
 def test_whole_units_are_written_as_zarr_python_writes_them(coder, options, tmp_path, monkeypatch):
     if coder == "ours":
         if options not in [p.values[0] for p in PLAIN if p.id != "blosc"]:
-            pytest.skip("not plain")
+            pytest.skip("we write plain chunks only")
         monkeypatch.setattr(NativeArray, "open", lambda *_: None)
     array = zarr.create_array(tmp_path / "a.zarr", shape=(37, 20, 33), chunks=(8, 8, 8), dtype="f4", **options)
     expected = some(array.shape, "f4")
