@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 
 from oocpatch import door
 from oocpatch.planning.plan import Plan
 from oocpatch.request import locks
+from oocpatch.storage.addresses import Address, address
 from oocpatch.storage.lock import holder
 from oocpatch.storage.output_record import OutputRecord, written
 from oocpatch.storage.workspace import Workspace
@@ -33,9 +33,9 @@ def hidden(progress: str | bool) -> bool | None:
     return None if progress == "auto" else progress not in ("bar", True)
 
 
-def root_of(record: OutputRecord) -> Path:
+def root_of(record: OutputRecord) -> Address:
     """The workspace of the run that wrote, or writes, an output."""
-    return Path(record.workspace) / record.run_id
+    return address(record.workspace) / record.run_id
 
 
 @contextlib.contextmanager

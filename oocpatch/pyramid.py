@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,7 +193,7 @@ class Level:
 class Notes:
     """How many regions of each level are done, in a file of the workspace."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Address) -> None:
         self._path = path
         self._done: dict[str, int] = {}
         self._written = time.monotonic()
@@ -241,7 +240,7 @@ def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
 
 
 def build_pyramids(
-    output: Address, workspace: Path, *, max_memory: int, workers: int, progress: str | bool = "none"
+    output: Address, workspace: Address, *, max_memory: int, workers: int, progress: str | bool = "none"
 ) -> None:
     """Make what is not yet made of an output's pyramids; nothing where it has none.
 

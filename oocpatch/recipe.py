@@ -1,7 +1,7 @@
 """What travels to the workers of a cluster: a recipe for their jobs.
 
 Paths, the plan, the model's spec or the pickled module; never an open array, a session or a device. It lies in the
-workspace, which every worker must see under the same path; a task carries its address and SHA-256.
+workspace, which every worker must see under the same address; a task carries its address and SHA-256.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.inference.cluster import check_versions, packed
@@ -27,7 +26,8 @@ from oocpatch.inference.versions import versions_here
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
-from oocpatch.storage.addresses import Address
+from oocpatch.storage.addresses import Address, store_at
+from oocpatch.storage.files import make_folder, remove_tree
 from oocpatch.storage.sources import Source, open_source
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
@@ -42,20 +42,20 @@ class Call:
 
     Attributes:
         token: name of the call.
-        root: the run's directory in the workspace.
+        root: where the run's workspace is.
         digest: SHA-256 of the recipe.
         versions: of the client; a worker with other ones refuses.
         path: directories where the client finds modules, besides what is installed.
     """
 
     token: str
-    root: Path
+    root: Address
     digest: str
     versions: dict[str, str | None]
     path: tuple[str, ...]
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Address:
         """Where the call keeps what its workers read."""
         return self.root / "calls" / self.token
 
@@ -158,8 +158,8 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
     """
     token = secrets.token_hex(8)
     folder = workspace.root / "calls" / token
-    shutil.rmtree(folder.parent, ignore_errors=True)  # of calls that were killed
-    folder.mkdir(parents=True)
+    remove_tree(folder.parent)  # of calls that were killed
+    make_folder(folder)
     try:
         mask = request.selection.mask
         recipe = Recipe(
@@ -175,16 +175,17 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
         path = (str(Path.cwd()), *sys.path[:1])
         yield Call(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+        remove_tree(folder)
+        if isinstance(folder, Path):
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
 
 
 _BUILT = ("volume", "models", "selection", "given", "client")
 """Fields of a request that do not travel as they are."""
 
 
-def _place(volume: Volume, folder: Path, name: str, request: Request, made: Plan) -> Place:
+def _place(volume: Volume, folder: Address, name: str, request: Request, made: Plan) -> Place:
     """Where workers find a volume; one in memory is stored for them."""
     source, names = volume.source, volume.axes.names
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
@@ -199,7 +200,7 @@ def _place(volume: Volume, folder: Path, name: str, request: Request, made: Plan
         )
     side = max(1, int((COPIED / volume.dtype.itemsize) ** (1 / len(source.shape))))
     array = zarr.create_array(
-        LocalStore(folder),
+        store_at(folder),
         name=name,
         shape=source.shape,
         chunks=tuple(min(side, n) for n in source.shape),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 import os
 import pickle
 import socket
@@ -44,7 +45,7 @@ from oocpatch.request import Request
 from oocpatch.storage.addresses import Address
 from oocpatch.storage.files import flush
 from oocpatch.storage.output import Output
-from oocpatch.storage.workspace import Workspace
+from oocpatch.storage.workspace import PLAN, Workspace
 
 LOOK_SECONDS = 1.0
 """How often a worker looks whether the run it works for is still there."""
@@ -192,17 +193,12 @@ def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.Ex
         **rest,
     )
     workspace = Workspace(call.root, made)
-    fence = call.root / "plan.json"
-    looked_at = time.monotonic()
+    fence = _Fence(call.root / PLAN)
 
     def on_patches(_: int) -> None:
-        nonlocal looked_at
         if stopped.is_set():
             raise Stopped
-        if time.monotonic() - looked_at >= LOOK_SECONDS:
-            looked_at = time.monotonic()
-            if not fence.exists():
-                raise Stopped
+        fence.look(LOOK_SECONDS)
 
     output = _Fenced(request.output, made, fence)
     return stack.enter_context(open_job(request, made, workspace, output, on_patches))
@@ -219,6 +215,35 @@ def _importable(folders: tuple[str, ...]) -> Iterator[None]:
         sys.path[:] = before
 
 
+class _Fence:
+    """What is there for as long as a run is.
+
+    Args:
+        path: a file or an object.
+    """
+
+    def __init__(self, path: Address) -> None:
+        self._path = path
+        self._at = -math.inf
+        self._patience = 0.0 if isinstance(path, Path) else LOOK_SECONDS
+
+    def look(self, seconds: float | None = None) -> None:
+        """See whether it is there, if that is not known of so many seconds ago.
+
+        Args:
+            seconds: default: 0; in an object store, where a request takes a while, those of a look now and then. Who
+                was frozen for so long that another one took over has not looked for longer.
+
+        Raises:
+            Stopped: when it is not.
+            OSError: when an object store does not answer.
+        """
+        if time.monotonic() - self._at >= (self._patience if seconds is None else seconds):
+            if not self._path.is_file():
+                raise Stopped
+            self._at = time.monotonic()
+
+
 class _Fenced(Output):
     """An output that is written to only while its run is there.
 
@@ -227,14 +252,13 @@ class _Fenced(Output):
     Args:
         path: the group.
         plan: the plan it was created with.
-        fence: a file that is there for as long as the run is.
+        fence: what is there for as long as the run is.
     """
 
-    def __init__(self, path: Address, plan: Plan, fence: Path) -> None:
+    def __init__(self, path: Address, plan: Plan, fence: _Fence) -> None:
         super().__init__(path, plan)
         self._fence = fence
 
     def write(self, *args: Any, **kwargs: Any) -> None:
-        if not self._fence.exists():
-            raise Stopped
+        self._fence.look()
         super().write(*args, **kwargs)

@@ -28,7 +28,6 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.head import patch_grid
 from oocpatch.planning.plan import differences
 from oocpatch.storage.addresses import Address
-from oocpatch.storage.checksum import text_checksum
 from oocpatch.storage.listing import format_beside
 from oocpatch.storage.output_record import OutputRecord
 from oocpatch.storage.volume import Volume
@@ -43,7 +42,7 @@ class Request:
 
     Attributes:
         volume, models: what to read, and what to run; several are averaged.
-        output, workspace: where the result is, and the directory of what is kept until it is done.
+        output, workspace: where the result is, and where what is kept until it is done.
         patch_size, patch_overlap: with one entry per looped axis (1 and 0) in front of the spatial ones; no patch
             size: it is to be chosen.
         selection: which patches to compute.
@@ -59,7 +58,7 @@ class Request:
     volume: Volume
     models: tuple[Model, ...]
     output: Address
-    workspace: Path
+    workspace: Address
     patch_size: Ints
     patch_overlap: Ints
     selection: Selection
@@ -200,7 +199,7 @@ def make_request(
     """
     lean_heap()  # before the probe of the model, whose memory would stay in the heap
     target = door.place("output", output)
-    place = door.local_path("workspace", workspace) if workspace is not None else workspace_of(target)
+    place = beside(target, "") if workspace is None else door.place("workspace", workspace)
     data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes, level)
     named: tuple[tuple[str, Address], ...] = (("output", target), ("workspace", place))
     for name, path in named:
@@ -362,16 +361,8 @@ def empty_value(volume: Volume) -> float:
 
 
 def beside(output: Address, suffix: str) -> Address:
-    """What a run keeps beside its output: the workspace, and with a suffix the lock."""
+    """What a run keeps beside its output: the workspace unless told, and with a suffix the lock."""
     return output.with_name(f"{output.name}.oocpatch{suffix}")
-
-
-def workspace_of(output: Address) -> Path:
-    """Where the workspace is unless told: beside the output; of one in an object store, in the current directory."""
-    if isinstance(output, Path):
-        return output.with_name(f"{output.name}.oocpatch")
-    # The name alone would be shared by outputs of other buckets.
-    return Path.cwd() / f"{output.name}.{text_checksum(output.url):08x}.oocpatch"
 
 
 def part_lock(output: Address, part: tuple[int, int]) -> Address:

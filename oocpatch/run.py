@@ -23,7 +23,7 @@ from oocpatch import door
 from oocpatch.decide import make_plan, refuse_other_run, resumed
 from oocpatch.errors import OutputBusy, OutputExists
 from oocpatch.executors import all_done, details, open_executor, open_ledger
-from oocpatch.inference.scheduler import Run
+from oocpatch.inference.scheduler import DISTANT_NEWS_SECONDS, NEWS_SECONDS, Run
 from oocpatch.parts import Part, busy
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import hidden, root_of
@@ -35,6 +35,7 @@ from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
 from oocpatch.storage.output import Output, Result, create_output, open_result
 from oocpatch.storage.output_record import OutputRecord, inspect_output
+from oocpatch.storage.segments import WHOLE
 from oocpatch.storage.workspace import Workspace, remove_workspace
 
 logger = logging.getLogger("oocpatch")
@@ -124,8 +125,9 @@ def predict(
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work, in voxels; fixes the bytes of the result across machines.
-        workspace: directory for what is kept until the run is done; default: beside the output, or where that is a
-            URL in the current directory.
+        workspace: path or URL of what is kept until the run is done; default: beside the output, in the same object
+            store where that is in one. Sums go there and are deleted again: a local disk is faster than a bucket, but
+            only from this machine can the run be resumed then.
         workers: blocks to work on at a time; with a client, worker processes to use at most.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
@@ -321,7 +323,7 @@ def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any], 
     """Make the coarser levels, if there are any, and record success."""
     made, memory = workspace.plan, request.max_memory
     build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
-    Output(request.output, made).complete(facts, workspace.root / "ledger")
+    Output(request.output, made).complete(facts, workspace.root / WHOLE)
     enlist(request.output)
 
 
@@ -345,7 +347,7 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
     workspace.sweep(done)
     blocks = range(made.blocks)
     with (
-        open_ledger(workspace, "ledger") as ledger,
+        open_ledger(workspace, WHOLE) as ledger,
         open_executor(request, workspace, progress, blocks, done) as opened,
     ):
         executor, halved, flush = opened
@@ -375,7 +377,8 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
         news = News(workspace.root, part.segment)
-        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
+        pause = NEWS_SECONDS if isinstance(workspace.root, Path) else DISTANT_NEWS_SECONDS
+        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news, news_seconds=pause)
         run(own=own, finishes=own).execute(executor)
         flush()  # the part that completes the output may run on another host
         with turn():

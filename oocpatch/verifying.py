@@ -31,10 +31,11 @@ from oocpatch.storage.addresses import Address, ObjectPath
 from oocpatch.storage.checksum import measured
 from oocpatch.storage.files import at_hand
 from oocpatch.storage.kept import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
-from oocpatch.storage.ledger import Record, segments, standing
+from oocpatch.storage.ledger import Record, standing
 from oocpatch.storage.lock import locked
 from oocpatch.storage.output import array_paths, channel_place
 from oocpatch.storage.output_record import ATTRIBUTE, OutputRecord, rewrite, written
+from oocpatch.storage.segments import WHOLE, rewritten, segments
 from oocpatch.storage.units import ABSENT, unpacked
 from oocpatch.storage.workspace import Workspace
 
@@ -311,10 +312,11 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
             ledger = path / array_paths(plan)[0] / LEDGER
         else:
             Workspace(root, plan).join()
-            ledger = root / "ledger"
+            ledger = root / WHOLE
         for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
             (path / level.array / level.key).unlink(missing_ok=True)
-        keep_ledger(ledger, root / "ledger", plan.blocks, without=frozenset(undone), plain=record.complete)
+        with rewritten(root / WHOLE) as target:
+            keep_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
         if record.complete:
             kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
             kept["files"] = {name: crc for name, crc in kept["files"].items() if not name.endswith(LEDGER)}

@@ -14,7 +14,7 @@ import oocpatch
 from oocpatch.inference.scheduler import Stopped
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
-from oocpatch.remote import _Fenced
+from oocpatch.remote import _Fence, _Fenced
 from oocpatch.storage.ledger import Record
 from oocpatch.storage.output import Output, create_output
 from oocpatch.storage.tally import Progress
@@ -121,7 +121,7 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
 
 def test_a_worker_writes_only_while_its_run_is_there(plan: Plan, workspace: Workspace, tmp_path: Path) -> None:
     box = Box((8, 0), (16, 8))
-    output = _Fenced(tmp_path / "out", plan, workspace.root / "plan.json")
+    output = _Fenced(tmp_path / "out", plan, _Fence(workspace.root / "plan.json"))
     output.write(0, box, values(2.0), Written(plan, "predict", 0))
     before = file_digests(tmp_path / "out")
     (workspace.root / "plan.json").unlink()

@@ -272,7 +272,8 @@ def test_an_output_that_cannot_be_written_is_one_message(
     assert "NoSuchBucket" in said("s3://nobody/out.zarr")
     assert "must have a name in its bucket" in said(f"s3://{BUCKET}")
     assert "must be a path, or a URL that begins with s3://" in said(bucket.web("out.zarr"))
-    assert "workspace must be a path" in said(url, "--workspace", bucket.url("work"))
+    assert "workspace must be a path, or a URL that begins" in said(url, "--workspace", bucket.web("work"))
+    assert "workspace cannot be written: s3://nobody" in said(url, "--workspace", "s3://nobody/work")
     there = bucket.upload(volume, "a/volume.zarr")
     for inside in (there, f"{there}/out", bucket.url("a")):
         assert "must not be, hold or lie in the volume" in said(inside, source=there)

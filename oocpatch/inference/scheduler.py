@@ -40,8 +40,8 @@ REPAIRS = 3
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Faults of the storage that no retry mends, and that every other block would meet: the run stops."""
 
-NEWS_SECONDS = 1.0
-"""How often a driver looks what those of other parts recorded."""
+NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
+"""How often a driver looks what those of other parts recorded; and where each look is a request that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +148,7 @@ class Run:
         own: the blocks whose predict stage is to run.
         finishes: those whose normalize stage is.
         news: what drivers of other parts recorded since it was last asked.
+        news_seconds: how often it is asked.
     """
 
     blocks: BlockGrid
@@ -157,6 +158,7 @@ class Run:
     own: range
     finishes: Container[int]
     news: Callable[[], Iterable[Record]] = tuple
+    news_seconds: float = NEWS_SECONDS
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: BlockSet = field(init=False)
     _failed: dict[int, str] = field(default_factory=dict)
@@ -191,7 +193,7 @@ class Run:
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     self._finished(pending.pop(future), future)
-                if time.monotonic() - self._heard_at >= NEWS_SECONDS:
+                if time.monotonic() - self._heard_at >= self.news_seconds:
                     self._hear()
                 self._tidy()
         except BaseException:

@@ -34,9 +34,10 @@ from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
 from oocpatch.storage.ledger import NO_PARTIALS, Promise
 from oocpatch.storage.output import Output
+from oocpatch.storage.partials import PartialReader, PartialWriter
 from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
-from oocpatch.storage.workspace import PartialReader, PartialWriter, Workspace
+from oocpatch.storage.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.errors import UnstableSpecificationWarning
 from zarr.storage import LocalStore
 
-from oocpatch.storage.objects import UrlStore, client, told
+from oocpatch.storage.objects import BUCKETS, UrlStore, client, scheme_of, told
 
 PIECE = 1 << 20
 """Bytes of an object that are read at a time."""
@@ -102,14 +102,27 @@ class ObjectPath:
         with told(self.url):
             obstore.list_with_delimiter(asked)
 
-    def files(self) -> Iterator[str]:
-        """Names of all objects below, relative to this address."""
+    def files(self, *, after: str = "") -> Iterator[str]:
+        """Names of all objects below, relative to this address.
+
+        Args:
+            after: only those that come after this name.
+        """
+        import obstore  # noqa: PLC0415 - optional
+
+        offset = f"{self.key}/{after}" if after else None
+        with told(self.url):
+            for batch in obstore.list(client(self.root), prefix=self.key or None, offset=offset):
+                for found in batch:
+                    yield str(found["path"]).removeprefix(self.key).lstrip("/")
+
+    def folders(self) -> list[str]:
+        """Names of what stands right below and has objects below."""
         import obstore  # noqa: PLC0415 - optional
 
         with told(self.url):
-            for batch in obstore.list(client(self.root), prefix=self.key or None):
-                for found in batch:
-                    yield str(found["path"]).removeprefix(self.key).lstrip("/")
+            found = obstore.list_with_delimiter(client(self.root), prefix=self.key or None)["common_prefixes"]
+        return sorted(str(path).rpartition("/")[2] for path in found)
 
     def siblings(self, start: str) -> Iterator[ObjectPath]:
         """Objects beside this one whose names begin with `start`, which is longer than the name."""
@@ -152,16 +165,20 @@ class ObjectPath:
             for piece in obstore.get(client(self.root), self.key).stream(min_chunk_size=PIECE):
                 yield bytes(piece)
 
+    def read_bytes(self) -> bytes:
+        """The object whole."""
+        return b"".join(self.pieces())
+
     def read_text(self) -> str:
         """The object as a text."""
-        return b"".join(self.pieces()).decode()
+        return self.read_bytes().decode()
 
-    def put(self, content: bytes) -> None:
+    def write_bytes(self, data: bytes | memoryview) -> None:
         """Put the object, in one request."""
         import obstore  # noqa: PLC0415 - optional
 
         with told(self.url):
-            obstore.put(client(self.root), self.key, content, use_multipart=False)
+            obstore.put(client(self.root), self.key, data, use_multipart=False)
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Delete the object."""
@@ -169,6 +186,14 @@ class ObjectPath:
 
         with contextlib.suppress(*[FileNotFoundError] if missing_ok else []), told(self.url):
             obstore.delete(client(self.root), self.key)
+
+    def remove(self) -> None:
+        """Delete all objects below."""
+        import obstore  # noqa: PLC0415 - optional
+
+        with told(self.url):
+            for batch in obstore.list(client(self.root), prefix=self.key):
+                obstore.delete(client(self.root), [found["path"] for found in batch])
 
     def state(self) -> tuple[bytes, str, float] | None:
         """Content, tag and time of the object in seconds since 1970; None: there is none."""
@@ -204,7 +229,21 @@ class ObjectPath:
 
 
 Address = Path | ObjectPath
-"""Where an output lies."""
+"""Where an output, or what is kept until it is complete, lies."""
+
+
+def address(text: str) -> Address:
+    """The address that a text, which was one, stands for.
+
+    >>> print(address("s3://bucket/out.zarr.oocpatch"), address("/data/out.zarr.oocpatch"))
+    s3://bucket/out.zarr.oocpatch /data/out.zarr.oocpatch
+    """
+    return ObjectPath.of(text) if scheme_of(text) in BUCKETS else Path(text)
+
+
+def says_nothing(error: Exception, path: Address) -> bool:
+    """Whether an error tells that an object store does not answer, or refuses; and not what is there."""
+    return isinstance(path, ObjectPath) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def store_at(path: Address, *, read_only: bool = False) -> Store:

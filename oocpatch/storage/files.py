@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from oocpatch.storage.addresses import Address, ObjectPath
+from oocpatch.storage.segments import lines_of
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
@@ -19,7 +26,7 @@ def write_atomically(path: Address, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, also after a power cut."""
     data = content.encode() if isinstance(content, str) else content
     if isinstance(path, ObjectPath):
-        path.put(data)
+        path.write_bytes(data)
         return
     aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     with aside.open("wb") as file:
@@ -31,15 +38,54 @@ def write_atomically(path: Address, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def at_hand(path: Address) -> Iterator[Path]:
-    """A file on the local disk: the file itself, or a copy of an object; an object that is not there has none."""
+    """A ledger on the local disk: the file itself, or a copy of an object, or of the objects of a segment."""
     if isinstance(path, Path):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
         copy = Path(folder, path.name)
-        with contextlib.suppress(FileNotFoundError), copy.open("wb") as file:
-            file.writelines(path.pieces())
+        with copy.open("wb") as file:
+            try:
+                file.writelines(path.pieces())
+            except FileNotFoundError:
+                file.writelines(lines_of(path))
         yield copy
+
+
+def make_folder(path: Address) -> None:
+    """Make a directory, with those above it; in an object store there are none."""
+    if isinstance(path, Path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def folders_in(path: Address) -> list[str]:
+    """Names of the directories right below an address; none where it is not there."""
+    if isinstance(path, ObjectPath):
+        return path.folders()
+    return [found.name for found in path.glob("*")]
+
+
+def read_array(path: Address, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+    """Numbers as they lie in memory, least byte first, that may be written to; None where there are not so many.
+
+    Raises:
+        OSError: when they cannot be read.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    if isinstance(path, ObjectPath):
+        data = path.read_bytes()
+        found = np.frombuffer(data, kind).copy() if len(data) % kind.itemsize == 0 else np.empty(0)
+    else:
+        found = np.fromfile(path, kind)
+    return found.reshape(shape) if found.size == math.prod(shape) else None
+
+
+def remove_tree(path: Address) -> None:
+    """Delete what lies below an address, if anything."""
+    if isinstance(path, ObjectPath):
+        path.remove()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 SYNC_FILE_RANGE_WRITE = 2

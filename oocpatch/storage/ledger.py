@@ -8,7 +8,6 @@ damaged count as not written.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.checksum import text_checksum
+from oocpatch.storage.segments import lines_of, news_of, open_segment, segments
 
 Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
 COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
@@ -72,25 +73,21 @@ NO_PARTIALS = Promise(0, "")
 
 
 class Ledger:
-    """An append-only file of records. The caller must be its only writer.
+    """An append-only record of what is done. The caller must be its only writer.
 
     Args:
-        path: the file; made when missing. A torn end is cut off.
+        path: the segment to write to; made when missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Address) -> None:
         self.path = path
-        self._cut_torn_end()
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._segment = open_segment(path)
         self._pending = 0
         self._committed_at = time.monotonic()
 
     def append(self, record: Record) -> None:
-        """Hand a record to the operating system: it survives this process, and after `commit` the machine."""
-        line = replace(record, at=record.at or round(time.time(), 3)).line()
-        written = os.write(self._file, line)
-        if written != len(line):  # a disk that is just full takes part of a line
-            raise OSError(f"ledger {self.path} could not be written whole: {written} of {len(line)} bytes")
+        """Add a record. On a disk it survives this process, and after `commit` the machine; an object is put then."""
+        self._segment.append(replace(record, at=record.at or round(time.time(), 3)).line())
         self._pending += 1
 
     @property
@@ -102,33 +99,23 @@ class Ledger:
     def commit(self) -> None:
         """Make all records durable."""
         if self._pending:
-            os.fsync(self._file)
+            self._segment.commit()
         self._pending = 0
         self._committed_at = time.monotonic()
 
     def close(self) -> None:
-        self.commit()
-        os.close(self._file)
-
-    def _cut_torn_end(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            data = file.read()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                file.truncate(whole)
+        try:
+            self.commit()
+        finally:
+            self._segment.close()
 
 
-def read_ledger(path: Path) -> Iterator[Record]:
-    """The records of a ledger in order; none when there is no file. Damaged lines are left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            record = _parse(line)
-            if record is not None:
-                yield record
+def read_ledger(path: Address) -> Iterator[Record]:
+    """The records of a segment in order; none when there is none. Damaged lines are left out."""
+    for line in lines_of(path):
+        record = _parse(line)
+        if record is not None:
+            yield record
 
 
 class News:
@@ -139,37 +126,26 @@ class News:
         own: name of the segment that is not looked at.
     """
 
-    def __init__(self, root: Path, own: str) -> None:
+    def __init__(self, root: Address, own: str) -> None:
         self._root = root
         self._own = own
-        self._read: dict[str, int] = {}
+        self._marks: dict[str, str] = {}
 
     def __call__(self) -> list[Record]:
         """The records since the last time; the first time all of them."""
         found: list[Record] = []
         for path in segments(self._root):
-            if path.name == self._own:
-                continue
-            with path.open("rb") as file:
-                file.seek(self._read.get(path.name, 0))
-                data = file.read()
-            whole = data.rfind(b"\n") + 1  # the end may be on its way
-            self._read[path.name] = self._read.get(path.name, 0) + whole
-            records = (_parse(line) for line in data[:whole].splitlines(keepends=True))
-            found += [record for record in records if record is not None]
+            if path.name != self._own:
+                lines, self._marks[path.name] = news_of(path, self._marks.get(path.name, ""))
+                found += [record for record in map(_parse, lines) if record is not None]
         return found
-
-
-def segments(root: Path) -> list[Path]:
-    """The ledger of a run, and those of parts that have drivers of their own."""
-    return sorted(root.glob("ledger")) + sorted(root.glob("ledger.*"))
 
 
 def standing(path: Path, blocks: int) -> Iterator[Record]:
     """The records that stand: of each stage of each block the last one, block by block, but for what was undone.
 
     Args:
-        path: the ledger.
+        path: the ledger, a file.
         blocks: number of blocks; 16 bytes are kept of each.
     """
     if not path.is_file():

@@ -47,7 +47,7 @@ from oocpatch.storage.volume import Volume
 OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
 
 
-def create_output(path: Address, plan: Plan, volume: Volume, workspace: Path, previous: OutputRecord | None) -> None:
+def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     version, split, beside = ome_version(plan), is_tree(plan.heads), image_beside(path)
@@ -219,7 +219,7 @@ class Output:
         for position in unit_positions(array, selection):
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
-    def complete(self, details: Mapping[str, Any], ledger: Path) -> None:
+    def complete(self, details: Mapping[str, Any], ledger: Address) -> None:
         """Have the disk take what was written, and record success in the group's attributes, for xarray consolidated.
 
         What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
@@ -242,7 +242,7 @@ class Output:
         rewrite(self.path, done, consolidated=True, omero=settings.get(""))
         flush(self.path)  # before anything deletes what a resume would need
 
-    def _files(self, record: OutputRecord, ledger: Path) -> dict[str, int]:
+    def _files(self, record: OutputRecord, ledger: Address) -> dict[str, int]:
         """The CRCs of all files that hold no write units, the ledger that is kept among them."""
         refuse_changes(self.path, record.details)
         kept = f"{self._paths[0]}/{LEDGER}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import zarr
 
 from oocpatch.errors import CorruptData, OutputExists
-from oocpatch.storage.addresses import Address, ObjectPath, store_at
+from oocpatch.storage.addresses import Address, says_nothing, store_at
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.kept import METADATA_CRC, metadata_checksum
 from oocpatch.storage.ome_channels import described
@@ -29,7 +29,7 @@ class OutputRecord:
         run_id: the run that wrote it.
         complete: whether that run is done.
         parameters: its fingerprint.
-        workspace: directory of its workspace.
+        workspace: address of its workspace.
         arrays: names of what it wrote.
         details: facts for people: number of patches, uncovered voxels, versions.
     """
@@ -66,8 +66,8 @@ def inspect_output(path: Address) -> OutputRecord | None:
         assert isinstance(record, dict)
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
     except Exception as error:
-        if isinstance(path, ObjectPath) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # that a store does not answer says nothing about what is there
+        if says_nothing(error, path):
+            raise
         raise OutputExists(foreign) from error
 
 

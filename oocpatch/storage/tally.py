@@ -9,10 +9,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from oocpatch.storage.addresses import Address
 from oocpatch.storage.ledger import NO_PARTIALS, Promise, Record, read_ledger
 
 ATTEMPT_BYTES = 15
@@ -132,7 +132,7 @@ class Progress:
         return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
-    def read(cls, paths: Iterable[Path], blocks: int) -> Progress:
+    def read(cls, paths: Iterable[Address], blocks: int) -> Progress:
         """Sum up the segments of a ledger; in which order does not matter."""
         progress = cls(blocks)
         for path in paths:
