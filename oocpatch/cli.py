@@ -200,7 +200,9 @@ _run_options = _options(
     ),
     _option("--max-disk", metavar="SIZE", help="Bound on the workspace; default: none."),
     _option("--block-shape", type=size, help="Voxels of one unit of work; default: the planner's choice."),
-    _option("--workspace", metavar="DIRECTORY", help="Where unfinished work lies; default: beside the output."),
+    _option(
+        "--workspace", metavar="PLACE", help="Where unfinished work lies, a path or a URL; default: beside the output."
+    ),
     _option(
         "--workers", type=int, help="Blocks, or worker processes, at a time; default: the planner's choice, or all."
     ),

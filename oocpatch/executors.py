@@ -1,29 +1,45 @@
-"""What the drivers of whole runs and of parts have in common: a ledger, an executor, and facts about what was done."""
+"""What the drivers of whole runs and of parts have in common: how a run begins, what it needs, and how it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from oocpatch.inference.scheduler import Executor, Stopped, dask_threads
 from oocpatch.job import open_job, perform
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import bar_of
+from oocpatch.progress import bar_of, hidden, root_of
+from oocpatch.pyramid import build_pyramids
 from oocpatch.record import facts
 from oocpatch.request import Request
 from oocpatch.storage.files import flush
 from oocpatch.storage.ledger import Ledger, Record
-from oocpatch.storage.output import Output
+from oocpatch.storage.listing import enlist
+from oocpatch.storage.output import Output, create_output
+from oocpatch.storage.output_record import inspect_output
+from oocpatch.storage.segments import WHOLE
 from oocpatch.storage.tally import Progress
-from oocpatch.storage.workspace import Workspace
+from oocpatch.storage.workspace import Workspace, remove_workspace
 
 
 def all_done(made: Plan, done: Progress) -> bool:
     """Whether nothing is left to do."""
     return len(done.predicted) == made.blocks and len(done.normalized) == made.block_grid.num_open
+
+
+def set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
+    """The workspace to go on with; or a new one, and an output that says it is incomplete."""
+    found = inspect_output(request.output)
+    if resuming and found is not None:
+        return Workspace(root_of(found), made)
+    if found is not None:
+        remove_workspace(root_of(found))
+    made = made.knowing(request.statistics(hidden=hidden(progress)))
+    create_output(request.output, made, request.volume, request.workspace, found)
+    return Workspace.create(request.workspace / made.run_id, made)
 
 
 @contextlib.contextmanager
@@ -75,3 +91,11 @@ def details(request: Request, made: Plan, seconds: float, done: Progress, halved
         "torch_threads": made.torch_threads,
         **facts(request.settings),
     }
+
+
+def conclude(request: Request, workspace: Workspace, found: Mapping[str, Any], progress: str | bool) -> None:
+    """Make the coarser levels, if there are any, and record success."""
+    made, memory = workspace.plan, request.max_memory
+    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
+    Output(request.output, made).complete(found, workspace.root / WHOLE)
+    enlist(request.output)

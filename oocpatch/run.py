@@ -22,18 +22,17 @@ from typing import Any
 from oocpatch import door
 from oocpatch.decide import make_plan, refuse_other_run, resumed
 from oocpatch.errors import OutputBusy, OutputExists
-from oocpatch.executors import all_done, details, open_executor, open_ledger
-from oocpatch.inference.scheduler import DISTANT_NEWS_SECONDS, NEWS_SECONDS, Run
+from oocpatch.executors import all_done, conclude, details, open_executor, open_ledger, set_up
+from oocpatch.inference.scheduler import Run
 from oocpatch.parts import Part, busy
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import hidden, root_of
-from oocpatch.pyramid import build_pyramids
+from oocpatch.progress import root_of
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
 from oocpatch.storage.ledger import News
 from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
-from oocpatch.storage.output import Output, Result, create_output, open_result
+from oocpatch.storage.output import Result, open_result
 from oocpatch.storage.output_record import OutputRecord, inspect_output
 from oocpatch.storage.segments import WHOLE
 from oocpatch.storage.workspace import Workspace, remove_workspace
@@ -268,7 +267,10 @@ def _decide(
     if not resume:
         state = "complete" if found.complete else "incomplete"
         raise OutputExists(f"{request.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
-    return _stored(request, found), found
+    stored = _stored(request, found)
+    if stored is None and not found.complete:
+        logger.warning("%s is not to be seen from here: %s starts afresh", root_of(found), request.output)
+    return stored, found
 
 
 def _stored(request: Request, found: OutputRecord) -> Plan | None:
@@ -308,35 +310,15 @@ def _predict(
         who = next(filter(None, map(holder, locks(request.output)[1:])), None)
         if who is not None:  # a part that began meanwhile
             raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
-        workspace = _set_up(request, made, progress, resuming=stored is not None)
+        workspace = set_up(request, made, progress, resuming=stored is not None)
         workspace.join()
         state = "goes on" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", request.output, state, made.patches, made.blocks)
         done = _run(request, workspace, progress)
-        _complete(request, workspace, done, progress)
+        conclude(request, workspace, done, progress)
         logger.info("%s is complete after %s s", request.output, done["seconds"])
         remove_workspace(workspace.root)
     return open_result(request.output)
-
-
-def _complete(request: Request, workspace: Workspace, facts: Mapping[str, Any], progress: str | bool) -> None:
-    """Make the coarser levels, if there are any, and record success."""
-    made, memory = workspace.plan, request.max_memory
-    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
-    Output(request.output, made).complete(facts, workspace.root / WHOLE)
-    enlist(request.output)
-
-
-def _set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
-    """The workspace to go on with; or a new one, and an output that says it is incomplete."""
-    found = inspect_output(request.output)
-    if resuming and found is not None:
-        return Workspace(root_of(found), made)
-    if found is not None:
-        remove_workspace(root_of(found))
-    made = made.knowing(request.statistics(hidden=hidden(progress)))
-    create_output(request.output, made, request.volume, request.workspace, found)
-    return Workspace.create(request.workspace / made.run_id, made)
 
 
 def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
@@ -370,15 +352,14 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             stored = None if found is None else _stored(request, found)
             if found is not None and found.complete:
                 return open_result(output)
-            workspace = _set_up(request, stored or made, progress, resuming=stored is not None)
+            workspace = set_up(request, stored or made, progress, resuming=stored is not None)
             made = workspace.plan
             workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
         news = News(workspace.root, part.segment)
-        pause = NEWS_SECONDS if isinstance(workspace.root, Path) else DISTANT_NEWS_SECONDS
-        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news, news_seconds=pause)
+        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
         run(own=own, finishes=own).execute(executor)
         flush()  # the part that completes the output may run on another host
         with turn():
@@ -391,7 +372,7 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 if complete:
                     workspace.join()
                     facts = details(request, made, time.monotonic() - started, done, halved())
-                    _complete(request, workspace, facts, progress)
+                    conclude(request, workspace, facts, progress)
                     remove_workspace(workspace.root)
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
     result = open_result(output)

@@ -11,9 +11,13 @@ import contextlib
 import email.utils
 import hashlib
 import json
+import os
+import signal
 import sys
 import threading
+import time
 import uuid
+from collections import Counter
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,14 +42,22 @@ class Server(ThreadingHTTPServer):
         self.folder = folder
         self.lock = threading.Lock()
         self.count = 0
+        self.changes = Counter[str]()
 
-    def misbehaviour(self) -> dict[str, Any]:
-        """How to misbehave at this request: `every` so many requests, `status` to answer, or `drop` the connection."""
+    def misbehaviour(self, *, changes: bool) -> dict[str, Any]:
+        """How to misbehave at this request: `every` so many requests, `status` to answer, or `drop` the connection.
+
+        Or `kill` the process whose number is in a file, before the change numbered `before`, counted from 0.
+        """
         try:
             found: dict[str, Any] = json.loads((self.folder / "control").read_text())
         except FileNotFoundError:
             return {}
         with self.lock:
+            if "kill" in found:
+                number = self.changes[found["kill"]]
+                self.changes[found["kill"]] += changes
+                return found if changes and number == found["before"] else {}
             self.count += 1
             return found if self.count % found.get("every", 1) == 0 else {}
 
@@ -67,9 +79,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.misbehaviour()
+        fault = self.server.misbehaviour(changes=self.command not in ("GET", "HEAD"))
         late = fault.get("drop") == "late"
-        if fault.get("drop") and not late:
+        if "kill" in fault:
+            end(Path(fault["kill"]))
+        if "kill" in fault or (fault.get("drop") and not late):
             self.close_connection = True
             return
         status, headers, data = self._fault(fault["status"]) if "status" in fault else self._answer(body)
@@ -183,6 +197,13 @@ class Handler(BaseHTTPRequestHandler):
             f"</IsTruncated>{token}{''.join(told)}</ListBucketResult>"
         )
         return 200, {"Content-Type": "application/xml"}, text.encode()
+
+
+def end(told: Path) -> None:
+    """Kill the process whose number is told, or is about to be."""
+    while not told.exists():
+        time.sleep(0.001)
+    os.kill(int(told.read_text()), signal.SIGKILL)
 
 
 def etag(data: bytes) -> str:

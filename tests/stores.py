@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ from urllib.parse import quote, unquote
 import pytest
 
 from oocpatch.storage import objects
+from tests.children import Children, report
+from tests.crash_child import Job
 from tests.s3_server import KEY_ID
 
 ROOT = Path(__file__).parents[1]
@@ -112,10 +115,27 @@ class Bucket:
                 self.put(f"{key}/{file.relative_to(folder).as_posix()}", file.read_bytes())
         return self.url(key)
 
+    def changes(self) -> int:
+        """How many requests that change something were answered so far."""
+        return len([line for line in self.requests() if not line.startswith(("GET", "HEAD"))])
+
     def requests(self, verb: str = "") -> list[str]:
         """What was asked for so far: verb, path, status."""
         log = self.folder / "log"
         return [line for line in log.read_text().splitlines() if line.startswith(verb)] if log.exists() else []
+
+
+def killed_before(children: Children, bucket: Bucket, job: Job, change: int) -> bool:
+    """Run a job that is killed before a change of what is in the bucket; whether it was."""
+    told = bucket.folder / f"{uuid.uuid4().hex}.pid"
+    bucket.behave(kill=str(told), before=change)
+    pid = children.start(job)
+    told.with_suffix(".new").write_text(str(pid))
+    told.with_suffix(".new").rename(told)
+    code = children.wait(pid)
+    bucket.behave()
+    assert code in {0, -signal.SIGKILL}, report(job)
+    return code != 0
 
 
 SETTINGS = {

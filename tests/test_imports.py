@@ -76,7 +76,9 @@ def _floors() -> dict[str, Floor]:
         "progress": Floor(request | {"progress", "telling"}, on_device),
         "job": Floor(request | {"job"}, on_device),
         "parts": Floor(request | {"parts"}, frozenset()),
-        "executors": Floor(request | {"progress", "record", "job", "remote", "executors"}, frozenset()),
+        "executors": Floor(
+            request | {"progress", "telling", "pyramid", "record", "job", "remote", "executors"}, frozenset()
+        ),
         "recipe": Floor(request | {"recipe"}, on_device),
         "remote": Floor(request | {"job", "recipe", "remote"}, on_device),
         "run": Floor(run, on_device | {"tqdm"}),

@@ -158,7 +158,7 @@ def test_a_damaged_partial_of_another_part_is_repaired(children: Children, job: 
     expected = undisturbed(children, job)
     assert children.run(part_of(job, 1)) == 0
     assert children.run(part_of(job, 2)) == 0
-    pieces = [path for path in Path(f"{job.output}.oocpatch").glob("*/blocks/*/*/0/*/c.*")]
+    pieces = list(Path(f"{job.output}.oocpatch").glob("*/blocks/*/*/0/*/c.*"))
     assert pieces
     for path in pieces:
         path.write_bytes(bytes(path.stat().st_size))

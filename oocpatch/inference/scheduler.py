@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from oocpatch.inference.predictor import use_threads
 from oocpatch.inference.stages import Done
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.neighbours import Neighbours
-from oocpatch.storage.ledger import Ledger, Promise, Record
+from oocpatch.storage.ledger import Ledger, News, Promise, Record
 from oocpatch.storage.tally import BlockSet, Progress
 
 logger = logging.getLogger("oocpatch")
@@ -39,9 +39,6 @@ REPAIRS = 3
 
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 """Faults of the storage that no retry mends, and that every other block would meet: the run stops."""
-
-NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
-"""How often a driver looks what those of other parts recorded; and where each look is a request that is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +145,6 @@ class Run:
         own: the blocks whose predict stage is to run.
         finishes: those whose normalize stage is.
         news: what drivers of other parts recorded since it was last asked.
-        news_seconds: how often it is asked.
     """
 
     blocks: BlockGrid
@@ -157,8 +153,7 @@ class Run:
     delete: Callable[[int], None]
     own: range
     finishes: Container[int]
-    news: Callable[[], Iterable[Record]] = tuple
-    news_seconds: float = NEWS_SECONDS
+    news: News | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: BlockSet = field(init=False)
     _failed: dict[int, str] = field(default_factory=dict)
@@ -193,7 +188,7 @@ class Run:
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     self._finished(pending.pop(future), future)
-                if time.monotonic() - self._heard_at >= self.news_seconds:
+                if self.news and time.monotonic() - self._heard_at >= self.news.seconds:
                     self._hear()
                 self._tidy()
         except BaseException:
@@ -304,7 +299,7 @@ class Run:
 
     def _hear(self) -> None:
         """Take in what other parts recorded."""
-        for record in self.news():
+        for record in self.news() if self.news else ():
             self.progress.add(record)
             if record.kind == "predict" and record.block in self.progress.predicted:
                 self._predicted(record.block)

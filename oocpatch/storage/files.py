@@ -109,6 +109,15 @@ def start_writing(path: Path, size: int) -> None:
 
 def write_soon(path: Path, data: bytes) -> None:
     """Write a file that the disk begins with at once."""
+    write_plainly(path, data)
+    start_writing(path, len(data))
+
+
+def write_plainly(path: Address, data: bytes | memoryview) -> None:
+    """Write a file that may be there in part, and is not waited for; or an object."""
+    if isinstance(path, ObjectPath):
+        path.write_bytes(data)
+        return
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         rest = memoryview(data)
@@ -116,7 +125,6 @@ def write_soon(path: Path, data: bytes) -> None:
             rest = rest[os.write(file, rest) :]
     finally:
         os.close(file)
-    start_writing(path, len(data))
 
 
 def flush(path: Address) -> None:

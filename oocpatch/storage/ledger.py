@@ -24,6 +24,8 @@ Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
 COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
 """Records are made durable in groups: so many, or so many seconds."""
 
+NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -124,12 +126,16 @@ class News:
     Args:
         root: the directory of all segments.
         own: name of the segment that is not looked at.
+
+    Attributes:
+        seconds: how often to look; seldom where each look is a request that is paid for.
     """
 
     def __init__(self, root: Address, own: str) -> None:
         self._root = root
         self._own = own
         self._marks: dict[str, str] = {}
+        self.seconds = NEWS_SECONDS if isinstance(root, Path) else DISTANT_NEWS_SECONDS
 
     def __call__(self) -> list[Record]:
         """The records since the last time; the first time all of them."""

@@ -33,7 +33,7 @@ from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.addresses import Address, says_nothing, store_at
 from oocpatch.storage.checksum import checksum, text_checksum
-from oocpatch.storage.files import read_array, remove_tree, write_atomically
+from oocpatch.storage.files import read_array, remove_tree, write_atomically, write_plainly
 from oocpatch.storage.ledger import NO_PARTIALS, Promise
 
 Array = npt.NDArray[Any]
@@ -104,7 +104,8 @@ class PartialWriter:
         if whole.shape != chunk:  # the last step
             whole = np.full(chunk, np.nan if data.dtype.kind == "f" else 0, whole.dtype)
             whole[tuple(slice(n) for n in data.shape)] = data
-        (self._place / name / _chunk_key(box, part, chunk)).write_bytes(whole.reshape(-1).view(np.uint8).data)
+        place = self._place / name / _chunk_key(box, part, chunk)
+        write_plainly(place, whole.reshape(-1).view(np.uint8).data)
         with self._lock:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
