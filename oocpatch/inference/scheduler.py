@@ -141,7 +141,7 @@ class Run:
         blocks: the block grid.
         progress: what the ledger says is done.
         ledger: where what gets done is recorded.
-        delete: deletes the partials of a block.
+        delete: deletes the partials of blocks.
         own: the blocks whose predict stage is to run.
         finishes: those whose normalize stage is.
         news: what drivers of other parts recorded since it was last asked.
@@ -150,7 +150,7 @@ class Run:
     blocks: BlockGrid
     progress: Progress
     ledger: Ledger
-    delete: Callable[[int], None]
+    delete: Callable[[list[int]], None]
     own: range
     finishes: Container[int]
     news: News | None = None
@@ -319,8 +319,7 @@ class Run:
         if force or self.ledger.due or len(self._released) >= self.blocks.num_blocks // 4 + 1:
             self.ledger.commit()
             released, self._released = self._released, []
-            for index in released:
-                self.delete(index)
+            self.delete(released)
 
 
 def _report(failed: dict[int, str]) -> str:

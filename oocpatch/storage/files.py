@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from oocpatch.storage.addresses import Address, ObjectPath
 from oocpatch.storage.segments import lines_of
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
+
+
+REMOVED_AT_A_TIME = 16
+"""Requests to delete that are under way at a time."""
 
 
 def write_atomically(path: Address, content: str | bytes) -> None:
@@ -58,11 +63,12 @@ def make_folder(path: Address) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def folders_in(path: Address) -> list[str]:
-    """Names of the directories right below an address; none where it is not there."""
+def folders_in_folders(path: Address) -> set[tuple[str, str]]:
+    """Names of the directories below those that are right below an address; in an object store of one listing."""
     if isinstance(path, ObjectPath):
-        return path.folders()
-    return [found.name for found in path.glob("*")]
+        split = (name.split("/") for name in path.files())
+        return {(parts[0], parts[1]) for parts in split if len(parts) > 2}
+    return {(found.parent.name, found.name) for found in path.glob("*/*")}
 
 
 def read_array(path: Address, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
@@ -86,6 +92,13 @@ def remove_tree(path: Address) -> None:
         path.remove()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_trees(paths: Sequence[Address]) -> None:
+    """Delete what lies below addresses; in an object store several at a time, since it is far away."""
+    with ThreadPoolExecutor(REMOVED_AT_A_TIME, thread_name_prefix="oocpatch-delete") as pool:
+        run = pool.map if any(isinstance(path, ObjectPath) for path in paths) else map
+        list(run(remove_tree, paths))
 
 
 SYNC_FILE_RANGE_WRITE = 2

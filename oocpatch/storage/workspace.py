@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.addresses import Address, says_nothing, store_at
 from oocpatch.storage.checksum import text_checksum
-from oocpatch.storage.files import folders_in, make_folder, remove_tree, write_atomically
+from oocpatch.storage.files import folders_in_folders, make_folder, remove_tree, remove_trees, write_atomically
 from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise, read_ledger
 from oocpatch.storage.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.storage.segments import WHOLE, remove_segment, segments
@@ -141,9 +142,9 @@ class Workspace:
         """
         return PartialReader(self._of(block), self.plan.frames, block, promise)
 
-    def delete(self, block: int) -> None:
-        """Delete the partials of a block."""
-        remove_tree(self._of(block))
+    def delete(self, blocks: Iterable[int]) -> None:
+        """Delete the partials of blocks."""
+        remove_trees([self._of(block) for block in blocks])
 
     def sweep(self, progress: Progress) -> None:
         """Delete the partials that nobody promised: those of attempts that died, or came too late.
@@ -151,14 +152,12 @@ class Workspace:
         Only where no other process may have promised them since.
         """
         blocks = self.root / "blocks"
-        for block in folders_in(blocks):
+        gone = set()
+        for block, attempt in folders_in_folders(blocks):
             kept = progress.predicted.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
-            if not kept:
-                remove_tree(blocks / block)
-                continue
-            for attempt in folders_in(blocks / block):
-                if attempt != kept:
-                    remove_tree(blocks / block / attempt)
+            if attempt != kept:
+                gone.add(f"{block}/{attempt}" if kept else block)
+        remove_trees([blocks / name for name in sorted(gone)])
 
     def _of(self, block: int) -> Address:
         return self.root / "blocks" / str(block)
