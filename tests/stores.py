@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -164,10 +165,11 @@ def served(folder: Path) -> Iterator[Bucket]:
 
 
 def with_environment(patch: pytest.MonkeyPatch, **settings: str | None) -> None:
-    """Change the environment that clients are made of."""
+    """Change the environment that clients are made of, until what was patched is put back."""
     for name, value in settings.items():
         if value is None:
             patch.delenv(name)
         else:
             patch.setenv(name, value)
-    objects._client.cache_clear()
+    # Clients of the old environment stay with it, and those of the new one go with it.
+    patch.setattr(objects, "_client", functools.lru_cache(objects._client.__wrapped__))

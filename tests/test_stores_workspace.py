@@ -12,14 +12,13 @@ import zarr
 
 import oocpatch
 from oocpatch import door
-from oocpatch.storage import objects
 from oocpatch.storage.segments import segments
 from oocpatch.storage.workspace import Workspace
 from tests.children import Children, report
 from tests.clusters import Fork, SmallCluster, until
 from tests.crash_child import Job, make_volume
 from tests.small_run import MIDDLE, MOST_IN_BLOCK, TINY, all_patches, patch_calls, prediction, small_run
-from tests.stores import Bucket, killed_before, served
+from tests.stores import Bucket, killed_before, served, with_environment
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +179,7 @@ def test_that_the_store_does_not_answer_is_no_reason_to_start_afresh(
     root = door.place("workspace", next_root(bucket, "silent.zarr"))
     assert Workspace.find(root) is not None
     monkeypatch.setattr("oocpatch.storage.objects.RETRIES", 1)
-    objects._client.cache_clear()
+    with_environment(monkeypatch)
     bucket.behave(every=1, status=503)
     with pytest.raises(ConnectionError):
         Workspace.find(root)
