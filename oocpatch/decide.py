@@ -17,6 +17,7 @@ from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
 from oocpatch.inference.buffers import torch_dtype
 from oocpatch.inference.predictor import Probe
+from oocpatch.inference.transfer import is_staged
 from oocpatch.layout import Layout, lay_out
 from oocpatch.planning.auto import MODEL_SHARE, MULTIPLE, batch_size, patch_sizes
 from oocpatch.planning.head import common_unit
@@ -212,7 +213,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
     """What a voxel, a chunk and a batch weigh."""
     volume, batch = request.volume, request.options["batch_size"]
     patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
-    heads, windows = [], 0
+    heads, windows, staged = [], 0, is_staged(request.options["device"])
     for head in layout.heads:
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
@@ -228,6 +229,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
                 sum_voxel=head.stored * np.dtype(head.dtype).itemsize,
                 out_voxel=head.out_channels * np.dtype(head.out_dtype).itemsize,
                 channels=max(head.stored, head.out_channels),
+                staged=staged,
             )
         )
     return Sizes(
@@ -241,4 +243,5 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
         batch=batch,
         model_bytes=probe.model_bytes(batch),
         batch_bytes=batch * patch_bytes,
+        staged=staged,
     )

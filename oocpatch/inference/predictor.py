@@ -59,7 +59,7 @@ class Predictor:
 
     Args:
         model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a dict of such tensors.
-        device: where it runs, e.g. `"cpu"` or `"cuda:0"`.
+        device: where it runs, e.g. `"cpu"` or `"cuda:0"`; `"cuda"` is the current one of the thread that makes this.
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
@@ -80,7 +80,7 @@ class Predictor:
         torch_threads: int | None = None,
     ) -> None:
         self.model = model
-        self.device = device
+        self.device = _numbered(device)
         self.copies_input = copies_input
         self._autocast = autocast
         self._looped = looped
@@ -99,6 +99,8 @@ class Predictor:
             self.model.to(self.device)
             for module in training:
                 module.training = False
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
         try:
             yield
         finally:
@@ -266,6 +268,11 @@ def resolve_device(device: str) -> str:
     except Exception as error:
         raise ValueError(f"device must be one that torch can use here, got {device!r} ({error})") from error
     return device
+
+
+def _numbered(device: str) -> str:
+    """A device with its number, where it is CUDA's current one: each thread has its own idea of which that is."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
 
 
 def use_threads(count: int) -> None:
