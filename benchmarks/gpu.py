@@ -17,6 +17,9 @@ TARGET = 0.95
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "autocast": {"autocast": True},
+    "channels last": {"autocast": True, "channels_last": True},
+    "compiled": {"autocast": True, "channels_last": True, "compile": "default"},
+    "graphs": {"autocast": True, "channels_last": True, "compile": "reduce-overhead"},
 }
 """What the network alone and `predict` are both told."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 import time
@@ -18,6 +19,7 @@ from benchmarks.contest import remove
 from benchmarks.measure import answer, measured
 from benchmarks.models import UNet3d
 from oocpatch.inference.predictor import resolve_device
+from oocpatch.inference.prepared import Prepared, prepared
 
 Corner = tuple[int, ...]
 
@@ -35,11 +37,28 @@ def make_volume(path: str, side: int, chunk: int, dtype: str) -> dict[str, Any]:
 
 
 def bare(
-    source: str, *, width: int, device: str, patch: int, overlap: int, batch: int, autocast: bool = False
+    source: str, *, width: int, device: str, patch: int, overlap: int, batch: int, **variant: Any
 ) -> dict[str, Any]:
     """The network on the patches that `predict` gives it, from a volume on the device; scores are dropped."""
-    place = torch.device(resolve_device(device))
-    model = _network(width).to(place)
+    with contextlib.ExitStack() as stack:
+        place = torch.device(resolve_device(device))
+        options = {"channels_last": False, "compile": None, "autocast": False, **variant, "device": str(place)}
+        model = prepared(_network(width).to(place), options, 3, compiled=True)
+        if isinstance(model, Prepared):
+            stack.enter_context(model.ready())
+        return _bare(model, place, options, source=source, patch=patch, overlap=overlap, batch=batch)
+
+
+def _bare(
+    model: torch.nn.Module,
+    place: torch.device,
+    options: dict[str, Any],
+    *,
+    source: str,
+    patch: int,
+    overlap: int,
+    batch: int,
+) -> dict[str, Any]:
     volume = torch.from_numpy(np.asarray(zarr.open_array(source, mode="r")[...])).to(place)
     corners = _corners(tuple(volume.shape), patch, overlap)
     buffer = torch.empty((batch, 1, *(patch,) * 3), device=place)
@@ -47,8 +66,8 @@ def bare(
     def call(members: Sequence[Corner]) -> None:
         for target, corner in zip(buffer, members, strict=False):
             target[0] = volume[tuple(slice(a, a + patch) for a in corner)]
-        with torch.no_grad(), torch.autocast(place.type, enabled=autocast):
-            model(buffer[: len(members)])
+        with torch.no_grad(), torch.autocast(place.type, enabled=options["autocast"]):
+            model(buffer if options["compile"] else buffer[: len(members)])  # compiled for full batches
 
     started = time.perf_counter()
     for _ in range(3):

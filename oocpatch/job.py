@@ -49,7 +49,10 @@ def open_job(
     units = [math.prod(head.unit) * head.out_channels * np.dtype(head.out_dtype).itemsize for head in made.heads]
     lean_heap(kept_chunk_bytes(made.way.io_threads, max(request.volume.chunk_bytes, *units)))
     predictor = request.predictor(
-        copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
+        copies_input=made.copies_input,
+        torch_threads=made.torch_threads,
+        statistics=made.statistics,
+        compiled=True,
     )
     threads = made.way.io_threads
     with contextlib.ExitStack() as stack:

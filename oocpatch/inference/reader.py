@@ -71,13 +71,14 @@ class Reader:
                 inner = (slice(None), *request.slices(part.start))
                 self.pending.submit(self._read, request, view[inner], after)
 
-    def batch(self, boxes: Sequence[Box], *, size: int, copy: bool) -> torch.Tensor:
+    def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
         """Patches as `(B, C, *patch_size)`, valid until the next call.
 
         Args:
             boxes: the patches.
             size: most patches of a batch.
             copy: whether the model may write to them; else a single patch is a view, where it does not wrap around.
+            full: whether to fill up a batch that is smaller, with copies of its last patch.
         """
         if len(boxes) == 1 and not copy:
             views = [view for _, view in self._ring.parts(boxes[0])]
@@ -89,7 +90,9 @@ class Reader:
         for target, box in zip(self._batch, boxes, strict=False):  # the last batch may be smaller
             for part, view in self._ring.parts(box):
                 target[(slice(None), *part.slices(box.start))] = view
-        return self._batch[: len(boxes)]
+        if full and len(boxes) < size:
+            self._batch[len(boxes) :] = self._batch[len(boxes) - 1]
+        return self._batch if full else self._batch[: len(boxes)]
 
     def holds_only(self, value: float, box: Box) -> bool:
         """Whether a patch holds nothing but one value."""

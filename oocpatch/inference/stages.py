@@ -268,11 +268,12 @@ def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members:
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
         boxes = [_box(plan.input_grid.axes, m) for m in batch]
-        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input))
+        full = plan.fills_batches
+        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
         for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
             axes = [a.grid for a in frame.axes]
             values = _values(head, outputs, tuple(a.patch for a in axes))
-            for member, one in zip(batch, values, strict=True):
+            for member, one in zip(batch, values, strict=not full):  # what a batch was filled up with is thrown away
                 box = _box(axes, member)
                 partial.add(box.start, _kept(head, frame.grid.shape, axes, block, member, box), one)
         job.on_patches(len(batch))

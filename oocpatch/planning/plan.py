@@ -128,6 +128,11 @@ class Plan:
         totals = tuple(axis_totals(a, c) for a, c in zip(self.block_grid.axes, self.in_chunks, strict=True))
         return layers_per_group(self.block_grid, totals, self.batch_size)
 
+    @property
+    def fills_batches(self) -> bool:
+        """Whether every batch is a full one, since the model is compiled for that."""
+        return self.parameters.get("compile") is not None
+
     def slab_bytes(self, head: int) -> int:
         """Bytes that a head's sums and values of one step of the sweep have at most, in any block."""
         frame, one = self.frames[head], self.heads[head]
