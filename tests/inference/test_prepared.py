@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from torch import nn
 
 import oocpatch
+from oocpatch.cli import main
 from oocpatch.errors import RunMismatch
 from oocpatch.inference import prepared
 from oocpatch.inference.identity import model_identity
+from oocpatch.looking.reporting import command_of
 from oocpatch.storage.output_record import inspect_output
 from tests.children import file_digests, unchanged
 
@@ -223,6 +227,18 @@ def test_how_a_model_is_prepared_is_part_of_the_run_and_what_is_off_leaves_no_tr
 
 def script() -> Any:
     return torch.jit.trace(nn.ReLU(), torch.ones(1, 2, 8, 8))
+
+
+def test_the_command_line_has_both_and_a_report_repeats_them(volume: Path, tmp_path: Path) -> None:
+    settings = ["--patch-size", "8", "--model", "identity", "--channels-last", "--compile", "reduce-overhead"]
+    done = CliRunner().invoke(main, ["plan", str(volume), str(tmp_path / "out"), *settings, "--json"])
+    assert done.exit_code == 0, done.output
+    parameters = json.loads(done.stdout)["parameters"]
+    assert (parameters["channels_last"], parameters["compile"]) == (True, "reduce-overhead")
+    told = {"volume": "a", "output": "b", "model": "identity", "patch_size": 8, "autocast": False}
+    assert "compile" not in command_of({**told, "compile": False, "channels_last": False})
+    words = command_of({**told, "compile": True, "channels_last": True}).split()
+    assert words[-3:] == ["--compile", "default", "--channels-last"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
