@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,35 @@ def test_through_buffers_the_bytes_are_the_same_and_what_they_take_was_planned(
     # which tells when it was written
     assert direct.pop("zarr.json") != through.pop("zarr.json")
     assert direct == through
+
+
+def test_copies_that_are_made_as_late_as_they_may_be_do_not_change_a_byte(
+    staged: list[int], volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When somebody waits for them, and slowly: till then the model goes on, and memory must not be used again."""
+    arguments = {**COMMON, "progress": False, "workers": 2}
+    oocpatch.predict(volume, Heads(), tmp_path / "expected", **arguments)
+    late = []
+
+    def copy(self: Transfer, stream: Any, after: Any, pairs: Any) -> Any:
+        todo, turn = list(pairs), threading.Lock()
+
+        def arrived() -> None:
+            with turn:
+                if todo:
+                    time.sleep(0.003)
+                    late.append(len(todo))
+                while todo:
+                    target, source = todo.pop()
+                    target.data.copy_(source)
+
+        return arrived
+
+    monkeypatch.setattr(Transfer, "_copy", copy)
+    oocpatch.predict(volume, Heads(), tmp_path / "late", **arguments)
+    assert len(late) > 20
+    for name in ("scores", "small"):
+        assert file_digests(tmp_path / "late" / name) == file_digests(tmp_path / "expected" / name)
 
 
 def test_integers_and_volumes_in_memory_go_through_buffers_too(staged: list[int], tmp_path: Path) -> None:
