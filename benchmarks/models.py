@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from typing import Any
@@ -32,6 +33,47 @@ class Clock(torch.nn.Module):
             tell({"first": time.perf_counter() - self.started, **self.record})
             os._exit(0)
         return patches
+
+
+class UNet3d(torch.nn.Module):
+    """A U-Net of four levels in three dimensions, with instance norm and a skip per level, as they are in use.
+
+    Args:
+        channels: of the input.
+        classes: channels of the output.
+        width: channels of the first level, doubled with each: 5.6 million parameters with 32, 1.4 with 16.
+    """
+
+    def __init__(self, channels: int = 1, classes: int = 3, width: int = 32) -> None:
+        super().__init__()
+        widths = [width << level for level in range(4)]
+        self.down = torch.nn.ModuleList(_block(a, b) for a, b in itertools.pairwise([channels, *widths]))
+        pairs = list(itertools.pairwise(widths))[::-1]
+        self.up = torch.nn.ModuleList(torch.nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in pairs)
+        self.merge = torch.nn.ModuleList(_block(2 * a, a) for a, _ in pairs)
+        self.head = torch.nn.Conv3d(width, classes, 1)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Scores `(B, classes, *patch)` of patches whose sides are multiples of 8."""
+        skips: list[torch.Tensor] = []
+        values = patches
+        for level, block in enumerate(self.down):
+            values = block(values if level == 0 else torch.nn.functional.max_pool3d(values, 2))
+            skips.append(values)
+        skips.pop()
+        for up, merge in zip(self.up, self.merge, strict=True):
+            values = merge(torch.cat([skips.pop(), up(values)], dim=1))
+        scores: torch.Tensor = self.head(values)
+        return scores
+
+
+def _block(channels: int, width: int) -> torch.nn.Module:
+    """Two convolutions, each with its norm and its activation."""
+    layers: list[torch.nn.Module] = []
+    for given in (channels, width):
+        layers += [torch.nn.Conv3d(given, width, 3, padding=1), torch.nn.InstanceNorm3d(width, affine=True)]
+        layers.append(torch.nn.LeakyReLU(0.01, inplace=True))
+    return torch.nn.Sequential(*layers)
 
 
 def network(name: str) -> torch.nn.Module:

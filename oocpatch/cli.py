@@ -162,6 +162,12 @@ _patch_options = _options(
     _option("--batch-size", type=size_or_auto, default=1, help="Patches per call of the model; auto: chosen."),
     _option("--device", default="auto", help="Where the model runs: cpu, cuda, cuda:1."),
     _option("--autocast", is_flag=True, help="Run the model in mixed precision."),
+    _option("--channels-last", is_flag=True, help="Put patches and weights into the memory format of that name."),
+    _option(
+        "--compile",
+        type=_one_of("default reduce-overhead max-autotune"),
+        help="Compile the model with torch, in this mode.",
+    ),
     _option(
         "--postprocess",
         type=per_head("argmax softmax sigmoid threshold"),

@@ -17,6 +17,8 @@ from oocpatch.inference.accepts import accepted
 from oocpatch.inference.around import around
 from oocpatch.inference.buffers import torch_dtype
 from oocpatch.inference.predictor import Probe
+from oocpatch.inference.prepared import compiled_bytes
+from oocpatch.inference.transfer import is_staged
 from oocpatch.layout import Layout, lay_out
 from oocpatch.planning.auto import MODEL_SHARE, MULTIPLE, batch_size, patch_sizes
 from oocpatch.planning.head import common_unit
@@ -132,7 +134,8 @@ def _planned(request: Request) -> Plan:
         context=layout.context,
         snap=layout.snap,
         heads=layout.heads,
-        copies_input=probe.copies_input,
+        # what is compiled is compiled for one layout, and a view of the ring has another in each block
+        copies_input=probe.copies_input or options["compile"] is not None,
         skips=request.skips,
         core=tuple(a.size for a in choice.blocks.axes),
         sweep=choice.blocks.sweep,
@@ -161,6 +164,10 @@ def _note(request: Request) -> str:
         told.append(f"mean of {len(request.turns)} turns")
     if preprocess is not None:
         told.append("preprocess by a function" if callable(preprocess) else f"preprocess {preprocess['name']}")
+    if request.options["channels_last"]:
+        told.append("channels last")
+    if request.options["compile"]:
+        told.append(f"compiled ({request.options['compile']})")
     if accepts.least_batch == accepts.most_batch:
         told.append(f"always called with {accepts.least_batch} patch(es)")
     return ", ".join(told)
@@ -212,7 +219,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
     """What a voxel, a chunk and a batch weigh."""
     volume, batch = request.volume, request.options["batch_size"]
     patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
-    heads, windows = [], 0
+    heads, windows, staged = [], 0, is_staged(request.options["device"])
     for head in layout.heads:
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
@@ -228,6 +235,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
                 sum_voxel=head.stored * np.dtype(head.dtype).itemsize,
                 out_voxel=head.out_channels * np.dtype(head.out_dtype).itemsize,
                 channels=max(head.stored, head.out_channels),
+                staged=staged,
             )
         )
     return Sizes(
@@ -239,6 +247,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
         mask_voxel=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
         window_bytes=windows,
         batch=batch,
-        model_bytes=probe.model_bytes(batch),
+        model_bytes=probe.model_bytes(batch) + compiled_bytes(request.options, batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
+        staged=staged,
     )

@@ -14,8 +14,9 @@ from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import Finisher
 from oocpatch.inference.scheduler import Task
 from oocpatch.inference.stages import Done, Job, normalize_block, predict_block, window
+from oocpatch.inference.transfer import Transfer, is_staged
 from oocpatch.layout import postprocess_of
-from oocpatch.planning.memory import TILE, kept_chunk_bytes, reading
+from oocpatch.planning.memory import TILE, kept_chunk_bytes, read_bytes, reading
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request
 from oocpatch.storage.output import Output
@@ -48,7 +49,10 @@ def open_job(
     units = [math.prod(head.unit) * head.out_channels * np.dtype(head.out_dtype).itemsize for head in made.heads]
     lean_heap(kept_chunk_bytes(made.way.io_threads, max(request.volume.chunk_bytes, *units)))
     predictor = request.predictor(
-        copies_input=made.copies_input, torch_threads=made.torch_threads, statistics=made.statistics
+        copies_input=made.copies_input,
+        torch_threads=made.torch_threads,
+        statistics=made.statistics,
+        compiled=True,
     )
     threads = made.way.io_threads
     with contextlib.ExitStack() as stack:
@@ -61,8 +65,13 @@ def open_job(
             volume=request.volume.native(reading(threads)),
             selection=request.selection,
             predictor=predictor,
+            transfer=Transfer(
+                predictor.device,
+                staged=is_staged(predictor.device),
+                read_bytes=read_bytes(request.volume.chunk_bytes),
+            ),
             workspace=workspace,
-            windows=tuple(window(made, head, request.options["device"]) for head in made.heads),
+            windows=tuple(window(made, head, predictor.device) for head in made.heads),
             output=output,
             finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
             reads=reads,

@@ -21,6 +21,7 @@ from oocpatch.inference.buffers import lean_heap
 from oocpatch.inference.finish import named_postprocess
 from oocpatch.inference.models import Model, load_models, model_identity
 from oocpatch.inference.predictor import Predictor, resolve_device
+from oocpatch.inference.prepared import compile_mode, fingerprint, prepared, refuse_unprepared, uses_graphs
 from oocpatch.inference.selection import Mask, Selection
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
@@ -87,17 +88,19 @@ class Request:
         return augmentation.turns(self.options["augment"], axes, patch_size)
 
     def predictor(
-        self, *, copies_input: bool = True, torch_threads: int | None = None, statistics: preprocessing.Statistics = ()
+        self, *, statistics: preprocessing.Statistics = (), compiled: bool = False, **settings: Any
     ) -> Predictor:
-        """The model and what is around it, as a function of batches."""
+        """The model and what is around it, as a function of batches; compiled, if that was asked for and is to be."""
         preprocess = preprocessing.applied(self.options["preprocess"], statistics)
+        axes, options = self.volume.spatial_ndim, self.options
+        models = [prepared(model, options, axes, compiled=compiled) for model in self.models]
         return Predictor(
-            around(self.models, preprocess, self.turns),
+            around(models, preprocess, self.turns),
             device=self.options["device"],
             autocast=self.options["autocast"],
             looped=self.looped,
-            copies_input=copies_input,
-            torch_threads=torch_threads,
+            own_thread=compiled and uses_graphs(options["compile"], options["device"]),
+            **settings,
         )
 
     def statistics(self, *, hidden: bool | None = True) -> tuple[tuple[float, float], ...]:
@@ -130,7 +133,8 @@ class Request:
         if not self.patch_size or is_auto(self.options["batch_size"]):  # what is left open is what the run has
             self.settled(record.parameters["patch_size"], record.parameters["batch_size"]).refuse_other_run(record)
             return
-        found = differences(self.parameters, record.parameters)
+        # what is off is not among the parameters
+        found = differences({**dict.fromkeys(record.parameters), **self.parameters}, record.parameters)
         if not found and self.block_shape is not None:
             asked, there = self._blocks(record.details), record.details["block_shape"]
             if list(asked) != list(there):
@@ -175,6 +179,8 @@ def make_request(
     batch_size: Any,
     device: str,
     autocast: bool,
+    channels_last: bool,
+    compile: bool | str,  # noqa: A002 - as torch calls it
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None,
     output_dtype: Any,
     output_chunks: int | Sequence[int] | Mapping[str, int] | None,
@@ -233,6 +239,8 @@ def make_request(
         "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
         "device": found_device,
         "autocast": door.flag("autocast", autocast),
+        "channels_last": door.flag("channels_last", channels_last),
+        "compile": compile_mode(compile),
         "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
@@ -244,6 +252,7 @@ def make_request(
         "workers": 1 if client is not None else processes,
         "processes": processes,
     }
+    refuse_unprepared(models, options, data.spatial_ndim)
     if padding_mode == "constant":
         door.held("fill", options["fill"], str(data.dtype))
     if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
@@ -278,6 +287,7 @@ def make_request(
         "output_format": found_format,
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
+        **fingerprint(options),
     }
     request = Request(
         volume=data,

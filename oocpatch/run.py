@@ -61,6 +61,8 @@ def predict(
     batch_size: int | str = 1,
     device: str = "auto",
     autocast: bool = False,
+    channels_last: bool = False,
+    compile: bool | str = False,  # noqa: A002 - as torch calls it
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
     output_dtype: Any = None,
     output_chunks: int | Sequence[int] | Mapping[str, int] | None = None,
@@ -115,6 +117,8 @@ def predict(
         batch_size: patches per call of the model; `"auto"`: chosen.
         device: where the model runs; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
+        channels_last: put patches and weights into torch's memory format with the channels last.
+        compile: run the model by `torch.compile`; mode `"default"` (True), `"reduce-overhead"` or `"max-autotune"`.
         postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), or a function
             of blended scores `(C, *box)` that works voxel by voxel. A dict gives each of the model's outputs its own.
         output_dtype: dtype of the output; integers are rounded half to even and saturate. As a dict, of each.

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from benchmarks import ledger_tasks
+from benchmarks import gpu, ledger_tasks
 from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
+from benchmarks.models import UNet3d
 from benchmarks.tables import ratios, speed_table, targets_table
 from benchmarks.workloads import WORKLOADS
 
@@ -54,6 +55,27 @@ def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path):
     cells = [cell.strip() for cell in next(line for line in text.splitlines() if ours in line).split("|")]
     assert cells[3] == f"**{run['wall'] / records[copy][0]['wall']:.2f}**"
     assert ours in (tmp_path / "speed.svg").read_text()
+
+
+def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_labels(tmp_path):
+    """On the CPU, where the share says nothing, but each step is taken and the labels are right."""
+    sizes = ["--side", "24", "--chunk", "8", "--patch-size", "16", "--patch-overlap", "8", "--width", "2"]
+    command = [*sizes, "--batch-size", "3", "--variants", "plain", "--rounds", "1", "--max-memory", "256MiB"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--directory", tmp_path, *command, "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (variant,) = json.loads(done.stdout)["variants"]
+    (pair,) = variant["rounds"]
+    assert (variant["variant"], variant["batch_size"]) == ("plain", 3)
+    assert pair["ours"]["patches"] == 8
+    assert pair["ours"]["unlike"] == 0
+    assert 0 < pair["ours"]["peak"] <= pair["ours"]["projected_memory"]
+    assert pair["share"] == pair["ours"]["throughput"] / pair["bare"]["throughput"]
+    assert [path.name for path in tmp_path.iterdir()] == ["volume.zarr"]
+    assert len(gpu._cells([pair])) == 10
+    assert sum(p.numel() for p in UNet3d().parameters()) // 100_000 == 56
 
 
 def test_a_contender_that_fails_is_a_figure_too(tmp_path):

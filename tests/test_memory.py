@@ -58,6 +58,12 @@ def test_chunks_that_are_read_in_part_are_not_all_decoded_at_once(tmp_path: Path
     assert_within_bounds(measured(tmp_path, 192, patch_overlap=16, overlap_mode="hann"), LIMIT)
 
 
+def test_buffers_on_the_way_to_a_device_are_planned_as_well(tmp_path: Path) -> None:
+    """The device's own memory is counted with them, here as everywhere."""
+    settings = {"patch_overlap": 16, "overlap_mode": "hann", "staged": True, "max_memory": 2 * LIMIT}
+    assert_within_bounds(measured(tmp_path, 192, **settings), 2 * LIMIT)
+
+
 def test_a_pyramid_keeps_the_limit_as_well(tmp_path: Path) -> None:
     settings = {"patch_overlap": 8, "overlap_mode": "average", "output_format": "ome-zarr", "max_memory": 32 * MIB}
     assert_within_bounds(measured(tmp_path, 192, **settings), 32 * MIB)

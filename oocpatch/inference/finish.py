@@ -6,11 +6,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.memory import DEVICE_TILE, TILE
 
 Postprocess = Callable[[torch.Tensor], torch.Tensor]
 POSTPROCESSES: dict[str, Postprocess] = {
@@ -87,6 +88,11 @@ class Finisher:
     divide: bool = True
     fill: float = 0.0
     nonfinite: bool = False
+
+    def on(self, device: str, *, staged: bool) -> Finisher:
+        """The same for sums on a device; one with memory of its own works on large tiles, since launches take time."""
+        weights = None if self.weights is None else tuple(w.to(device) for w in self.weights)
+        return replace(self, weights=weights, tile=self.tile * DEVICE_TILE // TILE if staged else self.tile)
 
     def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
         """Write the values of a box into `out`.

@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A part that is complete, with its data on the host: sums `(C, *box)`, or values of the output `(C', *box)`."""
+    """A part that is complete, with its data on the device: sums `(C, *box)`, or values of the output `(C', *box)`."""
 
     part: Part
     data: torch.Tensor

@@ -11,6 +11,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from oocpatch.inference.batches import Halving, out_of_memory
 from oocpatch.inference.footprint import Footprint
 from oocpatch.inference.functions import writes_unseen
 from oocpatch.inference.geometry import Geometry, measure
+from oocpatch.inference.prepared import Prepared
 from oocpatch.planning.box import Ints
 
 Model = Callable[[torch.Tensor], Any]
@@ -59,11 +61,12 @@ class Predictor:
 
     Args:
         model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a dict of such tensors.
-        device: where it runs, e.g. `"cpu"` or `"cuda:0"`.
+        device: where it runs, e.g. `"cpu"` or `"cuda:0"`; `"cuda"` is the current one of the thread that makes this.
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
         torch_threads: threads of torch, since results depend on it.
+        own_thread: whether all calls are made by one thread, whichever asks for them; see `prepared`.
 
     Attributes:
         halving: counts the batches that did not fit into memory.
@@ -78,9 +81,10 @@ class Predictor:
         looped: int = 0,
         copies_input: bool = True,
         torch_threads: int | None = None,
+        own_thread: bool = False,
     ) -> None:
         self.model = model
-        self.device = device
+        self.device = _numbered(device)
         self.copies_input = copies_input
         self._autocast = autocast
         self._looped = looped
@@ -88,20 +92,33 @@ class Predictor:
         self._dtype = input_dtype(model)
         self.halving = Halving(model)
         self._turn = threading.Lock()
+        self._own_thread = own_thread
+        self._thread: ThreadPoolExecutor | None = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Put the module on its device and in evaluation mode, and put everything back afterwards."""
         threads = torch.get_num_threads()
-        training = []
+        training, stack = [], contextlib.ExitStack()
         if isinstance(self.model, torch.nn.Module):
             training = [m for m in self.model.modules() if m.training]
             self.model.to(self.device)
             for module in training:
                 module.training = False
+            for module in self.model.modules():
+                if isinstance(module, Prepared):
+                    stack.enter_context(module.ready())
+        if self._own_thread:
+            self._thread = ThreadPoolExecutor(1, "oocpatch-model", _use_device, (self.device,))
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
         try:
             yield
         finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+            stack.close()
             torch.set_num_threads(threads)
             for module in training:
                 module.training = True
@@ -120,17 +137,21 @@ class Predictor:
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
         with self._turn:
-            use_threads(self._threads)
-            try:
-                result = self._run(inputs)
-            finally:
-                use_threads(1)
+            thread = self._thread
+            result = self._in_turn(inputs) if thread is None else thread.submit(self._in_turn, inputs).result()
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
         outputs = self._checked(result, inputs)
         for axis in looped:
             outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
         return outputs
+
+    def _in_turn(self, inputs: torch.Tensor) -> Any:
+        use_threads(self._threads)
+        try:
+            return self._run(inputs)
+        finally:
+            use_threads(1)
 
     def _run(self, inputs: torch.Tensor) -> Any:
         inputs = as_input(inputs, self._dtype)
@@ -266,6 +287,17 @@ def resolve_device(device: str) -> str:
     except Exception as error:
         raise ValueError(f"device must be one that torch can use here, got {device!r} ({error})") from error
     return device
+
+
+def _numbered(device: str) -> str:
+    """A device with its number, where it is CUDA's current one: each thread has its own idea of which that is."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
+
+
+def _use_device(device: str) -> None:
+    """Make a device the current one of the calling thread."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def use_threads(count: int) -> None:

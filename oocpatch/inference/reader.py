@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from oocpatch.inference.buffers import buffer
 from oocpatch.inference.pending import Pending
 from oocpatch.inference.ring import Ring
+from oocpatch.inference.transfer import Transfer
 from oocpatch.planning.box import Box
 from oocpatch.planning.sweep import Group
 from oocpatch.storage.volume import Volume
@@ -27,6 +25,7 @@ class Reader:
         axis: the swept axis.
         capacity: planes to hold.
         device: where the model takes its patches.
+        transfer: the way there.
         pool: threads that read chunks.
         padding_mode, fill: what lies outside the volume.
     """
@@ -40,6 +39,7 @@ class Reader:
         capacity: int,
         dtype: torch.dtype,
         device: str,
+        transfer: Transfer,
         pool: Executor,
         padding_mode: str,
         fill: float,
@@ -47,6 +47,7 @@ class Reader:
         self._volume = volume
         self._axis = axis
         self._ring = Ring.of(region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device)
+        self._transfer = transfer
         self._padding = padding_mode, fill
         self._at = region.start[axis]
         self._batch: torch.Tensor | None = None
@@ -64,19 +65,20 @@ class Reader:
             raise RuntimeError(f"planes {keep} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
         box = self._ring.region.along(self._axis, max(self._at, group.start), group.read_stop)
         self._at = group.read_stop
+        after = self._transfer.queued()
         for part, view in self._ring.parts(box):
-            target = view.numpy() if view.device.type == "cpu" else np.empty(view.shape, self._volume.dtype)
-            for request in self._volume.requests(part, target):
+            for request in self._volume.requests(part, None if self._transfer.staged else view.numpy()):
                 inner = (slice(None), *request.slices(part.start))
-                self.pending.submit(self._read, request, target[inner], view[inner])
+                self.pending.submit(self._read, request, view[inner], after)
 
-    def batch(self, boxes: Sequence[Box], *, size: int, copy: bool) -> torch.Tensor:
+    def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
         """Patches as `(B, C, *patch_size)`, valid until the next call.
 
         Args:
             boxes: the patches.
             size: most patches of a batch.
             copy: whether the model may write to them; else a single patch is a view, where it does not wrap around.
+            full: whether to fill up a batch that is smaller, with copies of its last patch.
         """
         if len(boxes) == 1 and not copy:
             views = [view for _, view in self._ring.parts(boxes[0])]
@@ -88,13 +90,14 @@ class Reader:
         for target, box in zip(self._batch, boxes, strict=False):  # the last batch may be smaller
             for part, view in self._ring.parts(box):
                 target[(slice(None), *part.slices(box.start))] = view
-        return self._batch[: len(boxes)]
+        if full and len(boxes) < size:
+            self._batch[len(boxes) :] = self._batch[len(boxes) - 1]
+        return self._batch if full else self._batch[: len(boxes)]
 
     def holds_only(self, value: float, box: Box) -> bool:
         """Whether a patch holds nothing but one value."""
         return all(bool((view == value).all()) for _, view in self._ring.parts(box))
 
-    def _read(self, box: Box, target: npt.NDArray[Any], view: torch.Tensor) -> None:
-        self._volume.read_into(target, box, *self._padding)
-        if view.device.type != "cpu":
-            view.copy_(torch.from_numpy(target))
+    def _read(self, box: Box, view: torch.Tensor, after: torch.cuda.Event | None) -> None:
+        with self._transfer.upload(view, after) as target:
+            self._volume.read_into(target, box, *self._padding)

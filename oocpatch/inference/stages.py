@@ -25,6 +25,7 @@ from oocpatch.inference.predictor import Predictor
 from oocpatch.inference.reader import Reader
 from oocpatch.inference.seams import SlabSums
 from oocpatch.inference.selection import Selection
+from oocpatch.inference.transfer import Arrived, Landing, Transfer
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis
@@ -39,6 +40,9 @@ from oocpatch.storage.units import Written
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
 
+HERE = Transfer("cpu", staged=False)
+"""For what is in main memory already, as sums of the workspace are."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -49,6 +53,7 @@ class Job:
         volume: where to read.
         selection: which patches to compute.
         predictor: the model.
+        transfer: the way to its device and back.
         workspace: where partials go.
         windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
         output: where values go.
@@ -64,6 +69,7 @@ class Job:
     volume: Volume
     selection: Selection
     predictor: Predictor
+    transfer: Transfer
     workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
     output: Output
@@ -113,8 +119,9 @@ def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
 class Writes:
     """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
-    def __init__(self, job: Job, partials: PartialWriter | None, written: Written) -> None:
+    def __init__(self, job: Job, landing: Landing, partials: PartialWriter | None, written: Written) -> None:
         self._job = job
+        self._landing = landing
         self._partials = partials
         self._written = written
         self._under_way: list[Staged] = []
@@ -124,23 +131,27 @@ class Writes:
         """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
         self.pending.wait()
         written, self._under_way = self._under_way, staged
-        output = self._job.output
-        for item in staged:
-            data = item.data.cpu().numpy()
+        found, arrived = self._landing.take([item.data for item in staged])
+        for item, data in zip(staged, found, strict=True):
             if item.part.piece is None:
-                for request in output.requests(item.part.head, item.part.box):
+                for request in self._job.output.requests(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
-                    self.pending.submit(output.write, item.part.head, request, inner, self._written)
+                    self.pending.submit(self._values, arrived, item.part.head, request, inner)
             else:
-                self.pending.submit(self._partial, item.part, data)
+                self.pending.submit(self._partial, arrived, item.part, data)
         if not self._job.plan.way.ahead:
             self.pending.wait()
             written, self._under_way = staged, []
         return written
 
-    def _partial(self, part: Part, data: npt.NDArray[np.generic]) -> None:
+    def _values(self, arrived: Arrived, head: int, box: Box, data: npt.NDArray[np.generic]) -> None:
+        arrived()
+        self._job.output.write(head, box, data, self._written)
+
+    def _partial(self, arrived: Arrived, part: Part, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
         assert part.piece is not None
+        arrived()
         self._partials.write(part.head, part.piece, part.whole, part.box, data)
 
 
@@ -157,7 +168,8 @@ def predict_block(job: Job, index: int) -> Done:
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
     written = Written(plan, "predict", index)
-    writes = [Writes(job, partials, written) for _ in plan.heads]
+    landings = [Landing(job.transfer, plan.slab_bytes(number)) for number in range(len(plan.heads))]
+    writes = [Writes(job, landing, partials, written) for landing in landings]
     sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
         job.volume,
@@ -166,6 +178,7 @@ def predict_block(job: Job, index: int) -> Done:
         capacity=planes,
         dtype=torch_dtype(plan.in_dtype),
         device=job.predictor.device,
+        transfer=job.transfer,
         pool=job.reads,
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
@@ -207,7 +220,7 @@ def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -
         head=plan.heads[number],
         capacity=planes,
         window=job.windows[number],
-        finisher=job.finishers[number],
+        finisher=job.finishers[number].on(job.predictor.device, staged=job.transfer.staged),
         device=job.predictor.device,
         emit=writes.emit,
         check_finite=not job.allow_nonfinite,
@@ -256,11 +269,12 @@ def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members:
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
         boxes = [_box(plan.input_grid.axes, m) for m in batch]
-        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input))
+        full = plan.fills_batches
+        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
         for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
             axes = [a.grid for a in frame.axes]
             values = _values(head, outputs, tuple(a.patch for a in axes))
-            for member, one in zip(batch, values, strict=True):
+            for member, one in zip(batch, values, strict=not full):  # what a batch was filled up with is thrown away
                 box = _box(axes, member)
                 partial.add(box.start, _kept(head, frame.grid.shape, axes, block, member, box), one)
         job.on_patches(len(batch))
@@ -342,7 +356,7 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
         return None if found is None else torch.from_numpy(found)
 
     counts = NOTHING
-    writes = Writes(job, None, written)
+    writes = Writes(job, Landing(HERE, 0), None, written)
     try:
         for slab in frame.steps(block.core):
             sums = SlabSums(job.plan.heads[number])

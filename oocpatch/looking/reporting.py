@@ -158,8 +158,8 @@ def command_of(settings: Mapping[str, Any]) -> str:
 _NONE = object()
 _DEFAULTS: Mapping[str, Any] = {
     "patch_overlap": 0, "overlap_mode": "hann", "fill": 0.0, "trust_pickle": False, "batch_size": 1, "device": "auto",
-    "autocast": False, "output_fill": 0, "max_memory": "auto", "skip_empty": False, "output_format": "auto",
-    "allow_nonfinite": False, "level": 0,
+    "autocast": False, "channels_last": False, "compile": False, "output_fill": 0, "max_memory": "auto",
+    "skip_empty": False, "output_format": "auto", "allow_nonfinite": False, "level": 0,
 }  # fmt: skip
 """Of `predict`, as far as they are not None: what has its default needs no option."""
 
@@ -167,7 +167,7 @@ _DEFAULTS: Mapping[str, Any] = {
 def _option(name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     if value is True:
-        return [option]
+        return [option] if name != "compile" else [option, "default"]
     if name in ("model", "weights") and isinstance(value, list):
         return [word for item in value for word in (option, str(item))]
     if name == "model_args":

@@ -19,6 +19,12 @@ from oocpatch.planning.totals import LOOKED_AT, AxisTotals, Frame
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
 
+DEVICE_TILE = 1 << 20
+"""The same where the model's device has memory of its own."""
+
+READ_BYTES = 1 << 20
+"""Bytes that one read gives at most, where it goes through a buffer and chunks are smaller; see `storage.volume`."""
+
 KEPT_BY_HEAP = 2 << 20
 """Larger allocations are mapped, and go back to the system when they are freed; see `inference.buffers`."""
 
@@ -37,6 +43,7 @@ class HeadSizes:
         sum_voxel: bytes of one voxel of the sums, all channels.
         out_voxel: bytes of one voxel of the output, all channels.
         channels: the larger number of channels of sums and output.
+        staged: whether the sums are in memory of a device's own.
     """
 
     scale: tuple[Scale, ...]
@@ -45,11 +52,12 @@ class HeadSizes:
     sum_voxel: int
     out_voxel: int
     channels: int
+    staged: bool = False
 
     @property
     def tile(self) -> int:
         """Voxels that are normalized at a time."""
-        return max(1, TILE // self.channels)
+        return max(1, TILE // self.channels) * (DEVICE_TILE // TILE if self.staged else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class Sizes:
         batch: patches per batch.
         model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
+        staged: whether what is read and written goes through buffers, since the model's device has memory of its own.
     """
 
     in_voxel: int
@@ -79,6 +88,7 @@ class Sizes:
     batch: int
     model_bytes: int
     batch_bytes: int
+    staged: bool = False
 
     @property
     def unit_bytes(self) -> int:
@@ -199,6 +209,8 @@ def _shared(heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Parts:
         ("chunks", chunk_bytes(way.io_threads, sizes.unit_bytes)),
         ("weights", 8 * sum(sum(f.blocks.grid.shape) for f in heads)),
         ("window", sizes.window_bytes),
+        # in main memory, and on the device, where copies to planes of the ring are contiguous first
+        *((("uploads", reading(way.io_threads) * 2 * read_bytes(sizes.in_chunk_bytes)),) if sizes.staged else ()),
     )
 
 
@@ -239,7 +251,7 @@ def _task_parts(frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: S
     for head_frame, head in zip(heads, sizes.heads, strict=True):
         for parts, more in zip((predict, normalize), _head_parts(head_frame, head, which, way, group), strict=True):
             for name, size in more.items():
-                parts[name] = parts[name] + size if parts is predict else max(parts[name], size)
+                parts[name] = parts.get(name, 0) + size if parts is predict else max(parts[name], size)
     return max((tuple(p.items()) for p in (predict, normalize)), key=lambda found: sum(size for _, size in found))
 
 
@@ -263,6 +275,10 @@ def _head_parts(
         "staged": (1 + way.ahead) * step * max(mixed, whole),
         "tile": tile,
     }
+    if sizes.staged:
+        predict["downloads"] = pinned_bytes(
+            slab_bytes(frame.blocks, frame.totals, max(sizes.sum_voxel, sizes.out_voxel))
+        )
     received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
     # own sums, a seam, and a piece as bytes while it is read
     staged = (1 + way.ahead) * received * sizes.out_voxel
@@ -297,6 +313,27 @@ def _disk(heads: tuple[Frame, ...], sizes: Sizes, stored: int, concurrency: int)
         closed = math.prod(min(s.closed for s in t.spans) for t in frame.totals)
         partials += alive * (reach - closed) * head.sum_voxel
     return min(stored, partials) + pieces + bookkeeping
+
+
+def slab_bytes(blocks: BlockGrid, totals: tuple[AxisTotals, ...], voxel: int) -> int:
+    """Bytes that leave a block in one step of its sweep at most, at so many per voxel: the same for all blocks."""
+    reach = [max(span.reach for span in axis.spans) for axis in totals]
+    cross = math.prod(n for axis, n in enumerate(reach) if axis != blocks.sweep)
+    return min(blocks.step, reach[blocks.sweep]) * cross * voxel
+
+
+def read_bytes(chunk: int) -> int:
+    """Bytes of the buffer of a thread that reads chunks of so many bytes for a device with memory of its own."""
+    return pinned_bytes(max(chunk, READ_BYTES))
+
+
+def pinned_bytes(size: int) -> int:
+    """Bytes that so many take of memory which is pinned: torch makes a power of two of them.
+
+    >>> pinned_bytes(1 << 20), pinned_bytes((1 << 20) + 1) >> 20
+    (1048576, 2)
+    """
+    return 1 << max(0, size - 1).bit_length()
 
 
 def chunk_bytes(threads: int, unit_bytes: int) -> int:

@@ -18,7 +18,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.drawing import draw_plan
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.head import Head, common_unit, crops, patch_grid
-from oocpatch.planning.memory import Way, layers_per_group
+from oocpatch.planning.memory import Way, layers_per_group, slab_bytes
 from oocpatch.planning.totals import axis_totals
 
 FORMAT = 2
@@ -127,6 +127,18 @@ class Plan:
         """Layers of patches that are computed together."""
         totals = tuple(axis_totals(a, c) for a, c in zip(self.block_grid.axes, self.in_chunks, strict=True))
         return layers_per_group(self.block_grid, totals, self.batch_size)
+
+    @property
+    def fills_batches(self) -> bool:
+        """Whether every batch is a full one, since the model is compiled for that."""
+        return self.parameters.get("compile") is not None
+
+    def slab_bytes(self, head: int) -> int:
+        """Bytes that a head's sums and values of one step of the sweep have at most, in any block."""
+        frame, one = self.frames[head], self.heads[head]
+        totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
+        sums, values = np.dtype(one.dtype).itemsize * one.stored, np.dtype(one.out_dtype).itemsize * one.out_channels
+        return slab_bytes(frame, totals, max(sums, values))
 
     @property
     def patches(self) -> int:

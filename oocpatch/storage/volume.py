@@ -120,12 +120,17 @@ class Volume:
             found.coder = PlainArray.of(array) or NativeArray.open(array, threads)
         return found
 
-    def requests(self, box: Box, out: npt.NDArray[Any]) -> Iterator[Box]:
-        """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once."""
-        if isinstance(self.coder, NativeArray) and self._natively(out) is not None:
+    def requests(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
+        """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once.
+
+        Without `out`, for reads into buffers of their own, each is of one chunk or at most `REQUEST` bytes.
+        """
+        if isinstance(self.coder, NativeArray) and out is not None and self._natively(out) is not None:
             yield box
             return
-        step = self.chunks if self.source.chunked else (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
+        step = self.chunks
+        if not self.source.chunked and out is not None:
+            step = (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
         voxel = self.channels * self.dtype.itemsize
         yield from box.split(worthwhile(step, box.shape, REQUEST // (2 * voxel)))
 

@@ -1,0 +1,159 @@
+"""What `benchmarks.gpu` measures; each task in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+import oocpatch
+from benchmarks.contest import remove
+from benchmarks.measure import answer, measured
+from benchmarks.models import UNet3d
+from oocpatch.inference.predictor import resolve_device
+from oocpatch.inference.prepared import Prepared, prepared
+
+Corner = tuple[int, ...]
+
+
+def make_volume(path: str, side: int, chunk: int, dtype: str) -> dict[str, Any]:
+    """A cube of random numbers, written slab by slab; one that is there already is taken."""
+    if not Path(path).exists():
+        volume = zarr.create_array(
+            path, shape=(side,) * 3, chunks=(min(chunk, side),) * 3, dtype=dtype, dimension_names=("z", "y", "x")
+        )
+        generator = np.random.default_rng(0)
+        for start in range(0, side, chunk):
+            volume[start : start + chunk] = generator.random((min(chunk, side - start), side, side), np.float32)
+    return {}
+
+
+def bare(
+    source: str, *, width: int, device: str, patch: int, overlap: int, batch: int, **variant: Any
+) -> dict[str, Any]:
+    """The network on the patches that `predict` gives it, from a volume on the device; scores are dropped."""
+    with contextlib.ExitStack() as stack:
+        place = torch.device(resolve_device(device))
+        options = {"channels_last": False, "compile": None, "autocast": False, **variant, "device": str(place)}
+        model = prepared(_network(width).to(place), options, 3, compiled=True)
+        if isinstance(model, Prepared):
+            stack.enter_context(model.ready())
+        return _bare(model, place, options, source=source, patch=patch, overlap=overlap, batch=batch)
+
+
+def _bare(
+    model: torch.nn.Module,
+    place: torch.device,
+    options: dict[str, Any],
+    *,
+    source: str,
+    patch: int,
+    overlap: int,
+    batch: int,
+) -> dict[str, Any]:
+    volume = torch.from_numpy(np.asarray(zarr.open_array(source, mode="r")[...])).to(place)
+    corners = _corners(tuple(volume.shape), patch, overlap)
+    buffer = torch.empty((batch, 1, *(patch,) * 3), device=place)
+
+    def call(members: Sequence[Corner]) -> None:
+        for target, corner in zip(buffer, members, strict=False):
+            target[0] = volume[tuple(slice(a, a + patch) for a in corner)]
+        with torch.no_grad(), torch.autocast(place.type, enabled=options["autocast"]):
+            model(buffer if options["compile"] else buffer[: len(members)])  # compiled for full batches
+
+    started = time.perf_counter()
+    for _ in range(3):
+        call(corners[:batch])
+    _finish(place)
+    warm = time.perf_counter() - started
+    with measured() as usage:
+        for start in range(0, len(corners), batch):
+            call(corners[start : start + batch])
+        _finish(place)
+    return {**vars(usage), "warm_up": warm, "throughput": len(corners) / usage.wall}
+
+
+def ours(
+    source: str,
+    target: str,
+    *,
+    width: int,
+    device: str,
+    patch: int,
+    overlap: int,
+    batch: int,
+    options: dict[str, Any],
+    **variant: Any,
+) -> dict[str, Any]:
+    """`predict`, from the volume on disk to labels on disk."""
+    model, place = _network(width), torch.device(resolve_device(device))
+    settings = {"patch_size": patch, "patch_overlap": overlap, "batch_size": batch, "device": device}
+    settings |= {"postprocess": "argmax", "progress": False, **options, **variant}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded, compiled and allocated once is not counted
+        small = np.zeros((2 * patch - overlap,) * 3, zarr.open_array(source, mode="r").dtype)
+        oocpatch.predict(small, model, f"{folder}/out", **settings)
+    warm = time.perf_counter() - started
+    remove(target)
+    plan = oocpatch.plan(source, model, target, **settings)
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
+    with measured() as usage:
+        plan.run()
+    record = {
+        **vars(usage),
+        "warm_up": warm,
+        "throughput": plan.patches / usage.wall,
+        "patches": plan.patches,
+        "blocks": plan.blocks,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "projected_memory": plan.projected_memory,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "device_peak": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0,
+        "unlike": _unlike(source, target, model.to(place), patch, overlap),
+    }
+    remove(target)
+    return record
+
+
+def _network(width: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return UNet3d(width=width).eval()
+
+
+def _corners(shape: tuple[int, ...], patch: int, overlap: int) -> list[Corner]:
+    """Where patches start: one every stride, and a last one that ends at the border."""
+    return list(itertools.product(*([*range(0, n - patch, patch - overlap), n - patch] for n in shape)))
+
+
+def _unlike(source: str, target: str, model: torch.nn.Module, patch: int, overlap: int) -> float:
+    """Share of voxels with another label than the network gives, where only the first or the last patch lies."""
+    volume, labels = zarr.open_array(source, mode="r"), zarr.open_array(f"{target}/prediction", mode="r")
+    starts = sorted({corner[0] for corner in _corners(volume.shape, patch, overlap)})
+    unlike = []
+    for at, own in ((0, slice(0, starts[1])), (starts[-1], slice(starts[-2] + patch, volume.shape[0]))):
+        box = (slice(at, at + patch),) * 3
+        given = torch.from_numpy(np.asarray(volume[box], np.float32))[None, None].to(next(model.parameters()).device)
+        with torch.no_grad():
+            expected = model(given)[0].argmax(0).cpu().numpy()
+        inner = (slice(own.start - at, own.stop - at),) * 3
+        unlike.append(np.mean(np.asarray(labels[(..., own, own, own)]) != expected[inner]))
+    return float(max(unlike))
+
+
+def _finish(device: torch.device) -> None:
+    """Until the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    answer(make_volume, bare, ours)
