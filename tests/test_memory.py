@@ -58,6 +58,14 @@ def test_chunks_that_are_read_in_part_are_not_all_decoded_at_once(tmp_path: Path
     assert_within_bounds(measured(tmp_path, 192, patch_overlap=16, overlap_mode="hann"), LIMIT)
 
 
+def test_what_a_light_model_allocates_is_not_kept(tmp_path: Path) -> None:
+    """Its tensors are as large as what a heap likes to keep, and leave holes in it that the next ones do not fit."""
+    volume = tmp_path / "volume192.zarr"
+    zarr.create_array(volume, shape=(4096, 8192, 3), chunks=(512, 512, 3), dtype="uint8", fill_value=1)
+    settings = {"axes": "yxc", "patch_size": 500, "patch_overlap": 112, "output_dtype": "uint8", "light": True}
+    assert_within_bounds(measured(tmp_path, 192, **settings, max_memory=192 * MIB), 192 * MIB)
+
+
 def test_a_pyramid_keeps_the_limit_as_well(tmp_path: Path) -> None:
     settings = {"patch_overlap": 8, "overlap_mode": "average", "output_format": "ome-zarr", "max_memory": 32 * MIB}
     assert_within_bounds(measured(tmp_path, 192, **settings), 32 * MIB)
