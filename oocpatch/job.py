@@ -46,8 +46,10 @@ def open_job(
         output: where values go.
         on_patches: told the number of patches that are done with.
     """
-    units = [math.prod(head.unit) * head.out_channels * np.dtype(head.out_dtype).itemsize for head in made.heads]
-    lean_heap(kept_chunk_bytes(made.way.io_threads, max(request.volume.chunk_bytes, *units)))
+    files = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in made.heads]
+    units = [size * head.out_channels for size, head in zip(files, made.heads, strict=True)]
+    read = request.volume.chunk_bytes
+    lean_heap(kept_chunk_bytes(made.way.io_threads, max(read, *units)), max(read, *files))
     predictor = request.predictor(
         copies_input=made.copies_input,
         torch_threads=made.torch_threads,

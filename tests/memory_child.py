@@ -64,6 +64,11 @@ def add_one(patches: torch.Tensor) -> torch.Tensor:
     return patches + 1
 
 
+def light(patches: torch.Tensor) -> torch.Tensor:
+    """Two of ones, in steps that take no time, each with a tensor of its own."""
+    return torch.sigmoid((patches[:, :2].float() - 1) / 30) * 4
+
+
 def main(volume: str, output: str, options: dict[str, Any]) -> None:
     """Print `{"added", "projected", "written"}` in bytes, and the extremes of the output."""
     if options.pop("staged", False):  # the CPU stands in for a device with memory of its own
@@ -74,20 +79,22 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
         arguments = {"patch_size": 16, "patch_overlap": 4, "block_shape": 32, "axes": "zyx", "progress": False}
         arguments |= {name: options[name] for name in ("workers", "output_format") if name in options}
         oocpatch.predict(small, add_one, f"{warm_up}/out", **arguments)
-    plan = oocpatch.plan(volume, add_one, output, progress=False, **options)
+    model = light if options.pop("light", False) else add_one
+    plan = oocpatch.plan(volume, model, output, progress=False, **options)
     before = psutil.Process().memory_info().rss
     with PeakSampler() as sampler:
         plan.run()
     place = "scale0/image" if options.get("output_format") == "ome-zarr" else "prediction"
     result = zarr.open_array(f"{output}/{place}", mode="r")
-    probes = [result[:8, :8, :8], result[-8:, -8:, -8:], result[tuple(slice(n // 2, n // 2 + 8) for n in result.shape)]]
+    probes = [result[tuple(slice(at * n // 2, at * n // 2 + 8) for n in result.shape)] for at in (0, 1)]
+    probes.append(result[tuple(slice(-8, None) for _ in result.shape)])
     answer = {
         "added": sampler.peak - before,
         "projected": plan.projected_memory,
         "workspace": plan.projected_disk,
         "blocks": plan.blocks,
-        "lowest": float(np.min(probes)),
-        "highest": float(np.max(probes)),
+        "lowest": min(float(np.min(probe)) for probe in probes),
+        "highest": max(float(np.max(probe)) for probe in probes),
     }
     sys.stdout.write(json.dumps(answer))
 

@@ -64,6 +64,14 @@ def test_buffers_on_the_way_to_a_device_are_planned_as_well(tmp_path: Path) -> N
     assert_within_bounds(measured(tmp_path, 192, **settings), 2 * LIMIT)
 
 
+def test_what_a_light_model_allocates_is_not_kept(tmp_path: Path) -> None:
+    """Its tensors are as large as what a heap likes to keep, and leave holes in it that the next ones do not fit."""
+    volume = tmp_path / "volume192.zarr"
+    zarr.create_array(volume, shape=(4096, 8192, 3), chunks=(512, 512, 3), dtype="uint8", fill_value=1)
+    settings = {"axes": "yxc", "patch_size": 500, "patch_overlap": 112, "output_dtype": "uint8", "light": True}
+    assert_within_bounds(measured(tmp_path, 192, **settings, max_memory=192 * MIB), 192 * MIB)
+
+
 def test_a_pyramid_keeps_the_limit_as_well(tmp_path: Path) -> None:
     settings = {"patch_overlap": 8, "overlap_mode": "average", "output_format": "ome-zarr", "max_memory": 32 * MIB}
     assert_within_bounds(measured(tmp_path, 192, **settings), 32 * MIB)

@@ -60,7 +60,11 @@ LEAST_TRIM = 4 << 20
 """Bytes of free memory at the end of the heap that it may keep at least."""
 
 
-def lean_heap(chunks: int = 0) -> None:
+LEAST_MAPPED = 11 << 17
+"""Bytes up to which nothing is mapped by itself: what zstd takes for coding a chunk, again and again, is 1.3 MiB."""
+
+
+def lean_heap(chunks: int = 0, largest: int = KEPT_BY_HEAP) -> None:
     """Keep the heap from holding on to what is freed, where the C library is glibc.
 
     Left alone, its threshold for mapping grows with the blocks it sees, and each of a dozen threads keeps megabytes of
@@ -70,9 +74,13 @@ def lean_heap(chunks: int = 0) -> None:
     Args:
         chunks: bytes of chunks that it may keep: what is allocated and freed for each chunk would else be fetched from
             the system anew each time, page by page, which took 0.4 of 3.9 s of CPU time.
+        largest: bytes of the largest chunk, which is kept. What a model allocates beyond is not: each tensor that is
+            freed leaves a hole that the next one of its size does not fit into, until there are dozens. Three steps on
+            1.5 MiB went over the promised memory by 31 MiB.
     """
+    mapped = min(KEPT_BY_HEAP, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, KEPT_BY_HEAP)
+        mallopt(MMAP_THRESHOLD, mapped)
         mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)

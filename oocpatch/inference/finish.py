@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.box import Box, Ints, cut
 from oocpatch.planning.memory import DEVICE_TILE, TILE
 
 Postprocess = Callable[[torch.Tensor], torch.Tensor]
@@ -102,22 +103,26 @@ class Finisher:
             box: where the sums lie in the output.
             out: `(C', *box.shape)` of the output's dtype.
         """
-        factors, scratch = self._factors(box, sums.device), sums.new_empty(0, dtype=torch.float32)
-        if len(factors) > 1:
-            scratch = sums.new_empty(min(self.tile, box.size), dtype=torch.float32)
+        factors, size = self._factors(box, sums.device), min(self.tile, box.size)
+        scratch = sums.new_empty(size if len(factors) > 1 else 0, dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
+        rounds = self.postprocess is None and rounds_in_place(out.dtype)
+        memory = sums.new_empty(size * sums.shape[0], dtype=torch.float32) if factors and rounds else None
         counts = NOTHING
-        for tile in tiles(box, self.tile, self.looped):
-            inner = (slice(None), *tile.slices(box.start))
-            values, target = sums[inner], out[inner]
+        for inner, weights in _weighed(tiles(box.shape, self.tile, self.looped), factors, scratch):
+            values, target = sums[(slice(None), *inner)], out[(slice(None), *inner)]
             if self.dense:
                 counts += self._dense(values, target)
                 continue
-            if factors:
-                weights = _product(factors, inner[1:], scratch)
+            if weights is not None:
                 if plain:
                     torch.div(values, weights, out=target)
                     counts += self._counted(target)
+                    continue
+                if memory is not None:
+                    values = torch.div(values, weights, out=memory[: values.numel()].view(values.shape))
+                    counts += self._counted(values)
+                    target.copy_(round_in_place(values, out.dtype, nan=self.nonfinite))
                     continue
                 values = values / weights
             counts += self._counted(values)
@@ -171,34 +176,48 @@ class Finisher:
         return result
 
 
-def _product(factors: list[torch.Tensor], tile: tuple[slice, ...], scratch: torch.Tensor) -> torch.Tensor:
-    """The outer product of a part of each factor, in `scratch`."""
-    parts = [factor[part] for factor, part in zip(factors, tile, strict=True)]
-    product = parts[-1]
-    for factor in reversed(parts[1:-1]):
-        product = factor.reshape(-1, *(1,) * product.ndim) * product
-    if len(parts) == 1:
-        return product
-    shape = [len(part) for part in parts]
-    target = scratch[: math.prod(shape)].view(shape)
-    return torch.mul(parts[0].reshape(-1, *(1,) * product.ndim), product, out=target)
+Tile = tuple[slice, ...]
 
 
-def tiles(box: Box, voxels: int, looped: int = 0) -> Iterator[Box]:
-    """Cut a box into tiles of at most so many voxels, long in the last axes; looped axes one index at a time."""
-    size = [1] * len(box.shape)
+def tiles(shape: Ints, voxels: int, looped: int = 0) -> list[list[Tile]]:
+    """Cut a box into tiles of at most so many voxels, long in the last axes; looped axes one index at a time.
+
+    Returns:
+        Tiles that differ along the first axis only, in a list each.
+
+    >>> [[tuple((s.start, s.stop) for s in tile) for tile in row] for row in tiles((3, 4), 8)]
+    [[((0, 2), (0, 4)), ((2, 3), (0, 4))]]
+    """
+    size = [1] * len(shape)
     for axis in reversed(range(len(size))):
-        size[axis] = max(1, min(box.shape[axis], voxels // math.prod(size[axis + 1 :]))) if axis >= looped else 1
-    origin = Box(tuple(0 for _ in size), box.shape)
-    for tile in origin.split(tuple(size)):
-        yield _shifted(tile, box.start)
+        size[axis] = max(1, min(shape[axis], voxels // math.prod(size[axis + 1 :]))) if axis >= looped else 1
+    cuts = [[slice(*span) for span in cut(0, n, step)] for n, step in zip(shape, size, strict=True)]
+    return [[(first, *rest) for first in cuts[0]] for rest in itertools.product(*cuts[1:])]
 
 
-def _shifted(box: Box, by: Ints) -> Box:
-    return Box(
-        tuple(a + b for a, b in zip(box.start, by, strict=True)),
-        tuple(a + b for a, b in zip(box.stop, by, strict=True)),
-    )
+def _weighed(
+    rows: list[list[Tile]], factors: list[torch.Tensor], scratch: torch.Tensor
+) -> Iterator[tuple[Tile, torch.Tensor | None]]:
+    """Each tile with its weights: the outer product of a part of each factor, in `scratch`; None without factors.
+
+    The product of all factors but the first is that of all tiles that differ along the first axis only.
+    """
+    for row in rows:
+        rest: torch.Tensor | None = None
+        for tile in row:
+            if not factors:
+                yield tile, None
+                continue
+            first = factors[0][tile[0]]
+            if len(factors) == 1:
+                yield tile, first
+                continue
+            if rest is None:
+                rest = factors[-1][tile[-1]]
+                for factor, part in zip(reversed(factors[1:-1]), reversed(tile[1:-1]), strict=True):
+                    rest = factor[part].reshape(-1, *(1,) * rest.ndim) * rest
+            target = scratch[: len(first) * rest.numel()].view(len(first), *rest.shape)
+            yield tile, torch.mul(first.reshape(-1, *(1,) * rest.ndim), rest, out=target)
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -221,9 +240,9 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Floats as integers; see `cast`."""
+    if rounds_in_place(dtype) and values.dtype == torch.float32:
+        return round_in_place(values.clone(), dtype).to(dtype)
     info = torch.iinfo(dtype)
-    if dtype.itemsize <= 2 and values.dtype == torch.float32:  # which holds every limit of 16 bits exactly
-        return values.round().clamp_(info.min, info.max).nan_to_num_(0.0).to(dtype)
     # float64 holds every 32-bit limit exactly; the 64-bit ones are put right by hand
     rounded = values.to(torch.float64).nan_to_num(0.0, math.inf, -math.inf).round()
     if dtype.itemsize < 8:
@@ -231,6 +250,27 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     high = rounded >= float(info.max)
     result = rounded.clamp(float(info.min), float(2 ** (63 if info.min else 64) - 2048)).to(dtype)
     return torch.where(high, torch.tensor(info.max, dtype=dtype, device=result.device), result)
+
+
+def rounds_in_place(dtype: torch.dtype) -> bool:
+    """Whether `round_in_place` will do: float32 holds every limit of 16 bits exactly."""
+    return not (dtype.is_floating_point or dtype.is_complex) and dtype != torch.bool and dtype.itemsize <= 2
+
+
+def round_in_place(values: torch.Tensor, dtype: torch.dtype, *, nan: bool = True) -> torch.Tensor:
+    """Integers of a small dtype as int16 or floats, of float32 values that are not needed any more; see `cast`.
+
+    From float32 straight to uint8 takes torch five times as long.
+
+    Args:
+        values: float32.
+        dtype: the small dtype.
+        nan: whether there may be NaNs.
+    """
+    info = torch.iinfo(dtype)
+    rounded = values.round_().clamp_(info.min, info.max)
+    rounded = rounded.nan_to_num_(0.0) if nan else rounded
+    return rounded.to(torch.int16) if dtype.itemsize == 1 else rounded
 
 
 def _fits(source: torch.dtype, target: torch.dtype) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import tenacity
 from dask.delayed import delayed
+from dask.local import get_sync
 
 from oocpatch.errors import BlockFailed, ClusterLost, CorruptData, CorruptPartial
 from oocpatch.inference.predictor import use_threads
@@ -95,7 +96,8 @@ class Threads:
     def submit(self, task: Task) -> Future[Done]:
         """Begin a task."""
         one = delayed(self._perform, pure=False, traverse=False)(task)
-        return self._pool.submit(one.compute, scheduler="synchronous", optimize_graph=False)
+        # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
+        return self._pool.submit(one.compute, scheduler=get_sync, optimize_graph=False)
 
     def stop(self) -> None:
         """Make the tasks under way give up."""
