@@ -31,10 +31,12 @@ def all_done(made: Plan, done: Progress) -> bool:
 
 
 def set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
-    """The workspace to go on with; or a new one, and an output that says it is incomplete."""
+    """The workspace to go on with, its weights written anew; or a new one, and an output that says it is incomplete."""
     found = inspect_output(request.output)
     if resuming and found is not None:
-        return Workspace(root_of(found), made)
+        workspace = Workspace(root_of(found), made)
+        workspace.write_weights()
+        return workspace
     if found is not None:
         remove_workspace(root_of(found))
     made = made.knowing(request.statistics(hidden=hidden(progress)))

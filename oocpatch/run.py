@@ -328,7 +328,6 @@ def _predict(
 def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[str, Any]:
     """Run the stages of a plan over what is not done yet; facts about the run."""
     started, made = time.monotonic(), workspace.plan
-    workspace.write_weights()
     done = workspace.progress()
     workspace.sweep(done)
     blocks = range(made.blocks)
@@ -358,7 +357,6 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
                 return open_result(output)
             workspace = set_up(request, stored or made, progress, resuming=stored is not None)
             made = workspace.plan
-            workspace.write_weights()  # nobody reads them but jobs that are opened, in turn
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))

@@ -16,7 +16,6 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -83,8 +82,7 @@ def test_a_server_that_freezes_midway_keeps_the_bytes_of_a_local_run(moto: Moto,
     make_volume(tmp_path / "volume.zarr", SHAPE, (8, 8))
     volume = ObjectPath.of("s3://bucket/data/volume.zarr")
     for name, content in files(tmp_path / "volume.zarr").items():
-        (volume / name).put(content)
-    options: dict[str, Any] = {**OPTIONS, "workspace": tmp_path / "work"}
+        (volume / name).write_bytes(content)
     count = 0
 
     def model(patches: torch.Tensor) -> torch.Tensor:
@@ -95,8 +93,8 @@ def test_a_server_that_freezes_midway_keeps_the_bytes_of_a_local_run(moto: Moto,
             threading.Timer(2.5, moto.process.send_signal, [signal.SIGCONT]).start()
         return patches * 2
 
-    there = oocpatch.predict(volume.url, model, "s3://bucket/results/out.zarr", **options)
-    here = oocpatch.predict(volume.url, model, tmp_path / "out", **options)
+    there = oocpatch.predict(volume.url, model, "s3://bucket/results/out.zarr", **OPTIONS)
+    here = oocpatch.predict(volume.url, model, tmp_path / "out", **OPTIONS)
     assert there.identical(here)
     assert_same(seen_by_s3fs("results/out.zarr"), files(tmp_path / "out"))
     assert oocpatch.verify("s3://bucket/results/out.zarr").passed
