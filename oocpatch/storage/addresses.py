@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from oocpatch.storage.objects import BUCKETS, UrlStore, client, scheme_of, told
 
 PIECE = 1 << 20
 """Bytes of an object that are read at a time."""
+
+DELETED_AT_A_TIME = 1000
+"""Objects that are deleted at a time."""
 
 
 def words(error: OSError) -> str:
@@ -187,13 +191,14 @@ class ObjectPath:
         with contextlib.suppress(*[FileNotFoundError] if missing_ok else []), told(self.url):
             obstore.delete(client(self.root), self.key)
 
-    def remove(self) -> None:
-        """Delete all objects below."""
+    def remove(self, names: Iterable[str] | None = None) -> None:
+        """Delete objects below, many per request: those of these names, or all."""
         import obstore  # noqa: PLC0415 - optional
 
+        keys = (f"{self.key}/{name}" for name in (self.files() if names is None else names))
         with told(self.url):
-            for batch in obstore.list(client(self.root), prefix=self.key):
-                obstore.delete(client(self.root), [found["path"] for found in batch])
+            while some := list(itertools.islice(keys, DELETED_AT_A_TIME)):
+                obstore.delete(client(self.root), some)
 
     def state(self) -> tuple[bytes, str, float] | None:
         """Content, tag and time of the object in seconds since 1970; None: there is none."""

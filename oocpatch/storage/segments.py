@@ -141,8 +141,7 @@ class ObjectSegment:
             if len(content) >= MERGED or name == names[-1]:
                 if len(group) > 1:
                     (self._path / name).write_bytes(content)
-                    for before in group[:-1]:
-                        (self._path / before).unlink(missing_ok=True)
+                    self._path.remove(group[:-1])
                 group, content = [], b""
 
 
@@ -197,8 +196,7 @@ def rewritten(path: Address) -> Iterator[Address]:
         return
     names = sorted(path.files())
     yield path / _name(int(names[-1]) + 1 if names else 0)
-    for name in names:
-        (path / name).unlink(missing_ok=True)
+    path.remove(names)
 
 
 def _contents(path: ObjectPath, names: list[str]) -> Iterator[bytes]:
