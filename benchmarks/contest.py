@@ -49,8 +49,12 @@ class Job:
     def corners(self) -> list[tuple[int, ...]]:
         """Where patches start: one every stride, and a last one that ends at the border."""
         shape = zarr.open_array(self.source, mode="r").shape[: 2 if self.image else 3]
-        stride = self.patch - self.overlap
-        return list(itertools.product(*([*range(0, n - self.patch, stride), n - self.patch] for n in shape)))
+        return corners(shape, self.patch, self.overlap)
+
+
+def corners(shape: tuple[int, ...], patch: int, overlap: int) -> list[tuple[int, ...]]:
+    """Where patches start: one every stride, and a last one that ends at the border."""
+    return list(itertools.product(*([*range(0, n - patch, patch - overlap), n - patch] for n in shape)))
 
 
 Run = Callable[[Job], dict[str, Any] | None]

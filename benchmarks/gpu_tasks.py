@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.contest import remove
+from benchmarks.contest import corners, remove
 from benchmarks.measure import answer, measured
 from benchmarks.models import UNet3d
+from benchmarks.sources import make_random
 from oocpatch.inference.predictor import resolve_device
 from oocpatch.inference.prepared import Prepared, prepared
 
@@ -25,15 +25,8 @@ Corner = tuple[int, ...]
 
 
 def make_volume(path: str, side: int, chunk: int, dtype: str) -> dict[str, Any]:
-    """A cube of random numbers, written slab by slab; one that is there already is taken."""
-    if not Path(path).exists():
-        volume = zarr.create_array(
-            path, shape=(side,) * 3, chunks=(min(chunk, side),) * 3, dtype=dtype, dimension_names=("z", "y", "x")
-        )
-        generator = np.random.default_rng(0)
-        for start in range(0, side, chunk):
-            volume[start : start + chunk] = generator.random((min(chunk, side - start), side, side), np.float32)
-    return {}
+    """A cube of random numbers; one that is there already is taken."""
+    return {} if Path(path).exists() else make_random(path, side, min(chunk, side), dtype=dtype)
 
 
 def bare(
@@ -60,7 +53,7 @@ def _bare(
     batch: int,
 ) -> dict[str, Any]:
     volume = torch.from_numpy(np.asarray(zarr.open_array(source, mode="r")[...])).to(place)
-    corners = _corners(tuple(volume.shape), patch, overlap)
+    starts = corners(tuple(volume.shape), patch, overlap)
     buffer = torch.empty((batch, 1, *(patch,) * 3), device=place)
 
     def call(members: Sequence[Corner]) -> None:
@@ -71,14 +64,14 @@ def _bare(
 
     started = time.perf_counter()
     for _ in range(3):
-        call(corners[:batch])
+        call(starts[:batch])
     _finish(place)
     warm = time.perf_counter() - started
     with measured() as usage:
-        for start in range(0, len(corners), batch):
-            call(corners[start : start + batch])
+        for first in range(0, len(starts), batch):
+            call(starts[first : first + batch])
         _finish(place)
-    return {**vars(usage), "warm_up": warm, "throughput": len(corners) / usage.wall}
+    return {**vars(usage), "warm_up": warm, "throughput": len(starts) / usage.wall}
 
 
 def ours(
@@ -129,15 +122,10 @@ def _network(width: int) -> torch.nn.Module:
     return UNet3d(width=width).eval()
 
 
-def _corners(shape: tuple[int, ...], patch: int, overlap: int) -> list[Corner]:
-    """Where patches start: one every stride, and a last one that ends at the border."""
-    return list(itertools.product(*([*range(0, n - patch, patch - overlap), n - patch] for n in shape)))
-
-
 def _unlike(source: str, target: str, model: torch.nn.Module, patch: int, overlap: int) -> float:
     """Share of voxels with another label than the network gives, where only the first or the last patch lies."""
     volume, labels = zarr.open_array(source, mode="r"), zarr.open_array(f"{target}/prediction", mode="r")
-    starts = sorted({corner[0] for corner in _corners(volume.shape, patch, overlap)})
+    starts = sorted({corner[0] for corner in corners(volume.shape, patch, overlap)})
     unlike = []
     for at, own in ((0, slice(0, starts[1])), (starts[-1], slice(starts[-2] + patch, volume.shape[0]))):
         box = (slice(at, at + patch),) * 3

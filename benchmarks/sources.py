@@ -36,9 +36,9 @@ def source(directory: Path, kind: str, size: int, chunk: int, zarr_format: int =
     return path
 
 
-def make_random(path: str, size: int, chunk: int, zarr_format: int = 3) -> dict[str, Any]:
-    """A cube of random float32, which does not compress, written slab by slab."""
-    volume = _cube(path, (size,) * 3, chunk, zarr_format)
+def make_random(path: str, size: int, chunk: int, zarr_format: int = 3, dtype: str = "float32") -> dict[str, Any]:
+    """A cube of random floats, which do not compress, written slab by slab."""
+    volume = _cube(path, (size,) * 3, chunk, zarr_format, dtype)
     generator = np.random.default_rng(0)
     for start in range(0, size, chunk):
         stop = min(start + chunk, size)
@@ -53,10 +53,10 @@ def make_sparse(
     return {"bytes": _cube(path, tuple(shape or (size,) * 3), chunk, zarr_format).nbytes}
 
 
-def _cube(path: str, shape: tuple[int, ...], chunk: int, zarr_format: int) -> zarr.Array[Any]:
+def _cube(path: str, shape: tuple[int, ...], chunk: int, zarr_format: int, dtype: str = "float32") -> zarr.Array[Any]:
     names = {"dimension_names": ("z", "y", "x")} if zarr_format == 3 else {}
     return zarr.create_array(
-        path, shape=shape, chunks=(chunk,) * 3, dtype="float32", zarr_format=zarr_format, overwrite=True, **names
+        path, shape=shape, chunks=(chunk,) * 3, dtype=dtype, zarr_format=zarr_format, overwrite=True, **names
     )
 
 

@@ -16,7 +16,7 @@ from oocpatch.inference.scheduler import Task
 from oocpatch.inference.stages import Done, Job, normalize_block, predict_block, window
 from oocpatch.inference.transfer import Transfer, is_staged
 from oocpatch.layout import postprocess_of
-from oocpatch.planning.memory import TILE, kept_chunk_bytes, read_bytes, reading
+from oocpatch.planning.memory import kept_chunk_bytes, read_bytes, reading, tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.request import Request
 from oocpatch.storage.output import Output
@@ -92,7 +92,7 @@ def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -
         weights,
         postprocess_of(request.options, head.name, head.mode),
         request.looped,
-        max(1, TILE // max(head.stored, head.out_channels)),
+        tile_voxels(max(head.stored, head.out_channels)),
         dense=head.dense,
         divide=head.blended,
         fill=request.options["output_fill"],

@@ -27,7 +27,7 @@ from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.request import Request
 from oocpatch.storage.addresses import Address, store_at
-from oocpatch.storage.files import make_folder, remove_tree
+from oocpatch.storage.files import make_folder, remove_folder, remove_tree
 from oocpatch.storage.sources import Source, open_source
 from oocpatch.storage.volume import Volume
 from oocpatch.storage.workspace import Workspace
@@ -175,10 +175,7 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
         path = (str(Path.cwd()), *sys.path[:1])
         yield Call(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
     finally:
-        remove_tree(folder)
-        if isinstance(folder, Path):
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
+        remove_folder(folder)
 
 
 _BUILT = ("volume", "models", "selection", "given", "client")

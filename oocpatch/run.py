@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from oocpatch import door
@@ -29,6 +28,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import root_of
 from oocpatch.record import settings
 from oocpatch.request import Request, beside, locks, make_request
+from oocpatch.storage.files import make_folder
 from oocpatch.storage.ledger import News
 from oocpatch.storage.listing import enlist
 from oocpatch.storage.lock import clear_dead, holder, locked, locked_in_turn
@@ -306,8 +306,7 @@ def _predict(
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
-    if isinstance(request.output, Path):
-        request.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(request.output.parent)
     if part is not None:
         return _predict_part(request, made, part, progress)
     with locked(beside(request.output, ".lock"), str(request.output)):

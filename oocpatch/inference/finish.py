@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from oocpatch.planning.box import Box, Ints, cut
-from oocpatch.planning.memory import DEVICE_TILE, TILE
 
 Postprocess = Callable[[torch.Tensor], torch.Tensor]
 POSTPROCESSES: dict[str, Postprocess] = {
@@ -90,10 +89,10 @@ class Finisher:
     fill: float = 0.0
     nonfinite: bool = False
 
-    def on(self, device: str, *, staged: bool) -> Finisher:
-        """The same for sums on a device; one with memory of its own works on large tiles, since launches take time."""
+    def on(self, device: str, tile: int) -> Finisher:
+        """The same for sums on a device, in tiles of so many voxels."""
         weights = None if self.weights is None else tuple(w.to(device) for w in self.weights)
-        return replace(self, weights=weights, tile=self.tile * DEVICE_TILE // TILE if staged else self.tile)
+        return replace(self, weights=weights, tile=tile)
 
     def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
         """Write the values of a box into `out`.
@@ -103,7 +102,7 @@ class Finisher:
             box: where the sums lie in the output.
             out: `(C', *box.shape)` of the output's dtype.
         """
-        factors, size = self._factors(box, sums.device), min(self.tile, box.size)
+        factors, size = self._factors(box), min(self.tile, box.size)
         scratch = sums.new_empty(size if len(factors) > 1 else 0, dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
         rounds = self.postprocess is None and rounds_in_place(out.dtype)
@@ -157,9 +156,9 @@ class Finisher:
             values = self._postprocessed(values, target.shape)
         target.copy_(cast(values, target.dtype))
 
-    def _factors(self, box: Box, device: torch.device) -> list[torch.Tensor]:
+    def _factors(self, box: Box) -> list[torch.Tensor]:
         """The weights of a box: one array per axis, whose outer product they are; none where none are needed."""
-        return [w[part].to(device) for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
+        return [w[part] for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
 
     def _postprocessed(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         assert self.postprocess is not None

@@ -30,6 +30,7 @@ from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis
 from oocpatch.planning.head import Head
+from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.window import axis_window
@@ -168,7 +169,7 @@ def predict_block(job: Job, index: int) -> Done:
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
     written = Written(plan, "predict", index)
-    landings = [Landing(job.transfer, plan.slab_bytes(number)) for number in range(len(plan.heads))]
+    landings = [Landing(job.transfer, size) for size in plan.slab_bytes]
     writes = [Writes(job, landing, partials, written) for landing in landings]
     sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
@@ -211,16 +212,17 @@ def predict_block(job: Job, index: int) -> Done:
 
 def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
     """The sums of one head."""
-    plan, frame = job.plan, job.plan.frames[number]
+    plan, frame, head = job.plan, job.plan.frames[number], job.plan.heads[number]
+    tile = tile_voxels(max(head.stored, head.out_channels), staged=job.transfer.staged)
     _, planes = capacity(frame.axes[plan.sweep].grid, layers, plan.layers_per_group, 1, ahead=plan.way.ahead)
     return Partial(
         frame,
         index,
         number=number,
-        head=plan.heads[number],
+        head=head,
         capacity=planes,
         window=job.windows[number],
-        finisher=job.finishers[number].on(job.predictor.device, staged=job.transfer.staged),
+        finisher=job.finishers[number].on(job.predictor.device, tile),
         device=job.predictor.device,
         emit=writes.emit,
         check_finite=not job.allow_nonfinite,
@@ -266,10 +268,10 @@ def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members:
         kept = [m for m in members if not reader.holds_only(job.skip_value, _box(plan.input_grid.axes, m))]
         job.on_patches(len(members) - len(kept))
         members = kept
+    full = plan.fills_batches
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
         boxes = [_box(plan.input_grid.axes, m) for m in batch]
-        full = plan.fills_batches
         outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
         for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
             axes = [a.grid for a in frame.axes]

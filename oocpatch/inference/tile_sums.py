@@ -20,7 +20,7 @@ import torch
 from oocpatch.inference.buffers import buffer
 from oocpatch.inference.finish import Finisher
 from oocpatch.planning.box import Box, Ints
-from oocpatch.planning.memory import TILE
+from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.placement import Key
 from oocpatch.planning.window import axis_window
 
@@ -167,7 +167,7 @@ def divided(mode: str, sums: torch.Tensor, box: Box, patches: Sequence[PatchSet]
     out = torch.empty_like(sums)
     factors = patches[0].factors(mode, box) if len(patches) == 1 else None
     if factors is not None:
-        tile = max(1, TILE // len(sums))
+        tile = tile_voxels(len(sums))
         Finisher(tuple(map(_above_zero, factors)), None, 0, tile).finish(sums, Box.of_shape(box.shape), out)
         return out
     total = torch.zeros(box.shape, dtype=torch.float32)

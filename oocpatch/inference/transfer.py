@@ -85,11 +85,11 @@ class Transfer:
         if not self.staged:
             yield view.numpy()
             return
-        size = view.numel() * view.element_size()
+        size = _size(view)
         memory: torch.Tensor | None = getattr(self._of_thread, "memory", None)
         if memory is None or memory.numel() < size:
             memory = self._of_thread.memory = self.memory(max(size, self._read_bytes))
-        source = _as(memory[:size], view)
+        source = _as(memory, view)
         yield source.numpy()
         self._copy(self._up, after, [(view, source)])()
 
@@ -99,9 +99,8 @@ class Transfer:
             return torch.empty(pinned_bytes(size), dtype=torch.uint8, pin_memory=True)
         return buffer((pinned_bytes(size),), torch.uint8, "cpu")
 
-    def download(self, tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> Arrived:
-        """Begin to copy contiguous tensors into memory, one behind the other; what is given back waits for the end."""
-        pairs = list(zip(landed(tensors, memory), tensors, strict=True))
+    def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Arrived:
+        """Begin to copy into the first of each pair, in main memory; what is given back waits for the end."""
         return self._copy(self._down, self.queued(), pairs)
 
     def _copy(
@@ -147,21 +146,13 @@ class Landing:
         """
         if not self._transfer.staged:
             return [tensor.numpy() for tensor in tensors], _nothing
-        needed = _offsets(tensors)[-1]
+        offsets = _offsets(tensors)
+        needed = offsets.pop()
         if self._memory is None or self._memory.numel() < needed:
             self._memory = None  # before there is another
             self._memory = self._transfer.memory(max(needed, self._size))
-        arrived = self._transfer.download(tensors, self._memory)
-        return [found.numpy() for found in landed(tensors, self._memory)], arrived
-
-
-def landed(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
-    """Views of bytes, one behind the other, of the shapes and dtypes of tensors."""
-    offsets = _offsets(tensors)
-    return [
-        _as(memory[at : at + tensor.numel() * tensor.element_size()], tensor)
-        for at, tensor in zip(offsets, tensors, strict=False)
-    ]
+        found = [_as(self._memory[at:], tensor) for at, tensor in zip(offsets, tensors, strict=True)]
+        return [one.numpy() for one in found], self._transfer.download(zip(found, tensors, strict=True))
 
 
 def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -170,7 +161,7 @@ def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
     for tensor in tensors:
         start = math.ceil(end / ALIGNMENT) * ALIGNMENT
         found.append(start)
-        end = start + tensor.numel() * tensor.element_size()
+        end = start + _size(tensor)
     return [*found, end]
 
 
@@ -178,9 +169,14 @@ ALIGNMENT = np.dtype(np.float64).itemsize
 """Bytes that the places of values in memory are multiples of: the largest dtype's."""
 
 
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's values."""
+    return tensor.numel() * tensor.element_size()
+
+
 def _as(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Bytes as values of a tensor's dtype and shape."""
-    return memory.view(like.dtype).view(like.shape)
+    """The first bytes as values of a tensor's dtype and shape."""
+    return memory[: _size(like)].view(like.dtype).view(like.shape)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

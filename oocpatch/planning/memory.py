@@ -57,7 +57,7 @@ class HeadSizes:
     @property
     def tile(self) -> int:
         """Voxels that are normalized at a time."""
-        return max(1, TILE // self.channels) * (DEVICE_TILE // TILE if self.staged else 1)
+        return tile_voxels(self.channels, staged=self.staged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +313,11 @@ def _disk(heads: tuple[Frame, ...], sizes: Sizes, stored: int, concurrency: int)
         closed = math.prod(min(s.closed for s in t.spans) for t in frame.totals)
         partials += alive * (reach - closed) * head.sum_voxel
     return min(stored, partials) + pieces + bookkeeping
+
+
+def tile_voxels(channels: int, *, staged: bool = False) -> int:
+    """Voxels of so many channels that are normalized at a time; many, where each step is a launch on a device."""
+    return max(1, TILE // channels) * (DEVICE_TILE // TILE if staged else 1)
 
 
 def slab_bytes(blocks: BlockGrid, totals: tuple[AxisTotals, ...], voxel: int) -> int:

@@ -133,12 +133,15 @@ class Plan:
         """Whether every batch is a full one, since the model is compiled for that."""
         return self.parameters.get("compile") is not None
 
-    def slab_bytes(self, head: int) -> int:
-        """Bytes that a head's sums and values of one step of the sweep have at most, in any block."""
-        frame, one = self.frames[head], self.heads[head]
-        totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
-        sums, values = np.dtype(one.dtype).itemsize * one.stored, np.dtype(one.out_dtype).itemsize * one.out_channels
-        return slab_bytes(frame, totals, max(sums, values))
+    @cached_property
+    def slab_bytes(self) -> tuple[int, ...]:
+        """Bytes that each head's sums and values of one step of the sweep have at most, in any block."""
+        found = []
+        for frame, head in zip(self.frames, self.heads, strict=True):
+            totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
+            sums, values = np.dtype(head.dtype).itemsize * head.stored, np.dtype(head.out_dtype).itemsize
+            found.append(slab_bytes(frame, totals, max(sums, values * head.out_channels)))
+        return tuple(found)
 
     @property
     def patches(self) -> int:

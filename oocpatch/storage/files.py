@@ -18,13 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.storage.addresses import Address, ObjectPath
+from oocpatch.storage.objects import AT_A_TIME
 from oocpatch.storage.segments import lines_of
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
-
-
-REMOVED_AT_A_TIME = 16
-"""Requests to delete that are under way at a time."""
 
 
 def write_atomically(path: Address, content: str | bytes) -> None:
@@ -94,9 +91,17 @@ def remove_tree(path: Address) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_folder(path: Address) -> None:
+    """Delete what lies below an address, and the directory that it is in when nothing else is."""
+    remove_tree(path)
+    if isinstance(path, Path):
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+
+
 def remove_trees(paths: Sequence[Address]) -> None:
     """Delete what lies below addresses; in an object store several at a time, since it is far away."""
-    with ThreadPoolExecutor(REMOVED_AT_A_TIME, thread_name_prefix="oocpatch-delete") as pool:
+    with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="oocpatch-delete") as pool:
         run = pool.map if any(isinstance(path, ObjectPath) for path in paths) else map
         list(run(remove_tree, paths))
 

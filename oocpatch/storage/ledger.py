@@ -25,6 +25,7 @@ COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
 """Records are made durable in groups: so many, or so many seconds."""
 
 NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
+"""How often drivers look what others recorded: on a disk, and in an object store."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,10 @@ RETRIES, HURRIED_RETRIES, RETRY_SECONDS = 10, 3, 60
 """How often a request is tried again, also before anything has begun, and for how long at most."""
 
 
+AT_A_TIME = 16
+"""Requests that are under way at a time, where there are many to make."""
+
+
 def scheme_of(address: str) -> str:
     """The scheme of a URL; empty for anything else.
 

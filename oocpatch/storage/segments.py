@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Protocol
 
 from oocpatch.storage.addresses import Address, ObjectPath
+from oocpatch.storage.objects import AT_A_TIME
 
 WHOLE = "ledger"
 """Name of the segment of a whole run; those of parts begin with it and a dot."""
 
 DIGITS = 10
-AT_A_TIME = 16
-"""Objects that are read at a time."""
 FEW = 64
 """Objects that are left as they are."""
 MERGED = 1 << 23
@@ -156,8 +155,7 @@ def segments(root: Address) -> list[Address]:
 def lines_of(path: Address) -> Iterator[bytes]:
     """The lines of a segment, in order; none where there is none. The last one of a file may be torn."""
     if isinstance(path, ObjectPath):
-        for content in _contents(path, sorted(path.files())):
-            yield from content.splitlines(keepends=True)
+        yield from _lines(path, sorted(path.files()))
     elif path.exists():
         with path.open("rb") as file:
             yield from file
@@ -167,8 +165,7 @@ def news_of(path: Address, mark: str) -> tuple[list[bytes], str]:
     """The whole lines of a segment that were added since it had this mark, and its mark now; empty: all of them."""
     if isinstance(path, ObjectPath):
         names = sorted(path.files(after=mark))
-        found = [line for content in _contents(path, names) for line in content.splitlines(keepends=True)]
-        return found, names[-1] if names else mark
+        return list(_lines(path, names)), names[-1] if names else mark
     start = int(mark or 0)
     with path.open("rb") as file:
         file.seek(start)
@@ -197,6 +194,12 @@ def rewritten(path: Address) -> Iterator[Address]:
     names = sorted(path.files())
     yield path / _name(int(names[-1]) + 1 if names else 0)
     path.remove(names)
+
+
+def _lines(path: ObjectPath, names: list[str]) -> Iterator[bytes]:
+    """The lines of objects, in order."""
+    for content in _contents(path, names):
+        yield from content.splitlines(keepends=True)
 
 
 def _contents(path: ObjectPath, names: list[str]) -> Iterator[bytes]:

@@ -16,10 +16,8 @@ reads. What lies in it is told in `storage/partials.py`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +28,14 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.window import axis_weights
 from oocpatch.storage.addresses import Address, says_nothing, store_at
 from oocpatch.storage.checksum import text_checksum
-from oocpatch.storage.files import folders_in_folders, make_folder, remove_tree, remove_trees, write_atomically
+from oocpatch.storage.files import (
+    folders_in_folders,
+    make_folder,
+    remove_folder,
+    remove_tree,
+    remove_trees,
+    write_atomically,
+)
 from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise, read_ledger
 from oocpatch.storage.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.storage.segments import WHOLE, remove_segment, segments
@@ -166,7 +171,4 @@ class Workspace:
 def remove_workspace(root: Address) -> None:
     """Delete what a run has, plan first, and the directory it is in when nothing else is."""
     (root / PLAN).unlink(missing_ok=True)
-    remove_tree(root)
-    if isinstance(root, Path):
-        with contextlib.suppress(OSError):
-            root.parent.rmdir()
+    remove_folder(root)
