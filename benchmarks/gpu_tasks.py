@@ -18,8 +18,8 @@ from benchmarks.contest import corners, remove
 from benchmarks.measure import answer, measured
 from benchmarks.models import UNet3d
 from benchmarks.sources import make_random
-from oocpatch.inference.predictor import resolve_device
-from oocpatch.inference.prepared import Prepared, prepared
+from oocpatch.models.compilation import Prepared, prepared
+from oocpatch.models.predictor import resolve_device
 
 Corner = tuple[int, ...]
 

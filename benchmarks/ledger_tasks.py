@@ -11,17 +11,17 @@ import zarr
 
 import oocpatch
 from benchmarks.measure import MIB, answer, measured
-from oocpatch.inference.scheduler import Run, Task
-from oocpatch.inference.stages import Done
+from oocpatch.engine.stages import Done
+from oocpatch.execution.scheduler import Run, Task
+from oocpatch.outputs.integrity import keep_ledger
+from oocpatch.outputs.output import create_output
+from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import root_of
-from oocpatch.storage.kept import keep_ledger
-from oocpatch.storage.ledger import NO_PARTIALS, Ledger, Promise
-from oocpatch.storage.output import create_output
-from oocpatch.storage.output_record import inspect_output
-from oocpatch.storage.tally import Progress
-from oocpatch.storage.volume import Volume
-from oocpatch.storage.workspace import Workspace
+from oocpatch.run.status import root_of
+from oocpatch.volumes.volume import Volume
+from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, Promise
+from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.workspace import Workspace
 
 PATCH, STRIDE, BLOCK = 16, 8, 16
 """Each block receives seams from up to seven neighbours."""

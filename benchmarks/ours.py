@@ -55,7 +55,7 @@ def _runner(options: dict[str, Any], model: torch.nn.Module | None = None) -> Ru
 def print_help() -> dict[str, Any]:
     """Seconds that `oocpatch --help` takes, from the start of the interpreter to its end."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "oocpatch.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-m", "oocpatch", "--help"], stdout=subprocess.DEVNULL, check=True)
     return {"first": time.perf_counter() - started, "imports": 0.0}
 
 

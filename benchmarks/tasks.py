@@ -23,8 +23,9 @@ import zarr
 import oocpatch
 from benchmarks.contest import remove
 from benchmarks.measure import answer, measured
-from oocpatch import executors
-from oocpatch.storage import files, output
+from oocpatch.outputs import output
+from oocpatch.run import driver as executors
+from oocpatch.storage import files
 
 WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
 """Where Python threads wait, by file and function."""

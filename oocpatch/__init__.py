@@ -6,11 +6,11 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from oocpatch.accessor import arrange
+from oocpatch.xarray_accessor import arrange
 
 if TYPE_CHECKING:
-    from oocpatch.checking import CheckReport, check
-    from oocpatch.converting import convert
+    from oocpatch.aggregation.aggregator import PatchAggregator
+    from oocpatch.conversion.convert import convert
     from oocpatch.errors import (
         BlockFailed,
         ClusterLost,
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
         PlanTooLarge,
         RunMismatch,
     )
-    from oocpatch.inference.aggregator import PatchAggregator
-    from oocpatch.inference.functions import NumpyModel
     from oocpatch.linting.finding import Finding
     from oocpatch.linting.lint import LintReport, lint
-    from oocpatch.looking.reporting import report
-    from oocpatch.looking.viewing import view
+    from oocpatch.models.wrappers import NumpyModel
     from oocpatch.planning.grid import PatchGrid, PatchLocation
     from oocpatch.planning.plan import Plan
-    from oocpatch.progress import RunStatus, status
-    from oocpatch.run import plan, predict
-    from oocpatch.sampling.grid import GridSampler
+    from oocpatch.run.predict import plan, predict
+    from oocpatch.run.status import RunStatus, status
+    from oocpatch.sampling.grid_sampler import GridSampler
     from oocpatch.sampling.loader import SubjectsLoader
     from oocpatch.sampling.queue import Queue
-    from oocpatch.sampling.samplers import UniformSampler
     from oocpatch.sampling.subject import Subject
+    from oocpatch.sampling.uniform import UniformSampler
     from oocpatch.sampling.weighted import LabelSampler, WeightedSampler
-    from oocpatch.storage.volume import Volume
-    from oocpatch.verifying import Damage, Verification, verify
+    from oocpatch.verification.checksums import Damage, Verification, verify
+    from oocpatch.verification.compare import CheckReport, check
+    from oocpatch.visualization.html_report import report
+    from oocpatch.visualization.picture import view
+    from oocpatch.volumes.volume import Volume
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "oocpatch.checking": ("CheckReport", "check"),
-    "oocpatch.converting": ("convert",),
+    "oocpatch.verification.compare": ("CheckReport", "check"),
+    "oocpatch.conversion.convert": ("convert",),
     "oocpatch.errors": (
         "BlockFailed",
         "ClusterLost",
@@ -55,24 +55,24 @@ _HOMES = {
         "PlanTooLarge",
         "RunMismatch",
     ),
-    "oocpatch.inference.aggregator": ("PatchAggregator",),
-    "oocpatch.inference.functions": ("NumpyModel",),
+    "oocpatch.aggregation.aggregator": ("PatchAggregator",),
+    "oocpatch.models.wrappers": ("NumpyModel",),
     "oocpatch.linting.finding": ("Finding",),
     "oocpatch.linting.lint": ("LintReport", "lint"),
-    "oocpatch.looking.reporting": ("report",),
-    "oocpatch.looking.viewing": ("view",),
+    "oocpatch.visualization.html_report": ("report",),
+    "oocpatch.visualization.picture": ("view",),
     "oocpatch.planning.grid": ("PatchGrid", "PatchLocation"),
     "oocpatch.planning.plan": ("Plan",),
-    "oocpatch.progress": ("RunStatus", "status"),
-    "oocpatch.run": ("plan", "predict"),
-    "oocpatch.sampling.grid": ("GridSampler",),
+    "oocpatch.run.status": ("RunStatus", "status"),
+    "oocpatch.run.predict": ("plan", "predict"),
+    "oocpatch.sampling.grid_sampler": ("GridSampler",),
     "oocpatch.sampling.loader": ("SubjectsLoader",),
     "oocpatch.sampling.queue": ("Queue",),
-    "oocpatch.sampling.samplers": ("UniformSampler",),
+    "oocpatch.sampling.uniform": ("UniformSampler",),
     "oocpatch.sampling.subject": ("Subject",),
     "oocpatch.sampling.weighted": ("LabelSampler", "WeightedSampler"),
-    "oocpatch.storage.volume": ("Volume",),
-    "oocpatch.verifying": ("Damage", "Verification", "verify"),
+    "oocpatch.volumes.volume": ("Volume",),
+    "oocpatch.verification.checksums": ("Damage", "Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,144 +1,157 @@
-"""How far a run is: a bar while it goes on, and what its output and workspace say from outside."""
+"""Telling how far something is, on stderr: a bar on a terminal, lines elsewhere, JSON for programs.
+
+```text
+ auto    a bar on a terminal; elsewhere a line every ten seconds, and nothing about what is quicker
+ bar     a bar
+ plain   lines: at the start, every ten seconds, at the end
+ json    a JSON object per line: at the start, every second, at the end
+ none    nothing
+```
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Container, Iterator
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
+from tqdm import tqdm
 
-from oocpatch import door
-from oocpatch.planning.plan import Plan
-from oocpatch.request import locks
-from oocpatch.storage.addresses import Address, address
-from oocpatch.storage.lock import holder
-from oocpatch.storage.output_record import OutputRecord, written
-from oocpatch.storage.workspace import Workspace
-from oocpatch.telling import telling, way_of
+WAYS = ("auto", "bar", "plain", "json", "none")
+PLAIN_SECONDS, JSON_SECONDS = 10.0, 1.0
 
 
-def hidden(progress: str | bool) -> bool | None:
-    """Whether no progress is shown; None: it is, on a terminal.
+def way_of(progress: str | bool) -> str:
+    """How to tell.
 
     Raises:
         ValueError: when it is none of the known ways.
     """
-    way_of(progress)
-    return None if progress == "auto" else progress not in ("bar", True)
+    if progress not in (*WAYS, True, False):
+        raise ValueError(f"progress must be one of {', '.join(map(repr, WAYS))}, got {progress!r}")
+    if isinstance(progress, bool):
+        return "bar" if progress else "none"
+    if progress == "auto":
+        return "bar" if sys.stderr.isatty() else "auto"
+    return progress
 
 
-def root_of(record: OutputRecord) -> Address:
-    """The workspace of the run that wrote, or writes, an output."""
-    return address(record.workspace) / record.run_id
+@dataclass
+class Tally:
+    """How much is done, and how fast it goes.
+
+    Attributes:
+        verb: what goes on.
+        unit: what is counted, in the plural.
+        total: how many there are.
+        resumed: how many were done before.
+        bytes_each: bytes of the volume that one stands for.
+        clock: seconds; for tests.
+
+    >>> tally = Tally("predict", "patches", 100, resumed=20, bytes_each=5e5, clock=iter([0.0, 4.0, 4.0]).__next__)
+    >>> tally.add(40)
+    >>> tally.line()
+    'predict: 60 of 100 patches (60%, 20% from before), 10.0 patches/s, 5.0 MB/s, 0:04 left'
+    """
+
+    verb: str
+    unit: str
+    total: int
+    resumed: int = 0
+    bytes_each: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    done: int = 0
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+        self.done = self.resumed
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+
+    def facts(self) -> dict[str, float | str | None]:
+        """What a line tells, as numbers."""
+        seconds = self.clock() - self.started
+        rate = (self.done - self.resumed) / seconds if seconds > 0 else 0.0
+        return {
+            "event": "progress",
+            "verb": self.verb,
+            "unit": self.unit,
+            "done": self.done,
+            "total": self.total,
+            "resumed": self.resumed,
+            "seconds": round(seconds, 3),
+            "per_second": round(rate, 3),
+            "megabytes_per_second": round(rate * self.bytes_each / 1e6, 3),
+            "seconds_left": round((self.total - self.done) / rate, 1) if rate > 0 else None,
+        }
+
+    def line(self) -> str:
+        """What a line tells, in words."""
+        facts = self.facts()
+        before = f", {self.resumed / max(1, self.total):.0%} from before" if self.resumed else ""
+        part = self.done / max(1, self.total)
+        told = f"{self.verb}: {self.done:,} of {self.total:,} {self.unit} ({part:.0%}{before})"
+        if facts["seconds_left"] is None:
+            return told
+        speed = f"{facts['per_second']:,.1f} {self.unit}/s, {facts['megabytes_per_second']:,.1f} MB/s"
+        return f"{told}, {speed}, {_clock(int(float(facts['seconds_left'])))} left"
+
+
+def _clock(seconds: int) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(65), _clock(3725)
+    ('1:05', '1:02:05')
+    """
+    minutes = seconds // 60
+    hours = f"{minutes // 60}:{minutes % 60:02}" if minutes >= 60 else str(minutes)
+    return f"{hours}:{seconds % 60:02}"
 
 
 @contextlib.contextmanager
-def bar_of(made: Plan, progress: str | bool, own: range, predicted: Container[int]) -> Iterator[Callable[[int], None]]:
-    """Progress over the patches of some blocks, as a function that is told how many more are done, from any thread."""
-    total = made.patches if len(own) == made.blocks else made.patches_in(own)
-    done = made.patches_in([i for i in own if i in predicted])
-    volume = math.prod(made.shape) * made.in_channels * np.dtype(made.in_dtype).itemsize
-    each = volume / max(1, made.patches)
-    with telling(progress, "predict", "patches", total, resumed=done, bytes_each=each) as tell:
-        yield tell
+def telling(
+    progress: str | bool, verb: str, unit: str, total: int, *, resumed: int = 0, bytes_each: float = 0.0
+) -> Iterator[Callable[[int], None]]:
+    """Tell how far something is, by a function that is told how many more are done, from any thread."""
+    way, lock = way_of(progress), threading.Lock()
+    tally = Tally(verb, unit, total, resumed, bytes_each)
+    if way in ("bar", "none"):
+        with tqdm(total=total, initial=resumed, unit=f" {unit}", desc=verb, disable=way == "none") as bar:
+
+            def show(count: int) -> None:
+                with lock:
+                    tally.add(count)
+                    if not bar.disable:
+                        bar.set_postfix_str(f"{tally.facts()['megabytes_per_second']} MB/s", refresh=False)
+                    bar.update(count)
+
+            yield show
+        return
+    pause = JSON_SECONDS if way == "json" else PLAIN_SECONDS
+    told = 0 if way == "auto" else _say(way, tally)
+    after = time.monotonic() + pause
+
+    def tell(count: int) -> None:
+        nonlocal after, told
+        with lock:
+            tally.add(count)
+            if time.monotonic() >= after:
+                told += _say(way, tally)
+                after = time.monotonic() + pause
+
+    yield tell
+    if told:
+        _say(way, tally)
 
 
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """How far a run is, from its output and workspace alone.
-
-    Attributes:
-        output: where it is.
-        workspace: where unfinished work lies.
-        state: `complete`, `running` (a process is at work), `incomplete` (the same call resumes it) or `absent`.
-        predict_done: blocks computed.
-        predict_total: all blocks.
-        normalize_done: blocks finished after their neighbours.
-        normalize_total: all blocks that need it.
-        failed: message of each block that failed.
-        patches_done: patches of the blocks computed.
-        patches_total: patches of all blocks.
-        blocks_per_second: of the last call, from the times of its records; 0: not known yet.
-        patches_per_second: the same in patches.
-        seconds_left: what the rest takes at that speed; None: not known.
-    """
-
-    output: str
-    workspace: str
-    state: str
-    predict_done: int
-    predict_total: int
-    normalize_done: int
-    normalize_total: int
-    failed: dict[int, str]
-    patches_done: int = 0
-    patches_total: int = 0
-    blocks_per_second: float = 0.0
-    patches_per_second: float = 0.0
-    seconds_left: float | None = None
-
-    def to_json(self) -> str:
-        """The status as a JSON object."""
-        return json.dumps(asdict(self), indent=1)
-
-    def __str__(self) -> str:
-        lines = [f"{self.output}: {self.state}"]
-        if self.predict_total:
-            lines.append(f"predict    {self.predict_done} of {self.predict_total} blocks")
-            lines.append(f"normalize  {self.normalize_done} of {self.normalize_total} blocks")
-        if self.patches_total:
-            lines.append(f"patches    {self.patches_done:,} of {self.patches_total:,}")
-        if self.seconds_left is not None:
-            left = timedelta(seconds=round(self.seconds_left))
-            each = f"{self.patches_per_second:.3g} patches/s, {self.blocks_per_second:.3g} blocks/s"
-            when = "" if self.state == "running" else " for the call that resumes"
-            lines.append(f"speed      {each}, {left} left{when}")
-        lines += [f"failed     block {block}: {' '.join(text.split())}" for block, text in self.failed.items()]
-        return "\n".join(lines)
-
-
-def status(output: str | os.PathLike[str]) -> RunStatus:
-    """How far the run of an output is.
-
-    Raises:
-        OutputExists: when what lies there is not an output of oocpatch.
-    """
-    path = door.place("output", output)
-    record = written(path)
-    if record is None:
-        return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
-    if record.complete:
-        blocks, opened, patches = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks", "patches"))
-        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {}, patches, patches)
-    running = any(holder(lock) for lock in locks(path))
-    state = "running" if running else "incomplete"
-    workspace = Workspace.find(root_of(record))
-    if workspace is None:
-        return RunStatus(str(path), str(root_of(record)), state, 0, 0, 0, 0, {})
-    done, grid = workspace.progress(), workspace.plan.block_grid
-    patches = workspace.plan.patches_in(done.predicted)
-    recent = workspace.plan.patches_in(done.since)
-    # While a run is at work, a block that takes long must slow its speed down.
-    seconds = (max(done.last, time.time()) if running else done.last) - done.begun
-    speed = recent / seconds if done.begun and seconds > 0 else 0.0
-    return RunStatus(
-        output=str(path),
-        workspace=str(workspace.root),
-        state=state,
-        predict_done=len(done.predicted),
-        predict_total=grid.num_blocks,
-        normalize_done=len(done.normalized),
-        normalize_total=grid.num_open,
-        failed=done.failed,
-        patches_done=patches,
-        patches_total=workspace.plan.patches,
-        blocks_per_second=len(done.since) / seconds if speed else 0.0,
-        patches_per_second=speed,
-        seconds_left=(workspace.plan.patches - patches) / speed if speed else None,
-    )
+def _say(way: str, tally: Tally) -> int:
+    sys.stderr.write(f"{json.dumps(tally.facts()) if way == 'json' else tally.line()}\n")
+    sys.stderr.flush()
+    return 1

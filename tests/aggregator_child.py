@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from oocpatch import PatchAggregator, PatchGrid, PatchLocation
-from oocpatch.inference import aggregator as module
+from oocpatch.aggregation import aggregator as module
 from tests.aggregation import values_at
 from tests.memory_child import PeakSampler
 

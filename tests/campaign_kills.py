@@ -158,7 +158,7 @@ def in_processes(folder: Path, kills: int, generator: random.Random) -> Tally:
     job = small_run(folder)
     control = folder / "control"
     control.write_text('{"delay": 0.02}')
-    command = [sys.executable, "-m", "oocpatch.cli", "predict", job.volume, job.output, "--patch-size", "8"]
+    command = [sys.executable, "-m", "oocpatch", "predict", job.volume, job.output, "--patch-size", "8"]
     command += ["--patch-overlap", "4", "--block-shape", "8", "--output-chunks", "4"]
     command += ["--model", "tests.cluster_child:scripted", "--model-args", f"control={control}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}

@@ -24,7 +24,7 @@ import torch
 import zarr
 
 import oocpatch
-import oocpatch.remote
+import oocpatch.execution.worker
 from tests.crash_child import reap
 
 MODEL = "tests.cluster_child:scripted"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from oocpatch.cli import main
+from oocpatch.cli.main import main
 from tests.children import Children
 from tests.crash_child import Job, make_volume
 from tests.small_run import TINY, job_in, small_run

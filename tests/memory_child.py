@@ -19,7 +19,8 @@ import torch
 import zarr
 
 import oocpatch
-from oocpatch import decide, job
+from oocpatch.configuration import make_plan as decide
+from oocpatch.execution import task_context as job
 
 SAMPLE_SECONDS = 0.005
 

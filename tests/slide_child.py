@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import tifffile
 
-from oocpatch.cli import main
+from oocpatch.cli.main import main
 from tests.memory_child import PeakSampler
 
 

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from oocpatch.storage import objects
+from oocpatch.storage import object_store as objects
 from tests.children import Children, report
 from tests.crash_child import Job
 from tests.s3_server import KEY_ID

@@ -16,7 +16,7 @@ import torch
 import zarr
 
 import oocpatch
-from oocpatch import door
+from oocpatch.configuration import door
 from tests.children import file_digests, unchanged
 from tests.small_volume import make_small_volume, predict
 

@@ -16,8 +16,8 @@ import torch
 import zarr
 from torch import nn
 
-from oocpatch.checking import check
-from oocpatch.inference.reference import reference_scores
+from oocpatch.verification.compare import check
+from oocpatch.verification.reference import reference_scores
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import zarr
 from click.testing import CliRunner, Result
 
 import oocpatch
-from oocpatch import cli, errors
+from oocpatch import errors
+from oocpatch.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PATCHES = ["--patch-size", "8", "--patch-overlap", "4"]
@@ -79,7 +80,7 @@ def run(*arguments: str) -> Result:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Run a command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "oocpatch.cli", *arguments],
+        [sys.executable, "-m", "oocpatch", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -104,7 +105,7 @@ def one_line(result: Result) -> str:
 @pytest.mark.parametrize("command", [[], ["plan"], ["predict"], ["status"], ["demo"], ["check"]], ids=" ".join)
 def test_help_imports_no_heavy_library(command: list[str]) -> None:
     code = (
-        "import sys; from oocpatch.cli import main\n"
+        "import sys; from oocpatch.cli.main import main\n"
         f"try: main({[*command, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0\n"
         "heavy = {'torch', 'zarr', 'dask', 'xarray', 'numpy'} & set(sys.modules)\n"

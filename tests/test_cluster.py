@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 import oocpatch
-from oocpatch import remote
-from oocpatch.inference import cluster as clusters
-from oocpatch.inference.connecting import connected
+from oocpatch.execution import dask_cluster as clusters
+from oocpatch.execution import worker as remote
+from oocpatch.execution.dask_clients import connected
+from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush
-from oocpatch.storage.output_record import inspect_output
 from tests.cluster_child import CONFIG
 from tests.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -119,7 +119,7 @@ def noted_flush(path: Path) -> None:
 
 def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     small.add(2)
-    monkeypatch.setattr("oocpatch.remote.flush", noted_flush)
+    monkeypatch.setattr("oocpatch.execution.worker.flush", noted_flush)
     with small.client() as client:
         small.predict(client=client)
         alive = client.run(os.getpid).values()

@@ -22,8 +22,9 @@ import zarr
 from click.testing import CliRunner
 
 import oocpatch
-from oocpatch import cli, converting
-from oocpatch.storage import conversion
+from oocpatch.cli import main as cli
+from oocpatch.conversion import convert as converting
+from oocpatch.conversion import target as conversion
 from tests.children import file_digests, unchanged
 from tests.test_formats import KINDS, SLIDE, STACK, pyramidal_tiff
 
@@ -141,7 +142,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
 KILLED = """
 import itertools, os, signal, sys
 import oocpatch
-from oocpatch.storage.conversion import Conversion
+from oocpatch.conversion.target import Conversion
 
 write, count = Conversion.write, itertools.count(1)
 

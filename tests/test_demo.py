@@ -16,8 +16,8 @@ import torch
 import zarr
 from PIL import Image
 
-from oocpatch import demo
-from oocpatch.demo import DemoReport, NucleusNet, Specimen, dice, make_volume, peak_memory, run_demo
+from oocpatch.cli import demo
+from oocpatch.cli.demo import DemoReport, NucleusNet, Specimen, dice, make_volume, peak_memory, run_demo
 from oocpatch.errors import OutputExists
 from oocpatch.planning.box import Box
 from tests import oracle

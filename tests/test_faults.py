@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import oocpatch
+from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush
-from oocpatch.storage.output_record import inspect_output
 from tests.children import Children, file_digests, report
 from tests.crash_child import Job, make_volume
 from tests.faults import outcome
@@ -81,7 +81,7 @@ def test_the_disk_has_the_output_before_success_is_recorded_and_success_before_t
         chunks = len([p for p in (path / "prediction" / "c").rglob("*") if p.is_file()])
         seen.append((found.complete, chunks, (tmp_path / "out.oocpatch").exists()))
 
-    monkeypatch.setattr("oocpatch.storage.output.flush", noted)
+    monkeypatch.setattr("oocpatch.outputs.output.flush", noted)
     run_here(tmp_path)
     assert seen == [(False, 16, True), (True, 16, True)]
     assert not (tmp_path / "out.oocpatch").exists()
@@ -93,7 +93,7 @@ def test_when_the_disk_does_not_take_what_was_written_the_output_stays_incomplet
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("oocpatch.storage.output.flush", broken)
+    monkeypatch.setattr("oocpatch.outputs.output.flush", broken)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         run_here(tmp_path)
     assert oocpatch.status(tmp_path / "out").state == "incomplete"
@@ -146,7 +146,7 @@ def test_the_command_says_in_one_line_that_the_disk_is_full(tmp_path: Path, smal
     volume = tmp_path / "volume.zarr"
     make_volume(volume, (64, 64, 64), (32, 32, 32))
     (small_disk / "ballast").write_bytes(bytes(3900 << 10))
-    command = [sys.executable, "-m", "oocpatch.cli", "predict", volume, small_disk / "out", "--model", "identity"]
+    command = [sys.executable, "-m", "oocpatch", "predict", volume, small_disk / "out", "--model", "identity"]
     command += ["--patch-size", "16", "--patch-overlap", "8", "--axes", "zyx", "--progress", "none"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 import oocpatch
 from oocpatch.planning.box import Box
-from oocpatch.storage.formats.raw import read_box
-from oocpatch.storage.formats.spec import FileSpec, parse
+from oocpatch.volumes.formats.raw import read_box
+from oocpatch.volumes.formats.spec import FileSpec, parse
 
 Array = np.ndarray[Any, Any]
 
@@ -397,7 +397,11 @@ def test_the_command_line_takes_a_scan_as_it_is(tmp_path: Path) -> None:
     expected = nifti(tmp_path / "scan.nii.gz")
     arguments = ["predict", "scan.nii.gz", "out.zarr", "--model", "identity", "--patch-size", "16", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "oocpatch.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "oocpatch", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["complete"]

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import zarr
 
-from oocpatch.cli import main
+from oocpatch.cli.main import main
 from oocpatch.planning.box import Box
-from oocpatch.storage.volume import Volume
+from oocpatch.volumes.volume import Volume
 from tests.children import Children, report, unchanged
 from tests.crash_child import Job
 

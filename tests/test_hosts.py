@@ -13,8 +13,8 @@ import pytest
 import zarr
 
 import oocpatch
-from oocpatch.request import part_lock
-from oocpatch.storage.lock import STALE
+from oocpatch.configuration.run_config import part_lock
+from oocpatch.storage.locks import STALE
 from tests import hosts
 from tests.children import file_digests
 from tests.cluster_child import CONFIG

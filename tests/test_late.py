@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import oocpatch
-from oocpatch.inference.scheduler import Stopped
+from oocpatch.execution.scheduler import Stopped
+from oocpatch.execution.worker import _Fence, _Fenced
+from oocpatch.outputs.output import Output, create_output
+from oocpatch.outputs.write_units import Written
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
-from oocpatch.remote import _Fence, _Fenced
-from oocpatch.storage.ledger import Record
-from oocpatch.storage.output import Output, create_output
-from oocpatch.storage.tally import Progress
-from oocpatch.storage.units import Written
-from oocpatch.storage.volume import Volume
-from oocpatch.storage.workspace import Workspace
+from oocpatch.volumes.volume import Volume
+from oocpatch.workspace.ledger import Record
+from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.workspace import Workspace
 from tests.children import file_digests
 
 OPTIONS: dict[str, Any] = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 8}
@@ -104,7 +104,7 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
     if coder == "zarrs":
         pytest.importorskip("zarrs", reason="needs the extra `fast`")
     else:
-        monkeypatch.setattr("oocpatch.storage.native.NativeArray.open", lambda *_: None)
+        monkeypatch.setattr("oocpatch.storage.zarrs_codec.NativeArray.open", lambda *_: None)
     box = Box((8, 0), (16, 8))
     frozen, other = Output(tmp_path / "out", plan), Output(tmp_path / "out", plan)
     with frozen.native(2):
@@ -116,7 +116,7 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
             frozen.write(0, box, values(value), Written(plan, "predict", 0))
         left = file_digests(tmp_path / "out")
     assert {name: digest for name, digest in left.items() if ".partial" not in name} == before
-    assert np.all(oocpatch.storage.output.open_result(tmp_path / "out").values[8:16] == 2)
+    assert np.all(oocpatch.outputs.output.open_result(tmp_path / "out").values[8:16] == 2)
 
 
 def test_a_worker_writes_only_while_its_run_is_there(plan: Plan, workspace: Workspace, tmp_path: Path) -> None:

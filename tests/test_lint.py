@@ -18,7 +18,7 @@ import zarr
 from click.testing import CliRunner
 
 import oocpatch
-from oocpatch.cli import main
+from oocpatch.cli.main import main
 from tests.ome_runs import RUNS
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import oocpatch
-from oocpatch.storage.addresses import ObjectPath
+from oocpatch.storage.paths import ObjectPath
 from tests.clusters import until
 from tests.crash_child import make_volume
 from tests.stores import SETTINGS, with_environment

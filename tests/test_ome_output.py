@@ -16,7 +16,7 @@ import zarr
 from numpy.testing import assert_allclose, assert_array_equal
 
 import oocpatch
-from oocpatch.pyramid import mean, mode
+from oocpatch.outputs.pyramid import mean, mode
 from oocpatch.storage.files import write_atomically
 from tests.ome_runs import RUNS, Run, coarser, image_groups
 
@@ -144,7 +144,7 @@ def test_a_crash_while_channels_are_described_leaves_an_output_that_the_same_cal
         write_atomically(file, text)
 
     with monkeypatch.context() as patched:
-        patched.setattr("oocpatch.storage.ome_channels.write_atomically", crash)
+        patched.setattr("oocpatch.outputs.omero.write_atomically", crash)
         with pytest.raises(RuntimeError, match="as if"):
             run.predict(path)
     assert written == [path / "full/zarr.json"]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oocpatch
-from oocpatch.parts import Part
+from oocpatch.execution.array_job import Part
 from tests.children import Children, report
 from tests.crash_child import Job, make_volume
 from tests.small_run import (

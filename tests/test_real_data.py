@@ -66,7 +66,7 @@ def preprocess(values: Array) -> Array:
 
 def predict(head: Head, output: Path, *options: str) -> dict[str, Any]:
     command = [
-        *(sys.executable, "-m", "oocpatch.cli", "predict", str(head.volume), str(output)),
+        *(sys.executable, "-m", "oocpatch", "predict", str(head.volume), str(output)),
         *("--model", str(head.network), "--patch-size", str(PATCH), "--patch-overlap", str(OVERLAP)),
         *("--overlap-mode", "hann", "--max-memory", MAX_MEMORY, "--json", *options),
     ]

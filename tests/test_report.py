@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import oocpatch
-from oocpatch import cli
+from oocpatch.cli import main as cli
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.plan import Plan
 

@@ -21,8 +21,8 @@ import zarr
 from click.testing import CliRunner
 
 import oocpatch
-from oocpatch.cli import main
-from oocpatch.looking.scene import layers_of, state_of
+from oocpatch.cli.main import main
+from oocpatch.visualization.scene import layers_of, state_of
 from tests.ome_runs import RUNS
 
 
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[Served]:
-    command = [sys.executable, "-m", "oocpatch.cli", "view", "out.zarr", "--serve", "--no-browser", "--json"]
+    command = [sys.executable, "-m", "oocpatch", "view", "out.zarr", "--serve", "--no-browser", "--json"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield Served(process, json.loads(process.stdout.readline())["url"])

@@ -16,8 +16,8 @@ import zarr
 from click.testing import CliRunner, Result
 
 import oocpatch
-from oocpatch import cli
-from oocpatch.telling import Tally, telling
+from oocpatch.cli import main as cli
+from oocpatch.progress import Tally, telling
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ def test_a_file_that_is_wrong_is_one_clear_message(text: str, message: str) -> N
 def test_progress_for_programs_is_an_object_per_line_and_ends_with_all() -> None:
     command = ["predict", "in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8", "--progress", "json"]
     done = subprocess.run(
-        [sys.executable, "-m", "oocpatch.cli", *command],
+        [sys.executable, "-m", "oocpatch", *command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_the_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.M
     assert found["versions"]["numpy"] == np.__version__
     assert found["extras"]["tiff"] == []
     assert found["memory"]["auto"] <= found["memory"]["total"]
-    monkeypatch.setattr("oocpatch.doctor.EXTRAS", {"tiff": ("no_such_library",), "view": ("PIL",)})
+    monkeypatch.setattr("oocpatch.cli.doctor.EXTRAS", {"tiff": ("no_such_library",), "view": ("PIL",)})
     lines = run("doctor").stdout.splitlines()
     assert "extra tiff         needs no_such_library: pip install 'oocpatch[tiff]'" in lines
     assert "extra view         there" in lines

@@ -15,9 +15,9 @@ import dask
 import pytest
 
 import oocpatch
-from oocpatch.inference import slurm
-from oocpatch.inference.cluster import SUPPLIES
-from oocpatch.inference.connecting import connected
+from oocpatch.execution import slurm
+from oocpatch.execution.dask_clients import connected
+from oocpatch.execution.dask_cluster import SUPPLIES
 from tests.children import ROOT, file_digests
 from tests.cluster_child import MODEL
 from tests.clusters import until
@@ -101,7 +101,7 @@ def test_without_dask_jobqueue_the_extra_is_named(jobs: FakeSlurm, monkeypatch: 
 
 def test_ctrl_c_cancels_jobs_that_wait_in_the_queue(jobs: FakeSlurm) -> None:
     jobs.set("hold")
-    command = [sys.executable, "-m", "oocpatch.cli", "predict", "volume.zarr", "out", "--model", "identity"]
+    command = [sys.executable, "-m", "oocpatch", "predict", "volume.zarr", "out", "--model", "identity"]
     command += ["--patch-size", "8", "--scheduler", JOB, "--workers", "3"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DASK_CONFIG": "dask"})
     until(lambda: (len(jobs.log("sbatch")) == 3 and Path("out").exists()) or child.poll() is not None)

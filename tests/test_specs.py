@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 import oocpatch
-from oocpatch import cli
-from oocpatch.inference.accepts import Accepts, accepted
-from oocpatch.inference.models import load_model, load_models, model_identity
+from oocpatch.cli import main as cli
+from oocpatch.models.input_spec import Accepts, accepted
+from oocpatch.models.loading import load_model, load_models, model_identity
 
 onnx = pytest.importorskip("onnx", reason="writes ONNX files; it is in the extra `test`")
 pytest.importorskip("onnxruntime", reason="runs ONNX files; it is in the extra `onnx`")

@@ -13,8 +13,8 @@ import pytest
 import oocpatch
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.storage.ledger import COMMIT_RECORDS, Ledger, Record, read_ledger, standing
-from oocpatch.storage.tally import Progress
+from oocpatch.workspace.ledger import COMMIT_RECORDS, Ledger, Record, read_ledger, standing
+from oocpatch.workspace.run_progress import Progress
 from tests.children import Children
 from tests.small_run import MIDDLE, fresh, patch_calls, small_run
 

@@ -18,7 +18,7 @@ import zarr
 
 import oocpatch
 from oocpatch.planning.box import Box
-from oocpatch.storage import objects
+from oocpatch.storage import object_store as objects
 from tests.children import file_digests
 from tests.conftest import Command
 from tests.stores import Bucket, served, with_environment

@@ -20,11 +20,11 @@ import xarray
 import zarr
 
 import oocpatch
-from oocpatch import door
+from oocpatch.configuration import door
+from oocpatch.configuration.run_config import locks
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
-from oocpatch.request import locks
-from oocpatch.storage.addresses import store_at
-from oocpatch.storage.lock import STALE
+from oocpatch.storage.locks import STALE
+from oocpatch.storage.paths import store_at
 from tests.children import Children, calls, report
 from tests.clusters import until
 from tests.conftest import Command

@@ -11,9 +11,9 @@ import pytest
 import zarr
 
 import oocpatch
-from oocpatch import door
-from oocpatch.storage.segments import segments
-from oocpatch.storage.workspace import Workspace
+from oocpatch.configuration import door
+from oocpatch.workspace.segments import segments
+from oocpatch.workspace.workspace import Workspace
 from tests.children import Children, report
 from tests.clusters import Fork, SmallCluster, until
 from tests.crash_child import Job, make_volume
@@ -178,7 +178,7 @@ def test_that_the_store_does_not_answer_is_no_reason_to_start_afresh(
     job = incomplete(bucket, children, local[0], "silent.zarr")
     root = door.place("workspace", next_root(bucket, "silent.zarr"))
     assert Workspace.find(root) is not None
-    monkeypatch.setattr("oocpatch.storage.objects.RETRIES", 1)
+    monkeypatch.setattr("oocpatch.storage.object_store.RETRIES", 1)
     with_environment(monkeypatch)
     bucket.behave(every=1, status=503)
     with pytest.raises(ConnectionError):

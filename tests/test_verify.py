@@ -79,9 +79,9 @@ def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
     if coder == "zarrs" and importlib.util.find_spec("zarrs") is None:
         pytest.skip("needs zarrs, which is in the extra `fast`")
     if coder == "zarr":
-        monkeypatch.setattr("oocpatch.storage.plain.PlainArray.of", lambda _: None)
+        monkeypatch.setattr("oocpatch.storage.chunk_reader.PlainArray.of", lambda _: None)
     if coder != "zarrs":
-        monkeypatch.setattr("oocpatch.storage.native.NativeArray.open", lambda *_: None)
+        monkeypatch.setattr("oocpatch.storage.zarrs_codec.NativeArray.open", lambda *_: None)
     data = np.arange(24 * 20, dtype=np.float32).reshape(24, 20)
     sizes = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "progress": False}
     oocpatch.predict(data, model, tmp_path / "out", axes="yx", **{**sizes, **options})

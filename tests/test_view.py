@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import oocpatch
-from oocpatch import cli
-from oocpatch.looking.canvas import Panel
-from oocpatch.looking.colours import GREENS, label_colour
-from oocpatch.looking.levels import open_sight
-from oocpatch.looking.planes import places, plane, projection, sample
-from oocpatch.looking.viewing import sheet_of
-from oocpatch.storage.volume import Volume
+from oocpatch.cli import main as cli
+from oocpatch.visualization.canvas import Panel
+from oocpatch.visualization.colormaps import GREENS, label_colour
+from oocpatch.visualization.display_source import open_sight
+from oocpatch.visualization.picture import sheet_of
+from oocpatch.visualization.slices import places, plane, projection, sample
+from oocpatch.volumes.volume import Volume
 
 Array = np.ndarray[Any, Any]
 
@@ -173,7 +173,7 @@ def test_what_is_sampled_is_what_indexing_gives(chunks: tuple[int, ...], tmp_pat
 def test_a_projection_of_what_is_very_large_sees_a_share_of_it_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oocpatch.looking.planes.PROJECTED", 3 * 8 * 64 * 64)
+    monkeypatch.setattr("oocpatch.visualization.slices.PROJECTED", 3 * 8 * 64 * 64)
     zarr.create_array(tmp_path / "a.zarr", data=np.ones((64, 64, 64), np.uint8), chunks=(8, 64, 64))
     captions = [p.caption for _, p in sheet_of(tmp_path / "a.zarr", pixels=64).corners()]
     assert captions[-1] == "highest along z of 38% of it"

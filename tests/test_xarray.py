@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from numpy.testing import assert_array_equal
 
 import oocpatch
-from oocpatch.cli import main
-from oocpatch.storage.backend import OmeZarrBackend
+from oocpatch.cli.main import main
+from oocpatch.volumes.xarray_backend import OmeZarrBackend
 from tests.storage.test_ome import FULL, LEVELS, write_image
 
 SIZES = {"patch_size": (4, 6), "patch_overlap": (2, 3), "block_shape": (8, 12), "output_chunks": (4, 4)}
@@ -70,7 +70,7 @@ def test_the_accessor_is_predict_and_type_dims_coordinates_and_attributes_are_ke
     assert scan.oocpatch.plan(torch.nn.Identity(), tmp_path / "p.zarr", patch_size=8).patches == 12
 
 
-@pytest.mark.parametrize("imports", ["oocpatch, xarray", "xarray, oocpatch", "oocpatch.cli, xarray.backends"])
+@pytest.mark.parametrize("imports", ["oocpatch, xarray", "xarray, oocpatch", "oocpatch.cli.main, xarray.backends"])
 def test_the_accessor_is_there_whichever_is_imported_first(imports: str) -> None:
     code = f"import {imports}; import oocpatch, xarray; print(xarray.DataArray(1).oocpatch.predict.__name__)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ import zarr
 
 from oocpatch.linting.finding import Finding, ImageNode, group_at, node_at
 from oocpatch.linting.levels import CLOSE
-from oocpatch.storage.ome import ome_attributes
+from oocpatch.volumes.ome_metadata import ome_attributes
 
 FORMATS = {"0.4": 2, "0.5": 3}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import zarr
 
-from oocpatch.storage.ome import Multiscale, ome_attributes, read_multiscale
+from oocpatch.volumes.ome_metadata import Multiscale, ome_attributes, read_multiscale
 
 
 @dataclass(frozen=True, slots=True)

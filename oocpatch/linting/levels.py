@@ -11,8 +11,8 @@ import zarr
 
 from oocpatch.linting.finding import Finding, ImageNode, array_at
 from oocpatch.planning.plan import human
-from oocpatch.storage.inflation import ChunkGuard
-from oocpatch.storage.ome import SHORT, long_unit
+from oocpatch.storage.chunk_guard import ChunkGuard
+from oocpatch.volumes.ome_metadata import SHORT, long_unit
 
 LARGE_CHUNK = 256 << 20
 """Bytes of a chunk, decoded: to show one voxel a viewer holds all of it."""

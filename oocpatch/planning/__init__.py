@@ -1,1 +1,1 @@
-"""Floor 0, decide: integers in, integers out. Imports the standard library and numpy only."""
+"""Decisions of a run: grids, blocks, memory and the plan. Integers in, integers out; numpy only."""

@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oocpatch.planning.box import Box, Ints, ceil_to
-from oocpatch.planning.drawing import draw_grid
+from oocpatch.planning.svg import draw_grid
 
 Scale = tuple[int, int]
 """Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""

@@ -15,10 +15,10 @@ import numpy as np
 
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
-from oocpatch.planning.drawing import draw_plan
 from oocpatch.planning.grid import PatchGrid, Scale
-from oocpatch.planning.head import Head, common_unit, crops, patch_grid
+from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
 from oocpatch.planning.memory import Way, layers_per_group, slab_bytes
+from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.totals import axis_totals
 
 FORMAT = 2

@@ -18,7 +18,7 @@ from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
-from oocpatch.planning.head import common_unit, crops
+from oocpatch.planning.heads import common_unit, crops
 from oocpatch.planning.memory import Projection, Sizes, Traffic, Way, io_threads, least_memory, project, traffic
 from oocpatch.planning.plan import human
 from oocpatch.planning.totals import AxisTotals, Frame, axis_totals

@@ -1,4 +1,4 @@
-"""Floor 2', feed: subjects, samplers, the queue and their loader. Owns torch, and dask in one file."""
+"""Samplers of patches for training: subjects, grids, random samplers, the queue and its loader."""
 
-# Imported for what it does: whoever has a subject can stack it with a plain DataLoader.
+# Registers the collation of subjects: a plain DataLoader can stack them, too.
 from oocpatch.sampling import loader as loader

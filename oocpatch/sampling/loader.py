@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 # Torch documents this map as the place to register types in; it has no public name for it.
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from oocpatch.sampling.streams import Passes
+from oocpatch.sampling.random_streams import Passes
 from oocpatch.sampling.subject import LoadedVolume, Subject
 
 
@@ -128,7 +128,7 @@ class SubjectsLoader(DataLoader[Any]):
     A plain one works as well. This one also counts its passes for seeded samplers and queues: workers that start afresh
     for each pass would otherwise all draw the patches of the first, unless `set_epoch` is called.
 
-    >>> from oocpatch.sampling.samplers import UniformSampler
+    >>> from oocpatch.sampling.uniform import UniformSampler
     >>> sampler = UniformSampler(Subject(t1=torch.zeros(1, 9, 9)), patch_size=4, num_patches=3)
     >>> [tuple(batch.t1.data.shape) for batch in SubjectsLoader(sampler, batch_size=2)]
     [(2, 1, 4, 4), (1, 1, 4, 4)]

@@ -29,9 +29,9 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.planning.plan import human
-from oocpatch.sampling.samplers import UniformSampler
-from oocpatch.sampling.streams import Passes, stream
+from oocpatch.sampling.random_streams import Passes, stream
 from oocpatch.sampling.subject import LoadedVolume, Subject, read_patches
+from oocpatch.sampling.uniform import UniformSampler
 
 DRAWS, SUBJECTS, PATCHES = range(3)
 """What the random streams of an epoch decide: patches, the order of subjects, the order of patches."""

@@ -25,7 +25,7 @@ import zarr
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchLocation
-from oocpatch.storage.volume import Volume
+from oocpatch.volumes.volume import Volume
 
 ARRAYS = (np.ndarray, zarr.Array, zarr.Group, xarray.DataArray, xarray.Dataset)
 

@@ -29,10 +29,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.sampling.cells import Cells
+from oocpatch.sampling.map_cells import Cells
 from oocpatch.sampling.subject import LoadedVolume
 from oocpatch.storage.files import write_atomically
-from oocpatch.storage.volume import Volume
+from oocpatch.volumes.volume import Volume
 
 logger = logging.getLogger("oocpatch")
 

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
-from oocpatch.sampling.cells import Cells, RecentCells, pick
-from oocpatch.sampling.masses import labels_in, measure, weights_in
-from oocpatch.sampling.samplers import UniformSampler
+from oocpatch.sampling.map_cells import Cells, RecentCells, pick
+from oocpatch.sampling.probability_map import labels_in, measure, weights_in
 from oocpatch.sampling.subject import LoadedVolume, Subject
 from oocpatch.sampling.table import Table, Tables, remembered
-from oocpatch.storage.volume import Volume
+from oocpatch.sampling.uniform import UniformSampler
+from oocpatch.volumes.volume import Volume
 
 Generator = np.random.Generator
 Values = npt.NDArray[Any]

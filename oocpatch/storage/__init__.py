@@ -1,1 +1,1 @@
-"""Floor 1, remember: volumes, outputs, the workspace and the ledger. Owns zarr and xarray."""
+"""Bytes on disk and in object stores that are there whole or not at all: paths, files, locks, checksums, chunks."""

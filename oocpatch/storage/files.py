@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.storage.addresses import Address, ObjectPath
-from oocpatch.storage.objects import AT_A_TIME
-from oocpatch.storage.segments import lines_of
+from oocpatch.storage.object_store import AT_A_TIME
+from oocpatch.storage.paths import Address, ObjectPath
+from oocpatch.workspace.segments import lines_of
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 

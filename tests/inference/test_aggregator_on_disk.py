@@ -22,7 +22,7 @@ import zarr
 
 import oocpatch
 from oocpatch import PatchAggregator, PatchLocation
-from oocpatch.inference.tile_sums import TileSums
+from oocpatch.aggregation.tile_sums import TileSums
 from tests import aggregation
 from tests.aggregation import Loop, add, assert_as_expected
 from tests.cases import MODES

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from oocpatch.inference.accepts import Accepts, accepted, as_input
-from oocpatch.inference.around import Around
-from oocpatch.inference.batches import Halving, ModelFile
-from oocpatch.inference.functions import NumpyModel
-from oocpatch.inference.preprocess import Formula, Preprocess, checked, formula
-from oocpatch.inference.turns import checked as checked_augment
-from oocpatch.inference.turns import turns
+from oocpatch.models.around import Around
+from oocpatch.models.augmentation import checked as checked_augment
+from oocpatch.models.augmentation import turns
+from oocpatch.models.batches import Halving, ModelFile
+from oocpatch.models.input_spec import Accepts, accepted, as_input
+from oocpatch.models.preprocessing import Formula, Preprocess, checked, formula
+from oocpatch.models.wrappers import NumpyModel
 
 Array = np.ndarray[Any, Any]
 

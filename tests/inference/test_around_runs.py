@@ -13,9 +13,9 @@ import zarr
 from torch import nn
 
 import oocpatch
-from oocpatch import checking
-from oocpatch.storage import statistics
-from oocpatch.storage.output_record import inspect_output
+from oocpatch.outputs.record import inspect_output
+from oocpatch.verification import compare as checking
+from oocpatch.volumes import statistics
 from tests import oracle
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from oocpatch.inference.finish import Finisher
+from oocpatch.engine.normalize import Finisher
 from oocpatch.planning.box import Box
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from oocpatch.inference.models import load_model, model_identity
+from oocpatch.models.loading import load_model, model_identity
 
 Model = Any  # a module or a function
 State = dict[str, torch.Tensor]
@@ -568,7 +568,7 @@ def test_torchscript_with_other_weights_or_attributes_is_another_model(tmp_path:
 
 IDENTITIES = """
 import sys
-from oocpatch.inference.models import load_model, model_identity
+from oocpatch.models.loading import load_model, model_identity
 for spec in sys.argv[1:]:
     print(model_identity(load_model(spec)))
 """

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from torch import nn
 
 import oocpatch
-from oocpatch.cli import main
+from oocpatch.cli.main import main
 from oocpatch.errors import RunMismatch
-from oocpatch.inference import prepared
-from oocpatch.inference.identity import model_identity
-from oocpatch.looking.reporting import command_of
-from oocpatch.storage.output_record import inspect_output
+from oocpatch.models import compilation as prepared
+from oocpatch.models.fingerprint import model_identity
+from oocpatch.outputs.record import inspect_output
+from oocpatch.visualization.html_report import command_of
 from tests.children import file_digests, unchanged
 
 # torch itself, when it imports its compiler; and the model of TorchScript that is refused
@@ -281,7 +281,7 @@ def test_the_calls_of_graphs_are_made_by_one_thread_and_their_outputs_are_copies
         return call
 
     monkeypatch.setattr(prepared, "_compiled", as_graphs)
-    for module in ("oocpatch.request", "oocpatch.inference.prepared"):
+    for module in ("oocpatch.configuration.run_config", "oocpatch.models.compilation"):
         monkeypatch.setattr(f"{module}.uses_graphs", lambda mode, device: mode == "reduce-overhead")
     settings = {**SETTINGS, "compile": "reduce-overhead", "workers": 3}
     result = oocpatch.predict(volume, nn.Identity(), tmp_path / "out", **settings)

@@ -21,8 +21,8 @@ import zarr
 from torch import nn
 
 import oocpatch
-from oocpatch.inference import transfer
-from oocpatch.inference.transfer import Landing, Transfer
+from oocpatch.engine import device_transfer as transfer
+from oocpatch.engine.device_transfer import Landing, Transfer
 from tests.children import file_digests
 
 SHAPE = (29, 28, 22)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from oocpatch.inference.turns import checked, turns
+from oocpatch.models.augmentation import checked, turns
 
 
 def images(name: str, shape: tuple[int, ...], axes: str = "zyx") -> list[np.ndarray[Any, Any]]:

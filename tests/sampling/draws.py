@@ -13,7 +13,7 @@ import torch
 import torchio
 
 import oocpatch
-from oocpatch.sampling.streams import stream
+from oocpatch.sampling.random_streams import stream
 
 Corner = tuple[int, ...]
 

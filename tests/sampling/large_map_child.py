@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 
 import oocpatch
-from oocpatch.sampling.streams import stream
+from oocpatch.sampling.random_streams import stream
 from tests.memory_child import PeakSampler
 
 

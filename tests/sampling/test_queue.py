@@ -193,7 +193,7 @@ def test_each_pass_is_another_epoch_and_set_epoch_goes_to_one() -> None:
 def test_every_place_in_the_queue_has_the_distribution_of_its_sampler(
     kind: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("oocpatch.sampling.cells.CELL_VOXELS", 1)
+    monkeypatch.setattr("oocpatch.sampling.map_cells.CELL_VOXELS", 1)
     weights = np.random.default_rng(1).integers(0, 4, (9, 8)).astype(np.uint8)
     zarr.create_array(tmp_path / "map.zarr", data=weights, chunks=(4, 3))
     subject = oocpatch.Subject(map=tmp_path / "map.zarr")

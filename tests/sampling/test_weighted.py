@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oocpatch
-from oocpatch.sampling import cells, masses, weighted
-from oocpatch.sampling.cells import Cells, RecentCells, pick
+from oocpatch.sampling import map_cells as cells
+from oocpatch.sampling import probability_map as masses
+from oocpatch.sampling import weighted
+from oocpatch.sampling.map_cells import Cells, RecentCells, pick
 from tests.cases import law, scratch
 from tests.sampling.draws import assert_fits, centre_distribution, corners, drawn, torchio_subject
 

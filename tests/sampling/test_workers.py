@@ -18,7 +18,7 @@ import zarr
 from torch.utils.data import DataLoader, DistributedSampler
 
 import oocpatch
-from oocpatch.sampling.streams import Share
+from oocpatch.sampling.random_streams import Share
 from tests.sampling.draws import torchio_subject
 
 pytestmark = [

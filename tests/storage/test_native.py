@@ -17,9 +17,9 @@ from zarr.storage import LocalStore
 
 import oocpatch
 from oocpatch.planning.box import Box
-from oocpatch.storage.native import NativeArray, StagedArray, os_errors
-from oocpatch.storage.plain import PlainArray
-from oocpatch.storage.volume import Volume
+from oocpatch.storage.chunk_reader import PlainArray
+from oocpatch.storage.zarrs_codec import NativeArray, StagedArray, os_errors
+from oocpatch.volumes.volume import Volume
 
 RNG = np.random.default_rng(0)
 KINDS = [

@@ -10,8 +10,8 @@ import pytest
 import zarr
 from numpy.testing import assert_array_equal
 
-from oocpatch.storage.native import NativeArray, StagedArray
-from oocpatch.storage.plain import PlainArray
+from oocpatch.storage.chunk_reader import PlainArray
+from oocpatch.storage.zarrs_codec import NativeArray, StagedArray
 
 RNG = np.random.default_rng(0)
 WRITTEN = {

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocpatch.storage.addresses import Address, ObjectPath
-from oocpatch.storage.segments import FEW, lines_of, news_of, open_segment, remove_segment, rewritten, segments
+from oocpatch.storage.paths import Address, ObjectPath
+from oocpatch.workspace.segments import FEW, lines_of, news_of, open_segment, remove_segment, rewritten, segments
 from tests.stores import Bucket, served
 
 

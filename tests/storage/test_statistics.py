@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from oocpatch.storage import statistics
-from oocpatch.storage.statistics import Passes
-from oocpatch.storage.volume import Volume
+from oocpatch.volumes import statistics
+from oocpatch.volumes.statistics import Passes
+from oocpatch.volumes.volume import Volume
 
 Array = np.ndarray[Any, Any]
 DTYPES = [

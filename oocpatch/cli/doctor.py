@@ -1,0 +1,99 @@
+"""What oocpatch finds on this machine: versions, cores, memory, disk, devices, extras. For people and bug reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import zarr
+
+from oocpatch.configuration import door
+from oocpatch.planning.plan import human
+from oocpatch.provenance import versions
+from oocpatch.storage.zarrs_codec import NativeArray
+
+EXTRAS = {
+    "fast": ("zarrs",),
+    "onnx": ("onnxruntime",),
+    "safetensors": ("safetensors",),
+    "tiff": ("tifffile", "imagecodecs"),
+    "slide": ("openslide",),
+    "nifti": ("nibabel",),
+    "hdf5": ("h5py",),
+    "tensorstore": ("tensorstore",),
+    "s3": ("obstore",),
+    "view": ("PIL",),
+    "slurm": ("dask_jobqueue",),
+    "serve": ("neuroglancer",),
+}
+"""What each extra brings, by the names that are imported."""
+
+
+def examine(directory: Path) -> dict[str, Any]:
+    """Look at the machine, and at the disk of a directory.
+
+    >>> sorted(examine(Path()))
+    ['cores', 'devices', 'disk', 'extras', 'memory', 'platform', 'versions', 'zarrs']
+    """
+    memory = psutil.virtual_memory()
+    places = {"here": directory, "temporary": Path(tempfile.gettempdir())}
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cores": {
+            "machine": os.cpu_count(),
+            "allowed": len(os.sched_getaffinity(0)),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "memory": {"total": memory.total, "available": memory.available, "auto": door.memory_limit("auto")},
+        "disk": {name: {"path": str(p.resolve()), "free": shutil.disk_usage(p).free} for name, p in places.items()},
+        "devices": _devices(),
+        "extras": {name: [m for m in wanted if importlib.util.find_spec(m) is None] for name, wanted in EXTRAS.items()},
+        "zarrs": _codes_with_zarrs(),
+    }
+
+
+def _devices() -> list[str]:
+    found = ["cpu"]
+    found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def _codes_with_zarrs() -> bool:
+    """Whether zarrs really reads an array here, and not only is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        array = zarr.create_array(f"{folder}/a", data=np.arange(8, dtype=np.uint8), chunks=(4,))
+        coder = NativeArray.open(array, 1)
+        if coder is None:
+            return False
+        out = np.zeros(8, np.uint8)
+        coder.read_into(out, (slice(0, 8),))
+        return bool((out == np.arange(8)).all())
+
+
+def told(found: dict[str, Any]) -> str:
+    """What was found, in lines."""
+    cores, memory = found["cores"], found["memory"]
+    rows = {
+        "versions": ", ".join(f"{n} {v}" for n, v in found["versions"].items()),
+        "platform": found["platform"],
+        "cores": f"{cores['machine']}, {cores['allowed']} for this process, {cores['torch_threads']} threads of torch",
+        "memory": f"{human(memory['total'])}, {human(memory['available'])} available; "
+        f"max_memory='auto' is {human(memory['auto'])}",
+        **{f"disk, {n}": f"{human(d['free'])} free at {d['path']}" for n, d in found["disk"].items()},
+        "devices": ", ".join(found["devices"]),
+        "chunks": "coded by zarrs"
+        if found["zarrs"]
+        else "plain ones coded here, others by zarr-python; zarrs is faster",
+    }
+    for name, missing in found["extras"].items():
+        rows[f"extra {name}"] = f"needs {', '.join(missing)}: pip install 'oocpatch[{name}]'" if missing else "there"
+    return "\n".join(f"{name:<18} {text}" for name, text in rows.items())

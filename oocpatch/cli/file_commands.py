@@ -1,0 +1,148 @@
+"""Commands about files and pictures: what comes in, and looking at what goes out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import click
+
+from oocpatch.cli.types import size
+
+_option = functools.partial(click.option, show_default=True)
+_json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("volume", metavar="IN")
+@click.argument("output", metavar="OUT.zarr")
+@_option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or yxc; default: as the file names them.")
+@_option("--level", default="0", help="Level of a pyramid; 0 is the largest.")
+@_option("--chunks", type=size, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
+@_option("--shards", type=size, help="Shards in voxels, multiples of the chunks; default: none.")
+@_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
+@_option(
+    "--progress",
+    type=click.Choice(("auto", "bar", "plain", "json", "none")),
+    default="auto",
+    help="Progress on stderr.",
+)
+@_option("--overwrite", is_flag=True, help="Replace what another conversion wrote.")
+@_json_option
+def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Stream the volume IN, of any format that can be read, into the chunked Zarr OUT.zarr; run again to continue."""
+    import oocpatch
+
+    start = time.monotonic()
+    made = oocpatch.convert(volume, output, **options)
+    report = {
+        "output": output,
+        "axes": [str(d) for d in made.dims],
+        "shape": list(made.shape),
+        "dtype": str(made.dtype),
+        "chunks": [int(made.encoding["preferred_chunks"][d]) for d in made.dims],
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    told = " x ".join(map(str, made.shape))
+    click.echo(f"{Path(output)}: {told} ({', '.join(map(str, made.dims))}), {made.dtype}, {report['seconds']:.1f} s")
+
+
+@click.command()
+@click.argument("output", metavar="OUT")
+@click.argument("picture", metavar="[PNG]", required=False)
+@_option("--volume", metavar="IN", help="What to lay the result over; default: what the run noted.")
+@_option("--no-volume", is_flag=True, help="Show the result alone.")
+@_option("--head", help="Which of several outputs; default: the first.")
+@_option("--kind", type=click.Choice(("auto", "labels", "scores", "image", "rgb")), default="auto", help="How to show.")
+@_option("--axes", metavar="NAMES", help="Axes of OUT, where it does not name them.")
+@_option("--pixels", type=click.IntRange(min=16), default=480, help="Longest side of a panel.")
+@_option("--serve", is_flag=True, help="Show it in a browser of this machine instead, with neuroglancer, until Ctrl-C.")
+@_option("--port", type=click.IntRange(0, 65535), default=0, help="Port to serve at; 0: any that is free.")
+@_option("--browser/--no-browser", default=True, help="With --serve: open a browser where there is a desktop.")
+@_json_option
+def view(
+    output: str,
+    picture: str | None,
+    *,
+    as_json: bool,
+    no_volume: bool,
+    serve: bool,
+    port: int,
+    browser: bool,
+    **options: Any,
+) -> None:
+    """Draw OUT, a result or any volume that can be read, as a PNG: middle slices, over the input, and a projection."""
+    options = {**options, **({"volume": False} if no_volume else {})}
+    if serve:
+        if picture is not None:
+            raise click.UsageError("--serve draws no PNG: leave one of them out.")
+        del options["pixels"]
+        _serve(output, port, options, browser=browser, as_json=as_json)
+        return
+    import oocpatch
+
+    made = oocpatch.view(output, picture, **options)
+    click.echo(json.dumps({"picture": str(made)}) if as_json else str(made))
+
+
+def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:
+    from oocpatch.visualization.neuroglancer import Server, serve
+    from oocpatch.visualization.scene import layers_of
+
+    layers, refused = layers_of(output, **options)
+    for reason in refused:
+        click.echo(f"not shown: {reason}", err=True)
+
+    def ready(url: str) -> None:
+        click.echo(json.dumps({"url": url}) if as_json else url)
+        click.echo("serving on this machine until Ctrl-C", err=True)
+        if browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            webbrowser.open(url)
+
+    serve(Server(layers, port), ready)
+
+
+@click.command()
+@click.argument("output", metavar="OUT")
+@click.argument("page", metavar="[HTML]", required=False)
+@_json_option
+def report(output: str, page: str | None, *, as_json: bool) -> None:
+    """Write one HTML file about the run that wrote OUT: pictures, plan, time, memory, coverage, how to repeat it."""
+    import oocpatch
+
+    made = oocpatch.report(output, page)
+    click.echo(json.dumps({"report": str(made)}) if as_json else str(made))
+
+
+@click.command()
+@click.argument("path", metavar="OME.zarr")
+@_json_option
+def lint(path: str, *, as_json: bool) -> None:
+    """Look for faults of an OME-Zarr that validators of its metadata do not see; ends with 1 when there are some."""
+    import oocpatch
+
+    found = oocpatch.lint(path)
+    click.echo(found.to_json() if as_json else str(found))
+    if not found.passed:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@_json_option
+def doctor(*, as_json: bool) -> None:
+    """Say what there is: versions, cores, memory, disk, devices, extras."""
+    from oocpatch.cli.doctor import examine, told
+
+    found = examine(Path())
+    click.echo(json.dumps(found, indent=1) if as_json else told(found))
+
+
+COMMANDS = (convert, view, report, lint, doctor)

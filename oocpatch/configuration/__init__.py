@@ -1,0 +1,1 @@
+"""Arguments of a call checked, and the plan that is made of them."""

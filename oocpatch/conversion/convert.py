@@ -1,0 +1,223 @@
+"""Converting: any volume that can be read, streamed into a chunked Zarr v3 within a memory limit.
+
+```text
+ volume --boxes of whole write units--> buffers, one per thread --> OUT.partial --rename--> OUT
+```
+
+What is not finished has another name, so that it never looks complete. The same call after an interruption goes on:
+write units that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray
+
+from oocpatch.configuration import door
+from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of, remove, replaceable
+from oocpatch.errors import PlanTooLarge
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.plan import human
+from oocpatch.progress import telling
+from oocpatch.storage.locks import locked
+from oocpatch.volumes.volume import REQUEST, Volume, default_chunks
+
+COPIES = 3
+"""Copies of a chunk that coding it takes at most, the encoded one included."""
+
+THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """How a volume is cut into boxes.
+
+    Attributes:
+        box: what a thread reads and writes at a time, in voxels; whole write units.
+        threads: how many do so.
+        memory: bytes that they take together.
+    """
+
+    box: Ints
+    threads: int
+    memory: int
+
+
+def convert(
+    volume: Any,
+    output: str | os.PathLike[str],
+    *,
+    axes: str | Sequence[str] | None = None,
+    level: int | str = 0,
+    chunks: int | Sequence[int] | None = None,
+    shards: int | Sequence[int] | None = None,
+    max_memory: int | float | str = "auto",
+    progress: str | bool = "auto",
+    overwrite: bool = False,
+) -> xarray.DataArray:
+    """Stream a volume of any format into a Zarr v3 group, within a memory limit.
+
+    Axes, coordinates and attributes are kept; the order of axes is that of `predict`'s outputs: the channel first, then
+    looped axes, then the spatial ones in their order. An interrupted call leaves nothing at `output`; the same call
+    goes on. When it is complete, the same call returns at once.
+
+    Args:
+        volume: whatever `predict` takes.
+        output: directory to write; nothing is there yet, or what the same call made.
+        axes: names of the volume's axes, e.g. `"zyx"`.
+        level: of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
+        chunks: spatial chunks, in voxels; default: those of the volume, if reasonable.
+        shards: spatial shards, in voxels; multiples of the chunks.
+        max_memory: bytes that the conversion may add to this process; `"auto"`: a quarter of the machine's.
+        progress: as for `predict`.
+        overwrite: replace what another conversion wrote, finished or not.
+
+    Returns:
+        The new volume, lazy, `([C,] *axes)`.
+
+    Raises:
+        ValueError, TypeError: for bad arguments.
+        OutputExists: when there is something else at `output`.
+        OutputBusy: when another call is at work on it.
+        RunMismatch: when another volume was converted to it, or in another way; the message names what differs.
+        PlanTooLarge: when not even one write unit fits the memory limit.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = convert(np.arange(24).reshape(4, 6), f"{folder}/out.zarr", chunks=2)
+    ...     print(made.dims, made.values.tolist()[1])
+    ('y', 'x') [6, 7, 8, 9, 10, 11]
+    """
+    target = door.local_path("output", output)
+    data = Volume(volume, axes, level)
+    door.apart("output", target, data)
+    door.writable("output", target)
+    looped = len(data.shape) - data.spatial_ndim
+    chunk = default_chunks(data, data.dtype.itemsize)
+    if chunks is not None:
+        chunk = door.clipped((*(1,) * looped, *door.sizes("chunks", chunks, data, least=1)), data.shape)
+    shard = None if shards is None else (*(1,) * looped, *door.sizes("shards", shards, data, least=1))
+    unit = door.write_unit(chunk, shard, data.shape)
+    stream = plan_stream(data, unit, door.memory_limit(max_memory))
+    record = record_of(data, level, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
+    partial = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f"{target.name}.partial.lock"), str(target)):
+        if overwrite:
+            _remove(partial, target)
+        if not is_complete(target, record):
+            made = Conversion.open(partial, data, record, chunk, unit)
+            voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
+            with telling(progress, "convert", "voxels", total, resumed=made.done, bytes_each=voxel) as tell:
+                _stream(data, made, stream, tell)
+            made.finish(target)
+    found: xarray.DataArray = xarray.open_zarr(target)[NAME]
+    return found
+
+
+def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
+    """Boxes of whole write units that fit the limit, and of which few share a chunk of the volume.
+
+    Raises:
+        PlanTooLarge: when not even one write unit fits.
+
+    >>> import zarr
+    >>> planes = Volume(zarr.zeros((100, 128, 128), chunks=(1, 128, 128), dtype="uint8", store={}))
+    >>> plan_stream(planes, (32, 32, 32), 40_000_000).box
+    (32, 128, 128)
+    """
+
+    def needed(box: Ints) -> int:
+        voxel = volume.channels * volume.dtype.itemsize
+        read = max(COPIES * volume.chunk_bytes, 2 * REQUEST if volume.source.chunked else REQUEST)
+        return math.prod(box) * voxel + read + COPIES * math.prod(unit) * voxel
+
+    if needed(unit) > limit:
+        raise PlanTooLarge(
+            f"one write unit of {unit} voxels needs {human(needed(unit), up=True)} (chunks of the volume included, "
+            f"{volume.chunks} voxels each) but max_memory is {human(limit)}; raise max_memory or lower chunks"
+        )
+    units = math.prod(-(-n // u) for n, u in zip(volume.shape, unit, strict=True))
+    threads = max(1, min(THREADS, os.cpu_count() or 1, units, limit // needed(unit)))
+    box = unit
+    while grown := [b for b in _grown(box, unit, volume.shape) if threads * needed(b) <= limit]:
+        best = min(grown, key=lambda b: _decoded(volume, b))
+        if _decoded(volume, best) >= _decoded(volume, box):
+            break
+        box = best
+    return Stream(box, threads, threads * needed(box))
+
+
+def _grown(box: Ints, unit: Ints, shape: Ints) -> Iterator[Ints]:
+    """The box, longer on one axis."""
+    for axis, (b, u, n) in enumerate(zip(box, unit, shape, strict=True)):
+        if b < n:
+            longer = min(2 * b, -(-n // u) * u)
+            yield (*box[:axis], longer, *box[axis + 1 :])
+
+
+def _decoded(volume: Volume, box: Ints) -> float:
+    """How often a voxel is decoded, when the volume is read in such boxes; chunks at borders are shared."""
+    times = 1.0
+    for b, c, n in zip(box, volume.chunks, volume.shape, strict=True):
+        starts = range(0, n, b) if n // b < 64 else range(0, 64 * b, b)
+        read = sum(min(n, -(-min(s + b, n) // c) * c) - s // c * c for s in starts)
+        times *= read / sum(min(s + b, n) - s for s in starts)
+    return times
+
+
+def _stream(volume: Volume, made: Conversion, stream: Stream, tell: Callable[[int], None]) -> None:
+    """Read and write what is missing of all boxes, each by one thread: nobody writes another's write unit."""
+    boxes, turn, stop = Box.of_shape(volume.shape).split(stream.box), threading.Lock(), threading.Event()
+    voxels = math.prod(min(b, n) for b, n in zip(stream.box, volume.shape, strict=True)) * volume.channels
+
+    def work() -> None:
+        # One mapping per thread, used again: a heap would keep what it gave before.
+        room = np.frombuffer(mmap.mmap(-1, voxels * volume.dtype.itemsize), volume.dtype)
+        while not stop.is_set():
+            with turn:
+                box = next(boxes, None)
+            if box is None:
+                return
+            missing = made.missing(box)
+            if not missing:
+                continue
+            box = _around(missing)
+            data = room[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
+            for request in volume.requests(box, data):
+                volume.read_into(data[(slice(None), *request.slices(box.start))], request)
+            for part in missing:
+                made.write(part, data[(slice(None), *part.slices(box.start))])
+            tell(sum(math.prod(part.shape) for part in missing))
+
+    with ThreadPoolExecutor(stream.threads, thread_name_prefix="oocpatch-convert") as pool:
+        try:
+            for done in [pool.submit(work) for _ in range(stream.threads)]:
+                done.result()
+        finally:
+            stop.set()
+
+
+def _around(parts: Sequence[Box]) -> Box:
+    """The smallest box that holds them all."""
+    starts, stops = zip(*(part.start for part in parts), strict=True), zip(*(part.stop for part in parts), strict=True)
+    return Box(tuple(map(min, starts)), tuple(map(max, stops)))
+
+
+def _remove(*paths: Path) -> None:
+    """Delete conversions, if they are that."""
+    for path in paths:
+        replaceable(path)
+    for path in paths:
+        if path.exists():
+            remove(path)

@@ -1,0 +1,100 @@
+"""Which patches of a block are computed: all, those where the mask has foreground, those that meet a box."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import PatchGrid
+from oocpatch.volumes.volume import Volume
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask of any resolution over the extent of a volume: patches without a nonzero voxel in it are skipped.
+
+    Attributes:
+        volume: the mask, with the volume's spatial axes as its last; one that lacks looped axes holds for all of them.
+        shape: the volume's shape.
+
+    >>> mask = Mask(Volume(np.array([[0, 0], [0, 1]])), (8, 8))
+    >>> mask.foreground(PatchGrid.of((8, 8), (4, 4), (0, 0)), [range(2), range(2)]).tolist()
+    [[False, False], [False, True]]
+    """
+
+    volume: Volume
+    shape: Ints
+
+    @property
+    def voxel_bytes(self) -> float:
+        """Bytes per voxel of the volume while a layer is looked at: as read, as booleans, and two running counts."""
+        lacking = len(self.shape) - len(self.volume.shape)
+        share = math.prod(self.volume.shape) / math.prod(self.shape[lacking:])
+        return share * (self.volume.channels * (self.volume.dtype.itemsize + 1) + 1 + 2 * 4)
+
+    def foreground(self, grid: PatchGrid, ranges: Sequence[range]) -> npt.NDArray[np.bool_]:
+        """Whether each patch of a product of ranges has foreground, as an array with one axis per range."""
+        lacking = len(self.shape) - len(self.volume.shape)
+        spans = [
+            _spans(axis, indices, n, m)
+            for axis, indices, n, m in zip(
+                grid.axes[lacking:], ranges[lacking:], self.shape[lacking:], self.volume.shape, strict=True
+            )
+        ]
+        box = Box(tuple(int(a.min()) for a, _ in spans), tuple(int(b.max()) for _, b in spans))
+        found = (self.volume.read(box) != 0).any(axis=0)
+        for axis, (starts, stops) in enumerate(spans):
+            # A product of spans holds foreground if it does span by span, one axis after the other.
+            counts = np.zeros((*found.shape[:axis], found.shape[axis] + 1, *found.shape[axis + 1 :]), np.int32)
+            np.cumsum(found, axis=axis, dtype=np.int32, out=counts[(*(slice(None),) * axis, slice(1, None))])
+            low, high = (np.take(counts, edge - box.start[axis], axis=axis) for edge in (starts, stops))
+            found = high > low
+        return np.broadcast_to(found, [len(r) for r in ranges])
+
+
+def _spans(axis: Any, indices: range, length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Per patch, the mask's voxels that it meets along one axis: from, and to before."""
+    starts = np.array([min(max(axis.start(i), 0), length - 1) for i in indices], np.int64)
+    stops = np.array([max(1, min(axis.start(i) + axis.patch, length)) for i in indices], np.int64)
+    return starts * size // length, -(-stops * size // length)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The patches to compute: those that meet both the mask and the box.
+
+    Attributes:
+        mask: None: it leaves out none.
+        box: in the volume's frame, looped axes included; None: it leaves out none.
+
+    >>> grid = PatchGrid.of((8, 8), (4, 4), (0, 0))
+    >>> Selection(box=Box((0, 5), (3, 6))).of(grid, [range(2), range(2)])
+    [(0, 1)]
+    """
+
+    mask: Mask | None = None
+    box: Box | None = None
+
+    def __bool__(self) -> bool:
+        """Whether it may leave patches out."""
+        return self.mask is not None or self.box is not None
+
+    def of(self, grid: PatchGrid, ranges: Sequence[range]) -> list[Ints]:
+        """The patches to compute of a product of ranges of grid indices, in C order."""
+        if self.box is not None:
+            meeting = (a.meeting(*span) for a, *span in zip(grid.axes, self.box.start, self.box.stop, strict=True))
+            ranges = [
+                range(max(r.start, m.start), max(r.start, m.start, min(r.stop, m.stop)))
+                for r, m in zip(ranges, meeting, strict=True)
+            ]
+        if self.mask is None or not all(ranges):
+            return list(itertools.product(*ranges))
+        chosen = np.argwhere(self.mask.foreground(grid, ranges)).tolist()
+        return [tuple(r[i] for r, i in zip(ranges, index, strict=True)) for index in chosen]

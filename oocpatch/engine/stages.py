@@ -1,0 +1,383 @@
+"""The two stages of a run: plain functions over block indices.
+
+`predict_block` sweeps a block: read the next layer, run the model batch by batch, add to the partial of each head, let
+go of what is final. `normalize_block` finishes the part of a core that neighbours spill into. Both are idempotent: they
+write only what belongs to their block, whole write units, and may run twice, or halfway and again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from oocpatch.engine.buffers import buffer, torch_dtype
+from oocpatch.engine.device_transfer import Arrived, Landing, Transfer
+from oocpatch.engine.input_reader import Reader
+from oocpatch.engine.normalize import NOTHING, Counts, Finisher
+from oocpatch.engine.partial_sums import Part, Partial, Staged, own_name, seam_name
+from oocpatch.engine.patch_selection import Selection
+from oocpatch.engine.pending import Pending
+from oocpatch.engine.seams import SlabSums
+from oocpatch.models.predictor import Predictor
+from oocpatch.outputs.output import Output
+from oocpatch.outputs.write_units import Written
+from oocpatch.planning.blocks import Block
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import GridAxis
+from oocpatch.planning.heads import Head
+from oocpatch.planning.memory import tile_voxels
+from oocpatch.planning.plan import Plan
+from oocpatch.planning.sweep import Group, capacity, groups
+from oocpatch.planning.windows import axis_window
+from oocpatch.volumes.volume import Volume
+from oocpatch.workspace.ledger import NO_PARTIALS, Promise
+from oocpatch.workspace.partials import PartialReader, PartialWriter
+from oocpatch.workspace.workspace import Workspace
+
+HERE = Transfer("cpu", staged=False)
+"""For what is in main memory already, as sums of the workspace are."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the tasks of one process share.
+
+    Attributes:
+        plan: the plan.
+        volume: where to read.
+        selection: which patches to compute.
+        predictor: the model.
+        transfer: the way to its device and back.
+        workspace: where partials go.
+        windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
+        output: where values go.
+        finishers: per head, makes output values of sums.
+        reads: threads that read chunks.
+        writes: threads that write them; of their own, since a model that waits for input costs more than a late write.
+        allow_nonfinite: keep NaN and infinities instead of failing.
+        skip_value: patches that hold nothing else are skipped; None: none is.
+        on_patches: told the number of patches that are done with.
+    """
+
+    plan: Plan
+    volume: Volume
+    selection: Selection
+    predictor: Predictor
+    transfer: Transfer
+    workspace: Workspace
+    windows: tuple[torch.Tensor | None, ...]
+    output: Output
+    finishers: tuple[Finisher, ...]
+    reads: Executor
+    writes: Executor
+    allow_nonfinite: bool
+    skip_value: float | None
+    on_patches: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a stage did.
+
+    Attributes:
+        promise: its partials.
+        uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
+        nonfinite: voxels of all heads that are NaN or infinite, among the same.
+        units: the CRCs of the write units it is answerable for; see `storage.units`.
+        halved: batches that did not fit into memory, as other processes tell.
+    """
+
+    promise: Promise = NO_PARTIALS
+    uncovered: int = 0
+    nonfinite: int = 0
+    units: str = ""
+    halved: int = 0
+
+    @classmethod
+    def of(cls, heads: Sequence[Counts], written: Written, promise: Promise = NO_PARTIALS) -> Done:
+        """What was counted head by head, and written."""
+        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.packed())
+
+
+def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
+    """The blending weights of a patch, float32 `(1, *patch)`; None where values are not weighed."""
+    if not head.blended:
+        return None
+    product = torch.ones((), dtype=torch.float32)
+    for axis, scale in zip(reversed(plan.grid.axes), reversed(head.scale), strict=True):
+        factor = torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)).to(torch.float32)
+        product = factor.reshape(-1, *(1,) * product.ndim) * product
+    return product[None].to(device)
+
+
+class Writes:
+    """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
+
+    def __init__(self, job: Job, landing: Landing, partials: PartialWriter | None, written: Written) -> None:
+        self._job = job
+        self._landing = landing
+        self._partials = partials
+        self._written = written
+        self._under_way: list[Staged] = []
+        self.pending = Pending(job.writes)
+
+    def emit(self, staged: list[Staged]) -> list[Staged]:
+        """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
+        self.pending.wait()
+        written, self._under_way = self._under_way, staged
+        found, arrived = self._landing.take([item.data for item in staged])
+        for item, data in zip(staged, found, strict=True):
+            if item.part.piece is None:
+                for request in self._job.output.requests(item.part.head, item.part.box):
+                    inner = data[(slice(None), *request.slices(item.part.box.start))]
+                    self.pending.submit(self._values, arrived, item.part.head, request, inner)
+            else:
+                self.pending.submit(self._partial, arrived, item.part, data)
+        if not self._job.plan.way.ahead:
+            self.pending.wait()
+            written, self._under_way = staged, []
+        return written
+
+    def _values(self, arrived: Arrived, head: int, box: Box, data: npt.NDArray[np.generic]) -> None:
+        arrived()
+        self._job.output.write(head, box, data, self._written)
+
+    def _partial(self, arrived: Arrived, part: Part, data: npt.NDArray[np.generic]) -> None:
+        assert self._partials is not None
+        assert part.piece is not None
+        arrived()
+        self._partials.write(part.head, part.piece, part.whole, part.box, data)
+
+
+def predict_block(job: Job, index: int) -> Done:
+    """Sweep one block.
+
+    Idempotent: writes only the direct part of its own core to the output, and a new directory in `blocks/<index>`.
+    """
+    plan = job.plan
+    ranges = plan.block_grid.patches(plan.block_grid[index])
+    layers = ranges[plan.sweep] if all(ranges) else range(0)
+    axis = plan.input_grid.axes[plan.sweep]
+    chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
+    planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
+    partials = job.workspace.writer(index)
+    written = Written(plan, "predict", index)
+    landings = [Landing(job.transfer, size) for size in plan.slab_bytes]
+    writes = [Writes(job, landing, partials, written) for landing in landings]
+    sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
+    reader = Reader(
+        job.volume,
+        _extent(plan, ranges),
+        axis=plan.sweep,
+        capacity=planes,
+        dtype=torch_dtype(plan.in_dtype),
+        device=job.predictor.device,
+        transfer=job.transfer,
+        pool=job.reads,
+        padding_mode=plan.padding_mode or "edge",
+        fill=plan.fill,
+    )
+    steps = _steps(job, ranges, groups(axis, layers, plan.layers_per_group, chunk))
+    try:
+        step = next(steps, None)
+        while step is not None:
+            group, members = step
+            reader.request(group, group.start)
+            reader.pending.wait()
+            for partial, frame in zip(sums, plan.frames, strict=True):
+                partial.advance(frame.axes[plan.sweep].grid.start(group.layers[0]))
+            step = next(steps, None)
+            if plan.way.ahead and step is not None and reader.fits(step[0], group.start):
+                reader.request(step[0], group.start)
+            _compute(job, index, sums, reader, members)
+        for partial, frame in zip(sums, plan.frames, strict=True):
+            partial.advance(frame[index].reach.stop[plan.sweep])
+        for head in writes:
+            head.pending.wait()
+        promise = partials.close()
+    finally:
+        reader.pending.abandon()
+        for head in writes:
+            head.pending.abandon()
+        partials.discard()
+    return Done.of([partial.counts for partial in sums], written, promise)
+
+
+def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
+    """The sums of one head."""
+    plan, frame, head = job.plan, job.plan.frames[number], job.plan.heads[number]
+    tile = tile_voxels(max(head.stored, head.out_channels), staged=job.transfer.staged)
+    _, planes = capacity(frame.axes[plan.sweep].grid, layers, plan.layers_per_group, 1, ahead=plan.way.ahead)
+    return Partial(
+        frame,
+        index,
+        number=number,
+        head=head,
+        capacity=planes,
+        window=job.windows[number],
+        finisher=job.finishers[number].on(job.predictor.device, tile),
+        device=job.predictor.device,
+        emit=writes.emit,
+        check_finite=not job.allow_nonfinite,
+    )
+
+
+def _extent(plan: Plan, ranges: Sequence[range]) -> Box:
+    """Bounding box of what a block's patches read."""
+    if not all(ranges):
+        return Box((0,) * len(ranges), (1,) * len(ranges))
+    axes = plan.input_grid.axes
+    return Box(
+        tuple(a.start(r[0]) for a, r in zip(axes, ranges, strict=True)),
+        tuple(a.start(r[-1]) + a.patch for a, r in zip(axes, ranges, strict=True)),
+    )
+
+
+def _steps(job: Job, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
+    """The groups that have patches to compute, with these in their one order: layer by layer, in C order within."""
+    sweep = job.plan.sweep
+    for group in schedule:
+        members: list[Ints] = []
+        for layer in group.layers:
+            one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
+            members += job.selection.of(job.plan.grid, one)
+        skipped = len(group.layers) * _patches(ranges, sweep) - len(members)
+        if skipped:
+            job.on_patches(skipped)
+        if members:
+            yield group, members
+
+
+def _patches(ranges: Sequence[range], sweep: int) -> int:
+    """Patches of one layer."""
+    return math.prod(len(r) for a, r in enumerate(ranges) if a != sweep)
+
+
+def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
+    """Run the model on the patches of a group, batch by batch, and add what it gives, in the order of the patches."""
+    plan = job.plan
+    blocks = [frame[index] for frame in plan.frames]
+    if job.skip_value is not None:
+        kept = [m for m in members if not reader.holds_only(job.skip_value, _box(plan.input_grid.axes, m))]
+        job.on_patches(len(members) - len(kept))
+        members = kept
+    full = plan.fills_batches
+    for i in range(0, len(members), plan.batch_size):
+        batch = members[i : i + plan.batch_size]
+        boxes = [_box(plan.input_grid.axes, m) for m in batch]
+        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
+        for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
+            axes = [a.grid for a in frame.axes]
+            values = _values(head, outputs, tuple(a.patch for a in axes))
+            for member, one in zip(batch, values, strict=not full):  # what a batch was filled up with is thrown away
+                box = _box(axes, member)
+                partial.add(box.start, _kept(head, frame.grid.shape, axes, block, member, box), one)
+        job.on_patches(len(batch))
+
+
+def _values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -> torch.Tensor:
+    """What a head takes of the model's outputs, `(B, C, *patch)`, as it is added.
+
+    Raises:
+        ValueError: when it is not as it was for the probe.
+    """
+    if head.name not in outputs:
+        raise ValueError(f"the model must give {head.name!r}, as it did for the probe, got {sorted(outputs)}")
+    values = outputs[head.name]
+    if any(head.trim):
+        inner = tuple(slice(t, n - t) for t, n in zip(head.trim, values.shape[2:], strict=True))
+        values = values[(slice(None), slice(None), *inner)]
+    given = 1 if head.votes else head.channels
+    if values.shape[1:] != (given, *patch):
+        if values.shape[2:] == patch:
+            raise ValueError(f"the model must give {given} channels, as it did for the probe, got {values.shape[1]}")
+        raise ValueError(
+            f"the model must give {(given, *patch)}, as it did for the probe, got {tuple(values.shape[1:])}"
+        )
+    if head.votes:
+        return _ballots(values, head.channels)
+    return values if head.crop else values.to(torch.float32)
+
+
+def _ballots(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """One channel per class, 1 where the label is that class: `(B, 1, *patch)` -> `(B, classes, *patch)`."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
+        raise ValueError(f"labels must be in [0, {classes}) for overlap_mode='vote', got {lowest} to {highest}")
+    ballots = labels.new_zeros((labels.shape[0], classes, *labels.shape[2:]), dtype=torch.float32)
+    return ballots.scatter_(1, labels.to(torch.int64), 1.0)
+
+
+def _box(axes: Sequence[GridAxis], index: Ints) -> Box:
+    start = tuple(a.start(i) for a, i in zip(axes, index, strict=True))
+    return Box(start, tuple(s + a.patch for a, s in zip(axes, start, strict=True)))
+
+
+def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index: Ints, box: Box) -> Box:  # noqa: PLR0917
+    """The voxels of a patch that count: inside the output, and for `crop` those it has the last word on."""
+    if not head.crop:
+        return box & Box.of_shape(shape)
+    spans = [a.kept(i) for a, i in zip(axes, index, strict=True)]
+    return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
+
+
+def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Done:
+    """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
+
+    Idempotent: writes only the open part of its own core, whole write units.
+
+    Args:
+        job: what tasks share.
+        index: the block.
+        promises: from the ledger, for the block and those whose seams enter it.
+
+    Raises:
+        CorruptPartial: when a partial is not what the ledger promised.
+    """
+    reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
+    written = Written(job.plan, "normalize", index)
+    return Done.of([_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))], written)
+
+
+def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader], written: Written) -> Counts:
+    """The normalize stage of one head."""
+    frame = job.plan.frames[number]
+    block = frame[index]
+
+    def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
+        if part.empty:
+            return None
+        found = reader(source).read(number, piece, whole, part)
+        return None if found is None else torch.from_numpy(found)
+
+    counts = NOTHING
+    writes = Writes(job, Landing(HERE, 0), None, written)
+    try:
+        for slab in frame.steps(block.core):
+            sums = SlabSums(job.plan.heads[number])
+            for axis, whole in enumerate(block.own):
+                sums.own(whole & slab, read(index, own_name(axis), whole, whole & slab))
+            for offset, source in frame.sources(block):
+                seam = source.seam(offset)
+                sums.add(seam & slab, read(source.index, seam_name(offset), seam, seam & slab))
+            staged = []
+            for box, data in sums.parts:
+                if data is None:  # no patch came near it, and the output's fill value needs no writing
+                    counts += Counts(box.size)
+                    continue
+                values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
+                counts += job.finishers[number].finish(data, box, values)
+                staged.append(Staged(Part(None, block.core, box, number), values))
+            del sums
+            writes.emit(staged)  # which go on while the next slab is read
+        writes.pending.wait()
+    finally:
+        writes.pending.abandon()
+    return counts

@@ -1,0 +1,100 @@
+"""The job of a process: everything that its tasks share, opened once and closed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from oocpatch.configuration.output_heads import postprocess_of
+from oocpatch.configuration.run_config import Request
+from oocpatch.engine.buffers import lean_heap
+from oocpatch.engine.device_transfer import Transfer, is_staged
+from oocpatch.engine.normalize import Finisher
+from oocpatch.engine.stages import Done, Job, normalize_block, predict_block, window
+from oocpatch.execution.scheduler import Task
+from oocpatch.outputs.output import Output
+from oocpatch.planning.memory import kept_chunk_bytes, read_bytes, reading, tile_voxels
+from oocpatch.planning.plan import Plan
+from oocpatch.workspace.workspace import Workspace
+
+
+def perform(job: Job, task: Task) -> Done:
+    """Do one task.
+
+    Idempotent: as the stages are.
+    """
+    if task.stage == "predict":
+        return predict_block(job, task.index)
+    return normalize_block(job, task.index, task.promises)
+
+
+@contextlib.contextmanager
+def open_job(
+    request: Request, made: Plan, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
+) -> Iterator[Job]:
+    """Open what tasks share: the model on its device, arrays, threads that read and write.
+
+    Args:
+        request: the arguments.
+        made: the plan.
+        workspace: where partials go.
+        output: where values go.
+        on_patches: told the number of patches that are done with.
+    """
+    files = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in made.heads]
+    units = [size * head.out_channels for size, head in zip(files, made.heads, strict=True)]
+    read = request.volume.chunk_bytes
+    lean_heap(kept_chunk_bytes(made.way.io_threads, max(read, *units)), max(read, *files))
+    predictor = request.predictor(
+        copies_input=made.copies_input,
+        torch_threads=made.torch_threads,
+        statistics=made.statistics,
+        compiled=True,
+    )
+    threads = made.way.io_threads
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(predictor.ready())
+        reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
+        writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
+        stack.enter_context(output.native(threads))
+        yield Job(
+            plan=made,
+            volume=request.volume.native(reading(threads)),
+            selection=request.selection,
+            predictor=predictor,
+            transfer=Transfer(
+                predictor.device,
+                staged=is_staged(predictor.device),
+                read_bytes=read_bytes(request.volume.chunk_bytes),
+            ),
+            workspace=workspace,
+            windows=tuple(window(made, head, predictor.device) for head in made.heads),
+            output=output,
+            finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
+            reads=reads,
+            writes=writes,
+            allow_nonfinite=request.options["allow_nonfinite"],
+            skip_value=request.options["skip_value"],
+            on_patches=on_patches,
+        )
+
+
+def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
+    head, weights = made.heads[number], None
+    if head.blended and not head.dense:
+        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
+    return Finisher(
+        weights,
+        postprocess_of(request.options, head.name, head.mode),
+        request.looped,
+        tile_voxels(max(head.stored, head.out_channels)),
+        dense=head.dense,
+        divide=head.blended,
+        fill=request.options["output_fill"],
+        nonfinite=request.options["allow_nonfinite"],
+    )

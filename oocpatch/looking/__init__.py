@@ -1,1 +1,0 @@
-"""Looking at volumes and results: pictures and reports, by reads of bounded memory."""

@@ -1,0 +1,1 @@
+"""Models: loading, fingerprint, preprocessing, augmentation, compilation, and the predictor that calls them."""

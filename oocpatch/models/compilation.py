@@ -1,0 +1,199 @@
+"""A model prepared for the device it runs on: in another memory format, compiled by torch, or both.
+
+```text
+ patches --> cast --> channels last --> compiled model --> outputs
+```
+
+A compiled model is compiled once per process: all its calls have one shape, since the last batch is filled up, and one
+layout, since patches are copied into the batch. CUDA graphs, of all modes but `default`, are recorded per thread,
+and leave their outputs in memory that the next call uses again. So one thread makes the calls, and outputs are copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from oocpatch.models.input_spec import Accepts
+from oocpatch.models.onnx import OnnxSession
+from oocpatch.models.wrappers import NumpyModel, as_module
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
+"""Memory formats with the channels last, by number of spatial axes."""
+
+COMPILER_BYTES = 256 << 20
+"""What torch's compiler may add to a process: on a CPU 140 MiB for three layers, 180 for a U-Net of 18 convolutions."""
+
+
+def compile_mode(value: Any) -> str | None:
+    """The mode to compile in; None: not to compile.
+
+    Raises:
+        ValueError: for what is neither a mode nor True, False or None.
+
+    >>> compile_mode(True), compile_mode("reduce-overhead"), compile_mode(False)
+    ('default', 'reduce-overhead', None)
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return MODES[0]
+    if value not in MODES:
+        raise ValueError(f"compile must be True, False or one of {', '.join(MODES)}, got {value!r}")
+    return str(value)
+
+
+def fingerprint(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that say how a model is prepared; what is off is left out, as in runs that never knew of it."""
+    return {name: options[name] for name in ("channels_last", "compile") if options[name]}
+
+
+def refuse_unprepared(models: tuple[Any, ...], options: Mapping[str, Any], axes: int) -> None:
+    """Refuse what cannot be prepared as asked for.
+
+    Args:
+        models: as they were loaded.
+        options: of the request.
+        axes: number of spatial axes.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if options["channels_last"] and axes not in FORMATS:
+        raise ValueError(f"channels_last must be False for patches of {axes} spatial axes: torch has it for 2 and 3")
+    if options["compile"] is None:
+        return
+    for module in (found for model in models for found in as_module(model).modules()):
+        kind = next((told for kinds, told in _NOT_COMPILED if isinstance(module, kinds)), None)
+        if kind is not None:
+            raise ValueError(f"compile must be False for {kind}, which torch does not compile")
+    _refuse_without_compiler(torch.device(options["device"]).type)
+
+
+_NOT_COMPILED: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (OnnxSession, "a model of ONNX"),
+    (NumpyModel, "a function of numpy arrays"),
+    ((torch.jit.ScriptModule, torch.jit.ScriptFunction), "a model of TorchScript"),
+)
+
+
+def _refuse_without_compiler(kind: str) -> None:
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compile needs triton on a CUDA device, and it is not installed: pip install triton")
+    names = ["g++"] if kind == "cpu" else ["gcc", "clang", "g++"]
+    variable = "CXX" if kind == "cpu" else "CC"
+    if given := os.environ.get(variable):
+        names = [given]
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"compile needs a compiler of C++ ({' or '.join(names)}), and there is none: install it, or name one in "
+            f"the environment variable {variable}, or leave compile out"
+        )
+
+
+def compiled_bytes(options: Mapping[str, Any], batch_bytes: int) -> int:
+    """Bytes that a compiled model takes besides what it takes uncompiled: graphs have a batch of their own."""
+    graphs = uses_graphs(options["compile"], options["device"])
+    return (COMPILER_BYTES if options["compile"] else 0) + (batch_bytes if graphs else 0)
+
+
+def uses_graphs(mode: str | None, device: str) -> bool:
+    """Whether calls are recorded as CUDA graphs."""
+    return mode not in (None, "default") and torch.device(device).type == "cuda"
+
+
+def prepared(model: Any, options: Mapping[str, Any], axes: int, *, compiled: bool) -> Any:
+    """A model that is called as the options say; the model itself where they say nothing.
+
+    Args:
+        model: as it was loaded.
+        options: of the request.
+        axes: number of spatial axes.
+        compiled: whether to compile it, if the options say so; else it is only prepared to be looked at.
+    """
+    form = FORMATS[axes] if options["channels_last"] else None
+    mode = options["compile"] if compiled else None
+    return model if form is None and mode is None else Prepared(model, form, mode, options["device"])
+
+
+class Prepared(nn.Module):
+    """A model in a memory format, compiled, or both.
+
+    Args:
+        model: the model.
+        memory_format: of patches and weights; None: as they come.
+        mode: of the compiler; None: not compiled.
+        device: where it runs.
+
+    >>> Prepared(nn.Conv2d(2, 1, 1), torch.channels_last, None, "cpu")(torch.ones(1, 2, 4, 4)).shape
+    torch.Size([1, 1, 4, 4])
+    """
+
+    def __init__(self, model: Any, memory_format: torch.memory_format | None, mode: str | None, device: str) -> None:
+        super().__init__()
+        self.model = as_module(model)
+        self._format = memory_format
+        self._graphs = uses_graphs(mode, device)
+        # A module of our own is compiled: torch leaves a mark on it, which would make the user's another model.
+        call = self.model if mode is None else _compiled(nn.Sequential(self.model), mode)
+        self._calls = (call,)  # in a tuple: not a second submodule
+        if isinstance(accepts := getattr(model, "accepts", None), Accepts):
+            self.accepts = accepts
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        """The model's outputs for a batch."""
+        if self._format is not None:
+            patches = patches.contiguous(memory_format=self._format)
+        if not self._graphs:
+            return self._calls[0](patches)
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return _copied(self._calls[0](patches))
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put the model's weights into the memory format, and back afterwards."""
+        form = self._format or torch.contiguous_format
+        turned = [] if self._format is None else list(_other_format(self.model, form))
+        for tensor in turned:
+            tensor.data = tensor.data.contiguous(memory_format=form)
+        try:
+            yield
+        finally:
+            for tensor in turned:
+                tensor.data = tensor.data.contiguous()
+
+
+def _other_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[torch.Tensor]:
+    """Parameters and buffers that have as many axes as a memory format, and lie in another one."""
+    axes = {form: spatial + 2 for spatial, form in FORMATS.items()}[memory_format]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == axes and not tensor.is_contiguous(memory_format=memory_format):
+            yield tensor
+
+
+def _compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
+    """A model that is compiled when it is first called.
+
+    Where torch lets it, kernels are not chosen by timing them, which would choose others, and round otherwise, in the
+    process that goes on with a run. `max-autotune` is nothing but that.
+    """
+    from torch import _inductor  # noqa: PLC0415 - a second of imports, for models that are compiled only
+
+    options: dict[str, Any] = dict(_inductor.list_mode_options(mode))
+    if mode != "max-autotune" and "deterministic" in _inductor.list_options():
+        options["deterministic"] = True
+    return torch.compile(model, dynamic=False, options=options)
+
+
+def _copied(outputs: Any) -> Any:
+    if isinstance(outputs, Mapping):
+        return {name: _copied(value) for name, value in outputs.items()}
+    return outputs.clone() if isinstance(outputs, torch.Tensor) else outputs

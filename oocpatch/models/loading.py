@@ -1,0 +1,261 @@
+"""Models by name, and what makes two models the same.
+
+A model object often cannot travel between processes, so a run names its model by a *spec* and every process loads its
+own. `load_model` turns a spec into a model. `model_identity` turns a model into a digest that is the same in every
+process, so that a resumed run never mixes the outputs of two models.
+
+```text
+ package.module:name, file.py:name    Python code, which is run       named.py
+ numpy:package.module:name            the same, of numpy arrays       functions.py
+ model.pt2                            torch.export                    exported.py
+ model.pt .pth .ts .torchscript       TorchScript
+ model.onnx                           ONNX, by onnxruntime            onnx_model.py
+```
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from oocpatch.models.batches import ModelFile
+from oocpatch.models.fingerprint import model_identity
+from oocpatch.models.named import SPEC_RULE, Model, load_named
+from oocpatch.models.onnx import load_onnx
+from oocpatch.models.torch_export import load_exported
+from oocpatch.models.wording import existing, say
+from oocpatch.models.wrappers import NumpyModel
+
+__all__ = ["Model", "load_model", "load_models", "model_identity"]
+
+_TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+_NUMPY = "numpy:"
+
+
+def load_models(
+    specs: Any,
+    *,
+    weights: str | Sequence[str] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    device: str = "cpu",
+) -> tuple[Model, ...]:
+    """The models that a user gave: one, or the members of an ensemble; specs are loaded.
+
+    Args:
+        specs: a model or a spec, or a list of them.
+        weights: file with the weights of each model; one spec and several files are as many models.
+        model_args: arguments for the factories that specs name.
+        trust_pickle: as for `load_model`.
+        device: as for `load_model`.
+
+    Raises:
+        TypeError: for what is neither a model nor a spec.
+        ValueError: as `load_model`, and when weights and models do not go together.
+
+    >>> len(load_models(["identity", nn.ReLU()]))
+    2
+    """
+    given = list(specs) if isinstance(specs, (list, tuple)) else [specs]
+    files = [weights] if weights is None or isinstance(weights, (str, pathlib.Path)) else list(weights)
+    if not given or not files:
+        raise ValueError("model and weights must not be empty lists")
+    if len(given) == 1:
+        given *= len(files)
+    if len(files) == 1 and files[0] is None:
+        files *= len(given)
+    if len(files) != len(given):
+        raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(given)} models")
+    if (weights is not None or model_args) and not all(isinstance(item, str) for item in given):
+        raise ValueError("weights and model_args are for models given as specs, such as 'file.py:name'; got a model")
+    models = tuple(
+        load_model(
+            item,
+            weights=None if file is None else str(file),
+            model_args=model_args,
+            trust_pickle=trust_pickle,
+            device=device,
+        )
+        if isinstance(item, str)
+        else item
+        for item, file in zip(given, files, strict=True)
+    )
+    for model in models:
+        if not callable(model):
+            raise TypeError(f"model must be a torch.nn.Module, a callable or a model spec, got {type(model).__name__}")
+    if weights is not None and len({id(model) for model in models}) < len(models):
+        raise ValueError(
+            f"models with weights of their own must be made anew each time, got {given[0]!r} twice; name a factory"
+        )
+    return models
+
+
+def load_model(
+    spec: str,
+    *,
+    weights: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    device: str = "cpu",
+) -> Model:
+    """Load the model that a spec names, ready for inference.
+
+    Args:
+        spec: `package.module:name` or `file.py:name`, where the name is a module, a callable or a factory (a class or
+            function that returns one); `numpy:` and one of these, for a function of numpy arrays; `model.pt2`
+            (torch.export); `model.pt`, `.pth`, `.ts` or `.torchscript` (TorchScript); `model.onnx`; `identity`. A
+            package is also looked for in the current directory, and the siblings of a file are importable while it is
+            loaded, in both cases after everything installed.
+        weights: file with a state dict, as safetensors or written by `torch.save`, loaded strictly.
+        model_args: arguments of the factory.
+        trust_pickle: allow a file to run code while it is unpickled.
+        device: where the model is put; `auto` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ValueError: the spec, its arguments, the weights or the device cannot be used; the message says what would do.
+
+    >>> load_model("identity")(torch.ones(1, 1, 4)).sum()
+    tensor(4.)
+    >>> load_model("torch.nn:LeakyReLU", model_args={"negative_slope": 0.5})(torch.tensor(-1.0))
+    tensor(-0.5000)
+    """
+    target = _device(device)
+    model = _load(spec, target, dict(model_args or {}), trust_pickle=trust_pickle)
+    if weights is not None:
+        _load_weights(model, spec, weights, trust_pickle=trust_pickle)
+    if isinstance(model, nn.Module):
+        model = model.to(target)
+        # A program in a file is fixed in the mode it was exported in, and refuses eval().
+        if not isinstance(model, (ModelFile, torch.fx.GraphModule)):
+            model.eval()
+    return model
+
+
+def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_pickle: bool) -> Model:
+    path, colon, name = spec.rpartition(":")
+    if spec.startswith(_NUMPY) and path and path != _NUMPY.rstrip(":"):
+        function = _load(spec.removeprefix(_NUMPY), device, arguments, trust_pickle=trust_pickle)
+        if isinstance(function, nn.Module):
+            raise ValueError(f"numpy: is for functions of numpy arrays, but {spec!r} is a torch module; leave it out")
+        return NumpyModel(function)
+    if colon and path and name:
+        return load_named(path, name, spec, arguments)
+    if arguments:
+        raise ValueError(f"model_args are for a factory, such as file.py:name, and {spec!r} names none; leave them out")
+    suffix = pathlib.PurePath(spec).suffix.lower()
+    if spec == "identity":
+        return nn.Identity()
+    if suffix == ".pt2":
+        return load_exported(spec, device, trust_pickle=trust_pickle)
+    if suffix in _TORCHSCRIPT_SUFFIXES:
+        return _load_torchscript(spec, device)
+    if suffix == ".onnx":
+        return load_onnx(spec, device)
+    if suffix == ".py":
+        raise ValueError(f"a Python file needs the name of what is in it, got {spec!r}; write {spec}:NAME")
+    raise ValueError(f"{SPEC_RULE}, got {spec!r}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be one torch can use here, such as cpu or cuda:0, got {name!r}: {error}"
+        ) from error
+    return device
+
+
+def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
+    file = existing(spec, spec)
+    members: list[str] = []
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.namelist()
+    if not any(member.endswith("/constants.pkl") for member in members):
+        raise ValueError(
+            f"a {file.suffix} model must be TorchScript, got {spec!r}, which torch.jit.save did not write; if it holds "
+            f"weights, name the network and give them apart (--model file.py:Network --weights {file.name}); if it "
+            "holds a whole pickled model, export that with torch.export.save and name the .pt2 file"
+        )
+    try:
+        with warnings.catch_warnings():
+            # Deprecated for writing new models; the files people have are still to be read.
+            warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
+            model: nn.Module = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ValueError(f"{spec!r} cannot be loaded as TorchScript: {say(error)}; export it anew") from error
+    return model
+
+
+def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) -> None:
+    if not isinstance(model, nn.Module) or not model.state_dict():
+        raise ValueError(f"weights need a module that has parameters, but {spec!r} has none; leave {weights!r} out")
+    file = pathlib.Path(weights)
+    if not file.is_file():
+        raise ValueError(f"the weights file does not exist: {str(file.absolute())!r}; check the path")
+    if file.suffix.lower() == ".safetensors":
+        state: object = _read_safetensors(file)
+    else:
+        state = _read_pickle(file, trust_pickle=trust_pickle)
+    tensors = _state_dict(state, weights)
+    prefix = "module."  # written by DataParallel, which wrapped the network
+    if all(key.startswith(prefix) for key in tensors) and not any(key.startswith(prefix) for key in model.state_dict()):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"weights must fit the model, but {weights!r} does not fit {spec!r}: {say(error)}") from error
+
+
+def _read_safetensors(file: pathlib.Path) -> object:
+    try:
+        safetensors = importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ValueError(f"reading {str(file)!r} needs safetensors: pip install safetensors") from error
+    try:
+        return safetensors.load_file(str(file), device="cpu")
+    except Exception as error:
+        raise ValueError(f"{str(file)!r} is not a safetensors file: {say(error)}") from error
+
+
+def _read_pickle(file: pathlib.Path, *, trust_pickle: bool) -> object:
+    try:
+        # Always explicit: an environment variable changes the default.
+        return torch.load(file, map_location="cpu", weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        if trust_pickle:
+            raise ValueError(f"{str(file)!r} cannot be unpickled: {say(error)}") from error
+        raise ValueError(
+            f"weights must be a plain state dict, but {str(file)!r} needs code of its own to be unpickled, or is no "
+            "pickle; save model.state_dict(), or pass --trust-pickle (trust_pickle=True) if you trust its author"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"the weights file {str(file)!r} cannot be read: {say(error)}") from error
+
+
+def _state_dict(state: object, weights: str) -> dict[str, Any]:
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    if isinstance(state, Mapping):
+        # Checkpoints of training frameworks keep the state dict beside the optimizer's.
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
+                break
+    if isinstance(state, Mapping) and state and all(isinstance(key, str) for key in state):
+        return dict(state)
+    raise ValueError(
+        f"weights must be a state dict, got {weights!r}, a {type(state).__name__}; save model.state_dict()"
+    )

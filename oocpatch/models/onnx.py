@@ -1,0 +1,151 @@
+"""ONNX models, run by onnxruntime, which is not a requirement of oocpatch: install `oocpatch[onnx]`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import mmap
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from oocpatch.models.batches import ModelFile
+from oocpatch.models.footprint import Footprint
+from oocpatch.models.input_spec import Accepts
+from oocpatch.models.wording import existing, say
+
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(uint8)": torch.uint8,
+    "tensor(int8)": torch.int8,
+    "tensor(uint16)": torch.uint16,
+    "tensor(int16)": torch.int16,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}
+"""Torch's dtypes by onnxruntime's names."""
+
+
+def load_onnx(spec: str, device: torch.device) -> ModelFile:
+    """The model of an `.onnx` file.
+
+    Raises:
+        ValueError: when onnxruntime is not installed, the file is no model, or it does not take one tensor.
+    """
+    file = existing(spec, spec)
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise ValueError(
+            f"running {spec!r} needs onnxruntime: pip install 'oocpatch[onnx]' (onnxruntime-gpu for CUDA)"
+        ) from error
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in runtime.get_available_providers() or device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"onnxruntime must be able to use the device, got {device.type!r}, and it has "
+            f"{', '.join(runtime.get_available_providers())}; pass device='cpu' or install onnxruntime-gpu"
+        )
+    try:
+        session = OnnxSession(runtime, file, (provider, device.index or 0))
+    except Exception as error:
+        raise ValueError(f"{spec!r} cannot be loaded as an ONNX model: {say(error)}") from error
+    inputs = session.opened.get_inputs()
+    if len(inputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) < 3:
+        told = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise ValueError(f"the model of {spec!r} must take one tensor (B, C, *patch), got {told}")
+    batch, channels, *sides = (n if isinstance(n, int) else None for n in inputs[0].shape)
+    return ModelFile(session, Accepts(batch or 1, batch, channels, tuple(sides), DTYPES[inputs[0].type]))
+
+
+class OnnxSession(nn.Module):
+    """An ONNX model as a module without parameters that torch could see.
+
+    Args:
+        runtime: the library.
+        file: the model.
+        provider: the library's name of what runs it, and the number of the device.
+
+    Attributes:
+        digest: of the file, and of those beside it that hold its weights.
+    """
+
+    def __init__(self, runtime: Any, file: pathlib.Path, provider: tuple[str, int]) -> None:
+        super().__init__()
+        self.digest = _digest(file)
+        self._runtime = runtime
+        self._file = file.absolute()
+        self._provider = provider
+        self._threads = torch.get_num_threads()
+        self.opened = self._open()
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """What says which model it is."""
+        return ("onnx", self.digest)
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        """Outputs of a batch: a tensor, or a dict of tensors by the model's names for its outputs."""
+        if self._threads != torch.get_num_threads():  # results may depend on it, and it is part of the plan
+            self._threads = torch.get_num_threads()
+            self.opened = self._open()
+        names = [output.name for output in self.opened.get_outputs()]
+        given = {self.opened.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
+        footprint = Footprint.active()
+        if footprint is not None:
+            footprint.count(self._footprint(patches))
+        arrays = self.opened.run(names, given)
+        tensors = [torch.from_numpy(np.asarray(array)).to(patches.device) for array in arrays]
+        return tensors[0] if len(tensors) == 1 else dict(zip(names, tensors, strict=True))
+
+    def _footprint(self, patches: torch.Tensor) -> int:
+        """Bytes that a run with such a batch adds, as onnxruntime's allocator counts them.
+
+        Its tensors are not torch's, so they are counted in a session of its own that keeps a profile.
+        """
+        with tempfile.TemporaryDirectory(prefix="oocpatch-onnx-") as folder:
+            session = self._open(profile=f"{folder}/profile")
+            given = {session.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
+            session.run(None, given)
+            events = json.loads(pathlib.Path(session.end_profiling()).read_text())
+        told = [event.get("args", {}) for event in events]
+        held = max((int(args.get("mem_arena_held", 0)) for args in told), default=0)
+        # what is not counted is every tensor of a run, as if none made room for another
+        return held or sum(int(args.get("output_size", 0)) for args in told)
+
+    def _open(self, profile: str | None = None) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # it holds a second copy of what the allocator keeps already
+        options.log_severity_level = 4  # what is wrong is raised, and need not be printed as well
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other threads read and write
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = profile
+        name, number = self._provider
+        settings = {"device_id": number} if name.startswith("CUDA") else {}
+        return self._runtime.InferenceSession(str(self._file), options, providers=[(name, settings)])
+
+
+def _digest(file: pathlib.Path) -> str:
+    """Digest of a model's file and of the files beside it that it names as those of its weights."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        digest.update(data)
+        # a tensor kept elsewhere has the entry `location`: protobuf's tag, length and text, twice
+        found = {data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12([\x01-\x7f])", data)}
+    for name in sorted(found):
+        beside = file.parent / name.decode(errors="replace")
+        if beside.is_file():
+            with beside.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

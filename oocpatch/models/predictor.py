@@ -1,0 +1,310 @@
+"""The predictor: a batch function around the user's model, and the probe that learns what the model gives.
+
+Blocks take turns: one at a time calls the model, with all of torch's threads, while the others add up, read and write
+with one thread each. So a model need not be thread-safe, results do not depend on the number of workers, and cores are
+not fought over. There is no thread of the model's own: handing a batch over costs more than a light model takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oocpatch.models.around import ONLY
+from oocpatch.models.batches import Halving, out_of_memory
+from oocpatch.models.compilation import Prepared
+from oocpatch.models.footprint import Footprint
+from oocpatch.models.geometry import Geometry, measure
+from oocpatch.models.input_spec import accepted, as_input, input_dtype
+from oocpatch.models.wrappers import writes_unseen
+from oocpatch.planning.box import Ints
+
+Model = Callable[[torch.Tensor], Any]
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one call of the model with one patch of zeros showed.
+
+    Attributes:
+        outputs: the model's outputs by name, `(1, C, *spatial)`, looped axes included.
+        geometry: how the spatial size of each follows from the patch's.
+        copies_input: whether the model must be given copies of patches, because it writes to its input.
+        aliased: names of the outputs that are the input's memory.
+        bytes: memory that the call added at its peak, outputs included, input not.
+        least_batch: patches that the model takes at least: those of a call that is given fewer are made up.
+    """
+
+    outputs: Mapping[str, torch.Tensor]
+    geometry: Mapping[str, Geometry]
+    copies_input: bool
+    aliased: frozenset[str]
+    bytes: int
+    least_batch: int = 1
+
+    def model_bytes(self, batch: int) -> int:
+        """Memory that a call with so many patches adds."""
+        return self.bytes * -(-batch // self.least_batch)
+
+
+class Predictor:
+    """The user's model as a function of batches.
+
+    Args:
+        model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a dict of such tensors.
+        device: where it runs, e.g. `"cpu"` or `"cuda:0"`; `"cuda"` is the current one of the thread that makes this.
+        autocast: run under `torch.autocast`.
+        looped: number of looped axes in front of the spatial ones, which the model does not see.
+        copies_input: whether patches must be copied before the model sees them.
+        torch_threads: threads of torch, since results depend on it.
+        own_thread: whether all calls are made by one thread, whichever asks for them; see `prepared`.
+
+    Attributes:
+        halving: counts the batches that did not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        device: str,
+        autocast: bool = False,
+        looped: int = 0,
+        copies_input: bool = True,
+        torch_threads: int | None = None,
+        own_thread: bool = False,
+    ) -> None:
+        self.model = model
+        self.device = _numbered(device)
+        self.copies_input = copies_input
+        self._autocast = autocast
+        self._looped = looped
+        self._threads = torch_threads or torch.get_num_threads()
+        self._dtype = input_dtype(model)
+        self.halving = Halving(model)
+        self._turn = threading.Lock()
+        self._own_thread = own_thread
+        self._thread: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put the module on its device and in evaluation mode, and put everything back afterwards."""
+        threads = torch.get_num_threads()
+        training, stack = [], contextlib.ExitStack()
+        if isinstance(self.model, torch.nn.Module):
+            training = [m for m in self.model.modules() if m.training]
+            self.model.to(self.device)
+            for module in training:
+                module.training = False
+            for module in self.model.modules():
+                if isinstance(module, Prepared):
+                    stack.enter_context(module.ready())
+        if self._own_thread:
+            self._thread = ThreadPoolExecutor(1, "oocpatch-model", _use_device, (self.device,))
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
+        try:
+            yield
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+            stack.close()
+            torch.set_num_threads(threads)
+            for module in training:
+                module.training = True
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether patches of a dtype reach the model as they are."""
+        return self._dtype is None or self._dtype == dtype
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run the model on `(B, C, *patch)`; its outputs by name, `(B, C', *spatial)`.
+
+        Raises:
+            ValueError: when it does not return tensors of real numbers with as many axes.
+        """
+        looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
+        inputs = batch.squeeze(looped) if looped else batch
+        before = version(inputs)
+        with self._turn:
+            thread = self._thread
+            result = self._in_turn(inputs) if thread is None else thread.submit(self._in_turn, inputs).result()
+        if version(inputs) != before and not self.copies_input:
+            raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
+        outputs = self._checked(result, inputs)
+        for axis in looped:
+            outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
+        return outputs
+
+    def _in_turn(self, inputs: torch.Tensor) -> Any:
+        use_threads(self._threads)
+        try:
+            return self._run(inputs)
+        finally:
+            use_threads(1)
+
+    def _run(self, inputs: torch.Tensor) -> Any:
+        inputs = as_input(inputs, self._dtype)
+        kind = torch.device(self.device).type
+        # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
+        with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
+            return self.halving(inputs)
+
+    def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not isinstance(result, Mapping):
+            return {ONLY: self._tensor(result, inputs, "")}
+        if not result:
+            raise ValueError("the model must return a tensor or a dict of tensors, got an empty dict")
+        for name in result:
+            if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"the model must return a dict whose keys can be names of arrays, got {name!r}")
+        return {name: self._tensor(value, inputs, f" for {name!r}") for name, value in result.items()}
+
+    def _tensor(self, result: Any, inputs: torch.Tensor, which: str) -> torch.Tensor:
+        if not isinstance(result, torch.Tensor):
+            try:
+                result = torch.as_tensor(result, device=inputs.device)
+            except Exception as error:
+                raise ValueError(f"the model must return a tensor{which}, got {type(result).__name__}") from error
+        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape:
+            expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
+            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}")
+        if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
+            result = result.to(torch.float32)
+        if result.is_complex():
+            raise ValueError(f"the model must return real numbers{which}, got {result.dtype}")
+        output: torch.Tensor = result.detach() if result.requires_grad else result
+        return output
+
+    def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
+        """Call the model once, with one patch of zeros.
+
+        Raises:
+            ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
+        """
+        patch = torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device)
+        known = list(_tensors(self.model))
+        footprint = Footprint([patch, *known])
+        before = version(patch)
+
+        try:
+            with footprint:
+                outputs = self(patch)
+        except ValueError as error:
+            if str(error).startswith("the model must return"):
+                raise
+            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
+        except Exception as error:
+            if out_of_memory(error):
+                told = f"one patch of {_sides(patch_size[self._looped :])} is too much for the model: {error}"
+                raise ValueError(f"{told}; lower patch_size") from error
+            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
+        writes = version(patch) != before or writes_unseen(self.model)
+        extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
+        memory = patch.untyped_storage().data_ptr()
+        aliased = frozenset(n for n, o in outputs.items() if o.untyped_storage().data_ptr() == memory)
+        loops = self._looped
+        geometry = measure(
+            patch_size[loops:],
+            {name: tuple(o.shape[2 + loops :]) for name, o in outputs.items()},
+            lambda size: self._given(channels, (*patch_size[:loops], *size), dtype),
+        )
+        peak = max(footprint.peak, extra)
+        return Probe(outputs, geometry, writes, aliased, peak, accepted(self.model).least_batch)
+
+    def _given(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> dict[str, Ints] | None:
+        """What the model gives for patches of another size; None: it does not take them."""
+        try:
+            outputs = self(torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device))
+        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
+            return None
+        return {name: tuple(output.shape[2 + self._looped :]) for name, output in outputs.items()}
+
+    def _rejection(self, channels: int, patch_size: Ints, dtype: torch.dtype, error: Exception) -> str:
+        spatial = patch_size[self._looped :]
+        shape = (1, channels, *spatial)
+        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
+        for multiple in TRIED_MULTIPLES:
+            if all(n % multiple == 0 for n in spatial):
+                continue
+            below = tuple(max(multiple, n // multiple * multiple) for n in spatial)
+            above = tuple(-(-n // multiple) * multiple for n in spatial)
+            # an odd multiple: an even one would also pass a model that needs twice as much
+            tried = tuple(n if n // multiple % 2 else m for n, m in zip(below, above, strict=True))
+            tried = tuple(n if n // multiple % 2 else n + multiple for n in tried)
+            if self._accepts(channels, tried, dtype):
+                return (
+                    f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
+                    f"nearest: {_sides(below)}, {_sides(above)}"
+                )
+        return f"the model rejects patches of shape {shape}: {type(error).__name__}: {reason.strip()[:300]}"
+
+    def _accepts(self, channels: int, spatial: Ints, dtype: torch.dtype) -> bool:
+        patch = torch.zeros((1, channels, *spatial), dtype=dtype, device=self.device)
+        try:
+            self._checked(self._run(patch), patch)
+        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
+            return False
+        return True
+
+
+def _sides(shape: Ints) -> str:
+    """`96` for a cube, `32 x 96 x 96` else."""
+    return str(shape[0]) if len(set(shape)) == 1 else " x ".join(map(str, shape))
+
+
+def _tensors(model: Model) -> Iterator[torch.Tensor]:
+    if isinstance(model, torch.nn.Module):
+        yield from model.parameters()
+        yield from model.buffers()
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place."""
+    return int(tensor._version)  # noqa: SLF001 - torch documents the counter, but has no public name for it
+
+
+def resolve_device(device: str) -> str:
+    """The device meant by `"auto"`: an accelerator when there is one.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r} ({error})") from error
+    return device
+
+
+def _numbered(device: str) -> str:
+    """A device with its number, where it is CUDA's current one: each thread has its own idea of which that is."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
+
+
+def _use_device(device: str) -> None:
+    """Make a device the current one of the calling thread."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def use_threads(count: int) -> None:
+    """Let torch use so many threads for what the calling thread does.
+
+    Torch reads its setting when a thread first asks, and would overwrite what was set before: hence asked for twice.
+    """
+    torch.set_num_threads(count)
+    torch.get_num_threads()
+    torch.set_num_threads(count)

@@ -1,0 +1,185 @@
+"""How viewers show an image at first: names, colours and windows of its channels, as `omero` in its metadata.
+
+Contrast needs to know the values: those of the first level of the pyramid that is small enough to be read as a whole.
+A window leaves out the darkest hundredth of them and the brightest half percent. Scores between 0 and 1 are shown so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.abc.store import Store
+
+from oocpatch.outputs.integrity import DESCRIBED, refuse_changes
+from oocpatch.planning.box import Box
+from oocpatch.storage.checksums import text_checksum
+from oocpatch.storage.files import write_atomically
+from oocpatch.storage.paths import Address, store_at
+
+WHITE = "FFFFFF"
+COLOURS = ("00FF00", "FF00FF", "00FFFF", "FFFF00", "FF0000", "0000FF")
+"""Of several channels; those beyond are there, but not shown at first."""
+
+LEVEL = 1 << 22
+"""Voxels per channel of a level that is looked at; of a coarsest level that has more, parts are."""
+
+READ, SEEN = 32 << 20, 1 << 16
+"""Bytes of a channel that are read, and how many values of it are kept."""
+
+FRACTIONS = frozenset({"softmax", "sigmoid"})
+"""Postprocesses that give values between 0 and 1."""
+
+
+def channel_settings(path: Address, details: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What `omero` says of the images of an output, by their groups; labels need none.
+
+    Args:
+        path: the output; all levels are complete.
+        details: of its record.
+        parameters: of its record.
+    """
+    found = {}
+    for head, pyramid in zip(details["heads"], details.get("pyramids") or (), strict=False):
+        if pyramid["method"] == "mean":
+            postprocess = parameters.get("postprocess")
+            postprocess = postprocess.get(head) if isinstance(postprocess, Mapping) else postprocess
+            group = pyramid["levels"][0].rpartition("scale0/")[0].strip("/")
+            found[group] = _image(path, group, head, pyramid["levels"], fractions=postprocess in FRACTIONS)
+    return found
+
+
+def _image(path: Address, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
+    store = store_at(path)
+    attributes = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
+    ome: Any = attributes.get("ome", attributes)
+    axes = ome["multiscales"][0]["axes"]
+    place = next((a for a, axis in enumerate(axes) if axis["type"] == "channel"), None)
+    arrays = [zarr.open_array(store, path=level, mode="r") for level in levels]
+    count = 1 if place is None else arrays[0].shape[place]
+    array = next((a for a in arrays if math.prod(a.shape) <= LEVEL * count), arrays[-1])
+    if place is None:
+        names, selections = [head], [(slice(None),) * array.ndim]
+    else:
+        names = _names(store, levels[0], axes[place]["name"], count)
+        ahead, behind = (slice(None),) * place, (slice(None),) * (array.ndim - place - 1)
+        selections = [(*ahead, slice(c, c + 1), *behind) for c in range(len(names))]
+    several = len(names) > 1
+    channels = [
+        {
+            "label": name,
+            "color": COLOURS[number % len(COLOURS)] if several else WHITE,
+            "active": number < len(COLOURS),
+            "window": window_of(_values(array, selection), array.dtype, fractions=fractions),
+        }
+        for number, (name, selection) in enumerate(zip(names, selections, strict=True))
+    ]
+    depth = next((a for a, axis in enumerate(axes) if axis["name"] == "z"), None)
+    middle = 0 if depth is None else arrays[0].shape[depth] // 2
+    return {
+        "channels": channels,
+        "rdefs": {"model": "color" if several else "greyscale", "defaultT": 0, "defaultZ": middle},
+    }
+
+
+def _names(store: Store, finest: str, axis: str, count: int) -> list[str]:
+    """Of the channels: as their coordinate says, if it does."""
+    try:
+        found = zarr.open_array(store, path=f"{finest.rpartition('/')[0]}/{axis}", mode="r")
+        names = [str(name) for name in np.asarray(found[...])]
+    except (OSError, KeyError, ValueError):
+        names = []
+    return names if len(names) == count else [f"channel {number}" for number in range(count)]
+
+
+def _values(array: zarr.Array[Any], selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+    """Evenly spaced values of a channel, read a chunk at a time."""
+    bounds = [part.indices(n)[:2] for part, n in zip(selection, array.shape, strict=True)]
+    box = Box(tuple(a for a, _ in bounds), tuple(b for _, b in bounds))
+    pieces = math.prod(-(-n // c) for n, c in zip(box.shape, array.chunks, strict=True))
+    every = -(-pieces // max(16, READ // (math.prod(array.chunks) * array.dtype.itemsize)))
+    step = max(1, math.prod(box.shape) // every // SEEN)
+    looked_at = itertools.islice(box.split(array.chunks), 0, None, every)
+    # copies: a view would keep its whole chunk
+    return np.concatenate([np.asarray(array[piece.slices()]).reshape(-1)[::step].copy() for piece in looked_at])
+
+
+def window_of(values: npt.NDArray[Any], dtype: npt.DTypeLike, *, fractions: bool = False) -> dict[str, Any]:
+    """What is shown as black and as white (`start`, `end`), and how far they may be moved (`min`, `max`).
+
+    >>> window_of(np.arange(201), np.uint8)
+    {'min': 0, 'max': 255, 'start': 2, 'end': 199}
+    >>> window_of(np.full(9, 0.25), np.float32)
+    {'min': 0.25, 'max': 1.25, 'start': 0.25, 'end': 1.25}
+    """
+    if fractions and np.dtype(dtype).kind == "f":
+        return {"min": 0.0, "max": 1.0, "start": 0.0, "end": 1.0}
+    values = values[np.isfinite(values)].astype(np.float64)
+    low, high = (0.0, 1.0) if not values.size else (_short(v) for v in np.percentile(values, (1, 99.5)))
+    least, most = (low, high) if not values.size else (_short(float(values.min())), _short(float(values.max())))
+    if not high > low:
+        low, high = (least, most) if most > least else (low, low + max(1.0, abs(low)))
+    least, most = min(least, low), max(most, high)
+    if np.dtype(dtype).kind not in "iu":
+        return {"min": least, "max": most, "start": low, "end": high}
+    limits = np.iinfo(np.dtype(dtype))
+    start, end = math.floor(low), math.ceil(high)
+    if limits.bits <= 16:  # of wider ones a slider would not be usable
+        return {"min": int(limits.min), "max": max(int(limits.max), end), "start": start, "end": end}
+    return {"min": min(math.floor(least), start), "max": max(math.ceil(most), end), "start": start, "end": end}
+
+
+def _short(value: float) -> float:
+    """Six digits."""
+    return float(f"{value:.6g}")
+
+
+def described(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of an image's group, with `omero`."""
+    if "ome" in metadata:
+        return {**metadata, "ome": {**metadata["ome"], "omero": omero}}
+    return {**metadata, "omero": omero}
+
+
+def describe(
+    path: Address, settings: Mapping[str, Any], details: Mapping[str, Any], note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Write `omero` into the metadata of images that lie in groups of the output; its details afterwards.
+
+    Their CRCs are noted before: whatever a crash leaves is what was written.
+
+    Args:
+        path: the output.
+        settings: of the images, by their groups; that of the output itself is left to whoever writes its metadata.
+        details: of its record.
+        note: writes other details of the record.
+    """
+    files = dict(_files(path, settings))
+    described = {name: text_checksum(text) for name, text in files.items()}
+    crcs = details.get("files")  # none in Zarr 2
+    if files and crcs is not None:
+        refuse_changes(path, details, files)
+        note({**details, DESCRIBED: described})
+    for name, text in files.items():
+        write_atomically(path / name, text)
+    found = {name: value for name, value in details.items() if name != DESCRIBED}
+    return found if crcs is None else {**found, "files": {**crcs, **described}}
+
+
+def _files(path: Address, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for group, omero in settings.items():
+        if not group:
+            continue
+        if (path / group / "zarr.json").exists():
+            metadata = json.loads((path / group / "zarr.json").read_text())
+            metadata["attributes"] = described(metadata["attributes"], omero)
+            yield f"{group}/zarr.json", json.dumps(metadata, indent=2)
+        else:
+            attributes = json.loads((path / group / ".zattrs").read_text())
+            yield f"{group}/.zattrs", json.dumps(described(attributes, omero), indent=2)

@@ -1,0 +1,145 @@
+"""The CRC of each write unit of the output, taken while it is written.
+
+It is that of the stored file, so that every flipped bit shows, and looking needs no codec. A unit that holds nothing
+but the fill value has no file, and the CRC 0. What a stage of a block wrote is told in one text, for its record in the
+ledger: the CRCs of all units in the boxes that the stage is answerable for, head by head, in C order.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import WrapperStore
+
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.plan import Plan
+from oocpatch.storage.checksums import checksum
+
+if TYPE_CHECKING:
+    from zarr.abc.buffer import Buffer
+    from zarr.abc.store import Store
+
+    Wrapper = WrapperStore[Store]
+else:
+    Wrapper = WrapperStore
+
+Crcs = npt.NDArray[np.uint32]
+
+ABSENT = 0
+"""The CRC of a unit that is not stored. That of a file whose CRC is 0 is noted as 1."""
+
+
+class NotingStore(Wrapper):
+    """A store that notes the CRC of whatever is written to it, as it goes by."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._crcs: dict[str, int] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file, and note its CRC."""
+        self._crcs[key] = checksum(value.as_numpy_array()) or 1
+        await super().set(key, value)
+
+    def pop(self, key: str) -> int:
+        """The CRC of what was written last under a key; 0: nothing was."""
+        return self._crcs.pop(key, ABSENT)
+
+
+class Written:
+    """What one task wrote to the output; safe to be told by several threads.
+
+    Args:
+        plan: the plan.
+        stage: `predict` or `normalize`.
+        block: the block.
+    """
+
+    def __init__(self, plan: Plan, stage: str, block: int) -> None:
+        self._plan = plan
+        self._boxes = unit_boxes(plan, stage, block)
+        self._parts: list[tuple[int, Box, Crcs]] = []
+
+    def add(self, head: int, box: Box, crcs: Crcs) -> None:
+        """Note a write of whole units: their CRCs, `(C, *units of the box)`."""
+        self._parts.append((head, box, crcs))
+
+    def packed(self) -> str:
+        """The CRCs of all units that the stage is answerable for; what was not written is not stored."""
+        found = []
+        for head, box in self._boxes:
+            unit = self._plan.heads[head].unit
+            whole = units_of(box, unit)
+            crcs = np.zeros((self._plan.heads[head].out_channels, *whole.shape), np.uint32)
+            for number, part, values in self._parts:
+                if number == head and not (part & box).empty:
+                    crcs[(slice(None), *units_of(part, unit).slices(whole.start))] = values
+            found.append(crcs.astype("<u4").tobytes())
+        return base64.b64encode(b"".join(found)).decode()
+
+
+def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
+    """The boxes of the output that a stage of a block writes, each with the number of its head."""
+    found = []
+    for number, frame in enumerate(plan.frames):
+        one = frame[block]
+        found += [(number, box) for box in ((one.direct,) if stage == "predict" else one.own) if not box.empty]
+    return found
+
+
+def unpacked(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:
+    """What `Written` told: head, position in the grid of units with the channel first, and CRC of each unit.
+
+    Raises:
+        ValueError: when it is not of this stage of this block.
+    """
+    try:
+        crcs = np.frombuffer(base64.b64decode(packed, validate=True), "<u4")
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the CRCs of block {block} cannot be read") from error
+    grids = [
+        (head, units_of(box, plan.heads[head].unit), plan.heads[head].out_channels)
+        for head, box in unit_boxes(plan, stage, block)
+    ]
+    if sum(grid.size * channels for _, grid, channels in grids) != len(crcs):
+        raise ValueError(f"the CRCs of block {block} are not those of its units")
+    values = iter(crcs.tolist())
+    for head, grid, channels in grids:
+        spans = [range(a, b) for a, b in zip(grid.start, grid.stop, strict=True)]
+        for position in itertools.product(range(channels), *spans):
+            yield head, position, next(values)
+
+
+def units_of(box: Box, unit: Sequence[int]) -> Box:
+    """A box in units instead of voxels.
+
+    >>> units_of(Box((8, 0), (20, 3)), (4, 4))
+    Box(start=(2, 0), stop=(5, 1))
+    """
+    return Box(
+        tuple(a // u for a, u in zip(box.start, unit, strict=True)),
+        tuple(-(-b // u) for b, u in zip(box.stop, unit, strict=True)),
+    )
+
+
+def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
+    """The box that slices select of an array.
+
+    >>> selected((slice(None), slice(1, 9)), (4, 6))
+    Box(start=(0, 1), stop=(4, 6))
+    """
+    spans = [part.indices(n)[:2] for part, n in zip(selection, shape, strict=True)]
+    return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
+
+def unit_positions(array: zarr.Array[Any], selection: tuple[slice, ...]) -> Iterator[Ints]:
+    """Positions of the write units of a selection, in C order."""
+    units = array.shards or array.chunks
+    return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, units, strict=True)))

@@ -1,0 +1,1 @@
+"""One call of `predict`: plan, refuse or resume, run the stages, record success."""

@@ -1,0 +1,154 @@
+"""Masses: one pass over a map says how much probability lies in each of its cells.
+
+A map's voxels are summed cell by cell in Dask tasks, each of many cells, of which a thread holds one at a time. What
+comes out is a few bytes per cell and value:
+
+```text
+ map            cells                table
+ 0 0 | 3 1      cell 0  cell 1       cell   value   mass
+ 0 2 | 0 0  -->         3 1     -->  0      -       2          (a probability map)
+                        0 0          1      -       4
+```
+
+For labels there is a line per cell and label, with the number of voxels, so that other label probabilities need no
+second pass.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from dask.base import compute
+from dask.delayed import delayed
+from tqdm import tqdm
+
+from oocpatch.sampling.map_cells import Cells
+from oocpatch.sampling.table import Table
+from oocpatch.volumes.volume import Volume
+
+Values = npt.NDArray[Any]
+Summary = Callable[[Values], tuple[Values, Values]]
+"""Gives the values found among voxels, and the mass of each."""
+
+TASK_BYTES = 128 << 20
+"""Voxels that one task sums: a fifth of a second or more, against which Dask's own time is nothing."""
+
+WAVE = 4
+"""Tasks per thread that Dask gets at a time: its graph stays small, whatever the size of the map."""
+
+PATIENCE = 2.0
+"""Seconds after which a terminal is shown progress."""
+
+MOST_LABELS_COUNTED = 1 << 16
+"""Integers further apart than this are sorted rather than counted."""
+
+COUNTED_AT_ONCE = 1 << 17
+"""Voxels whose labels are counted at a time."""
+
+MOST_THREADS = 8
+"""Threads of a pass: each holds a cell, and Zarr's turns leave no work for more."""
+
+
+def weights_in(values: Values) -> tuple[Values, Values]:
+    """The mass of some voxels of a probability map: their sum, in float64, with a value that says nothing.
+
+    Raises:
+        ValueError: when one is negative, infinite or not a number.
+
+    >>> weights_in(np.array([0.5, 0.25]))
+    (array([0.]), array([0.75]))
+    """
+    lowest, highest = values.min(), values.max()
+    if not (lowest >= 0 and highest < np.inf):
+        raise ValueError(
+            f"a probability map must hold finite values that are not negative, got {lowest if lowest < 0 else highest}"
+        )
+    total = values.sum(dtype=np.float64)
+    return np.zeros(1), np.array([total])
+
+
+def labels_in(values: Values) -> tuple[Values, Values]:
+    """The labels of some voxels, and how many voxels have each.
+
+    Raises:
+        ValueError: when one is not a number.
+
+    >>> labels_in(np.array([3, -1, 3], np.int8))
+    (array([-1,  3], dtype=int8), array([1., 2.]))
+    """
+    low, high = values.min(), values.max()
+    if low == high:
+        return values.ravel()[:1].copy(), np.array([float(values.size)])
+    if values.dtype.kind == "f":
+        if np.isnan(low):
+            raise ValueError("a label map must hold numbers, got nan")
+        labels, counts = np.unique(values, return_counts=True)
+    elif int(high) - int(low) < MOST_LABELS_COUNTED:
+        found = np.zeros(int(high) - int(low) + 1, np.intp)
+        flat = values.ravel()
+        for start in range(0, len(flat), COUNTED_AT_ONCE):  # bincount takes eight bytes a voxel
+            part = flat[start : start + COUNTED_AT_ONCE]
+            wide = part.astype(np.intp) if part.dtype.itemsize < 4 else part
+            offsets = (wide - wide.dtype.type(low)).astype(np.intp, copy=False)
+            found += np.bincount(offsets, minlength=len(found))
+        present = np.flatnonzero(found)
+        labels, counts = present.astype(values.dtype) + low, found[present]  # wraps around and back for int8
+    else:
+        labels, counts = np.unique(values, return_counts=True)
+    return labels, counts.astype(np.float64)
+
+
+def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Table:
+    """Sum up a map, cell by cell.
+
+    Memory stays bounded whatever the size of the map: each thread holds one cell.
+
+    Args:
+        volume: the map, of one channel.
+        cells: how it is cut.
+        summarize: sums up the voxels of a cell.
+        name: of the map, for the progress bar and for messages.
+
+    Raises:
+        ValueError: when `summarize` refuses a voxel; the message names the map and the cell.
+    """
+    per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
+    tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
+    threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
+    parts: list[Table] = []
+    with (
+        # a pool of our own: Dask's default one does not survive the fork of a DataLoader's worker
+        ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-masses") as pool,
+        tqdm(total=len(cells), desc=f"masses of {name}", unit="cell", delay=PATIENCE, disable=None) as bar,
+    ):
+        for first in range(0, len(tasks), WAVE * threads):
+            wave = tasks[first : first + WAVE * threads]
+            measured = [
+                delayed(_measure_some, pure=False, traverse=False)(volume, cells, summarize, name, numbers)
+                for numbers in wave
+            ]
+            parts.extend(compute(*measured, scheduler="threads", pool=pool))  # type: ignore[no-untyped-call] # Dask gives it none
+            bar.update(sum(map(len, wave)))
+    return Table.joined(parts)
+
+
+def _measure_some(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Table:
+    """Idempotent: reads only."""
+    return Table.joined(list(_summaries(volume, cells, summarize, name, numbers)))
+
+
+def _summaries(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Iterator[Table]:
+    for number in numbers:
+        box = cells[number]
+        try:
+            values, masses = summarize(volume.read(box)[0])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} in the box from {box.start} to {box.stop}") from error
+        kept = masses > 0
+        yield Table(np.full(int(kept.sum()), number), values[kept], masses[kept])

@@ -1,0 +1,188 @@
+"""Chunks coded here: the plain ones, which nearly all volumes have.
+
+A chunk is plain when it is a file of its own in a local directory and holds numbers in C order, coded by nothing or by
+one codec of numcodecs, which is what zarr-python codes with: so the bytes are the same. zarr-python passes each chunk
+from thread to thread; here the thread that needs a chunk reads it, decodes it and puts it in its place, and nearly all
+of that needs no interpreter.
+
+```text
+    file --read--> bytes --decode--> one chunk's memory --copy--> out, with any strides
+    values, with any strides --copy--> one chunk's memory --encode--> bytes, whose CRC is known before they are written
+```
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numcodecs  # type: ignore[import-untyped]  # it has no types of its own
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.buffer.cpu import NDBuffer
+from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from oocpatch.outputs.write_units import selected, unit_positions
+from oocpatch.planning.box import Box
+from oocpatch.storage.chunk_guard import ChunkGuard
+from oocpatch.storage.decoded import declared
+
+Array = npt.NDArray[Any]
+Selection = tuple[slice, ...]
+
+
+class PlainArray:
+    """A Zarr array of plain chunks, to be read and to be coded by any number of threads at a time.
+
+    Args:
+        array: the array.
+        folder: its directory.
+        codec: of numcodecs; None: chunks are stored as they are.
+        writes: whether it may be coded, too: whoever reads takes every setting of a codec, but to write the same bytes
+            as zarr-python takes the same settings.
+    """
+
+    def __init__(self, array: zarr.Array[Any], folder: Path, codec: Any, *, writes: bool) -> None:
+        self._array = array
+        self._folder = folder
+        self._codec = codec
+        self.writes = writes
+        guard = ChunkGuard.of(array)
+        assert guard is not None  # the array lies in a local directory
+        self._guard = guard
+        self._dtype = np.dtype(array.dtype)
+        self._empty = np.asarray(0 if array.fill_value is None else array.fill_value, self._dtype)
+        self._bytes = math.prod(array.chunks) * self._dtype.itemsize
+        self._memory = threading.local()
+
+    @classmethod
+    def of(cls, array: zarr.Array[Any]) -> PlainArray | None:
+        """The same array; None where its chunks are not plain.
+
+        >>> PlainArray.of(zarr.ones((4,), store={})) is None  # not in a local directory
+        True
+        """
+        dtype = np.dtype(array.dtype)
+        if not isinstance(array.store, LocalStore) or array.shards is not None or not dtype.isnative:
+            return None
+        found = _codec_of_2(array) if array.metadata.zarr_format == 2 else _codec_of_3(array)
+        if found is None or dtype.kind not in "buif":
+            return None
+        codec, writes = found
+        return cls(array, Path(array.store.root, array.path), codec, writes=writes and array.fill_value is not None)
+
+    def read_into(self, out: Array, selection: Selection) -> None:
+        """Read a selection into an array of its shape, with any strides.
+
+        Raises:
+            ValueError: when a chunk is damaged, or would decode to more than it should.
+        """
+        box, chunks = selected(selection, self._array.shape), self._array.chunks
+        for position in unit_positions(self._array, box.slices()):
+            start = tuple(p * n for p, n in zip(position, chunks, strict=True))
+            common = Box(start, tuple(a + n for a, n in zip(start, chunks, strict=True))) & box
+            chunk = self._chunk(self._array.metadata.encode_chunk_key(position))
+            out[common.slices(box.start)] = self._empty if chunk is None else chunk[common.slices(start)]
+
+    def _chunk(self, key: str) -> Array | None:
+        """A chunk, valid until the same thread reads the next one; None where none is stored."""
+        try:
+            # Not to wait for what is no file: the guard refuses it.
+            file = os.open(self._folder / key, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            status = os.fstat(file)
+            self._guard.check_size(key, status, self._bytes)
+            data = self._read(file, status.st_size)
+        finally:
+            os.close(file)
+        self._guard.check_bytes(key, data, self._bytes)
+        decoded = self._decoded(key, data)
+        if decoded.nbytes != self._bytes:
+            raise ValueError(f"chunk {key} of {self._folder} must decode to {self._bytes} bytes, got {decoded.nbytes}")
+        return decoded.view(self._dtype).reshape(self._array.chunks)
+
+    def _read(self, file: int, size: int) -> memoryview:
+        """A file's bytes, in memory of this thread."""
+        data = self._memory_of("file", size)[:size].data
+        at = 0
+        while at < size and (count := os.readv(file, [data[at:]])):
+            at += count
+        return data[:at]
+
+    def _decoded(self, key: str, data: memoryview) -> npt.NDArray[np.uint8]:
+        if self._codec is None:
+            return np.frombuffer(data, np.uint8)
+        # Decoders do not tell when there was less than fits.
+        memory = self._memory_of("chunk", self._bytes) if declared(self._codec, data) == self._bytes else None
+        try:
+            return np.frombuffer(self._codec.decode(data, out=memory), np.uint8)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"chunk {key} of {self._folder} cannot be decoded: {error}") from error
+
+    def _memory_of(self, use: str, size: int) -> npt.NDArray[np.uint8]:
+        """Memory of this thread, which it uses again and again."""
+        memory: npt.NDArray[np.uint8] | None = getattr(self._memory, use, None)
+        if memory is None or memory.size < size:
+            memory = np.empty(size, np.uint8)
+            setattr(self._memory, use, memory)
+        return memory
+
+    def encoded(self, selection: Selection, values: Array) -> Iterator[tuple[str, bytes | None]]:
+        """The chunks of a selection of whole chunks, in C order: key, and bytes; None: nothing but the fill value."""
+        box = selected(selection, self._array.shape)
+        parts = box.split(self._array.chunks)
+        for position, part in zip(unit_positions(self._array, selection), parts, strict=True):
+            yield self._array.metadata.encode_chunk_key(position), self._encoded(values[part.slices(box.start)])
+
+    def _encoded(self, values: Array) -> bytes | None:
+        if values.shape != self._array.chunks:  # at the border
+            whole = np.full(self._array.chunks, self._empty, self._dtype)
+            whole[tuple(slice(0, n) for n in values.shape)] = values
+            values = whole
+        first = values[(0,) * values.ndim]  # looked at before all are
+        if (first == self._empty or np.isnan(first)) and NDBuffer.from_numpy_array(values).all_equal(self._empty[()]):
+            return None
+        if self._codec is None:
+            return values.tobytes()
+        chunk = self._memory_of("chunk", self._bytes).view(self._dtype).reshape(values.shape)
+        chunk[...] = values
+        return bytes(self._codec.encode(chunk))
+
+
+def _codec_of_3(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
+    """An array of Zarr 3: the codec of numcodecs, and whether it codes the same; None: its chunks are not plain."""
+    bytes_codec, compressors = array.serializer, array.compressors
+    if array.filters or len(compressors) > 1 or not isinstance(bytes_codec, BytesCodec):
+        return None
+    if _settings(bytes_codec).get("endian", sys.byteorder) != sys.byteorder:
+        return None
+    if not compressors:
+        return None, True
+    settings = _settings(compressors[0])
+    if isinstance(compressors[0], ZstdCodec):
+        return numcodecs.Zstd(level=settings["level"], checksum=settings.get("checksum", False)), True
+    return (numcodecs.Blosc(), False) if isinstance(compressors[0], BloscCodec) else None
+
+
+def _settings(codec: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = codec.to_dict().get("configuration", {})
+    return found
+
+
+def _codec_of_2(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
+    """The same for an array of Zarr 2."""
+    if array.filters or array.order != "C" or len(array.compressors) > 1:
+        return None
+    if not array.compressors:
+        return None, True
+    codec = array.compressors[0]
+    return (codec, isinstance(codec, numcodecs.Zstd)) if isinstance(codec, numcodecs.Zstd | numcodecs.Blosc) else None

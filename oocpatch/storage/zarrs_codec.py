@@ -1,0 +1,259 @@
+"""Chunks coded by zarrs, where it is installed: whole boxes at a time, by threads that need no interpreter.
+
+zarr-python codes chunk by chunk, and each chunk passes through several threads that take turns with the interpreter;
+beside a model's own Python that costs more than the codec. zarrs is a pipeline for zarr-python, written in Rust. What
+it cannot do (other stores, codecs of one's own) is left to zarr-python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.util
+import math
+import os
+import re
+import secrets
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.buffer.cpu import NDBuffer
+from zarr.storage import LocalStore
+
+from oocpatch.outputs.write_units import ABSENT, selected, unit_positions
+from oocpatch.planning.box import Box, worthwhile
+from oocpatch.storage.checksums import bytes_checksum, measured
+from oocpatch.storage.chunk_reader import PlainArray
+from oocpatch.storage.files import start_writing, write_soon
+
+Selection = tuple[slice, ...]
+
+PORTION = 1 << 20
+"""Bytes of chunks that are read at a time, at least, where chunks are small."""
+
+
+class NativeArray:
+    """A Zarr array in a local directory, coded by zarrs.
+
+    One box at a time: its threads share out the chunks of a box, so that no more are on their way than it has threads.
+    Not for processes that fork later, which its threads do not survive.
+
+    Args:
+        array: as zarrs codes it; see `open`.
+        threads: how many code it.
+    """
+
+    def __init__(self, array: zarr.Array[Any], threads: int) -> None:
+        self._array = array
+        self._threads = threads
+        self._turn = threading.Lock()
+
+    @classmethod
+    def open(cls, array: zarr.Array[Any], threads: int) -> NativeArray | None:
+        """The same array, coded by so many threads; None where zarrs is not installed or cannot do it.
+
+        >>> NativeArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
+        True
+        """
+        local = isinstance(array.store, LocalStore) and np.dtype(array.dtype).isnative
+        if not local or importlib.util.find_spec("zarrs") is None:
+            return None
+        settings = {
+            "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+            "codec_pipeline.strict": True,
+            "threading.max_workers": threads,
+        }
+        with zarr.config.set(settings), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it cannot do, and then raises
+            try:
+                mode: Any = "r" if array.read_only else "r+"
+                return cls(zarr.open_array(array.store, path=array.path, mode=mode), threads)
+            except Exception:  # noqa: BLE001 - whatever it says, zarr-python will code the array, or say what is wrong
+                return None
+
+    def read_into(self, out: npt.NDArray[Any], selection: Selection) -> None:
+        """Read a selection into a C-contiguous array of the array's dtype."""
+        box = selected(selection, self._array.shape)
+        with self._turn, os_errors():
+            portions = list(self._portions(box))
+            if len(portions) == 1:
+                self._array.get_basic_selection(selection, out=NDBuffer.from_numpy_array(out))
+                return
+            for portion in portions:
+                out[portion.slices(box.start)] = self._array[portion.slices()]
+
+    def _portions(self, box: Box) -> Iterator[Box]:
+        """A box as it is where it holds whole chunks; else cut at their borders, a few chunks at a time.
+
+        Whole chunks are decoded in place. Of the others zarrs decodes all that a call touches before it lets go of one.
+        """
+        chunks, whole = self._array.chunks, Box.of_shape(self._array.shape)
+        low = tuple(a // n * n for a, n in zip(box.start, chunks, strict=True))
+        around = Box(low, tuple(-(-b // n) * n for b, n in zip(box.stop, chunks, strict=True))) & whole
+        if box == around:
+            yield box
+            return
+        voxels = max(self._threads * math.prod(chunks), PORTION // self._array.dtype.itemsize)
+        for portion in around.split(worthwhile(chunks, around.shape, voxels)):
+            yield portion & box
+
+    def write(self, selection: Selection, values: npt.NDArray[Any]) -> None:
+        """Write a selection."""
+        with self._turn, os_errors():
+            self._array[selection] = values
+
+
+class StagedArray:
+    """An array of which whole write units are replaced, each in one step.
+
+    A crash must not leave half of a file under its name: units are written to a directory beside those of the array,
+    and renamed.
+
+    Args:
+        array: the array, in a local directory.
+        folder: its directory.
+        aside: directory where units are coded.
+        coders: the array in that directory, once for each box that zarrs may code at a time.
+        plain: else, the same array, whose units are plain chunks.
+    """
+
+    def __init__(
+        self,
+        array: zarr.Array[Any],
+        folder: Path,
+        aside: Path,
+        *,
+        coders: Sequence[NativeArray] = (),
+        plain: PlainArray | None = None,
+    ) -> None:
+        self._array = array
+        self._plain = plain
+        self._folder = folder
+        self._aside = aside
+        self._coders: SimpleQueue[NativeArray] = SimpleQueue()
+        for coder in coders:
+            self._coders.put(coder)
+        self._folders: set[Path] = set()
+
+    @classmethod
+    def open(cls, array: zarr.Array[Any], threads: int) -> StagedArray | None:
+        """The array; None where it cannot be done.
+
+        So many threads of zarrs code it, for which threads of Python would have to take turns; without zarrs, plain
+        chunks are coded by the calling thread.
+        """
+        if not isinstance(array.store, LocalStore):
+            return None
+        folder = Path(array.store.root, array.path)
+        aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
+        aside.mkdir()
+        marker = MARKERS[array.metadata.zarr_format]
+        shutil.copyfile(folder / marker, aside / marker)
+        # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
+        # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
+        boxes, each = (1, threads) if array.shards is None else (threads, 1)
+        staged = zarr.open_array(LocalStore(aside), mode="r+")
+        coders = [coder for _ in range(boxes) if (coder := NativeArray.open(staged, each)) is not None]
+        plain = PlainArray.of(array) if not coders else None
+        if not coders and (plain is None or not plain.writes):
+            shutil.rmtree(aside)
+            return None
+        return cls(array, folder, aside, coders=coders, plain=plain)
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether write units should be written a few at a time, by several callers."""
+        return self._plain is not None or self._array.shards is not None
+
+    def write(self, selection: Selection, values: npt.NDArray[Any]) -> list[int]:
+        """Write a selection of whole write units; the CRC of each unit's file in C order, 0 where there is none."""
+        if self._plain is not None:
+            return [self._put(key, data) for key, data in self._plain.encoded(selection, values)]
+        coder = self._coders.get()
+        try:
+            coder.write(selection, values)
+        finally:
+            self._coders.put(coder)
+        self._refuse_after_end()
+        keys = map(self._array.metadata.encode_chunk_key, unit_positions(self._array, selection))
+        return [self._take(key) for key in keys]
+
+    def _put(self, key: str, data: bytes | None) -> int:
+        """Store the bytes of a unit."""
+        if data is None:
+            return self._absent(key)
+        source = self._aside / str(threading.get_ident())
+        try:
+            write_soon(source, data)
+            self._rename(source, key)
+        except FileNotFoundError:
+            self._refuse_after_end()
+            raise
+        return bytes_checksum(data) or 1
+
+    def _take(self, key: str) -> int:
+        """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
+        try:
+            size, crc = measured(self._aside / key)
+            start_writing(self._aside / key, size)
+            self._rename(self._aside / key, key)
+        except FileNotFoundError:
+            if (self._aside / key).exists():
+                raise
+            return self._absent(key)
+        return crc or 1
+
+    def _rename(self, source: Path, key: str) -> None:
+        target = self._folder / key
+        if target.parent not in self._folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(target.parent)
+        source.replace(target)
+
+    def _absent(self, key: str) -> int:
+        """Nothing but the fill value is not stored."""
+        self._refuse_after_end()
+        (self._folder / key).unlink(missing_ok=True)
+        return ABSENT
+
+    def _refuse_after_end(self) -> None:
+        """Refuse to touch the array once the run is over, which whoever was frozen meanwhile does not know.
+
+        Its directory was swept then, and that a unit is missing in there says nothing about the unit.
+        """
+        if not (self._aside / MARKERS[self._array.metadata.zarr_format]).exists():
+            raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._aside))
+
+    def close(self) -> None:
+        """Delete the directory where units were coded."""
+        sweep_aside(self._aside)
+
+
+MARKERS = {2: ".zarray", 3: "zarr.json"}
+"""In a directory where units are coded for as long as it is in use: the array's metadata, by the version of Zarr."""
+
+
+def sweep_aside(path: Path) -> None:
+    """Delete a directory where units were coded, the sign that it is in use first."""
+    for marker in MARKERS.values():
+        (path / marker).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Let faults of the operating system be `OSError`s: zarrs tells them in words only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), str(error)) from error
+        raise

@@ -1,0 +1,1 @@
+"""Verification: outputs against their checksums, and `predict` against a plain computation in memory."""

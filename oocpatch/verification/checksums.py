@@ -1,0 +1,323 @@
+"""Verify an output: every byte that a run wrote is read again and compared with the CRCs taken while it was written.
+
+Files are read once, a piece at a time, and nothing is decoded: memory does not grow with the output, and a damaged file
+can do no harm. Of an incomplete output, what its ledger says is done is verified. Coarser levels have no CRCs: when the
+finest ones are as they were, each level is made again of the one above it, and its voxels are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oocpatch.configuration import door
+from oocpatch.configuration.run_config import beside
+from oocpatch.errors import CorruptData, OutputBusy, OutputExists
+from oocpatch.execution.array_job import busy
+from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
+from oocpatch.outputs.output import array_paths, channel_place
+from oocpatch.outputs.pyramid import compare_pyramids
+from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, rewrite, written
+from oocpatch.outputs.write_units import ABSENT, unpacked
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.plan import Plan, human
+from oocpatch.run.status import root_of
+from oocpatch.storage.checksums import measured
+from oocpatch.storage.files import at_hand
+from oocpatch.storage.locks import locked
+from oocpatch.storage.paths import Address, ObjectPath
+from oocpatch.workspace.ledger import Record, standing
+from oocpatch.workspace.segments import WHOLE, rewritten, segments
+from oocpatch.workspace.workspace import Workspace
+
+THREADS, AT_A_TIME, SHOWN = 4, 256, 20
+PYRAMID = "pyramid"
+"""The stage that wrote coarser levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One file that is not what was written.
+
+    Attributes:
+        array: the array it belongs to; empty for metadata of the group.
+        key: its name within the array, such as `c/0/1`.
+        problem: what is wrong.
+        start: first voxel of the box that it holds, channel first if there is one; empty for other files.
+        shape: size of that box.
+        block: the block that wrote it; None for other files, and for coarser levels.
+        stage: the stage of that block; `pyramid` for coarser levels.
+    """
+
+    array: str
+    key: str
+    problem: str
+    start: Ints = ()
+    shape: Ints = ()
+    block: int | None = None
+    stage: str | None = None
+
+    def __str__(self) -> str:
+        told = f"{self.array}/{self.key} {self.problem}".removeprefix("/")
+        if not self.shape:
+            return told
+        stop = (a + n for a, n in zip(self.start, self.shape, strict=True))
+        who = self.stage if self.block is None else f"block {self.block}"
+        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {who}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was verified, and what is damaged. Prints as text.
+
+    Attributes:
+        output: where it is.
+        complete: whether the run is done; else what its ledger says is done was verified.
+        units: write units that were looked at, those that must not be there among them.
+        bytes: bytes that were read.
+        damaged: what is not as it was written.
+    """
+
+    output: str
+    complete: bool
+    units: int
+    bytes: int
+    damaged: tuple[Damage, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damaged
+
+    def to_json(self) -> str:
+        """The verification as a JSON object."""
+        return json.dumps({"passed": self.passed, **dataclasses.asdict(self)}, indent=1)
+
+    def __str__(self) -> str:
+        state = "complete" if self.complete else "incomplete, what is done"
+        lines = [f"{self.output}: {state}: {self.units:,} write units, {human(self.bytes)} read"]
+        lines += [f"damaged    {damage}" for damage in self.damaged[:SHOWN]]
+        if len(self.damaged) > SHOWN:
+            lines.append(f"damaged    and {len(self.damaged) - SHOWN:,} more")
+        return "\n".join([*lines, "PASS" if self.passed else f"FAIL: {len(self.damaged):,} damaged"])
+
+
+def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verification:
+    """Read an output again, and compare it with what was written.
+
+    Args:
+        output: where it is.
+        repair: mark the blocks that wrote damaged write units as not done, so that the same call of `predict` computes
+            these alone anew, to the same bytes.
+
+    Raises:
+        ValueError: when there is no output, or one that keeps no checksums.
+        OutputExists: when something is there that oocpatch did not write.
+        OutputBusy: when a run is at work on it.
+        CorruptData: when it is to be repaired, and what is damaged is not a write unit.
+
+    >>> import tempfile, numpy as np, oocpatch, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = oocpatch.predict(np.ones((8, 8)), torch.nn.Identity(), f"{folder}/out", patch_size=8)
+    ...     verify(f"{folder}/out").passed
+    True
+    """
+    path = door.place("output", output)
+    who = busy(path, None)
+    if who is not None:
+        raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
+    metadata, record, found = _record(path)
+    if record is not None and record.complete and (METADATA_CRC in record.details or _keeps_ledger(path)):
+        found += _metadata_damage(metadata)
+    if record is None or found:
+        if repair:
+            raise CorruptData(f"{path} cannot be repaired: {found[0]}; delete it, and predict starts afresh")
+        return Verification(str(path), complete=True, units=0, bytes=0, damaged=tuple(found))
+    stored = _stored(path, record)
+    if stored is None:
+        return Verification(str(path), complete=False, units=0, bytes=0, damaged=())
+    plan, ledgers = stored
+    size = 0
+    if record.complete:
+        found, size = _other_damage(path, record)
+    look = functools.partial(_look, path, plan)
+    units = 0
+    counts = {"predict": 0, "normalize": 0}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
+        records = itertools.chain.from_iterable(standing(file, plan.blocks) for file in files)
+        while some := list(itertools.islice(records, AT_A_TIME)):
+            for one, (number, read, damaged) in zip(some, pool.map(look, some), strict=True):
+                units, size = units + number, size + read
+                counts[one.kind] += 1
+                found += damaged
+    if record.complete and not found and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
+        found.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
+    if record.complete and not found:
+        number, read, found = _look_at_levels(path)
+        units, size = units + number, size + read
+    result = Verification(str(path), record.complete, units, size, tuple(found))
+    if repair and found:
+        _repair(path, record, plan, result)
+    return result
+
+
+def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
+    """The group's metadata, and what it says; none of it where an output's metadata is damaged."""
+    if not path.exists():
+        raise ValueError(f"output not found: {path} does not exist")
+    try:
+        record = written(path)
+        if record is None:
+            raise ValueError(f"there is no output at {path}: it is an empty directory")
+        if (path / ".zgroup").is_file():
+            raise ValueError(
+                f"{path} keeps no checksums: Zarr 2, that is output_format='ome-zarr-0.4', has no place for them"
+            )
+        metadata: dict[str, Any] = json.loads((path / "zarr.json").read_text())
+    except OutputExists:
+        if not _keeps_ledger(path):
+            raise
+        return {}, None, [Damage("", "zarr.json", "is missing or damaged; nothing else can be verified without it")]
+    return metadata, record, []
+
+
+def _keeps_ledger(path: Address) -> bool:
+    """Whether a run was completed here, whatever the metadata says."""
+    if isinstance(path, ObjectPath):
+        return any(name.endswith(f"/{LEDGER}") for name in path.files())
+    return any(any(path.glob(f"{'*/' * depth}{LEDGER}")) for depth in (1, 2, 3, 4))
+
+
+def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
+    """The plan and the ledger, with its segments if there are any; None where nothing is done yet."""
+    if not record.complete:
+        workspace = Workspace.find(root_of(record))
+        return None if workspace is None else (workspace.plan, segments(workspace.root))
+    try:
+        plan = Plan.from_json(json.dumps(record.details["plan"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} keeps no checksums that this version can read; only outputs of predict() do "
+            f"({type(error).__name__})"
+        ) from error
+    return plan, [path / array_paths(plan)[0] / LEDGER]
+
+
+def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
+    wanted = metadata["attributes"][ATTRIBUTE]["details"].get(METADATA_CRC)
+    if metadata_checksum(metadata, ATTRIBUTE) != wanted:
+        yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
+
+
+def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], int]:
+    """Damage to files that hold no write units, and how many bytes they have."""
+    found, size = [], 0
+    for name, crc in record.details["files"].items():
+        read, problem = _compare(path / name, int(crc))
+        size += read
+        if problem:
+            array, _, key = name.partition("/")
+            found.append(Damage(array, key, problem))
+    return found, size
+
+
+def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
+    """Verify the units of one record: how many, bytes read, damage."""
+    number, size, found = 0, 0, []
+    try:
+        for head, position, crc in unpacked(plan, record.kind, record.block, record.units):
+            key, box = _place(plan, head, position)
+            array = array_paths(plan)[head]
+            read, problem = _compare(path / array / key, crc, unit=True)
+            number, size = number + 1, size + read
+            if problem:
+                found.append(Damage(array, key, problem, box.start, box.shape, record.block, record.kind))
+    except ValueError as error:
+        found.append(Damage("", LEDGER, f"cannot be used: {error}", block=record.block, stage=record.kind))
+    return number, size, found
+
+
+def _look_at_levels(path: Address) -> tuple[int, int, list[Damage]]:
+    """Verify what was made of the finest levels: how many units, bytes read, damage."""
+    number, size, found = 0, 0, []
+    for array, key, box, problem in compare_pyramids(path):
+        file = path / array / key
+        number, size = number + 1, size + (file.stat().st_size if isinstance(file, Path) and file.exists() else 0)
+        if problem:
+            found.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
+    return number, size, found
+
+
+def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
+    """Key and box of a unit, given its position with the channel first."""
+    head, frame = plan.heads[number], plan.frames[number]
+    channel = position[:1] if head.channel_axis is not None else ()
+    place = channel_place(plan)
+    start = tuple(p * u for p, u in zip(position[1:], head.unit, strict=True))
+    stop = tuple(min(a + u, axis.grid.length) for a, u, axis in zip(start, head.unit, frame.axes, strict=True))
+    ends = tuple(c + 1 for c in channel)
+
+    def laid(sizes: Ints, channels: Ints) -> Ints:
+        return (*sizes[:place], *channels, *sizes[place:])
+
+    key = "/".join(["c", *map(str, laid(position[1:], channel))])
+    return key, Box(laid(start, channel), laid(stop, ends))
+
+
+def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
+    """Bytes of a file, and what is wrong with it, if anything."""
+    try:
+        if unit and crc == ABSENT:
+            return 0, "is there, though nothing but the fill value was written" if file.exists() else ""
+        size, found = measured(file)
+    except FileNotFoundError:
+        return 0, "is missing"
+    except OSError as error:
+        return 0, f"cannot be read ({error.strerror or type(error).__name__})"
+    if (found or 1 if unit else found) != crc:
+        return size, "is not what was written"
+    return size, ""
+
+
+def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification) -> None:
+    """Take the records of damaged units back, so that the same call of `predict` does these blocks again.
+
+    Raises:
+        CorruptData: when other files are damaged.
+    """
+    others = [d for d in found.damaged if d.stage != PYRAMID and (d.block is None or d.stage is None)]
+    if others:
+        raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
+    undone = {(str(d.stage), int(d.block)) for d in found.damaged if d.block is not None}
+    root = root_of(record)
+    with locked(beside(path, ".lock"), str(path)):
+        if record.complete:
+            # The partials are gone: what a block's normalize stage reads is computed anew, too.
+            grid = plan.block_grid
+            for stage, block in list(undone):
+                if stage == "normalize":
+                    undone |= {("predict", i) for i in (block, *(b.index for _, b in grid.sources(grid[block])))}
+            Workspace.create(root, plan)
+            ledger = path / array_paths(plan)[0] / LEDGER
+        else:
+            Workspace(root, plan).join()
+            ledger = root / WHOLE
+        for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
+            (path / level.array / level.key).unlink(missing_ok=True)
+        with rewritten(root / WHOLE) as target:
+            keep_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
+        if record.complete:
+            kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
+            kept["files"] = {name: crc for name, crc in kept["files"].items() if not name.endswith(LEDGER)}
+            rewrite(path, dataclasses.replace(record, complete=False, details=kept))

@@ -1,0 +1,274 @@
+"""Check a run before it is long: `predict` against a plain in-memory computation, on random boxes of the user's volume.
+
+A box is a few patches in size and is cut into the smallest blocks there are, so that seams, borders and blending all
+take part. The reference shares no code with the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+import oocpatch
+from oocpatch.models import augmentation as augmentation
+from oocpatch.models import preprocessing as preprocessing
+from oocpatch.models.around import around
+from oocpatch.models.loading import Model, load_models
+from oocpatch.models.predictor import Predictor, resolve_device
+from oocpatch.planning.box import Box, Ints
+from oocpatch.verification.reference import reference_scores
+from oocpatch.volumes.volume import Volume
+
+Array = np.ndarray[Any, Any]
+
+ROUNDING = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+"""Allowed difference as a share of the largest score: sums are float32, and other batch sizes round differently."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BoxReport:
+    """How one box compared."""
+
+    start: Ints
+    """First voxel of the box on looped and spatial axes."""
+    shape: Ints
+    patches: int
+    blocks: int
+    largest_absolute: float
+    """Largest difference; for integer outputs beyond rounding, for `argmax` in the score of the chosen class."""
+    largest_relative: float
+    """The same as a share of the largest score."""
+    tolerance: float
+    """What is allowed of the absolute difference; 0 for `crop`, which moves values without arithmetic."""
+
+    @property
+    def passed(self) -> bool:
+        return self.largest_absolute <= self.tolerance
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckReport:
+    """How all boxes compared. Prints as a table."""
+
+    boxes: tuple[BoxReport, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no box differs by more than its tolerance."""
+        return all(box.passed for box in self.boxes)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        boxes = [{**dataclasses.asdict(box), "passed": box.passed} for box in self.boxes]
+        return json.dumps({"passed": self.passed, "boxes": boxes}, indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'start':<20} {'shape':<20} {'patches':>7} {'blocks':>6} {'absolute':>9} {'relative':>9} {'allowed':>9}"
+        ]
+        for box in self.boxes:
+            start, shape = ",".join(map(str, box.start)), "x".join(map(str, box.shape))
+            numbers = f"{box.largest_absolute:9.2e} {box.largest_relative:9.2e} {box.tolerance:9.2e}"
+            verdict = "PASS" if box.passed else "FAIL"
+            lines.append(f"{start:<20} {shape:<20} {box.patches:7} {box.blocks:6} {numbers} {verdict}")
+        return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
+
+
+def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any) -> CheckReport:
+    """Compare `predict` with a plain in-memory computation on random boxes of a volume.
+
+    Args:
+        volume: as for `predict`.
+        model: as for `predict`, with `weights`, `model_args` and `trust_pickle`.
+        boxes: how many boxes to draw.
+        seed: which boxes; the same seed draws the same.
+        **predict_kwargs: the arguments of `predict`. `block_shape` and `output_chunks` are made small unless given.
+            What a `preprocess` needs to know of the whole volume is taken from each box.
+
+    Raises:
+        ValueError: as `predict`, for arguments that do not fit the volume or the model.
+
+    >>> import torch
+    >>> check(np.ones((40, 40), np.float32), torch.nn.Identity(), boxes=1, patch_size=8, patch_overlap=4).passed
+    True
+    """
+    loading = {name: predict_kwargs.pop(name, None) for name in ("weights", "model_args")}
+    trust = bool(predict_kwargs.pop("trust_pickle", False))
+    device = predict_kwargs.get("device", "auto")
+    models = load_models(model, **loading, trust_pickle=trust, device=device)
+    source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
+    generator = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
+        settings = _settings(source, _with_sizes(source, models, predict_kwargs, Path(folder)))
+        reports = []
+        for number in range(boxes):
+            box = _draw(source, settings["patch_size"], settings["patch_overlap"], generator)
+            reports.append(_compare(source, box, models, settings, Path(folder) / str(number)))
+    return CheckReport(tuple(reports))
+
+
+def _with_sizes(source: Volume, models: Sequence[Model], given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The arguments with the sizes that `predict` would choose for the whole volume."""
+    if "auto" not in [
+        value for name, value in given.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
+    ]:
+        return given
+    plan = oocpatch.plan(source, list(models), folder / "sizes", **given)
+    return {**given, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
+
+
+def _settings(source: Volume, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `predict` for a box: sizes per spatial axis, blocks as small as they get, no progress."""
+    ndim = source.spatial_ndim
+    settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **given}
+    for name in ("patch_size", "patch_overlap"):
+        if name not in settings:
+            raise TypeError(f"check needs {name}, as predict does")
+        value = settings[name]
+        settings[name] = (value,) * ndim if isinstance(value, int) else tuple(value)
+        if len(settings[name]) != ndim:
+            raise ValueError(f"{name} must have one value per spatial axis, got {value} for {ndim} axes")
+    size, overlap = settings["patch_size"], settings["patch_overlap"]
+    if not all(0 <= o < s for s, o in zip(size, overlap, strict=True)):
+        raise ValueError(f"patch_overlap must be smaller than patch_size on every axis, got {overlap} and {size}")
+    settings.setdefault("output_chunks", tuple(max(1, -(-s // 2)) for s in size))
+    settings.setdefault("block_shape", size)
+    return settings
+
+
+def _draw(source: Volume, size: Ints, overlap: Ints, generator: np.random.Generator) -> Box:
+    """A box of two to three patches per axis, two patches long without overlap on one, so that it holds two blocks."""
+    loops = len(source.shape) - len(size)
+    start, stop = [], []
+    longest = int(generator.integers(len(size)))
+    for axis, length in enumerate(source.shape):
+        extent = 1
+        if axis >= loops:
+            patch, stride = size[axis - loops], size[axis - loops] - overlap[axis - loops]
+            extent = max(patch + stride, 2 * patch if axis - loops == longest else 0) + int(generator.integers(stride))
+        extent = min(extent, length)
+        # Borders are where mistakes live: half of the boxes touch one on each axis.
+        at = [0, length - extent, *generator.integers(length - extent + 1, size=2)]
+        start.append(int(at[generator.integers(4)]))
+        stop.append(start[-1] + extent)
+    return Box(tuple(start), tuple(stop))
+
+
+def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[str, Any], folder: Path) -> BoxReport:
+    ndim = source.spatial_ndim
+    data = source.read(box).reshape(source.channels, *box.shape[-ndim:])
+    axes, stored = source.names[-ndim:], data[0]
+    if source.channel_axis is not None:
+        axes, stored = (source.channel_axis, *axes), data
+    # On disk and in chunks, as the volume itself is.
+    chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
+    zarr.create_array(folder / "volume", data=stored, chunks=chunks)
+    plan = oocpatch.plan(folder / "volume", list(models), folder / "output", axes=axes, **settings)
+    mode = plan.heads[0].mode
+    if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote"}:
+        raise ValueError("check compares models that give one output of the patch's size, blended or cropped")
+    found = np.asarray(plan.run())
+    model = _whole_model(models, Volume(folder / "volume", axes), settings)
+    device = resolve_device(settings.get("device", "auto"))
+    with _torch_threads(plan.torch_threads), Predictor(model, device=device).ready():
+        scores = reference_scores(
+            data,
+            model,
+            patch_size=settings["patch_size"],
+            patch_overlap=settings["patch_overlap"],
+            overlap_mode=mode,
+            padding_mode=plan.padding_mode,
+            fill=plan.fill,
+            device=device,
+            autocast=settings.get("autocast", False),
+        )
+    absolute, scale = _difference(found.reshape(-1, *data.shape[1:]), scores, settings.get("postprocess"))
+    exact = mode == "crop" and plan.batch_size == 1 and found.dtype == scores.dtype
+    return BoxReport(
+        start=box.start,
+        shape=box.shape,
+        patches=plan.patches,
+        blocks=plan.blocks,
+        largest_absolute=absolute,
+        largest_relative=absolute / scale if scale else absolute,
+        tolerance=0.0 if exact and settings.get("postprocess") is None else _share(model, settings, found) * scale,
+    )
+
+
+def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, Any]) -> Model:
+    """The model with what is around it."""
+    axes = volume.names[-volume.spatial_ndim :]
+    preprocess = preprocessing.checked(settings.get("preprocess"), volume.dtype, volume.channels)
+    found = preprocessing.statistics(preprocess, volume, 1 << 28, hidden=True)
+    turns = augmentation.turns(augmentation.checked(settings.get("augment"), axes), axes, settings["patch_size"])
+    return around(models, preprocessing.applied(preprocess, found), turns)
+
+
+def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, float]:
+    """Largest difference of the output `(C, *box)` from the reference, and the scale it is to be seen against."""
+    scores = scores.astype(np.float64)
+    if postprocess == "argmax":
+        # Two classes of one score may swap: what counts is how much score the choice gave away.
+        chosen = np.take_along_axis(scores, found.astype(np.int64), axis=0)
+        return float((scores.max(axis=0) - chosen[0]).max()), _largest(scores)
+    if isinstance(postprocess, str) and postprocess.startswith("threshold"):
+        at = float(postprocess.partition(":")[2] or 0.5)  # a score at the threshold may round to either side
+        return float(np.abs(scores - at).max(initial=0.0, where=(scores > at) != found)), _largest(scores)
+    wanted = _postprocessed(scores, postprocess)
+    if wanted.shape != found.shape:
+        raise ValueError(f"predict gave shape {found.shape} where the reference has {wanted.shape}")
+    unlike = ~(np.isfinite(wanted) & np.isfinite(found))
+    if not np.array_equal(wanted[unlike], found[unlike].astype(np.float64), equal_nan=True):
+        return float("inf"), _largest(wanted)
+    if np.issubdtype(found.dtype, np.integer):
+        limits = np.iinfo(found.dtype)
+        distance = np.abs(np.clip(wanted, limits.min, limits.max) - found) - 0.5
+        return float(max(distance.max(initial=0.0, where=~unlike), 0.0)), _largest(wanted)
+    return float(np.abs(wanted - found).max(initial=0.0, where=~unlike)), _largest(wanted)
+
+
+def _postprocessed(scores: Array, postprocess: Any) -> Array:
+    if postprocess == "softmax":
+        powers = np.exp(scores - scores.max(axis=0))
+        return np.asarray(powers / powers.sum(axis=0))
+    if postprocess == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-scores)))
+    if postprocess is not None:
+        return np.asarray(postprocess(torch.from_numpy(scores.astype(np.float32)))).astype(np.float64)
+    return scores
+
+
+def _largest(values: Array) -> float:
+    return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
+
+
+def _share(model: Model, settings: dict[str, Any], found: Array) -> float:
+    """The tolerance as a share of the largest score, by the coarsest type that the values went through."""
+    kinds = {str(found.dtype)}
+    if isinstance(model, torch.nn.Module):
+        kinds |= {str(item.dtype).removeprefix("torch.") for item in model.parameters() if item.is_floating_point()}
+    if settings.get("autocast"):
+        kinds.add("bfloat16")
+    elif settings.get("device", "auto") != "cpu" and torch.cuda.is_available():
+        kinds.add("float16")  # convolutions on a GPU round as coarsely by default
+    return max(ROUNDING.get(kind, ROUNDING["float32"]) for kind in kinds)
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Torch rounds differently with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

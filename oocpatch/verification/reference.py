@@ -1,0 +1,121 @@
+"""`predict` in memory, the plain way: one loop over patches, whole arrays, float64 sums.
+
+It shares no code with the engine, so that `oocpatch check` compares two answers to one question. It is for boxes of a
+few patches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from oocpatch.models.input_spec import as_input, input_dtype
+
+Array = np.ndarray[Any, Any]
+Sizes = tuple[int, ...]
+
+
+def reference_scores(
+    volume: Array,
+    model: Callable[..., Any],
+    *,
+    patch_size: Sizes,
+    patch_overlap: Sizes,
+    overlap_mode: str = "hann",
+    padding_mode: str | None = None,
+    fill: float = 0.0,
+    device: str = "auto",
+    autocast: bool = False,
+) -> Array:
+    """What the model says about a volume, blended, before any post-processing.
+
+    Args:
+        volume: `(C, *spatial)`.
+        model: maps `(1, C, *patch)` to `(1, C', *patch)`.
+        patch_size: per spatial axis, in voxels.
+        patch_overlap: per spatial axis, in voxels, in total.
+        overlap_mode: how overlapping outputs become one.
+        padding_mode: how the volume is grown by half an overlap on each side, as in `numpy.pad`; None does not grow it.
+        fill: the value of the padding `constant`.
+        device: where the model is run; `auto` is CUDA if there is one.
+        autocast: whether it is run in mixed precision.
+
+    Returns:
+        `(C', *spatial)`: float64, or for `crop` the model's own values and dtype.
+
+    >>> ramp = np.arange(10.0, dtype=np.float32)[None]
+    >>> out = reference_scores(ramp, nn.Identity(), patch_size=(4,), patch_overlap=(2,))
+    >>> np.allclose(out, ramp)
+    True
+    """
+    spatial = volume.shape[1:]
+    before = [overlap // 2 if padding_mode else 0 for overlap in patch_overlap]
+    # A volume smaller than a patch is padded at its end, up to one patch.
+    after = [max(low, size - n - low) for low, size, n in zip(before, patch_size, spatial, strict=True)]
+    options: dict[str, Any] = {"constant_values": fill} if padding_mode == "constant" else {}
+    widths = [(0, 0), *zip(before, after, strict=True)]
+    frame = np.pad(volume, widths, mode=padding_mode or "edge", **options)  # type: ignore[call-overload]
+
+    window = np.ones(())
+    for size in patch_size:
+        window = window[..., None] * _window(overlap_mode, size)
+    weights = np.zeros(frame.shape[1:])
+    sums: Array | None = None
+    starts = [_starts(*axis) for axis in zip(frame.shape[1:], patch_size, patch_overlap, strict=True)]
+    for corner in itertools.product(*starts):
+        box = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
+        scores = _run(model, frame[(slice(None), *box)], device=device, autocast=autocast)
+        if sums is None:
+            dtype = scores.dtype if overlap_mode == "crop" else np.float64
+            sums = np.zeros((scores.shape[0], *frame.shape[1:]), dtype)
+        if overlap_mode == "crop":
+            inner = tuple(
+                slice(
+                    start + (overlap // 2 if start > 0 else 0), start + size - (overlap // 2 if start + size < n else 0)
+                )
+                for start, size, overlap, n in zip(corner, patch_size, patch_overlap, frame.shape[1:], strict=True)
+            )
+            of_patch = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, box, strict=True))
+            sums[(slice(None), *inner)] = scores[(slice(None), *of_patch)]
+            weights[inner] = 1
+        else:
+            sums[(slice(None), *box)] += window * scores
+            weights[box] += window
+    if sums is None or not weights.all():
+        raise AssertionError("the patches of a full grid cover every voxel")
+    inside = tuple(slice(low, low + n) for low, n in zip(before, spatial, strict=True))
+    blended = sums if overlap_mode == "crop" else sums / weights
+    return blended[(slice(None), *inside)]
+
+
+def _window(mode: str, size: int) -> Array:
+    if mode == "hann":
+        return np.hanning(size + 2)[1:-1]
+    if mode == "gaussian":
+        position = np.arange(size) - (size - 1) / 2
+        return np.asarray(np.exp(-((position / (size / 8)) ** 2) / 2))
+    return np.ones(size)
+
+
+def _starts(length: int, size: int, overlap: int) -> list[int]:
+    last = length - size
+    return [*range(0, last, size - overlap), last]
+
+
+def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool) -> Array:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = torch.from_numpy(np.ascontiguousarray(patch)[None]).to(device)
+    if isinstance(model, nn.Module):
+        model.to(device)
+    batch = as_input(batch, input_dtype(model))
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=autocast):
+        output: torch.Tensor = model(batch)[0].cpu()
+    if output.dtype == torch.bfloat16:
+        output = output.float()  # numpy has no such type
+    return np.asarray(output.numpy())

@@ -1,0 +1,163 @@
+"""What to look at: a volume at the smallest level of its pyramid that still fills the picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+
+from oocpatch.configuration import door
+from oocpatch.outputs.output import open_result
+from oocpatch.outputs.record import OutputRecord, array_place, inspect_output
+from oocpatch.storage.paths import Address, store_at
+from oocpatch.volumes.formats.spec import UnreadableError, parse
+from oocpatch.volumes.volume import Volume
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Something to look at.
+
+    Attributes:
+        volume: at the level that serves.
+        spacing: size of a voxel per looped and spatial axis, at that level; only ratios matter.
+        level: which one it is.
+        record: what the output of a run says of itself; None: it is no such output.
+        head: name of the array in that output.
+    """
+
+    volume: Volume
+    spacing: tuple[float, ...]
+    level: int = 0
+    record: OutputRecord | None = None
+    head: str | None = None
+
+    @property
+    def is_labels(self) -> bool | None:
+        """Whether the run says that these are labels; None: nobody says."""
+        if self.record is None or self.head is None:
+            return None
+        said = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
+        said = [value.get(self.head) if isinstance(value, dict) else value for value in said]
+        return True if "argmax" in said or "vote" in said else None
+
+
+def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> Sight:
+    """Open a volume, or a head of the output of a run, at the smallest level with so many voxels on its longest axis.
+
+    Raises:
+        ValueError: when it cannot be read, or there is no such head.
+    """
+    record = record_of(source)
+    if record is not None:
+        path, heads = door.place("output", source), list(record.details["heads"])
+        chosen = heads[0] if head is None else head
+        if chosen not in heads:
+            raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
+        if record.complete and not record.details["tree"] and len(heads) == 1:
+            volume = Volume(str(path), axes)
+        elif record.complete:
+            result = open_result(path)
+            volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
+        else:  # coordinates are missing from nothing but an aspect ratio
+            volume = Volume(zarr.open_array(store_at(path), path=array_place(record, chosen), mode="r"))
+        return Sight(volume, spacing_of(volume), 0, record, chosen)
+    if head is not None:
+        raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
+    best: Sight | None = None
+    for sight in _levels(source, axes):
+        if best is not None and max(sight.volume.shape[-sight.volume.spatial_ndim :]) < pixels:
+            break
+        best = sight
+    assert best is not None
+    return best
+
+
+def record_of(source: Any) -> OutputRecord | None:
+    """What the output of a run says of itself; None for anything else."""
+    path = folder_of(source)
+    try:
+        return None if path is None else inspect_output(path)
+    except ValueError:
+        return None
+
+
+def folder_of(source: Any) -> Address | None:
+    """The directory, or what is like one in an object store, that a source is; None for anything else."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    try:
+        path = door.place("source", source)
+        return path if path.is_dir() else None
+    except ValueError:  # a URL of something else
+        return None
+
+
+def local_name(output: str | os.PathLike[str]) -> str:
+    """How names of files about an output begin: they lie beside it, or where that is a URL in the current directory.
+
+    >>> local_name("results/out.zarr/"), local_name("s3://bucket/results/out.zarr")
+    ('results/out.zarr', 'out.zarr')
+    """
+    name = os.fspath(output).rstrip("/")
+    return name.rpartition("/")[2] if "://" in name else name
+
+
+def _levels(source: Any, axes: str | None) -> Iterator[Sight]:
+    """The levels of a pyramid, the largest first; just one where there is no pyramid."""
+    if isinstance(source, (str, os.PathLike)):
+        spec = parse(str(source))
+        if spec is not None and spec.format in ("tiff", "slide", "precomputed") and "level=" not in str(source):
+            for level in itertools.count():
+                try:
+                    volume = Volume(f"{source}::level={level}", axes)
+                except UnreadableError:
+                    if not level:
+                        raise
+                    return
+                yield Sight(volume, spacing_of(volume), level)
+        folder = folder_of(source) if spec is None else None
+        if folder is not None and (found := _multiscale(folder)):
+            yield from found
+            return
+    volume = source if isinstance(source, Volume) else Volume(source, axes)
+    yield Sight(volume, spacing_of(volume))
+
+
+def _multiscale(path: Address) -> list[Sight]:
+    """The levels of an OME-Zarr; none where it is none."""
+    try:
+        group = zarr.open_group(store_at(path), mode="r")
+    except (OSError, ValueError):
+        return []
+    attributes = group.attrs.asdict()
+    multiscales: Any = attributes.get("ome", attributes)
+    multiscales = multiscales.get("multiscales") if isinstance(multiscales, dict) else None
+    if not multiscales:
+        return []
+    found = []
+    names = [a["name"] if isinstance(a, dict) else str(a) for a in multiscales[0].get("axes", ())]
+    for level, dataset in enumerate(multiscales[0]["datasets"]):
+        scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
+        volume = Volume(zarr.open_array(store_at(path), path=dataset["path"], mode="r"), names or None)
+        scale = dict(zip(names, scales[0], strict=True)) if scales else {}
+        found.append(Sight(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
+    return found
+
+
+def spacing_of(volume: Volume) -> tuple[float, ...]:
+    """Voxel sizes by the coordinates; ones where some spatial axis has none."""
+    steps = []
+    for name in volume.names:
+        coordinate = volume.source.coords.get(name)
+        step = 0.0
+        if coordinate is not None and coordinate.ndim == 1 and coordinate.dtype.kind in "iuf" and coordinate.size > 1:
+            step = abs(float(np.diff(coordinate.values[:2].astype(np.float64))[0]))
+        steps.append(step if np.isfinite(step) else 0.0)
+    spatial = steps[-volume.spatial_ndim :]
+    return tuple(steps) if all(spatial) else (1.0,) * len(steps)

@@ -1,0 +1,136 @@
+"""NIfTI, and what else nibabel reads of this kind: one array in Fortran order, voxel sizes, an affine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray
+
+from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
+from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, file_marks, needs, plain
+
+logger = logging.getLogger("oocpatch")
+
+NAMES = ("x", "y", "z", "t", "c")
+PACKED = (".gz", ".bz2", ".mgz")
+
+
+class NiftiFile:
+    """A NIfTI file, with axes as nibabel gives them: `x`, `y`, `z`, and `t` and `c` where it has them.
+
+    A compressed file cannot be read in parts. It is unpacked to a temporary file, piece by piece, when it is first
+    read; the file has no name, and is gone with the process.
+
+    Values that the header scales are float32.
+    """
+
+    def __init__(self, spec: FileSpec) -> None:
+        with needs("nifti", spec):
+            nibabel: Any = importlib.import_module("nibabel")
+        image = nibabel.load(spec.address)
+        data = image.dataobj
+        if not hasattr(data, "offset") or data.order != "F":
+            raise UnreadableError(
+                f"{spec.address} must hold one array that nibabel can map, got {type(image).__name__}"
+            )
+        self._shape = tuple(int(n) for n in data.shape)
+        self._stored = np.dtype(image.get_data_dtype())
+        self._scaling = float(data.slope), float(data.inter)
+        self._offset = int(data.offset)
+        self._path = Path(image.file_map["image"].filename)
+        self._unpack = nibabel.openers.ImageOpener
+        self._turn = threading.Lock()
+        self._file: IO[bytes] | None = None
+        shape, scaled = self._shape, self._scaling != (1.0, 0.0)
+        row = shape[0]  # short rows are read whole, which a planner should know
+        names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
+        self.facts = Facts(
+            shape=shape,
+            dtype=np.dtype(np.float32) if scaled else self._stored,
+            chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
+            names=names,
+            coords=_coords(image, names or (), shape),
+            attrs=_attrs(image),
+            chunked=False,
+            marks=file_marks(self._path),
+        )
+
+    def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """The voxels of a selection."""
+        found = read_box(self._opened(), self._offset, self._shape[::-1], self._stored, selection[::-1]).T
+        if self._scaling == (1.0, 0.0):
+            return found
+        slope, inter = self._scaling
+        return np.asarray(found * np.float64(slope) + np.float64(inter), np.float32)
+
+    def close(self) -> None:
+        """Close the file; an unpacked one is gone."""
+        with self._turn:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def _opened(self) -> int:
+        with self._turn:
+            if self._file is None:
+                packed = self._path.name.lower().endswith(PACKED)
+                self._file = self._unpacked() if packed else self._path.open("rb")
+            return self._file.fileno()
+
+    def _unpacked(self) -> IO[bytes]:
+        logger.info(
+            "%s is compressed as a whole: unpacked to a temporary file in %s; `oocpatch convert` makes a Zarr of it",
+            self._path, tempfile.gettempdir(),
+        )  # fmt: skip
+        file = tempfile.TemporaryFile(prefix="oocpatch-")  # noqa: SIM115 (closed with this object)
+        try:
+            with self._unpack(self._path) as packed:
+                while piece := packed.read(PIECE):
+                    file.write(piece)
+            file.flush()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+
+def _coords(image: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, xarray.Variable]:
+    """Voxel sizes as coordinates: places in the world where the affine keeps axes apart, else from zero."""
+    zooms = [float(z) for z in image.header.get_zooms()]
+    affine = np.asarray(image.affine, np.float64)
+    units = image.header.get_xyzt_units() if hasattr(image.header, "get_xyzt_units") else ("mm", "sec")
+    straight = bool(np.allclose(affine[:3, :3], np.diag(np.diag(affine[:3, :3]))))
+    found = {}
+    for axis, (name, size, zoom) in enumerate(zip(names, shape, zooms, strict=False)):
+        unit = units[0 if axis < 3 else 1]
+        step, start = (affine[axis, axis], affine[axis, 3]) if straight and axis < 3 else (zoom, 0.0)
+        if name != "c" and step:
+            place = _shortest(step), _shortest(start)
+            found[name] = coordinate(name, size, *place, None if unit == "unknown" else unit)
+    return found
+
+
+def _shortest(value: float) -> float:
+    """A number that was stored as float32, as it was meant.
+
+    >>> _shortest(float(np.float32(1.2)))
+    1.2
+    """
+    return float(str(np.float32(value)))
+
+
+def _attrs(image: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"affine": np.asarray(image.affine, np.float64).tolist()}
+    for name in ("descrip", "intent_name"):
+        if name in image.header and (text := plain(image.header[name].tobytes())):
+            found[name] = text
+    return found

@@ -1,0 +1,90 @@
+"""N5 and Neuroglancer's precomputed by tensorstore, in directories and behind URLs, seen in C order."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray
+
+from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, needs
+
+DRIVERS = {"n5": "n5", "precomputed": "neuroglancer_precomputed"}
+
+
+class TensorFile:
+    """An array of an N5 container or a scale of a precomputed volume, `(z, y, x)` or `(c, z, y, x)`.
+
+    Both formats store the fastest axis first; here it is last. A volume of one channel has no channel axis.
+    """
+
+    def __init__(self, spec: FileSpec) -> None:
+        with needs("tensorstore", spec):
+            tensorstore: Any = importlib.import_module("tensorstore")
+        description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": _kvstore(spec)}
+        if spec.format == "precomputed":
+            description["scale_index"] = spec.level
+        try:
+            store = tensorstore.open(description, read=True).result()
+        except ValueError as error:
+            raise UnreadableError(f"volume cannot be read: {spec} ({_reason(error)}){_found(spec)}") from error
+        origin, units = store.domain.inclusive_min, store.dimension_units
+        labels = store.domain.labels
+        stored = store.spec(retain_context=False).to_json()
+        store = store.T[tensorstore.d[:].translate_to[0]]
+        names = tuple(label or "" for label in labels[::-1])
+        steps = [(1.0, None) if u is None else (u.multiplier, u.base_unit) for u in units[::-1]]
+        places = list(zip(names, origin[::-1], steps, strict=True))
+        chunks = tuple(store.chunk_layout.read_chunk.shape)
+        if names[0] == "channel" and store.shape[0] == 1:
+            store, names, places, chunks = store[0], names[1:], places[1:], chunks[1:]
+        self._store = store
+        self.facts = Facts(
+            shape=tuple(store.shape),
+            dtype=store.dtype.numpy_dtype,
+            chunks=tuple(min(c, n) for c, n in zip(chunks, store.shape, strict=True)),
+            names=names if all(names) else None,
+            coords=_coords(places, tuple(store.shape)),
+            marks={k: stored[k] for k in ("metadata", "scale_metadata", "multiscale_metadata") if k in stored},
+        )
+
+    def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        """The voxels of a selection."""
+        return np.asarray(self._store[selection].read().result())
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _coords(
+    places: list[tuple[str, int, tuple[float, str | None]]], shape: tuple[int, ...]
+) -> dict[str, xarray.Variable]:
+    """Places of voxels by name of an axis, where they are more than numbers from zero."""
+    found = {}
+    for (name, origin, (step, unit)), size in zip(places, shape, strict=True):
+        if name not in ("", "channel") and (origin, step, unit or None) != (0, 1.0, None):
+            found[name] = coordinate(name, size, step, origin * step, unit)
+    return found
+
+
+def _kvstore(spec: FileSpec) -> Any:
+    place = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
+    return place if "://" in spec.address else {"driver": "file", "path": str(Path(place).absolute()) + "/"}
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).partition("[")[0].split())[:200]
+
+
+def _found(spec: FileSpec) -> str:
+    """The arrays of a local N5 container, for a message."""
+    if "://" in spec.address or spec.format != "n5":
+        return ""
+    root = Path(spec.address)
+    files = [f for f in sorted(root.rglob("attributes.json")) if "dimensions" in json.loads(f.read_text())]
+    found = [f"{root}::{file.parent.relative_to(root)}" for file in files]
+    return f"; it has {', '.join(found[:12])}" if found else ""

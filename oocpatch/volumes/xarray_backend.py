@@ -1,0 +1,100 @@
+"""`xarray.open_datatree(path, engine="oocpatch")`: any OME-Zarr image as a tree, a node per level, with coordinates.
+
+xarray's own engine opens what has coordinate arrays. Most OME-Zarrs are flat: arrays `0`, `1`, ... and their scales in
+the metadata, of NGFF 0.4 (Zarr 2) or 0.5 (Zarr 3).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray
+import zarr
+from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.core import indexing
+
+from oocpatch.volumes.ome_metadata import read_multiscale
+from oocpatch.volumes.sources import Source, open_source
+
+
+class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray exports it without a type
+    """A level that is read when it is looked at."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.shape = source.shape
+        self.dtype = np.dtype(source.dtype)
+
+    def __getitem__(self, key: Any) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
+        assert self.source.array is not None
+        return np.asarray(self.source.array[key])
+
+
+class OmeZarrBackend(BackendEntrypoint):
+    """Opens an OME-Zarr image: `open_datatree` all its levels, `open_dataset` one of them."""
+
+    description = "Open OME-Zarr images (NGFF 0.4 and 0.5), with coordinates from their scales"
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "level")
+    supports_groups = True
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Never: xarray's own engine opens Zarr, unless this one is asked for."""
+        del filename_or_obj
+        return False
+
+    def open_dataset(
+        self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None, level: int | str = 0
+    ) -> xarray.Dataset:
+        """One level, as the variable `image`."""
+        source = open_source(_address(filename_or_obj), level)
+        names = [str(name) for name in source.names or (f"dim_{a}" for a in range(len(source.shape)))]
+        variable = xarray.Variable(names, indexing.LazilyIndexedArray(LazyLevel(source)), dict(source.attrs))
+        chunks = source.array.shards or source.chunks if source.array is not None else source.chunks
+        variable.encoding["preferred_chunks"] = dict(zip(names, chunks, strict=True))
+        variable.encoding["source"] = str(source.location or filename_or_obj)
+        dataset = xarray.Dataset({"image": variable}, coords=dict(source.coords))
+        dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
+        return dataset.drop_vars(dropped, errors="ignore")
+
+    def open_datatree(
+        self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
+    ) -> xarray.DataTree:
+        """All levels, as nodes `scale0`, `scale1`, ..."""
+        return xarray.DataTree.from_dict(self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables))
+
+    def open_groups_as_dict(
+        self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
+    ) -> dict[str, xarray.Dataset]:
+        """All levels, by the names of their nodes; what the image says of itself is with the first one, `/`.
+
+        Raises:
+            ValueError: when there is no image.
+        """
+        address = _address(filename_or_obj)
+        if isinstance(address, Path) and not address.exists():
+            raise FileNotFoundError(f"{address} does not exist")
+        node = zarr.open(address, mode="r")
+        found = None if isinstance(node, zarr.Array) else read_multiscale(dict(node.attrs), str(address))
+        if found is None:
+            open_source(address)  # says what is there instead, if it is nothing that can be opened
+            raise ValueError(f"engine 'oocpatch' opens OME-Zarr images, but {address} is another kind of Zarr")
+        root = xarray.Dataset(attrs={"name": found.name} if found.name else {})
+        levels = {
+            f"/scale{number}": self.open_dataset(filename_or_obj, drop_variables=drop_variables, level=number)
+            for number in range(len(found.levels))
+        }
+        return {"/": root, **levels}
+
+
+def _address(given: Any) -> Any:
+    if isinstance(given, str) and "://" not in given:
+        return Path(given)
+    return Path(given) if isinstance(given, os.PathLike) else given

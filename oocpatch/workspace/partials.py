@@ -1,0 +1,194 @@
+"""Partials on disk: what one attempt at a block leaves for the blocks that need it.
+
+```text
+<attempt>/
+    <head>/own-<axis>        sums over the open part of the core      (C, *box), one chunk per step of the sweep
+    <head>/seam-<offset>     sums over the halo, for one neighbour
+        zarr.json, c.0.<step>.0
+    manifest.json            dtype, channels and the CRC of each chunk of these pieces, written after them
+```
+
+Heads go by their numbers. A step of a piece that no patch came near is not there. Every piece is a Zarr array, stored
+at its true width and written by one task, whole chunks at a time, uncompressed: partial sums hardly compress. So a
+chunk is the bytes that lie in memory, and is written and read here, without zarr in between.
+
+The CRCs of all chunks go into the manifest, and the manifest's own CRC into the ledger. So partials need no fsync, nor
+names that are only given to whole files: what is lost, torn, flipped, swapped or stale is found before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from oocpatch.errors import CorruptPartial
+from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.box import Box, Ints
+from oocpatch.storage.checksums import checksum, text_checksum
+from oocpatch.storage.files import read_array, remove_tree, write_atomically, write_plainly
+from oocpatch.storage.paths import Address, says_nothing, store_at
+from oocpatch.workspace.ledger import NO_PARTIALS, Promise
+
+Array = npt.NDArray[Any]
+MANIFEST = "manifest.json"
+WRITE_ALL: Any = {"write_empty_chunks": True}
+"""Looking whether a chunk is all NaN takes zarr three copies of it."""
+
+
+def plain_array(folder: Address, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
+    """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
+    store = store_at(folder)
+    # NaN fill: a chunk that was never written must not look like a zero sum.
+    fill = np.nan if np.dtype(dtype).kind == "f" else 0
+    try:
+        return zarr.create_array(
+            store,
+            name=name,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            fill_value=fill,
+            compressors=None,
+            filters=None,
+            chunk_key_encoding={"name": "default", "separator": "."},  # no directories
+            config=WRITE_ALL,
+        )
+    except zarr.errors.ContainsArrayError:
+        return zarr.open_array(store, path=name, mode="r+", config=WRITE_ALL)
+
+
+class PartialWriter:
+    """Writes the partials of one attempt at a block, and says what it wrote.
+
+    Idempotent: writes only below an address of its own, whole chunks; safe to call from several threads.
+
+    Args:
+        block: the block's address.
+        frames: how the blocks lie in the frame of each head.
+    """
+
+    def __init__(self, block: Address, frames: Sequence[BlockGrid]) -> None:
+        # Digits, and enough of them that no two attempts on any machine ever have the same.
+        self._attempt = f"{secrets.randbelow(10**15):015d}"
+        self._place = block / self._attempt
+        self._frames = frames
+        self._manifest: dict[str, dict[str, Any]] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def write(self, head: int, piece: str, box: Box, part: Box, data: Array) -> None:
+        """Write one step of a piece.
+
+        Args:
+            head: number of the head.
+            piece: name of the piece.
+            box: the whole piece.
+            part: the step, a whole chunk of the piece.
+            data: sums over `part`, `(C, *part.shape)`.
+        """
+        name, chunk = f"{head}/{piece}", _chunk(self._frames[head], box, len(data))
+        with self._lock:
+            if name not in self._manifest:
+                shape = (len(data), *box.shape)
+                plain_array(self._place / str(head), piece, shape, chunk, str(data.dtype))
+                self._manifest[name] = {"dtype": str(data.dtype), "channels": len(data), "steps": {}}
+        whole = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
+        crc = checksum(whole)
+        if whole.shape != chunk:  # the last step
+            whole = np.full(chunk, np.nan if data.dtype.kind == "f" else 0, whole.dtype)
+            whole[tuple(slice(n) for n in data.shape)] = data
+        place = self._place / name / _chunk_key(box, part, chunk)
+        write_plainly(place, whole.reshape(-1).view(np.uint8).data)
+        with self._lock:
+            self._manifest[name]["steps"][step_key(box, part)] = crc
+
+    def close(self) -> Promise:
+        """Write the manifest; what the ledger may promise now."""
+        if not self._manifest:
+            return NO_PARTIALS
+        manifest = json.dumps(self._manifest, sort_keys=True)
+        write_atomically(self._place / MANIFEST, manifest)
+        self._closed = True
+        return Promise(text_checksum(manifest), self._attempt)
+
+    def discard(self) -> None:
+        """Delete what was written, if it is not whole: this attempt failed."""
+        if not self._closed:
+            remove_tree(self._place)
+
+
+class PartialReader:
+    """Reads the partials of one block, each verified against its CRC before it is handed out.
+
+    Args:
+        place: the block's address.
+        frames: how the blocks lie in the frame of each head.
+        block: its index.
+        promise: what the ledger says that it left.
+    """
+
+    def __init__(self, place: Address, frames: Sequence[BlockGrid], block: int, promise: Promise) -> None:
+        self._place = place / promise.attempt
+        self._frames = frames
+        self._block = block
+        self._pieces: Mapping[str, Mapping[str, Any]] = {}
+        if not promise.digest:  # the block left nothing
+            return
+        try:
+            manifest = (self._place / MANIFEST).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(MANIFEST, error) from error
+        if text_checksum(manifest) != promise.digest:
+            raise CorruptPartial(block, f"{MANIFEST} is not the one in the ledger")
+        self._pieces = json.loads(manifest)
+        if not all("steps" in piece for piece in self._pieces.values()):
+            raise CorruptPartial(block, f"{MANIFEST} is that of another version of oocpatch")
+
+    def read(self, head: int, piece: str, box: Box, part: Box) -> Array | None:
+        """Read one step of a piece, `(C, *part.shape)`; None where no patch came near it.
+
+        Raises:
+            CorruptPartial: when it is missing, or its CRC is not the one in the manifest.
+            OSError: when an object store does not answer.
+        """
+        name, key = f"{head}/{piece}", step_key(box, part)
+        told = self._pieces.get(name)
+        if told is None or key not in told["steps"]:
+            return None
+        chunk = _chunk(self._frames[head], box, told["channels"])
+        try:
+            values = read_array(self._place / name / _chunk_key(box, part, chunk), told["dtype"], chunk)
+        except OSError as error:
+            raise self._unreadable(f"{name} step {key}", error) from error
+        values = None if values is None else values[(slice(None), *(slice(n) for n in part.shape))]
+        if values is None or checksum(values) != told["steps"][key]:
+            raise CorruptPartial(self._block, f"{name} step {key} is not what was written")
+        return values
+
+    def _unreadable(self, what: str, error: Exception) -> Exception:
+        """Damage; but that an object store does not answer says nothing about what is there."""
+        if says_nothing(error, self._place):
+            return error
+        return CorruptPartial(self._block, f"{what} cannot be read ({type(error).__name__})")
+
+
+def step_key(box: Box, part: Box) -> str:
+    """Name of a step within its piece: where it starts."""
+    return ",".join(str(a - b) for a, b in zip(part.start, box.start, strict=True))
+
+
+def _chunk(frame: BlockGrid, box: Box, channels: int) -> Ints:
+    """Shape of the chunks of a piece."""
+    return (channels, *next(iter(frame.steps(box))).shape)
+
+
+def _chunk_key(box: Box, part: Box, chunk: Ints) -> str:
+    """Name of the chunk of a step."""
+    return ".".join(["c", "0", *(str((a - b) // n) for a, b, n in zip(part.start, box.start, chunk[1:], strict=True))])

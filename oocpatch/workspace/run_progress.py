@@ -1,0 +1,167 @@
+"""What a ledger says, summed up: a few bytes per block, since there may be a million of them.
+
+Sets and dictionaries of Python keep 60 to 250 bytes of each member. Blocks are numbered from zero without gaps, so here
+a block's place in an array says which it is: 26 bytes per block in all.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from oocpatch.storage.paths import Address
+from oocpatch.workspace.ledger import NO_PARTIALS, Promise, Record, read_ledger
+
+ATTEMPT_BYTES = 15
+"""Length of the name of an attempt."""
+
+
+class BlockSet(MutableSet[int]):
+    """A set of blocks, one byte for each block that there may be.
+
+    Args:
+        blocks: how many there may be.
+
+    >>> found = BlockSet(4)
+    >>> found.add(2), 2 in found, 3 in found, list(found), len(found)
+    (None, True, False, [2], 1)
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._flags = bytearray(blocks)
+        self._count = 0
+
+    def __contains__(self, block: object) -> bool:
+        return isinstance(block, int) and 0 <= block < len(self._flags) and self._flags[block] == 1
+
+    def __iter__(self) -> Iterator[int]:
+        block = self._flags.find(1)
+        while block >= 0:
+            yield block
+            block = self._flags.find(1, block + 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, value: int) -> None:
+        self._count += not self._flags[value]
+        self._flags[value] = 1
+
+    def discard(self, value: int) -> None:
+        self._count -= self._flags[value]
+        self._flags[value] = 0
+
+
+class Promises(MutableMapping[int, Promise]):
+    """What blocks left, by block.
+
+    Args:
+        blocks: how many there may be.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = BlockSet(blocks)
+        self._digests = array("L", bytes(array("L").itemsize * blocks))
+        self._attempts = np.zeros(blocks, f"S{ATTEMPT_BYTES}")
+
+    def __getitem__(self, block: int) -> Promise:
+        if block not in self._blocks:
+            raise KeyError(block)
+        digest = self._digests[block]
+        return Promise(digest, self._attempts[block].decode()) if digest else NO_PARTIALS
+
+    def __setitem__(self, block: int, promise: Promise) -> None:
+        self._blocks.add(block)
+        self._digests[block] = promise.digest
+        self._attempts[block] = promise.attempt.encode()
+
+    def __delitem__(self, block: int) -> None:
+        if block not in self._blocks:
+            raise KeyError(block)
+        self._blocks.discard(block)
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._blocks
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a ledger says, summed up.
+
+    Attributes:
+        blocks: number of blocks of the run.
+        predicted: what each block left whose predict stage is done.
+        normalized: the blocks whose normalize stage is done.
+        failed: message of each block that failed and was not done since.
+        counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
+        begun, last: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
+        since: blocks whose predict stage the last call has done.
+    """
+
+    blocks: int
+    predicted: Promises = field(init=False)
+    normalized: BlockSet = field(init=False)
+    failed: dict[int, str] = field(default_factory=dict)
+    counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    begun: float = 0.0
+    last: float = 0.0
+    since: BlockSet = field(init=False)
+    _undone: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.predicted = Promises(self.blocks)
+        self.normalized, self.since = BlockSet(self.blocks), BlockSet(self.blocks)
+
+    @property
+    def uncovered(self) -> int:
+        """Voxels where no patch was."""
+        return sum(uncovered for uncovered, _ in self.counts.values())
+
+    @property
+    def nonfinite(self) -> int:
+        """Voxels that are NaN or infinite."""
+        return sum(nonfinite for _, nonfinite in self.counts.values())
+
+    @classmethod
+    def read(cls, paths: Iterable[Address], blocks: int) -> Progress:
+        """Sum up the segments of a ledger; in which order does not matter."""
+        progress = cls(blocks)
+        for path in paths:
+            for record in read_ledger(path):
+                progress.add(record)
+        return progress
+
+    def add(self, record: Record) -> None:
+        """Take one more record into account; of a block that is not there it is none of this run's."""
+        if not 0 <= record.block < self.blocks:
+            return
+        self.last = max(self.last, record.at)
+        if record.uncovered or record.nonfinite:
+            self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
+        if record.kind == "predict" and record.note in self._undone:
+            return  # taken back, by a driver whose records were read first
+        if record.kind == "predict":
+            self.predicted[record.block] = Promise(record.digest, record.note)
+            self.since.add(record.block)
+            self.failed.pop(record.block, None)
+        elif record.kind == "normalize":
+            self.normalized.add(record.block)
+            self.failed.pop(record.block, None)
+        elif record.kind == "undone":
+            self._undone.add(record.note)
+            if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
+                del self.predicted[record.block]
+        elif record.kind == "begun":
+            self.begun = record.at
+            self.since = BlockSet(self.blocks)
+        else:
+            self.failed[record.block] = record.note

@@ -1,0 +1,174 @@
+"""The workspace: partials, weights, plan and ledger of one run, in a directory of its own, or below one address.
+
+```text
+<workspace>/<run_id>/
+    plan.json            written last when a run is set up: without it the rest is rubbish
+    ledger
+    ledger.<i>-of-<n>    of a part of an array job
+    weights/<head>/<axis>    the weights of a full grid, one 1-D array per axis
+    blocks/<index>/          one directory per block
+        <attempt>/           one per attempt at it, of a name of its own; the ledger says which counts
+```
+
+No attempt touches what another one left: a worker that was frozen and comes back late writes to a directory that nobody
+reads. What lies in it is told in `storage/partials.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from oocpatch.errors import CorruptData
+from oocpatch.planning.plan import Plan
+from oocpatch.planning.windows import axis_weights
+from oocpatch.storage.checksums import text_checksum
+from oocpatch.storage.files import (
+    folders_in_folders,
+    make_folder,
+    remove_folder,
+    remove_tree,
+    remove_trees,
+    write_atomically,
+)
+from oocpatch.storage.paths import Address, says_nothing, store_at
+from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, Promise, read_ledger
+from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
+from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.segments import WHOLE, remove_segment, segments
+
+PLAN = "plan.json"
+"""Name of what makes a workspace one. Workers look for it to know whether their run is still there."""
+
+
+class Workspace:
+    """The workspace of one run.
+
+    Args:
+        root: where the run has it, `<workspace>/<run_id>`.
+        plan: the run's plan.
+    """
+
+    def __init__(self, root: Address, plan: Plan) -> None:
+        self.root = root
+        self.plan = plan
+
+    @classmethod
+    def create(cls, root: Address, plan: Plan) -> Workspace:
+        """Set a run up: rubbish is swept, and `plan.json` comes last, atomically."""
+        (root / PLAN).unlink(missing_ok=True)
+        remove_tree(root)
+        make_folder(root)
+        workspace = cls(root, plan)
+        workspace.write_weights()
+        text = plan.to_json()
+        write_atomically(root / PLAN, json.dumps({"crc": text_checksum(text), "plan": text}))
+        return workspace
+
+    @classmethod
+    def find(cls, root: Address) -> Workspace | None:
+        """The workspace that was set up at `root`, with its stored plan; None when there is none.
+
+        Raises:
+            OSError: when an object store does not answer, which says nothing about what is there.
+        """
+        try:
+            stored = json.loads((root / PLAN).read_text())
+            if text_checksum(stored["plan"]) != stored["crc"]:
+                return None
+            return cls(root, Plan.from_json(stored["plan"]))
+        except OSError as error:
+            if says_nothing(error, root):
+                raise
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def ledger(self, segment: str = WHOLE) -> Ledger:
+        """The ledger, or a segment of it, for its one writer."""
+        return Ledger(self.root / segment)
+
+    def progress(self) -> Progress:
+        """What the ledger says is done, all segments together."""
+        return Progress.read(segments(self.root), self.plan.blocks)
+
+    def join(self) -> None:
+        """Move the records of all segments into the ledger; only when nobody writes to any of them."""
+        parts = [path for path in segments(self.root) if path.name != WHOLE]
+        if parts:
+            ledger = self.ledger()
+            for path in parts:
+                for record in read_ledger(path):
+                    ledger.append(record)
+            ledger.close()
+            for path in parts:
+                remove_segment(path)
+
+    def write_weights(self) -> None:
+        """Write the weights of the full grid anew; the same bytes whenever it is called."""
+        remove_tree(self.root / "weights")
+        for number, (head, frame) in enumerate(zip(self.plan.heads, self.plan.frames, strict=True)):
+            if head.blended and not head.dense:
+                for name, axis in zip(self.plan.axes, frame.grid.axes, strict=True):
+                    values = axis_weights(head.window, axis)
+                    place = self.root / "weights" / str(number)
+                    plain_array(place, name, values.shape, values.shape, "float64")[:] = values
+
+    def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
+        """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.
+
+        Raises:
+            CorruptData: when they cannot be read.
+        """
+        place = self.root / "weights" / str(head)
+        store = store_at(place)
+        try:
+            arrays = [zarr.open_array(store, path=name, mode="r") for name in self.plan.axes]
+            return [np.asarray(array[:], dtype=np.float64) for array in arrays]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptData(
+                f"the weights in {place} are not what was written ({type(error).__name__}); "
+                "the same call writes them anew"
+            ) from error
+
+    def writer(self, block: int) -> PartialWriter:
+        """Write the partials of a block."""
+        return PartialWriter(self._of(block), self.plan.frames)
+
+    def reader(self, block: int, promise: Promise) -> PartialReader:
+        """Read the partials of a block, as the ledger promised them.
+
+        Raises:
+            CorruptPartial: when they are not there, or are others.
+        """
+        return PartialReader(self._of(block), self.plan.frames, block, promise)
+
+    def delete(self, blocks: Iterable[int]) -> None:
+        """Delete the partials of blocks."""
+        remove_trees([self._of(block) for block in blocks])
+
+    def sweep(self, progress: Progress) -> None:
+        """Delete the partials that nobody promised: those of attempts that died, or came too late.
+
+        Only where no other process may have promised them since.
+        """
+        blocks = self.root / "blocks"
+        gone = set()
+        for block, attempt in folders_in_folders(blocks):
+            kept = progress.predicted.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
+            if attempt != kept:
+                gone.add(f"{block}/{attempt}" if kept else block)
+        remove_trees([blocks / name for name in sorted(gone)])
+
+    def _of(self, block: int) -> Address:
+        return self.root / "blocks" / str(block)
+
+
+def remove_workspace(root: Address) -> None:
+    """Delete what a run has, plan first, and the directory it is in when nothing else is."""
+    (root / PLAN).unlink(missing_ok=True)
+    remove_folder(root)
