@@ -18,7 +18,7 @@ from benchmarks.contest import corners, remove
 from benchmarks.measure import answer, measured
 from benchmarks.models import UNet3d
 from benchmarks.sources import make_random
-from oocpatch.models.compilation import Prepared, prepared
+from oocpatch.models.compilation import OptimizedModel, optimized_model
 from oocpatch.models.predictor import resolve_device
 
 Corner = tuple[int, ...]
@@ -36,8 +36,8 @@ def bare(
     with contextlib.ExitStack() as stack:
         place = torch.device(resolve_device(device))
         options = {"channels_last": False, "compile": None, "autocast": False, **variant, "device": str(place)}
-        model = prepared(_network(width).to(place), options, 3, compiled=True)
-        if isinstance(model, Prepared):
+        model = optimized_model(_network(width).to(place), options, 3, compiled=True)
+        if isinstance(model, OptimizedModel):
             stack.enter_context(model.ready())
         return _bare(model, place, options, source=source, patch=patch, overlap=overlap, batch=batch)
 

@@ -11,7 +11,7 @@ import zarr
 
 import oocpatch
 from benchmarks.measure import MIB, answer, measured
-from oocpatch.engine.stages import Done
+from oocpatch.engine.stages import TaskResult
 from oocpatch.execution.scheduler import Run, Task
 from oocpatch.outputs.integrity import keep_ledger
 from oocpatch.outputs.output import create_output
@@ -19,8 +19,8 @@ from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.run.status import root_of
 from oocpatch.volumes.volume import Volume
-from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, Promise
-from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, PartialsRef
+from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace
 
 PATCH, STRIDE, BLOCK = 16, 8, 16
@@ -84,11 +84,11 @@ class Idle:
 
     window = 2
 
-    def submit(self, task: Task) -> Future[Done]:
+    def submit(self, task: Task) -> Future[TaskResult]:
         """Say what a stage would."""
-        promise = Promise(task.index + 1, f"{task.index:015d}") if task.stage == "predict" else NO_PARTIALS
-        future: Future[Done] = Future()
-        future.set_result(Done(promise, units="AAAAAA=="))
+        promise = PartialsRef(task.index + 1, f"{task.index:015d}") if task.stage == "predict" else NO_PARTIALS
+        future: Future[TaskResult] = Future()
+        future.set_result(TaskResult(promise, units="AAAAAA=="))
         return future
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ class Idle:
 def drive(directory: str, edge: int) -> dict[str, Any]:
     """Run both stages over all blocks, with tasks that do nothing."""
     made, _ = _plan(directory, edge)
-    done, every = Progress.read([_ledger(directory)], made.blocks), range(made.blocks)
+    done, every = RunProgress.read([_ledger(directory)], made.blocks), range(made.blocks)
     with measured() as usage:
         ledger = Ledger(_ledger(directory))
         Run(made.block_grid, done, ledger, lambda _: None, own=every, finishes=every).execute(Idle())
@@ -110,7 +110,7 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
 def read_progress(directory: str, edge: int) -> dict[str, Any]:
     """Read the ledger, as a resume does."""
     with measured() as usage:
-        found = Progress.read([_ledger(directory)], edge**3)
+        found = RunProgress.read([_ledger(directory)], edge**3)
     return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
 
 

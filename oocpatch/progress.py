@@ -21,18 +21,18 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-WAYS = ("auto", "bar", "plain", "json", "none")
+DISPLAYS = ("auto", "bar", "plain", "json", "none")
 PLAIN_SECONDS, JSON_SECONDS = 10.0, 1.0
 
 
-def way_of(progress: str | bool) -> str:
+def display_of(progress: str | bool) -> str:
     """How to tell.
 
     Raises:
         ValueError: when it is none of the known ways.
     """
-    if progress not in (*WAYS, True, False):
-        raise ValueError(f"progress must be one of {', '.join(map(repr, WAYS))}, got {progress!r}")
+    if progress not in (*DISPLAYS, True, False):
+        raise ValueError(f"progress must be one of {', '.join(map(repr, DISPLAYS))}, got {progress!r}")
     if isinstance(progress, bool):
         return "bar" if progress else "none"
     if progress == "auto":
@@ -41,7 +41,7 @@ def way_of(progress: str | bool) -> str:
 
 
 @dataclass
-class Tally:
+class ProgressCounter:
     """How much is done, and how fast it goes.
 
     Attributes:
@@ -52,7 +52,8 @@ class Tally:
         bytes_each: bytes of the volume that one stands for.
         clock: seconds; for tests.
 
-    >>> tally = Tally("predict", "patches", 100, resumed=20, bytes_each=5e5, clock=iter([0.0, 4.0, 4.0]).__next__)
+    >>> clock = iter([0.0, 4.0, 4.0]).__next__
+    >>> tally = ProgressCounter("predict", "patches", 100, resumed=20, bytes_each=5e5, clock=clock)
     >>> tally.add(40)
     >>> tally.line()
     'predict: 60 of 100 patches (60%, 20% from before), 10.0 patches/s, 5.0 MB/s, 0:04 left'
@@ -116,12 +117,12 @@ def _clock(seconds: int) -> str:
 
 
 @contextlib.contextmanager
-def telling(
+def show_progress(
     progress: str | bool, verb: str, unit: str, total: int, *, resumed: int = 0, bytes_each: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
     """Tell how far something is, by a function that is told how many more are done, from any thread."""
-    way, lock = way_of(progress), threading.Lock()
-    tally = Tally(verb, unit, total, resumed, bytes_each)
+    way, lock = display_of(progress), threading.Lock()
+    tally = ProgressCounter(verb, unit, total, resumed, bytes_each)
     if way in ("bar", "none"):
         with tqdm(total=total, initial=resumed, unit=f" {unit}", desc=verb, disable=way == "none") as bar:
 
@@ -151,7 +152,7 @@ def telling(
         _say(way, tally)
 
 
-def _say(way: str, tally: Tally) -> int:
+def _say(way: str, tally: ProgressCounter) -> int:
     sys.stderr.write(f"{json.dumps(tally.facts()) if way == 'json' else tally.line()}\n")
     sys.stderr.flush()
     return 1

@@ -29,10 +29,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call as JSON can hold them; paths become absolute, what is no plain value is described.
 
-    >>> settings({"patch_size": (8, 8), "model": len, "output_dtype": np.float64})
+    >>> run_settings({"patch_size": (8, 8), "model": len, "output_dtype": np.float64})
     {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>', 'output_dtype': 'float64'}
     """
     return {
@@ -72,7 +72,7 @@ def _described(value: Any) -> str:
     return f"<{type(value).__name__}{f' {name}' if name else ''}>"
 
 
-def facts(asked: Mapping[str, Any]) -> dict[str, Any]:
+def run_facts(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the output's attributes when a run is done. The peak is the whole process', since its start."""
     return {
         "settings": dict(asked),

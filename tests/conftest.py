@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from oocpatch.cli.main import main
-from tests.children import Children
-from tests.crash_child import Job, make_volume
-from tests.small_run import TINY, job_in, small_run
+from tests.support.children import Children
+from tests.support.crash_child import Job, make_volume
+from tests.support.small_run import TINY, job_in, small_run
 
 # The same commit gives the same verdict, on any machine and however busy it is: no deadline, no random seed.
 # `HYPOTHESIS_PROFILE=explore` looks for new counterexamples instead.

@@ -32,10 +32,11 @@ from oocpatch.aggregation.aggregated import AggregatedOutput, ArraySpec
 from oocpatch.aggregation.aggregator_batch import Batch, head_specs, read_batch
 from oocpatch.aggregation.grid_guess import GridGuess
 from oocpatch.aggregation.head_spec import HeadSpec
-from oocpatch.configuration import door
 from oocpatch.engine.buffers import lean_heap
+from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.axis_sizes import per_axis
 from oocpatch.planning.grid import PatchLocation
+from oocpatch.storage.paths import check_writable, local_path
 
 logger = logging.getLogger("oocpatch")
 
@@ -99,7 +100,7 @@ class PatchAggregator:
         self._overlap = per_axis("patch_overlap", patch_overlap, axes)
         self._output_shape = None if output_shape is None else per_axis("output_shape", output_shape, axes, least=1)
         self._chunks = None if output_chunks is None else per_axis("output_chunks", output_chunks, axes, least=1)
-        self._limit = door.memory_limit(max_memory)
+        self._limit = memory_limit(max_memory)
         self._sums: Accumulation | None = None
         self._single = True
         self._closed = self._final = False
@@ -235,8 +236,8 @@ class PatchAggregator:
     # How it goes on disk
 
     def _open(self, store: str | os.PathLike[str]) -> None:
-        path = door.local_path("store", store)
-        door.writable("store", path)
+        path = local_path("store", store)
+        check_writable("store", path)
         asked = {
             "spatial_shape": self._shape,
             "overlap_mode": self._mode,

@@ -19,7 +19,7 @@ import torch
 
 from oocpatch.aggregation.placement import Key
 from oocpatch.engine.buffers import buffer
-from oocpatch.engine.normalize import Finisher
+from oocpatch.engine.normalize import Normalizer
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.windows import axis_window
@@ -168,7 +168,7 @@ def divided(mode: str, sums: torch.Tensor, box: Box, patches: Sequence[PatchSet]
     factors = patches[0].factors(mode, box) if len(patches) == 1 else None
     if factors is not None:
         tile = tile_voxels(len(sums))
-        Finisher(tuple(map(_above_zero, factors)), None, 0, tile).finish(sums, Box.of_shape(box.shape), out)
+        Normalizer(tuple(map(_above_zero, factors)), None, 0, tile).finish(sums, Box.of_shape(box.shape), out)
         return out
     total = torch.zeros(box.shape, dtype=torch.float32)
     for found in patches:

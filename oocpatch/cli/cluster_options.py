@@ -23,10 +23,10 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
         yield given
         return
     from oocpatch.execution.dask_clients import connected
-    from oocpatch.execution.dask_cluster import announce
+    from oocpatch.execution.dask_cluster import log_dashboard
 
     with connected(scheduler, given["workers"] or 0, given["device"]) as client:
-        log(f"dashboard: {announce(client)}")
+        log(f"dashboard: {log_dashboard(client)}")
         yield {**given, "client": client, "workers": None if processes else given["workers"]}
 
 

@@ -29,8 +29,8 @@ from torch import nn
 from torch.nn import functional
 
 import oocpatch
-from oocpatch.configuration import door
 from oocpatch.errors import OutputExists
+from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import human
 
@@ -275,7 +275,7 @@ def run_demo(
     volume, truth = (zarr.open_array(source / name, mode="r") for name in ("volume", "truth"))
     prediction = zarr.open_array(output / "prediction", mode="r")
     score = dice(prediction, truth)
-    limit = door.memory_limit(max_memory)
+    limit = memory_limit(max_memory)
     log(
         f"predicted {human(volume.nbytes)} in {seconds:.1f} s; memory added at the peak: {human(added())} "
         f"of the {human(limit)} allowed\nDice coefficient against the truth: {score:.3f}"

@@ -15,10 +15,10 @@ import psutil
 import torch
 import zarr
 
-from oocpatch.configuration import door
+from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.plan import human
 from oocpatch.provenance import versions
-from oocpatch.storage.zarrs_codec import NativeArray
+from oocpatch.storage.zarrs_codec import ZarrsArray
 
 EXTRAS = {
     "fast": ("zarrs",),
@@ -53,7 +53,7 @@ def examine(directory: Path) -> dict[str, Any]:
             "allowed": len(os.sched_getaffinity(0)),
             "torch_threads": torch.get_num_threads(),
         },
-        "memory": {"total": memory.total, "available": memory.available, "auto": door.memory_limit("auto")},
+        "memory": {"total": memory.total, "available": memory.available, "auto": memory_limit("auto")},
         "disk": {name: {"path": str(p.resolve()), "free": shutil.disk_usage(p).free} for name, p in places.items()},
         "devices": _devices(),
         "extras": {name: [m for m in wanted if importlib.util.find_spec(m) is None] for name, wanted in EXTRAS.items()},
@@ -71,7 +71,7 @@ def _codes_with_zarrs() -> bool:
     """Whether zarrs really reads an array here, and not only is installed."""
     with tempfile.TemporaryDirectory() as folder:
         array = zarr.create_array(f"{folder}/a", data=np.arange(8, dtype=np.uint8), chunks=(4,))
-        coder = NativeArray.open(array, 1)
+        coder = ZarrsArray.open(array, 1)
         if coder is None:
             return False
         out = np.zeros(8, np.uint8)

@@ -302,10 +302,10 @@ def predict(volume: str, output: str, *, as_json: bool, progress: str, **options
 
 def _counts(output: str) -> dict[str, int] | None:
     """What is to be known about the voxels; None while parts of the run are not done."""
-    from oocpatch.configuration.door import place
     from oocpatch.outputs.record import inspect_output
+    from oocpatch.storage.paths import output_path
 
-    record = inspect_output(place("output", output))
+    record = inspect_output(output_path("output", output))
     if record is None or not record.complete:
         return None
     return {name: int(record.details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}

@@ -12,23 +12,22 @@ import math
 import numpy as np
 import torch
 
-from oocpatch.configuration.output_heads import Layout, lay_out
+from oocpatch.configuration.output_heads import OutputHeads, infer_heads
 from oocpatch.configuration.run_config import AUTO, Request, is_auto
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.engine.device_transfer import is_staged
 from oocpatch.errors import CorruptData, PlanTooLarge
-from oocpatch.models.around import around
 from oocpatch.models.compilation import compiled_bytes
-from oocpatch.models.input_spec import accepted
+from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.predictor import Probe
+from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord
-from oocpatch.planning.auto import MODEL_SHARE, MULTIPLE, batch_size, patch_sizes
 from oocpatch.planning.heads import common_unit
-from oocpatch.planning.memory import HeadSizes, Sizes, chunk_bytes
+from oocpatch.planning.memory import ByteSizes, HeadSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human
-from oocpatch.planning.planner import choose
+from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
 
 
 def make_plan(request: Request) -> Plan:
@@ -54,7 +53,7 @@ def make_plan(request: Request) -> Plan:
 def _candidates(request: Request) -> list[Request]:
     """Requests with patch sizes that the model may take and the memory may hold, the largest first."""
     volume, loops = request.volume, request.looped
-    fixed = accepted(around(request.models)).sides
+    fixed = input_spec_of(ensemble(request.models)).sides
     sizes = patch_sizes(volume.shape[loops:], volume.chunks[loops:], fixed)
     overlap = request.patch_overlap[loops:]
     found = [request.settled(size, AUTO) for size in sizes if all(o < n for o, n in zip(overlap, size, strict=True))]
@@ -94,9 +93,9 @@ def _planned(request: Request) -> Plan:
         )
     threads = torch.get_num_threads()
     probe = _probed(request, threads)
-    layout = lay_out(request, probe)
+    layout = infer_heads(request, probe)
     if is_auto(request.options["batch_size"]):
-        accepts = accepted(around(request.models))
+        accepts = input_spec_of(ensemble(request.models))
         batch = batch_size(
             math.prod(request.patch_size),
             -(-probe.bytes // probe.least_batch) + patch_bytes,
@@ -156,7 +155,7 @@ def _planned(request: Request) -> Plan:
 
 def _note(request: Request) -> str:
     """What is around the model, in words; nothing for a model alone."""
-    accepts, preprocess = accepted(around(request.models)), request.options["preprocess"]
+    accepts, preprocess = input_spec_of(ensemble(request.models)), request.options["preprocess"]
     told = []
     if len(request.models) > 1:
         told.append(f"mean of {len(request.models)} models")
@@ -215,7 +214,7 @@ def resumed(plan: Plan, request: Request) -> Plan:
     return plan.at(workers, needed)
 
 
-def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
+def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
     """What a voxel, a chunk and a batch weigh."""
     volume, batch = request.volume, request.options["batch_size"]
     patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
@@ -238,7 +237,7 @@ def _weigh(request: Request, layout: Layout, probe: Probe) -> Sizes:
                 staged=staged,
             )
         )
-    return Sizes(
+    return ByteSizes(
         in_voxel=volume.channels * volume.dtype.itemsize,
         in_chunk=volume.chunks,
         in_chunk_bytes=volume.chunk_bytes,

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from oocpatch.configuration import door
-from oocpatch.engine.normalize import POSTPROCESSES, Postprocess
-from oocpatch.models.geometry import Geometry
+from oocpatch.engine.normalize import POSTPROCESSES, Postprocess, postprocess_of
 from oocpatch.models.predictor import Probe
+from oocpatch.models.probe import Geometry
+from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, patch_grid
@@ -46,7 +46,7 @@ class Asked(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class OutputHeads:
     """Heads and the grid of their patches.
 
     Attributes:
@@ -62,7 +62,7 @@ class Layout:
     grid: PatchGrid
 
 
-def lay_out(request: Asked, probe: Probe) -> Layout:
+def infer_heads(request: Asked, probe: Probe) -> OutputHeads:
     """Decide what becomes of the model's outputs.
 
     Raises:
@@ -94,7 +94,7 @@ def lay_out(request: Asked, probe: Probe) -> Layout:
     heads = [
         _head(request, name, output, scales[name], (0,) * loops + trims[name]) for name, output in probe.outputs.items()
     ]
-    return Layout(tuple(heads), around, snap, grid)
+    return OutputHeads(tuple(heads), around, snap, grid)
 
 
 def _context(geometry: Mapping[str, Geometry]) -> tuple[Ints, dict[str, Ints]]:
@@ -122,7 +122,7 @@ def _trim(geometry: Geometry, axis: int, context: int) -> int | None:
 def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, ...], trim: Ints) -> Head:
     """What becomes of one output: channels and dtypes after blending and postprocess, and chunks."""
     options, loops = request.options, request.looped
-    mode = door.of_head(options["overlap_mode"], name, "hann")
+    mode = of_head(options["overlap_mode"], name, "hann")
     postprocess = postprocess_of(request.options, name, mode)
     values = (output if mode == "crop" else output.to(torch.float32))[0]
     if mode == "vote":
@@ -138,8 +138,8 @@ def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, .
     axis = request.volume.channel_axis
     if axis is None and out_channels > 1:
         axis = "channel"
-    out_dtype = door.of_head(options["output_dtype"], name, None) or out_dtype
-    door.held("output_fill", options["output_fill"], out_dtype)
+    out_dtype = of_head(options["output_dtype"], name, None) or out_dtype
+    check_fits("output_fill", options["output_fill"], out_dtype)
     chunks, unit = _chunks(request, np.dtype(out_dtype).itemsize, scale)
     return Head(
         name=name,
@@ -156,16 +156,6 @@ def _head(request: Asked, name: str, output: torch.Tensor, scale: tuple[Scale, .
         unit=unit,
         labels=labels,
     )
-
-
-def postprocess_of(options: Mapping[str, Any], name: str, mode: str) -> Postprocess | None:
-    """The postprocess of a head; votes are counted by one of their own."""
-    found: Postprocess | None = door.of_head(options["postprocess"], name, None)
-    if mode != "vote":
-        return found
-    if found is not None:
-        raise ValueError(f"postprocess must be None where overlap_mode is 'vote', got one for {name!r}")
-    return POSTPROCESSES["argmax"]
 
 
 def _ballot_paper(labels: torch.Tensor, classes: int | None, name: str) -> torch.Tensor:
@@ -209,7 +199,7 @@ def _chunks(request: Asked, itemsize: int, scale: tuple[Scale, ...]) -> tuple[In
     chunks: Ints = asked or default[loops:]
     if asked is None and shards is not None:
         chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
-    unit = door.write_unit(chunks, shards, shape[loops:])
+    unit = write_unit(chunks, shards, shape[loops:])
     if request.options["ome"]:  # time comes before channels there, and each index of it is a write of its own
         default = (*(1,) * loops, *default[loops:])
-    return (*default[:loops], *door.clipped(chunks, shape[loops:])), (*default[:loops], *unit)
+    return (*default[:loops], *clipped_chunks(chunks, shape[loops:])), (*default[:loops], *unit)

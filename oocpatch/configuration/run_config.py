@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from oocpatch.configuration import door
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.normalize import named_postprocess
 from oocpatch.engine.patch_selection import Mask, Selection
 from oocpatch.errors import RunMismatch
-from oocpatch.models import augmentation as augmentation
-from oocpatch.models import preprocessing as preprocessing
-from oocpatch.models.around import around
-from oocpatch.models.compilation import compile_mode, fingerprint, prepared, refuse_unprepared, uses_graphs
-from oocpatch.models.input_spec import accepted
-from oocpatch.models.loading import Model, load_models, model_identity
+from oocpatch.models import augmentation, preprocessing
+from oocpatch.models.compilation import (
+    check_compilation,
+    compilation_fingerprint,
+    compile_mode,
+    optimized_model,
+    uses_graphs,
+)
+from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.input_spec import input_spec_of
+from oocpatch.models.loading import Model, load_models
 from oocpatch.models.predictor import Predictor, resolve_device
-from oocpatch.outputs.ome_labels import format_beside
+from oocpatch.models.wrappers import ensemble
+from oocpatch.outputs.ome_labels import format_in_parent
+from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
+from oocpatch.planning.arguments import (
+    check_fits,
+    checked_overlap_mode,
+    dtype_name,
+    json_number,
+    memory_limit,
+    num_bytes,
+    per_head,
+    positive,
+    real_number,
+    switch,
+)
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.plan import differences
-from oocpatch.storage.paths import Address
-from oocpatch.volumes.volume import Volume
+from oocpatch.storage.locks import beside
+from oocpatch.storage.paths import Address, check_writable, output_path
+from oocpatch.volumes.volume import Volume, checked_padding_mode, refuse_overlap, spatial_box, spatial_sizes
 
 AUTO = "auto"
 """A size that is to be chosen."""
@@ -82,10 +99,10 @@ class Request:
         return bool(self.selection) or self.options["skip_value"] is not None
 
     @property
-    def turns(self) -> tuple[augmentation.Turn, ...]:
+    def turns(self) -> tuple[augmentation.FlipRotate, ...]:
         """The ways in which the model sees a patch."""
         axes, patch_size = self.volume.names[self.looped :], self.patch_size[self.looped :]
-        return augmentation.turns(self.options["augment"], axes, patch_size)
+        return augmentation.flips_and_rotations(self.options["augment"], axes, patch_size)
 
     def predictor(
         self, *, statistics: preprocessing.Statistics = (), compiled: bool = False, **settings: Any
@@ -93,9 +110,9 @@ class Request:
         """The model and what is around it, as a function of batches; compiled, if that was asked for and is to be."""
         preprocess = preprocessing.applied(self.options["preprocess"], statistics)
         axes, options = self.volume.spatial_ndim, self.options
-        models = [prepared(model, options, axes, compiled=compiled) for model in self.models]
+        models = [optimized_model(model, options, axes, compiled=compiled) for model in self.models]
         return Predictor(
-            around(models, preprocess, self.turns),
+            ensemble(models, preprocess, self.turns),
             device=self.options["device"],
             autocast=self.options["autocast"],
             looped=self.looped,
@@ -105,7 +122,9 @@ class Request:
 
     def statistics(self, *, hidden: bool | None = True) -> tuple[tuple[float, float], ...]:
         """What the preprocess needs to know of the whole volume; reads it all, if anything."""
-        return preprocessing.statistics(self.options["preprocess"], self.volume, self.max_memory, hidden=hidden)
+        return preprocessing.preprocess_statistics(
+            self.options["preprocess"], self.volume, self.max_memory, hidden=hidden
+        )
 
     def refuse_patches(self) -> None:
         """Refuse patches that the model's file, or what is around the model, rules out.
@@ -113,9 +132,9 @@ class Request:
         Raises:
             ValueError: with what would do.
         """
-        accepts, preprocess = accepted(around(self.models, None, self.turns)), self.options["preprocess"]
+        accepts, preprocess = input_spec_of(ensemble(self.models, None, self.turns)), self.options["preprocess"]
         channels = accepts.channels or 0 if callable(preprocess) else self.volume.channels  # it may change them
-        accepts.refuse(channels, self.patch_size[self.looped :])
+        accepts.validate(channels, self.patch_size[self.looped :])
 
     def settled(self, patch_size: Sequence[int], batch_size: Any) -> Request:
         """The same request, with these sizes where it left them open; `patch_size` is spatial."""
@@ -204,67 +223,63 @@ def make_request(
         ValueError, TypeError: for the first one that will not do.
     """
     lean_heap()  # before the probe of the model, whose memory would stay in the heap
-    target = door.place("output", output)
-    place = beside(target, "") if workspace is None else door.place("workspace", workspace)
+    target = output_path("output", output)
+    place = beside(target, "") if workspace is None else output_path("workspace", workspace)
     data = volume if isinstance(volume, Volume) and axes is None else _volume(volume, axes, level)
     named: tuple[tuple[str, Address], ...] = (("output", target), ("workspace", place))
     for name, path in named:
-        door.apart(name, path, data)
-        door.writable(name, path)
-    if client is not None:
-        from oocpatch.execution.dask_cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
-
-        checked_client(client)
-    found_format = door.output_format(format_beside(target, output_format), data)
+        refuse_overlap(name, path, data)
+        check_writable(name, path)
+    found_format = checked_output_format(format_in_parent(target, output_format), data)
     found_device = resolve_device(device)
     models = load_models(model, weights=weights, model_args=model_args, trust_pickle=trust_pickle, device=found_device)
     looped = len(data.shape) - data.spatial_ndim
-    patch = () if is_auto(patch_size) else (1,) * looped + door.sizes("patch_size", patch_size, data, least=1)
-    overlap = (0,) * looped + door.sizes("patch_overlap", patch_overlap, data)
+    patch = () if is_auto(patch_size) else (1,) * looped + spatial_sizes("patch_size", patch_size, data, least=1)
+    overlap = (0,) * looped + spatial_sizes("patch_overlap", patch_overlap, data)
     if patch:
         PatchGrid.of(data.shape, patch, overlap)
 
     def spatial(name: str, value: int | Sequence[int] | Mapping[str, int] | None) -> Ints | None:
-        return None if value is None else door.sizes(name, value, data, least=1)
+        return None if value is None else spatial_sizes(name, value, data, least=1)
 
-    processes = None if workers is None else door.positive("workers", workers)
+    processes = None if workers is None else positive("workers", workers)
     options = {
-        "preprocess": preprocessing.checked(preprocess, data.dtype, data.channels),
-        "augment": augmentation.checked(augment, data.names[looped:]),
-        "overlap_mode": door.per_head(overlap_mode, door.overlap_mode),
-        "num_classes": None if num_classes is None else door.positive("num_classes", num_classes),
-        "postprocess": door.per_head(postprocess, _postprocess),
-        "padding_mode": door.padding_mode(padding_mode),
-        "fill": door.number("fill", fill),
-        "batch_size": AUTO if is_auto(batch_size) else door.positive("batch_size", batch_size),
+        "preprocess": preprocessing.checked_preprocess(preprocess, data.dtype, data.channels),
+        "augment": augmentation.checked_augmentation(augment, data.names[looped:]),
+        "overlap_mode": per_head(overlap_mode, checked_overlap_mode),
+        "num_classes": None if num_classes is None else positive("num_classes", num_classes),
+        "postprocess": per_head(postprocess, _postprocess),
+        "padding_mode": checked_padding_mode(padding_mode),
+        "fill": real_number("fill", fill),
+        "batch_size": AUTO if is_auto(batch_size) else positive("batch_size", batch_size),
         "device": found_device,
-        "autocast": door.flag("autocast", autocast),
-        "channels_last": door.flag("channels_last", channels_last),
+        "autocast": switch("autocast", autocast),
+        "channels_last": switch("channels_last", channels_last),
         "compile": compile_mode(compile),
-        "output_dtype": door.per_head(output_dtype, lambda value: door.dtype("output_dtype", value)),
+        "output_dtype": per_head(output_dtype, lambda value: dtype_name("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
         "ome": found_format != "zarr",
-        "output_fill": door.number("output_fill", output_fill),
-        "allow_nonfinite": door.flag("allow_nonfinite", allow_nonfinite),
-        "skip_value": empty_value(data) if door.flag("skip_empty", skip_empty) else None,
+        "output_fill": real_number("output_fill", output_fill),
+        "allow_nonfinite": switch("allow_nonfinite", allow_nonfinite),
+        "skip_value": empty_value(data) if switch("skip_empty", skip_empty) else None,
         # A process of a cluster works on one block at a time.
         "workers": 1 if client is not None else processes,
         "processes": processes,
     }
-    refuse_unprepared(models, options, data.spatial_ndim)
+    check_compilation(models, options, data.spatial_ndim)
     if padding_mode == "constant":
-        door.held("fill", options["fill"], str(data.dtype))
+        check_fits("fill", options["fill"], str(data.dtype))
     if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
         raise ValueError(
             "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
         )
     found_mask = None if mask is None else _mask(mask, data)
-    found_box = None if box is None else door.box("box", box, data)
+    found_box = None if box is None else spatial_box("box", box, data)
     parameters = {
         "volume": data.identity,
         "axes": list(data.axes.names),
-        "model": model_identity(models[0]) if len(models) == 1 else [model_identity(member) for member in models],
+        "model": model_fingerprint(models[0]) if len(models) == 1 else [model_fingerprint(member) for member in models],
         "preprocess": _identity_of(options["preprocess"]),
         "augment": options["augment"],
         "patch_size": patch[looped:] if patch else AUTO,
@@ -272,22 +287,22 @@ def make_request(
         "overlap_mode": options["overlap_mode"],
         "num_classes": options["num_classes"],
         "padding_mode": options["padding_mode"],
-        "fill": door.plain(options["fill"]),
+        "fill": json_number(options["fill"]),
         "mask": None if found_mask is None else found_mask.volume.identity,
         "skip_empty": bool(skip_empty),
         "box": None if found_box is None else [list(found_box.start[looped:]), list(found_box.stop[looped:])],
         "batch_size": options["batch_size"],
         "device": torch.device(found_device).type,
         "autocast": options["autocast"],
-        "postprocess": door.per_head(postprocess, _identity_of),
+        "postprocess": per_head(postprocess, _identity_of),
         "output_dtype": options["output_dtype"],
         "output_chunks": options["output_chunks"],
         "output_shards": options["output_shards"],
-        "output_fill": door.plain(options["output_fill"]),
+        "output_fill": json_number(options["output_fill"]),
         "output_format": found_format,
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
-        **fingerprint(options),
+        **compilation_fingerprint(options),
     }
     request = Request(
         volume=data,
@@ -297,8 +312,8 @@ def make_request(
         patch_size=patch,
         patch_overlap=overlap,
         selection=Selection(found_mask, found_box),
-        max_memory=door.memory_limit(max_memory),
-        max_disk=None if max_disk is None else door.num_bytes("max_disk", max_disk),
+        max_memory=memory_limit(max_memory),
+        max_disk=None if max_disk is None else num_bytes("max_disk", max_disk),
         block_shape=spatial("block_shape", block_shape),
         parameters=parameters,
         options=options,
@@ -332,7 +347,7 @@ def _postprocess(value: Any) -> Any:
 
 
 def _identity_of(value: Any) -> Any:
-    return model_identity(value) if callable(value) else value
+    return model_fingerprint(value) if callable(value) else value
 
 
 def _volume(volume: Any, axes: str | Sequence[str] | None, level: int | str) -> Volume:
@@ -368,24 +383,3 @@ def empty_value(volume: Volume) -> float:
     array = volume.source.array
     value = None if array is None else array.fill_value
     return 0.0 if value is None else float(value)
-
-
-def beside(output: Address, suffix: str) -> Address:
-    """What a run keeps beside its output: the workspace unless told, and with a suffix the lock."""
-    return output.with_name(f"{output.name}.oocpatch{suffix}")
-
-
-def part_lock(output: Address, part: tuple[int, int]) -> Address:
-    """The lock of one part of a run."""
-    return beside(output, f".lock.part-{part[0]}-of-{part[1]}")
-
-
-def locks(output: Address) -> list[Address]:
-    """The lock of an output, and those of parts of its run."""
-    whole = beside(output, ".lock")
-    start = f"{whole.name}.part-"
-    found: Iterable[Address] = (
-        whole.parent.glob(f"{glob.escape(start)}*") if isinstance(whole, Path) else whole.siblings(start)
-    )
-    parts = (path for path in found if path.name.removeprefix(start).replace("-of-", "").isdigit())
-    return [whole, *sorted(parts, key=str)]

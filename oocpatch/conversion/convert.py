@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import xarray
 
-from oocpatch.configuration import door
 from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of, remove, replaceable
 from oocpatch.errors import PlanTooLarge
+from oocpatch.planning.arguments import clipped_chunks, memory_limit, write_unit
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import human
-from oocpatch.progress import telling
+from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
-from oocpatch.volumes.volume import REQUEST, Volume, default_chunks
+from oocpatch.storage.paths import check_writable, local_path
+from oocpatch.volumes.volume import REQUEST, Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
 """Copies of a chunk that coding it takes at most, the encoded one included."""
@@ -98,17 +99,17 @@ def convert(
     ...     print(made.dims, made.values.tolist()[1])
     ('y', 'x') [6, 7, 8, 9, 10, 11]
     """
-    target = door.local_path("output", output)
+    target = local_path("output", output)
     data = Volume(volume, axes, level)
-    door.apart("output", target, data)
-    door.writable("output", target)
+    refuse_overlap("output", target, data)
+    check_writable("output", target)
     looped = len(data.shape) - data.spatial_ndim
     chunk = default_chunks(data, data.dtype.itemsize)
     if chunks is not None:
-        chunk = door.clipped((*(1,) * looped, *door.sizes("chunks", chunks, data, least=1)), data.shape)
-    shard = None if shards is None else (*(1,) * looped, *door.sizes("shards", shards, data, least=1))
-    unit = door.write_unit(chunk, shard, data.shape)
-    stream = plan_stream(data, unit, door.memory_limit(max_memory))
+        chunk = clipped_chunks((*(1,) * looped, *spatial_sizes("chunks", chunks, data, least=1)), data.shape)
+    shard = None if shards is None else (*(1,) * looped, *spatial_sizes("shards", shards, data, least=1))
+    unit = write_unit(chunk, shard, data.shape)
+    stream = plan_stream(data, unit, memory_limit(max_memory))
     record = record_of(data, level, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def convert(
         if not is_complete(target, record):
             made = Conversion.open(partial, data, record, chunk, unit)
             voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
-            with telling(progress, "convert", "voxels", total, resumed=made.done, bytes_each=voxel) as tell:
+            with show_progress(progress, "convert", "voxels", total, resumed=made.done, bytes_each=voxel) as tell:
                 _stream(data, made, stream, tell)
             made.finish(target)
     found: xarray.DataArray = xarray.open_zarr(target)[NAME]

@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,3 +86,33 @@ def lean_heap(chunks: int = 0, largest: int = KEPT_BY_HEAP) -> None:
         mallopt(MMAP_THRESHOLD, mapped)
         mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)
+
+
+class FutureGroup:
+    """Calls that threads of a pool are working on.
+
+    Args:
+        pool: the threads.
+    """
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+        self._futures: list[Future[Any]] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> None:
+        """Begin a call."""
+        self._futures.append(self._pool.submit(function, *args))
+
+    def wait(self) -> None:
+        """Until all calls are done; the first that failed raises here."""
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.result()
+
+    def cancel_and_wait(self) -> None:
+        """Until no call is running any more; what failed is of no interest."""
+        for future in self._futures:
+            future.cancel()
+        for future in self._futures:
+            if not future.cancelled():
+                future.exception()

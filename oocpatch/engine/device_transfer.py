@@ -31,7 +31,7 @@ from oocpatch.engine.buffers import buffer
 from oocpatch.planning.memory import pinned_bytes
 
 Array = npt.NDArray[Any]
-Arrived = Callable[[], None]
+CopyDone = Callable[[], None]
 """Returns when a copy is done."""
 
 
@@ -99,7 +99,7 @@ class Transfer:
             return torch.empty(pinned_bytes(size), dtype=torch.uint8, pin_memory=True)
         return buffer((pinned_bytes(size),), torch.uint8, "cpu")
 
-    def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Arrived:
+    def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> CopyDone:
         """Begin to copy into the first of each pair, in main memory; what is given back waits for the end."""
         return self._copy(self._down, self.queued(), pairs)
 
@@ -108,7 +108,7 @@ class Transfer:
         stream: torch.cuda.Stream | None,
         after: torch.cuda.Event | None,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    ) -> Arrived:
+    ) -> CopyDone:
         """Copy into the first of each pair; what is given back returns when that is done.
 
         By `data`, which does not count: a patch that is a view of the ring must not seem to be written by the model
@@ -126,7 +126,7 @@ class Transfer:
             return _recorded(stream).synchronize
 
 
-class Landing:
+class HostStaging:
     """Where the parts of a slab come down, one slab at a time: the next one goes to the same memory.
 
     Args:
@@ -139,7 +139,7 @@ class Landing:
         self._size = size
         self._memory: torch.Tensor | None = None
 
-    def take(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Array], Arrived]:
+    def take(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Array], CopyDone]:
         """Arrays that hold what tensors hold, as soon as the function beside them returns.
 
         They are valid until the next call. The tensors must not change before the function has returned.

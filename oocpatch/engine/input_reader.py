@@ -7,9 +7,8 @@ from concurrent.futures import Executor
 
 import torch
 
-from oocpatch.engine.buffers import buffer
+from oocpatch.engine.buffers import FutureGroup, buffer
 from oocpatch.engine.device_transfer import Transfer
-from oocpatch.engine.pending import Pending
 from oocpatch.engine.ring_buffer import Ring
 from oocpatch.planning.box import Box
 from oocpatch.planning.sweep import Group
@@ -51,7 +50,7 @@ class Reader:
         self._padding = padding_mode, fill
         self._at = region.start[axis]
         self._batch: torch.Tensor | None = None
-        self.pending = Pending(pool)
+        self.pending = FutureGroup(pool)
 
     def fits(self, group: Group, keep: int) -> bool:
         """Whether a group can be read while planes from `keep` on are still in use."""

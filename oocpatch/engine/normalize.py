@@ -6,11 +6,13 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from oocpatch.planning.arguments import of_head
 from oocpatch.planning.box import Box, Ints, cut
 
 Postprocess = Callable[[torch.Tensor], torch.Tensor]
@@ -66,7 +68,7 @@ NOTHING = Counts()
 
 
 @dataclass(frozen=True, slots=True)
-class Finisher:
+class Normalizer:
     """Turns sums into output values.
 
     Attributes:
@@ -89,7 +91,7 @@ class Finisher:
     fill: float = 0.0
     nonfinite: bool = False
 
-    def on(self, device: str, tile: int) -> Finisher:
+    def on(self, device: str, tile: int) -> Normalizer:
         """The same for sums on a device, in tiles of so many voxels."""
         weights = None if self.weights is None else tuple(w.to(device) for w in self.weights)
         return replace(self, weights=weights, tile=tile)
@@ -275,3 +277,13 @@ def round_in_place(values: torch.Tensor, dtype: torch.dtype, *, nan: bool = True
 def _fits(source: torch.dtype, target: torch.dtype) -> bool:
     a, b = torch.iinfo(source), torch.iinfo(target)
     return bool(b.min <= a.min and a.max <= b.max)
+
+
+def postprocess_of(options: Mapping[str, Any], name: str, mode: str) -> Postprocess | None:
+    """The postprocess of a head; votes are counted by one of their own."""
+    found: Postprocess | None = of_head(options["postprocess"], name, None)
+    if mode != "vote":
+        return found
+    if found is not None:
+        raise ValueError(f"postprocess must be None where overlap_mode is 'vote', got one for {name!r}")
+    return POSTPROCESSES["argmax"]

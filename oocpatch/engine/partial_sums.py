@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 
 from oocpatch.engine.buffers import buffer, torch_dtype
-from oocpatch.engine.normalize import NOTHING, Counts, Finisher
+from oocpatch.engine.normalize import NOTHING, Counts, Normalizer
 from oocpatch.engine.ring_buffer import Ring
 from oocpatch.planning.blocks import Block, BlockGrid, offsets
 from oocpatch.planning.box import Box
@@ -32,7 +32,7 @@ from oocpatch.planning.heads import Head
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SlabPiece:
     """A part of a slab.
 
     Attributes:
@@ -49,10 +49,10 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class FilledPiece:
     """A part that is complete, with its data on the device: sums `(C, *box)`, or values of the output `(C', *box)`."""
 
-    part: Part
+    part: SlabPiece
     data: torch.Tensor
 
 
@@ -74,7 +74,7 @@ def destinations(blocks: BlockGrid, block: Block) -> list[tuple[str | None, Box]
     return [(piece, box) for piece, box in found if not box.empty]
 
 
-def slabs(blocks: BlockGrid, block: Block, head: int = 0) -> Iterator[tuple[Box, list[Part]]]:
+def slabs(blocks: BlockGrid, block: Block, head: int = 0) -> Iterator[tuple[Box, list[SlabPiece]]]:
     """The slabs of a block's reach, in the order of the sweep, each with its parts: they cover it exactly once."""
     pieces, axis = destinations(blocks, block), blocks.sweep
     core_stop = block.core.stop[axis]
@@ -83,7 +83,7 @@ def slabs(blocks: BlockGrid, block: Block, head: int = 0) -> Iterator[tuple[Box,
         block.reach.along(axis, core_stop, block.reach.stop[axis]),
     ):
         for slab in blocks.steps(region):
-            parts = [Part(piece, box, slab & box, head) for piece, box in pieces]
+            parts = [SlabPiece(piece, box, slab & box, head) for piece, box in pieces]
             yield slab, [p for p in parts if not p.box.empty]
 
 
@@ -117,9 +117,9 @@ class Partial:
         head: Head,
         capacity: int,
         window: torch.Tensor | None,
-        finisher: Finisher,
+        finisher: Normalizer,
         device: str,
-        emit: Callable[[list[Staged]], list[Staged]],
+        emit: Callable[[list[FilledPiece]], list[FilledPiece]],
         check_finite: bool,
     ) -> None:
         block = blocks[index]
@@ -134,7 +134,7 @@ class Partial:
         self._emit = emit
         self._check = check_finite and dtype.is_floating_point
         self._slabs = slabs(blocks, block, number)
-        self._slab: tuple[Box, list[Staged]] | None = None
+        self._slab: tuple[Box, list[FilledPiece]] | None = None
         self._free: list[torch.Tensor] = []
         self._at = self._touched = block.reach.start[blocks.sweep]
         self.counts = NOTHING
@@ -178,7 +178,7 @@ class Partial:
                     self.counts += Counts(sum(p.box.size for p in parts if p.piece is None))
                     self._at = slab.stop[self._axis]
                     continue
-                self._slab = slab, [Staged(p, self._empty(p)) for p in parts]
+                self._slab = slab, [FilledPiece(p, self._empty(p)) for p in parts]
                 self._free = []  # what did not fit must not take memory beside what was made instead
             slab, staged = self._slab
             stop = min(to, slab.stop[self._axis], self._at + self._ring.capacity)
@@ -201,7 +201,7 @@ class Partial:
         else:
             sums.zero_()
 
-    def _empty(self, part: Part) -> torch.Tensor:
+    def _empty(self, part: SlabPiece) -> torch.Tensor:
         """Memory for a part: that of a part that is written, since new pages cost as much as what goes into them."""
         sums, head = self._ring.data, self._head
         out = (head.out_channels, torch_dtype(head.out_dtype))
@@ -212,7 +212,7 @@ class Partial:
                 return self._free.pop(i)
         return buffer(shape, dtype, sums.device)
 
-    def _leave(self, box: Box, item: Staged) -> None:
+    def _leave(self, box: Box, item: FilledPiece) -> None:
         if box.empty:
             return
         for part, sums in self._ring.parts(box):
@@ -237,3 +237,48 @@ class Partial:
             f"the model's output must be finite, got NaN or infinity at voxel {voxel} and in {int(unlike.sum())} of "
             f"the {box.size} voxels around it; pass allow_nonfinite=True to keep such values where they are"
         )
+
+
+class SlabSums:
+    """Own sums over the open parts of one slab, and the seams that are added to them in turn.
+
+    Args:
+        head: what they are sums of.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.out_dtype = torch_dtype(head.out_dtype)
+        self.parts: list[tuple[Box, torch.Tensor | None]] = []
+
+    def own(self, box: Box, data: torch.Tensor | None) -> None:
+        """Begin with the block's own sums over a box; None: it has none there."""
+        if not box.empty:
+            self.parts.append((box, data))
+
+    def add(self, box: Box, seam: torch.Tensor | None) -> None:
+        """Add a seam over a box; for `crop` its values replace what is there."""
+        if seam is None:
+            return
+        for i, (own, data) in enumerate(self.parts):
+            common = own & box
+            if common.empty:
+                continue
+            if data is None:
+                data = torch.zeros((self.head.stored, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
+                if self.head.mode == "max":
+                    data[: self.head.channels] = -torch.inf
+                self.parts[i] = own, data
+            target = data[(slice(None), *common.slices(own.start))]
+            self._merge(target, seam[(slice(None), *common.slices(box.start))])
+
+    def _merge(self, target: torch.Tensor, seam: torch.Tensor) -> None:
+        head = self.head
+        if head.blended:
+            target.add_(seam)
+        elif head.mode == "max":
+            torch.maximum(target, seam, out=target)  # of the last channel, too, if it says where patches were
+        elif head.dense:
+            target.copy_(torch.where(seam[-1:] != 0, seam, target))
+        else:
+            target.copy_(seam)

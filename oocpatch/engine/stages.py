@@ -17,17 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocpatch.engine.buffers import buffer, torch_dtype
-from oocpatch.engine.device_transfer import Arrived, Landing, Transfer
+from oocpatch.engine.buffers import FutureGroup, buffer, torch_dtype
+from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import Reader
-from oocpatch.engine.normalize import NOTHING, Counts, Finisher
-from oocpatch.engine.partial_sums import Part, Partial, Staged, own_name, seam_name
+from oocpatch.engine.normalize import NOTHING, Counts, Normalizer
+from oocpatch.engine.partial_sums import FilledPiece, Partial, SlabPiece, SlabSums, own_name, seam_name
 from oocpatch.engine.patch_selection import Selection
-from oocpatch.engine.pending import Pending
-from oocpatch.engine.seams import SlabSums
 from oocpatch.models.predictor import Predictor
 from oocpatch.outputs.output import Output
-from oocpatch.outputs.write_units import Written
+from oocpatch.outputs.write_units import WriteChecksums
 from oocpatch.planning.blocks import Block
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis
@@ -37,7 +35,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.windows import axis_window
 from oocpatch.volumes.volume import Volume
-from oocpatch.workspace.ledger import NO_PARTIALS, Promise
+from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 from oocpatch.workspace.partials import PartialReader, PartialWriter
 from oocpatch.workspace.workspace import Workspace
 
@@ -46,7 +44,7 @@ HERE = Transfer("cpu", staged=False)
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskContext:
     """What the tasks of one process share.
 
     Attributes:
@@ -74,7 +72,7 @@ class Job:
     workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
     output: Output
-    finishers: tuple[Finisher, ...]
+    finishers: tuple[Normalizer, ...]
     reads: Executor
     writes: Executor
     allow_nonfinite: bool
@@ -83,7 +81,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class TaskResult:
     """What a stage did.
 
     Attributes:
@@ -94,14 +92,14 @@ class Done:
         halved: batches that did not fit into memory, as other processes tell.
     """
 
-    promise: Promise = NO_PARTIALS
+    promise: PartialsRef = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
     units: str = ""
     halved: int = 0
 
     @classmethod
-    def of(cls, heads: Sequence[Counts], written: Written, promise: Promise = NO_PARTIALS) -> Done:
+    def of(cls, heads: Sequence[Counts], written: WriteChecksums, promise: PartialsRef = NO_PARTIALS) -> TaskResult:
         """What was counted head by head, and written."""
         return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.packed())
 
@@ -120,15 +118,17 @@ def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
 class Writes:
     """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
-    def __init__(self, job: Job, landing: Landing, partials: PartialWriter | None, written: Written) -> None:
+    def __init__(
+        self, job: TaskContext, landing: HostStaging, partials: PartialWriter | None, written: WriteChecksums
+    ) -> None:
         self._job = job
         self._landing = landing
         self._partials = partials
         self._written = written
-        self._under_way: list[Staged] = []
-        self.pending = Pending(job.writes)
+        self._under_way: list[FilledPiece] = []
+        self.pending = FutureGroup(job.writes)
 
-    def emit(self, staged: list[Staged]) -> list[Staged]:
+    def flush_slab(self, staged: list[FilledPiece]) -> list[FilledPiece]:
         """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
         self.pending.wait()
         written, self._under_way = self._under_way, staged
@@ -145,18 +145,18 @@ class Writes:
             written, self._under_way = staged, []
         return written
 
-    def _values(self, arrived: Arrived, head: int, box: Box, data: npt.NDArray[np.generic]) -> None:
+    def _values(self, arrived: CopyDone, head: int, box: Box, data: npt.NDArray[np.generic]) -> None:
         arrived()
         self._job.output.write(head, box, data, self._written)
 
-    def _partial(self, arrived: Arrived, part: Part, data: npt.NDArray[np.generic]) -> None:
+    def _partial(self, arrived: CopyDone, part: SlabPiece, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
         assert part.piece is not None
         arrived()
         self._partials.write(part.head, part.piece, part.whole, part.box, data)
 
 
-def predict_block(job: Job, index: int) -> Done:
+def predict_block(job: TaskContext, index: int) -> TaskResult:
     """Sweep one block.
 
     Idempotent: writes only the direct part of its own core to the output, and a new directory in `blocks/<index>`.
@@ -168,8 +168,8 @@ def predict_block(job: Job, index: int) -> Done:
     chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
     partials = job.workspace.writer(index)
-    written = Written(plan, "predict", index)
-    landings = [Landing(job.transfer, size) for size in plan.slab_bytes]
+    written = WriteChecksums(plan, "predict", index)
+    landings = [HostStaging(job.transfer, size) for size in plan.slab_bytes]
     writes = [Writes(job, landing, partials, written) for landing in landings]
     sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
@@ -203,14 +203,14 @@ def predict_block(job: Job, index: int) -> Done:
             head.pending.wait()
         promise = partials.close()
     finally:
-        reader.pending.abandon()
+        reader.pending.cancel_and_wait()
         for head in writes:
-            head.pending.abandon()
+            head.pending.cancel_and_wait()
         partials.discard()
-    return Done.of([partial.counts for partial in sums], written, promise)
+    return TaskResult.of([partial.counts for partial in sums], written, promise)
 
 
-def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -> Partial:
+def _partial(job: TaskContext, index: int, number: int, layers: range, writes: Writes) -> Partial:
     """The sums of one head."""
     plan, frame, head = job.plan, job.plan.frames[number], job.plan.heads[number]
     tile = tile_voxels(max(head.stored, head.out_channels), staged=job.transfer.staged)
@@ -224,7 +224,7 @@ def _partial(job: Job, index: int, number: int, layers: range, writes: Writes) -
         window=job.windows[number],
         finisher=job.finishers[number].on(job.predictor.device, tile),
         device=job.predictor.device,
-        emit=writes.emit,
+        emit=writes.flush_slab,
         check_finite=not job.allow_nonfinite,
     )
 
@@ -240,7 +240,7 @@ def _extent(plan: Plan, ranges: Sequence[range]) -> Box:
     )
 
 
-def _steps(job: Job, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
+def _steps(job: TaskContext, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
     """The groups that have patches to compute, with these in their one order: layer by layer, in C order within."""
     sweep = job.plan.sweep
     for group in schedule:
@@ -260,7 +260,7 @@ def _patches(ranges: Sequence[range], sweep: int) -> int:
     return math.prod(len(r) for a, r in enumerate(ranges) if a != sweep)
 
 
-def _compute(job: Job, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
+def _compute(job: TaskContext, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
     """Run the model on the patches of a group, batch by batch, and add what it gives, in the order of the patches."""
     plan = job.plan
     blocks = [frame[index] for frame in plan.frames]
@@ -328,7 +328,7 @@ def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index
     return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
 
 
-def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Done:
+def normalize_block(job: TaskContext, index: int, promises: Mapping[int, PartialsRef]) -> TaskResult:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
     Idempotent: writes only the open part of its own core, whole write units.
@@ -342,11 +342,15 @@ def normalize_block(job: Job, index: int, promises: Mapping[int, Promise]) -> Do
         CorruptPartial: when a partial is not what the ledger promised.
     """
     reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
-    written = Written(job.plan, "normalize", index)
-    return Done.of([_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))], written)
+    written = WriteChecksums(job.plan, "normalize", index)
+    return TaskResult.of(
+        [_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))], written
+    )
 
 
-def _normalize(job: Job, index: int, number: int, reader: Callable[[int], PartialReader], written: Written) -> Counts:
+def _normalize(
+    job: TaskContext, index: int, number: int, reader: Callable[[int], PartialReader], written: WriteChecksums
+) -> Counts:
     """The normalize stage of one head."""
     frame = job.plan.frames[number]
     block = frame[index]
@@ -358,7 +362,7 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
         return None if found is None else torch.from_numpy(found)
 
     counts = NOTHING
-    writes = Writes(job, Landing(HERE, 0), None, written)
+    writes = Writes(job, HostStaging(HERE, 0), None, written)
     try:
         for slab in frame.steps(block.core):
             sums = SlabSums(job.plan.heads[number])
@@ -374,10 +378,10 @@ def _normalize(job: Job, index: int, number: int, reader: Callable[[int], Partia
                     continue
                 values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
                 counts += job.finishers[number].finish(data, box, values)
-                staged.append(Staged(Part(None, block.core, box, number), values))
+                staged.append(FilledPiece(SlabPiece(None, block.core, box, number), values))
             del sums
-            writes.emit(staged)  # which go on while the next slab is read
+            writes.flush_slab(staged)  # which go on while the next slab is read
         writes.pending.wait()
     finally:
-        writes.pending.abandon()
+        writes.pending.cancel_and_wait()
     return counts

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from oocpatch.configuration.run_config import locks, part_lock
-from oocpatch.storage.locks import holder
+from oocpatch.planning.arguments import positive
+from oocpatch.storage.locks import holder, locks, part_lock
 from oocpatch.storage.paths import Address
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Part `number` of `count`, counted from 1.
+class ArrayJobPart:
+    """ArrayJobPart `number` of `count`, counted from 1.
 
-    >>> [Part(i, 3).own(10) for i in (1, 2, 3)]
+    >>> [ArrayJobPart(i, 3).own(10) for i in (1, 2, 3)]
     [range(0, 3), range(3, 6), range(6, 10)]
     """
 
@@ -51,7 +52,7 @@ class Part:
 
     def left_to(self, output: Address, blocks: int) -> Ranges:
         """The blocks that it finishes at its end: its own, and those of parts that are not at work."""
-        every = [Part(i, self.count) for i in range(1, self.count + 1)]
+        every = [ArrayJobPart(i, self.count) for i in range(1, self.count + 1)]
         return Ranges([p.own(blocks) for p in every if p == self or holder(p.lock(output)) is None])
 
 
@@ -65,7 +66,7 @@ class Ranges:
         return any(index in r for r in self.ranges)
 
 
-def busy(output: Address, part: Part | None) -> str | None:
+def busy_holder(output: Address, part: ArrayJobPart | None) -> str | None:
     """Who keeps a call from working on an output, in words: a whole run, the same part, or another division's parts."""
     whole, *parts = locks(output)
     for path in parts:
@@ -75,3 +76,20 @@ def busy(output: Address, part: Part | None) -> str | None:
                 return who
     who = holder(whole)
     return None if part is not None and who is not None and " for part " in who else who
+
+
+def checked_part(value: Any) -> tuple[int, int]:
+    """A checked part of a run, `(i, n)`: the i-th of n, counted from 1.
+
+    >>> checked_part((3, 16))
+    (3, 16)
+
+    Raises:
+        ValueError, TypeError: when there is no such part.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"part must be two numbers (i, n), such as (3, 16), got {value!r}")
+    number, count = (positive("part", item) for item in value)
+    if number > count:
+        raise ValueError(f"part must be (i, n) with i from 1 to n, got {tuple(value)}")
+    return number, count

@@ -37,11 +37,12 @@ from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 from zarr.storage import LocalStore
 
-from oocpatch.engine.stages import Done
+from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import ClusterLost, OocpatchError
 from oocpatch.execution.devices import place_of
-from oocpatch.execution.scheduler import ATTEMPTS, Stopped, Task, hopeless, transient
+from oocpatch.execution.scheduler import Stopped, Task
 from oocpatch.execution.versions import MUST_AGREE, SHOULD_AGREE, asking, disagreement
+from oocpatch.storage.retries import ATTEMPTS, hopeless, transient
 
 logger = logging.getLogger("oocpatch")
 
@@ -61,7 +62,7 @@ class WorkerDied(OocpatchError, RuntimeError):
     """The process that worked on a block died, and did so again when nothing else was running."""
 
 
-class Call(Protocol):
+class RunHandle(Protocol):
     """What every task of one call carries; see `oocpatch.execution.worker`."""
 
     @property
@@ -90,7 +91,7 @@ class _Attempt:
     """A task on its way to a result."""
 
     task: Task
-    result: Future[Done]
+    result: Future[TaskResult]
     tries: int = 0
     deaths: int = 0
     alone: bool = False
@@ -113,11 +114,11 @@ class Cluster:
     """
 
     client: distributed.Client
-    call: Call
-    work: Callable[[Any, Task, int], Done]
+    call: RunHandle
+    work: Callable[[Any, Task, int], TaskResult]
     drop: Callable[[str], None]
     most: int | None = None
-    on_done: Callable[[Task, Done], None] = lambda *_: None
+    on_done: Callable[[Task, TaskResult], None] = lambda *_: None
     _inbox: queue.SimpleQueue[_Attempt | None] = field(default_factory=queue.SimpleQueue)
     _waiting: deque[_Attempt] = field(default_factory=deque)
     _flying: list[_Attempt] = field(default_factory=list)
@@ -152,7 +153,7 @@ class Cluster:
         return max(1, min(len(self._processes), self.most or len(self._processes)))
 
     def everywhere(self, function: Callable[[], None]) -> None:
-        """Call a function in every process.
+        """RunHandle a function in every process.
 
         Raises:
             OSError: what it raises in one of them.
@@ -164,7 +165,7 @@ class Cluster:
             if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise error
 
-    def submit(self, task: Task) -> Future[Done]:
+    def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
         attempt = _Attempt(task, Future())
         self._inbox.put(attempt)
@@ -362,7 +363,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return super().reducer_override(obj)
 
 
-def packed(value: Any) -> bytes:
+def pickled(value: Any) -> bytes:
     """A value as bytes that another process can read, wherever its working directory is."""
     file = io.BytesIO()
     _Pickler(file).dump(value)
@@ -387,7 +388,7 @@ def check_versions(client: distributed.Client, here: dict[str, str | None]) -> N
             logger.warning("the worker at %s has other versions, and may round differently: %s", address, told)
 
 
-def announce(client: distributed.Client) -> str:
+def log_dashboard(client: distributed.Client) -> str:
     """The dashboard's address, which is also logged."""
     link = str(client.dashboard_link)
     logger.info("dashboard: %s", link)

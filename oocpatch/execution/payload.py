@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 
 from oocpatch.configuration.run_config import Request
 from oocpatch.errors import PlanTooLarge
-from oocpatch.execution.dask_cluster import check_versions, packed
+from oocpatch.execution.dask_cluster import check_versions, pickled
 from oocpatch.execution.versions import versions_here
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
@@ -37,7 +37,7 @@ COPIED = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RunHandle:
     """What every task of one call of `predict` carries.
 
     Attributes:
@@ -61,7 +61,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class VolumeRef:
     """Where a worker finds a volume.
 
     Attributes:
@@ -81,7 +81,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class WorkerPayload:
     """What a job is made of.
 
     Attributes:
@@ -94,14 +94,14 @@ class Recipe:
     """
 
     plan: str
-    volume: Place
-    mask: Place | None
+    volume: VolumeRef
+    mask: VolumeRef | None
     box: Box | None
     model: Mapping[str, Any]
     rest: Mapping[str, Any]
 
 
-def refuse_cluster(request: Request) -> None:
+def check_cluster(request: Request) -> None:
     """Refuse a model, or a function around it, that cannot be sent to other processes; and workers of other versions.
 
     Raises:
@@ -110,7 +110,7 @@ def refuse_cluster(request: Request) -> None:
     check_versions(request.client, versions_here())
     for name, value in (("model", _model(request)), *request.options.items()):
         try:
-            packed(value)
+            pickled(value)
         except Exception as error:
             what = (
                 "a model spec, such as 'file.py:name' or 'model.pt2'" if name == "model" else "an importable function"
@@ -150,7 +150,7 @@ def _absolute(path: Any) -> Any:
 
 
 @contextlib.contextmanager
-def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Call]:
+def published_payload(request: Request, made: Plan, workspace: Workspace) -> Iterator[RunHandle]:
     """Put a recipe where workers find it, as long as the `with` block lasts.
 
     Raises:
@@ -162,7 +162,7 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
     make_folder(folder)
     try:
         mask = request.selection.mask
-        recipe = Recipe(
+        recipe = WorkerPayload(
             plan=made.to_json(),
             volume=_place(request.volume, folder, "volume", request, made),
             mask=None if mask is None else _place(mask.volume, folder, "mask", request, made),
@@ -170,10 +170,10 @@ def published(request: Request, made: Plan, workspace: Workspace) -> Iterator[Ca
             model=_model(request),
             rest={f.name: getattr(request, f.name) for f in fields(request) if f.name not in _BUILT},
         )
-        data = packed(recipe)
+        data = pickled(recipe)
         (folder / "recipe").write_bytes(data)
         path = (str(Path.cwd()), *sys.path[:1])
-        yield Call(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
+        yield RunHandle(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
     finally:
         remove_folder(folder)
 
@@ -182,12 +182,14 @@ _BUILT = ("volume", "models", "selection", "given", "client")
 """Fields of a request that do not travel as they are."""
 
 
-def _place(volume: Volume, folder: Address, name: str, request: Request, made: Plan) -> Place:
+def _place(volume: Volume, folder: Address, name: str, request: Request, made: Plan) -> VolumeRef:
     """Where workers find a volume; one in memory is stored for them."""
     source, names = volume.source, volume.axes.names
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
     if not in_memory:
-        return Place(source.location if source.array is not None and source.location else source, names, source.roles)
+        return VolumeRef(
+            source.location if source.array is not None and source.location else source, names, source.roles
+        )
     size = int(np.prod(source.shape, dtype=object)) * volume.dtype.itemsize
     if request.max_disk is not None and made.projected_disk + size > request.max_disk:
         raise PlanTooLarge(
@@ -208,4 +210,4 @@ def _place(volume: Volume, folder: Address, name: str, request: Request, made: P
     for start in range(0, source.shape[0], side):
         part = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
         array[part] = source.load(part)
-    return Place(folder / name, names, source.roles)
+    return VolumeRef(folder / name, names, source.roles)

@@ -7,7 +7,6 @@ deleted only when everything that reads them is recorded, and the records are du
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -16,30 +15,24 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import tenacity
 from dask.delayed import delayed
 from dask.local import get_sync
 
-from oocpatch.engine.stages import Done
-from oocpatch.errors import BlockFailed, ClusterLost, CorruptData, CorruptPartial
+from oocpatch.engine.stages import TaskResult
+from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
 from oocpatch.models.predictor import use_threads
-from oocpatch.planning.blocks import BlockGrid
-from oocpatch.planning.neighbours import Neighbours
-from oocpatch.workspace.ledger import Ledger, News, Promise, Record
-from oocpatch.workspace.run_progress import BlockSet, Progress
+from oocpatch.planning.blocks import BlockGrid, Neighbours
+from oocpatch.storage.retries import hopeless, with_retries
+from oocpatch.workspace.ledger import Ledger, LedgerTail, PartialsRef, Record
+from oocpatch.workspace.run_progress import BlockSet, RunProgress
 
 logger = logging.getLogger("oocpatch")
 
-ATTEMPTS = 4
-"""How often a task is tried when reading or writing fails in a way that may pass."""
 
 REPAIRS = 3
 """How often a block is computed anew because its partials were damaged."""
-
-HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-"""Faults of the storage that no retry mends, and that every other block would meet: the run stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +47,7 @@ class Task:
 
     stage: str
     index: int
-    promises: Mapping[int, Promise] = field(default_factory=dict)
+    promises: Mapping[int, PartialsRef] = field(default_factory=dict)
 
 
 class Executor(Protocol):
@@ -64,7 +57,7 @@ class Executor(Protocol):
     def window(self) -> int:
         """Tasks to keep submitted at a time."""
 
-    def submit(self, task: Task) -> Future[Done]:
+    def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
 
     def stop(self) -> None:
@@ -86,14 +79,14 @@ class Threads:
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, window: int, perform: Callable[[Task], Done], stopped: threading.Event
+        self, pool: ThreadPoolExecutor, window: int, perform: Callable[[Task], TaskResult], stopped: threading.Event
     ) -> None:
         self._pool = pool
         self.window = window
         self._perform = with_retries(perform)
         self._stopped = stopped
 
-    def submit(self, task: Task) -> Future[Done]:
+    def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
         one = delayed(self._perform, pure=False, traverse=False)(task)
         # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
@@ -105,34 +98,14 @@ class Threads:
 
 
 @contextmanager
-def dask_threads(concurrency: int, perform: Callable[[Task], Done], stopped: threading.Event) -> Iterator[Threads]:
+def dask_threads(
+    concurrency: int, perform: Callable[[Task], TaskResult], stopped: threading.Event
+) -> Iterator[Threads]:
     """An executor of this process."""
     with ThreadPoolExecutor(
         concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
     ) as pool:
         yield Threads(pool, concurrency, perform, stopped)
-
-
-def transient(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return True
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in HOPELESS | {errno.ENOENT}
-
-
-def hopeless(error: BaseException) -> bool:
-    """Whether every block would fail like this one."""
-    return isinstance(error, ClusterLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
-
-
-def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, tried again with exponential back-off while its faults are transient."""
-    return tenacity.retry(
-        retry=tenacity.retry_if_exception(transient),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        reraise=True,
-    )(function)
 
 
 @dataclass
@@ -150,12 +123,12 @@ class Run:
     """
 
     blocks: BlockGrid
-    progress: Progress
+    progress: RunProgress
     ledger: Ledger
     delete: Callable[[list[int]], None]
     own: range
     finishes: Container[int]
-    news: News | None = None
+    news: LedgerTail | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: BlockSet = field(init=False)
     _failed: dict[int, str] = field(default_factory=dict)
@@ -177,7 +150,7 @@ class Run:
             ClusterLost: when there is nobody left to do it.
         """
         upcoming = iter(self.own)
-        pending: dict[Future[Done], Task] = {}
+        pending: dict[Future[TaskResult], Task] = {}
         self._hear()
         for index in [i for i in self.progress.predicted if i not in self.own]:
             self._predicted(index)
@@ -231,7 +204,7 @@ class Run:
         """Whether everything that the normalize stage of a block reads is there."""
         return all(i in self.progress.predicted for i in self._read_by(index))
 
-    def _finished(self, task: Task, future: Future[Done]) -> None:
+    def _finished(self, task: Task, future: Future[TaskResult]) -> None:
         index, error = task.index, future.exception()
         if error is None and task.stage == "predict":
             self._record_predicted(index, future.result())
@@ -253,7 +226,7 @@ class Run:
             self._failed[index] = message
             self._record(Record("failed", index, note=message[:500]))
 
-    def _record_predicted(self, index: int, done: Done) -> None:
+    def _record_predicted(self, index: int, done: TaskResult) -> None:
         promise, nonfinite = done.promise, done.nonfinite
         before = self._earlier.pop(index, promise.digest)
         self._record(

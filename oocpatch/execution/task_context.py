@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from oocpatch.configuration.output_heads import postprocess_of
 from oocpatch.configuration.run_config import Request
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.device_transfer import Transfer, is_staged
-from oocpatch.engine.normalize import Finisher
-from oocpatch.engine.stages import Done, Job, normalize_block, predict_block, window
+from oocpatch.engine.normalize import Normalizer, postprocess_of
+from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, predict_block, window
 from oocpatch.execution.scheduler import Task
 from oocpatch.outputs.output import Output
 from oocpatch.planning.memory import kept_chunk_bytes, read_bytes, reading, tile_voxels
@@ -23,7 +22,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.workspace.workspace import Workspace
 
 
-def perform(job: Job, task: Task) -> Done:
+def run_task(job: TaskContext, task: Task) -> TaskResult:
     """Do one task.
 
     Idempotent: as the stages are.
@@ -34,9 +33,9 @@ def perform(job: Job, task: Task) -> Done:
 
 
 @contextlib.contextmanager
-def open_job(
+def open_task_context(
     request: Request, made: Plan, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
-) -> Iterator[Job]:
+) -> Iterator[TaskContext]:
     """Open what tasks share: the model on its device, arrays, threads that read and write.
 
     Args:
@@ -62,7 +61,7 @@ def open_job(
         reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.native(threads))
-        yield Job(
+        yield TaskContext(
             plan=made,
             volume=request.volume.native(reading(threads)),
             selection=request.selection,
@@ -84,11 +83,11 @@ def open_job(
         )
 
 
-def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Finisher:
+def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Normalizer:
     head, weights = made.heads[number], None
     if head.blended and not head.dense:
         weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
-    return Finisher(
+    return Normalizer(
         weights,
         postprocess_of(request.options, head.name, head.mode),
         request.looped,

@@ -31,20 +31,22 @@ import torch
 
 from oocpatch.configuration.run_config import Request
 from oocpatch.engine.patch_selection import Mask, Selection
-from oocpatch.engine.stages import Done, Job
+from oocpatch.engine.stages import TaskContext, TaskResult
 from oocpatch.errors import ClusterLost
-from oocpatch.execution.dask_cluster import Cluster, announce
+from oocpatch.execution.dask_cluster import Cluster, log_dashboard
 from oocpatch.execution.devices import device_at
-from oocpatch.execution.payload import Call, Recipe, published
-from oocpatch.execution.scheduler import Stopped, Task, transient
-from oocpatch.execution.task_context import open_job, perform
+from oocpatch.execution.payload import RunHandle, WorkerPayload, published_payload
+from oocpatch.execution.scheduler import Stopped, Task
+from oocpatch.execution.task_context import open_task_context, run_task
 from oocpatch.execution.versions import MUST_AGREE, disagreement, versions_here
-from oocpatch.models.loading import load_models, model_identity
+from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.loading import load_models
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan, differences
 from oocpatch.storage.files import flush
 from oocpatch.storage.paths import Address
+from oocpatch.storage.retries import transient
 from oocpatch.workspace.workspace import PLAN, Workspace
 
 LOOK_SECONDS = 1.0
@@ -58,15 +60,15 @@ def cluster_of(
     """The executor of a call with a client; how many batches its processes halved; what flushes what they wrote."""
     halved = 0
 
-    def on_done(task: Task, done: Done) -> None:
+    def on_done(task: Task, done: TaskResult) -> None:
         nonlocal halved
         halved += done.halved
         if task.stage == "predict":
             on_patches(made.patches_in([task.index]))
 
-    announce(request.client)
+    log_dashboard(request.client)
     with (
-        published(request, made, workspace) as call,
+        published_payload(request, made, workspace) as call,
         Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
     ):
         yield executor, lambda: halved, lambda: executor.everywhere(functools.partial(flush, request.output))
@@ -83,7 +85,7 @@ class _Held:
     """The job of a call, and what closes it."""
 
     token: str
-    job: Job
+    job: TaskContext
     stack: contextlib.ExitStack
     stopped: threading.Event
 
@@ -91,7 +93,7 @@ class _Held:
 _held: _Held | None = None
 
 
-def work(call: Call, task: Task, place: int) -> Done:
+def work(call: RunHandle, task: Task, place: int) -> TaskResult:
     """Do one task in a worker process.
 
     Idempotent: as the stages are.
@@ -112,7 +114,7 @@ def work(call: Call, task: Task, place: int) -> Done:
         try:
             halving = held.job.predictor.halving
             before = halving.count
-            done = perform(held.job, task)
+            done = run_task(held.job, task)
             return replace(done, halved=halving.count - before)
         finally:
             use_threads(threads)
@@ -140,7 +142,7 @@ def _let_go() -> None:
         _held = None
 
 
-def _hold(call: Call, place: int) -> _Held:
+def _hold(call: RunHandle, place: int) -> _Held:
     """The job of a call: opened when its first task comes."""
     global _held  # noqa: PLW0603 - one per process
     if call.token in _ended:
@@ -167,12 +169,12 @@ def _hold(call: Call, place: int) -> _Held:
     return _held
 
 
-def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> Job:
+def _open(call: RunHandle, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
     data = (call.folder / "recipe").read_bytes()
     if hashlib.sha256(data).hexdigest() != call.digest:
         raise ValueError("the recipe of the run is not the one that the client wrote")
     stack.enter_context(_importable(call.path))
-    recipe: Recipe = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
+    recipe: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
     made = Plan.from_json(recipe.plan)
     volume = recipe.volume.open()
     if volume.source.location not in (None, call.folder / "volume") and volume.identity != made.parameters["volume"]:
@@ -181,7 +183,7 @@ def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.Ex
     rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}
     given = dict(recipe.model)
     models = load_models(given.pop("model"), **given, device=device)
-    identities = [model_identity(member) for member in models]
+    identities = [model_fingerprint(member) for member in models]
     if differences({"model": identities[0] if len(models) == 1 else identities}, made.parameters):
         raise ValueError("the model that is loaded here is not the one that the client has")
     request = Request(
@@ -193,15 +195,15 @@ def _open(call: Call, place: int, stopped: threading.Event, stack: contextlib.Ex
         **rest,
     )
     workspace = Workspace(call.root, made)
-    fence = _Fence(call.root / PLAN)
+    fence = RunGuard(call.root / PLAN)
 
     def on_patches(_: int) -> None:
         if stopped.is_set():
             raise Stopped
         fence.look(LOOK_SECONDS)
 
-    output = _Fenced(request.output, made, fence)
-    return stack.enter_context(open_job(request, made, workspace, output, on_patches))
+    output = GuardedOutput(request.output, made, fence)
+    return stack.enter_context(open_task_context(request, made, workspace, output, on_patches))
 
 
 @contextlib.contextmanager
@@ -215,7 +217,7 @@ def _importable(folders: tuple[str, ...]) -> Iterator[None]:
         sys.path[:] = before
 
 
-class _Fence:
+class RunGuard:
     """What is there for as long as a run is.
 
     Args:
@@ -244,7 +246,7 @@ class _Fence:
             self._at = time.monotonic()
 
 
-class _Fenced(Output):
+class GuardedOutput(Output):
     """An output that is written to only while its run is there.
 
     A process that was frozen comes back late, perhaps when another run has the output.
@@ -255,7 +257,7 @@ class _Fenced(Output):
         fence: what is there for as long as the run is.
     """
 
-    def __init__(self, path: Address, plan: Plan, fence: _Fence) -> None:
+    def __init__(self, path: Address, plan: Plan, fence: RunGuard) -> None:
         super().__init__(path, plan)
         self._fence = fence
 

@@ -26,8 +26,8 @@ from zarr.storage import LocalStore
 
 from oocpatch.linting import beside, levels
 from oocpatch.linting.finding import Finding, ImageNode, group_at
+from oocpatch.storage.paths import local_or_url
 from oocpatch.volumes.ome_metadata import ome_attributes
-from oocpatch.volumes.sources import local_or_url
 
 Item = TypeVar("Item")
 LISTS = ("multiscales", "labels", "plate", "well", "series", "bioformats2raw.layout")

@@ -28,14 +28,14 @@ AUGMENTATIONS = ("flips", "rotations", "all")
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class FlipRotate:
     """One way to turn a patch.
 
     Attributes:
         order: for each spatial axis of the turned patch, the axis it comes from.
         flipped: spatial axes of the turned patch that run backwards.
 
-    >>> quarter = Turn((1, 0), (0,))
+    >>> quarter = FlipRotate((1, 0), (0,))
     >>> quarter.of(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
     [[[[2, 4], [1, 3]]]]
     """
@@ -69,7 +69,9 @@ def _flipped(patches: torch.Tensor, axes: Ints) -> torch.Tensor:
     return patches.view(signed).flip([2 + axis for axis in axes]).view(patches.dtype)
 
 
-def checked(augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Sequence[str]) -> dict[str, Any] | None:
+def checked_augmentation(
+    augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Sequence[str]
+) -> dict[str, Any] | None:
     """An augmentation as asked for, in one form: its name, and the names of the axes it may use.
 
     Args:
@@ -80,7 +82,7 @@ def checked(augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Seque
     Raises:
         ValueError, TypeError: for anything else.
 
-    >>> checked(["x"], "zyx"), checked({"name": "rotations", "axes": "yx"}, "zyx")
+    >>> checked_augmentation(["x"], "zyx"), checked_augmentation({"name": "rotations", "axes": "yx"}, "zyx")
     ({'name': 'flips', 'axes': ['x']}, {'name': 'rotations', 'axes': ['y', 'x']})
     """
     if augment is None:
@@ -102,7 +104,9 @@ def checked(augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Seque
     return {"name": augment["name"], "axes": [axis for axis in axes if axis in chosen]}
 
 
-def turns(augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: Ints) -> tuple[Turn, ...]:
+def flips_and_rotations(
+    augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: Ints
+) -> tuple[FlipRotate, ...]:
     """The turns of an augmentation, the one that changes nothing first.
 
     Args:
@@ -113,15 +117,16 @@ def turns(augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: In
     Raises:
         ValueError: for rotations where no two axes may be exchanged.
 
-    >>> [len(turns(checked(name, "zyx"), "zyx", (8, 8, 8))) for name in ("flips", "rotations", "all")]
+    >>> checked = [checked_augmentation(name, "zyx") for name in ("flips", "rotations", "all")]
+    >>> [len(flips_and_rotations(augment, "zyx", (8, 8, 8))) for augment in checked]
     [8, 24, 48]
-    >>> [len(turns(checked(name, "zyx"), "zyx", (4, 8, 8))) for name in ("flips", "rotations", "all")]
+    >>> [len(flips_and_rotations(augment, "zyx", (4, 8, 8))) for augment in checked]
     [8, 8, 16]
     """
     ndim = len(axes)
     order = tuple(range(ndim))
     if augment is None:
-        return (Turn(order, ()),)
+        return (FlipRotate(order, ()),)
     used = [axis for axis in order if axes[axis] in augment["axes"]]
     orders = [order]
     if augment["name"] != "flips":
@@ -131,7 +136,7 @@ def turns(augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: In
             "rotations exchange axes along which patches are equally long, and there are none: "
             f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augment['axes'])}"
         )
-    found = [Turn(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)]
+    found = [FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)]
     if augment["name"] == "rotations":
         found = [turn for turn in found if _keeps_hand(turn)]
     return tuple(found)
@@ -142,7 +147,7 @@ def _exchanges(order: Ints, used: Sequence[int], patch_size: Ints) -> bool:
     return all(a == b or (a in used and b in used and patch_size[a] == patch_size[b]) for a, b in enumerate(order))
 
 
-def _keeps_hand(turn: Turn) -> bool:
+def _keeps_hand(turn: FlipRotate) -> bool:
     """Whether a turn is a rotation, and no mirror image: the determinant of its matrix is 1."""
     exchanges = sum(a > b for a, b in itertools.combinations(turn.order, 2))
     return (exchanges + len(turn.flipped)) % 2 == 0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oocpatch.models.input_spec import Accepts
+from oocpatch.models.input_spec import InputSpec
 from oocpatch.models.onnx import OnnxSession
 from oocpatch.models.wrappers import NumpyModel, as_module
 
@@ -51,12 +51,12 @@ def compile_mode(value: Any) -> str | None:
     return str(value)
 
 
-def fingerprint(options: Mapping[str, Any]) -> dict[str, Any]:
+def compilation_fingerprint(options: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that say how a model is prepared; what is off is left out, as in runs that never knew of it."""
     return {name: options[name] for name in ("channels_last", "compile") if options[name]}
 
 
-def refuse_unprepared(models: tuple[Any, ...], options: Mapping[str, Any], axes: int) -> None:
+def check_compilation(models: tuple[Any, ...], options: Mapping[str, Any], axes: int) -> None:
     """Refuse what cannot be prepared as asked for.
 
     Args:
@@ -110,7 +110,7 @@ def uses_graphs(mode: str | None, device: str) -> bool:
     return mode not in (None, "default") and torch.device(device).type == "cuda"
 
 
-def prepared(model: Any, options: Mapping[str, Any], axes: int, *, compiled: bool) -> Any:
+def optimized_model(model: Any, options: Mapping[str, Any], axes: int, *, compiled: bool) -> Any:
     """A model that is called as the options say; the model itself where they say nothing.
 
     Args:
@@ -121,10 +121,10 @@ def prepared(model: Any, options: Mapping[str, Any], axes: int, *, compiled: boo
     """
     form = FORMATS[axes] if options["channels_last"] else None
     mode = options["compile"] if compiled else None
-    return model if form is None and mode is None else Prepared(model, form, mode, options["device"])
+    return model if form is None and mode is None else OptimizedModel(model, form, mode, options["device"])
 
 
-class Prepared(nn.Module):
+class OptimizedModel(nn.Module):
     """A model in a memory format, compiled, or both.
 
     Args:
@@ -133,7 +133,7 @@ class Prepared(nn.Module):
         mode: of the compiler; None: not compiled.
         device: where it runs.
 
-    >>> Prepared(nn.Conv2d(2, 1, 1), torch.channels_last, None, "cpu")(torch.ones(1, 2, 4, 4)).shape
+    >>> OptimizedModel(nn.Conv2d(2, 1, 1), torch.channels_last, None, "cpu")(torch.ones(1, 2, 4, 4)).shape
     torch.Size([1, 1, 4, 4])
     """
 
@@ -145,7 +145,7 @@ class Prepared(nn.Module):
         # A module of our own is compiled: torch leaves a mark on it, which would make the user's another model.
         call = self.model if mode is None else _compiled(nn.Sequential(self.model), mode)
         self._calls = (call,)  # in a tuple: not a second submodule
-        if isinstance(accepts := getattr(model, "accepts", None), Accepts):
+        if isinstance(accepts := getattr(model, "accepts", None), InputSpec):
             self.accepts = accepts
 
     def forward(self, patches: torch.Tensor) -> Any:

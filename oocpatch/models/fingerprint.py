@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.models.batches import ModelFile
 from oocpatch.models.onnx import OnnxSession
+from oocpatch.models.predictor import ModelFile
 from oocpatch.models.wrappers import Function
 
 # Classes and functions of these are named, not read: their versions are recorded with the run.
@@ -47,7 +47,7 @@ _VALUES: Any = (
 )
 
 
-def model_identity(model: Callable[..., Any]) -> str:
+def model_fingerprint(model: Callable[..., Any]) -> str:
     """Digest that says whether two models are the same, stable across processes and places.
 
     For a module, it reads the classes and code of all submodules, the `repr`, plain attributes, parameters and buffers;
@@ -56,9 +56,9 @@ def model_identity(model: Callable[..., Any]) -> str:
     attributes. What the code itself assigns during a call is state and not read; nor are lists, dicts and sets where
     the code changes any in place.
 
-    >>> model_identity(nn.ReLU()) == model_identity(nn.ReLU())
+    >>> model_fingerprint(nn.ReLU()) == model_fingerprint(nn.ReLU())
     True
-    >>> model_identity(nn.Softplus(1.0)) == model_identity(nn.Softplus(2.0))
+    >>> model_fingerprint(nn.Softplus(1.0)) == model_fingerprint(nn.Softplus(2.0))
     False
     """
     return _digest_of(model)

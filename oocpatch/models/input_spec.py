@@ -17,7 +17,7 @@ from oocpatch.planning.box import Ints
 
 
 @dataclass(frozen=True, slots=True)
-class Accepts:
+class InputSpec:
     """The batches `(B, C, *patch)` that a model takes.
 
     Attributes:
@@ -27,7 +27,7 @@ class Accepts:
         sides: voxels of a patch per axis, None where they are free; None: not said, not even the number of axes.
         dtype: dtype of the patches; None: not said.
 
-    >>> Accepts(sides=(64, None)).refuse(1, (96, 96))
+    >>> InputSpec(sides=(64, None)).validate(1, (96, 96))
     Traceback (most recent call last):
     ...
     ValueError: the model takes patches of 64 x any only, got 96 x 96; patch_size="auto" chooses what it takes
@@ -39,7 +39,7 @@ class Accepts:
     sides: tuple[int | None, ...] | None = None
     dtype: torch.dtype | None = None
 
-    def refuse(self, channels: int, patch_size: Ints) -> None:
+    def validate(self, channels: int, patch_size: Ints) -> None:
         """Refuse patches of other channels or sides than these.
 
         Raises:
@@ -57,13 +57,13 @@ class Accepts:
         if self.channels not in (None, channels):
             raise ValueError(f"the model takes {self.channels} channel(s), and the volume has {channels}")
 
-    def and_also(self, other: Accepts) -> Accepts:
+    def and_also(self, other: InputSpec) -> InputSpec:
         """What two models both take.
 
         Raises:
             ValueError: when there is nothing of the kind.
         """
-        return Accepts(
+        return InputSpec(
             least_batch=max(self.least_batch, other.least_batch),
             most_batch=min((m for m in (self.most_batch, other.most_batch) if m is not None), default=None),
             channels=_common("channels", self.channels, other.channels),
@@ -72,17 +72,17 @@ class Accepts:
         )
 
 
-def accepted(model: Any) -> Accepts:
+def input_spec_of(model: Any) -> InputSpec:
     """What a model takes, all of an ensemble together.
 
-    >>> accepted(nn.Identity())
-    Accepts(least_batch=1, most_batch=None, channels=None, sides=None, dtype=None)
+    >>> input_spec_of(nn.Identity())
+    InputSpec(least_batch=1, most_batch=None, channels=None, sides=None, dtype=None)
     """
-    found = Accepts()
+    found = InputSpec()
     if isinstance(model, nn.Module):
         told = (getattr(module, "accepts", None) for module in model.modules())
-        for accepts in (item for item in told if isinstance(item, Accepts)):
-            found = accepts if found == Accepts() else found.and_also(accepts)
+        for accepts in (item for item in told if isinstance(item, InputSpec)):
+            found = accepts if found == InputSpec() else found.and_also(accepts)
     return found
 
 
@@ -93,7 +93,7 @@ def input_dtype(model: Any) -> torch.dtype | None:
     torch.float16
     """
     accepts = getattr(model, "accepts", None)
-    if isinstance(accepts, Accepts):
+    if isinstance(accepts, InputSpec):
         return accepts.dtype
     if isinstance(model, nn.Module):
         for parameter in model.parameters():

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.models.batches import ModelFile
-from oocpatch.models.footprint import Footprint
-from oocpatch.models.input_spec import Accepts
-from oocpatch.models.wording import existing, say
+from oocpatch.models.input_spec import InputSpec
+from oocpatch.models.loading import existing, say
+from oocpatch.models.predictor import ModelFile
+from oocpatch.models.probe import Footprint
 
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -63,7 +63,7 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
         told = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
         raise ValueError(f"the model of {spec!r} must take one tensor (B, C, *patch), got {told}")
     batch, channels, *sides = (n if isinstance(n, int) else None for n in inputs[0].shape)
-    return ModelFile(session, Accepts(batch or 1, batch, channels, tuple(sides), DTYPES[inputs[0].type]))
+    return ModelFile(session, InputSpec(batch or 1, batch, channels, tuple(sides), DTYPES[inputs[0].type]))
 
 
 class OnnxSession(nn.Module):

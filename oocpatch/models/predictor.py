@@ -8,22 +8,21 @@ not fought over. There is no thread of the model's own: handing a batch over cos
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from oocpatch.models.around import ONLY
-from oocpatch.models.batches import Halving, out_of_memory
-from oocpatch.models.compilation import Prepared
-from oocpatch.models.footprint import Footprint
-from oocpatch.models.geometry import Geometry, measure
-from oocpatch.models.input_spec import accepted, as_input, input_dtype
-from oocpatch.models.wrappers import writes_unseen
+from oocpatch.models.compilation import OptimizedModel
+from oocpatch.models.input_spec import InputSpec, as_input, input_dtype, input_spec_of
+from oocpatch.models.probe import Footprint, Geometry, measure
+from oocpatch.models.wrappers import DEFAULT_HEAD, writes_unseen
 from oocpatch.planning.box import Ints
 
 Model = Callable[[torch.Tensor], Any]
@@ -106,7 +105,7 @@ class Predictor:
             for module in training:
                 module.training = False
             for module in self.model.modules():
-                if isinstance(module, Prepared):
+                if isinstance(module, OptimizedModel):
                     stack.enter_context(module.ready())
         if self._own_thread:
             self._thread = ThreadPoolExecutor(1, "oocpatch-model", _use_device, (self.device,))
@@ -162,7 +161,7 @@ class Predictor:
 
     def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         if not isinstance(result, Mapping):
-            return {ONLY: self._tensor(result, inputs, "")}
+            return {DEFAULT_HEAD: self._tensor(result, inputs, "")}
         if not result:
             raise ValueError("the model must return a tensor or a dict of tensors, got an empty dict")
         for name in result:
@@ -220,7 +219,7 @@ class Predictor:
             lambda size: self._given(channels, (*patch_size[:loops], *size), dtype),
         )
         peak = max(footprint.peak, extra)
-        return Probe(outputs, geometry, writes, aliased, peak, accepted(self.model).least_batch)
+        return Probe(outputs, geometry, writes, aliased, peak, input_spec_of(self.model).least_batch)
 
     def _given(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> dict[str, Ints] | None:
         """What the model gives for patches of another size; None: it does not take them."""
@@ -308,3 +307,120 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
     torch.get_num_threads()
     torch.set_num_threads(count)
+
+
+logger = logging.getLogger("oocpatch")
+
+
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, in the versions that raise a plain RuntimeError, and cuBLAS
+    "not enough memory",  # torch's allocator for the CPU
+    "can't allocate memory",
+    "failed to allocate memory",  # onnxruntime
+)
+
+
+class ModelFile(nn.Module):
+    """A model that was loaded from a file which says what it takes.
+
+    Args:
+        program: the model.
+        accepts: what it takes.
+
+    >>> two_at_a_time = ModelFile(nn.Identity(), InputSpec(least_batch=2, most_batch=2))
+    >>> two_at_a_time(torch.arange(3)[:, None]).tolist()
+    [[0], [1], [2]]
+    """
+
+    def __init__(self, program: nn.Module, accepts: InputSpec) -> None:
+        super().__init__()
+        self.program = program
+        self.accepts = accepts
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """What says which model it is, besides its program."""
+        return ("file",)
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        """Outputs for any number of patches `(B, C, *patch)`."""
+        least, most = self.accepts.least_batch, self.accepts.most_batch or len(patches)
+        outputs = []
+        for part in torch.split(patches, most):
+            missing = max(0, least - len(part))
+            filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+            outputs.append(first(self.program(filled), len(part)))
+        return joined(outputs)
+
+
+class Halving:
+    """Calls a model, and halves the batch when memory runs out.
+
+    Halves may round differently than the whole, so it is counted how many batches were halved.
+
+    Args:
+        call: the model, as a function of a batch.
+
+    Attributes:
+        count: batches that were not computed in one call.
+    """
+
+    def __init__(self, call: Callable[[torch.Tensor], Any]) -> None:
+        self._call = call
+        self._most: int | None = None
+        self.count = 0
+
+    def __call__(self, batch: torch.Tensor) -> Any:
+        """The model's output for a batch `(B, C, *patch)`.
+
+        Raises:
+            Exception: what the model raises; out of memory, only for a single patch.
+        """
+        if self._most is None or len(batch) <= self._most:
+            try:
+                return self._call(batch)
+            except Exception as error:
+                if not out_of_memory(error) or len(batch) == 1:
+                    raise
+                self._most = len(batch) // 2
+                logger.warning(
+                    "memory ran out with %d patches in a batch; going on with %d: lower batch_size",
+                    len(batch),
+                    self._most,
+                )
+            if batch.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.count += 1
+        return joined([self._parts(part) for part in torch.split(batch, self._most)])
+
+    def _parts(self, part: torch.Tensor) -> Any:
+        count = self.count
+        try:
+            return self(part)
+        finally:
+            self.count = count  # a batch that is halved twice is still one batch
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out.
+
+    >>> out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")), out_of_memory(RuntimeError("no"))
+    (True, False)
+    """
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of parts of a batch, tensors or dicts of them, as those of the batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], dict):
+        return {name: joined([output[name] for output in outputs]) for name in outputs[0]}
+    return torch.cat([torch.as_tensor(output) for output in outputs])
+
+
+def first(output: Any, count: int) -> Any:
+    """What a batch's output, a tensor or a dict of them, has for its first patches; anything else stays as it is."""
+    if isinstance(output, dict):
+        return {name: first(value, count) for name, value in output.items()}
+    return output[:count] if isinstance(output, torch.Tensor) else output

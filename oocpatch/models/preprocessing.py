@@ -79,7 +79,7 @@ class Preprocess(nn.Module):
         return values.to(torch.float32)
 
 
-def checked(
+def checked_preprocess(
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None, dtype: np.dtype[Any], channels: int
 ) -> dict[str, Any] | Callable[..., Any] | None:
     """A preprocess as asked for, in one form: a function, or a dict of its name and all its arguments.
@@ -92,7 +92,7 @@ def checked(
     Raises:
         ValueError, TypeError: for anything else.
 
-    >>> checked("percentile", np.dtype("uint8"), 1)
+    >>> checked_preprocess("percentile", np.dtype("uint8"), 1)
     {'name': 'percentile', 'low': 0.5, 'high': 99.5, 'clip': True}
     """
     if preprocess is None or callable(preprocess):
@@ -126,7 +126,7 @@ def checked(
     return found
 
 
-def statistics(
+def preprocess_statistics(
     preprocess: Mapping[str, Any] | Callable[..., Any] | None, volume: Volume, max_memory: int, *, hidden: bool | None
 ) -> Statistics:
     """What a preprocess, as `checked` gives it, needs to know of the whole volume; reads it all, if anything."""

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.export.passes import move_to_device_pass
 
-from oocpatch.models.batches import ModelFile
-from oocpatch.models.input_spec import Accepts
-from oocpatch.models.wording import existing, say
+from oocpatch.models.input_spec import InputSpec
+from oocpatch.models.loading import existing, say
+from oocpatch.models.predictor import ModelFile
 
 # Members of the archive that torch hands to pickle or to the dynamic linker whatever it is told.
 _RUNNABLE = re.compile(r"(^|/)data/(aotinductor/|constants/(?!tensor_|[^/]*\.(?:json|pt)$))")
@@ -103,7 +103,7 @@ def _no_code() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _accepts(program: torch.export.ExportedProgram, spec: str) -> Accepts:
+def _accepts(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
     """What a program takes, from the one input that it was exported with.
 
     Raises:
@@ -120,7 +120,7 @@ def _accepts(program: torch.export.ExportedProgram, spec: str) -> Accepts:
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     bounds = ranges.get(str(batch))
     fixed = _fixed(batch)
-    return Accepts(
+    return InputSpec(
         least_batch=fixed or max(1, _bound(bounds.lower if bounds is not None else 1) or 1),
         most_batch=fixed or (_bound(bounds.upper) if bounds is not None else None),
         channels=_fixed(channels),

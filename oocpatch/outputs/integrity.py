@@ -21,9 +21,10 @@ from typing import Any
 
 from oocpatch.errors import CorruptData
 from oocpatch.storage.checksums import bytes_checksum, file_checksum, text_checksum
-from oocpatch.storage.files import at_hand, write_atomically
+from oocpatch.storage.files import write_atomically
 from oocpatch.storage.paths import Address
-from oocpatch.workspace.ledger import standing
+from oocpatch.workspace.ledger import latest_records
+from oocpatch.workspace.segments import at_hand
 
 LEDGER = "oocpatch.ledger"
 DESCRIBED = "described"
@@ -51,7 +52,7 @@ def keep_ledger(
     with at_hand(source) as ledger:
         lines = (
             (replace(record, note="", at=0.0) if plain else record).line()
-            for record in standing(ledger, blocks)
+            for record in latest_records(ledger, blocks)
             if (record.kind, record.block) not in without
         )
         if isinstance(target, Path):

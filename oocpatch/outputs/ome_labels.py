@@ -32,7 +32,7 @@ RECORD = "oocpatch"
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class ParentImage:
     """The image that an output lies beside.
 
     Attributes:
@@ -46,7 +46,7 @@ class Beside:
     levels: int
 
 
-def image_beside(output: Address) -> Beside | None:
+def parent_image(output: Address) -> ParentImage | None:
     """The image whose labels an output is; None when it lies anywhere else, or in an object store."""
     if not isinstance(output, Path) or output.parent.name != LABELS:
         return None
@@ -55,17 +55,17 @@ def image_beside(output: Address) -> Beside | None:
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
             found = json.loads((image / name).read_text())
             attributes = found["attributes"] if version == "0.5" else found
-            return Beside(image, version, len(ome_attributes(attributes)["multiscales"][0]["datasets"]))
+            return ParentImage(image, version, len(ome_attributes(attributes)["multiscales"][0]["datasets"]))
     return None
 
 
-def format_beside(output: Address, asked: str) -> str:
+def format_in_parent(output: Address, asked: str) -> str:
     """The `output_format` of an output: what lies among the labels of an image is of its version.
 
     Raises:
         ValueError: when another one was asked for.
     """
-    image = image_beside(output)
+    image = parent_image(output)
     if image is None or asked == "zarr":
         return asked
     wanted = "ome-zarr" if image.version == "0.5" else "ome-zarr-0.4"
@@ -77,12 +77,12 @@ def format_beside(output: Address, asked: str) -> str:
     return wanted
 
 
-def enlist(output: Address) -> None:
+def register_label(output: Address) -> None:
     """Enter an output that holds labels, and is complete, into the list of its image's labels.
 
     Idempotent; entries of others are kept, and nothing is written where all is there already.
     """
-    image = image_beside(output)
+    image = parent_image(output)
     if image is None or not isinstance(output, Path):
         return
     file = "zarr.json" if image.version == "0.5" else ".zattrs"

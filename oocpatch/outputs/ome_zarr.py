@@ -25,6 +25,7 @@ import zarr
 from zarr.abc.store import Store
 
 from oocpatch.outputs.coordinates import at_centres, plain_attributes, scaled_coords, write_coords
+from oocpatch.planning.arguments import one_of
 from oocpatch.planning.box import Ints
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
@@ -313,3 +314,27 @@ def _validate(attributes: dict[str, Any], version: str) -> None:
         v05.OMEAttributes.model_validate(attributes)
     else:
         v04.Image.model_validate(attributes)
+
+
+FORMATS = ("auto", "zarr", "ome-zarr", "ome-zarr-0.4")
+
+
+def checked_output_format(value: str, volume: Volume) -> str:
+    """A checked `output_format`; of `"auto"`, what it comes to.
+
+    Raises:
+        ValueError: when there is no such format, or the volume does not fit it.
+    """
+    one_of("output_format", value, FORMATS)
+    if value == "auto":
+        value = "zarr" if volume.source.image is None else "ome-zarr"
+    if value != "zarr":
+        looped = len(volume.shape) - volume.spatial_ndim
+        if not 2 <= volume.spatial_ndim <= 3 or looped > 1:
+            raise ValueError(
+                "an OME-Zarr must have two or three axes in space and at most one for time, got "
+                f"{', '.join(volume.axes.names)}; write output_format='zarr', or name the axes with `axes`"
+            )
+        for name in volume.names:
+            placed(volume, name)
+    return value

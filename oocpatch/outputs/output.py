@@ -23,7 +23,7 @@ from zarr.abc.store import Store
 from oocpatch.errors import CorruptData
 from oocpatch.outputs.coordinates import plain_attributes, scaled_coords, write_coords
 from oocpatch.outputs.integrity import LEDGER, keep_ledger, other_files, refuse_changes
-from oocpatch.outputs.ome_labels import image_beside
+from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
 from oocpatch.outputs.omero import channel_settings, describe
 from oocpatch.outputs.record import (
@@ -34,8 +34,8 @@ from oocpatch.outputs.record import (
     inspect_output,
     rewrite,
 )
-from oocpatch.outputs.write_units import NotingStore, Written, unit_positions, units_of
-from oocpatch.planning.box import Box, worthwhile
+from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
+from oocpatch.planning.box import Box, unit_positions, worthwhile
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.checksums import file_checksum
@@ -50,7 +50,7 @@ OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "biofo
 def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address, previous: OutputRecord | None) -> None:
     """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    version, split, beside = ome_version(plan), is_tree(plan.heads), image_beside(path)
+    version, split, beside = ome_version(plan), is_tree(plan.heads), parent_image(path)
     images = images_of(plan, volume, beside.levels if beside else None) if version else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
@@ -164,7 +164,7 @@ class Output:
         self._plan, self._heads = plan, plan.heads
         self._paths = array_paths(plan)
         self._channel = channel_place(plan)
-        self._store = NotingStore(store_at(path))
+        self._store = ChecksumStore(store_at(path))
         try:
             self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
         except (ValueError, KeyError, TypeError) as error:
@@ -197,7 +197,7 @@ class Output:
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
         yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
 
-    def write(self, head: int, box: Box, values: npt.NDArray[Any], written: Written) -> None:
+    def write(self, head: int, box: Box, values: npt.NDArray[Any], written: WriteChecksums) -> None:
         """Write `(C, *box.shape)`, a box of whole write units; their CRCs are told to `written`."""
         found = box.slices()
         channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
@@ -216,7 +216,7 @@ class Output:
     def _keys(self, head: int, selection: tuple[slice, ...]) -> Iterator[str]:
         """Keys of the write units of a selection, in C order."""
         array = self._arrays[head]
-        for position in unit_positions(array, selection):
+        for position in unit_positions(array.shards or array.chunks, selection):
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
     def complete(self, details: Mapping[str, Any], ledger: Address) -> None:

@@ -27,17 +27,17 @@ import numpy.typing as npt
 import zarr
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.execution.scheduler import with_retries
 from oocpatch.outputs.ome_zarr import ome_version
 from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid_levels import pieces, regions, task_memory
-from oocpatch.progress import telling
+from oocpatch.progress import show_progress
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.paths import Address, store_at
-from oocpatch.storage.zarrs_codec import NativeArray, StagedArray
+from oocpatch.storage.retries import with_retries
+from oocpatch.storage.zarrs_codec import StagedArray, ZarrsArray
 
 Array = npt.NDArray[Any]
 
@@ -110,7 +110,7 @@ class Level:
     array: zarr.Array[Any]
     step: Ints
     method: str
-    above_coder: NativeArray | None = None
+    above_coder: ZarrsArray | None = None
     staged: StagedArray | None = None
 
     @classmethod
@@ -184,7 +184,7 @@ class Level:
         """The same level, coded by threads of zarrs where it is installed."""
         staged = StagedArray.open(self.array, threads)
         try:
-            yield replace(self, above_coder=NativeArray.open(self.above, threads), staged=staged)
+            yield replace(self, above_coder=ZarrsArray.open(self.above, threads), staged=staged)
         finally:
             if staged is not None:
                 staged.close()
@@ -258,7 +258,7 @@ def build_pyramids(
     if done == total:
         return
     each = sum(level.array.nbytes for _, level in levels) / total
-    with telling(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as tell:
+    with show_progress(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as tell:
         for name, level in levels:
             if notes.done(name) < level.regions:
                 at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))

@@ -11,16 +11,15 @@ import base64
 import binascii
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from zarr.storage import WrapperStore
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan
-from oocpatch.storage.checksums import checksum
+from oocpatch.storage.checksums import ABSENT, checksum
 
 if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
@@ -32,11 +31,8 @@ else:
 
 Crcs = npt.NDArray[np.uint32]
 
-ABSENT = 0
-"""The CRC of a unit that is not stored. That of a file whose CRC is 0 is noted as 1."""
 
-
-class NotingStore(Wrapper):
+class ChecksumStore(Wrapper):
     """A store that notes the CRC of whatever is written to it, as it goes by."""
 
     def __init__(self, store: Store) -> None:
@@ -53,7 +49,7 @@ class NotingStore(Wrapper):
         return self._crcs.pop(key, ABSENT)
 
 
-class Written:
+class WriteChecksums:
     """What one task wrote to the output; safe to be told by several threads.
 
     Args:
@@ -95,7 +91,7 @@ def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
 
 
 def unpacked(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:
-    """What `Written` told: head, position in the grid of units with the channel first, and CRC of each unit.
+    """What `WriteChecksums` told: head, position in the grid of units with the channel first, and CRC of each unit.
 
     Raises:
         ValueError: when it is not of this stage of this block.
@@ -127,19 +123,3 @@ def units_of(box: Box, unit: Sequence[int]) -> Box:
         tuple(a // u for a, u in zip(box.start, unit, strict=True)),
         tuple(-(-b // u) for b, u in zip(box.stop, unit, strict=True)),
     )
-
-
-def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
-    """The box that slices select of an array.
-
-    >>> selected((slice(None), slice(1, 9)), (4, 6))
-    Box(start=(0, 1), stop=(4, 6))
-    """
-    spans = [part.indices(n)[:2] for part, n in zip(selection, shape, strict=True)]
-    return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
-
-
-def unit_positions(array: zarr.Array[Any], selection: tuple[slice, ...]) -> Iterator[Ints]:
-    """Positions of the write units of a selection, in C order."""
-    units = array.shards or array.chunks
-    return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, units, strict=True)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Ints = tuple[int, ...]
@@ -112,3 +112,18 @@ def worthwhile(step: Ints, shape: Ints, voxels: int) -> Ints:
         while grown[axis] < shape[axis] and math.prod(grown) < voxels:
             grown[axis] *= 2
     return tuple(grown)
+
+
+def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
+    """The box that slices select of an array.
+
+    >>> selected((slice(None), slice(1, 9)), (4, 6))
+    Box(start=(0, 1), stop=(4, 6))
+    """
+    spans = [part.indices(n)[:2] for part, n in zip(selection, shape, strict=True)]
+    return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
+
+def unit_positions(unit: Sequence[int], selection: tuple[slice, ...]) -> Iterator[Ints]:
+    """Return the positions of the write units of a selection, in C order."""
+    return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, unit, strict=True)))

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import Scale, chunk_span
-from oocpatch.planning.sweep import capacity
-from oocpatch.planning.totals import LOOKED_AT, AxisTotals, Frame
+from oocpatch.planning.sweep import LOOKED_AT, AxisTotals, Frame, capacity
 
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
@@ -61,7 +60,7 @@ class HeadSizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ByteSizes:
     """What a voxel, a chunk and a batch weigh.
 
     Attributes:
@@ -97,7 +96,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class IoStrategy:
     """How tasks go about their blocks; it changes memory and time, never a byte of the result.
 
     Attributes:
@@ -155,7 +154,7 @@ class Traffic:
     bytes_written: int
 
 
-def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, concurrency: int, *, aligned: bool) -> Traffic:
+def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, concurrency: int, *, aligned: bool) -> Traffic:
     """Disk and traffic of a run with the given blocks.
 
     Args:
@@ -163,7 +162,7 @@ def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, concurrency: i
         heads: the blocks in the frame of each head.
         sizes: what a voxel, a chunk and a batch weigh.
         concurrency: blocks computed at a time, for the number of blocks whose partials live at a time.
-        aligned: as in `Way`.
+        aligned: as in `IoStrategy`.
     """
     blocks, totals, sweep = frame.blocks, frame.totals, frame.blocks.sweep
     stored = sum((f.seams + f.own) * h.sum_voxel for f, h in zip(heads, sizes.heads, strict=True))
@@ -173,7 +172,7 @@ def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, concurrency: i
     return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel + stored, written + stored)
 
 
-def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, moved: Traffic) -> Projection:
+def project(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, way: IoStrategy, moved: Traffic) -> Projection:
     """All that a run with the given blocks will need; arguments as for `traffic`, whose result `moved` is."""
     every = itertools.product(*(range(len(t.spans)) for t in frame.totals))
     task = _of_a_task(frame, heads, sizes, way)
@@ -189,7 +188,7 @@ def project(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way, move
     )
 
 
-def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> int:
+def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, way: IoStrategy) -> int:
     """A bound from below of `Projection.memory(1)`, in a fraction of the time: that of a block amid others."""
     amid = tuple(len(t.spans) // 2 for t in frame.totals)
     return _total(_shared(heads, sizes, way)) + _total(_of_a_task(frame, heads, sizes, way)(amid))
@@ -202,7 +201,7 @@ def _total(parts: Parts) -> int:
     return sum(size for _, size in parts)
 
 
-def _shared(heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Parts:
+def _shared(heads: tuple[Frame, ...], sizes: ByteSizes, way: IoStrategy) -> Parts:
     """Bytes that the tasks of a process share."""
     return (
         ("model", sizes.model_bytes),
@@ -214,13 +213,15 @@ def _shared(heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Parts:
     )
 
 
-def _of_a_task(frame: Frame, heads: tuple[Frame, ...], sizes: Sizes, way: Way) -> Callable[[Ints], Parts]:
+def _of_a_task(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, way: IoStrategy) -> Callable[[Ints], Parts]:
     """The bytes of the buffers of one task, as a function of which of the totals' spans its block lies in."""
     group = layers_per_group(frame.blocks, frame.totals, sizes.batch)
     return lambda which: _task_parts(frame, heads, which, sizes=sizes, way=way, group=group)
 
 
-def _task_parts(frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: Sizes, way: Way, group: int) -> Parts:
+def _task_parts(
+    frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: ByteSizes, way: IoStrategy, group: int
+) -> Parts:
     """Bytes of the buffers of one task, of the stage that needs more.
 
     Args:
@@ -256,7 +257,7 @@ def _task_parts(frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: S
 
 
 def _head_parts(
-    frame: Frame, sizes: HeadSizes, which: Ints, way: Way, group: int
+    frame: Frame, sizes: HeadSizes, which: Ints, way: IoStrategy, group: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The share of one head in the buffers of a task: of the predict stage, of the normalize stage."""
     sweep = frame.blocks.sweep
@@ -286,7 +287,7 @@ def _head_parts(
     return predict, normalize
 
 
-def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: Sizes) -> int:
+def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: ByteSizes) -> int:
     """Voxels decoded along the swept axis when every layer reads just what it needs: chunks it shares come twice."""
     axis, chunk = blocks.axes[blocks.sweep].grid, sizes.in_chunk[blocks.sweep]
     period = min(math.lcm(axis.stride, chunk) // axis.stride, LOOKED_AT)
@@ -294,7 +295,7 @@ def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: Sizes) -> i
     return max(totals.decoded, round(sum(spans) / len(spans) * axis.count))
 
 
-def _disk(heads: tuple[Frame, ...], sizes: Sizes, stored: int, concurrency: int) -> int:
+def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: int) -> int:
     """Bytes of partials at the fullest: those of the blocks between a block and its last reader, in C order."""
     blocks = heads[0].blocks
     axes = sum(sum(f.blocks.grid.shape) for f in heads)

@@ -17,9 +17,9 @@ from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
-from oocpatch.planning.memory import Way, layers_per_group, slab_bytes
+from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
 from oocpatch.planning.svg import draw_plan
-from oocpatch.planning.totals import axis_totals
+from oocpatch.planning.sweep import axis_totals
 
 FORMAT = 2
 """Version of the plan's JSON and of the workspace's layout."""
@@ -82,7 +82,7 @@ class Plan:
     skips: bool
     core: Ints
     sweep: int
-    way: Way
+    way: IoStrategy
     concurrency: int
     batch_size: int
     torch_threads: int
@@ -225,7 +225,7 @@ class Plan:
         values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name != "runner"}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
-        values["way"] = Way(**record["way"])
+        values["way"] = IoStrategy(**record["way"])
         return cls(**values)
 
     def draw(self) -> str:

@@ -19,9 +19,18 @@ from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
-from oocpatch.planning.memory import Projection, Sizes, Traffic, Way, io_threads, least_memory, project, traffic
+from oocpatch.planning.memory import (
+    ByteSizes,
+    IoStrategy,
+    Projection,
+    Traffic,
+    io_threads,
+    least_memory,
+    project,
+    traffic,
+)
 from oocpatch.planning.plan import human
-from oocpatch.planning.totals import AxisTotals, Frame, axis_totals
+from oocpatch.planning.sweep import AxisTotals, Frame, axis_totals
 
 WORK = 1 << 30
 """Voxels of patches a block should not exceed: what a crash costs, about ten seconds on a GPU, minutes on a CPU."""
@@ -37,24 +46,24 @@ LONELY = 1.06
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BlockChoice:
     """A block grid, the way its tasks work, how many run at a time, and what that needs."""
 
     blocks: BlockGrid
-    way: Way
+    way: IoStrategy
     concurrency: int
     projection: Projection
 
 
 def choose(
     grid: PatchGrid,
-    sizes: Sizes,
+    sizes: ByteSizes,
     *,
     max_memory: int,
     max_disk: int | None = None,
     block_shape: Ints | None = None,
     workers: int | None = None,
-) -> Choice:
+) -> BlockChoice:
     """Choose the blocks of a run.
 
     Args:
@@ -75,19 +84,19 @@ def choose(
         best = _best(candidates, max_memory, max_disk)
         if best is not None:
             found, concurrency = best
-            choice = Choice(found.frame.blocks, found.way, concurrency, found.projection)
+            choice = BlockChoice(found.frame.blocks, found.way, concurrency, found.projection)
             return _with_workers(choice, workers, max_memory)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
 
-def _ways(grids: list[BlockGrid], sizes: Sizes, threads: int) -> list[_Candidate]:
+def _ways(grids: list[BlockGrid], sizes: ByteSizes, threads: int) -> list[_Candidate]:
     """All ways to go about the blocks, with so many threads for chunks."""
     frames, candidates = Frames(sizes), []
     for blocks in grids:
         frame, heads = frames.of(blocks)
         for aligned in (True, False):
             moved = traffic(frame, heads, sizes, NOMINAL[0], aligned=aligned)
-            ways = (Way(aligned, ahead, threads) for ahead in (True, False))
+            ways = (IoStrategy(aligned, ahead, threads) for ahead in (True, False))
             candidates += [_Candidate(frame, heads, sizes, way, moved) for way in ways]
     return candidates
 
@@ -112,8 +121,8 @@ class _Candidate:
 
     frame: Frame
     heads: tuple[Frame, ...]
-    sizes: Sizes
-    way: Way
+    sizes: ByteSizes
+    way: IoStrategy
     moved: Traffic
 
     @cached_property
@@ -146,7 +155,7 @@ class _Candidate:
 class Frames:
     """Blocks in all frames, with the totals of their axes, which many candidates share."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: ByteSizes) -> None:
         self._sizes = sizes
         self._totals: dict[tuple[int, int, BlockAxis], AxisTotals] = {}
 
@@ -168,7 +177,7 @@ class Frames:
         return Frame(blocks, tuple(found))
 
 
-def _with_workers(choice: Choice, workers: int | None, max_memory: int) -> Choice:
+def _with_workers(choice: BlockChoice, workers: int | None, max_memory: int) -> BlockChoice:
     """The choice at the concurrency asked for, as far as memory allows."""
     if workers is None:
         wanted = min(choice.concurrency, choice.blocks.num_blocks)
@@ -176,7 +185,7 @@ def _with_workers(choice: Choice, workers: int | None, max_memory: int) -> Choic
         wanted = workers
         while wanted > 1 and choice.projection.memory(wanted) > max_memory:
             wanted -= 1
-    return Choice(choice.blocks, choice.way, max(1, wanted), choice.projection)
+    return BlockChoice(choice.blocks, choice.way, max(1, wanted), choice.projection)
 
 
 def _candidates(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop: bool) -> Iterator[BlockGrid]:
@@ -235,3 +244,77 @@ def _refusal(candidates: list[_Candidate], max_memory: int, max_disk: int | None
         f"one layer of patches needs {human(smallest.memory(1), up=True)} ({parts}) but max_memory is "
         f"{human(max_memory)}; raise max_memory, or lower batch_size, patch_size, block_shape or output_chunks"
     )
+
+
+LARGEST = {1: 1 << 16, 2: 512, 3: 128, 4: 32}
+"""Longest side of a patch by number of spatial axes: a good deal of context, and a few million voxels at most."""
+
+
+MULTIPLE, SMALL_MULTIPLE = 32, 8
+"""Sides are multiples of it, as networks that halve five times need, as long as there is memory for that."""
+
+MODEL_SHARE = 4
+"""The model may take this part of the memory with one patch, and half of it with a batch chosen here."""
+
+
+BATCH_VOXELS = 1 << 21
+"""Voxels that make a call of the model worth its overhead."""
+
+
+LARGEST_BATCH = 64
+
+
+def patch_sizes(shape: Ints, chunks: Ints, fixed: tuple[int | None, ...] | None = None) -> Iterator[Ints]:
+    """Patch sizes to try, the largest first.
+
+    Sides are whole chunks where that suits, and no longer than the volume needs.
+
+    Args:
+        shape: of the volume, spatial.
+        chunks: of the volume, spatial.
+        fixed: sides that the model fixes, None where it does not.
+
+    >>> list(patch_sizes((4000, 3000), (256, 256)))[:3]
+    [(512, 512), (256, 256), (192, 192)]
+    >>> next(patch_sizes((20, 300, 300), (48, 48, 48), (None, 64, 64)))
+    (32, 64, 64)
+    """
+    seen = None
+    largest = LARGEST.get(len(shape), SMALL_MULTIPLE * 2)
+    limits = (limit for k in range(largest.bit_length()) for limit in (largest >> k, (largest >> k) * 3 // 4))
+    for limit in limits:
+        if limit % SMALL_MULTIPLE:
+            return
+        sides = tuple(_side(n, c, limit) for n, c in zip(shape, chunks, strict=True))
+        sides = tuple(s or f for s, f in zip(fixed or (None,) * len(shape), sides, strict=True))
+        if sides != seen:
+            yield sides
+        seen = sides
+
+
+def _side(length: int, chunk: int, limit: int) -> int:
+    multiple = MULTIPLE if limit >= MULTIPLE else SMALL_MULTIPLE
+    step = math.lcm(multiple, chunk)
+    step = step if step <= limit else multiple
+    return min(limit // step * step, ceil_to(length, multiple))
+
+
+def batch_size(
+    voxels: int, patch_bytes: int, max_memory: int, *, patches: int, least: int = 1, most: int | None = None
+) -> int:
+    """Patches per call of the model.
+
+    Args:
+        voxels: of a patch.
+        patch_bytes: memory that the model and a batch take per patch.
+        max_memory: the run's.
+        patches: of the volume.
+        least: fewest that the model takes.
+        most: most that the model takes.
+
+    >>> batch_size(64**3, 40 << 20, 1 << 30, patches=500), batch_size(64**3, 0, 1 << 30, patches=500, most=3)
+    (2, 3)
+    """
+    wanted = min(BATCH_VOXELS // voxels, max_memory // (2 * MODEL_SHARE) // max(1, patch_bytes), patches, LARGEST_BATCH)
+    power = 1 << max(1, wanted).bit_length() - 1
+    return max(least, min(power, most or power))

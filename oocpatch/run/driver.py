@@ -10,22 +10,22 @@ from typing import Any
 
 from oocpatch.configuration.run_config import Request
 from oocpatch.execution.scheduler import Executor, Stopped, dask_threads
-from oocpatch.execution.task_context import open_job, perform
-from oocpatch.outputs.ome_labels import enlist
+from oocpatch.execution.task_context import open_task_context, run_task
+from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Output, create_output
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
-from oocpatch.provenance import facts
+from oocpatch.provenance import run_facts
 from oocpatch.run.status import bar_of, hidden, root_of
 from oocpatch.storage.files import flush
 from oocpatch.workspace.ledger import Ledger, Record
-from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.segments import WHOLE
 from oocpatch.workspace.workspace import Workspace, remove_workspace
 
 
-def all_done(made: Plan, done: Progress) -> bool:
+def all_done(made: Plan, done: RunProgress) -> bool:
     """Whether nothing is left to do."""
     return len(done.predicted) == made.blocks and len(done.normalized) == made.block_grid.num_open
 
@@ -57,7 +57,7 @@ def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def open_executor(
-    request: Request, workspace: Workspace, progress: str | bool, own: range, done: Progress
+    request: Request, workspace: Workspace, progress: str | bool, own: range, done: RunProgress
 ) -> Iterator[tuple[Executor, Callable[[], int], Callable[[], None]]]:
     """Where the tasks of a run are executed; how many batches were halved there; what flushes the output there."""
     made, stop = workspace.plan, threading.Event()
@@ -74,12 +74,12 @@ def open_executor(
                 raise Stopped
             bar(count)
 
-        job = stack.enter_context(open_job(request, made, workspace, Output(request.output, made), on_patches))
-        threads = stack.enter_context(dask_threads(made.concurrency, functools.partial(perform, job), stop))
+        job = stack.enter_context(open_task_context(request, made, workspace, Output(request.output, made), on_patches))
+        threads = stack.enter_context(dask_threads(made.concurrency, functools.partial(run_task, job), stop))
         yield threads, lambda: job.predictor.halving.count, functools.partial(flush, request.output)
 
 
-def details(request: Request, made: Plan, seconds: float, done: Progress, halved: int) -> dict[str, Any]:
+def details(request: Request, made: Plan, seconds: float, done: RunProgress, halved: int) -> dict[str, Any]:
     """Facts about a finished run, for the output's attributes."""
     return {
         **({"statistics": made.statistics} if made.statistics else {}),
@@ -91,7 +91,7 @@ def details(request: Request, made: Plan, seconds: float, done: Progress, halved
         "nonfinite_voxels": done.nonfinite,
         "seconds": round(seconds, 3),
         "torch_threads": made.torch_threads,
-        **facts(request.settings),
+        **run_facts(request.settings),
     }
 
 
@@ -100,4 +100,4 @@ def conclude(request: Request, workspace: Workspace, found: Mapping[str, Any], p
     made, memory = workspace.plan, request.max_memory
     build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
     Output(request.output, made).complete(found, workspace.root / WHOLE)
-    enlist(request.output)
+    register_label(request.output)

@@ -18,22 +18,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from oocpatch.configuration import door
 from oocpatch.configuration.make_plan import make_plan, refuse_other_run, resumed
-from oocpatch.configuration.run_config import Request, beside, locks, make_request
+from oocpatch.configuration.run_config import Request, make_request
 from oocpatch.errors import OutputBusy, OutputExists
-from oocpatch.execution.array_job import Part, busy
+from oocpatch.execution.array_job import ArrayJobPart, busy_holder, checked_part
 from oocpatch.execution.scheduler import Run
-from oocpatch.outputs.ome_labels import enlist
+from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
 from oocpatch.outputs.record import OutputRecord, inspect_output
+from oocpatch.planning.arguments import switch
 from oocpatch.planning.plan import Plan
-from oocpatch.provenance import settings
+from oocpatch.provenance import run_settings
 from oocpatch.run.driver import all_done, conclude, details, open_executor, open_ledger, set_up
 from oocpatch.run.status import root_of
 from oocpatch.storage.files import make_folder
-from oocpatch.storage.locks import clear_dead, holder, locked, locked_in_turn
-from oocpatch.workspace.ledger import News
+from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
+from oocpatch.workspace.ledger import LedgerTail
 from oocpatch.workspace.segments import WHOLE
 from oocpatch.workspace.workspace import Workspace, remove_workspace
 
@@ -173,7 +173,7 @@ def predict(
     """
     arguments = _arguments(locals())
     one = _part(part, client, overwrite=overwrite)
-    request = replace(make_request(**arguments), settings=settings(arguments))
+    request = replace(make_request(**arguments), settings=run_settings(arguments))
     return _predict(request, resume=resume, overwrite=overwrite, progress=progress, part=one)
 
 
@@ -217,7 +217,7 @@ def plan(
         raise TypeError("plan() needs patch_size")
     one = _part(part, arguments.get("client"), overwrite=overwrite)
     given = {"volume": volume, "model": model, "output": output, **_DEFAULTS, **arguments}
-    request = replace(make_request(**given), settings=settings(given))
+    request = replace(make_request(**given), settings=run_settings(given))
     made, _ = _decide(request, resume=resume, overwrite=overwrite, part=one)
 
     def run(planned: Plan) -> Result:
@@ -236,7 +236,11 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in _CONTROL}
 
 
-def _part(part: Sequence[int] | None, client: Any, *, overwrite: bool) -> Part | None:
+def _part(part: Sequence[int] | None, client: Any, *, overwrite: bool) -> ArrayJobPart | None:
+    if client is not None:
+        from oocpatch.execution.dask_cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
+
+        checked_client(client)
     if part is None:
         return None
     if client is not None:
@@ -245,24 +249,24 @@ def _part(part: Sequence[int] | None, client: Any, *, overwrite: bool) -> Part |
         raise ValueError(
             "overwrite must be False with part: each part would delete the others' work; delete the output"
         )
-    return Part(*door.part(part))
+    return ArrayJobPart(*checked_part(part))
 
 
 def _decide(
-    request: Request, *, resume: bool, overwrite: bool, part: Part | None = None
+    request: Request, *, resume: bool, overwrite: bool, part: ArrayJobPart | None = None
 ) -> tuple[Plan | None, OutputRecord | None]:
     """The stored plan to go on with, if any, and what lies at the output's place.
 
     Raises:
         OutputExists, OutputBusy, RunMismatch: when this call must not touch it.
     """
-    door.flag("resume", resume)
-    door.flag("overwrite", overwrite)
+    switch("resume", resume)
+    switch("overwrite", overwrite)
     if request.client is not None:
-        from oocpatch.execution.payload import refuse_cluster  # noqa: PLC0415 - a second of imports, for clusters only
+        from oocpatch.execution.payload import check_cluster  # noqa: PLC0415 - a second of imports, for clusters only
 
-        refuse_cluster(request)
-    who = busy(request.output, part)
+        check_cluster(request)
+    who = busy_holder(request.output, part)
     if who is not None:
         raise OutputBusy(f"another run is at work on {request.output} ({who}); wait for it, or stop it first")
     found = inspect_output(request.output)
@@ -294,7 +298,7 @@ def _predict(
     resume: bool,
     overwrite: bool,
     progress: str | bool,
-    part: Part | None,
+    part: ArrayJobPart | None,
     planned: Plan | None = None,
 ) -> Result:
     stored, found = _decide(request, resume=resume, overwrite=overwrite, part=part)
@@ -302,7 +306,7 @@ def _predict(
         remove_workspace(root_of(found))  # a crash after success may have left it, and its lock
         for lock in locks(request.output):
             clear_dead(lock)
-        enlist(request.output)  # a crash after success may have kept it from that
+        register_label(request.output)  # a crash after success may have kept it from that
         return open_result(request.output)
     made = stored or planned or make_plan(request)
     request = request.settled(made.patch_size[request.looped :], made.batch_size)
@@ -342,7 +346,7 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         return details(request, made, time.monotonic() - started, done, halved())
 
 
-def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool) -> Result:
+def _predict_part(request: Request, made: Plan, part: ArrayJobPart, progress: str | bool) -> Result:
     """Run one part, and complete the output if it is the last one."""
     started, output, told = time.monotonic(), request.output, str(request.output)
     turn = functools.partial(locked_in_turn, beside(output, ".lock"), told, str(part))
@@ -359,7 +363,7 @@ def _predict_part(request: Request, made: Plan, part: Part, progress: str | bool
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
-        news = News(workspace.root, part.segment)
+        news = LedgerTail(workspace.root, part.segment)
         run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
         run(own=own, finishes=own).execute(executor)
         flush()  # the part that completes the output may run on another host

@@ -13,13 +13,11 @@ from datetime import timedelta
 
 import numpy as np
 
-from oocpatch.configuration import door
-from oocpatch.configuration.run_config import locks
 from oocpatch.outputs.record import OutputRecord, written
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import telling, way_of
-from oocpatch.storage.locks import holder
-from oocpatch.storage.paths import Address, address
+from oocpatch.progress import display_of, show_progress
+from oocpatch.storage.locks import holder, locks
+from oocpatch.storage.paths import Address, address, output_path
 from oocpatch.workspace.workspace import Workspace
 
 
@@ -29,7 +27,7 @@ def hidden(progress: str | bool) -> bool | None:
     Raises:
         ValueError: when it is none of the known ways.
     """
-    way_of(progress)
+    display_of(progress)
     return None if progress == "auto" else progress not in ("bar", True)
 
 
@@ -45,7 +43,7 @@ def bar_of(made: Plan, progress: str | bool, own: range, predicted: Container[in
     done = made.patches_in([i for i in own if i in predicted])
     volume = math.prod(made.shape) * made.in_channels * np.dtype(made.in_dtype).itemsize
     each = volume / max(1, made.patches)
-    with telling(progress, "predict", "patches", total, resumed=done, bytes_each=each) as tell:
+    with show_progress(progress, "predict", "patches", total, resumed=done, bytes_each=each) as tell:
         yield tell
 
 
@@ -109,7 +107,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     Raises:
         OutputExists: when what lies there is not an output of oocpatch.
     """
-    path = door.place("output", output)
+    path = output_path("output", output)
     record = written(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})

@@ -20,9 +20,8 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.sampling.map_cells import Cells, RecentCells, pick
-from oocpatch.sampling.probability_map import labels_in, measure, weights_in
+from oocpatch.sampling.probability_map import Table, Tables, labels_in, measure, remembered, weights_in
 from oocpatch.sampling.subject import LoadedVolume, Subject
-from oocpatch.sampling.table import Table, Tables, remembered
 from oocpatch.sampling.uniform import UniformSampler
 from oocpatch.volumes.volume import Volume
 

@@ -56,3 +56,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         while piece := file.read(1 << 20):
             yield piece
+
+
+ABSENT = 0
+"""The CRC of a unit that is not stored. That of a file whose CRC is 0 is noted as 1."""

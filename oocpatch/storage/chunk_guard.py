@@ -23,8 +23,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore
 
-from oocpatch.outputs.write_units import unit_positions
-from oocpatch.planning.box import Ints
+from oocpatch.planning.box import Ints, unit_positions
 from oocpatch.storage.decoded import Part, Told, nothing, told_by
 
 FACTOR, SLACK = 8, 1 << 20
@@ -74,7 +73,7 @@ class ChunkGuard:
         """
         bounds = [part.indices(n)[:2] for part, n in zip(selection, self.array.shape, strict=True)]
         whole = math.prod(self.array.shards or self.array.chunks) * np.dtype(self.array.dtype).itemsize
-        for position in unit_positions(self.array, tuple(slice(*span) for span in bounds)):
+        for position in unit_positions(self.array.shards or self.array.chunks, tuple(slice(*span) for span in bounds)):
             key = self.array.metadata.encode_chunk_key(position)
             path = self.folder / key
             try:

@@ -29,8 +29,7 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from oocpatch.outputs.write_units import selected, unit_positions
-from oocpatch.planning.box import Box
+from oocpatch.planning.box import Box, selected, unit_positions
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.decoded import declared
 
@@ -85,7 +84,7 @@ class PlainArray:
             ValueError: when a chunk is damaged, or would decode to more than it should.
         """
         box, chunks = selected(selection, self._array.shape), self._array.chunks
-        for position in unit_positions(self._array, box.slices()):
+        for position in unit_positions(self._array.shards or self._array.chunks, box.slices()):
             start = tuple(p * n for p, n in zip(position, chunks, strict=True))
             common = Box(start, tuple(a + n for a, n in zip(start, chunks, strict=True))) & box
             chunk = self._chunk(self._array.metadata.encode_chunk_key(position))
@@ -140,7 +139,9 @@ class PlainArray:
         """The chunks of a selection of whole chunks, in C order: key, and bytes; None: nothing but the fill value."""
         box = selected(selection, self._array.shape)
         parts = box.split(self._array.chunks)
-        for position, part in zip(unit_positions(self._array, selection), parts, strict=True):
+        for position, part in zip(
+            unit_positions(self._array.shards or self._array.chunks, selection), parts, strict=True
+        ):
             yield self._array.metadata.encode_chunk_key(position), self._encoded(values[part.slices(box.start)])
 
     def _encoded(self, values: Array) -> bytes | None:

@@ -7,9 +7,8 @@ import ctypes
 import math
 import os
 import shutil
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy.typing as npt
 
 from oocpatch.storage.object_store import AT_A_TIME
 from oocpatch.storage.paths import Address, ObjectPath
-from oocpatch.workspace.segments import lines_of
 
 _LIBRARY = ctypes.CDLL(None, use_errno=True)
 
@@ -36,22 +34,6 @@ def write_atomically(path: Address, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-@contextlib.contextmanager
-def at_hand(path: Address) -> Iterator[Path]:
-    """A ledger on the local disk: the file itself, or a copy of an object, or of the objects of a segment."""
-    if isinstance(path, Path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
-        copy = Path(folder, path.name)
-        with copy.open("wb") as file:
-            try:
-                file.writelines(path.pieces())
-            except FileNotFoundError:
-                file.writelines(lines_of(path))
-        yield copy
 
 
 def make_folder(path: Address) -> None:

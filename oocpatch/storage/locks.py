@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -232,3 +232,24 @@ def _beat(lock: _File | _Object, stopped: threading.Event) -> None:
     while not stopped.wait(BEAT):
         with contextlib.suppress(OSError):
             lock.beat()
+
+
+def beside(output: Address, suffix: str) -> Address:
+    """What a run keeps beside its output: the workspace unless told, and with a suffix the lock."""
+    return output.with_name(f"{output.name}.oocpatch{suffix}")
+
+
+def part_lock(output: Address, part: tuple[int, int]) -> Address:
+    """The lock of one part of a run."""
+    return beside(output, f".lock.part-{part[0]}-of-{part[1]}")
+
+
+def locks(output: Address) -> list[Address]:
+    """The lock of an output, and those of parts of its run."""
+    whole = beside(output, ".lock")
+    start = f"{whole.name}.part-"
+    found: Iterable[Address] = (
+        whole.parent.glob(f"{glob.escape(start)}*") if isinstance(whole, Path) else whole.siblings(start)
+    )
+    parts = (path for path in found if path.name.removeprefix(start).replace("-of-", "").isdigit())
+    return [whole, *sorted(parts, key=str)]

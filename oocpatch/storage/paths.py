@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ DELETED_AT_A_TIME = 1000
 """Objects that are deleted at a time."""
 
 
-def words(error: OSError) -> str:
+def describe_error(error: OSError) -> str:
     """What an error says, and of which address.
 
-    >>> words(PermissionError(13, "access denied", "s3://bucket/scan.zarr"))
+    >>> describe_error(PermissionError(13, "access denied", "s3://bucket/scan.zarr"))
     's3://bucket/scan.zarr: access denied'
     """
     return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
@@ -83,7 +84,7 @@ class ObjectPath:
         """The address of another name beside this one."""
         return self.parent / name
 
-    def contact(self) -> None:
+    def check_readable(self) -> None:
         """See whether the store answers to a reader.
 
         Raises:
@@ -94,7 +95,7 @@ class ObjectPath:
         with contextlib.suppress(FileNotFoundError), told(self.url):
             obstore.head(client(self.url, hurried=True), "zarr.json")
 
-    def look(self) -> None:
+    def check_writable(self) -> None:
         """See whether the store answers to somebody who wants to write.
 
         Raises:
@@ -275,3 +276,68 @@ def consolidate(path: Address) -> None:
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         zarr.consolidate_metadata(store_at(path))
+
+
+def local_or_url(address: str | os.PathLike[str]) -> Path | str:
+    """A local path as `Path`, anything else as it is.
+
+    `file://` is taken for the path it names: through fsspec it would be written in place, and torn by a crash.
+    """
+    text = os.fspath(address)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if "://" in text else Path(text)
+
+
+def local_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """A path on the local file system.
+
+    Raises:
+        ValueError: for a URL of anything else.
+        TypeError: when it is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {type(value).__name__}")
+    address = local_or_url(value)
+    if isinstance(address, str):
+        raise ValueError(f"{name} must be a path on a local or shared file system, got {address}")
+    return address.absolute()
+
+
+def output_path(name: str, value: str | os.PathLike[str]) -> Address:
+    """A place to write: a path on the local file system, or a URL in an object store.
+
+    Raises:
+        ValueError: for a URL of anything else.
+        TypeError: when it is no path.
+    """
+    if not isinstance(value, str) or "://" not in value or value.startswith("file://"):
+        return local_path(name, value)
+    if scheme_of(value) not in BUCKETS:
+        raise ValueError(
+            f"{name} must be a path, or a URL that begins with {', '.join(f'{s}://' for s in BUCKETS)}, got {value}"
+        )
+    found = ObjectPath.of(value)
+    if not found.key:
+        raise ValueError(f"{name} must have a name in its bucket, such as {found}/out.zarr, got {value}")
+    return found
+
+
+def check_writable(name: str, path: Address) -> None:
+    """Refuse a place where nothing can be written, before anything is.
+
+    Raises:
+        ValueError: in that case.
+    """
+    if isinstance(path, ObjectPath):
+        try:
+            path.check_writable()
+        except OSError as error:
+            where = "check the address, and AWS_ENDPOINT_URL if it is set"
+            raise ValueError(f"{name} cannot be written: {describe_error(error)}; {where}") from error
+        return
+    found = next(p for p in path.parents if p.exists())
+    if not found.is_dir():
+        raise ValueError(f"{name} must be in a directory, got {path}, where {found} is a file")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must be in a directory that can be written to, got {path}, where {found} cannot")

@@ -28,9 +28,8 @@ import zarr
 from zarr.buffer.cpu import NDBuffer
 from zarr.storage import LocalStore
 
-from oocpatch.outputs.write_units import ABSENT, selected, unit_positions
-from oocpatch.planning.box import Box, worthwhile
-from oocpatch.storage.checksums import bytes_checksum, measured
+from oocpatch.planning.box import Box, selected, unit_positions, worthwhile
+from oocpatch.storage.checksums import ABSENT, bytes_checksum, measured
 from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.files import start_writing, write_soon
 
@@ -40,7 +39,7 @@ PORTION = 1 << 20
 """Bytes of chunks that are read at a time, at least, where chunks are small."""
 
 
-class NativeArray:
+class ZarrsArray:
     """A Zarr array in a local directory, coded by zarrs.
 
     One box at a time: its threads share out the chunks of a box, so that no more are on their way than it has threads.
@@ -57,10 +56,10 @@ class NativeArray:
         self._turn = threading.Lock()
 
     @classmethod
-    def open(cls, array: zarr.Array[Any], threads: int) -> NativeArray | None:
+    def open(cls, array: zarr.Array[Any], threads: int) -> ZarrsArray | None:
         """The same array, coded by so many threads; None where zarrs is not installed or cannot do it.
 
-        >>> NativeArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
+        >>> ZarrsArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
         True
         """
         local = isinstance(array.store, LocalStore) and np.dtype(array.dtype).isnative
@@ -131,14 +130,14 @@ class StagedArray:
         folder: Path,
         aside: Path,
         *,
-        coders: Sequence[NativeArray] = (),
+        coders: Sequence[ZarrsArray] = (),
         plain: PlainArray | None = None,
     ) -> None:
         self._array = array
         self._plain = plain
         self._folder = folder
         self._aside = aside
-        self._coders: SimpleQueue[NativeArray] = SimpleQueue()
+        self._coders: SimpleQueue[ZarrsArray] = SimpleQueue()
         for coder in coders:
             self._coders.put(coder)
         self._folders: set[Path] = set()
@@ -161,7 +160,7 @@ class StagedArray:
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
         staged = zarr.open_array(LocalStore(aside), mode="r+")
-        coders = [coder for _ in range(boxes) if (coder := NativeArray.open(staged, each)) is not None]
+        coders = [coder for _ in range(boxes) if (coder := ZarrsArray.open(staged, each)) is not None]
         plain = PlainArray.of(array) if not coders else None
         if not coders and (plain is None or not plain.writes):
             shutil.rmtree(aside)
@@ -183,7 +182,9 @@ class StagedArray:
         finally:
             self._coders.put(coder)
         self._refuse_after_end()
-        keys = map(self._array.metadata.encode_chunk_key, unit_positions(self._array, selection))
+        keys = map(
+            self._array.metadata.encode_chunk_key, unit_positions(self._array.shards or self._array.chunks, selection)
+        )
         return [self._take(key) for key in keys]
 
     def _put(self, key: str, data: bytes | None) -> int:

@@ -19,24 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oocpatch.configuration import door
-from oocpatch.configuration.run_config import beside
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
-from oocpatch.execution.array_job import busy
+from oocpatch.execution.array_job import busy_holder
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
 from oocpatch.outputs.output import array_paths, channel_place
 from oocpatch.outputs.pyramid import compare_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, rewrite, written
-from oocpatch.outputs.write_units import ABSENT, unpacked
+from oocpatch.outputs.write_units import unpacked
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.status import root_of
-from oocpatch.storage.checksums import measured
-from oocpatch.storage.files import at_hand
-from oocpatch.storage.locks import locked
-from oocpatch.storage.paths import Address, ObjectPath
-from oocpatch.workspace.ledger import Record, standing
-from oocpatch.workspace.segments import WHOLE, rewritten, segments
+from oocpatch.storage.checksums import ABSENT, measured
+from oocpatch.storage.locks import beside, locked
+from oocpatch.storage.paths import Address, ObjectPath, output_path
+from oocpatch.workspace.ledger import Record, latest_records
+from oocpatch.workspace.segments import WHOLE, at_hand, rewritten, segments
 from oocpatch.workspace.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
@@ -131,8 +128,8 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     ...     verify(f"{folder}/out").passed
     True
     """
-    path = door.place("output", output)
-    who = busy(path, None)
+    path = output_path("output", output)
+    who = busy_holder(path, None)
     if who is not None:
         raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
     metadata, record, found = _record(path)
@@ -155,7 +152,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
-        records = itertools.chain.from_iterable(standing(file, plan.blocks) for file in files)
+        records = itertools.chain.from_iterable(latest_records(file, plan.blocks) for file in files)
         while some := list(itertools.islice(records, AT_A_TIME)):
             for one, (number, read, damaged) in zip(some, pool.map(look, some), strict=True):
                 units, size = units + number, size + read

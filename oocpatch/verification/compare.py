@@ -19,11 +19,10 @@ import torch
 import zarr
 
 import oocpatch
-from oocpatch.models import augmentation as augmentation
-from oocpatch.models import preprocessing as preprocessing
-from oocpatch.models.around import around
+from oocpatch.models import augmentation, preprocessing
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.predictor import Predictor, resolve_device
+from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
 from oocpatch.verification.reference import reference_scores
 from oocpatch.volumes.volume import Volume
@@ -207,10 +206,12 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
 def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, Any]) -> Model:
     """The model with what is around it."""
     axes = volume.names[-volume.spatial_ndim :]
-    preprocess = preprocessing.checked(settings.get("preprocess"), volume.dtype, volume.channels)
-    found = preprocessing.statistics(preprocess, volume, 1 << 28, hidden=True)
-    turns = augmentation.turns(augmentation.checked(settings.get("augment"), axes), axes, settings["patch_size"])
-    return around(models, preprocessing.applied(preprocess, found), turns)
+    preprocess = preprocessing.checked_preprocess(settings.get("preprocess"), volume.dtype, volume.channels)
+    found = preprocessing.preprocess_statistics(preprocess, volume, 1 << 28, hidden=True)
+    turns = augmentation.flips_and_rotations(
+        augmentation.checked_augmentation(settings.get("augment"), axes), axes, settings["patch_size"]
+    )
+    return ensemble(models, preprocessing.applied(preprocess, found), turns)
 
 
 def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, float]:

@@ -28,7 +28,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Figure:
     """Rows of panels.
 
     Attributes:

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import zarr
 
-from oocpatch.configuration import door
 from oocpatch.outputs.output import open_result
 from oocpatch.outputs.record import OutputRecord, array_place, inspect_output
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.paths import Address, output_path, store_at
 from oocpatch.volumes.formats.spec import UnreadableError, parse
 from oocpatch.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
-class Sight:
+class DisplaySource:
     """Something to look at.
 
     Attributes:
@@ -47,7 +46,7 @@ class Sight:
         return True if "argmax" in said or "vote" in said else None
 
 
-def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> Sight:
+def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> DisplaySource:
     """Open a volume, or a head of the output of a run, at the smallest level with so many voxels on its longest axis.
 
     Raises:
@@ -55,7 +54,7 @@ def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str |
     """
     record = record_of(source)
     if record is not None:
-        path, heads = door.place("output", source), list(record.details["heads"])
+        path, heads = output_path("output", source), list(record.details["heads"])
         chosen = heads[0] if head is None else head
         if chosen not in heads:
             raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
@@ -66,10 +65,10 @@ def open_sight(source: Any, pixels: int, *, head: str | None = None, axes: str |
             volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
         else:  # coordinates are missing from nothing but an aspect ratio
             volume = Volume(zarr.open_array(store_at(path), path=array_place(record, chosen), mode="r"))
-        return Sight(volume, spacing_of(volume), 0, record, chosen)
+        return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
         raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
-    best: Sight | None = None
+    best: DisplaySource | None = None
     for sight in _levels(source, axes):
         if best is not None and max(sight.volume.shape[-sight.volume.spatial_ndim :]) < pixels:
             break
@@ -92,7 +91,7 @@ def folder_of(source: Any) -> Address | None:
     if not isinstance(source, (str, os.PathLike)):
         return None
     try:
-        path = door.place("source", source)
+        path = output_path("source", source)
         return path if path.is_dir() else None
     except ValueError:  # a URL of something else
         return None
@@ -108,7 +107,7 @@ def local_name(output: str | os.PathLike[str]) -> str:
     return name.rpartition("/")[2] if "://" in name else name
 
 
-def _levels(source: Any, axes: str | None) -> Iterator[Sight]:
+def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
     """The levels of a pyramid, the largest first; just one where there is no pyramid."""
     if isinstance(source, (str, os.PathLike)):
         spec = parse(str(source))
@@ -120,16 +119,16 @@ def _levels(source: Any, axes: str | None) -> Iterator[Sight]:
                     if not level:
                         raise
                     return
-                yield Sight(volume, spacing_of(volume), level)
+                yield DisplaySource(volume, spacing_of(volume), level)
         folder = folder_of(source) if spec is None else None
         if folder is not None and (found := _multiscale(folder)):
             yield from found
             return
     volume = source if isinstance(source, Volume) else Volume(source, axes)
-    yield Sight(volume, spacing_of(volume))
+    yield DisplaySource(volume, spacing_of(volume))
 
 
-def _multiscale(path: Address) -> list[Sight]:
+def _multiscale(path: Address) -> list[DisplaySource]:
     """The levels of an OME-Zarr; none where it is none."""
     try:
         group = zarr.open_group(store_at(path), mode="r")
@@ -146,7 +145,7 @@ def _multiscale(path: Address) -> list[Sight]:
         scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
         volume = Volume(zarr.open_array(store_at(path), path=dataset["path"], mode="r"), names or None)
         scale = dict(zip(names, scales[0], strict=True)) if scales else {}
-        found.append(Sight(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
+        found.append(DisplaySource(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
     return found
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from oocpatch.configuration import door
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.status import RunStatus, root_of, status
+from oocpatch.storage.paths import local_path
 from oocpatch.visualization.display_source import local_name, record_of
-from oocpatch.visualization.picture import sheet_of
+from oocpatch.visualization.picture import figure_of
 from oocpatch.workspace.workspace import Workspace
 
 STYLE = """
@@ -60,7 +60,7 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
     record = record_of(output)
     if record is None:
         raise ValueError(f"a report needs the output of a run, got {os.fspath(output)}")
-    place = Path(f"{local_name(output)}.report.html") if page is None else door.local_path("page", page)
+    place = Path(f"{local_name(output)}.report.html") if page is None else local_path("page", page)
     text = _page(os.fspath(output), record, _plan_of(record), status(output))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
@@ -77,7 +77,7 @@ def _plan_of(record: OutputRecord) -> Plan | None:
 
 
 def _page(output: str, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
-    pictures = [sheet_of(output, head=head).png() for head in record.details["heads"]]
+    pictures = [figure_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
     settings = record.details.get("settings", {})

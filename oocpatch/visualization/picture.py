@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.configuration import door
+from oocpatch.planning.arguments import one_of, positive
 from oocpatch.planning.plan import human
+from oocpatch.storage.paths import local_path
 from oocpatch.visualization import colormaps as colours
-from oocpatch.visualization.canvas import Panel, Sheet
-from oocpatch.visualization.display_source import Sight, folder_of, local_name, open_sight
+from oocpatch.visualization.canvas import Figure, Panel
+from oocpatch.visualization.display_source import DisplaySource, folder_of, local_name, open_display_source
 from oocpatch.visualization.slices import plane, projection
 from oocpatch.volumes.volume import Volume
 
@@ -28,7 +29,7 @@ SHOWN = 24
 
 
 @dataclass(frozen=True)
-class Cut:
+class SlicePlane:
     """A plane to look at.
 
     Attributes:
@@ -72,15 +73,15 @@ def view(
     """
     if picture is None and not isinstance(output, (str, os.PathLike)):
         raise ValueError("picture must be a path for a volume that is not a file itself")
-    place = Path(f"{local_name(output)}.png") if picture is None else door.local_path("picture", picture)
-    sheet = sheet_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
+    place = Path(f"{local_name(output)}.png") if picture is None else local_path("picture", picture)
+    sheet = figure_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
     data = sheet.png()
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
     return place
 
 
-def sheet_of(
+def figure_of(
     output: Any,
     *,
     volume: Any = None,
@@ -88,11 +89,11 @@ def sheet_of(
     kind: str = "auto",
     axes: str | None = None,
     pixels: int = 480,
-) -> Sheet:
+) -> Figure:
     """The panels of a picture, undrawn; arguments as for `view`."""
-    door.one_of("kind", kind, KINDS)
-    door.positive("pixels", pixels)
-    sight = open_sight(output, pixels, head=head, axes=axes)
+    one_of("kind", kind, KINDS)
+    positive("pixels", pixels)
+    sight = open_display_source(output, pixels, head=head, axes=axes)
     below, bright = input_of(sight, volume, pixels), False
     cuts = _cuts(sight)
     sizes = _sizes(sight, pixels)
@@ -118,24 +119,24 @@ def sheet_of(
         shown = [_picture(v, chosen, windows) for v in values]
         rows.append(tuple(Panel(p, c) for p, c in zip(shown, captions, strict=True)))
     name = Path(os.fspath(output)).name if isinstance(output, (str, os.PathLike)) else "volume"
-    return Sheet(tuple(rows), name, _subtitle(sight), _legend(sight, chosen, values, windows, bright=bright))
+    return Figure(tuple(rows), name, _subtitle(sight), _legend(sight, chosen, values, windows, bright=bright))
 
 
-def noted_volume(sight: Sight) -> str | None:
+def noted_volume(sight: DisplaySource) -> str | None:
     """The path of the volume that a run noted, if it is still there."""
     noted = None if sight.record is None else sight.record.details.get("settings", {}).get("volume")
     there = isinstance(noted, str) and (Path(noted.partition("::")[0]).exists() or folder_of(noted) is not None)
     return noted if there else None
 
 
-def input_of(sight: Sight, volume: Any, pixels: int) -> Sight | None:
+def input_of(sight: DisplaySource, volume: Any, pixels: int) -> DisplaySource | None:
     """What to lay a result over."""
     noted = noted_volume(sight) if volume is None else None
     volume = noted if volume is None else volume
     if volume is None or volume is False:
         return None
     axes = sight.record.parameters.get("axes") if noted and sight.record is not None else None
-    found = open_sight(volume, pixels, axes=axes)
+    found = open_display_source(volume, pixels, axes=axes)
     if len(found.volume.shape) != len(sight.volume.shape):
         if noted is None:
             raise ValueError(
@@ -146,19 +147,19 @@ def input_of(sight: Sight, volume: Any, pixels: int) -> Sight | None:
     return found
 
 
-def _cuts(sight: Sight) -> list[Cut]:
+def _cuts(sight: DisplaySource) -> list[SlicePlane]:
     """Slices across the last three axes, and a projection; of two axes the plane."""
     shape = sight.volume.shape
     last, spatial = len(shape) - 1, sight.volume.spatial_ndim
     if len(shape) < 2:
         raise ValueError(f"a picture needs two axes, got {', '.join(sight.volume.names)}")
     if spatial <= 2:
-        return [Cut((last - 1, last))]
+        return [SlicePlane((last - 1, last))]
     z, y, x = last - 2, last - 1, last
-    return [Cut((y, x)), Cut((z, x)), Cut((z, y)), Cut((y, x), along=z)]
+    return [SlicePlane((y, x)), SlicePlane((z, x)), SlicePlane((z, y)), SlicePlane((y, x), along=z)]
 
 
-def _sizes(sight: Sight, pixels: int) -> list[int]:
+def _sizes(sight: DisplaySource, pixels: int) -> list[int]:
     """Pixels per axis, in the proportions of the world."""
     spatial = sight.volume.spatial_ndim
     extents = [n * s for n, s in zip(sight.volume.shape, sight.spacing, strict=True)]
@@ -166,7 +167,7 @@ def _sizes(sight: Sight, pixels: int) -> list[int]:
     return [max(1, round(pixels * e / longest)) for e in extents]
 
 
-def _values(sight: Sight, cuts: list[Cut], sizes: list[int]) -> tuple[list[Array], list[float]]:
+def _values(sight: DisplaySource, cuts: list[SlicePlane], sizes: list[int]) -> tuple[list[Array], list[float]]:
     position = [0.5] * len(sizes)
     values, seen = [], []
     for cut in cuts:
@@ -181,7 +182,7 @@ def _values(sight: Sight, cuts: list[Cut], sizes: list[int]) -> tuple[list[Array
     return values, seen
 
 
-def kind_of(sight: Sight, values: list[Array]) -> str:
+def kind_of(sight: DisplaySource, values: list[Array]) -> str:
     """How to show values, where nobody says."""
     if sight.is_labels:
         return "labels"
@@ -194,7 +195,7 @@ def kind_of(sight: Sight, values: list[Array]) -> str:
     return "scores" if sight.record is not None and fractions(values) else "image"
 
 
-def is_rgb(sight: Sight) -> bool:
+def is_rgb(sight: DisplaySource) -> bool:
     """Whether the channels are red, green and blue."""
     return sight.record is None and sight.volume.channels == 3 and sight.volume.dtype == np.uint8
 
@@ -233,7 +234,7 @@ def _over(below: Array, values: Array, kind: str, windows: list[tuple[float, flo
     return colours.laid_over(below if bright else 0.8 * below, colours.heat(level[0], bright=bright), opacity)
 
 
-def _caption(sight: Sight, cut: Cut, seen: float) -> str:
+def _caption(sight: DisplaySource, cut: SlicePlane, seen: float) -> str:
     names, shape = sight.volume.names, sight.volume.shape
     if cut.along is not None:
         of = "" if seen == 1 else f" of {seen:.0%} of it"
@@ -243,7 +244,7 @@ def _caption(sight: Sight, cut: Cut, seen: float) -> str:
     return f"{names[cut.axes[0]]}{names[cut.axes[1]]}" + (f" at {', '.join(fixed)}" if fixed else "")
 
 
-def _subtitle(sight: Sight) -> str:
+def _subtitle(sight: DisplaySource) -> str:
     volume = sight.volume
     size = " x ".join(map(str, volume.shape))
     channels = f", {volume.channels} channels" if volume.channels > 1 else ""
@@ -254,7 +255,7 @@ def _subtitle(sight: Sight) -> str:
 
 
 def _legend(
-    sight: Sight, kind: str, values: list[Array], windows: list[tuple[float, float]], *, bright: bool
+    sight: DisplaySource, kind: str, values: list[Array], windows: list[tuple[float, float]], *, bright: bool
 ) -> Legend:
     if kind == "labels":
         found = [int(v) for v in np.unique(np.concatenate([v.reshape(-1) for v in values])) if v][:SHOWN]

@@ -16,7 +16,7 @@ from zarr.storage import LocalStore
 from oocpatch.outputs.ome_zarr import placed
 from oocpatch.outputs.record import array_place
 from oocpatch.visualization import colormaps as colours
-from oocpatch.visualization.display_source import Sight, open_sight, record_of
+from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
 from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
 from oocpatch.visualization.slices import plane
 from oocpatch.volumes.formats.spec import parse
@@ -56,7 +56,7 @@ class Layer:
     name: str
     folder: Path
     inside: str
-    sight: Sight
+    sight: DisplaySource
     kind: str
     ome: bool
     windows: tuple[tuple[float, float], ...] = field(default=())
@@ -72,10 +72,12 @@ def layers_of(
     """
     record = record_of(output)
     if record is None:
-        candidates = [(Path(os.fspath(output)).name, output, open_sight(output, PIXELS, head=head, axes=axes), kind)]
+        candidates = [
+            (Path(os.fspath(output)).name, output, open_display_source(output, PIXELS, head=head, axes=axes), kind)
+        ]
     else:
         heads = list(record.details["heads"]) if head is None else [head]
-        candidates = [(name, output, open_sight(output, PIXELS, head=name), kind) for name in heads]
+        candidates = [(name, output, open_display_source(output, PIXELS, head=name), kind) for name in heads]
     sight = candidates[0][2]
     if (below := input_of(sight, volume, PIXELS)) is not None:
         candidates.insert(0, ("input", noted_volume(sight) if volume is None else volume, below, "auto"))
@@ -90,7 +92,7 @@ def layers_of(
     return layers, refused
 
 
-def _layer(name: str, address: Any, sight: Sight, kind: str) -> Layer:
+def _layer(name: str, address: Any, sight: DisplaySource, kind: str) -> Layer:
     """One layer.
 
     Raises:

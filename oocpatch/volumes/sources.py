@@ -23,7 +23,7 @@ import zarr
 
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
-from oocpatch.storage.paths import Address, ObjectPath, address_of, store_at, words
+from oocpatch.storage.paths import Address, ObjectPath, address_of, describe_error, local_or_url, store_at
 from oocpatch.volumes.formats.opening import Loader, facts_of
 from oocpatch.volumes.formats.spec import SUFFIXES, FileSpec, parse
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
@@ -113,17 +113,6 @@ def open_source(source: Any, level: int | str = 0) -> Source:
     )
 
 
-def local_or_url(address: str | os.PathLike[str]) -> Path | str:
-    """A local path as `Path`, anything else as it is.
-
-    `file://` is taken for the path it names: through fsspec it would be written in place, and torn by a crash.
-    """
-    text = os.fspath(address)
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return text if "://" in text else Path(text)
-
-
 def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
     if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
@@ -144,7 +133,7 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
     buckets = scheme_of(path.url) in BUCKETS
     where = "check the address, and AWS_ENDPOINT_URL if it is set" if buckets else "check the address"
     try:
-        path.contact()
+        path.check_readable()
         return zarr.open(store_at(path, read_only=True), mode="r")
     except FileNotFoundError as error:
         told = f"{path} holds no Zarr array or group"
@@ -152,10 +141,10 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
             try:
                 told = told if any(path.files()) else f"nothing is at {path}"
             except OSError as cause:
-                told = words(cause)
+                told = describe_error(cause)
         raise ValueError(f"volume not found: {told}; {where}") from error
     except OSError as error:
-        raise ValueError(f"volume cannot be read: {words(error)}; {where}") from error
+        raise ValueError(f"volume cannot be read: {describe_error(error)}; {where}") from error
 
 
 def _address(group: zarr.Group) -> str:

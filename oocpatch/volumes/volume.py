@@ -9,16 +9,21 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from oocpatch.planning.arguments import one_of
+from oocpatch.planning.axis_sizes import per_axis
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
-from oocpatch.storage.zarrs_codec import NativeArray
+from oocpatch.storage.paths import Address
+from oocpatch.storage.zarrs_codec import ZarrsArray
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
 
@@ -53,7 +58,7 @@ class Volume:
         self.source: Source = source if isinstance(source, Source) else open_source(source, level)
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
-        self.coder: PlainArray | NativeArray | None = None  # see `native`
+        self.coder: PlainArray | ZarrsArray | None = None  # see `native`
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
@@ -117,7 +122,7 @@ class Volume:
         """
         found = copy.copy(self)
         if (array := self.source.array) is not None:
-            found.coder = PlainArray.of(array) or NativeArray.open(array, threads)
+            found.coder = PlainArray.of(array) or ZarrsArray.open(array, threads)
         return found
 
     def requests(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
@@ -125,7 +130,7 @@ class Volume:
 
         Without `out`, for reads into buffers of their own, each is of one chunk or at most `REQUEST` bytes.
         """
-        if isinstance(self.coder, NativeArray) and out is not None and self._natively(out) is not None:
+        if isinstance(self.coder, ZarrsArray) and out is not None and self._natively(out) is not None:
             yield box
             return
         step = self.chunks
@@ -245,3 +250,58 @@ def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
     looped = len(volume.shape) - volume.spatial_ndim
     side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)
     return tuple(1 if a < looped else min(side, n) for a, n in enumerate(volume.shape))
+
+
+def spatial_sizes(name: str, value: Any, volume: Volume, *, least: int = 0) -> Ints:
+    """One size per spatial axis, in voxels; an `int` counts for all of them, a dict gives them by the axes' names.
+
+    Raises:
+        TypeError: when it is neither an `int` nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
+    """
+    return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
+
+
+def checked_padding_mode(value: str | None) -> str | None:
+    """A checked `padding_mode`."""
+    return one_of("padding_mode", value, PADDING_MODES)
+
+
+def refuse_overlap(name: str, path: Address, volume: Volume) -> None:
+    """Refuse a place to write that is, holds or lies in the volume.
+
+    Raises:
+        ValueError: in that case.
+    """
+    location, target = volume.source.location, path.resolve() if isinstance(path, Path) else path
+    if location is None:
+        return
+    if location == target or target in location.parents or location in target.parents:
+        raise ValueError(f"{name} must not be, hold or lie in the volume, got {path} for the volume at {location}")
+
+
+def spatial_box(name: str, value: Any, volume: Volume) -> Box:
+    """A checked box, one span per spatial axis, over all indices of looped axes.
+
+    Raises:
+        ValueError: when it is no box within the volume.
+    """
+    looped = len(volume.shape) - volume.spatial_ndim
+    names, shape = volume.names[looped:], volume.shape[looped:]
+    spans = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    if len(spans) != len(shape):
+        raise ValueError(
+            f"{name} must be a pair (start, stop) or a slice per spatial axis ({', '.join(names)}), got {value!r}"
+        )
+    found = []
+    for span, n in zip(spans, shape, strict=True):
+        try:
+            start, stop = (span.start, span.stop) if isinstance(span, slice) and span.step in {None, 1} else span
+            start, stop = operator.index(0 if start is None else start), operator.index(n if stop is None else stop)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a pair (start, stop) or a slice per spatial axis, got {span!r}") from None
+        if not 0 <= start < stop <= n:
+            raise ValueError(f"{name} must lie within the volume and hold a voxel, got {start}:{stop} for {n} voxels")
+        found.append((start, stop))
+    whole = [(0, n) for n in volume.shape[:looped]]
+    return Box(*zip(*whole, *found, strict=True))

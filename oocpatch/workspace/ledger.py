@@ -18,7 +18,7 @@ import numpy as np
 
 from oocpatch.storage.checksums import text_checksum
 from oocpatch.storage.paths import Address
-from oocpatch.workspace.segments import lines_of, news_of, open_segment, segments
+from oocpatch.workspace.segments import lines_after, lines_of, open_segment, segments
 
 Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
 COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
@@ -60,7 +60,7 @@ class Record:
         return f"{text_checksum(text):08x} {text}\n".encode()
 
 
-class Promise(NamedTuple):
+class PartialsRef(NamedTuple):
     """The partials that a block left.
 
     Attributes:
@@ -72,7 +72,7 @@ class Promise(NamedTuple):
     attempt: str
 
 
-NO_PARTIALS = Promise(0, "")
+NO_PARTIALS = PartialsRef(0, "")
 
 
 class Ledger:
@@ -121,7 +121,7 @@ def read_ledger(path: Address) -> Iterator[Record]:
             yield record
 
 
-class News:
+class LedgerTail:
     """What other drivers record in segments of their own, as it comes.
 
     Args:
@@ -143,12 +143,12 @@ class News:
         found: list[Record] = []
         for path in segments(self._root):
             if path.name != self._own:
-                lines, self._marks[path.name] = news_of(path, self._marks.get(path.name, ""))
+                lines, self._marks[path.name] = lines_after(path, self._marks.get(path.name, ""))
                 found += [record for record in map(_parse, lines) if record is not None]
         return found
 
 
-def standing(path: Path, blocks: int) -> Iterator[Record]:
+def latest_records(path: Path, blocks: int) -> Iterator[Record]:
     """The records that stand: of each stage of each block the last one, block by block, but for what was undone.
 
     Args:

@@ -34,7 +34,7 @@ from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.checksums import checksum, text_checksum
 from oocpatch.storage.files import read_array, remove_tree, write_atomically, write_plainly
 from oocpatch.storage.paths import Address, says_nothing, store_at
-from oocpatch.workspace.ledger import NO_PARTIALS, Promise
+from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 
 Array = npt.NDArray[Any]
 MANIFEST = "manifest.json"
@@ -109,14 +109,14 @@ class PartialWriter:
         with self._lock:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
-    def close(self) -> Promise:
+    def close(self) -> PartialsRef:
         """Write the manifest; what the ledger may promise now."""
         if not self._manifest:
             return NO_PARTIALS
         manifest = json.dumps(self._manifest, sort_keys=True)
         write_atomically(self._place / MANIFEST, manifest)
         self._closed = True
-        return Promise(text_checksum(manifest), self._attempt)
+        return PartialsRef(text_checksum(manifest), self._attempt)
 
     def discard(self) -> None:
         """Delete what was written, if it is not whole: this attempt failed."""
@@ -134,7 +134,7 @@ class PartialReader:
         promise: what the ledger says that it left.
     """
 
-    def __init__(self, place: Address, frames: Sequence[BlockGrid], block: int, promise: Promise) -> None:
+    def __init__(self, place: Address, frames: Sequence[BlockGrid], block: int, promise: PartialsRef) -> None:
         self._place = place / promise.attempt
         self._frames = frames
         self._block = block

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from oocpatch.storage.paths import Address
-from oocpatch.workspace.ledger import NO_PARTIALS, Promise, Record, read_ledger
+from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef, Record, read_ledger
 
 ATTEMPT_BYTES = 15
 """Length of the name of an attempt."""
@@ -55,7 +55,7 @@ class BlockSet(MutableSet[int]):
         self._flags[value] = 0
 
 
-class Promises(MutableMapping[int, Promise]):
+class PartialsIndex(MutableMapping[int, PartialsRef]):
     """What blocks left, by block.
 
     Args:
@@ -67,13 +67,13 @@ class Promises(MutableMapping[int, Promise]):
         self._digests = array("L", bytes(array("L").itemsize * blocks))
         self._attempts = np.zeros(blocks, f"S{ATTEMPT_BYTES}")
 
-    def __getitem__(self, block: int) -> Promise:
+    def __getitem__(self, block: int) -> PartialsRef:
         if block not in self._blocks:
             raise KeyError(block)
         digest = self._digests[block]
-        return Promise(digest, self._attempts[block].decode()) if digest else NO_PARTIALS
+        return PartialsRef(digest, self._attempts[block].decode()) if digest else NO_PARTIALS
 
-    def __setitem__(self, block: int, promise: Promise) -> None:
+    def __setitem__(self, block: int, promise: PartialsRef) -> None:
         self._blocks.add(block)
         self._digests[block] = promise.digest
         self._attempts[block] = promise.attempt.encode()
@@ -94,7 +94,7 @@ class Promises(MutableMapping[int, Promise]):
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """What a ledger says, summed up.
 
     Attributes:
@@ -108,7 +108,7 @@ class Progress:
     """
 
     blocks: int
-    predicted: Promises = field(init=False)
+    predicted: PartialsIndex = field(init=False)
     normalized: BlockSet = field(init=False)
     failed: dict[int, str] = field(default_factory=dict)
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Progress:
     _undone: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.predicted = Promises(self.blocks)
+        self.predicted = PartialsIndex(self.blocks)
         self.normalized, self.since = BlockSet(self.blocks), BlockSet(self.blocks)
 
     @property
@@ -132,7 +132,7 @@ class Progress:
         return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
-    def read(cls, paths: Iterable[Address], blocks: int) -> Progress:
+    def read(cls, paths: Iterable[Address], blocks: int) -> RunProgress:
         """Sum up the segments of a ledger; in which order does not matter."""
         progress = cls(blocks)
         for path in paths:
@@ -150,7 +150,7 @@ class Progress:
         if record.kind == "predict" and record.note in self._undone:
             return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
-            self.predicted[record.block] = Promise(record.digest, record.note)
+            self.predicted[record.block] = PartialsRef(record.digest, record.note)
             self.since.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":

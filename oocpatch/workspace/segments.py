@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,7 +162,7 @@ def lines_of(path: Address) -> Iterator[bytes]:
             yield from file
 
 
-def news_of(path: Address, mark: str) -> tuple[list[bytes], str]:
+def lines_after(path: Address, mark: str) -> tuple[list[bytes], str]:
     """The whole lines of a segment that were added since it had this mark, and its mark now; empty: all of them."""
     if isinstance(path, ObjectPath):
         names = sorted(path.files(after=mark))
@@ -218,3 +219,19 @@ def _contents(path: ObjectPath, names: list[str]) -> Iterator[bytes]:
 
 def _name(number: int) -> str:
     return f"{number:0{DIGITS}d}"
+
+
+@contextlib.contextmanager
+def at_hand(path: Address) -> Iterator[Path]:
+    """A ledger on the local disk: the file itself, or a copy of an object, or of the objects of a segment."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
+        copy = Path(folder, path.name)
+        with copy.open("wb") as file:
+            try:
+                file.writelines(path.pieces())
+            except FileNotFoundError:
+                file.writelines(lines_of(path))
+        yield copy

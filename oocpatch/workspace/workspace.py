@@ -36,9 +36,9 @@ from oocpatch.storage.files import (
     write_atomically,
 )
 from oocpatch.storage.paths import Address, says_nothing, store_at
-from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, Promise, read_ledger
+from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, PartialsRef, read_ledger
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
-from oocpatch.workspace.run_progress import Progress
+from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.segments import WHOLE, remove_segment, segments
 
 PLAN = "plan.json"
@@ -92,9 +92,9 @@ class Workspace:
         """The ledger, or a segment of it, for its one writer."""
         return Ledger(self.root / segment)
 
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """What the ledger says is done, all segments together."""
-        return Progress.read(segments(self.root), self.plan.blocks)
+        return RunProgress.read(segments(self.root), self.plan.blocks)
 
     def join(self) -> None:
         """Move the records of all segments into the ledger; only when nobody writes to any of them."""
@@ -139,7 +139,7 @@ class Workspace:
         """Write the partials of a block."""
         return PartialWriter(self._of(block), self.plan.frames)
 
-    def reader(self, block: int, promise: Promise) -> PartialReader:
+    def reader(self, block: int, promise: PartialsRef) -> PartialReader:
         """Read the partials of a block, as the ledger promised them.
 
         Raises:
@@ -151,7 +151,7 @@ class Workspace:
         """Delete the partials of blocks."""
         remove_trees([self._of(block) for block in blocks])
 
-    def sweep(self, progress: Progress) -> None:
+    def sweep(self, progress: RunProgress) -> None:
         """Delete the partials that nobody promised: those of attempts that died, or came too late.
 
         Only where no other process may have promised them since.

@@ -1,0 +1,381 @@
+"""Promises on clusters: a real scheduler, real worker processes, and every one of them killed or frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import distributed
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import oocpatch
+from oocpatch.execution import dask_cluster as clusters
+from oocpatch.execution import worker as remote
+from oocpatch.execution.dask_clients import connected
+from oocpatch.outputs.record import inspect_output
+from oocpatch.storage.files import flush
+from tests.support.cluster_child import CONFIG
+from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
+    with dask.config.set(CONFIG), Fork(tmp_path_factory.mktemp("cluster")) as running:
+        yield running
+
+
+@pytest.fixture
+def small(fork: Fork, tmp_path: Path) -> Iterator[SmallCluster]:
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # it tells at length of every process that dies
+    yield SmallCluster(fork, tmp_path)
+    fork.kill_all()
+
+
+class Net(nn.Module):
+    """A module that travels by value: convolutions round differently with another number of threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.GELU(), nn.Conv2d(8, 3, 3, padding=1))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.inner(patches)
+
+
+def test_a_cluster_gives_the_bytes_of_the_embedded_scheduler(small: SmallCluster, tmp_path: Path) -> None:
+    """A spec and a module, in several modes, from disk and from memory, one or more threads per worker."""
+    small.add(1, threads=1)
+    small.add(1, threads=3)
+    data = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    module = {"model": Net(), "model_args": None}
+    inputs: dict[str, dict[str, Any]] = {
+        "spec": {},
+        "crop": {"overlap_mode": "crop", "batch_size": 2},
+        "module": {**module, "padding_mode": "reflect", "overlap_mode": "gaussian", "postprocess": "argmax"},
+        "memory": {
+            **module,
+            "volume": data,
+            "mask": (data > 0.9)[::4, ::4],
+            "preprocess": "zscore",
+            "augment": ["x"],
+        },
+    }
+    with small.client() as client:
+        for name, options in inputs.items():
+            small.predict(f"embedded-{name}", **options)
+            small.predict(f"out-{name}", **options, client=client)
+            assert small.digests(f"out-{name}") == small.digests(f"embedded-{name}"), name
+    assert not small.left_behind()
+    assert len({pid for pid, _ in small.calls()} - {os.getpid()}) == 2, "both workers took part"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, when it imports its compiler
+def test_a_model_compiled_on_a_worker_gives_the_bytes_of_one_compiled_here(small: SmallCluster) -> None:
+    small.add(1, threads=1)
+    module = {"model": Net(), "model_args": None, "batch_size": 3, "compile": True}
+    with small.client() as client:
+        small.predict("embedded", **module)
+        small.predict("out", **module, client=client)
+    assert small.digests("out") == small.digests("embedded")
+
+
+def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: SmallCluster) -> None:
+    small.add(2, threads=4)
+    small.behave(delay=0.01)
+    seen: list[int] = []
+    watching = threading.Event()
+    with small.client() as client:
+
+        def watch() -> None:
+            while not watching.wait(0.05):
+                seen.append(sum(map(len, client.processing().values())))
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        small.predict(client=client)
+        watching.set()
+        thread.join()
+        until(lambda: client.run(held) == dict.fromkeys(client.nthreads(), None))
+    assert max(seen) == 2, "the scheduler holds a task per process"
+    assert Counter(Counter(first for _, first in small.calls()).values()) == {1: 49}
+
+
+def noted_flush(path: Path) -> None:
+    (path.parent / f"flushed-by-{os.getpid()}").touch()
+
+
+def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.add(2)
+    monkeypatch.setattr("oocpatch.execution.worker.flush", noted_flush)
+    with small.client() as client:
+        small.predict(client=client)
+        alive = client.run(os.getpid).values()
+        assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
+        monkeypatch.undo()
+        gone = clusters.Cluster(client, call=Any, work=remote.work, drop=remote.drop)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            gone.everywhere(functools.partial(flush, Path("/nowhere")))
+
+
+def held() -> str | None:
+    """The call whose job a worker process holds."""
+    return remote._held.token if remote._held is not None else None
+
+
+def test_a_run_survives_the_death_of_a_worker(small: SmallCluster) -> None:
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.02)
+    with small.client() as client:
+        killer = threading.Thread(
+            target=lambda: (until(lambda: len(small.calls()) > 15), small.fork.kill(small.workers[0]))
+        )
+        killer.start()
+        small.predict(client=client)
+        killer.join()
+    assert small.digests() == expected
+    assert not small.left_behind()
+    again = [first for first, count in Counter(first for _, first in small.calls()).items() if count > 1]
+    assert len(again) <= 4, "a death costs the block in flight"
+
+
+def test_when_all_workers_die_the_run_says_so_and_goes_on_with_new_ones(
+    small: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.02)
+    killer = threading.Thread(
+        target=lambda: (until(lambda: len(small.calls()) > 15), [small.fork.kill(pid) for pid in small.workers])
+    )
+    with dask.config.set({"oocpatch.wait-for-workers": "1s"}), small.client() as client:
+        killer.start()
+        with pytest.raises(oocpatch.ClusterLost, match=r"no workers for 1 s.*the same call goes on"):
+            small.predict(client=client)
+        killer.join()
+        assert oocpatch.status(small.folder / "out").state == "incomplete"
+        before = len(small.calls())
+        small.workers.clear()
+        small.add(2)
+        until(lambda: len(client.nthreads()) == 2)
+        small.predict(client=client)
+    assert small.digests() == expected
+    assert not small.left_behind()
+    assert len(small.calls()) - before <= 49 - 16 + 2 * 4 + 4
+
+
+def test_workers_that_come_late_take_part(small: SmallCluster) -> None:
+    expected = small.expected()
+    small.behave(delay=0.02)
+    with small.client() as client:
+        late = threading.Timer(0.3, small.add, (2,))
+        late.start()
+        small.predict(client=client)
+        late.join()
+    assert small.digests() == expected
+
+
+def test_a_lost_scheduler_is_one_clear_error_and_the_same_call_goes_on(small: SmallCluster) -> None:
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.02)
+    killer = threading.Thread(target=lambda: (until(lambda: len(small.calls()) > 15), small.fork.kill(small.scheduler)))
+    client = small.client()
+    killer.start()
+    with pytest.raises(oocpatch.ClusterLost, match=r"the scheduler is lost.*the same call goes on"):
+        small.predict(client=client)
+    killer.join()
+    with contextlib.suppress(Exception):
+        client.close(timeout=1)
+    done = oocpatch.status(small.folder / "out").predict_done
+    assert done > 2
+    small.predict()
+    assert small.digests() == expected
+    assert not small.left_behind()
+
+
+def test_when_the_client_is_killed_another_one_goes_on(small: SmallCluster, tmp_path: Path) -> None:
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.03)
+    first = small.fork.start("client", str(tmp_path / "report"), small.address, small.arguments())
+    until(lambda: len(small.calls()) > 15)
+    small.fork.kill(first)
+    before = len(small.calls())
+    with small.client() as client:
+        small.predict(client=client)
+    assert small.digests() == expected
+    assert not small.left_behind()
+    assert len(small.calls()) - before <= 49 - 15 + 3 * 4 + 4
+
+
+@pytest.mark.parametrize("thaws", ["during the run", "after the run"])
+def test_a_frozen_worker_that_thaws_after_its_replacement_does_no_harm(small: SmallCluster, thaws: str) -> None:
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.03)
+    frozen: list[Any] = []
+
+    def freeze() -> None:
+        until(lambda: len([1 for pid, _ in small.calls() if pid == small.workers[0]]) > 5)
+        os.kill(small.workers[0], signal.SIGSTOP)
+        frozen.append([first for pid, first in small.calls() if pid == small.workers[0]][-1])
+        if thaws == "during the run":
+            replaced = lambda: any(pid != small.workers[0] and first == frozen[0] for pid, first in small.calls())  # noqa: E731
+            until(replaced)
+            small.behave(delay=0.1)
+            os.kill(small.workers[0], signal.SIGCONT)
+
+    with small.client() as client:
+        freezer = threading.Thread(target=freeze)
+        freezer.start()
+        small.predict(client=client)
+        freezer.join()
+    assert len([1 for _, first in small.calls() if first == frozen[0]]) >= 2, "its block was computed by another one"
+    if thaws == "after the run":
+        assert small.digests() == expected
+        os.kill(small.workers[0], signal.SIGCONT)
+    until(lambda: small.fork.poll(small.workers[0]) is not None)  # the scheduler has forgotten it, and it ends
+    assert small.digests() == expected
+    assert small.predict().identical(oocpatch.predict(**small.arguments("embedded"), progress=False))
+
+
+def test_a_block_that_kills_its_process_is_named_and_no_other_is_blamed(small: SmallCluster) -> None:
+    expected = small.expected()
+    small.add(5)
+    small.behave(delay=0.005, fatal=[MIDDLE])
+    with small.client() as client:
+        with pytest.raises(oocpatch.BlockFailed, match="3 worker processes died") as caught:
+            small.predict(client=client)
+        assert set(caught.value.failures) == {MIDDLE_BLOCK}
+        assert set(oocpatch.status(small.folder / "out").failed) == {MIDDLE_BLOCK}
+        until(lambda: len(client.nthreads()) == 2)
+        small.behave()
+        before = len(small.calls())
+        small.predict(client=client)
+    assert small.digests() == expected
+    assert {first for _, first in small.calls()[before:]} <= {MIDDLE, *neighbours_of_middle()}
+
+
+def neighbours_of_middle() -> set[float]:
+    """First voxels of the patches of the block in the middle."""
+    return {float(y * 32 + x + 1) for y in (8, 12) for x in (16, 20)}
+
+
+def test_a_fault_that_may_pass_is_tried_again_and_one_that_stays_fails_its_block_only(small: SmallCluster) -> None:
+    small.add(2)
+    small.behave(failing=[MIDDLE])
+    with small.client() as client, pytest.raises(oocpatch.BlockFailed, match="hiccups") as caught:
+        small.predict(client=client)
+    assert set(caught.value.failures) == {MIDDLE_BLOCK}
+    assert len([1 for _, first in small.calls() if first == MIDDLE]) == clusters.ATTEMPTS
+
+
+def test_batches_that_are_halved_are_counted_over_all_workers(small: SmallCluster) -> None:
+    """Blocks in the inside have four patches, those at the border two or one."""
+    small.add(2)
+    small.behave(room=2)
+    with small.client() as client:
+        small.predict(client=client, batch_size=4)
+    small.predict("embedded", batch_size=4)
+    assert small.digests() == small.digests("embedded")
+    for name in ("out", "embedded"):
+        found = inspect_output(small.folder / name)
+        assert found is not None
+        assert found.details["halved_batches"] == 9
+
+
+def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process sees is real; that there are two devices is not."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with connected(None, 2, "cuda") as client:
+        found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+    assert sorted(found.values()) == ["4", "7"]
+
+
+def test_workers_are_told_their_number_among_those_of_their_host(
+    small: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine of several devices the number says which one to use. A new process takes the place of a dead one."""
+    told: list[tuple[str, int]] = []
+    submit = distributed.Client.submit
+
+    def noting(self: distributed.Client, *args: Any, **options: Any) -> Any:
+        told.append((options["workers"][0], args[3]))
+        return submit(self, *args, **options)
+
+    monkeypatch.setattr(distributed.Client, "submit", noting)
+    small.add(2)
+    small.behave(delay=0.02)
+
+    def replace() -> None:
+        until(lambda: len({address for address, _ in told}) == 2)
+        small.fork.kill(small.workers.pop())
+        small.add(1)
+
+    with small.client() as client:
+        killer = threading.Thread(target=replace)
+        killer.start()
+        small.predict(client=client)
+        killer.join()
+    places = dict(told)
+    assert len(set(told)) == len(places), "a process keeps its place"
+    assert set(places.values()) == {0, 1}
+
+
+def test_a_model_that_cannot_travel_is_refused_before_the_start(small: SmallCluster) -> None:
+    small.add(1)
+    lock = threading.Lock()
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return patches
+
+    with small.client() as client, pytest.raises(ValueError, match=r"model must be a model spec.*file\.py:name"):
+        small.predict(model=model, model_args=None, client=client)
+    assert not (small.folder / "out").exists()
+
+
+def test_workers_of_another_version_are_refused_before_the_start(
+    small: SmallCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.add(1)
+    with small.client() as client:
+        monkeypatch.setattr("oocpatch.__version__", "9.9")
+        with pytest.raises(ValueError, match=r"oocpatch 9\.9 here, .* there"):
+            small.predict(client=client)
+        assert not (small.folder / "out").exists()
+        monkeypatch.undo()
+        here = {**clusters.asking()(), "zarr": "1.0"}
+        clusters.check_versions(client, here)
+    assert "zarr 1.0 here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("client", "error", "words"),
+    [("tcp://127.0.0.1:1", TypeError, "dask.distributed.Client, got str"), (7, TypeError, "got int")],
+)
+def test_what_is_no_client_is_refused(client: Any, error: type[Exception], words: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=words):
+        oocpatch.predict(np.zeros((8, 8)), nn.Identity(), tmp_path / "out", patch_size=4, client=client)
+
+
+def test_a_closed_client_is_refused(small: SmallCluster) -> None:
+    client = distributed.Client(small.address, set_as_default=False)
+    client.close()
+    with pytest.raises(ValueError, match="but it is closed"):
+        small.predict(client=client)

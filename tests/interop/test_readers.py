@@ -1,0 +1,98 @@
+"""Other programs read what is written: ome-zarr, ome-zarr-models, bioio-ome-zarr, tensorstore, napari-ome-zarr, xarray.
+
+They need versions of libraries that oocpatch's own environment does not have, so they run in one of their own, which
+`.ci/readers.txt` pins: `python3.11 -m venv readers && readers/bin/pip install --no-deps -r .ci/readers.txt`, and then
+`OOCPATCH_READERS=readers/bin/python pytest -m readers`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.support.ome_runs import RUNS, Run, coarser, image_groups
+
+
+@pytest.fixture(scope="module", params=["ome-zarr", "ome-zarr-0.4"])
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What all readers say of the images of all runs."""
+    folder = tmp_path_factory.mktemp("readers") / "runs"  # napari makes a group of what is two folders above labels
+    for number, (name, run) in enumerate(RUNS.items()):
+        if name == "sharded" and request.param == "ome-zarr-0.4":
+            continue
+        output = folder / f"{number}.zarr"
+        run.predict(output, output_format=request.param)
+        for head, group in image_groups(name, output).items():
+            key = f"{name.replace(' ', '_')}-{head}"
+            (folder / f"{key}.txt").write_text(str(group))
+            (folder / "expected" / key).mkdir(parents=True)
+            levels = len(list(group.glob("scale*")))
+            values = zarr.open_array(group / "scale0" / "image", mode="r")[...]
+            for level in range(levels):
+                if level:  # by the oracle, not from the file
+                    shape = zarr.open_array(group / f"scale{level}" / "image", mode="r").shape
+                    step = tuple(1 if m == n else 2 for n, m in zip(values.shape, shape, strict=True))
+                    values = coarser(values, step, labels=values.dtype.kind in "iu")
+                np.save(folder / "expected" / key / f"{level}.npy", values)
+    child = Path(__file__).parents[1] / "support" / "reader_child.py"
+    command = [os.environ["OOCPATCH_READERS"], str(child), str(folder)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, json.loads(done.stdout)
+
+
+@pytest.mark.readers
+def test_other_programs_see_the_same_axes_scales_and_voxels(told: tuple[str, dict[str, Any]]) -> None:
+    _, found = told
+    assert len(found) >= 6 * len(RUNS)
+    for key, seen in found.items():
+        name, head = key.partition(" ")[0].replace("_", " ").rsplit("-", 1)
+        run = RUNS[name]
+        assert all(seen["same"]), key
+        assert len(seen["same"]) > 1, key
+        factor = {"half": 2.0, "double": 0.5}.get(head, 1.0)
+        sizes = [1.0 if a == "c" else run.sizes[a] * (factor if a in "yx" else 1) for a in run.axes]
+        kinds = {"t": ["time", "second"], "c": ["channel", None]}
+        if "axes" in seen:
+            assert seen["axes"] == [[a, *kinds.get(a, ["space", "micrometer"])] for a in run.axes], key
+            assert np.allclose(seen["scales"][0], sizes), key
+        elif "scales" in seen:  # bioio: always t, c, z, y, x
+            of_axes = dict(zip(run.axes, sizes, strict=True))
+            assert [s for s, a in zip(seen["scales"][0], "tczyx", strict=True) if a in of_axes and a in "zyx"] == (
+                pytest.approx([of_axes[a] for a in "zyx" if a in of_axes])
+            ), key
+        if "labelled" in seen:
+            assert_layer(run, name, head, sizes, seen)
+        if "channels" in seen and "c" in run.axes:
+            assert seen["channels"] == [f"stain {n}" for n in range(run.shape[run.axes.index("c")])], key
+        if "dims" in seen:
+            assert seen["dims"] == [list(run.axes)] * len(seen["same"]), key
+
+
+def assert_layer(run: Run, name: str, head: str, sizes: list[float], seen: dict[str, Any]) -> None:
+    """What napari shows is labels or an image, of the right channels, with the right names, units and scales."""
+    labels = name == "labels" or head in {"nuclei", "cells"}
+    assert seen["kind"] == ("labels" if labels else "image"), (name, head)
+    channel = run.axes.find("c")
+    assert seen["channel_axis"] == (None if channel < 0 else channel), (name, head)
+    others = [(a, size) for a, size in zip(run.axes, sizes, strict=True) if a != "c"]
+    assert seen["labelled"] == [a for a, _ in others], (name, head)
+    assert seen["spacing"] == pytest.approx([size for _, size in others]), (name, head)
+    assert seen["units"] == ["second" if a == "t" else "micrometer" for a, _ in others], (name, head)
+    if not labels:  # omero: names, and the contrast
+        names = [f"stain {n}" for n in range(run.shape[channel])] if channel >= 0 else [head]
+        found = [seen["names"]] if channel < 0 else seen["names"]
+        assert [n.rpartition(": ")[2] for n in found] == names, (name, head)
+        contrast = [seen["contrast"]] if channel < 0 else seen["contrast"]
+        assert len(contrast) == len(names)
+        assert all(0 <= low < high <= 6 for low, high in contrast), (name, head)
+    if name == "labels beside an image":
+        assert seen["others"] == ["labels/labels/cells", "labels/labels/nuclei"]

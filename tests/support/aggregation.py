@@ -1,0 +1,167 @@
+"""The oracle of aggregators, in numpy, written from the public contract alone, and ways to draw loops for them.
+
+The oracle, `aggregate`, holds everything at once, sums in float64 and takes patches one by one. It uses nothing of the
+package.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from oocpatch import PatchAggregator, PatchLocation
+from tests.support import oracle
+
+Array = np.ndarray[Any, Any]
+Ints = tuple[int, ...]
+Patch = tuple[Ints, Array]
+"""Start in the volume, and values `(C, *patch)`."""
+
+
+def aggregate(shape: Ints, mode: str, overlap: Ints, patches: Iterable[Patch]) -> Array:
+    """What becomes of patches: `(C, *shape)`, float64, or for `crop` the patches' own values and dtype; holes are 0."""
+    found = list(patches)
+    first = found[0][1]
+    if mode == "crop":
+        return _cropped(shape, overlap, found)
+    sums, weights = np.zeros((len(first), *shape)), np.zeros(shape)
+    for start, values in found:
+        weight = functools.reduce(np.multiply.outer, [oracle.window(mode, p) for p in values.shape[1:]])
+        inside, part = _inside(start, values.shape[1:], shape)
+        sums[(slice(None), *inside)] += (values * weight)[(slice(None), *part)]
+        weights[inside] += weight[part]
+    return np.divide(sums, weights, out=np.zeros_like(sums), where=weights > 0)
+
+
+def _inside(start: Ints, size: Sequence[int], shape: Ints) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    low = [max(0, s) for s in start]
+    high = [min(n, s + p) for s, p, n in zip(start, size, shape, strict=True)]
+    inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    return inside, tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+
+
+def _cropped(shape: Ints, overlap: Ints, patches: list[Patch]) -> Array:
+    """Voxel by voxel: of the patches that claim it, the one with the greatest start holds it.
+
+    Along an axis, a claim on a voxel that the patch would lose if it were not at the border counts less than any other.
+    """
+    first = patches[0][1]
+    out = np.zeros((len(first), *shape), first.dtype)
+    best: dict[Ints, tuple[Any, ...]] = {}
+    for start, values in patches:
+        size = values.shape[1:]
+        ranges = []
+        for s, p, n, o in zip(start, size, shape, overlap, strict=True):
+            low = s + o // 2 if s > 0 else 0
+            high = s + p - o // 2 if s + p < n else n
+            ranges.append(range(low, high))
+        for voxel in itertools.product(*ranges):
+            inner = zip(voxel, start, overlap, size, strict=True)
+            key = tuple((v >= s + o // 2, s, p) for v, s, o, p in inner)
+            if voxel not in best or key > best[voxel]:
+                best[voxel] = key
+                out[(slice(None), *voxel)] = values[(slice(None), *(v - s for v, s in zip(voxel, start, strict=True)))]
+    return out
+
+
+def grid_starts(shape: Ints, patch: Ints, overlap: Ints, *, padded: bool = False) -> list[Ints]:
+    """The corners of a full grid, in the frame of the unpadded volume."""
+    axes = []
+    for n, p, o in zip(shape, patch, overlap, strict=True):
+        grow = o // 2 if padded else 0
+        axes.append([s - grow for s in oracle.starts(max(n + 2 * grow, p), p, o)])
+    return list(itertools.product(*axes))
+
+
+def cut(volume: Array, start: Ints, size: Ints) -> Array:
+    """A patch of `volume (C, *spatial)`; what lies outside is -1000."""
+    inside, part = _inside(start, size, volume.shape[1:])
+    patch = np.full((len(volume), *size), -1000).astype(volume.dtype)
+    patch[(slice(None), *part)] = volume[(slice(None), *inside)]
+    return patch
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One volume's patches, in the order in which a loop adds them, some more than once."""
+
+    shape: Ints
+    mode: str
+    overlap: Ints
+    """What the aggregator is told; in the blending modes it need not be true."""
+    patches: list[Patch]
+    chunks: Ints | None
+
+    @property
+    def expected(self) -> Array:
+        return aggregate(self.shape, self.mode, self.overlap, {(s, v.shape): (s, v) for s, v in self.patches}.values())
+
+    def aggregator(self, **options: Any) -> PatchAggregator:
+        return PatchAggregator(self.shape, self.mode, self.overlap, output_chunks=self.chunks, **options)
+
+
+def location(patch: Patch) -> PatchLocation:
+    start, values = patch
+    return PatchLocation(start, values.shape[1:])
+
+
+def add(aggregator: PatchAggregator, patches: Sequence[Patch], batch: int = 1) -> None:
+    """Add patches in batches of those that have one size."""
+    for _, group in itertools.groupby(patches, key=lambda patch: patch[1].shape):
+        while members := list(itertools.islice(group, batch)):
+            tensor = torch.from_numpy(np.stack([values for _, values in members]))
+            aggregator.add_batch(tensor, [location(patch) for patch in members])
+
+
+def values_at(start: Ints, size: Ints, channels: int, dtype: str) -> Array:
+    """What a model might say of a patch: other values at every place, and for every patch."""
+    seed = [s + 1000 for s in start] + list(size)
+    values = np.random.default_rng(seed).standard_normal((channels, *size)) * 50
+    return values.astype(dtype)
+
+
+@st.composite
+def loops(draw: st.DrawFn, modes: Sequence[str] = ("crop", "average", "hann", "gaussian")) -> Loop:
+    """A full grid (padded or not), a part of one, one with patches of no grid among it, or none but such; shuffled."""
+    ndim = draw(st.integers(1, 4))
+    longest = (40, 18, 11, 6)[ndim - 1]
+    shape = tuple(draw(st.integers(1, longest)) for _ in range(ndim))
+    mode = draw(st.sampled_from(modes))
+    patch = tuple(draw(st.integers(1, n)) for n in shape)
+    overlap = tuple(draw(st.integers(0, p - 1)) for p in patch)
+    kind = draw(st.sampled_from(("grid", "grid", "padded", "part", "mixed", "loose")))
+    places: list[tuple[Ints, Ints]] = []
+    if kind != "loose":
+        places = [(s, patch) for s in grid_starts(shape, patch, overlap, padded=kind == "padded")]
+        assume(len(places) <= 120)
+    if kind in {"mixed", "loose"}:
+        for _ in range(draw(st.integers(1, 8))):
+            size = patch if kind == "mixed" else tuple(draw(st.integers(o + 1, longest)) for o in overlap)
+            places.append((tuple(draw(st.integers(1 - p, n - 1)) for p, n in zip(size, shape, strict=True)), size))
+    order = draw(st.permutations(range(len(places)))) if draw(st.booleans()) else list(range(len(places)))
+    order = order[: draw(st.integers(1, len(order)))] if kind == "part" else order
+    order = [*order, *draw(st.lists(st.sampled_from(order), max_size=3))]
+    told = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
+    dtype = draw(st.sampled_from(("float32", "uint8", "int16", "float64"))) if mode == "crop" else "float32"
+    channels = draw(st.integers(1, 3))
+    chunks = tuple(draw(st.integers(1, n)) for n in shape) if draw(st.booleans()) else None
+    patches = [(s, values_at(s, size, channels, dtype)) for s, size in places]
+    return Loop(shape, mode, told, [patches[i] for i in order], chunks)
+
+
+def assert_as_expected(found: Array, loop: Loop) -> None:
+    if loop.mode == "crop":
+        assert found.dtype == loop.expected.dtype
+        np.testing.assert_array_equal(found, loop.expected)
+    else:
+        assert found.dtype == np.float32
+        # A few roundings of float32 per patch that a voxel lies in.
+        np.testing.assert_allclose(found, loop.expected, rtol=2e-5, atol=2e-4)

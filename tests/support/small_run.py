@@ -1,0 +1,102 @@
+"""The small run that tests stop: its volume, its block of each patch, and what is left of it.
+
+Patches start with the value of their first voxel, which tells their place; 0 is the planner's probe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.support.children import Children, calls, file_digests, report
+from tests.support.crash_child import Job, make_volume
+
+SHAPE, PATCH, OVERLAP, BLOCK = (32, 32), 8, 4, 8
+"""49 patches in 16 blocks, of which 15 receive seams."""
+MOST_IN_BLOCK = 4
+"""No block has more patches than this."""
+OPTIONS = {"patch_size": PATCH, "patch_overlap": OVERLAP, "block_shape": BLOCK, "output_chunks": 4, "workers": 1}
+
+MIDDLE = float(np.ravel_multi_index((8, 16), SHAPE) + 1)
+"""First voxel of a patch of a block with neighbours on all axes; the only patch that starts so."""
+
+TINY = {"patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 4, "workers": 1}
+"""For 16 voxels on one axis: two blocks with a seam between them, every kind of write, as few as possible."""
+LAST_TINY_PATCH = 11.0
+"""First voxel of the patch that ends at its border."""
+
+
+def small_run(root: Path) -> Job:
+    """The run over `SHAPE` in an empty directory."""
+    make_volume(root / "volume.zarr", SHAPE, (8, 8))
+    return job_in(root, **OPTIONS)
+
+
+def job_in(root: Path, **options: Any) -> Job:
+    (root / "run").mkdir()
+    return Job(
+        volume=str(root / "volume.zarr"),
+        output=str(root / "run" / "out"),
+        log=str(root / "calls"),
+        report=str(root / "report"),
+        watch=str(root / "run"),
+        options=options,
+    )
+
+
+def fresh(job: Job, **changes: Any) -> Job:
+    """The same job with nothing done yet."""
+    shutil.rmtree(job.watch)
+    Path(job.watch).mkdir()
+    Path(job.log).unlink(missing_ok=True)
+    return dataclasses.replace(job, **changes)
+
+
+def prediction(job: Job) -> dict[str, str]:
+    return file_digests(Path(job.output) / "prediction")
+
+
+def block_of(first: float) -> tuple[int, ...]:
+    """The block that computes the patch which starts with the voxel of this value."""
+    return tuple(int(start) // BLOCK for start in np.unravel_index(int(first) - 1, SHAPE))
+
+
+def patch_calls(job: Job) -> list[tuple[int, float]]:
+    """Process id and patch of each call, without the planner's probe (a patch of zeros)."""
+    return [(pid, first) for pid, firsts in calls(job) for first in firsts if first]
+
+
+def undisturbed(children: Children, job: Job) -> dict[str, str]:
+    """Bytes of a run that nothing stops; leaves an empty directory again."""
+    assert children.run(job) == 0
+    digests = prediction(job)
+    patches = [first for _, first in patch_calls(job)]
+    assert len(patches) == len(set(patches)), "an undisturbed run computes no patch twice"
+    assert not list(Path(job.watch).glob("out?*")), "workspace and lock are gone after success"
+    fresh(job)
+    return digests
+
+
+def all_patches() -> list[float]:
+    """First voxel of each patch of the run."""
+    ys, xs = (range(0, n - PATCH + 1, PATCH - OVERLAP) for n in SHAPE)
+    return [float(y * SHAPE[1] + x + 1) for y in ys for x in xs]
+
+
+def interrupted(children: Children, job: Job) -> Path:
+    """Leave a run whose block in the middle has failed; returns a copy of all that it left on disk."""
+    assert children.run(fresh(job, fail_on=(MIDDLE,))) == 1
+    assert report(job).error == "BlockFailed"
+    snapshot = Path(job.watch).with_name("snapshot")
+    shutil.copytree(job.watch, snapshot)
+    return snapshot
+
+
+def restore(job: Job, snapshot: Path) -> None:
+    """Put back what `interrupted` left."""
+    fresh(job)
+    shutil.copytree(snapshot, job.watch, dirs_exist_ok=True)

@@ -1,0 +1,404 @@
+"""Promises of `PatchAggregator` about memory, crashes, damage, and what lies where its store should be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import oocpatch
+from oocpatch import PatchAggregator, PatchLocation
+from oocpatch.aggregation.tile_sums import TileSums
+from tests.support import aggregation
+from tests.support.aggregation import Loop, add, assert_as_expected
+from tests.support.cases import MODES
+
+ROOT = Path(__file__).parents[3]
+MIB = 2**20
+
+
+def child(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.support.aggregator_child", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+class Loops:
+    """A process that has imported everything and forks a child per loop."""
+
+    def __init__(self) -> None:
+        self._server = child("serve")
+
+    def _line(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def start(self, store: Path, options: dict[str, Any]) -> int:
+        """Process id of a child that adds what is not done yet; nothing that was done is lost."""
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps([str(store), options]) + "\n")
+        self._server.stdin.flush()
+        first, second = self._line(), self._line()
+        pid, said = (first, second) if first.isdigit() else (second, first)
+        assert said == "ready"
+        return int(pid)
+
+    def kill(self, pid: int) -> bool:
+        """Kill a child; whether it had not ended by itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return not self.ended()
+
+    def ended(self) -> bool:
+        """Wait for the end of a child; whether it finished its loop."""
+        line = self._line()
+        return line == "finished" and self._line() == "ended"
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture
+def processes() -> Iterator[Loops]:
+    found = Loops()
+    yield found
+    found.close()
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("mode", "seed", "known"),
+    [("hann", None, True), ("crop", None, True), ("hann", None, False), ("average", 1, True), ("crop", 1, True)],
+    ids=["in-order", "in-order-crop", "unknown-grid", "shuffled", "shuffled-crop"],
+)
+def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, *, known: bool, tmp_path: Path) -> None:
+    """144 MiB of output under 64 MiB."""
+    options = {"shape": (384, 384, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
+    process = child("memory", str(tmp_path / "out.zarr"), json.dumps({**options, "max_memory": "64MiB"}))
+    answer = json.loads(process.communicate(timeout=500)[0])
+    assert answer["lowest"] == pytest.approx(1, rel=1e-5)
+    assert answer["highest"] == pytest.approx(1, rel=1e-5)
+    assert answer["added"] <= 64 * MIB, f"{answer['added'] / MIB:.0f} MiB were added"
+    assert answer["pieces"] > 0 or (seed is None and known), "the limit was not tight enough to test anything"
+
+
+# Crashes
+
+KILLS = 10
+OPTIONS: dict[str, Any] = {"shape": (96, 80), "patch": 12, "overlap": 6, "chunks": 6, "pause": 0.005}
+
+
+def loop_of(options: dict[str, Any]) -> Loop:
+    size = (options["patch"],) * 2
+    shared = (options["overlap"],) * 2
+    patches = [
+        (start, aggregation.values_at(start, size, 2, "float32"))
+        for start in aggregation.grid_starts(options["shape"], size, shared)
+    ]
+    return Loop(options["shape"], options["mode"], shared, patches, (6, 6))
+
+
+@pytest.mark.parametrize("mode", ["crop", "hann"])
+@pytest.mark.parametrize(
+    ("seed", "max_memory", "skip"),
+    [(None, "auto", True), (5, "64KiB", True), (5, "auto", False)],
+    ids=["in-order", "shuffled-tight", "everything-again"],
+)
+def test_a_loop_that_is_killed_over_and_over_ends_with_the_same_output(
+    mode: str, seed: int | None, max_memory: str, *, skip: bool, tmp_path: Path, processes: Loops
+) -> None:
+    """No location that was said to be done is lost."""
+    moments = random.Random(f"{mode}{seed}")
+    options = {**OPTIONS, "mode": mode, "seed": seed, "max_memory": max_memory, "skip": skip}
+    options |= {"commit_seconds": 0.02, "log": str(tmp_path / "done.json")}
+    for _ in range(KILLS):
+        pid = processes.start(tmp_path / "out.zarr", options)
+        time.sleep(moments.random() * 0.1)
+        assert processes.kill(pid), "the loop ended before it was killed"
+    processes.start(tmp_path / "out.zarr", options)
+    assert processes.ended()
+    loop = loop_of(options)
+    assert_as_expected(np.asarray(PatchAggregator(**arguments(loop, tmp_path / "out.zarr")).get_array()[...]), loop)
+    assert not (tmp_path / "out.zarr.oocpatch").exists()
+    assert not list((tmp_path / "out.zarr").rglob("*.partial"))
+
+
+def arguments(loop: Loop, store: Path) -> dict[str, Any]:
+    return {
+        "spatial_shape": loop.shape,
+        "overlap_mode": loop.mode,
+        "patch_overlap": loop.overlap,
+        "output_chunks": loop.chunks if loop.chunks is None or len(set(loop.chunks)) > 1 else loop.chunks[0],
+        "store": store,
+    }
+
+
+# Damage
+
+LARGE = {**OPTIONS, "shape": (192, 160), "patch": 24, "overlap": 12}
+"""Sums of 240 KiB, which do not fit 128 KiB."""
+
+
+def spilled(root: Path, mode: str, seed: int = 2) -> tuple[Loop, Path]:
+    """A loop that stopped at two thirds, with most of its sums in pieces of several commits."""
+    loop = loop_of({**LARGE, "mode": mode})
+    random.Random(seed).shuffle(loop.patches)
+    aggregator = PatchAggregator(**arguments(loop, root / "out.zarr"), max_memory="128KiB")
+    add(aggregator, loop.patches[: 2 * len(loop.patches) // 3])
+    aggregator.flush()
+    (run,) = (root / "out.zarr.oocpatch").iterdir()
+    assert len(list((run / "pieces").iterdir())) > 2
+    return loop, run
+
+
+def go_on(loop: Loop, root: Path, **options: Any) -> PatchAggregator:
+    """Rerun the loop as a user would: what is not done is added; when told that something is damaged, once more."""
+    aggregator = PatchAggregator(**arguments(loop, root / "out.zarr"), **options)
+    for _ in range(20):
+        try:
+            add(aggregator, [p for p in loop.patches if aggregation.location(p) not in aggregator.done])
+            aggregator.get_array()
+        except oocpatch.CorruptData as error:
+            assert "add the patches that are not in `done` again" in str(error)  # noqa: PT017 - it may not come at all
+        else:
+            return aggregator
+    raise AssertionError("the damage was never repaired")
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("crop", "128KiB"), ("hann", "auto")])
+@pytest.mark.parametrize(
+    "damage", ["delete", "flip", "truncate", "swap", "commit-flip", "commit-delete", "commit-delete-first", "torn"]
+)
+def test_damage_to_the_workspace_never_reaches_the_output(mode: str, limit: str, damage: str, tmp_path: Path) -> None:
+    loop, run = spilled(tmp_path, mode)
+    pieces, commits = sorted((run / "pieces").iterdir()), sorted((run / "commits").iterdir())
+    piece, commit = pieces[len(pieces) // 2], commits[len(commits) // 2]
+    if damage == "delete":
+        piece.unlink()
+    elif damage == "flip":
+        flip(piece)
+    elif damage == "truncate":
+        os.truncate(piece, piece.stat().st_size // 2)
+    elif damage == "swap":
+        piece.write_bytes(pieces[0].read_bytes())
+    elif damage == "commit-flip":
+        flip(commit)
+    elif damage == "commit-delete":
+        commits[-1].unlink()
+    elif damage == "commit-delete-first":
+        commits[0].unlink()
+    else:
+        commit.with_name("00009999.json.1-2.partial").write_text(commit.read_text()[:100])
+    aggregator = go_on(loop, tmp_path, max_memory=limit)
+    assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
+    assert not (tmp_path / "out.zarr.oocpatch").exists()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_damage_found_at_the_end_is_told_and_repaired_by_adding_again(tmp_path: Path) -> None:
+    loop = loop_of({**LARGE, "mode": "hann"})
+    random.Random(1).shuffle(loop.patches)
+    aggregator = PatchAggregator(**{**arguments(loop, tmp_path / "out.zarr"), "patch_overlap": 0}, max_memory="128KiB")
+    add(aggregator, loop.patches)
+    aggregator.flush()
+    assert all(aggregation.location(p) in aggregator.done for p in loop.patches)
+    flip(min((tmp_path / "out.zarr.oocpatch").glob("*/pieces/*")))
+    with pytest.raises(oocpatch.CorruptData, match="not what was written; add the patches that are not in `done`"):
+        aggregator.get_array()
+    left = [p for p in loop.patches if aggregation.location(p) not in aggregator.done]
+    assert left
+    add(aggregator, left)
+    assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
+
+
+def test_a_store_whose_array_was_deleted_is_computed_again(tmp_path: Path) -> None:
+    loop, _ = spilled(tmp_path, "hann")
+    shutil.rmtree(tmp_path / "out.zarr" / "prediction")
+    aggregator = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert not any(aggregation.location(p) in aggregator.done for p in loop.patches)
+    assert_as_expected(np.asarray(go_on(loop, tmp_path).get_array()[...]), loop)
+
+
+def test_an_interruption_in_the_middle_of_a_patch_tears_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between two tiles of a patch, with and without a store: what is not done is added again."""
+    real = TileSums.add
+    for store in (None, tmp_path / "out.zarr"):
+        loop = loop_of({**OPTIONS, "mode": "hann"})
+        aggregator = PatchAggregator(**{**arguments(loop, tmp_path), "store": store})
+        add(aggregator, loop.patches[:20])
+        aggregator.flush()
+        add(aggregator, loop.patches[20:23])
+        calls = iter(range(100))
+
+        def interrupted(self: TileSums, *values: Any, calls: Any = calls) -> None:
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            real(self, *values)
+
+        monkeypatch.setattr(TileSums, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add(aggregator, loop.patches[23:26])
+        monkeypatch.setattr(TileSums, "add", real)
+        done = [aggregation.location(p) in aggregator.done for p in loop.patches]
+        assert done == [store is not None] * 20 + [False] * (len(loop.patches) - 20)
+        add(aggregator, [p for p, there in zip(loop.patches, done, strict=True) if not there])
+        assert_as_expected(aggregator.get_output().numpy(), loop)
+
+
+# The store
+
+
+def test_done_says_what_is_durable_and_going_on_needs_no_more(tmp_path: Path) -> None:
+    loop = loop_of({**OPTIONS, "mode": "crop"})
+    aggregator = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert aggregation.location(loop.patches[0]) not in aggregator.done
+    add(aggregator, loop.patches[:5])
+    assert aggregation.location(loop.patches[0]) not in aggregator.done
+    aggregator.flush()
+    assert [aggregation.location(p) in aggregator.done for p in loop.patches[:6]] == [True] * 5 + [False]
+    assert "no location" not in aggregator.done
+    assert PatchLocation((0,), (4,)) not in aggregator.done
+    fresh = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert [aggregation.location(p) in fresh.done for p in loop.patches[:6]] == [True] * 5 + [False]
+    with pytest.raises(oocpatch.OutputBusy, match="a later PatchAggregator of this process has taken over"):
+        add(aggregator, loop.patches[5:6])
+    add(fresh, loop.patches[5:])
+    assert_as_expected(np.asarray(fresh.get_array()[...]), loop)
+
+
+def test_a_complete_store_takes_the_whole_loop_again_and_changes_nothing(tmp_path: Path) -> None:
+    loop = loop_of({**OPTIONS, "mode": "hann"})
+    add(first := PatchAggregator(**arguments(loop, tmp_path / "out.zarr")), loop.patches)
+    first.get_array()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.zarr").rglob("*")}
+    again = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert all(aggregation.location(p) in again.done for p in loop.patches)
+    assert_as_expected(again.get_output().numpy(), loop)
+    add(again, loop.patches)
+    assert again.num_repeated == len(loop.patches)
+    again.close()
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out.zarr").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ({"overlap_mode": "average"}, ("overlap_mode",)),
+        ({"patch_overlap": 4}, ("patch_overlap",)),
+        ({"spatial_shape": (48, 41), "output_chunks": 5}, ("spatial_shape", "output_chunks")),
+        ({"output_shape": (24, 20)}, ("output_shape",)),
+    ],
+)
+def test_a_store_of_other_parameters_is_refused_and_each_is_named(
+    change: dict[str, Any], fields: tuple[str, ...], tmp_path: Path
+) -> None:
+    loop = loop_of({**OPTIONS, "mode": "hann"})
+    with PatchAggregator(**arguments(loop, tmp_path / "out.zarr")) as aggregator:
+        add(aggregator, loop.patches[:3])
+    with pytest.raises(oocpatch.RunMismatch, match=".*".join(fields)) as caught:
+        PatchAggregator(**{**arguments(loop, tmp_path / "out.zarr"), **change})
+    assert set(caught.value.fields) == set(fields)
+
+
+def test_other_data_is_never_touched(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "array", data=np.arange(4))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("array", "folder", "file"):
+        with pytest.raises(oocpatch.OutputExists):
+            PatchAggregator((8, 8), store=tmp_path / name)
+    assert (tmp_path / "folder" / "file").read_text() == (tmp_path / "file").read_text() == "mine"
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "array", mode="r")[...], np.arange(4))
+
+
+def test_an_output_of_predict_is_refused(tmp_path: Path) -> None:
+    data = np.ones((8, 8), np.float32)
+    oocpatch.predict(data, torch.nn.Identity(), tmp_path / "out", patch_size=4, progress=False)
+    with pytest.raises(oocpatch.RunMismatch, match="made_by"):
+        PatchAggregator((8, 8), store=tmp_path / "out")
+
+
+def test_another_process_at_work_is_refused_and_a_dead_one_is_not(tmp_path: Path, processes: Loops) -> None:
+    options = {**OPTIONS, "mode": "crop", "seed": None, "max_memory": "auto", "skip": True, "pause": 0.05}
+    options |= {"commit_seconds": 0.0, "log": str(tmp_path / "done.json")}
+    loop = loop_of(options)
+    pid = processes.start(tmp_path / "out.zarr", options)
+    while not (tmp_path / "done.json").exists():
+        time.sleep(0.01)
+    with pytest.raises(oocpatch.OutputBusy, match="another run is at work"):
+        PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert processes.kill(pid)
+    aggregator = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    assert any(aggregation.location(p) in aggregator.done for p in loop.patches)
+
+
+def test_a_process_that_just_ends_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch, oocpatch\n"
+        "aggregator = oocpatch.PatchAggregator((8, 8), store=sys.argv[1])\n"
+        "aggregator.add_batch(torch.ones(1, 1, 4, 4), [oocpatch.PatchLocation((0, 0), (4, 4))])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out.zarr")], cwd=ROOT, timeout=60, check=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
+
+
+def test_nothing_is_written_before_the_first_batch(tmp_path: Path) -> None:
+    PatchAggregator((8, 8), store=tmp_path / "deep" / "out.zarr").close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_leaving_the_with_block_keeps_what_was_added(mode: str, tmp_path: Path) -> None:
+    loop = loop_of({**OPTIONS, "mode": mode})
+    with contextlib.suppress(RuntimeError), PatchAggregator(**arguments(loop, tmp_path / "out.zarr")) as aggregator:
+        add(aggregator, loop.patches[:7])
+        raise RuntimeError("the model")
+    with PatchAggregator(**arguments(loop, tmp_path / "out.zarr")) as aggregator:
+        assert sum(aggregation.location(p) in aggregator.done for p in loop.patches) == 7
+        add(aggregator, loop.patches[7:])
+    assert_as_expected(aggregator.get_output().numpy(), loop)
+    assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
+    with pytest.raises(ValueError, match="a closed aggregator takes no more patches"):
+        add(aggregator, loop.patches[:1])
+
+
+def test_closing_ends_a_loop_that_is_not_complete(tmp_path: Path) -> None:
+    loop = loop_of({**OPTIONS, "mode": "hann"})
+    part = Loop(loop.shape, loop.mode, loop.overlap, loop.patches[:9], loop.chunks)
+    aggregator = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    add(aggregator, part.patches)
+    assert_as_expected(np.asarray(aggregator.get_array()[...]), part)
+    assert (tmp_path / "out.zarr.oocpatch").exists()
+    aggregator.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.zarr"]
+    again = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
+    add(again, loop.patches)
+    assert again.num_repeated == len(loop.patches)
+    assert_as_expected(again.get_output().numpy(), part)

@@ -1,0 +1,144 @@
+"""Promises on the command line: a user's mistake is one message on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oocpatch
+from tests.support.children import unchanged
+from tests.support.small_volume import make_small_volume
+from tests.unit.outputs.test_bad_output import FOREIGN
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    return make_small_volume(tmp_path / "volume.zarr")
+
+
+@pytest.fixture
+def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
+    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
+    with unchanged(tmp_path):
+        yield tmp_path / "out.zarr"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
+
+
+REFUSALS: dict[str, tuple[int, list[str], str]] = {
+    "overlap as large as the patch": (2, ["--patch-size", "8", "--patch-overlap", "8"], "patch_overlap"),
+    "unknown mode": (2, ["--patch-size", "8", "--overlap-mode", "linear"], "linear"),
+    "sizes that are no numbers": (2, ["--patch-size", "8,tall"], "tall"),
+    "no patch size": (2, [], "patch-size"),
+    "unknown model": (2, ["--patch-size", "8", "--model", "no.such.module:net"], "no.such.module"),
+    "axes of another length": (2, ["--patch-size", "8", "--axes", "zyx"], "zyx"),
+    "memory too small": (3, ["--patch-size", "2048", "--max-memory", "4MiB"], "max_memory"),
+}
+
+
+@pytest.mark.parametrize("verb", ["predict", "plan"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_is_one_message_and_the_right_exit_code(
+    refusal: str, verb: str, volume: Path, output: Path, command: Command
+) -> None:
+    code, arguments, message = REFUSALS[refusal]
+    model = [] if "--model" in arguments else ["--model", "identity"]
+    ended, out, err = command(verb, volume, output, *model, *arguments)
+    assert ended == code
+    assert message in err
+    assert "Traceback" not in err
+    assert not out
+
+
+def test_a_missing_volume_is_bad_input(tmp_path: Path, command: Command) -> None:
+    ended, out, err = command(
+        "predict", tmp_path / "no.zarr", tmp_path / "out", "--model", "identity", "--patch-size", 8
+    )
+    assert ended == 2
+    assert "no.zarr" in err
+    assert "Traceback" not in err
+    assert not out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ruin", ["", "{", "[]", '{"zarr_format": 3}'])
+def test_broken_metadata_is_bad_input(ruin: str, volume: Path, tmp_path: Path, command: Command) -> None:
+    (volume / "zarr.json").write_text(ruin)
+    with unchanged(tmp_path):
+        ended, _, err = command("predict", volume, tmp_path / "out", "--model", "identity", "--patch-size", 8)
+    assert ended == 2
+    assert str(volume) in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("make", FOREIGN, ids=[make.__name__ for make in FOREIGN])
+def test_foreign_data_is_refused(make: Any, volume: Path, tmp_path: Path, command: Command) -> None:
+    make(tmp_path / "out.zarr")
+    with unchanged(tmp_path):
+        ended, _, err = command("predict", volume, tmp_path / "out.zarr", "--model", "identity", "--patch-size", 8)
+    assert ended == 3
+    assert "out.zarr" in err
+    assert "Traceback" not in err
+
+
+def test_another_run_is_refused(volume: Path, tmp_path: Path, command: Command) -> None:
+    arguments = ["predict", volume, tmp_path / "out.zarr", "--model", "identity", "--patch-size"]
+    assert command(*arguments, 8)[0] == 0
+    with unchanged(tmp_path):
+        ended, _, err = command(*arguments, 16)
+    assert ended == 3
+    assert "patch_size" in err
+    assert "Traceback" not in err
+
+
+def test_another_model_is_named_briefly(volume: Path, tmp_path: Path, command: Command) -> None:
+    arguments = ["predict", volume, tmp_path / "out.zarr", "--patch-size", 8, "--model"]
+    assert command(*arguments, "identity")[0] == 0
+    ended, _, err = command(*arguments, "torch.nn:ReLU")
+    assert ended == 3
+    assert re.search(r"\(model: [0-9a-f]{8} before, [0-9a-f]{8} now\)", err)
+
+
+@pytest.mark.parametrize("verb", ["status", "check"])
+def test_looking_at_what_no_run_wrote_asks_for_an_output(verb: str, volume: Path, command: Command) -> None:
+    ended, out, err = command(verb, volume)
+    assert ended == 3
+    assert f"oocpatch wrote, but {volume} holds other data" in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["lint", "no.zarr"], "path not found: no.zarr does not exist"),
+        (["view", __file__], "must be a Zarr array or group, or a file that ends in"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_told_plainly(arguments: list[str], told: str, command: Command) -> None:
+    ended, out, err = command(*arguments)
+    assert ended == 2
+    assert told in err
+    assert not out
+
+
+@pytest.mark.parametrize(("limit", "code"), [("lots", 2), ("1MiB", 3)])
+def test_a_demo_refuses_its_options_before_it_makes_its_volume(
+    limit: str, code: int, tmp_path: Path, command: Command
+) -> None:
+    ended, _, err = command("demo", tmp_path / "demo", "--max-memory", limit)
+    assert ended == code
+    assert "max_memory" in err
+    assert "made" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "oocpatch", "--version"], capture_output=True, text=True, check=True)
+    assert oocpatch.__version__ in done.stdout

@@ -1,0 +1,176 @@
+"""Promises on models that misbehave: refused before the run where it can be known, else the block is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import oocpatch
+from tests.support.children import unchanged
+from tests.support.small_volume import LAST, make_small_volume, predict
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    return make_small_volume(tmp_path / "volume.zarr")
+
+
+@pytest.fixture
+def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
+    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
+    with unchanged(tmp_path):
+        yield tmp_path / "out.zarr"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
+
+
+def smaller_by_one(patches: torch.Tensor) -> torch.Tensor:
+    return patches[..., 1:, 1:]
+
+
+def without_channels(patches: torch.Tensor) -> torch.Tensor:
+    return patches[:, 0]
+
+
+def only_one_patch(patches: torch.Tensor) -> torch.Tensor:
+    return patches[0]
+
+
+def a_list(patches: torch.Tensor) -> Any:
+    return [patches]
+
+
+def nothing(_: torch.Tensor) -> Any:
+    return None
+
+
+def complex_values(patches: torch.Tensor) -> torch.Tensor:
+    return patches.to(torch.complex64)
+
+
+WRONG = (smaller_by_one, without_channels, only_one_patch, a_list, nothing, complex_values)
+
+
+@pytest.mark.parametrize("model", WRONG, ids=[model.__name__ for model in WRONG])
+def test_a_model_that_returns_the_wrong_thing_is_refused_by_the_probe(model: Any, volume: Path, output: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"model") as error:
+        predict(volume, output, model)
+    got = {"smaller_by_one": "7, 7", "without_channels": "8, 8", "a_list": "list", "nothing": "None"}
+    assert got.get(model.__name__, "") in str(error.value)
+
+
+def test_a_model_that_raises_at_once_says_so_in_its_own_words(volume: Path, output: Path) -> None:
+    def broken(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises((ValueError, RuntimeError), match="mat1 and mat2 shapes cannot be multiplied"):
+        predict(volume, output, broken)
+
+
+def test_a_model_that_is_none_is_refused(volume: Path, output: Path) -> None:
+    with pytest.raises(TypeError, match="model"):
+        oocpatch.predict(volume, 3, output, patch_size=8)
+
+
+class FiveTimesHalved(torch.nn.Module):
+    """Rejects what it cannot halve five times, as encoder-decoder networks do."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        small = patches
+        for _ in range(5):
+            small = torch.nn.functional.max_pool2d(small, 2)
+        large = torch.nn.functional.interpolate(small, scale_factor=32)
+        return torch.cat([patches, large], dim=1)
+
+
+def test_a_patch_size_that_the_model_rejects_is_answered_with_the_nearest_that_work(volume: Path, output: Path) -> None:
+    with pytest.raises(ValueError, match=r"multiples of 32; nearest: 96, 128") as error:
+        predict(volume, output, FiveTimesHalved(), patch_size=100, patch_overlap=0)
+    assert "100" in str(error.value)
+
+
+def test_a_patch_size_that_the_model_takes_runs(tmp_path: Path, volume: Path) -> None:
+    result = predict(volume, tmp_path / "out.zarr", FiveTimesHalved(), patch_size=96, patch_overlap=0)
+    np.testing.assert_allclose(result.values[0], zarr.open_array(volume)[:], rtol=1e-6)
+
+
+def other_shape_for_one_patch(patches: torch.Tensor) -> torch.Tensor:
+    return patches[..., :-1] if float(patches.max()) == LAST else patches
+
+
+def nan_for_one_voxel(patches: torch.Tensor) -> torch.Tensor:
+    return torch.where(patches == LAST, torch.nan, patches)
+
+
+def infinity_for_one_voxel(patches: torch.Tensor) -> torch.Tensor:
+    return torch.where(patches == LAST, torch.inf, patches)
+
+
+@pytest.mark.parametrize("model", [other_shape_for_one_patch, nan_for_one_voxel, infinity_for_one_voxel])
+def test_a_block_that_fails_is_named_and_the_others_are_kept(model: Any, volume: Path, tmp_path: Path) -> None:
+    with unchanged(volume), pytest.raises(oocpatch.BlockFailed) as failure:
+        predict(volume, tmp_path / "out.zarr", model, block_shape=8)
+    plan = oocpatch.plan(volume, model, tmp_path / "plan", patch_size=8, patch_overlap=4, block_shape=8)
+    assert set(failure.value.failures) == {plan.blocks - 1}
+    assert re.search(rf"\b{plan.blocks - 1}\b", str(failure.value))
+    said = {"other_shape_for_one_patch": "8, 7"}.get(model.__name__, "allow_nonfinite")
+    assert said in failure.value.failures[plan.blocks - 1]
+
+
+@pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
+def test_a_nonfinite_voxel_is_a_failure_in_every_mode(mode: str, volume: Path, tmp_path: Path) -> None:
+    with pytest.raises(oocpatch.BlockFailed, match="finite"):
+        predict(volume, tmp_path / "out.zarr", nan_for_one_voxel, overlap_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["crop", "average", "hann", "gaussian"])
+def test_allowed_nonfinite_values_stay_where_they_are(mode: str, volume: Path, tmp_path: Path) -> None:
+    data = zarr.open_array(volume)[:]
+    arguments = {"overlap_mode": mode, "block_shape": 8, "allow_nonfinite": True}
+    found = predict(volume, tmp_path / "out.zarr", nan_for_one_voxel, **arguments)
+    result = found.values
+    assert np.isnan(result[-1, -1])
+    assert found.attrs["nonfinite_voxels"] == 1
+    np.testing.assert_allclose(result.ravel()[:-1], data.ravel()[:-1], rtol=1e-6)
+
+
+def shifting_nan(patches: torch.Tensor) -> torch.Tensor:
+    """NaN wherever the patch that holds the marked voxel reaches, as a network that takes a mean would give."""
+    marked = (patches == 10 * 20 + 10).flatten(1).any(1)
+    return torch.where(marked.reshape(-1, 1, 1, 1), torch.nan, patches)
+
+
+@pytest.mark.parametrize("mode", ["average", "hann", "gaussian"])
+def test_allowed_nonfinite_values_spread_only_where_their_patch_reaches(
+    mode: str, volume: Path, tmp_path: Path
+) -> None:
+    arguments = {"overlap_mode": mode, "block_shape": 8, "allow_nonfinite": True, "patch_overlap": 0}
+    found = predict(volume, tmp_path / "out.zarr", shifting_nan, **arguments)
+    result = found.values
+    assert found.attrs["nonfinite_voxels"] == np.isnan(result).sum()
+    reached = np.zeros((24, 20), bool)
+    # The marked voxel lies in the patch [8, 16) x [8, 16) alone; the last patch of a row starts at 12, after it.
+    reached[8:16, 8:16] = True
+    clear = reached.copy()
+    clear[8:16, 12:16] = False
+    assert np.isnan(result[clear]).all()
+    assert np.isfinite(result[~reached]).all()
+
+
+def test_a_dict_of_heads_is_refused_clearly_or_written_whole(tmp_path: Path, volume: Path) -> None:
+    def heads(patches: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"edges": patches, "classes": -patches}
+
+    try:
+        result = predict(volume, tmp_path / "out.zarr", heads)
+    except (ValueError, TypeError, NotImplementedError) as refusal:
+        assert "dict" in str(refusal) or "heads" in str(refusal)  # noqa: PT017 - either answer is honest
+        assert not (tmp_path / "out.zarr").exists()
+    else:
+        np.testing.assert_allclose(result["classes"].values, -result["edges"].values)

@@ -1,0 +1,134 @@
+"""Promises on labels written beside an image of somebody: they are listed, others' stay, and readers find them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import xarray
+import yaozarrs
+import zarr
+from numpy.testing import assert_array_equal
+
+import oocpatch
+from tests.support.ome_runs import RUNS
+
+SETTINGS = {"patch_size": 8, "output_chunks": 8, "postprocess": "threshold:2.5", "progress": False}
+
+
+def listed(image: Path) -> Any:
+    if (image / "labels/zarr.json").exists():
+        return json.loads((image / "labels/zarr.json").read_text())["attributes"]["ome"]["labels"]
+    return json.loads((image / "labels/.zattrs").read_text())["labels"]
+
+
+def label(image: Path, name: str, **more: Any) -> Any:
+    return oocpatch.predict(image, torch.nn.Identity(), image / "labels" / name, **{**SETTINGS, **more})
+
+
+@pytest.fixture(params=["ome-zarr", "ome-zarr-0.4"])
+def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    RUNS["2-D"].predict(tmp_path / "in.zarr", output_format=request.param)
+    return tmp_path / "in.zarr"
+
+
+def test_labels_of_an_image_are_listed_and_found(image: Path) -> None:
+    first = label(image, "nuclei")
+    label(image, "cells", postprocess="threshold:4")
+    assert listed(image) == ["nuclei", "cells"]
+    report = oocpatch.lint(image)
+    assert report.findings == ()  # as many levels, the same places, the right source, consolidated
+    assert report.images == 3
+    yaozarrs.validate_zarr_store(str(image))
+    values = RUNS["2-D"].volume().values > 2.5
+    assert_array_equal(first, values)
+    tree = xarray.open_datatree(image, engine="zarr")  # by consolidated metadata
+    assert_array_equal(tree["labels/nuclei/scale0/image"], values)
+    assert_array_equal(zarr.open_group(image, mode="r")["labels/nuclei/scale0/image"], values)
+    if (image / "zarr.json").exists():
+        assert oocpatch.verify(image).passed
+        assert oocpatch.verify(image / "labels/nuclei").passed
+    assert sorted(p.name for p in image.rglob("*oocpatch.lock*")) == []
+
+
+def test_what_others_wrote_stays(image: Path) -> None:
+    old = 2 if (image / ".zgroup").exists() else 3
+    theirs = {"labels": ["theirs"], "note": 5}
+    attributes = {"ome": {"version": "0.5", **theirs}, "own": 1} if old == 3 else {**theirs, "own": 1}
+    group = zarr.create_group(image / "labels", zarr_format=old, attributes=attributes)
+    group.create_array("theirs", data=np.arange(5))
+    before = (image / "zarr.json").read_bytes() if old == 3 else (image / ".zattrs").read_bytes()
+    label(image, "nuclei")
+    assert listed(image) == ["theirs", "nuclei"]
+    found = dict(zarr.open_group(image / "labels", mode="r", use_consolidated=False).attrs)
+    assert found["own"] == 1
+    assert found.get("ome", found)["note"] == 5
+    assert zarr.open_array(image / "labels/theirs", mode="r")[...].tolist() == [0, 1, 2, 3, 4]
+    label(image, "nuclei", postprocess="threshold:2", overwrite=True)
+    assert listed(image) == ["theirs", "nuclei"]
+    after = (image / "zarr.json").read_bytes() if old == 3 else (image / ".zattrs").read_bytes()
+    told = [json.loads(text) for text in (before, after)]
+    for one in told:
+        one.pop("consolidated_metadata", None)
+        one.get("attributes", one)["oocpatch"]["details"].pop("metadata_crc", None)
+    assert told[0] == told[1]
+
+
+def test_the_same_call_again_lists_what_a_crash_kept_from_it(image: Path) -> None:
+    label(image, "nuclei")
+    shutil.copytree(image, image.with_name("whole.zarr"))
+    lists = image / "labels" / ("zarr.json" if (image / "zarr.json").exists() else ".zattrs")
+    lists.unlink()
+    label(image, "nuclei")
+    assert listed(image) == ["nuclei"]
+    assert oocpatch.lint(image).findings == ()
+    written = lists.stat().st_mtime_ns
+    label(image, "nuclei")
+    assert lists.stat().st_mtime_ns == written
+
+
+def test_an_image_that_is_replaced_still_lists_the_labels_beside_it(image: Path) -> None:
+    label(image, "nuclei")
+    version = "ome-zarr" if (image / "zarr.json").exists() else "ome-zarr-0.4"
+    RUNS["2-D"].predict(image, output_format=version, overwrite=True)
+    still_listed(image)
+
+
+def test_an_image_that_is_repaired_still_lists_the_labels_beside_it(tmp_path: Path) -> None:
+    RUNS["2-D"].predict(tmp_path / "in.zarr")
+    label(tmp_path / "in.zarr", "nuclei")
+    (tmp_path / "in.zarr/scale0/image/c/0/0").unlink()
+    assert not oocpatch.verify(tmp_path / "in.zarr", repair=True).passed
+    RUNS["2-D"].predict(tmp_path / "in.zarr")
+    still_listed(tmp_path / "in.zarr")
+    assert oocpatch.verify(tmp_path / "in.zarr").passed
+
+
+def still_listed(image: Path) -> None:
+    values = RUNS["2-D"].volume().values > 2.5
+    assert oocpatch.lint(image).findings == ()
+    assert_array_equal(zarr.open_group(image, mode="r", use_consolidated=True)["labels/nuclei/scale0/image"], values)
+    assert listed(image) == ["nuclei"]
+
+
+def test_labels_beside_heads_that_a_run_wrote_keep_its_checksums_right(tmp_path: Path) -> None:
+    RUNS["labels beside an image"].predict(tmp_path / "in.zarr")
+    label(tmp_path / "in.zarr", "bright")
+    assert listed(tmp_path / "in.zarr") == ["nuclei", "cells", "bright"]
+    assert oocpatch.verify(tmp_path / "in.zarr").passed
+    assert oocpatch.lint(tmp_path / "in.zarr").findings == ()
+
+
+def test_scores_among_labels_are_not_listed_and_another_format_is_refused(image: Path) -> None:
+    label(image, "scores", postprocess=None)
+    assert not (image / "labels/zarr.json").exists()
+    assert not (image / "labels/.zattrs").exists()
+    other = "ome-zarr-0.4" if (image / "zarr.json").exists() else "ome-zarr"
+    with pytest.raises(ValueError, match=r"labels must have the format of their image, .* is an OME-Zarr 0"):
+        label(image, "nuclei", output_format=other)
+    assert not (image / "labels/nuclei").exists()

@@ -1,0 +1,501 @@
+"""Promises of the weighted and the label sampler: the exact distribution of the whole map, whatever its chunks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchio
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oocpatch
+from oocpatch.sampling import map_cells as cells
+from oocpatch.sampling import probability_map as masses
+from oocpatch.sampling import weighted
+from oocpatch.sampling.map_cells import Cells, RecentCells, pick
+from tests.support.cases import law, scratch
+from tests.support.draws import assert_fits, centre_distribution, corners, drawn, torchio_subject
+
+Ints = tuple[int, ...]
+Array = np.ndarray[Any, Any]
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are one chunk of the small maps here, as they are of large ones."""
+    monkeypatch.setattr(cells, "CELL_VOXELS", 1)
+    monkeypatch.setattr(masses, "TASK_BYTES", 64)
+
+
+def stored(root: Path, data: Array, chunks: Ints) -> oocpatch.Volume:
+    names = "abde"[: data.ndim]
+    zarr.create_array(root / "map.zarr", data=data, chunks=chunks, dimension_names=names)
+    return oocpatch.Volume(root / "map.zarr")
+
+
+def prior(shape: Ints, dtype: str = "float32") -> Array:
+    """Weights of which some are zero, and of which those at the border are large."""
+    weights = np.random.default_rng(1).integers(0, 4, shape).astype(np.float64)
+    for axis, n in enumerate(shape):
+        np.moveaxis(weights, axis, 0)[[0, n - 1]] += 3
+    return weights.astype(dtype)
+
+
+CASES = {
+    "one-axis": ((17,), (4,), (5,)),
+    "one-axis-odd": ((17,), (5,), (4,)),
+    "one-voxel-patches": ((6, 7), (1, 1), (4, 3)),
+    "two-axes": ((9, 8), (3, 4), (4, 3)),
+    "three-axes-even": ((6, 7, 5), (2, 4, 2), (3, 4, 2)),
+    "three-axes-odd": ((6, 7, 5), (3, 3, 3), (6, 2, 3)),
+    "four-axes": ((3, 4, 5, 3), (2, 3, 2, 1), (2, 2, 3, 2)),
+    "chunk-larger-than-map": ((5, 6), (2, 3), (9, 9)),
+    "one-corner": ((4, 9), (4, 9), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("case", CASES)
+def test_centres_follow_the_map_at_every_border(case: str, where: str, tmp_path: Path) -> None:
+    shape, patch, chunks = CASES[case]
+    data = prior(shape)
+    volume = stored(tmp_path, data, chunks) if where == "disk" else oocpatch.Volume(data, "abde"[: data.ndim])
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=volume), patch, "map")
+    expected = centre_distribution(data, patch)
+    if len(expected) == 1:
+        assert drawn(sampler, 100) == dict.fromkeys(expected, 100)
+        return
+    for together, which in ((1, 0), (3, 0), (3, 2)) if where == "disk" else ((1, 0),):
+        assert_fits(drawn(sampler, 2000, together=together, which=which), expected)
+
+
+def test_corners_drawn_together_lie_in_two_chunks_per_axis(tmp_path: Path) -> None:
+    subject = oocpatch.Subject(map=stored(tmp_path, np.ones((80, 80), np.uint8), (16, 16)))
+    for sampler in (oocpatch.WeightedSampler(subject, (8, 5), "map"), oocpatch.LabelSampler(subject, (8, 5), "map")):
+        for i in range(50):
+            places = np.array(sampler.draw(subject, np.random.default_rng(i), 8))
+            assert (places.min(0) // 16 == places.max(0) // 16).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_weigh_voxel_by_voxel(case: str, tmp_path: Path) -> None:
+    shape, patch, chunks = CASES[case]
+    data = np.random.default_rng(2).integers(-1, 3, shape).astype(np.int16)
+    probabilities = {-1: 5.0, 0: 1, 2: 2, 7: 100}
+    sampler = oocpatch.LabelSampler(
+        oocpatch.Subject(label=stored(tmp_path, data, chunks)), patch, "label", probabilities
+    )
+    expected = centre_distribution(np.vectorize(lambda label: float(probabilities.get(label, 0)))(data), patch)
+    if len(expected) == 1:
+        assert drawn(sampler, 100) == dict.fromkeys(expected, 100)
+        return
+    for together, which in ((1, 0), (3, 2)):
+        assert_fits(drawn(sampler, 2000, together=together, which=which), expected)
+
+
+def test_without_probabilities_all_labels_but_zero_weigh_alike() -> None:
+    data = np.random.default_rng(2).integers(-2, 2, (9, 9)).astype(np.int8)
+    sampler = oocpatch.LabelSampler(oocpatch.Subject(label=data), 3, "label")
+    assert_fits(drawn(sampler, 3000), centre_distribution(data != 0, (3, 3)))
+
+
+def test_labels_below_zero_are_labels_where_torchio_takes_them_for_background() -> None:
+    data = np.full((3, 3, 3), -1)
+    with pytest.raises(RuntimeError, match="all zeros"):
+        next(iter(torchio.LabelSampler(torchio_subject(label=data), 1, "label")))
+    assert len(drawn(oocpatch.LabelSampler(oocpatch.Subject(label=data), 1, "label"), 300)) == 27
+
+
+def test_the_first_example_of_torchio() -> None:
+    """Labels 0 0 1 1 2 1 0, patches of 5: centres 2, 3, 4, which weigh 50, 50, 25."""
+    label = np.array([0, 0, 1, 1, 2, 1, 0]).reshape(1, 1, 7)
+    sampler = oocpatch.LabelSampler(oocpatch.Subject(label=label), (1, 1, 5), "label", {0: 0, 1: 50, 2: 25, 3: 25})
+    assert_fits(drawn(sampler, 4000), {(0, 0, 0): 2 / 5, (0, 0, 1): 2 / 5, (0, 0, 2): 1 / 5})
+
+
+def torchio_distribution(sampler: torchio.WeightedSampler, shape: Ints, patch: Ints) -> dict[Ints, float]:
+    """What TorchIO draws from, read from the map that it gives to `torch.multinomial`."""
+    weights = sampler._build_probability_map().double()
+    ranges = [range(n - p + 1) for n, p in zip(shape, patch, strict=True)]
+    total = float(weights.sum())
+    centre = [p // 2 for p in patch]
+    return {
+        c: float(weights[tuple(a + b for a, b in zip(c, centre, strict=True))]) / total
+        for c in itertools.product(*ranges)
+    }
+
+
+@law(60)
+@given(st.data())
+def test_odd_patches_have_the_distribution_of_torchio(data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(*[st.integers(1, 7)] * 3))
+    patch = tuple(data.draw(st.sampled_from([p for p in (1, 3, 5, 7) if p <= n])) for n in shape)
+    weights, labels = prior(shape), np.random.default_rng(3).integers(0, 3, shape)
+    probabilities = {0: 1, 1: 4}
+    theirs = torchio_subject(map=weights, label=labels)
+    ours = oocpatch.Subject(map=weights, label=labels)
+    inside = tuple(slice(p // 2, n - p + p // 2 + 1) for n, p in zip(shape, patch, strict=True))
+    if weights[inside].any():
+        reference = torchio.WeightedSampler(theirs, patch, "map")
+        expected = torchio_distribution(reference, shape, patch)
+        assert exact(oocpatch.WeightedSampler(ours, patch, "map")) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    if (labels[inside] < 2).any():
+        reference = torchio.LabelSampler(theirs, patch, "label", probabilities)
+        expected = torchio_distribution(reference, shape, patch)
+        sampler = oocpatch.LabelSampler(ours, patch, "label", probabilities)
+        assert exact(sampler) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def exact(sampler: oocpatch.WeightedSampler) -> dict[Ints, float]:
+    """The probability of each corner, from the table of masses and the voxels of each cell."""
+    lattice, table, sums = sampler._masses(sampler.subject)
+    patch = sampler.patch_size
+    volume = oocpatch.Volume(sampler.subject[sampler.probability_map].source.load((slice(None),) * len(patch)))
+    found: dict[Ints, float] = {}
+    ranges = [range(n - p + 1) for n, p in zip(volume.shape, patch, strict=True)]
+    found = dict.fromkeys(itertools.product(*ranges), 0.0)
+    weighed = np.diff(sums, prepend=0.0)
+    for number in range(len(lattice)):
+        box = lattice[number]
+        values = volume.read(box)[0]
+        weights = (
+            sampler._weigh(values.ravel()) if isinstance(sampler, oocpatch.LabelSampler) else values.ravel()
+        ).astype(float)
+        mass = weighed[table.cells == number].sum()
+        for index, weight in zip(np.ndindex(*box.shape), weights, strict=True):
+            corner = tuple(o + i - p // 2 for o, i, p in zip(box.start, index, patch, strict=True))
+            found[corner] += mass / sums[-1] * (weight / weights.sum() if weight else 0.0)
+    return found
+
+
+def test_the_last_corner_of_an_even_patch_is_reached_where_torchio_never_goes() -> None:
+    data = np.ones((6, 1, 1), np.float32)
+    theirs = torchio_distribution(torchio.WeightedSampler(torchio_subject(map=data), (4, 1, 1), "map"), (6, 1, 1), (4, 1, 1))  # fmt: skip # noqa: E501
+    assert theirs == {(0, 0, 0): 0.5, (1, 0, 0): 0.5, (2, 0, 0): 0.0}
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=data), (4, 1, 1), "map")
+    assert exact(sampler) == pytest.approx(dict.fromkeys(theirs, 1 / 3))
+    assert_fits(drawn(sampler, 3000), dict.fromkeys(theirs, 1 / 3))
+
+
+def test_no_patches_are_none_where_torchio_has_no_end() -> None:
+    data = np.ones((3, 3, 3), np.float32)
+    theirs = torchio.WeightedSampler(torchio_subject(map=data), 1, "map")
+    assert len(list(itertools.islice(theirs(theirs.subject, 0), 100))) == 100
+    ours = oocpatch.WeightedSampler(oocpatch.Subject(map=data), 1, "map")
+    assert list(ours(ours.subject, 0)) == []
+
+
+def test_torchio_refuses_maps_beyond_two_to_the_24(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "CELL_VOXELS", 1 << 16)
+    data = np.zeros((2, 2049, 4096), np.float32)
+    data[1, 2000, 4000] = 1
+    with pytest.raises(RuntimeError, match="2\\^24"):
+        next(iter(torchio.WeightedSampler(torchio_subject(map=data), 1, "map")))
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=data), 1, "map", num_patches=1)
+    assert corners(sampler) == [(1, 2000, 4000)]
+
+
+@law(150)
+@given(st.data())
+def test_masses_are_those_of_the_valid_centres_cell_by_cell(data: st.DataObject) -> None:
+    """Against a plain sum over each chunk of a mask of the centres."""
+    ndim = data.draw(st.integers(1, 3))
+    shape = data.draw(st.tuples(*[st.integers(1, 9)] * ndim))
+    patch = tuple(data.draw(st.integers(1, n)) for n in shape)
+    chunks = tuple(data.draw(st.integers(1, n + 1)) for n in shape)
+    dtype = data.draw(st.sampled_from(["bool", "uint8", "int8", "int16", "uint64", "float16", "float64"]))
+    values = np.random.default_rng(4).integers(0, 4, shape).astype(dtype)
+    centres = np.zeros(shape, bool)
+    centres[tuple(slice(p // 2, n - p + p // 2 + 1) for n, p in zip(shape, patch, strict=True))] = True
+    lattice = Cells.of_centres(shape, chunks, patch)
+    boxes = [lattice[i] for i in range(len(lattice))]
+    covered = np.zeros(shape, int)
+    for box in boxes:
+        covered[box.slices()] += 1
+        assert all(a // c == (b - 1) // c for a, b, c in zip(box.start, box.stop, chunks, strict=True))
+    assert np.array_equal(covered, centres)
+    volume = oocpatch.Volume(values, "abd"[:ndim])
+    weights = masses.measure(volume, lattice, masses.weights_in, "map")
+    for number, box in enumerate(boxes):
+        assert weights.masses[weights.cells == number].sum() == values[box.slices()].astype(float).sum()
+    labels = masses.measure(volume, lattice, masses.labels_in, "map")
+    for number, box in enumerate(boxes):
+        mine = labels.cells == number
+        found = dict(zip(labels.values[mine].tolist(), labels.masses[mine].tolist(), strict=True))
+        assert found == Counter(values[box.slices()].ravel().tolist())
+    assert labels.values.dtype == values.dtype
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "int64", "uint64", "bool", "float32"])
+def test_labels_are_counted_over_the_whole_range_of_a_dtype(dtype: str) -> None:
+    kind = np.dtype(dtype)
+    extremes: list[Any] = [0, 1]
+    if kind.kind in "iu":
+        info = np.iinfo(kind)
+        extremes = [info.min, info.min + 1, info.max - 1, info.max]
+    values = np.array([*extremes, *extremes, extremes[-1]], kind)
+    for some in (values, values[values >= extremes[-2]]):
+        labels, counts = masses.labels_in(some)
+        assert dict(zip(labels.tolist(), counts.tolist(), strict=True)) == Counter(some.tolist())
+
+
+def test_picking_never_gives_an_index_without_mass() -> None:
+    below_one = np.nextafter(1.0, 0.0)
+    for weights in ([0, 1, 0, 0, 2, 0], [1e-300, 0], [0, 1e300, 1e-300, 0], [0.1] * 10 + [0.0]):
+        sums = np.cumsum(np.array(weights, float))
+        assert {pick(sums, u) for u in (0.0, below_one, *RANDOM.random(200))} <= set(np.flatnonzero(weights).tolist())
+
+
+def test_a_volume_without_a_map_of_its_own_is_read_only_around_patches(tmp_path: Path) -> None:
+    """The map's chunks are read one by one, also by the pass."""
+    read: list[int] = []
+
+    class Watched(oocpatch.Volume):
+        def read(self, box: Any, *args: Any) -> Any:
+            read.append(box.size)
+            return super().read(box, *args)
+
+    zarr.create_array(tmp_path / "map.zarr", data=prior((40, 40)), chunks=(8, 8))
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=Watched(tmp_path / "map.zarr")), 4, "map", 20)
+    assert read == []
+    assert len(corners(sampler)) == 20
+    assert max(read) == 64
+
+
+BAD_MAPS = {
+    "zero": (np.zeros((6, 6)), "must be above zero somewhere that a patch of size"),
+    "zero-inside": (np.pad(np.zeros((2, 2)), 2, constant_values=1), "must be above zero somewhere"),
+    "negative": (np.pad([[-1.0]], [(3, 2), (3, 2)]), "map: .* not negative, got -1.0 in the box from"),
+    "nan": (np.pad([[np.nan]], [(3, 2), (3, 2)]), "map: .* finite values .* got nan"),
+    "infinite": (np.pad([[np.inf]], [(3, 2), (3, 2)]), "map: .* finite values .* got inf"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_MAPS)
+def test_a_map_that_is_no_distribution_is_refused(bad: str, tmp_path: Path) -> None:
+    data, message = BAD_MAPS[bad]
+    with pytest.raises(ValueError, match=message):
+        oocpatch.WeightedSampler(oocpatch.Subject(map=data), 5, "map")
+    # on disk nothing is read yet
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=stored(tmp_path, data, (3, 3))), 5, "map")
+    with pytest.raises(ValueError, match=message):
+        next(iter(sampler))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "error", "message"),
+    [
+        ({1: -1}, ValueError, r"must not be negative, got \{1: -1\}"),
+        ({}, ValueError, "must give a weight to some label"),
+        ({1: 0, 2: 0.0}, ValueError, "must give a weight to some label"),
+        ({1: float("nan")}, ValueError, "must hold finite numbers"),
+        ({1: "much"}, ValueError, "must hold finite numbers"),
+        ({"one": 1}, ValueError, "must hold finite numbers"),
+        ([1, 2], TypeError, "must be a dict"),
+        ({5: 1}, ValueError, r"got \{5: 1.0\}, but .* 'label' .* it has only 0, 1"),
+    ],
+)
+def test_label_probabilities_that_give_no_distribution_are_refused(
+    probabilities: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        oocpatch.LabelSampler(oocpatch.Subject(label=np.eye(6, dtype=np.uint8)), 2, "label", probabilities)
+
+
+def test_without_labels_there_is_nothing_to_draw() -> None:
+    with pytest.raises(ValueError, match=r"got all but 0, but .* only 0"):
+        oocpatch.LabelSampler(oocpatch.Subject(label=np.zeros((6, 6), int)), 2, "label")
+    with pytest.raises(ValueError, match="must hold numbers, got nan"):
+        oocpatch.LabelSampler(oocpatch.Subject(label=np.full((6, 6), np.nan)), 2, "label")
+
+
+def test_unknown_names_and_several_channels_are_refused() -> None:
+    subject = oocpatch.Subject(t1=np.zeros((2, 4, 4, 4)), name="t2")
+    for name in ("t2", "name"):
+        with pytest.raises(ValueError, match=f"probability_map must be one of t1, got '{name}'"):
+            oocpatch.WeightedSampler(subject, 2, name)
+        with pytest.raises(ValueError, match=f"label_name must be one of t1, got '{name}'"):
+            oocpatch.LabelSampler(subject, 2, name)
+    with pytest.raises(ValueError, match="one channel, but 't1' has 2"):
+        oocpatch.WeightedSampler(subject, 2, "t1")
+    with pytest.raises(ValueError, match="patch_size must not be larger than the volume"):
+        oocpatch.WeightedSampler(subject, 5, "t1")
+
+
+# The table of masses beside the map
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The passes over maps that were made, by name of the map."""
+    made: list[str] = []
+    measure = masses.measure
+
+    def counted(volume: Any, lattice: Any, summarize: Any, name: str) -> Any:
+        made.append(name)
+        return measure(volume, lattice, summarize, name)
+
+    monkeypatch.setattr("oocpatch.sampling.weighted.measure", counted)
+    return made
+
+
+def sample(path: Path, patch: int = 3) -> list[Ints]:
+    return corners(oocpatch.WeightedSampler(oocpatch.Subject(map=path), patch, "map", 20, seed=0))
+
+
+def tables(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.npz"))
+
+
+def test_the_pass_is_made_once_and_kept_beside_the_map(tmp_path: Path, passes: list[str]) -> None:
+    stored(tmp_path, prior((12, 12)), (4, 4))
+    first = sample(tmp_path / "map.zarr")
+    assert sample(tmp_path / "map.zarr") == first
+    assert passes == ["map"]
+    assert [table.parent.name for table in tables(tmp_path)] == ["map.zarr.oocpatch-masses"]
+    sample(tmp_path / "map.zarr", patch=4)  # other voxels can be centres
+    assert passes == ["map", "map"]
+
+
+def test_other_label_probabilities_need_no_second_pass(tmp_path: Path, passes: list[str]) -> None:
+    data = np.arange(144).reshape(12, 12).astype(np.uint8) % 5
+    volume = stored(tmp_path, data, (4, 4))
+    for label in (1, 3):
+        sampler = oocpatch.LabelSampler(oocpatch.Subject(label=volume), 3, "label", {label: 1}, 20)
+        assert {int(patch.label.data[0, 1, 1]) for patch in sampler} == {label}
+    assert passes == ["label"]
+
+
+def test_a_map_that_changed_is_measured_again(tmp_path: Path, passes: list[str]) -> None:
+    data = np.zeros((12, 12), np.uint8)
+    data[5, 5] = 1
+    stored(tmp_path, data, (4, 4))
+    assert set(sample(tmp_path / "map.zarr")) == {(4, 4)}
+    array = zarr.open_array(tmp_path / "map.zarr", mode="r+")
+    array[5, 5], array[7, 7] = 0, 1
+    assert set(sample(tmp_path / "map.zarr")) == {(6, 6)}
+    assert len(passes) == 2
+    assert len(tables(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("fault", ["flip", "cut", "empty", "other"])
+def test_a_damaged_table_counts_as_absent(fault: str, tmp_path: Path, passes: list[str]) -> None:
+    stored(tmp_path, prior((12, 12)), (4, 4))
+    first = sample(tmp_path / "map.zarr")
+    [table] = tables(tmp_path)
+    content = table.read_bytes()
+    spoiled = {"cut": [content[: len(content) // 2]], "empty": [b""], "other": [b"{}"]}.get(fault) or [
+        content[:i] + bytes([content[i] ^ 64]) + content[i + 1 :] for i in range(0, len(content), 29)
+    ]
+    for bad in spoiled:
+        table.write_bytes(bad)
+        assert sample(tmp_path / "map.zarr") == first
+    assert len(passes) > 1 + len(spoiled) // 2  # a flip where nobody looks does no harm
+
+
+def test_a_place_that_cannot_be_written_does_without(tmp_path: Path, passes: list[str]) -> None:
+    stored(tmp_path, prior((12, 12)), (4, 4))
+    # a file in the way, since a directory without permissions does not stop root
+    (tmp_path / "map.zarr.oocpatch-masses").write_text("in the way")
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=tmp_path / "map.zarr"), 3, "map", 20, seed=0)
+    first = corners(sampler)
+    sampler.set_epoch(0)
+    assert corners(sampler) == first
+    assert passes == ["map"]
+    travelled = pickle.loads(pickle.dumps(sampler))  # noqa: S301 - our own
+    assert corners(travelled) == first
+    assert passes == ["map"], "what is known travels along"
+
+
+def test_a_table_lies_outside_the_hierarchy_of_its_map(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "study.zarr")
+    group.create_array("labels", data=prior((12, 12)), chunks=(4, 4))
+    sample(tmp_path / "study.zarr" / "labels")
+    assert [table.parent for table in tables(tmp_path)] == [tmp_path / "study.zarr.oocpatch-masses"]
+    assert [name for name, _ in zarr.open_group(tmp_path / "study.zarr", mode="r").members()] == ["labels"]
+    assert [path.name for path in (tmp_path / "study.zarr").iterdir()] == ["labels", "zarr.json"]
+
+
+def test_weights_and_labels_of_one_map_are_kept_apart(tmp_path: Path, passes: list[str]) -> None:
+    data = np.zeros((12, 12), np.uint8)
+    data[5, 5], data[7, 7] = 1, 200
+    subject = oocpatch.Subject(map=stored(tmp_path, data, (4, 4)))
+    assert_fits(drawn(oocpatch.WeightedSampler(subject, 3, "map"), 2000), {(4, 4): 1 / 201, (6, 6): 200 / 201})
+    assert_fits(drawn(oocpatch.LabelSampler(subject, 3, "map"), 2000), {(4, 4): 1 / 2, (6, 6): 1 / 2})
+    assert passes == ["map", "map"]
+
+
+def test_a_pass_can_be_made_ahead(tmp_path: Path, passes: list[str]) -> None:
+    sampler = oocpatch.WeightedSampler(oocpatch.Subject(map=stored(tmp_path, prior((12, 12)), (4, 4))), 3, "map", 5)
+    assert passes == []
+    sampler.prepare()
+    assert passes == ["map"]
+    assert len(corners(sampler)) == 5
+    assert passes == ["map"]
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_processes_that_ask_at_once_make_one_pass() -> None:
+    with scratch() as root:
+        stored(root, prior((12, 12)), (4, 4))
+        measure = masses.measure
+
+        def noted(*arguments: Any) -> Any:
+            (root / f"pass{os.getpid()}").touch()
+            return measure(*arguments)
+
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                weighted.measure = noted
+                sample(root / "map.zarr")
+                os._exit(0)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+        assert len(list(root.glob("pass*"))) == 1
+
+
+def test_recent_cells_keep_to_their_limit_and_give_what_was_read() -> None:
+    recent, read = RecentCells(100), []
+
+    def cell(number: int) -> Array:
+        def make() -> Array:
+            read.append(number)
+            return np.full(40, number, np.uint8)
+
+        return recent.get("map", number, make)
+
+    for number in (0, 1, 0, 2, 0, 1):
+        assert (cell(number) == number).all()
+    assert read == [0, 1, 2, 1], "the least recently used goes first"
+    assert recent.get("map", 9, lambda: np.zeros(500, np.uint8)).size == 500
+    assert recent.get("map", 9, lambda: np.ones(500, np.uint8)).max() == 0, "the last one stays, even if too large"
+
+
+def test_loaded_volumes_and_tensors_can_be_maps() -> None:
+    data = prior((9, 8))
+    subject = oocpatch.Subject(map=torch.from_numpy(data)[None], t1=data)
+    assert_fits(drawn(oocpatch.WeightedSampler(subject, 3, "map"), 2000), centre_distribution(data, (3, 3)))
+    subject.load()
+    assert_fits(drawn(oocpatch.WeightedSampler(subject, 3, "t1"), 2000), centre_distribution(data, (3, 3)))
+
+
+def test_labels_are_counted_block_by_block() -> None:
+    values = np.random.default_rng(5).integers(-5, 60_000, (3, masses.COUNTED_AT_ONCE // 2 + 17)).astype(np.int32)
+    labels, counts = masses.labels_in(values)
+    expected, numbers = np.unique(values, return_counts=True)
+    assert np.array_equal(labels, expected)
+    assert np.array_equal(counts, numbers)
+    assert labels.dtype == np.int32
