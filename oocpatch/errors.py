@@ -67,3 +67,17 @@ class CorruptPartial(CorruptData):
 
     def __reduce__(self) -> tuple[type[CorruptPartial], tuple[int, str]]:
         return type(self), (self.block, self.detail)
+
+
+LONGEST = 300
+"""Characters of another library's message; a state dict that does not fit fills a screen."""
+
+
+def error_line(error: BaseException) -> str:
+    r"""The error's kind and message on one line, without torch's stack of C++ frames.
+
+    >>> error_line(RuntimeError("no\n  such thing"))
+    'RuntimeError: no such thing'
+    """
+    text = " ".join(str(error).split("\nException raised from")[0].split())
+    return f"{type(error).__name__}: {text if len(text) <= LONGEST else text[:LONGEST] + '...'}"

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from oocpatch.models.input_spec import ModelFile
 from oocpatch.models.onnx import OnnxSession
-from oocpatch.models.predictor import ModelFile
 from oocpatch.models.wrappers import Function
 
 # Classes and functions of these are named, not read: their versions are recorded with the run.

@@ -7,6 +7,7 @@ be chosen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,3 +138,52 @@ def _common_sides(
 
 def _sides(sides: tuple[int | None, ...]) -> str:
     return " x ".join("any" if side is None else str(side) for side in sides)
+
+
+class ModelFile(nn.Module):
+    """A model that was loaded from a file which says what it takes.
+
+    Args:
+        program: the model.
+        accepts: what it takes.
+
+    >>> two_at_a_time = ModelFile(nn.Identity(), InputSpec(least_batch=2, most_batch=2))
+    >>> two_at_a_time(torch.arange(3)[:, None]).tolist()
+    [[0], [1], [2]]
+    """
+
+    def __init__(self, program: nn.Module, accepts: InputSpec) -> None:
+        super().__init__()
+        self.program = program
+        self.accepts = accepts
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """What says which model it is, besides its program."""
+        return ("file",)
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        """Outputs for any number of patches `(B, C, *patch)`."""
+        least, most = self.accepts.least_batch, self.accepts.most_batch or len(patches)
+        outputs = []
+        for part in torch.split(patches, most):
+            missing = max(0, least - len(part))
+            filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
+            outputs.append(first(self.program(filled), len(part)))
+        return joined(outputs)
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of parts of a batch, tensors or dicts of them, as those of the batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if isinstance(outputs[0], dict):
+        return {name: joined([output[name] for output in outputs]) for name in outputs[0]}
+    return torch.cat([torch.as_tensor(output) for output in outputs])
+
+
+def first(output: Any, count: int) -> Any:
+    """What a batch's output, a tensor or a dict of them, has for its first patches; anything else stays as it is."""
+    if isinstance(output, dict):
+        return {name: first(value, count) for name, value in output.items()}
+    return output[:count] if isinstance(output, torch.Tensor) else output

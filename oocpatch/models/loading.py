@@ -32,10 +32,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from oocpatch.errors import error_line
+from oocpatch.models.input_spec import ModelFile
 from oocpatch.models.onnx import load_onnx
-from oocpatch.models.predictor import ModelFile
 from oocpatch.models.torch_export import load_exported
 from oocpatch.models.wrappers import NumpyModel
+from oocpatch.storage.paths import spec_file
 
 _TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 _NUMPY = "numpy:"
@@ -179,7 +181,7 @@ def _device(name: str) -> torch.device:
 
 
 def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
-    file = existing(spec, spec)
+    file = spec_file(spec, spec)
     members: list[str] = []
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -196,7 +198,7 @@ def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
             warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
             model: nn.Module = torch.jit.load(file, map_location=device)  # type: ignore[no-untyped-call]
     except Exception as error:
-        raise ValueError(f"{spec!r} cannot be loaded as TorchScript: {say(error)}; export it anew") from error
+        raise ValueError(f"{spec!r} cannot be loaded as TorchScript: {error_line(error)}; export it anew") from error
     return model
 
 
@@ -217,7 +219,9 @@ def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) 
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"weights must fit the model, but {weights!r} does not fit {spec!r}: {say(error)}") from error
+        raise ValueError(
+            f"weights must fit the model, but {weights!r} does not fit {spec!r}: {error_line(error)}"
+        ) from error
 
 
 def _read_safetensors(file: pathlib.Path) -> object:
@@ -228,7 +232,7 @@ def _read_safetensors(file: pathlib.Path) -> object:
     try:
         return safetensors.load_file(str(file), device="cpu")
     except Exception as error:
-        raise ValueError(f"{str(file)!r} is not a safetensors file: {say(error)}") from error
+        raise ValueError(f"{str(file)!r} is not a safetensors file: {error_line(error)}") from error
 
 
 def _read_pickle(file: pathlib.Path, *, trust_pickle: bool) -> object:
@@ -237,13 +241,13 @@ def _read_pickle(file: pathlib.Path, *, trust_pickle: bool) -> object:
         return torch.load(file, map_location="cpu", weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:
         if trust_pickle:
-            raise ValueError(f"{str(file)!r} cannot be unpickled: {say(error)}") from error
+            raise ValueError(f"{str(file)!r} cannot be unpickled: {error_line(error)}") from error
         raise ValueError(
             f"weights must be a plain state dict, but {str(file)!r} needs code of its own to be unpickled, or is no "
             "pickle; save model.state_dict(), or pass --trust-pickle (trust_pickle=True) if you trust its author"
         ) from error
     except Exception as error:
-        raise ValueError(f"the weights file {str(file)!r} cannot be read: {say(error)}") from error
+        raise ValueError(f"the weights file {str(file)!r} cannot be read: {error_line(error)}") from error
 
 
 def _state_dict(state: object, weights: str) -> dict[str, Any]:
@@ -275,7 +279,7 @@ def load_named(path: str, name: str, spec: str, arguments: Mapping[str, Any]) ->
     """What `name` is in a module or file, ready to be called with patches.
 
     A factory is a class, or a function that requires nothing or gets all it requires from `arguments`. A function that
-    still requires one argument, or that does not say, is the model itself.
+    still requires one argument, or that does not error_line, is the model itself.
 
     Args:
         path: `package.module`, or a file that ends in `.py`.
@@ -317,13 +321,17 @@ def _import_module(path: str, spec: str) -> types.ModuleType:
                 f"there is no module {error.name!r} for model spec {spec!r}; install it, run in the directory that "
                 "holds it, or name its file (file.py:name)"
             ) from error
-        raise ValueError(f"importing {path!r} for model spec {spec!r} failed: {say(error)}; install it") from error
+        raise ValueError(
+            f"importing {path!r} for model spec {spec!r} failed: {error_line(error)}; install it"
+        ) from error
     except Exception as error:
-        raise ValueError(f"importing {path!r} for model spec {spec!r} failed: {say(error)}; correct it") from error
+        raise ValueError(
+            f"importing {path!r} for model spec {spec!r} failed: {error_line(error)}; correct it"
+        ) from error
 
 
 def _import_file(path: str, spec: str) -> types.ModuleType:
-    file = existing(path, spec)
+    file = spec_file(path, spec)
     # The name holds no directory: the same file elsewhere is the same model.
     name = f"oocpatch_model_{file.stem}"
     description = importlib.util.spec_from_file_location(name, file)
@@ -336,7 +344,7 @@ def _import_file(path: str, spec: str) -> types.ModuleType:
             description.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(f"running {path!r} for model spec {spec!r} failed: {say(error)}; correct it") from error
+        raise ValueError(f"running {path!r} for model spec {spec!r} failed: {error_line(error)}; correct it") from error
     return module
 
 
@@ -379,7 +387,7 @@ def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Mode
     try:
         made: object = value(**arguments)
     except Exception as error:
-        raise ValueError(f"calling the factory {spec!r} failed: {say(error)}; correct it") from error
+        raise ValueError(f"calling the factory {spec!r} failed: {error_line(error)}; correct it") from error
     if not callable(made):
         raise ValueError(  # what is wrong is the spec's value
             f"the factory {spec!r} must return a module or a callable, got a {type(made).__name__}; return the model"
@@ -388,7 +396,7 @@ def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Mode
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """What a call takes; None for a builtin that does not say."""
+    """What a call takes; None for a builtin that does not error_line."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
@@ -409,29 +417,3 @@ def _refuse_unknown(parameters: list[inspect.Parameter], spec: str, arguments: M
         raise ValueError(
             f"model_args must be arguments of {spec!r} ({', '.join(names) or 'it has none'}), got {', '.join(unknown)}"
         )
-
-
-LONGEST = 300
-"""Characters of another library's message; a state dict that does not fit fills a screen."""
-
-
-def existing(path: str, spec: str) -> pathlib.Path:
-    """The file that a spec names.
-
-    Raises:
-        ValueError: when it is not there.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"the file of model spec {spec!r} does not exist: {str(file.absolute())!r}; check the path")
-    return file
-
-
-def say(error: BaseException) -> str:
-    r"""The error's kind and message on one line, without torch's stack of C++ frames.
-
-    >>> say(RuntimeError("no\n  such thing"))
-    'RuntimeError: no such thing'
-    """
-    text = " ".join(str(error).split("\nException raised from")[0].split())
-    return f"{type(error).__name__}: {text if len(text) <= LONGEST else text[:LONGEST] + '...'}"

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.models.input_spec import InputSpec
-from oocpatch.models.loading import existing, say
-from oocpatch.models.predictor import ModelFile
+from oocpatch.errors import error_line
+from oocpatch.models.input_spec import InputSpec, ModelFile
 from oocpatch.models.probe import Footprint
+from oocpatch.storage.paths import spec_file
 
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -41,7 +41,7 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
     Raises:
         ValueError: when onnxruntime is not installed, the file is no model, or it does not take one tensor.
     """
-    file = existing(spec, spec)
+    file = spec_file(spec, spec)
     try:
         runtime: Any = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -57,7 +57,7 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
     try:
         session = OnnxSession(runtime, file, (provider, device.index or 0))
     except Exception as error:
-        raise ValueError(f"{spec!r} cannot be loaded as an ONNX model: {say(error)}") from error
+        raise ValueError(f"{spec!r} cannot be loaded as an ONNX model: {error_line(error)}") from error
     inputs = session.opened.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) < 3:
         told = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)

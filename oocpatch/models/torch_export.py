@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.export.passes import move_to_device_pass
 
-from oocpatch.models.input_spec import InputSpec
-from oocpatch.models.loading import existing, say
-from oocpatch.models.predictor import ModelFile
+from oocpatch.errors import error_line
+from oocpatch.models.input_spec import InputSpec, ModelFile
+from oocpatch.storage.paths import spec_file
 
 # Members of the archive that torch hands to pickle or to the dynamic linker whatever it is told.
 _RUNNABLE = re.compile(r"(^|/)data/(aotinductor/|constants/(?!tensor_|[^/]*\.(?:json|pt)$))")
@@ -40,7 +40,7 @@ def load_exported(spec: str, device: torch.device, *, trust_pickle: bool) -> Mod
     Raises:
         ValueError: when the file holds something else, or could run code and is not trusted.
     """
-    file = existing(spec, spec)
+    file = spec_file(spec, spec)
     if not trust_pickle:
         _refuse_code(file, spec)
     try:
@@ -50,7 +50,7 @@ def load_exported(spec: str, device: torch.device, *, trust_pickle: bool) -> Mod
         raise ValueError(f"{spec!r} needs code of its own to be unpickled, which is not run; {_TRUST}") from error
     except Exception as error:
         raise ValueError(
-            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {say(error)}"
+            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
         ) from error
     accepts = _accepts(program, spec)
     if device.type != "cpu":
@@ -72,7 +72,7 @@ def _refuse_code(file: pathlib.Path, spec: str) -> None:
                             raise ValueError(f"{spec!r} holds code in place of a size ({formula[:60]!r}); {_TRUST}")
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
-            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {say(error)}"
+            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -341,3 +342,15 @@ def check_writable(name: str, path: Address) -> None:
         raise ValueError(f"{name} must be in a directory, got {path}, where {found} is a file")
     if not os.access(found, os.W_OK | os.X_OK):
         raise ValueError(f"{name} must be in a directory that can be written to, got {path}, where {found} cannot")
+
+
+def spec_file(path: str, spec: str) -> pathlib.Path:
+    """The file that a spec names.
+
+    Raises:
+        ValueError: when it is not there.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"the file of model spec {spec!r} does not exist: {str(file.absolute())!r}; check the path")
+    return file

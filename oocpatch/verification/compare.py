@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import zarr
 
-import oocpatch
 from oocpatch.models import augmentation, preprocessing
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.predictor import Predictor, resolve_device
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
+from oocpatch.run.predict import plan as plan_run
 from oocpatch.verification.reference import reference_scores
 from oocpatch.volumes.volume import Volume
 
@@ -121,7 +121,7 @@ def _with_sizes(source: Volume, models: Sequence[Model], given: dict[str, Any], 
         value for name, value in given.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
     ]:
         return given
-    plan = oocpatch.plan(source, list(models), folder / "sizes", **given)
+    plan = plan_run(source, list(models), folder / "sizes", **given)
     return {**given, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
 
 
@@ -171,7 +171,7 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
     # On disk and in chunks, as the volume itself is.
     chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
-    plan = oocpatch.plan(folder / "volume", list(models), folder / "output", axes=axes, **settings)
+    plan = plan_run(folder / "volume", list(models), folder / "output", axes=axes, **settings)
     mode = plan.heads[0].mode
     if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote"}:
         raise ValueError("check compares models that give one output of the patch's size, blended or cropped")

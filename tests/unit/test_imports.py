@@ -15,7 +15,7 @@ MAX_LINES = 600
 
 LAW = """
 errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration, execution} < run < {verification, visualization, xarray_accessor}
+< {aggregation, conversion, configuration} < execution < run < {verification, visualization, linting, xarray_accessor}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -41,7 +41,7 @@ LIBRARIES = {
     "workspace": ON_DISK,
     "outputs": ON_DISK,
     "outputs/ome_zarr": "yaozarrs",
-    "models": "numpy torch",
+    "models": "numpy torch google_crc32c",
     "models/loading": "safetensors",
     "models/onnx": "onnxruntime",
     "sampling": ON_DISK + " torch",
@@ -57,8 +57,9 @@ LIBRARIES = {
     "visualization": ON_DISK,
     "visualization/canvas": "PIL",
     "xarray_accessor": "xarray",
+    "linting": ON_DISK,
     "cli": "click numpy",
-    "cli/demo": "torch zarr PIL tqdm",
+    "cli/demo": "torch zarr PIL tqdm psutil",
     "cli/doctor": "torch zarr psutil",
 }
 """The outside libraries of a package, and what one module of it may import besides."""

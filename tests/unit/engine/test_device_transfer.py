@@ -75,7 +75,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found
 
     monkeypatch.setattr(Transfer, "memory", memory)
-    for module in ("decide", "job"):
+    for module in ("configuration.make_plan", "execution.task_context"):
         monkeypatch.setattr(f"oocpatch.{module}.is_staged", lambda _: True)
     return taken
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from oocpatch.models.augmentation import checked_augmentation, flips_and_rotations
-from oocpatch.models.input_spec import InputSpec, as_input, input_spec_of
-from oocpatch.models.predictor import Halving, ModelFile
+from oocpatch.models.input_spec import InputSpec, ModelFile, as_input, input_spec_of
+from oocpatch.models.predictor import Halving
 from oocpatch.models.preprocessing import Formula, Preprocess, checked_preprocess, formula
 from oocpatch.models.wrappers import EnsembleModel, NumpyModel
 
