@@ -277,7 +277,7 @@ def make_request(
     found_mask = None if mask is None else _mask(mask, data)
     found_box = None if box is None else spatial_box("box", box, data)
     parameters = {
-        "volume": data.identity,
+        "volume": data.fingerprint,
         "axes": list(data.axes.names),
         "model": model_fingerprint(models[0]) if len(models) == 1 else [model_fingerprint(member) for member in models],
         "preprocess": _identity_of(options["preprocess"]),
@@ -288,7 +288,7 @@ def make_request(
         "num_classes": options["num_classes"],
         "padding_mode": options["padding_mode"],
         "fill": json_number(options["fill"]),
-        "mask": None if found_mask is None else found_mask.volume.identity,
+        "mask": None if found_mask is None else found_mask.volume.fingerprint,
         "skip_empty": bool(skip_empty),
         "box": None if found_box is None else [list(found_box.start[looped:]), list(found_box.stop[looped:])],
         "batch_size": options["batch_size"],

@@ -47,7 +47,7 @@ def record_of(volume: Volume, level: int | str, chunk: Ints, unit: Ints, address
     """What a conversion is made of, as JSON holds it."""
     return {
         "source": address,
-        "identity": volume.identity,
+        "identity": volume.fingerprint,
         "axes": list(volume.axes.names),
         "level": str(level),
         "chunks": list(chunk),

@@ -177,7 +177,7 @@ def _open(call: RunHandle, place: int, stopped: threading.Event, stack: contextl
     recipe: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
     made = Plan.from_json(recipe.plan)
     volume = recipe.volume.open()
-    if volume.source.location not in (None, call.folder / "volume") and volume.identity != made.parameters["volume"]:
+    if volume.source.location not in (None, call.folder / "volume") and volume.fingerprint != made.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
     device = device_at(place, recipe.rest["options"]["device"], torch.cuda.device_count())
     rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}

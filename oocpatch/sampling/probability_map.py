@@ -258,7 +258,7 @@ def _outermost(path: Path) -> Path:
 
 
 def _key(volume: Volume, cells: Cells, kind: str) -> str:
-    parts = [FORMAT, kind, volume.identity, volume.axes.order, cells.box.start, cells.box.stop, cells.step]
+    parts = [FORMAT, kind, volume.fingerprint, volume.axes.order, cells.box.start, cells.box.stop, cells.step]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 

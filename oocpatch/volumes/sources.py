@@ -1,8 +1,8 @@
 """Sources: one small view of each kind of array that a volume can come from.
 
-A source knows shape, dtype, names, chunks, coordinates, attributes and an identity, and loads a selection. Data on disk
-is identified by its address and metadata, data in memory by its bytes. A source travels to other processes: data on
-disk by its address, data in memory by value.
+A source knows shape, dtype, names, chunks, coordinates, attributes and a fingerprint, and loads a selection. The
+fingerprint of data on disk comes from its address and metadata, that of data in memory from its bytes. A source travels
+to other processes: data on disk by its address, data in memory by value.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source:
         shape, dtype, chunks: as the array has them, one entry per axis.
         names: dimension names, if there are any.
         load: reads a selection of slices as a numpy array.
-        identify: makes the digest that says two sources are the same; data in memory is read for it.
+        compute_fingerprint: makes the digest that says two sources are the same; data in memory is read for it.
         chunked: whether reading part of a chunk costs as much as the chunk.
         location: where the array lies on the local file system or in an object store, if it does.
         array: the Zarr array, where it is one.
@@ -55,7 +55,7 @@ class Source:
     chunks: tuple[int, ...]
     names: tuple[str | None, ...] | None
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
-    identify: Callable[[], str]
+    compute_fingerprint: Callable[[], str]
     chunked: bool = True
     location: Address | None = None
     array: zarr.Array[Any] | None = None
@@ -66,9 +66,9 @@ class Source:
     image: Multiscale | None = None
 
     @functools.cached_property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Digest that says two sources are the same."""
-        return self.identify()
+        return self.compute_fingerprint()
 
 
 def open_source(source: Any, level: int | str = 0) -> Source:
@@ -162,14 +162,14 @@ def _from_file(spec: FileSpec) -> Source:
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
     facts = facts_of(spec)
     place = str(local.resolve()) if local is not None else spec.address
-    identity = {"address": place, "part": spec.part, "shape": facts.shape, "dtype": str(facts.dtype), **facts.marks}
+    content = {"address": place, "part": spec.part, "shape": facts.shape, "dtype": str(facts.dtype), **facts.marks}
     return Source(
         shape=facts.shape,
         dtype=facts.dtype,
         chunks=facts.chunks,
         names=facts.names,
         load=Loader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
-        identify=functools.partial(_digest, identity),
+        compute_fingerprint=functools.partial(_digest, content),
         chunked=facts.chunked,
         location=local.resolve() if local is not None else None,
         coords=facts.coords,
@@ -252,7 +252,7 @@ def _from_zarr(
         chunks=array.chunks,
         names=names or _dimension_names(array),
         load=functools.partial(_load, array),
-        identify=functools.partial(_zarr_identity, array, str(location or array.store_path)),
+        compute_fingerprint=functools.partial(_zarr_fingerprint, array, str(location or array.store_path)),
         location=location,
         array=array,
         files=location if isinstance(location, Path) else None,
@@ -270,7 +270,7 @@ def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
     return np.asarray(array[selection])
 
 
-def _zarr_identity(array: zarr.Array[Any], address: str) -> str:
+def _zarr_fingerprint(array: zarr.Array[Any], address: str) -> str:
     metadata = array.metadata.to_dict()
     metadata.pop("attributes", None)
     return _digest({"address": address, "metadata": json.loads(json.dumps(metadata, default=str))})
@@ -289,7 +289,7 @@ def _from_xarray(array: xarray.DataArray) -> Source:
         chunks=inner.chunks,
         names=tuple(str(d) for d in array.dims),
         load=inner.load,
-        identify=inner.identify,
+        compute_fingerprint=inner.compute_fingerprint,
         chunked=inner.chunked,
         location=inner.location,
         coords={str(k): v.variable for k, v in array.coords.items()},
@@ -302,14 +302,14 @@ def _from_lazy(array: xarray.DataArray) -> Source:
     encoding = array.encoding
     chunks = encoding.get("preferred_chunks") or {}
     address = str(encoding.get("source", ""))
-    identity = {"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}
+    content = {"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}
     return Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
         names=None,
         load=functools.partial(_load_lazy, array.variable),
-        identify=functools.partial(_digest, identity),
+        compute_fingerprint=functools.partial(_digest, content),
         location=Path(address).resolve() if address and "://" not in address else None,
     )
 
@@ -325,12 +325,12 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
         chunks=(1,) * array.ndim,
         names=None,
         load=functools.partial(_load, array),
-        identify=functools.partial(_numpy_identity, array),
+        compute_fingerprint=functools.partial(_numpy_fingerprint, array),
         chunked=False,
     )
 
 
-def _numpy_identity(array: npt.NDArray[Any]) -> str:
+def _numpy_fingerprint(array: npt.NDArray[Any]) -> str:
     return _digest({"shape": array.shape, "dtype": str(array.dtype), "content": _content(array)})
 
 
@@ -346,14 +346,14 @@ def _content(array: npt.NDArray[Any]) -> Any:
 
 
 def _from_dask(array: Any) -> Source:
-    identity = {"dask": str(array.name), "shape": [int(n) for n in array.shape]}
+    content = {"dask": str(array.name), "shape": [int(n) for n in array.shape]}
     return Source(
         shape=tuple(int(n) for n in array.shape),
         dtype=array.dtype,
         chunks=tuple(int(n) for n in array.chunksize),
         names=None,
         load=functools.partial(_load_dask, array),
-        identify=functools.partial(_digest, identity),
+        compute_fingerprint=functools.partial(_digest, content),
     )
 
 

@@ -110,9 +110,9 @@ class Volume:
         return math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Digest of what says that two volumes are the same, without reading voxels on disk."""
-        return self.source.identity
+        return self.source.fingerprint
 
     def native(self, threads: int) -> Volume:
         """The same volume, whose boxes are read without zarr-python where that can be.

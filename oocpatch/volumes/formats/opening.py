@@ -29,7 +29,7 @@ def open_file(spec: FileSpec) -> OpenFile:
         UnreadableError: when it cannot be read, or its library is missing.
     """
     module, _, name = READERS[spec.format].partition(".")
-    reader = getattr(importlib.import_module(f"oocpatch.storage.formats.{module}"), name)
+    reader = getattr(importlib.import_module(f"oocpatch.volumes.formats.{module}"), name)
     try:
         found: OpenFile = reader(spec)
     except UnreadableError:

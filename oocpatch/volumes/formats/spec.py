@@ -43,7 +43,7 @@ NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
 
 END = 1 << 16
-"""Bytes at each end of a file that its identity is made of."""
+"""Bytes at each end of a file that its fingerprint is made of."""
 
 UNITS = {
     "\u00b5m": "micrometer",

@@ -201,6 +201,6 @@ def test_what_cannot_be_stacked_is_refused() -> None:
 
 def test_an_array_in_memory_is_known_by_its_content() -> None:
     volume = oocpatch.Volume(DATA.copy())
-    assert volume.identity == oocpatch.Volume(DATA.copy()).identity
-    assert volume.identity != oocpatch.Volume(DATA + 1).identity
+    assert volume.fingerprint == oocpatch.Volume(DATA.copy()).fingerprint
+    assert volume.fingerprint != oocpatch.Volume(DATA + 1).fingerprint
     assert np.array_equal(volume.read(Box((0, 0), (6, 8)))[0], DATA)

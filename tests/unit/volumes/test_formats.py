@@ -186,7 +186,7 @@ def test_a_volume_travels_to_another_process_which_opens_the_file_itself(kind: s
     source.load(corner)  # what is open now does not travel
     again = pickle.loads(pickle.dumps(source))  # noqa: S301 (our own)
     np.testing.assert_array_equal(again.load(corner), expected[corner])
-    assert again.identity == source.identity
+    assert again.fingerprint == source.fingerprint
 
 
 def coords(path: Path | str) -> dict[str, tuple[list[float], str | None]]:
@@ -284,12 +284,12 @@ def test_precomputed_is_read_behind_a_url(tmp_path: Path) -> None:
 def test_a_copy_touched_later_is_the_same_volume_and_a_changed_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "a.nii"
     nifti(path)
-    first = oocpatch.Volume(path).identity
+    first = oocpatch.Volume(path).fingerprint
     shutil.copyfile(path, tmp_path / "copy")
     (tmp_path / "copy").replace(path)
-    assert oocpatch.Volume(path).identity == first
+    assert oocpatch.Volume(path).fingerprint == first
     nibabel.save(nibabel.Nifti1Image(STACK.T, np.diag([1.0, 1.0, 2.0, 1.0])), path)
-    assert oocpatch.Volume(path).identity != first
+    assert oocpatch.Volume(path).fingerprint != first
 
 
 @pytest.mark.parametrize(
