@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from oocpatch.engine.normalize import POSTPROCESSES, Postprocess, postprocess_of
+from oocpatch.models.postprocessing import POSTPROCESSES, Postprocess, postprocess_of
 from oocpatch.models.predictor import Probe
 from oocpatch.models.probe import Geometry
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit

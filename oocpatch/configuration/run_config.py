@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from oocpatch.engine.buffers import lean_heap
-from oocpatch.engine.normalize import named_postprocess
 from oocpatch.engine.patch_selection import Mask, Selection
 from oocpatch.errors import RunMismatch
 from oocpatch.models import augmentation, preprocessing
@@ -24,6 +23,7 @@ from oocpatch.models.compilation import (
 from oocpatch.models.fingerprint import model_fingerprint
 from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.loading import Model, load_models
+from oocpatch.models.postprocessing import named_postprocess
 from oocpatch.models.predictor import Predictor, resolve_device
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.ome_labels import format_in_parent

@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from oocpatch.planning.arguments import of_head
+from oocpatch.models.postprocessing import Postprocess
 from oocpatch.planning.box import Box, Ints, cut
-
-Postprocess = Callable[[torch.Tensor], torch.Tensor]
-POSTPROCESSES: dict[str, Postprocess] = {
-    # the same index as argmax, the first of equals, in a tenth of the time
-    "argmax": lambda scores: scores.max(dim=0, keepdim=True).indices,
-    "softmax": lambda scores: scores.softmax(dim=0),
-    "sigmoid": lambda scores: scores.sigmoid(),
-    "threshold": lambda scores: threshold(scores, 0.5),
-}
-
-
-def threshold(scores: torch.Tensor, at: float) -> torch.Tensor:
-    """1 where a score is above a threshold, else 0, as uint8."""
-    return (scores > at).to(torch.uint8)
-
-
-def named_postprocess(name: str) -> Postprocess:
-    """A postprocess by its name: one of `POSTPROCESSES`, or `threshold:0.3` for a threshold other than 0.5.
-
-    Raises:
-        ValueError: for any other name.
-
-    >>> named_postprocess("threshold:0.3")(torch.tensor([0.2, 0.4]))
-    tensor([0, 1], dtype=torch.uint8)
-    """
-    if name in POSTPROCESSES:
-        return POSTPROCESSES[name]
-    kind, _, at = name.partition(":")
-    if kind == "threshold":
-        with contextlib.suppress(ValueError):
-            return functools.partial(threshold, at=float(at))
-    raise ValueError(f"postprocess must be one of {', '.join(POSTPROCESSES)} or threshold:NUMBER, got {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +242,3 @@ def round_in_place(values: torch.Tensor, dtype: torch.dtype, *, nan: bool = True
 def _fits(source: torch.dtype, target: torch.dtype) -> bool:
     a, b = torch.iinfo(source), torch.iinfo(target)
     return bool(b.min <= a.min and a.max <= b.max)
-
-
-def postprocess_of(options: Mapping[str, Any], name: str, mode: str) -> Postprocess | None:
-    """The postprocess of a head; votes are counted by one of their own."""
-    found: Postprocess | None = of_head(options["postprocess"], name, None)
-    if mode != "vote":
-        return found
-    if found is not None:
-        raise ValueError(f"postprocess must be None where overlap_mode is 'vote', got one for {name!r}")
-    return POSTPROCESSES["argmax"]

@@ -13,9 +13,10 @@ import torch
 from oocpatch.configuration.run_config import Request
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.device_transfer import Transfer, is_staged
-from oocpatch.engine.normalize import Normalizer, postprocess_of
+from oocpatch.engine.normalize import Normalizer
 from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, predict_block, window
 from oocpatch.execution.scheduler import Task
+from oocpatch.models.postprocessing import postprocess_of
 from oocpatch.outputs.output import Output
 from oocpatch.planning.memory import kept_chunk_bytes, read_bytes, reading, tile_voxels
 from oocpatch.planning.plan import Plan
