@@ -36,7 +36,13 @@ def bare(
     with contextlib.ExitStack() as stack:
         place = torch.device(resolve_device(device))
         options = {"channels_last": False, "compile": None, "autocast": False, **variant, "device": str(place)}
-        model = optimized_model(_network(width).to(place), options, 3, compiled=True)
+        model = optimized_model(
+            _network(width).to(place),
+            3,
+            channels_last=options["channels_last"],
+            compile_mode=options["compile"],
+            device=str(place),
+        )
         if isinstance(model, OptimizedModel):
             stack.enter_context(model.ready())
         return _bare(model, place, options, source=source, patch=patch, overlap=overlap, batch=batch)

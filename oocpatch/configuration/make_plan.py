@@ -20,6 +20,7 @@ from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.predictor import Probe
+from oocpatch.models.preprocessing import NamedPreprocess, preprocess_name
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
@@ -162,7 +163,8 @@ def _note(request: Request) -> str:
     if len(request.turns) > 1:
         told.append(f"mean of {len(request.turns)} turns")
     if preprocess is not None:
-        told.append("preprocess by a function" if callable(preprocess) else f"preprocess {preprocess['name']}")
+        named = isinstance(preprocess, NamedPreprocess)
+        told.append(f"preprocess {preprocess_name(preprocess)}" if named else "preprocess by a function")
     if request.options["channels_last"]:
         told.append("channels last")
     if request.options["compile"]:
@@ -246,7 +248,8 @@ def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
         mask_voxel=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
         window_bytes=windows,
         batch=batch,
-        model_bytes=probe.model_bytes(batch) + compiled_bytes(request.options, batch * patch_bytes),
+        model_bytes=probe.model_bytes(batch)
+        + compiled_bytes(request.options["compile"], request.options["device"], batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
         staged=staged,
     )

@@ -15,8 +15,8 @@ from oocpatch.errors import RunMismatch
 from oocpatch.models import augmentation, preprocessing
 from oocpatch.models.compilation import (
     check_compilation,
+    checked_compile_mode,
     compilation_fingerprint,
-    compile_mode,
     optimized_model,
     uses_graphs,
 )
@@ -108,15 +108,21 @@ class Request:
         self, *, statistics: preprocessing.Statistics = (), compiled: bool = False, **settings: Any
     ) -> Predictor:
         """The model and what is around it, as a function of batches; compiled, if that was asked for and is to be."""
-        preprocess = preprocessing.applied(self.options["preprocess"], statistics)
+        preprocess = preprocessing.preprocess_function(self.options["preprocess"], statistics)
         axes, options = self.volume.spatial_ndim, self.options
-        models = [optimized_model(model, options, axes, compiled=compiled) for model in self.models]
+        mode = options["compile"] if compiled else None
+        models = [
+            optimized_model(
+                model, axes, channels_last=options["channels_last"], compile_mode=mode, device=options["device"]
+            )
+            for model in self.models
+        ]
         return Predictor(
             ensemble(models, preprocess, self.turns),
             device=self.options["device"],
             autocast=self.options["autocast"],
             looped=self.looped,
-            own_thread=compiled and uses_graphs(options["compile"], options["device"]),
+            own_thread=uses_graphs(mode, options["device"]),
             **settings,
         )
 
@@ -255,7 +261,7 @@ def make_request(
         "device": found_device,
         "autocast": switch("autocast", autocast),
         "channels_last": switch("channels_last", channels_last),
-        "compile": compile_mode(compile),
+        "compile": checked_compile_mode(compile),
         "output_dtype": per_head(output_dtype, lambda value: dtype_name("output_dtype", value)),
         "output_chunks": spatial("output_chunks", output_chunks),
         "output_shards": spatial("output_shards", output_shards),
@@ -267,7 +273,13 @@ def make_request(
         "workers": 1 if client is not None else processes,
         "processes": processes,
     }
-    check_compilation(models, options, data.spatial_ndim)
+    check_compilation(
+        models,
+        data.spatial_ndim,
+        channels_last=options["channels_last"],
+        compile_mode=options["compile"],
+        device=found_device,
+    )
     if padding_mode == "constant":
         check_fits("fill", options["fill"], str(data.dtype))
     if found_format == "ome-zarr-0.4" and options["output_shards"] is not None:
@@ -280,8 +292,8 @@ def make_request(
         "volume": data.fingerprint,
         "axes": list(data.axes.names),
         "model": model_fingerprint(models[0]) if len(models) == 1 else [model_fingerprint(member) for member in models],
-        "preprocess": _identity_of(options["preprocess"]),
-        "augment": options["augment"],
+        "preprocess": _preprocess_identity(options["preprocess"]),
+        "augment": None if options["augment"] is None else options["augment"].to_json(),
         "patch_size": patch[looped:] if patch else AUTO,
         "patch_overlap": overlap[looped:],
         "overlap_mode": options["overlap_mode"],
@@ -302,7 +314,7 @@ def make_request(
         "output_format": found_format,
         "allow_nonfinite": options["allow_nonfinite"],
         "torch": torch.__version__.split("+")[0],
-        **compilation_fingerprint(options),
+        **compilation_fingerprint(channels_last=options["channels_last"], compile_mode=options["compile"]),
     }
     request = Request(
         volume=data,
@@ -348,6 +360,12 @@ def _postprocess(value: Any) -> Any:
 
 def _identity_of(value: Any) -> Any:
     return model_fingerprint(value) if callable(value) else value
+
+
+def _preprocess_identity(preprocess: Any) -> Any:
+    if isinstance(preprocess, preprocessing.NamedPreprocess):
+        return preprocessing.preprocess_json(preprocess)
+    return _identity_of(preprocess)
 
 
 def _volume(volume: Any, axes: str | Sequence[str] | None, level: int | str) -> Volume:

@@ -69,10 +69,27 @@ def _flipped(patches: torch.Tensor, axes: Ints) -> torch.Tensor:
     return patches.view(signed).flip([2 + axis for axis in axes]).view(patches.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """A set of flips and rotations over whose outputs is averaged.
+
+    Attributes:
+        name: `"flips"`, `"rotations"` or `"all"`.
+        axes: names of the spatial axes that it may use.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the dict by which users ask for it."""
+        return {"name": self.name, "axes": list(self.axes)}
+
+
 def checked_augmentation(
     augment: str | Sequence[str] | Mapping[str, Any] | None, axes: Sequence[str]
-) -> dict[str, Any] | None:
-    """An augmentation as asked for, in one form: its name, and the names of the axes it may use.
+) -> Augmentation | None:
+    """Check the argument `augment` of `predict`.
 
     Args:
         augment: `"flips"`, `"rotations"` or `"all"`, of all spatial axes; names of axes to flip; or a dict of a name
@@ -83,7 +100,7 @@ def checked_augmentation(
         ValueError, TypeError: for anything else.
 
     >>> checked_augmentation(["x"], "zyx"), checked_augmentation({"name": "rotations", "axes": "yx"}, "zyx")
-    ({'name': 'flips', 'axes': ['x']}, {'name': 'rotations', 'axes': ['y', 'x']})
+    (Augmentation(name='flips', axes=('x',)), Augmentation(name='rotations', axes=('y', 'x')))
     """
     if augment is None:
         return None
@@ -101,16 +118,16 @@ def checked_augmentation(
     chosen = [str(axis) for axis in augment.get("axes", axes)]
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(axes):
         raise ValueError(f"augment must name spatial axes of the volume ({', '.join(axes)}), got {', '.join(chosen)}")
-    return {"name": augment["name"], "axes": [axis for axis in axes if axis in chosen]}
+    return Augmentation(augment["name"], tuple(axis for axis in axes if axis in chosen))
 
 
 def flips_and_rotations(
-    augment: Mapping[str, Any] | None, axes: Sequence[str], patch_size: Ints
+    augmentation: Augmentation | None, axes: Sequence[str], patch_size: Ints
 ) -> tuple[FlipRotate, ...]:
     """The turns of an augmentation, the one that changes nothing first.
 
     Args:
-        augment: as `checked` gives it.
+        augmentation: the checked argument.
         axes: names of the spatial axes.
         patch_size: in voxels per spatial axis; axes of equal size may be exchanged.
 
@@ -125,19 +142,19 @@ def flips_and_rotations(
     """
     ndim = len(axes)
     order = tuple(range(ndim))
-    if augment is None:
+    if augmentation is None:
         return (FlipRotate(order, ()),)
-    used = [axis for axis in order if axes[axis] in augment["axes"]]
+    used = [axis for axis in order if axes[axis] in augmentation.axes]
     orders = [order]
-    if augment["name"] != "flips":
+    if augmentation.name != "flips":
         orders = [found for found in itertools.permutations(order) if _exchanges(found, used, patch_size)]
-    if augment["name"] == "rotations" and len(orders) == 1:
+    if augmentation.name == "rotations" and len(orders) == 1:
         raise ValueError(
             "rotations exchange axes along which patches are equally long, and there are none: "
-            f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augment['axes'])}"
+            f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augmentation.axes)}"
         )
     found = [FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)]
-    if augment["name"] == "rotations":
+    if augmentation.name == "rotations":
         found = [turn for turn in found if _keeps_hand(turn)]
     return tuple(found)
 

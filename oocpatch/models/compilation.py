@@ -15,7 +15,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ COMPILER_BYTES = 256 << 20
 """What torch's compiler may add to a process: on a CPU 140 MiB for three layers, 180 for a U-Net of 18 convolutions."""
 
 
-def compile_mode(value: Any) -> str | None:
-    """The mode to compile in; None: not to compile.
+def checked_compile_mode(value: Any) -> str | None:
+    """Return the mode to compile in for the argument `compile` of `predict`; None: not to compile.
 
     Raises:
         ValueError: for what is neither a mode nor True, False or None.
 
-    >>> compile_mode(True), compile_mode("reduce-overhead"), compile_mode(False)
+    >>> checked_compile_mode(True), checked_compile_mode("reduce-overhead"), checked_compile_mode(False)
     ('default', 'reduce-overhead', None)
     """
     if value is None or value is False:
@@ -51,31 +51,35 @@ def compile_mode(value: Any) -> str | None:
     return str(value)
 
 
-def compilation_fingerprint(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that say how a model is prepared; what is off is left out, as in runs that never knew of it."""
-    return {name: options[name] for name in ("channels_last", "compile") if options[name]}
+def compilation_fingerprint(*, channels_last: bool, compile_mode: str | None) -> dict[str, Any]:
+    """Return the entries of the run's fingerprint; parameters that are off have none, as in runs of older versions."""
+    return {name: value for name, value in (("channels_last", channels_last), ("compile", compile_mode)) if value}
 
 
-def check_compilation(models: tuple[Any, ...], options: Mapping[str, Any], axes: int) -> None:
-    """Refuse what cannot be prepared as asked for.
+def check_compilation(
+    models: Sequence[Any], axes: int, *, channels_last: bool, compile_mode: str | None, device: str
+) -> None:
+    """Refuse models that cannot be compiled, or put into another memory format.
 
     Args:
-        models: as they were loaded.
-        options: of the request.
+        models: the loaded models.
         axes: number of spatial axes.
+        channels_last: whether to put the channels last in memory.
+        compile_mode: mode of the compiler; None: not compiled.
+        device: the device to compile for.
 
     Raises:
         ValueError: with what to do.
     """
-    if options["channels_last"] and axes not in FORMATS:
+    if channels_last and axes not in FORMATS:
         raise ValueError(f"channels_last must be False for patches of {axes} spatial axes: torch has it for 2 and 3")
-    if options["compile"] is None:
+    if compile_mode is None:
         return
     for module in (found for model in models for found in as_module(model).modules()):
         kind = next((told for kinds, told in _NOT_COMPILED if isinstance(module, kinds)), None)
         if kind is not None:
             raise ValueError(f"compile must be False for {kind}, which torch does not compile")
-    _refuse_without_compiler(torch.device(options["device"]).type)
+    _refuse_without_compiler(torch.device(device).type)
 
 
 _NOT_COMPILED: tuple[tuple[type | tuple[type, ...], str], ...] = (
@@ -99,29 +103,28 @@ def _refuse_without_compiler(kind: str) -> None:
         )
 
 
-def compiled_bytes(options: Mapping[str, Any], batch_bytes: int) -> int:
-    """Bytes that a compiled model takes besides what it takes uncompiled: graphs have a batch of their own."""
-    graphs = uses_graphs(options["compile"], options["device"])
-    return (COMPILER_BYTES if options["compile"] else 0) + (batch_bytes if graphs else 0)
+def compiled_bytes(compile_mode: str | None, device: str, batch_bytes: int) -> int:
+    """Return the bytes that compiling adds to what a model takes; CUDA graphs have a batch of their own."""
+    return (COMPILER_BYTES if compile_mode else 0) + (batch_bytes if uses_graphs(compile_mode, device) else 0)
 
 
-def uses_graphs(mode: str | None, device: str) -> bool:
-    """Whether calls are recorded as CUDA graphs."""
-    return mode not in (None, "default") and torch.device(device).type == "cuda"
+def uses_graphs(compile_mode: str | None, device: str) -> bool:
+    """Return True if calls are recorded as CUDA graphs."""
+    return compile_mode not in (None, "default") and torch.device(device).type == "cuda"
 
 
-def optimized_model(model: Any, options: Mapping[str, Any], axes: int, *, compiled: bool) -> Any:
-    """A model that is called as the options say; the model itself where they say nothing.
+def optimized_model(model: Any, axes: int, *, channels_last: bool, compile_mode: str | None, device: str) -> Any:
+    """Return a model that is called compiled, in another memory format, or both; the model itself for neither.
 
     Args:
-        model: as it was loaded.
-        options: of the request.
+        model: the loaded model.
         axes: number of spatial axes.
-        compiled: whether to compile it, if the options say so; else it is only prepared to be looked at.
+        channels_last: whether to put the channels last in memory.
+        compile_mode: mode of the compiler; None: not compiled.
+        device: the device that it runs on.
     """
-    form = FORMATS[axes] if options["channels_last"] else None
-    mode = options["compile"] if compiled else None
-    return model if form is None and mode is None else OptimizedModel(model, form, mode, options["device"])
+    form = FORMATS[axes] if channels_last else None
+    return model if form is None and compile_mode is None else OptimizedModel(model, form, compile_mode, device)
 
 
 class OptimizedModel(nn.Module):

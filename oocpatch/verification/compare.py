@@ -211,7 +211,7 @@ def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, An
     turns = augmentation.flips_and_rotations(
         augmentation.checked_augmentation(settings.get("augment"), axes), axes, settings["patch_size"]
     )
-    return ensemble(models, preprocessing.applied(preprocess, found), turns)
+    return ensemble(models, preprocessing.preprocess_function(preprocess, found), turns)
 
 
 def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from oocpatch.models.augmentation import checked_augmentation, flips_and_rotations
 from oocpatch.models.input_spec import InputSpec, ModelFile, as_input, input_spec_of
 from oocpatch.models.predictor import Halving
-from oocpatch.models.preprocessing import Formula, Preprocess, checked_preprocess, formula
+from oocpatch.models.preprocessing import Preprocess, Scale, checked_preprocess, scale_of
 from oocpatch.models.wrappers import EnsembleModel, NumpyModel
 
 Array = np.ndarray[Any, Any]
@@ -151,7 +151,7 @@ VALUES = {
 def test_a_formula_is_numpys(dtype: str, clip: bool) -> None:
     values = VALUES[dtype]
     subtract, divide = (float(values[0].min()), 3.0), (float(np.ptp(values[0].astype(np.float64))), 0.5)
-    found = Preprocess(Formula(subtract, divide, clip=clip))(torch.from_numpy(values)[None])[0].numpy()
+    found = Preprocess(Scale(subtract, divide, clip=clip))(torch.from_numpy(values)[None])[0].numpy()
     expected = (values - np.reshape(subtract, (2, 1, 1))) / np.reshape(divide, (2, 1, 1))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.clip(0, 1) if clip else expected, rtol=3e-7, atol=3e-7)
@@ -159,19 +159,19 @@ def test_a_formula_is_numpys(dtype: str, clip: bool) -> None:
 
 def test_the_input_of_a_formula_is_left_as_it_was() -> None:
     patches = torch.ones(1, 1, 3)
-    Preprocess(Formula((1.0,), (2.0,), clip=True))(patches)
+    Preprocess(Scale((1.0,), (2.0,), clip=True))(patches)
     assert patches.tolist() == [[[1.0, 1.0, 1.0]]]
 
 
 def test_scale_divides_integers_by_the_largest_of_their_dtype() -> None:
     for dtype, largest in (("uint8", 255), ("int16", 32767), ("uint16", 65535), ("bool", 1)):
-        made = formula(checked_preprocess("scale", np.dtype(dtype), 1), ())  # type: ignore[arg-type]
-        assert made == Formula((0.0,), (float(largest),), clip=False)
+        scale = scale_of(checked_preprocess("scale", np.dtype(dtype), 1), ())  # type: ignore[arg-type]
+        assert scale == Scale((0.0,), (float(largest),), clip=False)
 
 
 def test_a_channel_without_spread_is_only_shifted() -> None:
-    assert formula(checked_preprocess("zscore", np.dtype("uint8"), 1), [(5.0, 0.0)]).divide == (1.0,)  # type: ignore[arg-type]
-    assert formula(checked_preprocess("percentile", np.dtype("uint8"), 1), [(5.0, 5.0)]).divide == (1.0,)  # type: ignore[arg-type]
+    assert scale_of(checked_preprocess("zscore", np.dtype("uint8"), 1), ((5.0, 0.0),)).divide == (1.0,)  # type: ignore[arg-type]
+    assert scale_of(checked_preprocess("percentile", np.dtype("uint8"), 1), ((5.0, 5.0),)).divide == (1.0,)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
