@@ -13,7 +13,7 @@ import oocpatch
 from benchmarks.measure import MIB, answer, measured
 from oocpatch.engine.stages import TaskResult
 from oocpatch.execution.scheduler import Run, Task
-from oocpatch.outputs.integrity import keep_ledger
+from oocpatch.outputs.integrity import copy_ledger
 from oocpatch.outputs.output import create_output
 from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
@@ -117,7 +117,7 @@ def read_progress(directory: str, edge: int) -> dict[str, Any]:
 def keep(directory: str, edge: int) -> dict[str, Any]:
     """Gather the records that stand, as the end of a run does."""
     with measured() as usage:
-        keep_ledger(_ledger(directory), Path(directory) / "kept", edge**3)
+        copy_ledger(_ledger(directory), Path(directory) / "kept", edge**3)
     return {**vars(usage), "result": f"{(Path(directory) / 'kept').stat().st_size / MIB:.0f} MiB"}
 
 

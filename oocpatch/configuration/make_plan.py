@@ -22,7 +22,7 @@ from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.predictor import Probe
 from oocpatch.models.preprocessing import NamedPreprocess, preprocess_name
 from oocpatch.models.wrappers import ensemble
-from oocpatch.outputs.integrity import metadata_damaged
+from oocpatch.outputs.integrity import is_metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord
 from oocpatch.planning.heads import common_unit
@@ -190,7 +190,7 @@ def refuse_other_run(request: Request, found: OutputRecord, stored: Plan | None)
         request.refuse_other_run(found)
     except Exception as error:
         other = bool(stored is not None and differences(stored.parameters, found.parameters))
-        if other or metadata_damaged(request.output, ATTRIBUTE):
+        if other or is_metadata_damaged(request.output, ATTRIBUTE):
             raise CorruptData(
                 f"the metadata of {request.output} is not what was written; start afresh with overwrite=True"
             ) from error

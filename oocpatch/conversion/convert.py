@@ -27,11 +27,12 @@ from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of,
 from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.arguments import clipped_chunks, memory_limit, write_unit
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
 from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
 from oocpatch.storage.paths import check_writable, local_path
-from oocpatch.volumes.volume import REQUEST, Volume, default_chunks, refuse_overlap, spatial_sizes
+from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
 """Copies of a chunk that coding it takes at most, the encoded one included."""
@@ -140,7 +141,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
 
     def needed(box: Ints) -> int:
         voxel = volume.channels * volume.dtype.itemsize
-        read = max(COPIES * volume.chunk_bytes, 2 * REQUEST if volume.source.chunked else REQUEST)
+        read = max(COPIES * volume.chunk_bytes, 2 * READ_BYTES if volume.source.chunked else READ_BYTES)
         return math.prod(box) * voxel + read + COPIES * math.prod(unit) * voxel
 
     if needed(unit) > limit:
@@ -195,7 +196,7 @@ def _stream(volume: Volume, made: Conversion, stream: Stream, tell: Callable[[in
                 continue
             box = _around(missing)
             data = room[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
-            for request in volume.requests(box, data):
+            for request in volume.split_reads(box, data):
                 volume.read_into(data[(slice(None), *request.slices(box.start))], request)
             for part in missing:
                 made.write(part, data[(slice(None), *part.slices(box.start))])

@@ -23,7 +23,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists, RunMismatch
-from oocpatch.outputs.coordinates import plain_attributes, write_coords
+from oocpatch.outputs.coordinates import json_attributes, write_coords
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.paths import consolidate
 from oocpatch.volumes.volume import Volume
@@ -198,7 +198,7 @@ def _create(path: Path, volume: Volume, record: Mapping[str, Any], chunk: Ints, 
         shards=(*together, *unit) if unit != chunk else None,
         dtype=volume.dtype,
         dimension_names=(*channel, *volume.names),
-        attributes=plain_attributes(volume),
+        attributes=json_attributes(volume),
     )
 
 

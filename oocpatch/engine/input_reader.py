@@ -66,7 +66,7 @@ class Reader:
         self._at = group.read_stop
         after = self._transfer.queued()
         for part, view in self._ring.parts(box):
-            for request in self._volume.requests(part, None if self._transfer.staged else view.numpy()):
+            for request in self._volume.split_reads(part, None if self._transfer.staged else view.numpy()):
                 inner = (slice(None), *request.slices(part.start))
                 self.pending.submit(self._read, request, view[inner], after)
 

@@ -101,7 +101,7 @@ class TaskResult:
     @classmethod
     def of(cls, heads: Sequence[Counts], written: WriteChecksums, promise: PartialsRef = NO_PARTIALS) -> TaskResult:
         """What was counted head by head, and written."""
-        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.packed())
+        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.pack())
 
 
 def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -135,7 +135,7 @@ class Writes:
         found, arrived = self._landing.take([item.data for item in staged])
         for item, data in zip(staged, found, strict=True):
             if item.part.piece is None:
-                for request in self._job.output.requests(item.part.head, item.part.box):
+                for request in self._job.output.split_writes(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
                     self.pending.submit(self._values, arrived, item.part.head, request, inner)
             else:

@@ -61,10 +61,10 @@ def open_task_context(
         stack.enter_context(predictor.ready())
         reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
-        stack.enter_context(output.native(threads))
+        stack.enter_context(output.with_chunk_writers(threads))
         yield TaskContext(
             plan=made,
-            volume=request.volume.native(reading(threads)),
+            volume=request.volume.with_chunk_reader(reading(threads)),
             selection=request.selection,
             predictor=predictor,
             transfer=Transfer(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.volumes.statistics import Passes
+from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume
 
 Statistics = tuple[tuple[float, float], ...]
@@ -139,10 +139,10 @@ def preprocess_statistics(
     """Return the statistics of the whole volume that a preprocess needs; reads all of it, or nothing."""
     if not isinstance(preprocess, ZScore | Percentile):
         return ()
-    passes = Passes(volume, max_memory, hidden)
+    statistics = VolumeStatistics(volume, max_memory, hidden)
     if isinstance(preprocess, ZScore):
-        return passes.moments()
-    return tuple((low, high) for low, high in passes.percentiles((preprocess.low, preprocess.high)))
+        return statistics.moments()
+    return tuple((low, high) for low, high in statistics.percentiles((preprocess.low, preprocess.high)))
 
 
 def preprocess_function(

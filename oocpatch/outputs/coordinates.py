@@ -31,7 +31,7 @@ def write_coords(path: Address, coords: Mapping[str, Any], attributes: Mapping[s
         dataset.to_zarr(store_at(path), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
 
 
-def plain_attributes(volume: Volume) -> dict[str, Any]:
+def json_attributes(volume: Volume) -> dict[str, Any]:
     """The volume's attributes, as far as JSON can hold them."""
     found = {}
     for key, value in volume.source.attrs.items():

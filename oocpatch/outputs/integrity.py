@@ -32,7 +32,7 @@ DESCRIBED = "described"
 METADATA_CRC = "metadata_crc"
 
 
-def keep_ledger(
+def copy_ledger(
     source: Address,
     target: Address,
     blocks: int,
@@ -96,7 +96,7 @@ def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) ->
             yield from ((inside / name).as_posix() for name in sorted(files))
 
 
-def refuse_changes(path: Address, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+def verify_files(path: Address, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
     """See that files, by default all whose CRCs an incomplete output notes, are as they were made.
 
     Raises:
@@ -117,7 +117,7 @@ def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
     return text_checksum(json.dumps([rest, {**record, "details": details}], sort_keys=True))
 
 
-def metadata_damaged(path: Address, attribute: str) -> bool:
+def is_metadata_damaged(path: Address, attribute: str) -> bool:
     """Whether the metadata of an output's group are not what was written.
 
     False where they have no CRC: in outputs that are not complete, and in those of Zarr 2.

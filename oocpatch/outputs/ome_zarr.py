@@ -24,7 +24,7 @@ import xarray
 import zarr
 from zarr.abc.store import Store
 
-from oocpatch.outputs.coordinates import at_centres, plain_attributes, scaled_coords, write_coords
+from oocpatch.outputs.coordinates import at_centres, json_attributes, scaled_coords, write_coords
 from oocpatch.planning.arguments import one_of
 from oocpatch.planning.box import Ints
 from oocpatch.planning.heads import Head
@@ -115,7 +115,7 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
     looped = len(plan.axes) - plan.spatial
     axes, scales, starts = [], [], []
     for name, ratio in zip(plan.axes, head.scale, strict=True):
-        axis, scale, start = placed(volume, name)
+        axis, scale, start = axis_transform(volume, name)
         axes.append(axis)
         scales.append(scale * ratio[1] / ratio[0])
         starts.append(start + (ratio[1] / ratio[0] - 1) / 2 * scale)
@@ -141,7 +141,7 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
     return Image(head, group, pyramid, tuple(shapes), steps, tuple(chunks), tuple(unit))
 
 
-def placed(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
+def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
     """An axis of the volume, the distance of its voxels' centres, and where the first one lies.
 
     Of an OME-Zarr as it says; else of its coordinate, if that is numbers. Coordinates that are not evenly spaced have
@@ -198,14 +198,14 @@ def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image
             parent = level.removesuffix(f"/{ARRAY}")
             zarr.create_group(store, path=parent, zarr_format=zarr_format)
             write_coords(path / parent, found, {}, zarr_format)
-            _create_level(store, level, shape, image, {**settings, "attributes": plain_attributes(volume)})
+            _create_level(store, level, shape, image, {**settings, "attributes": json_attributes(volume)})
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:
         zarr.open_group(store, path="labels", zarr_format=zarr_format, mode="r+").attrs.update(
-            wrapped({"labels": labels}, version)
+            versioned_attributes({"labels": labels}, version)
         )
     if all(image.group for image in images):
-        series = wrapped({"series": [image.group for image in images]}, version)
+        series = versioned_attributes({"series": [image.group for image in images]}, version)
         zarr.create_group(store, path="OME", zarr_format=zarr_format, attributes=series)
 
 
@@ -215,7 +215,7 @@ def root_attributes(images: tuple[Image, ...], version: str | None, *, beside: b
         return {}
     first = next((image for image in images if not image.group), None)
     if first is None:
-        return wrapped({"bioformats2raw.layout": 3}, version)
+        return versioned_attributes({"bioformats2raw.layout": 3}, version)
     return image_attributes(first, version, beside=beside)
 
 
@@ -291,15 +291,15 @@ def image_attributes(image: Image, version: str, *, beside: bool = False) -> dic
         found["image-label"] = label if version == "0.5" else {"version": version, **label}
     if version == "0.4":
         multiscale["version"] = version
-    attributes = wrapped(found, version)
+    attributes = versioned_attributes(found, version)
     _validate(attributes, version)
     return attributes
 
 
-def wrapped(metadata: dict[str, Any], version: str) -> dict[str, Any]:
+def versioned_attributes(metadata: dict[str, Any], version: str) -> dict[str, Any]:
     """OME metadata as attributes of a group.
 
-    >>> wrapped({"labels": ["nuclei"]}, "0.5")
+    >>> versioned_attributes({"labels": ["nuclei"]}, "0.5")
     {'ome': {'version': '0.5', 'labels': ['nuclei']}}
     """
     return {"ome": {"version": version, **metadata}} if version == "0.5" else metadata
@@ -336,5 +336,5 @@ def checked_output_format(value: str, volume: Volume) -> str:
                 f"{', '.join(volume.axes.names)}; write output_format='zarr', or name the axes with `axes`"
             )
         for name in volume.names:
-            placed(volume, name)
+            axis_transform(volume, name)
     return value

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import zarr
 from zarr.abc.store import Store
 
-from oocpatch.outputs.integrity import DESCRIBED, refuse_changes
+from oocpatch.outputs.integrity import DESCRIBED, verify_files
 from oocpatch.planning.box import Box
 from oocpatch.storage.checksums import text_checksum
 from oocpatch.storage.files import write_atomically
@@ -140,14 +140,14 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def described(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, Any]:
+def with_omero(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of an image's group, with `omero`."""
     if "ome" in metadata:
         return {**metadata, "ome": {**metadata["ome"], "omero": omero}}
     return {**metadata, "omero": omero}
 
 
-def describe(
+def write_channel_settings(
     path: Address, settings: Mapping[str, Any], details: Mapping[str, Any], note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Write `omero` into the metadata of images that lie in groups of the output; its details afterwards.
@@ -164,7 +164,7 @@ def describe(
     described = {name: text_checksum(text) for name, text in files.items()}
     crcs = details.get("files")  # none in Zarr 2
     if files and crcs is not None:
-        refuse_changes(path, details, files)
+        verify_files(path, details, files)
         note({**details, DESCRIBED: described})
     for name, text in files.items():
         write_atomically(path / name, text)
@@ -178,8 +178,8 @@ def _files(path: Address, settings: Mapping[str, Any]) -> Iterator[tuple[str, st
             continue
         if (path / group / "zarr.json").exists():
             metadata = json.loads((path / group / "zarr.json").read_text())
-            metadata["attributes"] = described(metadata["attributes"], omero)
+            metadata["attributes"] = with_omero(metadata["attributes"], omero)
             yield f"{group}/zarr.json", json.dumps(metadata, indent=2)
         else:
             attributes = json.loads((path / group / ".zattrs").read_text())
-            yield f"{group}/.zattrs", json.dumps(described(attributes, omero), indent=2)
+            yield f"{group}/.zattrs", json.dumps(with_omero(attributes, omero), indent=2)

@@ -21,18 +21,18 @@ import zarr
 from zarr.abc.store import Store
 
 from oocpatch.errors import CorruptData
-from oocpatch.outputs.coordinates import plain_attributes, scaled_coords, write_coords
-from oocpatch.outputs.integrity import LEDGER, keep_ledger, other_files, refuse_changes
+from oocpatch.outputs.coordinates import json_attributes, scaled_coords, write_coords
+from oocpatch.outputs.integrity import LEDGER, copy_ledger, other_files, verify_files
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
-from oocpatch.outputs.omero import channel_settings, describe
+from oocpatch.outputs.omero import channel_settings, write_channel_settings
 from oocpatch.outputs.record import (
     ATTRIBUTE,
     METADATA,
     OutputRecord,
     group_format,
     inspect_output,
-    rewrite,
+    write_record,
 )
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, unit_positions, worthwhile
@@ -71,7 +71,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
     store, zarr_format = store_at(path), 2 if version == "0.4" else 3
     # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: record.plain(), **root_attributes(images, version, beside=beside is not None)}
+    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, version, beside=beside is not None)}
     if previous is not None:
         _replace(path, previous, attributes, zarr_format)
     else:
@@ -88,7 +88,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
             _create_array(store, head, plan, volume)
     if zarr_format == 3:
         files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
-        rewrite(path, replace(record, details={**details, "files": files}))
+        write_record(path, replace(record, details={**details, "files": files}))
 
 
 def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
@@ -124,7 +124,7 @@ def array_paths(plan: Plan) -> list[str]:
     return [f"{head.name}/{head.name}" if is_tree(plan.heads) else head.name for head in plan.heads]
 
 
-def channel_place(plan: Plan) -> int:
+def channel_position(plan: Plan) -> int:
     """Where the channel axis stands in the arrays, if there is one: first, but in an OME-Zarr after time."""
     return len(plan.axes) - plan.spatial if ome_version(plan) else 0
 
@@ -143,11 +143,11 @@ def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
         dimension_names=(*channel, *plan.axes),
-        attributes=plain_attributes(volume),
+        attributes=json_attributes(volume),
     )
 
 
-REQUEST = 1 << 19
+WRITE_BYTES = 1 << 19
 """Bytes that one write should have at least: smaller write units are written several at a time."""
 
 
@@ -163,7 +163,7 @@ class Output:
         self.path = path
         self._plan, self._heads = plan, plan.heads
         self._paths = array_paths(plan)
-        self._channel = channel_place(plan)
+        self._channel = channel_position(plan)
         self._store = ChecksumStore(store_at(path))
         try:
             self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
@@ -175,7 +175,7 @@ class Output:
         self._staged: list[StagedArray | None] = [None] * len(self._arrays)
 
     @contextlib.contextmanager
-    def native(self, threads: int) -> Iterator[None]:
+    def with_chunk_writers(self, threads: int) -> Iterator[None]:
         """Let threads of zarrs write, where it is installed; not for processes that fork later."""
         plain = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
         self._staged = [StagedArray.open(array, threads) for array in plain]
@@ -187,7 +187,7 @@ class Output:
                     staged.close()
             self._staged = [None] * len(self._arrays)
 
-    def requests(self, head: int, box: Box) -> Iterator[Box]:
+    def split_writes(self, head: int, box: Box) -> Iterator[Box]:
         """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
         found = self._heads[head]
         if (staged := self._staged[head]) is not None and not staged.by_unit:
@@ -195,7 +195,7 @@ class Output:
             yield from box.split((*found.unit[: self._channel], *box.stop[self._channel :]))
             return
         voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
-        yield from box.split(worthwhile(found.unit, box.shape, REQUEST // (2 * voxel)))
+        yield from box.split(worthwhile(found.unit, box.shape, WRITE_BYTES // (2 * voxel)))
 
     def write(self, head: int, box: Box, values: npt.NDArray[Any], written: WriteChecksums) -> None:
         """Write `(C, *box.shape)`, a box of whole write units; their CRCs are told to `written`."""
@@ -231,7 +231,9 @@ class Output:
         assert found is not None
         self._sweep(found)
         settings = channel_settings(self.path, found.details, found.parameters)
-        noted = describe(self.path, settings, found.details, lambda d: rewrite(self.path, replace(found, details=d)))
+        noted = write_channel_settings(
+            self.path, settings, found.details, lambda d: write_record(self.path, replace(found, details=d))
+        )
         record = replace(found, details=noted)
         details = {**details, "plan": json.loads(self._plan.to_json())}
         if group_format(self.path) == 3:  # Zarr 2 has no place for what is kept
@@ -239,14 +241,14 @@ class Output:
         flush(self.path)
         consolidate(self.path)
         done = replace(record, complete=True, details={**record.details, **details})
-        rewrite(self.path, done, consolidated=True, omero=settings.get(""))
+        write_record(self.path, done, consolidated=True, omero=settings.get(""))
         flush(self.path)  # before anything deletes what a resume would need
 
     def _files(self, record: OutputRecord, ledger: Address) -> dict[str, int]:
         """The CRCs of all files that hold no write units, the ledger that is kept among them."""
-        refuse_changes(self.path, record.details)
+        verify_files(self.path, record.details)
         kept = f"{self._paths[0]}/{LEDGER}"
-        crc = keep_ledger(ledger, self.path / kept, self._plan.blocks)
+        crc = copy_ledger(ledger, self.path / kept, self._plan.blocks)
         return {**record.details["files"], kept: crc}
 
     def _sweep(self, record: OutputRecord) -> None:

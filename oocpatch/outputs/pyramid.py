@@ -180,7 +180,7 @@ class Level:
         return out
 
     @contextlib.contextmanager
-    def native(self, threads: int) -> Iterator[Level]:
+    def with_zarrs(self, threads: int) -> Iterator[Level]:
         """The same level, coded by threads of zarrs where it is installed."""
         staged = StagedArray.open(self.array, threads)
         try:
@@ -190,7 +190,7 @@ class Level:
                 staged.close()
 
 
-class Notes:
+class PyramidProgress:
     """How many regions of each level are done, in a file of the workspace."""
 
     def __init__(self, path: Address) -> None:
@@ -251,7 +251,7 @@ def build_pyramids(
         workers: regions at a time, if the memory is enough.
         progress: how to tell how far it is.
     """
-    notes = Notes(workspace / "pyramids.json")
+    notes = PyramidProgress(workspace / "pyramids.json")
     levels = list(levels_of(output))
     total = sum(level.regions for _, level in levels)
     done = sum(min(notes.done(name), level.regions) for name, level in levels)
@@ -265,11 +265,11 @@ def build_pyramids(
                 _build(name, level, notes, at_a_time, tell)
 
 
-def _build(name: str, level: Level, notes: Notes, at_a_time: int, tell: Callable[[int], None]) -> None:
+def _build(name: str, level: Level, notes: PyramidProgress, at_a_time: int, tell: Callable[[int], None]) -> None:
     """Make what is left of one level."""
     done = notes.done(name)
     boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
-    with level.native(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
+    with level.with_zarrs(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
         make = with_retries(coded.make)
         while group := list(itertools.islice(boxes, at_a_time)):
             list(pool.map(make, group))

@@ -13,7 +13,7 @@ import zarr
 
 from oocpatch.errors import CorruptData, OutputExists
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
-from oocpatch.outputs.omero import described
+from oocpatch.outputs.omero import with_omero
 from oocpatch.storage.files import write_atomically
 from oocpatch.storage.paths import Address, says_nothing, store_at
 
@@ -41,7 +41,7 @@ class OutputRecord:
     arrays: tuple[str, ...]
     details: Mapping[str, Any]
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The record as JSON has it."""
         names = ("run_id", "complete", "parameters", "workspace", "arrays", "details")
         return {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in names}
@@ -71,7 +71,7 @@ def inspect_output(path: Address) -> OutputRecord | None:
         raise OutputExists(foreign) from error
 
 
-def written(path: Address) -> OutputRecord | None:
+def find_output(path: Address) -> OutputRecord | None:
     """What lies at a place that is only looked at; None when nothing does.
 
     Raises:
@@ -88,13 +88,13 @@ def group_format(path: Address) -> Literal[2, 3]:
     return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
 
 
-def array_place(record: OutputRecord, head: str) -> str:
+def array_path(record: OutputRecord, head: str) -> str:
     """Where a head's array lies, by what the output says of itself."""
     details = record.details
     return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
-def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
+def write_record(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
     """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
 
     With `omero`, also how the channels of the group's image are shown.
@@ -108,9 +108,9 @@ def rewrite(path: Address, record: OutputRecord, *, consolidated: bool = False, 
             return
         file = path / METADATA
         metadata = json.loads(file.read_text())
-        metadata.setdefault("attributes", {})[ATTRIBUTE] = record.plain()
+        metadata.setdefault("attributes", {})[ATTRIBUTE] = record.to_dict()
         if omero:
-            metadata["attributes"] = described(metadata["attributes"], omero)
+            metadata["attributes"] = with_omero(metadata["attributes"], omero)
         members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(
@@ -129,8 +129,8 @@ def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
     """The same for Zarr 2, whose consolidated metadata is a file of its own."""
     consolidated = json.loads((path / ".zmetadata").read_text())
     _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-    attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: record.plain()}
-    attributes = described(attributes, omero) if omero else attributes
+    attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: record.to_dict()}
+    attributes = with_omero(attributes, omero) if omero else attributes
     consolidated["metadata"][".zattrs"] = attributes
     write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
     write_atomically(path / ".zattrs", json.dumps(attributes, indent=2))

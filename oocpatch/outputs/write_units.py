@@ -67,7 +67,7 @@ class WriteChecksums:
         """Note a write of whole units: their CRCs, `(C, *units of the box)`."""
         self._parts.append((head, box, crcs))
 
-    def packed(self) -> str:
+    def pack(self) -> str:
         """The CRCs of all units that the stage is answerable for; what was not written is not stored."""
         found = []
         for head, box in self._boxes:
@@ -90,7 +90,7 @@ def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
     return found
 
 
-def unpacked(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:
+def unpack(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:
     """What `WriteChecksums` told: head, position in the grid of units with the channel first, and CRC of each unit.
 
     Raises:

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import numpy as np
 
-from oocpatch.outputs.record import OutputRecord, written
+from oocpatch.outputs.record import OutputRecord, find_output
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import display_of, show_progress
 from oocpatch.storage.locks import holder, locks
@@ -108,7 +108,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
         OutputExists: when what lies there is not an output of oocpatch.
     """
     path = output_path("output", output)
-    record = written(path)
+    record = find_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
     if record.complete:

@@ -21,11 +21,11 @@ from typing import Any
 
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.execution.array_job import busy_holder
-from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, keep_ledger, metadata_checksum
-from oocpatch.outputs.output import array_paths, channel_place
+from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, copy_ledger, metadata_checksum
+from oocpatch.outputs.output import array_paths, channel_position
 from oocpatch.outputs.pyramid import compare_pyramids
-from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, rewrite, written
-from oocpatch.outputs.write_units import unpacked
+from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output, write_record
+from oocpatch.outputs.write_units import unpack
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.status import root_of
@@ -174,7 +174,7 @@ def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Da
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
     try:
-        record = written(path)
+        record = find_output(path)
         if record is None:
             raise ValueError(f"there is no output at {path}: it is an empty directory")
         if (path / ".zgroup").is_file():
@@ -233,7 +233,7 @@ def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Dam
     """Verify the units of one record: how many, bytes read, damage."""
     number, size, found = 0, 0, []
     try:
-        for head, position, crc in unpacked(plan, record.kind, record.block, record.units):
+        for head, position, crc in unpack(plan, record.kind, record.block, record.units):
             key, box = _place(plan, head, position)
             array = array_paths(plan)[head]
             read, problem = _compare(path / array / key, crc, unit=True)
@@ -260,7 +260,7 @@ def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     """Key and box of a unit, given its position with the channel first."""
     head, frame = plan.heads[number], plan.frames[number]
     channel = position[:1] if head.channel_axis is not None else ()
-    place = channel_place(plan)
+    place = channel_position(plan)
     start = tuple(p * u for p, u in zip(position[1:], head.unit, strict=True))
     stop = tuple(min(a + u, axis.grid.length) for a, u, axis in zip(start, head.unit, frame.axes, strict=True))
     ends = tuple(c + 1 for c in channel)
@@ -313,8 +313,8 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
         for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
             (path / level.array / level.key).unlink(missing_ok=True)
         with rewritten(root / WHOLE) as target:
-            keep_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
+            copy_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
         if record.complete:
             kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
             kept["files"] = {name: crc for name, crc in kept["files"].items() if not name.endswith(LEDGER)}
-            rewrite(path, dataclasses.replace(record, complete=False, details=kept))
+            write_record(path, dataclasses.replace(record, complete=False, details=kept))

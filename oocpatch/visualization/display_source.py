@@ -12,9 +12,9 @@ import numpy as np
 import zarr
 
 from oocpatch.outputs.output import open_result
-from oocpatch.outputs.record import OutputRecord, array_place, inspect_output
+from oocpatch.outputs.record import OutputRecord, array_path, inspect_output
 from oocpatch.storage.paths import Address, output_path, store_at
-from oocpatch.volumes.formats.spec import UnreadableError, parse
+from oocpatch.volumes.formats.spec import UnreadableError, parse_address
 from oocpatch.volumes.volume import Volume
 
 
@@ -64,7 +64,7 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
             result = open_result(path)
             volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
         else:  # coordinates are missing from nothing but an aspect ratio
-            volume = Volume(zarr.open_array(store_at(path), path=array_place(record, chosen), mode="r"))
+            volume = Volume(zarr.open_array(store_at(path), path=array_path(record, chosen), mode="r"))
         return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
         raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
@@ -110,7 +110,7 @@ def local_name(output: str | os.PathLike[str]) -> str:
 def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
     """The levels of a pyramid, the largest first; just one where there is no pyramid."""
     if isinstance(source, (str, os.PathLike)):
-        spec = parse(str(source))
+        spec = parse_address(str(source))
         if spec is not None and spec.format in ("tiff", "slide", "precomputed") and "level=" not in str(source):
             for level in itertools.count():
                 try:

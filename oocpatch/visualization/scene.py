@@ -13,13 +13,13 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from oocpatch.outputs.ome_zarr import placed
-from oocpatch.outputs.record import array_place
+from oocpatch.outputs.ome_zarr import axis_transform
+from oocpatch.outputs.record import array_path
 from oocpatch.visualization import colormaps as colours
 from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
 from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
 from oocpatch.visualization.slices import plane
-from oocpatch.volumes.formats.spec import parse
+from oocpatch.volumes.formats.spec import parse_address
 from oocpatch.volumes.ome_metadata import METERS, ome_attributes
 from oocpatch.volumes.volume import Volume
 
@@ -101,7 +101,7 @@ def _layer(name: str, address: Any, sight: DisplaySource, kind: str) -> Layer:
     if str(sight.volume.dtype) not in DTYPES:
         raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {sight.volume.dtype}")
     if sight.record is not None and sight.head is not None and Path(address).is_dir():
-        folder, inside = Path(address), array_place(sight.record, sight.head)
+        folder, inside = Path(address), array_path(sight.record, sight.head)
         ome = bool(sight.record.details.get("pyramids")) and sight.record.complete  # else coarser levels are missing
         inside = inside.rpartition("scale0/")[0].strip("/") if ome else inside
     else:
@@ -118,7 +118,11 @@ def _layer(name: str, address: Any, sight: DisplaySource, kind: str) -> Layer:
 
 def _place(name: str, address: Any, volume: Volume) -> tuple[Path, str, bool]:
     """Directory and path in it of a volume that is no output of a run, and whether it is an OME-Zarr."""
-    if not isinstance(address, (str, os.PathLike)) or parse(str(address)) is not None or not Path(address).is_dir():
+    if (
+        not isinstance(address, (str, os.PathLike))
+        or parse_address(str(address)) is not None
+        or not Path(address).is_dir()
+    ):
         raise ValueError(
             f"{name}: only Zarr in local directories is served, got {address}; `oocpatch convert` makes one"
         )
@@ -171,7 +175,7 @@ def _extents(volume: Volume, names: tuple[str, ...]) -> tuple[list[float], float
 def _step(volume: Volume, name: str) -> tuple[float, str, float]:
     """Size of a voxel along an axis, in meters, seconds or nothing; the unit; where the first one is, in voxels."""
     try:
-        axis, step, start = placed(volume, name)
+        axis, step, start = axis_transform(volume, name)
     except ValueError:  # coordinates that decrease
         return 1.0, "", 0.0
     if axis.unit in METERS:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, worthwhile
-from oocpatch.volumes.volume import REQUEST, Volume
+from oocpatch.planning.memory import READ_BYTES
+from oocpatch.volumes.volume import Volume
 
 Array = npt.NDArray[Any]
 
@@ -33,7 +34,7 @@ def sample(volume: Volume, at: Sequence[npt.NDArray[np.int64]]) -> Array:
     unique = [np.unique(p, return_inverse=True) for p in at]
     wanted = [u for u, _ in unique]
     spread = tuple(max(1, int(w[-1]) + 1 - int(w[0])) for w in wanted)
-    step = worthwhile(volume.chunks, spread, REQUEST // max(1, volume.channels * volume.dtype.itemsize))
+    step = worthwhile(volume.chunks, spread, READ_BYTES // max(1, volume.channels * volume.dtype.itemsize))
     out = np.empty((volume.channels, *map(len, wanted)), volume.dtype)
     groups = [_groups(w, s) for w, s in zip(wanted, step, strict=True)]
     for parts in itertools.product(*groups):

@@ -24,8 +24,8 @@ import zarr
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import Address, ObjectPath, address_of, describe_error, local_or_url, store_at
-from oocpatch.volumes.formats.opening import Loader, facts_of
-from oocpatch.volumes.formats.spec import SUFFIXES, FileSpec, parse
+from oocpatch.volumes.formats.opening import FileReader, read_metadata
+from oocpatch.volumes.formats.spec import SUFFIXES, FileSpec, parse_address
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
@@ -87,9 +87,8 @@ def open_source(source: Any, level: int | str = 0) -> Source:
     level = int(level) if isinstance(level, str) and level.isdecimal() else level  # as the command line gives it
     if isinstance(source, (str, os.PathLike)):
         address = local_or_url(source)
-        spec = parse(f"{address}::level={level}" if level != 0 and parse(address) is not None else address)
-        if spec is not None:
-            return _from_file(spec)
+        if (spec := parse_address(address)) is not None:
+            return _from_file(spec if level == 0 else parse_address(f"{address}::level={level}") or spec)
         source = _at(address)
     if isinstance(source, zarr.Group):
         return _from_group(source, _address(source), level)
@@ -160,20 +159,26 @@ def _from_file(spec: FileSpec) -> Source:
         raise ValueError(f"volume not found: {local} does not exist")
     if local is None and spec.format not in ("n5", "precomputed"):
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
-    facts = facts_of(spec)
+    metadata = read_metadata(spec)
     place = str(local.resolve()) if local is not None else spec.address
-    content = {"address": place, "part": spec.part, "shape": facts.shape, "dtype": str(facts.dtype), **facts.marks}
+    content = {
+        "address": place,
+        "part": spec.part,
+        "shape": metadata.shape,
+        "dtype": str(metadata.dtype),
+        **metadata.content,
+    }
     return Source(
-        shape=facts.shape,
-        dtype=facts.dtype,
-        chunks=facts.chunks,
-        names=facts.names,
-        load=Loader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
+        shape=metadata.shape,
+        dtype=metadata.dtype,
+        chunks=metadata.chunks,
+        names=metadata.names,
+        load=FileReader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
         compute_fingerprint=functools.partial(_digest, content),
-        chunked=facts.chunked,
+        chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
-        coords=facts.coords,
-        attrs=facts.attrs,
+        coords=metadata.coords,
+        attrs=metadata.attrs,
     )
 
 

@@ -57,7 +57,7 @@ DIGIT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
+class VolumeStatistics:
     """How a volume is gone through.
 
     Attributes:
@@ -66,7 +66,7 @@ class Passes:
         hidden: whether no progress is shown; None: it is, on a terminal.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
-    >>> Passes(volume).moments(), Passes(volume).percentiles((0.0, 50.0))
+    >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
     (((4.5, 2.8722813232690143),), ((0.0, 4.5),))
     """
 
@@ -150,7 +150,7 @@ class Passes:
         box_bytes = voxel * math.prod(min(s, n) for s, n in zip(step, volume.shape, strict=True))
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
-        source = volume.native(threads)
+        source = volume.with_chunk_reader(threads)
         boxes = Box.of_shape(volume.shape).split(step)
         total: Array | None = None
         with (

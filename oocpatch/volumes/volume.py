@@ -20,6 +20,7 @@ import numpy.typing as npt
 from oocpatch.planning.arguments import one_of
 from oocpatch.planning.axis_sizes import per_axis
 from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.paths import Address
@@ -28,8 +29,6 @@ from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
 
 PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
-REQUEST = 1 << 20
-"""Bytes that one read should have at least: smaller chunks are read several at a time."""
 
 
 class Volume:
@@ -58,7 +57,7 @@ class Volume:
         self.source: Source = source if isinstance(source, Source) else open_source(source, level)
         data = self.source
         self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
-        self.coder: PlainArray | ZarrsArray | None = None  # see `native`
+        self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `with_chunk_reader`
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         told = f" for {data.location}" if data.location is not None else ""
@@ -114,7 +113,7 @@ class Volume:
         """Digest of what says that two volumes are the same, without reading voxels on disk."""
         return self.source.fingerprint
 
-    def native(self, threads: int) -> Volume:
+    def with_chunk_reader(self, threads: int) -> Volume:
         """The same volume, whose boxes are read without zarr-python where that can be.
 
         Plain chunks are read by the calling thread, others by so many threads of zarrs, which is not for processes that
@@ -122,22 +121,22 @@ class Volume:
         """
         found = copy.copy(self)
         if (array := self.source.array) is not None:
-            found.coder = PlainArray.of(array) or ZarrsArray.open(array, threads)
+            found.chunk_reader = PlainArray.of(array) or ZarrsArray.open(array, threads)
         return found
 
-    def requests(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
+    def split_reads(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
         """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once.
 
-        Without `out`, for reads into buffers of their own, each is of one chunk or at most `REQUEST` bytes.
+        Without `out`, for reads into buffers of their own, each is of one chunk or at most `READ_BYTES` bytes.
         """
-        if isinstance(self.coder, ZarrsArray) and out is not None and self._natively(out) is not None:
+        if isinstance(self.chunk_reader, ZarrsArray) and out is not None and self._readable_target(out) is not None:
             yield box
             return
         step = self.chunks
         if not self.source.chunked and out is not None:
             step = (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
         voxel = self.channels * self.dtype.itemsize
-        yield from box.split(worthwhile(step, box.shape, REQUEST // (2 * voxel)))
+        yield from box.split(worthwhile(step, box.shape, READ_BYTES // (2 * voxel)))
 
     def read(self, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> npt.NDArray[Any]:
         """Read a box as a new array `(C, *box.shape)` of the volume's dtype."""
@@ -152,11 +151,11 @@ class Volume:
             ValueError: for an unknown padding mode.
         """
         if box in Box.of_shape(self.shape):
-            target = self._natively(out)
-            if target is not None and self.coder is not None:
-                if not isinstance(self.coder, PlainArray):  # which looks for itself
+            target = self._readable_target(out)
+            if target is not None and self.chunk_reader is not None:
+                if not isinstance(self.chunk_reader, PlainArray):  # which looks for itself
                     self._check(box)
-                self.coder.read_into(target, self._selection(box))
+                self.chunk_reader.read_into(target, self._selection(box))
             else:
                 out[...] = self._load(box)
             return
@@ -193,7 +192,7 @@ class Volume:
 
     def _load(self, box: Box) -> npt.NDArray[Any]:
         """Read a box inside the volume as `(C, *box.shape)`."""
-        if isinstance(self.coder, PlainArray):
+        if isinstance(self.chunk_reader, PlainArray):
             out = np.empty((self.channels, *box.shape), self.dtype)
             self.read_into(out, box)
             return out
@@ -206,12 +205,12 @@ class Volume:
         if self._guard is not None:
             self._guard.check(self._selection(box))
 
-    def _natively(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """`out`, `(C, *shape)`, with its axes as the source has them; None where the coder cannot read into it."""
-        if self.coder is None:
+    def _readable_target(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """`out`, `(C, *shape)`, with its axes as the source has them; None where it cannot be read into."""
+        if self.chunk_reader is None:
             return None
         target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
-        return target if isinstance(self.coder, PlainArray) or target.flags.c_contiguous else None
+        return target if isinstance(self.chunk_reader, PlainArray) or target.flags.c_contiguous else None
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

@@ -107,8 +107,8 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
         monkeypatch.setattr("oocpatch.storage.zarrs_codec.ZarrsArray.open", lambda *_: None)
     box = Box((8, 0), (16, 8))
     frozen, other = Output(tmp_path / "out", plan), Output(tmp_path / "out", plan)
-    with frozen.native(2):
-        with other.native(2):
+    with frozen.with_chunk_writers(2):
+        with other.with_chunk_writers(2):
             other.write(0, box, values(2.0), WriteChecksums(plan, "predict", 0))
         other.complete({"uncovered_voxels": 0}, workspace.root / "ledger")  # sweeps what was not closed
         before = file_digests(tmp_path / "out")

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, file_marks, needs, plain
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, require_extra, to_json
 
 CACHE = 1 << 20
 """Bytes of chunks that the library keeps."""
@@ -26,7 +26,7 @@ class Hdf5File:
     """A dataset of an HDF5 file: the one that is named, else the only one with two axes or more."""
 
     def __init__(self, spec: FileSpec) -> None:
-        with needs("hdf5", spec):
+        with require_extra("hdf5", spec):
             h5py: Any = importlib.import_module("h5py")
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:
@@ -35,15 +35,15 @@ class Hdf5File:
             labels = [d.label for d in data.dims]
             names = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
             told = tuple(str(n) for n in names) if all(names) else None
-            self.facts = Facts(
+            self.metadata = FileMetadata(
                 shape=data.shape,
                 dtype=data.dtype,
                 chunks=data.chunks or (1,) * data.ndim,
                 names=told,
                 coords=_coords(data, told or ()),
-                attrs={str(k): plain(v) for k, v in data.attrs.items() if k not in INTERNAL},
+                attrs={str(k): to_json(v) for k, v in data.attrs.items() if k not in INTERNAL},
                 chunked=data.chunks is not None,
-                marks={"dataset": data.name, **file_marks(Path(spec.address))},
+                content={"dataset": data.name, **file_digest(Path(spec.address))},
             )
         except BaseException:
             self._file.close()
@@ -83,7 +83,7 @@ def _coords(data: Any, names: tuple[str, ...]) -> dict[str, xarray.Variable]:
     for name, dimension, size in zip(names, data.dims, data.shape, strict=False):
         for scale in dimension.values():
             if scale.shape == (size,) and scale.dtype.kind in "iuf":
-                attrs = {str(k): plain(v) for k, v in scale.attrs.items() if k not in INTERNAL}
+                attrs = {str(k): to_json(v) for k, v in scale.attrs.items() if k not in INTERNAL}
                 found[name] = xarray.Variable((name,), scale[:], attrs)
                 break
     return found

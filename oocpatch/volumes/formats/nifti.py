@@ -15,7 +15,15 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
-from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, file_marks, needs, plain
+from oocpatch.volumes.formats.spec import (
+    FileMetadata,
+    FileSpec,
+    UnreadableError,
+    coordinate,
+    file_digest,
+    require_extra,
+    to_json,
+)
 
 logger = logging.getLogger("oocpatch")
 
@@ -33,7 +41,7 @@ class NiftiFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with needs("nifti", spec):
+        with require_extra("nifti", spec):
             nibabel: Any = importlib.import_module("nibabel")
         image = nibabel.load(spec.address)
         data = image.dataobj
@@ -52,7 +60,7 @@ class NiftiFile:
         shape, scaled = self._shape, self._scaling != (1.0, 0.0)
         row = shape[0]  # short rows are read whole, which a planner should know
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
-        self.facts = Facts(
+        self.metadata = FileMetadata(
             shape=shape,
             dtype=np.dtype(np.float32) if scaled else self._stored,
             chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
@@ -60,7 +68,7 @@ class NiftiFile:
             coords=_coords(image, names or (), shape),
             attrs=_attrs(image),
             chunked=False,
-            marks=file_marks(self._path),
+            content=file_digest(self._path),
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
@@ -131,6 +139,6 @@ def _shortest(value: float) -> float:
 def _attrs(image: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"affine": np.asarray(image.affine, np.float64).tolist()}
     for name in ("descrip", "intent_name"):
-        if name in image.header and (text := plain(image.header[name].tobytes())):
+        if name in image.header and (text := to_json(image.header[name].tobytes())):
             found[name] = text
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from oocpatch.volumes.formats.spec import Facts, FileSpec, OpenFile, UnreadableError
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, OpenFile, UnreadableError
 
 READERS = {
     "tiff": "tiff.TiffFile",
@@ -40,16 +40,16 @@ def open_file(spec: FileSpec) -> OpenFile:
     return found
 
 
-def facts_of(spec: FileSpec) -> Facts:
+def read_metadata(spec: FileSpec) -> FileMetadata:
     """What a file says of its array."""
     file = open_file(spec)
     try:
-        return file.facts
+        return file.metadata
     finally:
         file.close()
 
 
-class Loader:
+class FileReader:
     """Reads selections of a file that it opens when it is first called, once per process.
 
     What open files are made of does not travel: a loader is pickled as its spec.
@@ -67,7 +67,7 @@ class Loader:
         return self._file().read(selection)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Loader, (self.spec,)
+        return FileReader, (self.spec,)
 
     def _file(self) -> OpenFile:
         with self._turn:

@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box
-from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, file_marks, needs
+from oocpatch.volumes.formats.spec import (
+    FileMetadata,
+    FileSpec,
+    UnreadableError,
+    coordinate,
+    file_digest,
+    require_extra,
+)
 
 TILE = 512
 """Edge of a tile where the slide has none."""
@@ -24,7 +31,7 @@ class SlideFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with needs("slide", spec):
+        with require_extra("slide", spec):
             openslide: Any = importlib.import_module("openslide")
         self._slide = openslide.OpenSlide(spec.address)
         # Memory is the plan's: neighbouring reads share no tile that would be worth keeping.
@@ -49,20 +56,20 @@ class SlideFile:
                 times = full / size
                 coords[name] = coordinate(name, size, step * times, step * (times - 1) / 2, "um")
         kept = ("openslide.vendor", "openslide.objective-power")
-        self.facts = Facts(
+        self.metadata = FileMetadata(
             shape=shape,
             dtype=np.dtype(np.uint8),
             chunks=(*self._tile, 3),
             names=("y", "x", "c"),
             coords=coords,
             attrs={k.removeprefix("openslide."): properties[k] for k in kept if k in properties},
-            marks={"level": spec.level, "quickhash": properties.get("openslide.quickhash-1"),
-                   **file_marks(Path(spec.address))},
+            content={"level": spec.level, "quickhash": properties.get("openslide.quickhash-1"),
+                   **file_digest(Path(spec.address))},
         )  # fmt: skip
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """The voxels of a selection."""
-        spans = [s.indices(n) for s, n in zip(selection[:2], self.facts.shape, strict=False)]
+        spans = [s.indices(n) for s, n in zip(selection[:2], self.metadata.shape, strict=False)]
         box = Box(tuple(a for a, _, _ in spans), tuple(b for _, b, _ in spans))
         out = np.empty((*box.shape, 3), np.uint8)
         for part in box.split(self._tile):
@@ -71,7 +78,7 @@ class SlideFile:
         return out[..., selection[2]]
 
     def _read_tile(self, corner: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        size = [min(t, n - c) for t, n, c in zip(self._tile, self.facts.shape, corner, strict=False)]
+        size = [min(t, n - c) for t, n, c in zip(self._tile, self.metadata.shape, corner, strict=False)]
         place = [round(c * self._times) for c in corner]
         values = np.asarray(self._slide.read_region(tuple(place[::-1]), self._level, tuple(size[::-1])))
         return np.where(values[..., 3:] == 0, self._background, values[..., :3])

@@ -94,13 +94,13 @@ class FileSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class FileMetadata:
     """What a file says of its array without a voxel being read.
 
     Attributes:
         shape, dtype, chunks, names, coords, attrs: as `Source` has them.
         chunked: whether reading part of a chunk costs as much as the chunk.
-        marks: what else tells this array from another one.
+        content: what else tells this array from another one.
     """
 
     shape: tuple[int, ...]
@@ -110,13 +110,13 @@ class Facts:
     coords: Mapping[str, xarray.Variable] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     chunked: bool = True
-    marks: Mapping[str, Any] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
 
 
 class OpenFile(Protocol):
     """An open file. `read` may be called by several threads."""
 
-    facts: Facts
+    metadata: FileMetadata
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """The voxels of a selection, one slice per axis."""
@@ -127,15 +127,15 @@ class OpenFile(Protocol):
         ...
 
 
-def parse(address: Path | str) -> FileSpec | None:
+def parse_address(address: Path | str) -> FileSpec | None:
     """The array that an address names; None: it has no other format than Zarr.
 
     Raises:
         UnreadableError: when what follows `::` cannot be understood.
 
-    >>> parse("scan.h5::/entry/data")
+    >>> parse_address("scan.h5::/entry/data")
     FileSpec(address='scan.h5', format='hdf5', part='/entry/data', level=0, series=0)
-    >>> parse("slide.svs::level=2").level, parse("volume.zarr")
+    >>> parse_address("slide.svs::level=2").level, parse_address("volume.zarr")
     (2, None)
     """
     text = str(address)
@@ -186,7 +186,7 @@ def _format(path: str) -> str | None:
 
 
 @contextlib.contextmanager
-def needs(extra: str, spec: FileSpec) -> Iterator[None]:
+def require_extra(extra: str, spec: FileSpec) -> Iterator[None]:
     """Import what is not a requirement of oocpatch.
 
     Raises:
@@ -201,7 +201,7 @@ def needs(extra: str, spec: FileSpec) -> Iterator[None]:
         ) from error
 
 
-def file_marks(path: Path) -> dict[str, Any]:
+def file_digest(path: Path) -> dict[str, Any]:
     """What tells a file from another one at the same place: its size, and its first and last bytes.
 
     Not its time: a copy of a file, or one that was fetched again, is the same file.
@@ -223,12 +223,12 @@ def coordinate(name: str, size: int, step: float, start: float = 0.0, unit: str 
     return xarray.Variable((name,), start + np.arange(size) * float(step), attrs)
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """A value of an attribute as JSON can hold it, as far as it can."""
     if isinstance(value, bytes):
         return value.decode(errors="replace").rstrip("\0")
     if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(k): to_json(v) for k, v in value.items()}
+    return [to_json(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, needs
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, coordinate, require_extra
 
 DRIVERS = {"n5": "n5", "precomputed": "neuroglancer_precomputed"}
 
@@ -23,7 +23,7 @@ class TensorFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with needs("tensorstore", spec):
+        with require_extra("tensorstore", spec):
             tensorstore: Any = importlib.import_module("tensorstore")
         description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": _kvstore(spec)}
         if spec.format == "precomputed":
@@ -43,13 +43,13 @@ class TensorFile:
         if names[0] == "channel" and store.shape[0] == 1:
             store, names, places, chunks = store[0], names[1:], places[1:], chunks[1:]
         self._store = store
-        self.facts = Facts(
+        self.metadata = FileMetadata(
             shape=tuple(store.shape),
             dtype=store.dtype.numpy_dtype,
             chunks=tuple(min(c, n) for c, n in zip(chunks, store.shape, strict=True)),
             names=names if all(names) else None,
             coords=_coords(places, tuple(store.shape)),
-            marks={k: stored[k] for k in ("metadata", "scale_metadata", "multiscale_metadata") if k in stored},
+            content={k: stored[k] for k in ("metadata", "scale_metadata", "multiscale_metadata") if k in stored},
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -11,7 +11,15 @@ import numpy.typing as npt
 import xarray
 import zarr
 
-from oocpatch.volumes.formats.spec import Facts, FileSpec, UnreadableError, coordinate, file_marks, needs, plain
+from oocpatch.volumes.formats.spec import (
+    FileMetadata,
+    FileSpec,
+    UnreadableError,
+    coordinate,
+    file_digest,
+    require_extra,
+    to_json,
+)
 
 CENTIMETER = 3
 """Of the tag ResolutionUnit. Inches are left alone: they are a printer's, and mostly a default."""
@@ -21,7 +29,7 @@ class TiffFile:
     """A series of a TIFF, at one of its levels. Chunks are its tiles or strips."""
 
     def __init__(self, spec: FileSpec) -> None:
-        with needs("tiff", spec):
+        with require_extra("tiff", spec):
             tifffile: Any = importlib.import_module("tifffile")
         self._tiff = tifffile.TiffFile(spec.address)
         try:
@@ -34,14 +42,14 @@ class TiffFile:
             self._array = array
             names = axis_names(level.axes) if len(level.axes) == array.ndim else None
             grown = {n: a / b for n, a, b in zip(names or (), series.levels[0].shape, array.shape, strict=False)}
-            self.facts = Facts(
+            self.metadata = FileMetadata(
                 shape=array.shape,
                 dtype=array.dtype,
                 chunks=array.chunks,
                 names=names,
                 coords=_coords(self._tiff, spec.series, dict(zip(names or (), array.shape, strict=False)), grown),
                 attrs=_attrs(self._tiff),
-                marks={"series": spec.series, "level": spec.level, **file_marks(Path(spec.address))},
+                content={"series": spec.series, "level": spec.level, **file_digest(Path(spec.address))},
             )
         except BaseException:
             self._tiff.close()
@@ -132,7 +140,7 @@ def _svs_metadata(tiff: Any) -> dict[str, Any]:
 def _attrs(tiff: Any) -> dict[str, Any]:
     """What the file tells people: of an SVS its scanner's record, else its description, unless it is XML or long."""
     if tiff.is_svs:
-        return {str(k): plain(v) for k, v in _svs_metadata(tiff).items() if isinstance(v, (str, int, float))}
+        return {str(k): to_json(v) for k, v in _svs_metadata(tiff).items() if isinstance(v, (str, int, float))}
     text = str(tiff.pages[0].description or "")
     machine = tiff.is_ome or tiff.is_imagej or tiff.is_shaped
     return {"description": text} if text and not machine and len(text) < 2000 else {}

@@ -97,7 +97,7 @@ def test_statistics_are_recorded_and_taken_once(
     with pytest.raises(oocpatch.BlockFailed, match="fell off the bus"):
         oocpatch.predict(volume, fragile, tmp_path / "out", **arguments)
     # What was found is in the plan that lies on disk: nobody goes through the volume again.
-    monkeypatch.setattr(statistics.Passes, "_pass", None)
+    monkeypatch.setattr(statistics.VolumeStatistics, "_pass", None)
     result = oocpatch.predict(volume, fragile, tmp_path / "out", **arguments)
     np.testing.assert_allclose(result, numpy_zscore(data), rtol=1e-5, atol=1e-5)
     found = inspect_output(tmp_path / "out")
@@ -109,7 +109,7 @@ def test_statistics_are_recorded_and_taken_once(
 def test_a_plan_reads_no_voxel_though_statistics_are_asked_for(
     volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics.Passes, "_pass", None)
+    monkeypatch.setattr(statistics.VolumeStatistics, "_pass", None)
     plan = oocpatch.plan(volume, nn.Identity(), tmp_path / "out", preprocess="percentile", augment="flips", **SETTINGS)
     assert "mean of 4 turns, preprocess percentile" in str(plan)
     assert plan.statistics == ()

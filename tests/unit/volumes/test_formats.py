@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import oocpatch
 from oocpatch.planning.box import Box
 from oocpatch.volumes.formats.raw import read_box
-from oocpatch.volumes.formats.spec import FileSpec, parse
+from oocpatch.volumes.formats.spec import FileSpec, parse_address
 
 Array = np.ndarray[Any, Any]
 
@@ -359,7 +359,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_message(
     ],
 )
 def test_addresses_are_understood(address: str, spec: FileSpec | None) -> None:
-    assert parse(address) == spec
+    assert parse_address(address) == spec
 
 
 @given(st.data())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from oocpatch.volumes import statistics
-from oocpatch.volumes.statistics import Passes
+from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -61,7 +61,7 @@ def chunked(draw: st.DrawFn) -> tuple[Array, tuple[int, ...], bool]:
 def test_statistics_are_numpys_whatever_the_chunks(case: tuple[Array, tuple[int, ...], bool]) -> None:
     values, chunks, with_channels = case
     stored = da.from_array(values if with_channels else values[0], chunks=chunks if with_channels else chunks[1:])
-    passes = Passes(
+    passes = VolumeStatistics(
         Volume(stored, "czyx"[:1] + "zyx"[4 - values.ndim :] if with_channels else "zyx"[4 - values.ndim :])
     )
     wide = values.reshape(len(values), -1).astype(np.float64)
@@ -87,13 +87,13 @@ def test_statistics_of_many_boxes_over_the_whole_range_are_exact(
         values = np.where(np.isfinite(values) & (np.abs(values.astype(np.float64)) < 1e30), values, 0).astype(dtype)
     zarr.create_array(tmp_path / "v", data=values, chunks=(1, 3, 4))
     volume = Volume(tmp_path / "v", "cyx")
-    for channel, (low, middle, high) in enumerate(Passes(volume, max_memory=1).percentiles((0, 50, 100))):
+    for channel, (low, middle, high) in enumerate(VolumeStatistics(volume, max_memory=1).percentiles((0, 50, 100))):
         ordered = np.sort(values[channel].ravel())
         assert (low, high) == (ordered[0], ordered[-1])
         n = ordered.size
         pair = ordered[[(n - 1) // 2, n // 2]].astype(np.float64)
         assert middle == pytest.approx(pair[0] + (pair[1] - pair[0]) * 0.5, rel=1e-15)
-    for channel, (mean, std) in enumerate(Passes(volume).moments()):
+    for channel, (mean, std) in enumerate(VolumeStatistics(volume).moments()):
         wide = values[channel].astype(np.float64)
         assert mean == pytest.approx(wide.mean(), rel=1e-12)
         assert std == pytest.approx(wide.std(), rel=1e-12)
@@ -103,14 +103,14 @@ def test_sixteen_bit_moments_are_rounded_once() -> None:
     # Sums of squares beyond 2**53, a spread so small that float64 would lose it in the difference of squares.
     values = np.full((1000, 1000), 65534, np.uint16)
     values[0, 0] = 65535
-    mean, std = Passes(Volume(values)).moments()[0]
+    mean, std = VolumeStatistics(Volume(values)).moments()[0]
     assert mean == 65534 + 1e-6
     assert std == pytest.approx((1e-6 * (1 - 1e-6)) ** 0.5, rel=1e-15)
 
 
 def test_a_large_offset_does_not_swallow_the_spread() -> None:
     values = np.random.default_rng(0).standard_normal((64, 64)) + 1e8
-    mean, std = Passes(Volume(da.from_array(values, chunks=(5, 7)))).moments()[0]
+    mean, std = VolumeStatistics(Volume(da.from_array(values, chunks=(5, 7)))).moments()[0]
     assert mean == pytest.approx(values.mean(), rel=1e-15)
     assert std == pytest.approx(values.std(), rel=1e-12)
 
@@ -120,21 +120,21 @@ def test_statistics_have_the_same_bits_with_any_number_of_threads(monkeypatch: p
     values = np.random.default_rng(0).standard_normal((96, 96)).astype(np.float32)
     volume = Volume(da.from_array(values, chunks=(16, 16)))
     monkeypatch.setattr(statistics.os, "sched_getaffinity", lambda _: range(7))
-    assert {Passes(volume, max_memory=limit).moments() for limit in (1, 1 << 33) for _ in range(3)} == {
-        Passes(volume, max_memory=1).moments()
+    assert {VolumeStatistics(volume, max_memory=limit).moments() for limit in (1, 1 << 33) for _ in range(3)} == {
+        VolumeStatistics(volume, max_memory=1).moments()
     }
 
 
 def test_what_is_not_finite_is_left_out() -> None:
     values = np.array([[1, np.nan, 3, np.inf], [-np.inf, 5, np.nan, 7]], np.float32)
-    passes = Passes(Volume(values, "cx"))
+    passes = VolumeStatistics(Volume(values, "cx"))
     assert passes.moments() == ((2.0, 1.0), (6.0, 1.0))
     assert passes.percentiles((0, 50, 100)) == ((1.0, 2.0, 3.0), (5.0, 6.0, 7.0))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_channel_without_finite_values_is_named(dtype: str) -> None:
-    passes = Passes(Volume(np.array([[1, 2], [np.nan, np.inf]], dtype), "cx"))
+    passes = VolumeStatistics(Volume(np.array([[1, 2], [np.nan, np.inf]], dtype), "cx"))
     for ask in (passes.moments, lambda: passes.percentiles((1, 2))):
         with pytest.raises(ValueError, match="channel 1 of the volume holds no finite value"):
             ask()
@@ -142,4 +142,4 @@ def test_a_channel_without_finite_values_is_named(dtype: str) -> None:
 
 def test_looped_axes_count_too() -> None:
     values = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
-    assert Passes(Volume(values, "tyx")).percentiles((0, 100)) == ((0.0, 23.0),)
+    assert VolumeStatistics(Volume(values, "tyx")).percentiles((0, 100)) == ((0.0, 23.0),)
