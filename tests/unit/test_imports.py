@@ -15,7 +15,7 @@ MAX_LINES = 600
 
 LAW = """
 errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration} < execution < run < {verification, visualization, linting, xarray_accessor}
+< {aggregation, conversion, configuration} < execution < run < {verification, visualization, linting, xarray}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -56,7 +56,8 @@ LIBRARIES = {
     "verification": ON_DISK + " torch",
     "visualization": ON_DISK,
     "visualization/canvas": "PIL",
-    "xarray_accessor": "xarray",
+    "xarray": "xarray",
+    "__init__": "lazy_loader",
     "linting": ON_DISK,
     "cli": "click numpy",
     "cli/demo": "torch zarr PIL tqdm psutil",

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xarray
 
-import oocpatch
+import oocpatch.xarray
 
 
 def test_each_object_says_what_it_is_in_a_line() -> None:
