@@ -9,9 +9,6 @@ from .errors import OutputBusy as OutputBusy
 from .errors import OutputExists as OutputExists
 from .errors import PlanTooLarge as PlanTooLarge
 from .errors import RunMismatch as RunMismatch
-from .linting.finding import Finding as Finding
-from .linting.lint import LintReport as LintReport
-from .linting.lint import lint as lint
 from .models.wrappers import NumpyModel as NumpyModel
 from .planning.grid import PatchGrid as PatchGrid
 from .planning.grid import PatchLocation as PatchLocation

@@ -123,19 +123,6 @@ def report(output: str, page: str | None, *, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("path", metavar="OME.zarr")
-@_json_option
-def lint(path: str, *, as_json: bool) -> None:
-    """Look for faults of an OME-Zarr that validators of its metadata do not see; ends with 1 when there are some."""
-    import oocpatch
-
-    found = oocpatch.lint(path)
-    click.echo(found.to_json() if as_json else str(found))
-    if not found.passed:
-        raise click.exceptions.Exit(1)
-
-
-@click.command()
 @_json_option
 def doctor(*, as_json: bool) -> None:
     """Say what there is: versions, cores, memory, disk, devices, extras."""
@@ -145,4 +132,4 @@ def doctor(*, as_json: bool) -> None:
     click.echo(json.dumps(found, indent=1) if as_json else told(found))
 
 
-COMMANDS = (convert, view, report, lint, doctor)
+COMMANDS = (convert, view, report, doctor)

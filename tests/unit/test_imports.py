@@ -15,7 +15,7 @@ MAX_LINES = 600
 
 LAW = """
 errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration} < execution < run < {verification, visualization, linting, xarray}
+< {aggregation, conversion, configuration} < execution < run < {verification, visualization, xarray}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -58,7 +58,6 @@ LIBRARIES = {
     "visualization/canvas": "PIL",
     "xarray": "xarray",
     "__init__": "lazy_loader",
-    "linting": ON_DISK,
     "cli": "click numpy",
     "cli/demo": "torch zarr PIL tqdm psutil",
     "cli/doctor": "torch zarr psutil",

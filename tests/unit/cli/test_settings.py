@@ -109,7 +109,7 @@ def test_pyramids_have_a_progress_of_their_own(capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert [line["verb"] for line in lines] == ["predict"] * 2 + ["pyramid"] * 2
     assert (lines[2]["done"], lines[3]["done"]) == (0, lines[3]["total"])
-    levels = oocpatch.lint("pyramid.zarr").levels
+    levels = len(list(Path("pyramid.zarr").glob("scale*")))
     assert lines[3]["total"] >= levels - 1 > 0
     oocpatch.predict(volume, "identity", "plain.zarr", **{**settings, "output_format": "zarr"})
     assert "pyramid" not in capsys.readouterr().err

@@ -1,1 +1,0 @@
-"""Lint: what an OME-Zarr says of itself, held against what it holds."""
