@@ -168,7 +168,7 @@ def divided(mode: str, sums: torch.Tensor, box: Box, patches: Sequence[PatchSet]
     factors = patches[0].factors(mode, box) if len(patches) == 1 else None
     if factors is not None:
         tile = tile_voxels(len(sums))
-        Normalizer(tuple(map(_above_zero, factors)), None, 0, tile).finish(sums, Box.of_shape(box.shape), out)
+        Normalizer(tuple(map(_above_zero, factors)), None, 0, tile).normalize(sums, Box.of_shape(box.shape), out)
         return out
     total = torch.zeros(box.shape, dtype=torch.float32)
     for found in patches:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 
-import numpy as np
 import torch
 
 from oocpatch.configuration.output_heads import OutputHeads, infer_heads
@@ -26,7 +25,7 @@ from oocpatch.outputs.integrity import is_metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord
 from oocpatch.planning.heads import common_unit
-from oocpatch.planning.memory import ByteSizes, HeadSizes, chunk_bytes
+from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
 
@@ -136,10 +135,10 @@ def _planned(request: Request) -> Plan:
         heads=layout.heads,
         # what is compiled is compiled for one layout, and a view of the ring has another in each block
         copies_input=probe.copies_input or options["compile"] is not None,
-        skips=request.skips,
+        may_skip=request.skips,
         core=tuple(a.size for a in choice.blocks.axes),
         sweep=choice.blocks.sweep,
-        way=choice.way,
+        io_strategy=choice.io_strategy,
         concurrency=choice.concurrency,
         batch_size=options["batch_size"],
         torch_threads=threads,
@@ -149,7 +148,7 @@ def _planned(request: Request) -> Plan:
         bytes_written=choice.projection.bytes_written,
         task_memory=choice.projection.task_memory,
         memory_parts=choice.projection.parts,
-        note=_note(request),
+        model_note=_note(request),
     )
     return with_pyramids(made, request.max_memory)
 
@@ -213,14 +212,14 @@ def resumed(plan: Plan, request: Request) -> Plan:
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(request.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
-    return plan.at(workers, needed)
+    return plan.with_concurrency(workers, needed)
 
 
 def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
     """What a voxel, a chunk and a batch weigh."""
     volume, batch = request.volume, request.options["batch_size"]
     patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
-    heads, windows, staged = [], 0, is_staged(request.options["device"])
+    windows = 0
     for head in layout.heads:
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
@@ -228,28 +227,17 @@ def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
         if head.votes or (not head.crop and output.dtype != torch.float32):  # a copy as float32, one channel per class
             patch_bytes += voxels * head.channels * 4
         windows += 4 * voxels if head.blended else 0
-        heads.append(
-            HeadSizes(
-                scale=head.scale,
-                unit=head.unit,
-                crop=head.crop,
-                sum_voxel=head.stored * np.dtype(head.dtype).itemsize,
-                out_voxel=head.out_channels * np.dtype(head.out_dtype).itemsize,
-                channels=max(head.stored, head.out_channels),
-                staged=staged,
-            )
-        )
     return ByteSizes(
-        in_voxel=volume.channels * volume.dtype.itemsize,
-        in_chunk=volume.chunks,
+        in_voxel_bytes=volume.channels * volume.dtype.itemsize,
+        in_chunks=volume.chunks,
         in_chunk_bytes=volume.chunk_bytes,
         context=layout.context,
-        heads=tuple(heads),
-        mask_voxel=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
+        heads=layout.heads,
+        mask_voxel_bytes=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
         window_bytes=windows,
-        batch=batch,
+        batch_size=batch,
         model_bytes=probe.model_bytes(batch)
         + compiled_bytes(request.options["compile"], request.options["device"], batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
-        staged=staged,
+        staged=is_staged(request.options["device"]),
     )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oocpatch.planning.memory import KEPT_BY_HEAP
+from oocpatch.planning.memory import HEAP_LIMIT
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -66,7 +66,7 @@ LEAST_MAPPED = 11 << 17
 """Bytes up to which nothing is mapped by itself: what zstd takes for coding a chunk, again and again, is 1.3 MiB."""
 
 
-def lean_heap(chunks: int = 0, largest: int = KEPT_BY_HEAP) -> None:
+def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
     """Keep the heap from holding on to what is freed, where the C library is glibc.
 
     Left alone, its threshold for mapping grows with the blocks it sees, and each of a dozen threads keeps megabytes of
@@ -80,7 +80,7 @@ def lean_heap(chunks: int = 0, largest: int = KEPT_BY_HEAP) -> None:
             freed leaves a hole that the next one of its size does not fit into, until there are dozens. Three steps on
             1.5 MiB went over the promised memory by 31 MiB.
     """
-    mapped = min(KEPT_BY_HEAP, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
+    mapped = min(HEAP_LIMIT, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(MMAP_THRESHOLD, mapped)

@@ -44,7 +44,7 @@ class Normalizer:
         dense: the last channel of the sums holds the weights, zero where no patch was.
         divide: whether dense weights are divided by, or only tell where patches were.
         fill: value of voxels where no patch was.
-        nonfinite: whether values may be NaN or infinite; they are counted then.
+        allow_nonfinite: whether values may be NaN or infinite; they are counted then.
     """
 
     weights: tuple[torch.Tensor, ...] | None
@@ -54,14 +54,14 @@ class Normalizer:
     dense: bool = False
     divide: bool = True
     fill: float = 0.0
-    nonfinite: bool = False
+    allow_nonfinite: bool = False
 
-    def on(self, device: str, tile: int) -> Normalizer:
+    def to(self, device: str, tile: int) -> Normalizer:
         """The same for sums on a device, in tiles of so many voxels."""
         weights = None if self.weights is None else tuple(w.to(device) for w in self.weights)
         return replace(self, weights=weights, tile=tile)
 
-    def finish(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
+    def normalize(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
         """Write the values of a box into `out`.
 
         Args:
@@ -88,7 +88,7 @@ class Normalizer:
                 if memory is not None:
                     values = torch.div(values, weights, out=memory[: values.numel()].view(values.shape))
                     counts += self._counted(values)
-                    target.copy_(round_in_place(values, out.dtype, nan=self.nonfinite))
+                    target.copy_(round_in_place(values, out.dtype, nan=self.allow_nonfinite))
                     continue
                 values = values / weights
             counts += self._counted(values)
@@ -96,7 +96,7 @@ class Normalizer:
         return counts
 
     def _counted(self, values: torch.Tensor) -> Counts:
-        if not self.nonfinite or not values.dtype.is_floating_point:
+        if not self.allow_nonfinite or not values.dtype.is_floating_point:
             return NOTHING
         return Counts(nonfinite=int((~values.isfinite()).any(dim=0).sum()))
 

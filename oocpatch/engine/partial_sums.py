@@ -61,15 +61,15 @@ def seam_name(offset: tuple[int, ...]) -> str:
     return "seam-" + "".join(map(str, offset))
 
 
-def own_name(axis: int) -> str:
+def open_name(axis: int) -> str:
     """Name of the piece of the core that is open on an axis."""
-    return f"own-{axis}"
+    return f"open-{axis}"
 
 
 def destinations(blocks: BlockGrid, block: Block) -> list[tuple[str | None, Box]]:
     """Where each voxel of the block's reach goes: the boxes cover it exactly once."""
     found: list[tuple[str | None, Box]] = [(None, block.direct)]
-    found += [(own_name(axis), box) for axis, box in enumerate(block.own)]
+    found += [(open_name(axis), box) for axis, box in enumerate(block.open_boxes)]
     found += [(seam_name(e), block.seam(e)) for e in offsets(len(blocks.axes))]
     return [(piece, box) for piece, box in found if not box.empty]
 
@@ -99,9 +99,10 @@ class Partial:
         head: what becomes of it.
         capacity: planes to hold.
         window: `(1, *patch)` on the device; None where values are not weighed.
-        finisher: makes output values of complete sums.
+        normalizer: makes output values of complete sums.
         device: where sums are added.
-        emit: takes the parts of a slab when it is complete; gives back those that it is done with, to be used again.
+        flush_slab: takes the pieces of a complete slab, and returns earlier ones that are written, whose memory is
+            used again.
         check_finite: raise on NaN and infinities.
 
     Attributes:
@@ -117,9 +118,9 @@ class Partial:
         head: Head,
         capacity: int,
         window: torch.Tensor | None,
-        finisher: Normalizer,
+        normalizer: Normalizer,
         device: str,
-        emit: Callable[[list[FilledPiece]], list[FilledPiece]],
+        flush_slab: Callable[[list[FilledPiece]], list[FilledPiece]],
         check_finite: bool,
     ) -> None:
         block = blocks[index]
@@ -127,11 +128,11 @@ class Partial:
         self._axis = blocks.sweep
         self._head = head
         self._ring = Ring.of(
-            block.reach, channels=head.stored, capacity=capacity, axis=blocks.sweep, dtype=dtype, device=device
+            block.reach, channels=head.stored_channels, capacity=capacity, axis=blocks.sweep, dtype=dtype, device=device
         )
         self._window = window
-        self._finisher = finisher
-        self._emit = emit
+        self._normalizer = normalizer
+        self._flush_slab = flush_slab
         self._check = check_finite and dtype.is_floating_point
         self._slabs = slabs(blocks, block, number)
         self._slab: tuple[Box, list[FilledPiece]] | None = None
@@ -191,7 +192,7 @@ class Partial:
             self._at = stop
             if stop == slab.stop[self._axis]:
                 self._slab = None
-                self._free = [item.data for item in self._emit(staged)]
+                self._free = [item.data for item in self._flush_slab(staged)]
 
     def _clear(self, sums: torch.Tensor) -> None:
         """Put in place what adding a patch to gives that patch."""
@@ -218,7 +219,7 @@ class Partial:
         for part, sums in self._ring.parts(box):
             target = item.data[(slice(None), *part.slices(item.part.box.start))]
             if item.part.piece is None:
-                self.counts += self._finisher.finish(sums, part, target)
+                self.counts += self._normalizer.normalize(sums, part, target)
             else:
                 target.copy_(sums)
 
@@ -265,7 +266,7 @@ class SlabSums:
             if common.empty:
                 continue
             if data is None:
-                data = torch.zeros((self.head.stored, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
+                data = torch.zeros((self.head.stored_channels, *own.shape), dtype=seam.dtype)  # noqa: PLW2901
                 if self.head.mode == "max":
                     data[: self.head.channels] = -torch.inf
                 self.parts[i] = own, data

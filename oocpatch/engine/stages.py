@@ -21,7 +21,7 @@ from oocpatch.engine.buffers import FutureGroup, buffer, torch_dtype
 from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import Reader
 from oocpatch.engine.normalize import NOTHING, Counts, Normalizer
-from oocpatch.engine.partial_sums import FilledPiece, Partial, SlabPiece, SlabSums, own_name, seam_name
+from oocpatch.engine.partial_sums import FilledPiece, Partial, SlabPiece, SlabSums, open_name, seam_name
 from oocpatch.engine.patch_selection import Selection
 from oocpatch.models.predictor import Predictor
 from oocpatch.outputs.output import Output
@@ -56,9 +56,9 @@ class TaskContext:
         workspace: where partials go.
         windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: not weighed.
         output: where values go.
-        finishers: per head, makes output values of sums.
-        reads: threads that read chunks.
-        writes: threads that write them; of their own, since a model that waits for input costs more than a late write.
+        normalizers: per head, makes output values of sums.
+        read_pool: threads that read chunks.
+        write_pool: threads that write chunks; separate, since input that is late costs more than output that is.
         allow_nonfinite: keep NaN and infinities instead of failing.
         skip_value: patches that hold nothing else are skipped; None: none is.
         on_patches: told the number of patches that are done with.
@@ -72,9 +72,9 @@ class TaskContext:
     workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
     output: Output
-    finishers: tuple[Normalizer, ...]
-    reads: Executor
-    writes: Executor
+    normalizers: tuple[Normalizer, ...]
+    read_pool: Executor
+    write_pool: Executor
     allow_nonfinite: bool
     skip_value: float | None
     on_patches: Callable[[int], None]
@@ -85,26 +85,28 @@ class TaskResult:
     """What a stage did.
 
     Attributes:
-        promise: its partials.
+        partials_ref: its partials.
         uncovered: voxels of the output (of the first head) where no patch was, among those it is answerable for.
         nonfinite: voxels of all heads that are NaN or infinite, among the same.
-        units: the CRCs of the write units it is answerable for; see `storage.units`.
+        unit_checksums: the CRCs of the write units it is answerable for; see `storage.units`.
         halved: batches that did not fit into memory, as other processes tell.
     """
 
-    promise: PartialsRef = NO_PARTIALS
+    partials_ref: PartialsRef = NO_PARTIALS
     uncovered: int = 0
     nonfinite: int = 0
-    units: str = ""
+    unit_checksums: str = ""
     halved: int = 0
 
     @classmethod
-    def of(cls, heads: Sequence[Counts], written: WriteChecksums, promise: PartialsRef = NO_PARTIALS) -> TaskResult:
+    def of(
+        cls, heads: Sequence[Counts], written: WriteChecksums, partials_ref: PartialsRef = NO_PARTIALS
+    ) -> TaskResult:
         """What was counted head by head, and written."""
-        return cls(promise, heads[0].uncovered, sum(head.nonfinite for head in heads), written.pack())
+        return cls(partials_ref, heads[0].uncovered, sum(head.nonfinite for head in heads), written.pack())
 
 
-def window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
+def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
     """The blending weights of a patch, float32 `(1, *patch)`; None where values are not weighed."""
     if not head.blended:
         return None
@@ -119,14 +121,14 @@ class Writes:
     """Writes of one head of a block that go on while the next slab is computed; at most one slab at a time."""
 
     def __init__(
-        self, job: TaskContext, landing: HostStaging, partials: PartialWriter | None, written: WriteChecksums
+        self, context: TaskContext, landing: HostStaging, partials: PartialWriter | None, written: WriteChecksums
     ) -> None:
-        self._job = job
+        self._context = context
         self._landing = landing
         self._partials = partials
         self._written = written
         self._under_way: list[FilledPiece] = []
-        self.pending = FutureGroup(job.writes)
+        self.pending = FutureGroup(context.write_pool)
 
     def flush_slab(self, staged: list[FilledPiece]) -> list[FilledPiece]:
         """Begin to write the parts of a slab, once those of the one before are written: which it gives back."""
@@ -135,19 +137,19 @@ class Writes:
         found, arrived = self._landing.take([item.data for item in staged])
         for item, data in zip(staged, found, strict=True):
             if item.part.piece is None:
-                for request in self._job.output.split_writes(item.part.head, item.part.box):
+                for request in self._context.output.split_writes(item.part.head, item.part.box):
                     inner = data[(slice(None), *request.slices(item.part.box.start))]
                     self.pending.submit(self._values, arrived, item.part.head, request, inner)
             else:
                 self.pending.submit(self._partial, arrived, item.part, data)
-        if not self._job.plan.way.ahead:
+        if not self._context.plan.io_strategy.prefetch:
             self.pending.wait()
             written, self._under_way = staged, []
         return written
 
     def _values(self, arrived: CopyDone, head: int, box: Box, data: npt.NDArray[np.generic]) -> None:
         arrived()
-        self._job.output.write(head, box, data, self._written)
+        self._context.output.write(head, box, data, self._written)
 
     def _partial(self, arrived: CopyDone, part: SlabPiece, data: npt.NDArray[np.generic]) -> None:
         assert self._partials is not None
@@ -156,35 +158,35 @@ class Writes:
         self._partials.write(part.head, part.piece, part.whole, part.box, data)
 
 
-def predict_block(job: TaskContext, index: int) -> TaskResult:
+def predict_block(context: TaskContext, index: int) -> TaskResult:
     """Sweep one block.
 
     Idempotent: writes only the direct part of its own core to the output, and a new directory in `blocks/<index>`.
     """
-    plan = job.plan
+    plan = context.plan
     ranges = plan.block_grid.patches(plan.block_grid[index])
     layers = ranges[plan.sweep] if all(ranges) else range(0)
     axis = plan.input_grid.axes[plan.sweep]
-    chunk = plan.in_chunks[plan.sweep] if plan.way.aligned else 1
-    planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, ahead=plan.way.ahead)
-    partials = job.workspace.writer(index)
+    chunk = plan.in_chunks[plan.sweep] if plan.io_strategy.aligned_reads else 1
+    planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, prefetch=plan.io_strategy.prefetch)
+    partials = context.workspace.writer(index)
     written = WriteChecksums(plan, "predict", index)
-    landings = [HostStaging(job.transfer, size) for size in plan.slab_bytes]
-    writes = [Writes(job, landing, partials, written) for landing in landings]
-    sums = [_partial(job, index, number, layers, writes[number]) for number in range(len(plan.heads))]
+    landings = [HostStaging(context.transfer, size) for size in plan.slab_bytes]
+    writes = [Writes(context, landing, partials, written) for landing in landings]
+    sums = [_partial(context, index, number, layers, writes[number]) for number in range(len(plan.heads))]
     reader = Reader(
-        job.volume,
+        context.volume,
         _extent(plan, ranges),
         axis=plan.sweep,
         capacity=planes,
         dtype=torch_dtype(plan.in_dtype),
-        device=job.predictor.device,
-        transfer=job.transfer,
-        pool=job.reads,
+        device=context.predictor.device,
+        transfer=context.transfer,
+        pool=context.read_pool,
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
     )
-    steps = _steps(job, ranges, groups(axis, layers, plan.layers_per_group, chunk))
+    steps = _steps(context, ranges, groups(axis, layers, plan.layers_per_group, chunk))
     try:
         step = next(steps, None)
         while step is not None:
@@ -194,38 +196,40 @@ def predict_block(job: TaskContext, index: int) -> TaskResult:
             for partial, frame in zip(sums, plan.frames, strict=True):
                 partial.advance(frame.axes[plan.sweep].grid.start(group.layers[0]))
             step = next(steps, None)
-            if plan.way.ahead and step is not None and reader.fits(step[0], group.start):
+            if plan.io_strategy.prefetch and step is not None and reader.fits(step[0], group.start):
                 reader.request(step[0], group.start)
-            _compute(job, index, sums, reader, members)
+            _compute(context, index, sums, reader, members)
         for partial, frame in zip(sums, plan.frames, strict=True):
             partial.advance(frame[index].reach.stop[plan.sweep])
         for head in writes:
             head.pending.wait()
-        promise = partials.close()
+        partials_ref = partials.close()
     finally:
         reader.pending.cancel_and_wait()
         for head in writes:
             head.pending.cancel_and_wait()
         partials.discard()
-    return TaskResult.of([partial.counts for partial in sums], written, promise)
+    return TaskResult.of([partial.counts for partial in sums], written, partials_ref)
 
 
-def _partial(job: TaskContext, index: int, number: int, layers: range, writes: Writes) -> Partial:
+def _partial(context: TaskContext, index: int, number: int, layers: range, writes: Writes) -> Partial:
     """The sums of one head."""
-    plan, frame, head = job.plan, job.plan.frames[number], job.plan.heads[number]
-    tile = tile_voxels(max(head.stored, head.out_channels), staged=job.transfer.staged)
-    _, planes = capacity(frame.axes[plan.sweep].grid, layers, plan.layers_per_group, 1, ahead=plan.way.ahead)
+    plan, frame, head = context.plan, context.plan.frames[number], context.plan.heads[number]
+    tile = tile_voxels(head.max_channels, staged=context.transfer.staged)
+    _, planes = capacity(
+        frame.axes[plan.sweep].grid, layers, plan.layers_per_group, 1, prefetch=plan.io_strategy.prefetch
+    )
     return Partial(
         frame,
         index,
         number=number,
         head=head,
         capacity=planes,
-        window=job.windows[number],
-        finisher=job.finishers[number].on(job.predictor.device, tile),
-        device=job.predictor.device,
-        emit=writes.flush_slab,
-        check_finite=not job.allow_nonfinite,
+        window=context.windows[number],
+        normalizer=context.normalizers[number].to(context.predictor.device, tile),
+        device=context.predictor.device,
+        flush_slab=writes.flush_slab,
+        check_finite=not context.allow_nonfinite,
     )
 
 
@@ -240,17 +244,17 @@ def _extent(plan: Plan, ranges: Sequence[range]) -> Box:
     )
 
 
-def _steps(job: TaskContext, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
+def _steps(context: TaskContext, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
     """The groups that have patches to compute, with these in their one order: layer by layer, in C order within."""
-    sweep = job.plan.sweep
+    sweep = context.plan.sweep
     for group in schedule:
         members: list[Ints] = []
         for layer in group.layers:
             one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
-            members += job.selection.of(job.plan.grid, one)
+            members += context.selection.of(context.plan.grid, one)
         skipped = len(group.layers) * _patches(ranges, sweep) - len(members)
         if skipped:
-            job.on_patches(skipped)
+            context.on_patches(skipped)
         if members:
             yield group, members
 
@@ -260,26 +264,26 @@ def _patches(ranges: Sequence[range], sweep: int) -> int:
     return math.prod(len(r) for a, r in enumerate(ranges) if a != sweep)
 
 
-def _compute(job: TaskContext, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
+def _compute(context: TaskContext, index: int, sums: list[Partial], reader: Reader, members: list[Ints]) -> None:
     """Run the model on the patches of a group, batch by batch, and add what it gives, in the order of the patches."""
-    plan = job.plan
+    plan = context.plan
     blocks = [frame[index] for frame in plan.frames]
-    if job.skip_value is not None:
-        kept = [m for m in members if not reader.holds_only(job.skip_value, _box(plan.input_grid.axes, m))]
-        job.on_patches(len(members) - len(kept))
+    if context.skip_value is not None:
+        kept = [m for m in members if not reader.holds_only(context.skip_value, _box(plan.input_grid.axes, m))]
+        context.on_patches(len(members) - len(kept))
         members = kept
     full = plan.fills_batches
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
         boxes = [_box(plan.input_grid.axes, m) for m in batch]
-        outputs = job.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
+        outputs = context.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=full))
         for head, frame, block, partial in zip(plan.heads, plan.frames, blocks, sums, strict=True):
             axes = [a.grid for a in frame.axes]
             values = _values(head, outputs, tuple(a.patch for a in axes))
             for member, one in zip(batch, values, strict=not full):  # what a batch was filled up with is thrown away
                 box = _box(axes, member)
                 partial.add(box.start, _kept(head, frame.grid.shape, axes, block, member, box), one)
-        job.on_patches(len(batch))
+        context.on_patches(len(batch))
 
 
 def _values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -> torch.Tensor:
@@ -324,35 +328,35 @@ def _kept(head: Head, shape: Ints, axes: Sequence[GridAxis], block: Block, index
     """The voxels of a patch that count: inside the output, and for `crop` those it has the last word on."""
     if not head.crop:
         return box & Box.of_shape(shape)
-    spans = [a.kept(i) for a, i in zip(axes, index, strict=True)]
+    spans = [a.crop_span(i) for a, i in zip(axes, index, strict=True)]
     return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans)) & block.reach
 
 
-def normalize_block(job: TaskContext, index: int, promises: Mapping[int, PartialsRef]) -> TaskResult:
+def normalize_block(context: TaskContext, index: int, partials_refs: Mapping[int, PartialsRef]) -> TaskResult:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
     Idempotent: writes only the open part of its own core, whole write units.
 
     Args:
-        job: what tasks share.
+        context: what tasks share.
         index: the block.
-        promises: from the ledger, for the block and those whose seams enter it.
+        partials_refs: from the ledger, for the block and those whose seams enter it.
 
     Raises:
         CorruptPartial: when a partial is not what the ledger promised.
     """
-    reader = functools.cache(lambda source: job.workspace.reader(source, promises[source]))
-    written = WriteChecksums(job.plan, "normalize", index)
+    reader = functools.cache(lambda source: context.workspace.reader(source, partials_refs[source]))
+    written = WriteChecksums(context.plan, "normalize", index)
     return TaskResult.of(
-        [_normalize(job, index, number, reader, written) for number in range(len(job.plan.heads))], written
+        [_normalize(context, index, number, reader, written) for number in range(len(context.plan.heads))], written
     )
 
 
 def _normalize(
-    job: TaskContext, index: int, number: int, reader: Callable[[int], PartialReader], written: WriteChecksums
+    context: TaskContext, index: int, number: int, reader: Callable[[int], PartialReader], written: WriteChecksums
 ) -> Counts:
     """The normalize stage of one head."""
-    frame = job.plan.frames[number]
+    frame = context.plan.frames[number]
     block = frame[index]
 
     def read(source: int, piece: str, whole: Box, part: Box) -> torch.Tensor | None:
@@ -362,12 +366,12 @@ def _normalize(
         return None if found is None else torch.from_numpy(found)
 
     counts = NOTHING
-    writes = Writes(job, HostStaging(HERE, 0), None, written)
+    writes = Writes(context, HostStaging(HERE, 0), None, written)
     try:
         for slab in frame.steps(block.core):
-            sums = SlabSums(job.plan.heads[number])
-            for axis, whole in enumerate(block.own):
-                sums.own(whole & slab, read(index, own_name(axis), whole, whole & slab))
+            sums = SlabSums(context.plan.heads[number])
+            for axis, whole in enumerate(block.open_boxes):
+                sums.own(whole & slab, read(index, open_name(axis), whole, whole & slab))
             for offset, source in frame.sources(block):
                 seam = source.seam(offset)
                 sums.add(seam & slab, read(source.index, seam_name(offset), seam, seam & slab))
@@ -376,8 +380,8 @@ def _normalize(
                 if data is None:  # no patch came near it, and the output's fill value needs no writing
                     counts += Counts(box.size)
                     continue
-                values = buffer((job.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
-                counts += job.finishers[number].finish(data, box, values)
+                values = buffer((context.plan.heads[number].out_channels, *box.shape), sums.out_dtype, "cpu")
+                counts += context.normalizers[number].normalize(data, box, values)
                 staged.append(FilledPiece(SlabPiece(None, block.core, box, number), values))
             del sums
             writes.flush_slab(staged)  # which go on while the next slab is read

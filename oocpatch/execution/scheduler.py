@@ -42,12 +42,12 @@ class Task:
     Attributes:
         stage: `predict` or `normalize`.
         index: the block.
-        promises: the partials that the normalize stage reads, by block.
+        partials_refs: the partials that the normalize stage reads, by block.
     """
 
     stage: str
     index: int
-    promises: Mapping[int, PartialsRef] = field(default_factory=dict)
+    partials_refs: Mapping[int, PartialsRef] = field(default_factory=dict)
 
 
 class Executor(Protocol):
@@ -211,7 +211,9 @@ class Run:
         elif error is None:
             done = future.result()
             self._record(
-                Record("normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite, units=done.units)
+                Record(
+                    "normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite, units=done.unit_checksums
+                )
             )
             self._release(index)
         elif isinstance(error, CorruptPartial):
@@ -227,12 +229,20 @@ class Run:
             self._record(Record("failed", index, note=message[:500]))
 
     def _record_predicted(self, index: int, done: TaskResult) -> None:
-        promise, nonfinite = done.promise, done.nonfinite
-        before = self._earlier.pop(index, promise.digest)
+        partials, nonfinite = done.partials_ref, done.nonfinite
+        before = self._earlier.pop(index, partials.digest)
         self._record(
-            Record("predict", index, promise.digest, done.uncovered, promise.attempt, done.units, nonfinite=nonfinite)
+            Record(
+                "predict",
+                index,
+                partials.digest,
+                done.uncovered,
+                partials.attempt,
+                done.unit_checksums,
+                nonfinite=nonfinite,
+            )
         )
-        if before != promise.digest:
+        if before != partials.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
                 "make it so, or start afresh with overwrite=True"
@@ -255,7 +265,7 @@ class Run:
         self._queued.discard(task.index)
         if task.index in self.progress.normalized:
             return  # another part was first, and has deleted what nobody needs any more
-        if self.progress.predicted.get(error.block) != task.promises.get(error.block):
+        if self.progress.predicted.get(error.block) != task.partials_refs.get(error.block):
             if self._complete(task.index):  # it was computed anew meanwhile: another reader found the damage first
                 self._queued.add(task.index)
                 self._ready.append(("normalize", task.index))

@@ -1,4 +1,4 @@
-"""The job of a process: everything that its tasks share, opened once and closed at the end."""
+"""The context of a process: everything that its tasks share, opened once and closed at the end."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from oocpatch.configuration.run_config import Request
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
-from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, predict_block, window
+from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, patch_window, predict_block
 from oocpatch.execution.scheduler import Task
 from oocpatch.models.postprocessing import postprocess_of
 from oocpatch.outputs.output import Output
-from oocpatch.planning.memory import kept_chunk_bytes, read_bytes, reading, tile_voxels
+from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.workspace.workspace import Workspace
 
 
-def run_task(job: TaskContext, task: Task) -> TaskResult:
+def run_task(context: TaskContext, task: Task) -> TaskResult:
     """Do one task.
 
     Idempotent: as the stages are.
     """
     if task.stage == "predict":
-        return predict_block(job, task.index)
-    return normalize_block(job, task.index, task.promises)
+        return predict_block(context, task.index)
+    return normalize_block(context, task.index, task.partials_refs)
 
 
 @contextlib.contextmanager
@@ -49,42 +49,42 @@ def open_task_context(
     files = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in made.heads]
     units = [size * head.out_channels for size, head in zip(files, made.heads, strict=True)]
     read = request.volume.chunk_bytes
-    lean_heap(kept_chunk_bytes(made.way.io_threads, max(read, *units)), max(read, *files))
+    lean_heap(heap_chunk_bytes(made.io_strategy.threads, max(read, *units)), max(read, *files))
     predictor = request.predictor(
         copies_input=made.copies_input,
         torch_threads=made.torch_threads,
         statistics=made.statistics,
         compiled=True,
     )
-    threads = made.way.io_threads
+    threads = made.io_strategy.threads
     with contextlib.ExitStack() as stack:
         stack.enter_context(predictor.ready())
-        reads = stack.enter_context(ThreadPoolExecutor(reading(threads), thread_name_prefix="oocpatch-read"))
+        reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
         yield TaskContext(
             plan=made,
-            volume=request.volume.with_chunk_reader(reading(threads)),
+            volume=request.volume.with_chunk_reader(reader_threads(threads)),
             selection=request.selection,
             predictor=predictor,
             transfer=Transfer(
                 predictor.device,
                 staged=is_staged(predictor.device),
-                read_bytes=read_bytes(request.volume.chunk_bytes),
+                read_bytes=read_buffer_bytes(request.volume.chunk_bytes),
             ),
             workspace=workspace,
-            windows=tuple(window(made, head, predictor.device) for head in made.heads),
+            windows=tuple(patch_window(made, head, predictor.device) for head in made.heads),
             output=output,
-            finishers=tuple(_finisher(request, made, workspace, number) for number in range(len(made.heads))),
-            reads=reads,
-            writes=writes,
+            normalizers=tuple(_normalizer(request, made, workspace, number) for number in range(len(made.heads))),
+            read_pool=reads,
+            write_pool=writes,
             allow_nonfinite=request.options["allow_nonfinite"],
             skip_value=request.options["skip_value"],
             on_patches=on_patches,
         )
 
 
-def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -> Normalizer:
+def _normalizer(request: Request, made: Plan, workspace: Workspace, number: int) -> Normalizer:
     head, weights = made.heads[number], None
     if head.blended and not head.dense:
         weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
@@ -92,9 +92,9 @@ def _finisher(request: Request, made: Plan, workspace: Workspace, number: int) -
         weights,
         postprocess_of(request.options, head.name, head.mode),
         request.looped,
-        tile_voxels(max(head.stored, head.out_channels)),
+        tile_voxels(head.max_channels),
         dense=head.dense,
         divide=head.blended,
         fill=request.options["output_fill"],
-        nonfinite=request.options["allow_nonfinite"],
+        allow_nonfinite=request.options["allow_nonfinite"],
     )

@@ -86,7 +86,7 @@ def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
     found = []
     for number, frame in enumerate(plan.frames):
         one = frame[block]
-        found += [(number, box) for box in ((one.direct,) if stage == "predict" else one.own) if not box.empty]
+        found += [(number, box) for box in ((one.direct,) if stage == "predict" else one.open_boxes) if not box.empty]
     return found
 
 

@@ -14,7 +14,7 @@ holds its start, so that its values spill towards higher indices only, into the 
 
 Per axis, a block's core is split in what lower neighbours spill into (`open`, rounded up to whole write units) and the
 rest (`direct`). The box that is direct on every axis is written to the output by the predict task itself; the remainder
-of the core waits in the workspace for the seams, as at most one box per axis (`own`):
+of the core waits in the workspace for the seams, as at most one box per axis (`open_boxes`):
 
 ```text
             open  direct  halo
@@ -83,7 +83,7 @@ class BlockAxis:
         if not patches or index == self.count - 1:
             return 0
         last = patches[-1]
-        end = self.grid.kept(last)[1] if self.crop else self.grid.start(last) + self.grid.patch
+        end = self.grid.crop_span(last)[1] if self.crop else self.grid.start(last) + self.grid.patch
         return max(0, min(end, self.grid.length) - stop)
 
     def open(self, index: int) -> int:
@@ -123,7 +123,7 @@ class Block:
         return Box(tuple(a + o for a, o in zip(self.core.start, self.open, strict=True)), self.core.stop)
 
     @property
-    def own(self) -> tuple[Box, ...]:
+    def open_boxes(self) -> tuple[Box, ...]:
         """The core without `direct`, as disjoint boxes; entry `a` is open on axis `a` and direct on the axes before."""
         pieces = []
         for axis, length in enumerate(self.open):

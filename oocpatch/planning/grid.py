@@ -136,20 +136,20 @@ class GridAxis:
             return self.count
         return min(max(0, -(-(value - self.first) // self.stride)), self.count - 1)
 
-    def kept(self, index: int) -> tuple[int, int]:
+    def crop_span(self, index: int) -> tuple[int, int]:
         """The voxels that patch `index` has the last word on in `crop` mode; over all patches they are a partition.
 
         `overlap // 2` voxels are trimmed from each side that is not at the volume's border, and a later patch wins.
 
         >>> axis = GridAxis(10, 4, 2)
-        >>> [axis.kept(i) for i in range(4)]
+        >>> [axis.crop_span(i) for i in range(4)]
         [(0, 3), (3, 5), (5, 7), (7, 10)]
         """
         last = index == self.count - 1
-        start = self._kept_start(index)
-        return start, self.length if last else min(self._kept_start(index + 1), self.length)
+        start = self._crop_start(index)
+        return start, self.length if last else min(self._crop_start(index + 1), self.length)
 
-    def _kept_start(self, index: int) -> int:
+    def _crop_start(self, index: int) -> int:
         return 0 if index == 0 else max(0, self.start(index) + self.overlap // 2)
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+import numpy as np
 
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
@@ -76,9 +77,24 @@ class Head:
         return "average" if self.votes else self.mode
 
     @property
-    def stored(self) -> int:
+    def stored_channels(self) -> int:
         """Channels of the sums as they are kept: the weights are the last, if they are dense."""
         return self.channels + self.dense
+
+    @property
+    def max_channels(self) -> int:
+        """The larger number of channels of sums and output."""
+        return max(self.stored_channels, self.out_channels)
+
+    @property
+    def sum_voxel_bytes(self) -> int:
+        """Bytes of one voxel of the sums, all channels."""
+        return self.stored_channels * np.dtype(self.dtype).itemsize
+
+    @property
+    def out_voxel_bytes(self) -> int:
+        """Bytes of one voxel of the output, all channels."""
+        return self.out_channels * np.dtype(self.out_dtype).itemsize
 
     @property
     def scaled(self) -> bool:
@@ -111,20 +127,7 @@ def patch_grid(
     return PatchGrid(tuple(axes))
 
 
-class InFrame(Protocol):
-    """What has a frame: a scale, and write units in its own voxels."""
-
-    @property
-    def scale(self) -> tuple[Scale, ...]: ...
-
-    @property
-    def unit(self) -> Ints: ...
-
-    @property
-    def crop(self) -> bool: ...
-
-
-def common_unit(heads: Sequence[InFrame]) -> Ints:
+def common_unit(heads: Sequence[Head]) -> Ints:
     """What cores are multiples of, in the volume's voxels: a whole number of write units in every head's frame."""
     found = []
     for a in range(len(heads[0].unit)):
@@ -136,6 +139,6 @@ def common_unit(heads: Sequence[InFrame]) -> Ints:
     return tuple(found)
 
 
-def crops(heads: Sequence[InFrame]) -> bool:
+def crops(heads: Sequence[Head]) -> bool:
     """Whether halos end where the next patch has the last word: only if all heads crop, in the volume's own frame."""
     return all(h.crop and all(s == (1, 1) for s in h.scale) for h in heads)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from oocpatch.errors import RunMismatch
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
@@ -21,7 +22,7 @@ from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
 from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.sweep import axis_totals
 
-FORMAT = 2
+FORMAT = 3
 """Version of the plan's JSON and of the workspace's layout."""
 
 
@@ -47,10 +48,10 @@ class Plan:
         snap: patch starts are multiples of it.
         heads: what the model gives; one, or several from a dict.
         copies_input: whether the model must be given copies, because it writes to its input.
-        skips: whether patches may be skipped.
+        may_skip: whether patches may be skipped.
         core: block shape.
         sweep: the axis along which blocks are computed.
-        way: how tasks go about their blocks.
+        io_strategy: how tasks go about their blocks.
         concurrency: blocks computed at a time.
         batch_size: patches per batch.
         torch_threads: threads of torch, set in every process, since results depend on it.
@@ -60,7 +61,7 @@ class Plan:
         bytes_written: uncompressed bytes, to the workspace, too.
         task_memory: the share of `projected_memory` that each concurrent block takes.
         memory_parts: shares of the memory by name.
-        note: what is around the model, for people.
+        model_note: what is around the model, for people.
         statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet taken.
     """
 
@@ -79,10 +80,10 @@ class Plan:
     snap: Ints
     heads: tuple[Head, ...]
     copies_input: bool
-    skips: bool
+    may_skip: bool
     core: Ints
     sweep: int
-    way: IoStrategy
+    io_strategy: IoStrategy
     concurrency: int
     batch_size: int
     torch_threads: int
@@ -92,7 +93,7 @@ class Plan:
     bytes_written: int
     task_memory: int
     memory_parts: tuple[tuple[str, int], ...] = ()
-    note: str = ""
+    model_note: str = ""
     statistics: tuple[tuple[float, float], ...] = ()
     runner: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
 
@@ -139,8 +140,7 @@ class Plan:
         found = []
         for frame, head in zip(self.frames, self.heads, strict=True):
             totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
-            sums, values = np.dtype(head.dtype).itemsize * head.stored, np.dtype(head.out_dtype).itemsize
-            found.append(slab_bytes(frame, totals, max(sums, values * head.out_channels)))
+            found.append(slab_bytes(frame, totals, max(head.sum_voxel_bytes, head.out_voxel_bytes)))
         return tuple(found)
 
     @property
@@ -187,11 +187,11 @@ class Plan:
             raise ValueError("this plan was read from a file; call predict() with its arguments to run it")
         return self.runner(self)
 
-    def at(self, concurrency: int, projected_memory: int) -> Plan:
+    def with_concurrency(self, concurrency: int, projected_memory: int) -> Plan:
         """The same plan with so many blocks at a time; not a byte of the result depends on it."""
         return replace(self, concurrency=concurrency, projected_memory=projected_memory)
 
-    def knowing(self, statistics: tuple[tuple[float, float], ...]) -> Plan:
+    def with_statistics(self, statistics: tuple[tuple[float, float], ...]) -> Plan:
         """The same plan, with what a pass over the volume found; the fingerprint has what was asked of it."""
         return replace(self, statistics=statistics)
 
@@ -202,7 +202,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as a JSON object, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "runner"}
-        record["heads"], record["way"] = [asdict(h) for h in self.heads], asdict(self.way)
+        record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
         derived = {
             "format": FORMAT,
             "run_id": self.run_id,
@@ -214,18 +214,25 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote.
+        """Return the plan that `to_json` wrote.
 
         Raises:
-            ValueError: when it is not a plan of this version.
+            ValueError: when the text is not the JSON of a plan.
+            RunMismatch: when another version of oocpatch wrote it, in another format.
         """
         record = json.loads(text)
-        if record.get("format") != FORMAT:
-            raise ValueError(f"the plan must have format {FORMAT}, got {record.get('format')!r}")
+        if "format" not in record:
+            raise ValueError("the JSON of a plan must have a 'format', as Plan.to_json() writes it")
+        if record["format"] != FORMAT:
+            raise RunMismatch(
+                f"the plan must have format {FORMAT}, got {record['format']!r} of another version of oocpatch; "
+                "finish the run with that version, or start afresh with overwrite=True",
+                ("format",),
+            )
         values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name != "runner"}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
-        values["way"] = IoStrategy(**record["way"])
+        values["io_strategy"] = IoStrategy(**record["io_strategy"])
         return cls(**values)
 
     def draw(self) -> str:
@@ -261,7 +268,7 @@ class Plan:
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
             "patches": f"{patches}, {modes}, batches of {self.batch_size}",
-            **({"model": self.note} if self.note else {}),
+            **({"model": self.model_note} if self.model_note else {}),
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
             **outputs,
             "memory": f"{human(self.projected_memory)} at most ({parts})",

@@ -50,7 +50,7 @@ class BlockChoice:
     """A block grid, the way its tasks work, how many run at a time, and what that needs."""
 
     blocks: BlockGrid
-    way: IoStrategy
+    io_strategy: IoStrategy
     concurrency: int
     projection: Projection
 
@@ -84,7 +84,7 @@ def choose(
         best = _best(candidates, max_memory, max_disk)
         if best is not None:
             found, concurrency = best
-            choice = BlockChoice(found.frame.blocks, found.way, concurrency, found.projection)
+            choice = BlockChoice(found.frame.blocks, found.io_strategy, concurrency, found.projection)
             return _with_workers(choice, workers, max_memory)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
@@ -94,10 +94,10 @@ def _ways(grids: list[BlockGrid], sizes: ByteSizes, threads: int) -> list[_Candi
     frames, candidates = Frames(sizes), []
     for blocks in grids:
         frame, heads = frames.of(blocks)
-        for aligned in (True, False):
-            moved = traffic(frame, heads, sizes, NOMINAL[0], aligned=aligned)
-            ways = (IoStrategy(aligned, ahead, threads) for ahead in (True, False))
-            candidates += [_Candidate(frame, heads, sizes, way, moved) for way in ways]
+        for aligned_reads in (True, False):
+            moved = traffic(frame, heads, sizes, NOMINAL[0], aligned_reads=aligned_reads)
+            strategies = (IoStrategy(aligned_reads, prefetch, threads) for prefetch in (True, False))
+            candidates += [_Candidate(frame, heads, sizes, strategy, moved) for strategy in strategies]
     return candidates
 
 
@@ -122,17 +122,17 @@ class _Candidate:
     frame: Frame
     heads: tuple[Frame, ...]
     sizes: ByteSizes
-    way: IoStrategy
+    io_strategy: IoStrategy
     moved: Traffic
 
     @cached_property
     def projection(self) -> Projection:
-        return project(self.frame, self.heads, self.sizes, self.way, self.moved)
+        return project(self.frame, self.heads, self.sizes, self.io_strategy, self.moved)
 
     @cached_property
     def least(self) -> int:
         """A bound from below of the memory of one task at a time."""
-        return least_memory(self.frame, self.heads, self.sizes, self.way)
+        return least_memory(self.frame, self.heads, self.sizes, self.io_strategy)
 
     def concurrency(self, max_memory: int) -> int:
         """How many tasks at a time fit, of the nominal numbers; 0: not even one."""
@@ -144,7 +144,7 @@ class _Candidate:
         """Projected traffic, weighed: bytes, and what makes them slower or dearer to lose."""
         blocks = self.frame.blocks
         cost = float(self.moved.bytes_read + self.moved.bytes_written)
-        cost *= 1.0 if self.way.ahead else UNHURRIED
+        cost *= 1.0 if self.io_strategy.prefetch else UNHURRIED
         cost *= LONELY if concurrency == 1 or blocks.num_blocks == 1 else 1.0
         cost *= 1.0 + 0.01 * blocks.sweep  # rows of memory stay long when an early axis is swept
         work = blocks.grid.num_patches * math.prod(blocks.grid.patch_size) / blocks.num_blocks
@@ -171,7 +171,7 @@ class Frames:
         for a, axis in enumerate(blocks.axes):
             key = (head, a, axis)
             if key not in self._totals:
-                chunk = self._sizes.in_chunk[a] if head < 0 else 1
+                chunk = self._sizes.in_chunks[a] if head < 0 else 1
                 self._totals[key] = axis_totals(axis, chunk, context[a])
             found.append(self._totals[key])
         return Frame(blocks, tuple(found))
@@ -185,7 +185,7 @@ def _with_workers(choice: BlockChoice, workers: int | None, max_memory: int) -> 
         wanted = workers
         while wanted > 1 and choice.projection.memory(wanted) > max_memory:
             wanted -= 1
-    return BlockChoice(choice.blocks, choice.way, max(1, wanted), choice.projection)
+    return BlockChoice(choice.blocks, choice.io_strategy, max(1, wanted), choice.projection)
 
 
 def _candidates(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop: bool) -> Iterator[BlockGrid]:

@@ -69,13 +69,13 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end
 
 
 @lru_cache(maxsize=4096)
-def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *, ahead: bool) -> tuple[int, int]:
+def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *, prefetch: bool) -> tuple[int, int]:
     """Planes that the input ring and the sums ring of a block must hold: `(input, sums)`.
 
-    With `ahead`, the input of the next group is read while the current one is computed. Of many groups one period of
+    With `prefetch`, the input of the next group is read while the current one is computed. Of many groups one period of
     the pattern that strides and chunks make is looked at, and the end.
 
-    >>> capacity(GridAxis(10, 4, 2), range(0, 4), 1, 1, ahead=True)
+    >>> capacity(GridAxis(10, 4, 2), range(0, 4), 1, 1, prefetch=True)
     (6, 4)
     """
     reads, sums = 1, 1
@@ -83,7 +83,7 @@ def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *
     for part in _excerpts(layers, layers_per_group, math.lcm(axis.stride, chunk) // axis.stride):
         schedule = groups(axis, part, layers_per_group, chunk, end)
         for i, group in enumerate(schedule):
-            following = schedule[min(i + ahead, len(schedule) - 1)]
+            following = schedule[min(i + prefetch, len(schedule) - 1)]
             reads = max(reads, following.read_stop - group.start)
             sums = max(sums, group.stop - group.start)
     return reads, sums

@@ -39,7 +39,7 @@ def set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool
         return workspace
     if found is not None:
         remove_workspace(root_of(found))
-    made = made.knowing(request.statistics(hidden=hidden(progress)))
+    made = made.with_statistics(request.statistics(hidden=hidden(progress)))
     create_output(request.output, made, request.volume, request.workspace, found)
     return Workspace.create(request.workspace / made.run_id, made)
 

@@ -2,7 +2,7 @@
 
 ```text
 <attempt>/
-    <head>/own-<axis>        sums over the open part of the core      (C, *box), one chunk per step of the sweep
+    <head>/open-<axis>       sums over the open part of the core      (C, *box), one chunk per step of the sweep
     <head>/seam-<offset>     sums over the halo, for one neighbour
         zarr.json, c.0.<step>.0
     manifest.json            dtype, channels and the CRC of each chunk of these pieces, written after them

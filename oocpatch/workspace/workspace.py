@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from oocpatch.errors import CorruptData
+from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
@@ -75,6 +75,7 @@ class Workspace:
 
         Raises:
             OSError: when an object store does not answer, which says nothing about what is there.
+            RunMismatch: when another version of oocpatch set it up.
         """
         try:
             stored = json.loads((root / PLAN).read_text())
@@ -85,6 +86,8 @@ class Workspace:
             if says_nothing(error, root):
                 raise
             return None
+        except RunMismatch:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -35,8 +35,8 @@ def test_values_are_sums_divided_by_weights_however_they_are_cut(dtype: str, sha
         expected = np.clip(np.rint(wanted.astype(np.float64)), info.min, info.max)
     larger = torch.from_numpy(np.zeros((2, *(n + 1 for n in shape)), dtype))
     out = larger[(slice(None), *(slice(1, None) for _ in shape))]  # with strides of its own
-    finisher = Normalizer(tuple(map(torch.from_numpy, weights)), None, 0, tile)
-    finisher.finish(torch.from_numpy(wanted * product), box, out)
+    normalizer = Normalizer(tuple(map(torch.from_numpy, weights)), None, 0, tile)
+    normalizer.normalize(torch.from_numpy(wanted * product), box, out)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(out.numpy(), expected.astype(dtype))
 
@@ -45,7 +45,9 @@ def test_values_are_sums_divided_by_weights_however_they_are_cut(dtype: str, sha
 def test_what_is_not_a_number_becomes_zero_in_integers_and_is_counted(allowed: bool) -> None:
     sums = torch.tensor([[2.0, torch.nan, 600.0, -torch.inf]])
     out = torch.zeros((1, 4), dtype=torch.uint8)
-    counts = Normalizer((torch.full((4,), 2.0),), None, 0, 64, nonfinite=allowed).finish(sums, Box((0,), (4,)), out)
+    counts = Normalizer((torch.full((4,), 2.0),), None, 0, 64, allow_nonfinite=allowed).normalize(
+        sums, Box((0,), (4,)), out
+    )
     assert out.tolist() == [[1, 0, 255, 0]]
     assert counts.nonfinite == (2 if allowed else 0)
 

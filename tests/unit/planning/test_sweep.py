@@ -15,10 +15,10 @@ def test_the_projected_capacity_holds_every_group_of_a_long_sweep_and_the_one_re
     axis = GridAxis(data.draw(st.integers(1, 300)), patch, data.draw(st.integers(0, patch - 1)))
     chunk, per_group = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
     layers = range(axis.count)
-    for ahead in (False, True):
-        reads, sums = capacity(axis, layers, per_group, chunk, ahead=ahead)
+    for prefetch in (False, True):
+        reads, sums = capacity(axis, layers, per_group, chunk, prefetch=prefetch)
         schedule = groups(axis, layers, per_group, chunk)
         for i, group in enumerate(schedule):
-            following = schedule[min(i + ahead, len(schedule) - 1)]
+            following = schedule[min(i + prefetch, len(schedule) - 1)]
             assert max(group.read_stop, following.read_stop) - group.start <= reads
             assert group.stop - group.start <= sums
