@@ -22,8 +22,7 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
     if scheduler is None and not processes:
         yield given
         return
-    from oocpatch.execution.dask_clients import connected
-    from oocpatch.execution.dask_cluster import log_dashboard
+    from oocpatch.execution.dask_clients import connected, log_dashboard
 
     with connected(scheduler, given["workers"] or 0, given["device"]) as client:
         log(f"dashboard: {log_dashboard(client)}")

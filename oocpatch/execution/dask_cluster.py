@@ -1,13 +1,13 @@
-"""The cluster: tasks on the worker processes of a Dask scheduler. The only file that knows `distributed`.
+"""Executor on the worker processes of a Dask scheduler.
 
 The driver decides which process works on which block, one block per process at a time, and submits a task only when a
-process is free for it: scheduler and client hold as many tasks as there are processes. Each attempt is a task of its
-own, bound to its process. So Dask never runs one again by itself, and the block that a dead process worked on is known.
+process is free for it: scheduler and client hold as many tasks as there are processes. Each attempt is a separate Dask
+task bound to its process. So Dask never repeats a task by itself, and the block that a dead process worked on is known.
 
 ```text
   Run --submit--> waiting --free process--> in flight --result--> Run
                      ^                          |
-                     +---- again, elsewhere <---+ process died | a fault that may pass
+                     +---- again, elsewhere <---+ process died | transient error
                      +---- again, alone     <---+ process died, for the second time
                                                 +--> WorkerDied: for the third time, alone
 ```
@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
@@ -39,56 +39,55 @@ from zarr.storage import LocalStore
 
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import ClusterLost, OocpatchError
-from oocpatch.execution.devices import place_of
 from oocpatch.execution.scheduler import Stopped, Task
-from oocpatch.execution.versions import MUST_AGREE, SHOULD_AGREE, asking, disagreement
 from oocpatch.storage.retries import ATTEMPTS, hopeless, transient
 
 logger = logging.getLogger("oocpatch")
 
 DEATHS = 3
-"""How often a process may die while it works on a block before the block counts as the reason."""
+"""Number of processes that may die while they work on a block before the block counts as the cause."""
 
-LOOK_SECONDS = 0.5
-"""How often the driver looks which processes there are."""
+REFRESH_SECONDS = 0.5
+"""Interval at which the driver updates its set of worker processes."""
 
-GATHER_SECONDS, LAST_SECONDS, GOODBYE_SECONDS = 5.0, 60.0, 5.0
-"""How long a result may travel, how long processes may take for what each has to do at the end, and to let go."""
+GATHER_SECONDS, FLUSH_SECONDS, CLOSE_SECONDS = 5.0, 60.0, 5.0
+"""Time limits: for the transfer of a result, for a function that every process runs, for a call at the end of a run."""
 
 RESUME = "what is finished is kept, the same call goes on where this one stopped"
 
 
 class WorkerDied(OocpatchError, RuntimeError):
-    """The process that worked on a block died, and did so again when nothing else was running."""
+    """The processes that worked on a block died, the last one while nothing else was running."""
 
 
 class RunHandle(Protocol):
-    """What every task of one call carries; see `oocpatch.execution.worker`."""
+    """Reference to a run that every task carries; see `oocpatch.execution.payload`."""
 
     @property
-    def token(self) -> str: ...
-
-    @property
-    def versions(self) -> dict[str, str | None]: ...
+    def token(self) -> str:
+        """Name of the call of `predict`."""
 
 
-class Supply(Protocol):
-    """What brings worker processes to a scheduler; see `oocpatch.execution.slurm`."""
+NO_MORE_WORKERS: weakref.WeakKeyDictionary[distributed.Client, Callable[[], str]] = weakref.WeakKeyDictionary()
+"""By client of a batch system: a function that returns why no worker will come any more, an empty text if one may.
 
-    def ask(self) -> None:
-        """Ask for the processes: a run begins."""
-
-    def keep(self, processes: int) -> str | None:
-        """Ask for those that were lost, of which so many are left; why none will come any more, if that is so."""
-
-
-SUPPLIES: weakref.WeakKeyDictionary[distributed.Client, Supply] = weakref.WeakKeyDictionary()
-"""By client; most have none, their processes are there, or come by themselves."""
+Other clients have no entry; they wait for workers for a limited time."""
 
 
 @dataclass
 class _Attempt:
-    """A task on its way to a result."""
+    """A task that is waiting or in flight, and its history.
+
+    Attributes:
+        task: the task.
+        result: completed with its result or error.
+        tries: number of times that it failed.
+        deaths: number of processes that died while they worked on it.
+        alone: run it only while nothing else is in flight.
+        due: earliest time of the next try.
+        address: of the process that works on it.
+        future: of Dask.
+    """
 
     task: Task
     result: Future[TaskResult]
@@ -97,7 +96,7 @@ class _Attempt:
     alone: bool = False
     due: float = 0.0
     address: str = ""
-    remote: Any = None
+    future: Any = None
 
 
 @dataclass
@@ -106,62 +105,57 @@ class Cluster:
 
     Attributes:
         client: the user's client; it stays open.
-        call: what every task of this call carries.
-        work: does a task in a worker process, which is told its number among those of its host.
-        drop: makes a worker process let go of a call, by its token.
-        most: processes to use at most; None: all.
-        on_done: told the tasks that are done, and what they did.
+        handle: reference to the run, passed to `work`.
+        work: runs a task in a worker process; its third argument is the rank of the process on its host.
+        drop: makes a worker process close a run, by its token.
+        max_processes: number of processes to use; None: all.
+        on_done: called with each finished task and its result.
     """
 
     client: distributed.Client
-    call: RunHandle
+    handle: RunHandle
     work: Callable[[Any, Task, int], TaskResult]
     drop: Callable[[str], None]
-    most: int | None = None
+    max_processes: int | None = None
     on_done: Callable[[Task, TaskResult], None] = lambda *_: None
     _inbox: queue.SimpleQueue[_Attempt | None] = field(default_factory=queue.SimpleQueue)
     _waiting: deque[_Attempt] = field(default_factory=deque)
-    _flying: list[_Attempt] = field(default_factory=list)
+    _in_flight: list[_Attempt] = field(default_factory=list)
     _processes: set[str] = field(default_factory=set)
-    _places: dict[str, int] = field(default_factory=dict)
-    _looked_at: float = 0.0
-    _seen_at: float = field(default_factory=time.monotonic)
+    _ranks: dict[str, int] = field(default_factory=dict)
+    _refreshed_at: float = 0.0
+    _workers_seen_at: float = field(default_factory=time.monotonic)
     _stopping: bool = False
-    _lost: ClusterLost | None = None
-    _numbers: int = 0
-    _supply: Supply | None = None
+    _attempts: int = 0
 
     def __enter__(self) -> Self:
-        self._supply = SUPPLIES.get(self.client)
-        if self._supply is not None:
-            self._supply.ask()
-        self._look()
+        self._refresh_workers()
         self._thread = threading.Thread(target=self._serve, name="oocpatch-cluster", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._thread.join(GATHER_SECONDS + GOODBYE_SECONDS)
+        self._thread.join(GATHER_SECONDS + CLOSE_SECONDS)
         if self.client.status == "running":
             # Bounded: a frozen process does not answer, and the scheduler waits for it.
-            _bounded(lambda: self.client.run(self.drop, self.call.token, on_error="ignore"))
+            call_bounded(lambda: self.client.run(self.drop, self.handle.token, on_error="ignore"))
 
     @property
     def window(self) -> int:
-        """Tasks to keep submitted at a time: one per process."""
-        return max(1, min(len(self._processes), self.most or len(self._processes)))
+        """Number of tasks to keep submitted: one per process."""
+        return max(1, min(len(self._processes), self.max_processes or len(self._processes)))
 
     def everywhere(self, function: Callable[[], None]) -> None:
-        """RunHandle a function in every process.
+        """Run a function in every process.
 
         Raises:
-            OSError: what it raises in one of them.
+            OSError: when it fails in one of them.
         """
-        found = _bounded(lambda: self.client.run(function, on_error="return"), LAST_SECONDS)
-        if found is None:
-            logger.warning("not all workers answered within %.0f s: the disk may not have all of it yet", LAST_SECONDS)
-        for error in (found or {}).values():
+        answers = call_bounded(lambda: self.client.run(function, on_error="return"), FLUSH_SECONDS)
+        if answers is None:
+            logger.warning("not all workers answered within %.0f s: the disk may not have all of it yet", FLUSH_SECONDS)
+        for error in (answers or {}).values():
             if isinstance(error, OSError) and not isinstance(error, CommClosedError):
                 raise error
 
@@ -172,7 +166,7 @@ class Cluster:
         return attempt.result
 
     def stop(self) -> None:
-        """Drop the tasks under way; processes give theirs up at the next patch."""
+        """Drop the tasks in flight; processes stop at the next patch."""
         self._stopping = True
         self._inbox.put(None)
 
@@ -180,72 +174,80 @@ class Cluster:
         try:
             while not self._stopping:
                 with contextlib.suppress(queue.Empty):
-                    event = self._inbox.get(timeout=LOOK_SECONDS)
+                    event = self._inbox.get(timeout=REFRESH_SECONDS)
                     while True:
                         self._waiting.extend([event] if event is not None else [])
                         event = self._inbox.get_nowait()
                 self._collect()
-                if time.monotonic() - self._looked_at >= LOOK_SECONDS:
-                    self._look()
+                if time.monotonic() - self._refreshed_at >= REFRESH_SECONDS:
+                    self._refresh_workers()
                 self._dispatch()
         except ClusterLost as lost:
-            self._end(lost)
+            self._fail_all(lost)
         except Exception as error:  # noqa: BLE001 - whatever Dask raises when its scheduler goes away
-            self._end(ClusterLost(f"the scheduler is lost ({type(error).__name__}: {error}); {RESUME}"))
-        self._forget()
+            self._fail_all(ClusterLost(f"the scheduler is lost ({type(error).__name__}: {error}); {RESUME}"))
+        self._release_all()
 
-    def _end(self, lost: ClusterLost) -> None:
-        """Fail everything, what is still to be submitted included."""
+    def _fail_all(self, lost: ClusterLost) -> None:
+        """Fail all tasks, also those that are submitted from now on, until the run stops."""
         while not self._stopping:
-            for attempt in (*self._flying, *self._waiting):
+            for attempt in (*self._in_flight, *self._waiting):
                 if not attempt.result.done():
                     attempt.result.set_exception(lost)
             self._waiting.clear()
             event = self._inbox.get()
             self._waiting.extend([event] if event is not None else [])
 
-    def _forget(self) -> None:
-        for attempt in self._flying:
+    def _release_all(self) -> None:
+        for attempt in self._in_flight:
             with contextlib.suppress(Exception):  # the scheduler may be gone
-                attempt.remote.release()
-        self._flying.clear()
+                attempt.future.release()
+        self._in_flight.clear()
 
-    def _look(self) -> None:
-        """Find out which processes there are, and give up those tasks whose process is gone."""
+    def _refresh_workers(self) -> None:
+        """Update the set of processes, and retry tasks whose process is gone.
+
+        Raises:
+            ClusterLost: when the scheduler is gone, or no worker will come.
+        """
         if self.client.status != "running":
             raise ClusterLost(f"the scheduler is lost (the client is {self.client.status}); {RESUME}")
         self._processes = set(self.client.nthreads())  # type: ignore[no-untyped-call]  # so has distributed, in places
-        self._places = {address: place for address, place in self._places.items() if address in self._processes}
-        self._looked_at = now = time.monotonic()
-        gone = None if self._supply is None else self._supply.keep(len(self._processes))
-        if gone is not None:
-            raise ClusterLost(f"{gone}; {RESUME}")
-        if self._processes or self._supply is not None:  # it knows how long to wait
-            self._seen_at = now
-        elif now - self._seen_at > (patience := _patience()):
-            raise ClusterLost(
-                f"there were no workers for {patience:.0f} s; {RESUME}; start workers, or set the time to wait "
-                "(dask.config: oocpatch.wait-for-workers)"
+        self._ranks = {address: rank for address, rank in self._ranks.items() if address in self._processes}
+        self._refreshed_at = now = time.monotonic()
+        if self._processes:
+            self._workers_seen_at = now
+        elif now - self._workers_seen_at > (seconds := _wait_seconds()):
+            reason = (
+                NO_MORE_WORKERS[self.client]()
+                if self.client in NO_MORE_WORKERS
+                else (
+                    f"there were no workers for {seconds:.0f} s; start workers, or set the time to wait "
+                    "(dask.config: oocpatch.wait-for-workers)"
+                )
             )
-        for attempt in [a for a in self._flying if a.address not in self._processes]:
+            if reason:
+                raise ClusterLost(f"{reason}; {RESUME}")
+            self._workers_seen_at = now
+        for attempt in [a for a in self._in_flight if a.address not in self._processes]:
             self._died(attempt)
 
     def _collect(self) -> None:
-        """Take in what is done."""
-        for attempt in list(self._flying):
-            status = attempt.remote.status
+        """Pass on results and errors of finished tasks."""
+        for attempt in list(self._in_flight):
+            status = attempt.future.status
             if status == "cancelled":
                 raise ClusterLost(f"the scheduler is lost, or tasks were cancelled there; {RESUME}")
-            with contextlib.suppress(TimeoutError, InvalidStateError):  # see below
+            with contextlib.suppress(TimeoutError, InvalidStateError):
                 if status == "finished":
-                    done = attempt.remote.result(timeout=GATHER_SECONDS)
-                    self._land(attempt)
-                    self.on_done(attempt.task, done)
-                    attempt.result.set_result(done)
+                    result = attempt.future.result(timeout=GATHER_SECONDS)
+                    self._remove(attempt)
+                    self.on_done(attempt.task, result)
+                    attempt.result.set_result(result)
                 elif status == "error":
-                    self._failed(attempt, attempt.remote.exception(timeout=GATHER_SECONDS))
-            # Too late: the process may have died with the result, and the next look will tell. Invalid: the run was
-            # interrupted, and nobody waits for it.
+                    self._failed(attempt, attempt.future.exception(timeout=GATHER_SECONDS))
+            # TimeoutError: the process may have died with the result, which the next refresh will show.
+            # InvalidStateError: the run was interrupted, and nobody waits for the result.
 
     def _failed(self, attempt: _Attempt, error: BaseException) -> None:
         if isinstance(error, KilledWorker):
@@ -253,7 +255,7 @@ class Cluster:
             return
         if isinstance(error, Stopped):
             error = ClusterLost(f"the worker at {attempt.address} does not see the run's workspace; {RESUME}")
-        self._land(attempt)
+        self._remove(attempt)
         attempt.tries += 1
         if transient(error) and not hopeless(error) and attempt.tries < ATTEMPTS:
             pause = random.uniform(0.5, 1.0) * min(5.0, 0.2 * 2**attempt.tries)  # noqa: S311 - not a secret
@@ -263,9 +265,9 @@ class Cluster:
             attempt.result.set_exception(error)
 
     def _died(self, attempt: _Attempt) -> None:
-        """The process that worked on a task is gone: again elsewhere, then alone, then it is the task that kills it."""
+        """Retry a task whose process is gone: elsewhere, then alone; after that, its block counts as the cause."""
         index, alone = attempt.task.index, attempt.alone
-        self._land(attempt)
+        self._remove(attempt)
         attempt.deaths += 1
         logger.warning("the worker at %s died while it worked on block %d", attempt.address, index)
         if alone and attempt.deaths >= DEATHS:
@@ -279,83 +281,83 @@ class Cluster:
             attempt.alone = attempt.deaths >= DEATHS - 1
             self._waiting.append(attempt)
 
-    def _land(self, attempt: _Attempt) -> None:
-        self._flying.remove(attempt)
-        attempt.remote.release()
+    def _remove(self, attempt: _Attempt) -> None:
+        self._in_flight.remove(attempt)
+        attempt.future.release()
 
     def _dispatch(self) -> None:
-        """Give waiting tasks to free processes; a suspect runs when nothing else does."""
+        """Submit waiting tasks to free processes; a suspect runs only while nothing else does."""
         now = time.monotonic()
         for attempt in [a for a in self._waiting if a.result.cancelled()]:
             self._waiting.remove(attempt)
         suspects = [a for a in self._waiting if a.alone]
-        if any(a.alone for a in self._flying) or (suspects and self._flying):
+        if any(a.alone for a in self._in_flight) or (suspects and self._in_flight):
             return
-        busy = {a.address for a in self._flying}
+        busy = {a.address for a in self._in_flight}
         free = sorted(self._processes - busy)
         random.shuffle(free)  # one that is about to fail is not always the first choice
         ready = suspects[:1] or [a for a in self._waiting if a.due <= now]
-        room = (self.most or len(self._processes)) - len(self._flying)
+        room = (self.max_processes or len(self._processes)) - len(self._in_flight)
         for attempt, address in zip(ready[: max(0, room)], free, strict=False):
             self._waiting.remove(attempt)
-            self._launch(attempt, address)
+            self._submit_to(attempt, address)
 
-    def _launch(self, attempt: _Attempt, address: str) -> None:
-        task, self._numbers = attempt.task, self._numbers + 1
+    def _submit_to(self, attempt: _Attempt, address: str) -> None:
+        task, self._attempts = attempt.task, self._attempts + 1
         attempt.address = address
-        if address not in self._places:
-            self._places[address] = place_of(address, self._places)
-        attempt.remote = self.client.submit(
+        if address not in self._ranks:
+            self._ranks[address] = host_rank(address, self._ranks)
+        attempt.future = self.client.submit(
             self.work,
-            self.call,
+            self.handle,
             task,
-            self._places[address],
-            key=f"oocpatch-{task.stage}-{self.call.token}-{self._numbers}",
+            self._ranks[address],
+            key=f"oocpatch-{task.stage}-{self.handle.token}-{self._attempts}",
             workers=[address],
             allow_other_workers=False,  # a dead process is noticed here, and blamed on the right block
             retries=0,
             pure=False,
         )
-        self._flying.append(attempt)
-        attempt.remote.add_done_callback(lambda _: self._inbox.put(None))
+        self._in_flight.append(attempt)
+        attempt.future.add_done_callback(lambda _: self._inbox.put(None))
 
 
-def _patience() -> float:
-    """Seconds that a run waits for the first worker, or for another one when all are gone."""
+def _wait_seconds() -> float:
+    """Return how long a run waits for the first worker, or for another one when all are gone."""
     return float(dask.utils.parse_timedelta(dask.config.get("oocpatch.wait-for-workers", "60s")))
 
 
-def _bounded(function: Callable[[], Any], seconds: float = GOODBYE_SECONDS) -> Any:
-    """What a call gives, if it does so in time; else None."""
-    found: list[Any] = []
+def call_bounded(function: Callable[[], Any], seconds: float = CLOSE_SECONDS) -> Any:
+    """Return the result of a call; None if it fails or takes longer."""
+    results: list[Any] = []
 
     def run() -> None:
         with contextlib.suppress(Exception):
-            found.append(function())
+            results.append(function())
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return results[0] if results else None
 
 
-def checked_client(client: Any) -> Any:
-    """A client that can be used.
+def host_rank(address: str, ranks: Mapping[str, int]) -> int:
+    """Return the rank of a worker process on its host: the smallest number that no other process there has.
 
-    Raises:
-        TypeError, ValueError: for anything else.
+    Args:
+        address: of the process, such as `tcp://10.0.0.2:41234`.
+        ranks: of the other processes, by address.
+
+    >>> host_rank("tcp://b:3", {"tcp://a:1": 0, "tcp://b:1": 0, "tcp://b:2": 2})
+    1
     """
-    if not isinstance(client, distributed.Client):
-        raise TypeError(f"client must be a dask.distributed.Client, got {type(client).__name__}")
-    if client.asynchronous:
-        raise ValueError("client must not be asynchronous; make it with Client(..., asynchronous=False)")
-    if client.status != "running":
-        raise ValueError(f"client must be connected to its scheduler, but it is {client.status}")
-    return client
+    host = address.rpartition(":")[0]
+    used = {rank for other, rank in ranks.items() if other.rpartition(":")[0] == host}
+    return min(set(range(len(used) + 1)) - used)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Makes paths of arrays on disk absolute: where nothing lies, Zarr reads the fill value."""
+    """Makes paths of arrays absolute: at a path where nothing exists, Zarr would read the fill value."""
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is LocalStore and not obj.root.is_absolute():
@@ -364,32 +366,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 def pickled(value: Any) -> bytes:
-    """A value as bytes that another process can read, wherever its working directory is."""
+    """Pickle a value for processes with other working directories."""
     file = io.BytesIO()
     _Pickler(file).dump(value)
     return file.getvalue()
-
-
-def check_versions(client: distributed.Client, here: dict[str, str | None]) -> None:
-    """Compare the versions of the workers with those of the client.
-
-    Raises:
-        ValueError: when they would compute something else.
-    """
-    found = _bounded(lambda: client.run(asking(), on_error="return"))
-    for address, there in (found or {}).items():
-        if not isinstance(there, dict):
-            continue  # it did not answer; if it takes part, it compares by itself
-        wrong = disagreement(here, there, MUST_AGREE)
-        if wrong:
-            raise ValueError(f"workers must have the client's versions, but the one at {address} differs: {wrong}")
-        told = disagreement(here, there, SHOULD_AGREE)
-        if told:
-            logger.warning("the worker at %s has other versions, and may round differently: %s", address, told)
-
-
-def log_dashboard(client: distributed.Client) -> str:
-    """The dashboard's address, which is also logged."""
-    link = str(client.dashboard_link)
-    logger.info("dashboard: %s", link)
-    return link

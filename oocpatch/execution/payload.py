@@ -22,8 +22,8 @@ from zarr.storage import MemoryStore
 
 from oocpatch.configuration.run_config import Request
 from oocpatch.errors import PlanTooLarge
-from oocpatch.execution.dask_cluster import check_versions, pickled
-from oocpatch.execution.versions import versions_here
+from oocpatch.execution.dask_clients import check_versions, versions_here
+from oocpatch.execution.dask_cluster import pickled
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.files import make_folder, remove_folder, remove_tree

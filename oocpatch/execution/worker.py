@@ -33,12 +33,11 @@ from oocpatch.configuration.run_config import Request
 from oocpatch.engine.patch_selection import Mask, Selection
 from oocpatch.engine.stages import TaskContext, TaskResult
 from oocpatch.errors import ClusterLost
-from oocpatch.execution.dask_cluster import Cluster, log_dashboard
-from oocpatch.execution.devices import device_at
+from oocpatch.execution.dask_clients import MUST_AGREE, device_of_rank, disagreement, log_dashboard, versions_here
+from oocpatch.execution.dask_cluster import Cluster
 from oocpatch.execution.payload import RunHandle, WorkerPayload, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
 from oocpatch.execution.task_context import open_task_context, run_task
-from oocpatch.execution.versions import MUST_AGREE, disagreement, versions_here
 from oocpatch.models.fingerprint import model_fingerprint
 from oocpatch.models.loading import load_models
 from oocpatch.models.predictor import use_threads
@@ -179,7 +178,7 @@ def _open(call: RunHandle, place: int, stopped: threading.Event, stack: contextl
     volume = recipe.volume.open()
     if volume.source.location not in (None, call.folder / "volume") and volume.fingerprint != made.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
-    device = device_at(place, recipe.rest["options"]["device"], torch.cuda.device_count())
+    device = device_of_rank(place, recipe.rest["options"]["device"], torch.cuda.device_count())
     rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}
     given = dict(recipe.model)
     models = load_models(given.pop("model"), **given, device=device)

@@ -238,9 +238,9 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 def _part(part: Sequence[int] | None, client: Any, *, overwrite: bool) -> ArrayJobPart | None:
     if client is not None:
-        from oocpatch.execution.dask_cluster import checked_client  # noqa: PLC0415 - a second of imports, for clusters only
+        from oocpatch.execution.dask_clients import check_client  # noqa: PLC0415 - a second of imports, for clusters only
 
-        checked_client(client)
+        check_client(client)
     if part is None:
         return None
     if client is not None:

@@ -23,7 +23,7 @@ from torch import nn
 import oocpatch
 from oocpatch.execution import dask_cluster as clusters
 from oocpatch.execution import worker as remote
-from oocpatch.execution.dask_clients import connected
+from oocpatch.execution.dask_clients import check_versions, connected, versions_here
 from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush
 from tests.support.cluster_child import CONFIG
@@ -125,7 +125,7 @@ def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: py
         alive = client.run(os.getpid).values()
         assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
         monkeypatch.undo()
-        gone = clusters.Cluster(client, call=Any, work=remote.work, drop=remote.drop)
+        gone = clusters.Cluster(client, handle=Any, work=remote.work, drop=remote.drop)
         with pytest.raises(FileNotFoundError, match="nowhere"):
             gone.everywhere(functools.partial(flush, Path("/nowhere")))
 
@@ -355,13 +355,12 @@ def test_workers_of_another_version_are_refused_before_the_start(
 ) -> None:
     small.add(1)
     with small.client() as client:
-        monkeypatch.setattr("oocpatch.__version__", "9.9")
-        with pytest.raises(ValueError, match=r"oocpatch 9\.9 here, .* there"):
+        here = versions_here()
+        monkeypatch.setattr("oocpatch.execution.payload.versions_here", lambda: {**here, "torch": "9.9"})
+        with pytest.raises(ValueError, match=r"torch 9\.9 here, .* there"):
             small.predict(client=client)
         assert not (small.folder / "out").exists()
-        monkeypatch.undo()
-        here = {**clusters.asking()(), "zarr": "1.0"}
-        clusters.check_versions(client, here)
+        check_versions(client, {**here, "zarr": "1.0"})
     assert "zarr 1.0 here" in caplog.text
 
 

@@ -27,12 +27,12 @@ class Forks(abc.ABC):
     """A process that has imported everything and forks children, as it is told line by line.
 
     Args:
-        module: the module of the tests whose `serve` it runs.
+        module: the module of `tests.support` whose `serve` it runs.
     """
 
     def __init__(self, module: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", f"from tests import {module}; {module}.serve()"],
+            [sys.executable, "-c", f"from tests.support import {module}; {module}.serve()"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -53,6 +53,10 @@ class FakeSlurm:
         """Processes of all jobs that were started."""
         return [pid for file in self.folder.glob("*.pid") for pid in group(int(file.read_text()))]
 
+    def start(self, job: str) -> None:
+        """Start a job that waits in the queue."""
+        subprocess.run([sys.executable, __file__, str(self.folder), "start", job], check=True)
+
     def kill(self, job: str) -> None:
         """End a job, as Slurm does when its time is up."""
         end(self.folder, job, signal.SIGKILL)
@@ -80,10 +84,21 @@ def end(folder: Path, job: str, number: int) -> None:
         time.sleep(0.02)
 
 
+def start(folder: Path, job: str) -> None:
+    with (folder / f"slurm-{job}.out").open("wb") as out:
+        process = subprocess.Popen(
+            ["/bin/bash", str(folder / f"{job}.sh")], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
+    (folder / f"{job}.pid").write_text(str(process.pid))
+
+
 def sbatch(folder: Path, script: str) -> int:
     if (folder / "refuse").exists():
         sys.stderr.write("sbatch: error: Batch job submission failed: Invalid account\n")
         return 1
+    if script == "--test-only":  # of a script from stdin
+        return 0
     number = 100
     while True:
         try:
@@ -94,18 +109,14 @@ def sbatch(folder: Path, script: str) -> int:
             number += 1
     shutil.copy(script, folder / f"{number}.sh")  # whoever submits deletes the script at once
     if not (folder / "hold").exists():
-        with (folder / f"slurm-{number}.out").open("wb") as out:
-            job = subprocess.Popen(
-                ["/bin/bash", str(folder / f"{number}.sh")], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
-        (folder / f"{number}.pid").write_text(str(job.pid))
+        start(folder, str(number))
     print(f"Submitted batch job {number}")
     note(folder, f"sbatch {number}")
     return 0
 
 
 def squeue(folder: Path) -> int:
+    note(folder, "squeue all")
     for file in sorted((folder / "jobs").iterdir()):
         pid = folder / f"{file.name}.pid"
         if not pid.exists() or group(int(pid.read_text())):
@@ -128,6 +139,9 @@ def note(folder: Path, text: str) -> None:
 def main(folder: str, command: str, *arguments: str) -> int:
     if command == "squeue":
         return squeue(Path(folder))
+    if command == "start":
+        start(Path(folder), *arguments)
+        return 0
     return {"sbatch": sbatch, "scancel": scancel}[command](Path(folder), arguments[-1])
 
 

@@ -51,7 +51,7 @@ LIBRARIES = {
     "conversion": ON_DISK,
     "configuration": "numpy torch",
     "execution": ON_DISK + " torch dask distributed cloudpickle",
-    "execution/slurm": "dask_jobqueue",
+    "execution/dask_clients": "dask_jobqueue",
     "run": ON_DISK + " torch",
     "verification": ON_DISK + " torch",
     "visualization": ON_DISK,
