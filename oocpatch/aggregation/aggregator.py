@@ -33,8 +33,7 @@ from oocpatch.aggregation.aggregator_batch import Batch, head_specs, read_batch
 from oocpatch.aggregation.grid_guess import GridGuess
 from oocpatch.aggregation.head_spec import HeadSpec
 from oocpatch.engine.buffers import lean_heap
-from oocpatch.planning.arguments import memory_limit
-from oocpatch.planning.axis_sizes import per_axis
+from oocpatch.planning.arguments import memory_limit, per_axis
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.storage.paths import check_writable, local_path
 

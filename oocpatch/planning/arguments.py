@@ -1,4 +1,9 @@
-"""Checks of arguments: numbers, switches, choices, dtypes, limits in bytes. Messages give the rule, then the values."""
+"""Checks of arguments: numbers, switches, choices, dtypes, sizes per axis, limits in bytes.
+
+Each function takes the parameter's name for its messages, which state the rule and then the value, and returns the
+value in the one form that the rest of the package uses. Checks that need a volume or a model are made where these are
+known.
+"""
 
 from __future__ import annotations
 
@@ -16,67 +21,148 @@ from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.windows import OVERLAP_MODES
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""File in which Linux states the memory limit of a container."""
 
 
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
-    """A value from a list, or None.
+    """Return a value that is None or in a list.
 
     Raises:
         ValueError: for any other value.
+
+    >>> one_of("device", "cpu", ("cpu", "cuda"))
+    'cpu'
     """
     if value is not None and value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
+def checked_overlap_mode(value: str) -> str:
+    """Return a checked `overlap_mode`.
+
+    Raises:
+        ValueError: when it is no such mode.
+    """
+    if value not in OVERLAP_MODES:
+        raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got {value!r}")
+    return str(value)
+
+
 def per_head(value: Any, check: Callable[[Any], Any]) -> Any:
-    """A checked value, or a dict of them by the name of a head."""
+    """Check one value for all heads, or each value of a dict from head name to value.
+
+    >>> per_head({"mask": "uint8"}, str.upper), per_head("uint8", str.upper)
+    ({'mask': 'UINT8'}, 'UINT8')
+    """
     return {str(k): check(v) for k, v in value.items()} if isinstance(value, Mapping) else check(value)
 
 
 def of_head(value: Any, name: str, default: Any) -> Any:
-    """The value for a head: one for all, or its own."""
+    """Return the value for one head, from one value for all heads or from a dict.
+
+    >>> of_head({"mask": 1}, "mask", 0), of_head({"mask": 1}, "edges", 0), of_head(2, "edges", 0)
+    (1, 0, 2)
+    """
     return value.get(name, default) if isinstance(value, Mapping) else value
 
 
-def checked_overlap_mode(value: str) -> str:
-    """A checked `overlap_mode`."""
-    if value is None:
-        raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got None")
-    return str(one_of("overlap_mode", value, OVERLAP_MODES))
-
-
 def positive(name: str, value: int) -> int:
-    """A checked positive integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    """Return a positive integer.
+
+    Raises:
+        TypeError: when it is not an integer.
+        ValueError: when it is below 1.
+    """
+    if not _is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
 
 
-def num_bytes(name: str, value: int | float | str) -> int:
-    """A limit in bytes, given as a number or a text such as `"2GiB"`.
+def per_axis(name: str, value: int | Sequence[int] | Mapping[str, int], axes: Sequence[str], *, least: int = 0) -> Ints:
+    """Return one size per spatial axis, in voxels.
 
-    >>> num_bytes("max_memory", "2GiB")
-    2147483648
+    Args:
+        name: the parameter's name, for messages.
+        value: one size for all axes, one per axis in order, or a dict by the axes' names.
+        axes: names of the spatial axes.
+        least: smallest size that is allowed.
+
+    Raises:
+        TypeError: when it is neither an `int` nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
+
+    >>> per_axis("patch_size", 64, "zyx"), per_axis("patch_size", {"x": 32, "y": 16}, "yx")
+    ((64, 64, 64), (16, 32))
+    """
+    if isinstance(value, Mapping):
+        if set(value) != set(axes):
+            raise ValueError(f"{name} must name each spatial axis ({', '.join(axes)}) and no other, got {dict(value)}")
+        value = [value[axis] for axis in axes]
+    sizes: Any = (value,) * len(axes) if _is_int(value) else value
+    if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence | np.ndarray) or not all(map(_is_int, sizes)):
+        raise TypeError(f"{name} must be an int or one int per spatial axis, got {value!r}")
+    if len(sizes) != len(axes):
+        raise ValueError(f"{name} must have one value per spatial axis ({', '.join(axes)}), got {tuple(sizes)}")
+    if any(n < least for n in sizes):
+        raise ValueError(f"{name} must be at least {least} on every axis, got {tuple(sizes)}")
+    return tuple(int(n) for n in sizes)
+
+
+def real_number(name: str, value: float) -> float:
+    """Return a number as Python's, which JSON can store; integers stay integers.
+
+    Raises:
+        TypeError: when it is not a number.
+
+    >>> real_number("fill", np.float32(0.5)), real_number("fill", 3)
+    (0.5, 3)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = _plain_number(value)
+    return number if isinstance(number, int) else float(number)
+
+
+def switch(name: str, value: Any) -> bool:
+    """Return True or False; a text such as "no" would count as True.
+
+    Raises:
+        TypeError: when it is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def num_bytes(name: str, value: int | float | str) -> int:
+    """Return a limit in bytes, from a number or a text such as `"2GiB"`.
 
     Raises:
         ValueError: when it is not a positive number of bytes.
+
+    >>> num_bytes("max_memory", "2GiB")
+    2147483648
     """
     try:
-        parsed = int(parse_bytes(_plain_number(value)))
+        size = int(parse_bytes(_plain_number(value)))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} must be a number of bytes such as 4000000 or '2GiB', got {value!r}") from error
-    if parsed <= 0:
+    if size <= 0:
         raise ValueError(f"{name} must be positive, got {value!r}")
-    return parsed
+    return size
 
 
 def memory_limit(value: int | float | str) -> int:
-    """The bound on memory; `"auto"` is a quarter of what this machine, or this container, has in all.
+    """Return `max_memory` in bytes; `"auto"` is a quarter of the memory of this machine or container.
 
-    Not of what is free: the plan, and with it the bytes of the result, would change from one moment to the next.
+    The limit depends on the total and not on what is free: with the latter the plan, and with it the bytes of the
+    result, would change from one moment to the next.
+
+    Raises:
+        ValueError: when it is not a positive number of bytes.
     """
     if value != "auto":
         return num_bytes("max_memory", value)
@@ -87,55 +173,27 @@ def memory_limit(value: int | float | str) -> int:
 
 
 def dtype_name(name: str, value: Any) -> str | None:
-    """The name of a dtype that an output can have, or None.
+    """Return the numpy name of an output's dtype, or None for None.
 
     Raises:
-        ValueError: when there is no such dtype, or it does not hold real numbers.
+        ValueError: when there is no such dtype, or its values are not real numbers.
+
+    >>> dtype_name("output_dtype", "torch.float16"), dtype_name("output_dtype", np.uint8)
+    ('float16', 'uint8')
     """
     if value is None:
         return None
     try:
-        found = np.dtype(str(value).removeprefix("torch.") if not isinstance(value, type | np.dtype) else value)
+        dtype = np.dtype(value if isinstance(value, type | np.dtype) else str(value).removeprefix("torch."))
     except TypeError as error:
         raise ValueError(f"{name} must be a dtype such as 'uint8' or 'float32', got {value!r}") from error
-    if found.kind not in "buif":
+    if dtype.kind not in "buif":
         raise ValueError(f"{name} must be a dtype of booleans, integers or floats, got {value!r}")
-    return str(found)
-
-
-def clipped_chunks(chunks: Ints, shape: Ints) -> Ints:
-    """Chunks that are not longer than the volume."""
-    return tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
-
-
-def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
-    """The output's write unit: the shard if there is one, else the chunk, neither longer than the volume needs.
-
-    Raises:
-        ValueError: when a shard is not a multiple of a chunk.
-    """
-    if shards is None:
-        return clipped_chunks(chunks, shape)
-    if any(s % c for s, c in zip(shards, chunks, strict=True)):
-        raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
-    return tuple(n if c >= n else min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
-
-
-def real_number(name: str, value: float) -> float:
-    """A checked number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    found = _plain_number(value)
-    return found if isinstance(found, int) else float(found)
-
-
-def _plain_number(value: Any) -> Any:
-    """Of a number of numpy, Python's, which JSON can hold."""
-    return value.item() if isinstance(value, np.number) else value
+    return str(dtype)
 
 
 def check_fits(name: str, value: float, dtype: str) -> None:
-    """Refuse a number that a dtype cannot hold.
+    """Refuse a number that a dtype cannot represent.
 
     Raises:
         ValueError: in that case.
@@ -151,17 +209,44 @@ def check_fits(name: str, value: float, dtype: str) -> None:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, as {dtype} holds them, got {value}")
 
 
-def switch(name: str, value: Any) -> bool:
-    """A checked switch: the text "no" would be taken for True.
+def clipped_chunks(chunks: Ints, shape: Ints) -> Ints:
+    """Return chunks that are not longer than the volume.
+
+    >>> clipped_chunks((64, 64), (100, 30))
+    (64, 30)
+    """
+    return tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
+
+
+def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
+    """Return the output's write unit: the shard if there is one, else the chunk, not longer than the volume needs.
 
     Raises:
-        TypeError: when it is neither True nor False.
+        ValueError: when a shard is not a multiple of a chunk.
+
+    >>> write_unit((32, 32), (128, 128), (100, 300)), write_unit((32, 32), None, (100, 30))
+    ((128, 128), (32, 30))
     """
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
+    if shards is None:
+        return clipped_chunks(chunks, shape)
+    if any(s % c for s, c in zip(shards, chunks, strict=True)):
+        raise ValueError(f"output_shards must be multiples of output_chunks, got {shards} and {chunks}")
+    return tuple(n if c >= n else min(s, ceil_to(n, c)) for s, c, n in zip(shards, chunks, shape, strict=True))
 
 
 def json_number(value: float) -> float | str:
-    """A number as JSON can compare it: NaN is not equal to itself, its name is."""
+    """Return a number that JSON can compare: NaN, which is not equal to itself, becomes its name.
+
+    >>> json_number(math.nan), json_number(0.5)
+    ('nan', 0.5)
+    """
     return "nan" if math.isnan(value) else value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _plain_number(value: Any) -> Any:
+    """Return a number of numpy as one of Python."""
+    return value.item() if isinstance(value, np.number) else value

@@ -15,7 +15,7 @@ from typing import Self, overload
 import numpy as np
 from torch.utils.data import Dataset
 
-from oocpatch.planning.axis_sizes import per_axis
+from oocpatch.planning.arguments import per_axis
 from oocpatch.planning.grid import PatchGrid, PatchLocation
 from oocpatch.sampling.subject import Subject, read_patches
 from oocpatch.volumes.volume import PADDING_MODES

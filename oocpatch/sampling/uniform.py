@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from oocpatch.planning.axis_sizes import per_axis
+from oocpatch.planning.arguments import per_axis
 from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.sampling.random_streams import Passes, stream

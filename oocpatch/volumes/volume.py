@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.planning.arguments import one_of
-from oocpatch.planning.axis_sizes import per_axis
+from oocpatch.planning.arguments import one_of, per_axis
 from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
