@@ -13,7 +13,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
-from oocpatch.storage.coder import PlainArray
+from oocpatch.storage.chunk_reader import PlainArray
 from zarr.storage import LocalStore
 
 import oocpatch
