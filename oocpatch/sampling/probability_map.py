@@ -27,20 +27,17 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from dask.base import compute
-from dask.delayed import delayed
-from tqdm import tqdm
 
 from oocpatch.sampling.map_cells import Cells
 from oocpatch.sampling.subject import LoadedVolume
 from oocpatch.storage.files import write_atomically
+from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
 
 Values = npt.NDArray[Any]
@@ -49,12 +46,6 @@ Summary = Callable[[Values], tuple[Values, Values]]
 
 TASK_BYTES = 128 << 20
 """Voxels that one task sums: a fifth of a second or more, against which Dask's own time is nothing."""
-
-WAVE = 4
-"""Tasks per thread that Dask gets at a time: its graph stays small, whatever the size of the map."""
-
-PATIENCE = 2.0
-"""Seconds after which a terminal is shown progress."""
 
 MOST_LABELS_COUNTED = 1 << 16
 """Integers further apart than this are sorted rather than counted."""
@@ -132,26 +123,16 @@ def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Tabl
     per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
     tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
     threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
-    parts: list[Table] = []
-    with (
-        # a pool of our own: Dask's default one does not survive the fork of a DataLoader's worker
-        ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-masses") as pool,
-        tqdm(total=len(cells), desc=f"masses of {name}", unit="cell", delay=PATIENCE, disable=None) as bar,
-    ):
-        for first in range(0, len(tasks), WAVE * threads):
-            wave = tasks[first : first + WAVE * threads]
-            measured = [
-                delayed(_measure_some, pure=False, traverse=False)(volume, cells, summarize, name, numbers)
-                for numbers in wave
-            ]
-            parts.extend(compute(*measured, scheduler="threads", pool=pool))  # type: ignore[no-untyped-call] # Dask gives it none
-            bar.update(sum(map(len, wave)))
-    return Table.joined(parts)
-
-
-def _measure_some(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Table:
-    """Idempotent: reads only."""
-    return Table.joined(list(_summaries(volume, cells, summarize, name, numbers)))
+    tables = run_pass(
+        lambda numbers: Table.joined(list(_summaries(volume, cells, summarize, name, numbers))),
+        tasks,
+        threads=threads,
+        name=f"masses of {name}",
+        unit="cell",
+        size=len,
+        total=len(cells),
+    )
+    return Table.joined(list(tables))
 
 
 def _summaries(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""Axes by name: which is the channel, which are looped over, which are spatial."""
+"""Roles of axes by their names: channel, looped over, or spatial."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Axes:
 
     Attributes:
         names: one name per axis of the array, in its order.
-        roles: one name per axis that tells its role, where `names` does not; default: `names`.
+        roles: one name per axis that determines its role; default: `names`.
 
     >>> axes = Axes(("t", "y", "x", "c"))
     >>> axes.channel, axes.looped, axes.spatial
@@ -28,17 +28,17 @@ class Axes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(n.lower() for n in self.roles or self.names))
-        told = f"got {''.join(self.names) if all(len(n) == 1 for n in self.names) else self.names!r}"
+        got = f"got {''.join(self.names) if all(len(n) == 1 for n in self.names) else self.names!r}"
         if len(set(self.roles)) != len(self.roles) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"axes must have different names, {told}")
+            raise ValueError(f"axes must have different names, {got}")
         if sum(n in CHANNEL_NAMES for n in self.roles) > 1:
-            raise ValueError(f"axes must have at most one channel axis, {told}")
+            raise ValueError(f"axes must have at most one channel axis, {got}")
         if not self.spatial:
-            raise ValueError(f"axes must have at least one spatial axis, {told}")
+            raise ValueError(f"axes must have at least one spatial axis, {got}")
 
     @property
     def channel(self) -> int | None:
-        """Position of the channel axis."""
+        """Position of the channel axis, if there is one."""
         return next((i for i, n in enumerate(self.roles) if n in CHANNEL_NAMES), None)
 
     @property
@@ -63,12 +63,16 @@ def resolve_axes(
     ndim: int,
     roles: tuple[str, ...] | None = None,
 ) -> Axes:
-    """The axes of an array: roles as asked for, else as given beside the names, by these, or by the number of axes.
+    """Return the axes of an array; dimensions that have names keep them.
 
-    Dimensions that have names keep them.
+    Args:
+        axes: the user's argument; determines the roles.
+        names: names of the array's dimensions, if it has any.
+        ndim: number of axes; determines names and roles if there is nothing else.
+        roles: roles of the named dimensions, if they are not their names.
 
     Raises:
-        ValueError: when the axes asked for do not fit, or there is no default.
+        ValueError: if `axes` does not fit the array, or there is no default for `ndim`.
 
     >>> resolve_axes("yxc", None, 3).names
     ('y', 'x', 'c')
@@ -79,11 +83,11 @@ def resolve_axes(
     if names is not None and all(names) and not all(str(n).startswith("dim_") for n in names):
         own = tuple(str(n) for n in names)
     if axes is not None:
-        asked = tuple(str(n) for n in axes)
-        if len(asked) != ndim:
+        requested = tuple(str(n) for n in axes)
+        if len(requested) != ndim:
             raise ValueError(f"axes must name each of the {ndim} axes of the volume, got {axes!r}")
-        Axes(asked)  # refuses roles that do not fit, in the user's own words
-        return Axes(own or asked, asked)
+        Axes(requested)  # an error must name the user's axes, not those of the array
+        return Axes(own or requested, requested)
     if own is not None:
         return Axes(own, roles or ())
     if ndim not in DEFAULTS:

@@ -1,7 +1,7 @@
-"""OME-Zarr (NGFF 0.4 and 0.5) as metadata: axes, levels of a pyramid, and the coordinates that they stand for.
+"""Metadata of OME-Zarr (NGFF 0.4 and 0.5): axes, levels of a pyramid, units and the coordinates they define.
 
-Read from and written to plain dicts; no array is touched. In 0.4 the metadata are a group's attributes, in 0.5 they
-are its attribute `ome`.
+Metadata are read from plain dicts; no array is read. In 0.4 they are the attributes of a group, in 0.5 its attribute
+`ome`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import xarray
 import zarr
 
-VERSIONS = ("0.5", "0.4")
+from oocpatch.errors import error_line
+
 METERS = {
     "angstrom": -10,
     "femtometer": -15,
@@ -28,7 +29,7 @@ METERS = {
     "meter": 0,
     "kilometer": 3,
 }
-"""Powers of ten of units of space, by their long names."""
+"""Powers of ten of units of space, by their names in OME-Zarr."""
 
 SHORT = {
     "pm": "picometer",
@@ -36,6 +37,7 @@ SHORT = {
     "um": "micrometer",
     "\u00b5m": "micrometer",  # the micro sign
     "\u03bcm": "micrometer",  # the Greek letter
+    "\\u00b5m": "micrometer",  # as ImageJ writes it
     "micron": "micrometer",
     "microns": "micrometer",
     "mm": "millimeter",
@@ -45,7 +47,9 @@ SHORT = {
     "\u00e5": "angstrom",
     "ns": "nanosecond",
     "us": "microsecond",
+    "usec": "microsecond",
     "ms": "millisecond",
+    "msec": "millisecond",
     "s": "second",
     "sec": "second",
     "min": "minute",
@@ -55,7 +59,7 @@ SHORT = {
 
 
 def long_unit(name: object) -> str | None:
-    """The name of a unit as OME-Zarr wants it: viewers refuse short ones.
+    """Return the name of a unit in OME-Zarr, since viewers refuse abbreviations; an unknown unit is returned as it is.
 
     >>> long_unit("um"), long_unit("micrometers"), long_unit("second"), long_unit(None)
     ('micrometer', 'micrometer', 'second', None)
@@ -63,17 +67,16 @@ def long_unit(name: object) -> str | None:
     if not isinstance(name, str) or not name.strip():
         return None
     text = name.strip()
-    plain = text.lower().replace("metre", "meter")
-    if text in SHORT or plain in SHORT:
-        return SHORT.get(text, SHORT.get(plain))
-    singular = plain.removesuffix("s")
+    lower = text.lower().replace("metre", "meter")
+    if text in SHORT or lower in SHORT:
+        return SHORT.get(text, SHORT.get(lower))
     known = {*METERS, *SHORT.values()}
-    return singular if singular in known else plain if plain in known else text
+    return next((name for name in (lower.removesuffix("s"), lower) if name in known), text)
 
 
 @dataclass(frozen=True, slots=True)
 class OmeAxis:
-    """One axis: its name, its kind (`space`, `time`, `channel` or another) and its unit, if it has one."""
+    """An axis: its name, its kind (`space`, `time`, `channel` or another) and its unit, if it has one."""
 
     name: str
     kind: str | None = None
@@ -82,12 +85,12 @@ class OmeAxis:
 
 @dataclass(frozen=True, slots=True)
 class OmeLevel:
-    """One level of a pyramid.
+    """A level of a pyramid.
 
     Attributes:
-        path: of its array, in the group.
-        scale: distance of two voxels' centres, per axis.
-        translation: where the centre of the first voxel lies, per axis.
+        path: path of its array in the group.
+        scale: distance of adjacent voxels' centres, per axis.
+        translation: coordinate of the first voxel's centre, per axis.
     """
 
     path: str
@@ -97,73 +100,77 @@ class OmeLevel:
 
 @dataclass(frozen=True, slots=True)
 class Multiscale:
-    """One image as a pyramid: axes, and levels from the finest to the coarsest."""
+    """An image as a pyramid: axes, and levels from the finest to the coarsest."""
 
     axes: tuple[OmeAxis, ...]
     levels: tuple[OmeLevel, ...]
     name: str = ""
 
     def find(self, level: int | str, shapes: Sequence[Sequence[int]], address: str) -> OmeLevel:
-        """The level of a number (negative: from the end) or a path.
+        """Return a level by its path, or by its number, which counts from the end if negative.
 
         Raises:
-            ValueError: when there is none, with those that there are.
+            ValueError: if there is none; the message lists the levels.
         """
         with contextlib.suppress(IndexError, StopIteration):
             if isinstance(level, str):
-                return next(found for found in self.levels if found.path == level)
+                return next(item for item in self.levels if item.path == level)
             return self.levels[level]
-        told = ", ".join(
-            f"{number} ({found.path}: {' x '.join(map(str, shape))})"
-            for number, (found, shape) in enumerate(zip(self.levels, shapes, strict=True))
+        listed = ", ".join(
+            f"{number} ({item.path}: {' x '.join(map(str, shape))})"
+            for number, (item, shape) in enumerate(zip(self.levels, shapes, strict=True))
         )
-        raise ValueError(f"level must be one of those of {address}, {told}; got {level!r}")
+        raise ValueError(f"level must be one of those of {address}, {listed}; got {level!r}")
 
     def roles(self) -> tuple[str, ...]:
-        """One name per axis that tells its role: `c` for channels, `t` for time, its own for all others."""
+        """Return the role of each axis: `c` for channels, `t` for time, the name for all others."""
         return tuple({"channel": "c", "time": "t"}.get(axis.kind or "", axis.name) for axis in self.axes)
 
     def coords(self, level: OmeLevel, shape: Sequence[int]) -> dict[str, xarray.Variable]:
-        """The coordinates that a level's scale, translation and units stand for; none where they say nothing.
+        """Return the coordinates that a level's scale, translation and units define; none for an axis without them.
 
         >>> axes = (OmeAxis("y", "space", "um"), OmeAxis("x", "space"))
         >>> coords = Multiscale(axes, ()).coords(OmeLevel("0", (2.0, 1.0), (5.0, 0.0)), (3, 4))
         >>> coords["y"].values.tolist(), coords["y"].attrs, "x" in coords
         ([5.0, 7.0, 9.0], {'units': 'micrometer'}, False)
         """
-        found = {}
+        coords = {}
         for axis, n, scale, start in zip(self.axes, shape, level.scale, level.translation, strict=True):
-            unit = long_unit(axis.unit)
-            if axis.kind != "channel" and ((scale, start) != (1, 0) or unit):
-                found[axis.name] = coordinate(axis.name, n, scale, start, unit)
-        return found
+            if axis.kind != "channel" and ((scale, start) != (1, 0) or long_unit(axis.unit)):
+                coords[axis.name] = coordinate(axis.name, n, scale, start, axis.unit)
+        return coords
 
 
-def coordinate(name: str, n: int, scale: float, start: float, unit: str | None) -> xarray.Variable:
-    """A 1-D coordinate of evenly spaced centres."""
-    return xarray.Variable((name,), np.arange(n) * float(scale) + float(start), {"units": unit} if unit else {})
+def coordinate(name: str, n: int, step: float, start: float = 0.0, unit: str | None = None) -> xarray.Variable:
+    """Return a 1-D coordinate of `n` evenly spaced centres.
+
+    >>> coordinate("x", 3, 0.5, unit="um").values.tolist(), coordinate("x", 3, 0.5, unit="um").attrs
+    ([0.0, 0.5, 1.0], {'units': 'micrometer'})
+    """
+    name_of_unit = long_unit(unit)
+    attrs = {"units": name_of_unit} if name_of_unit else {}
+    return xarray.Variable((name,), np.arange(n) * float(step) + float(start), attrs)
 
 
 def ome_attributes(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The OME metadata among a group's attributes, those of 0.4 and of 0.5 alike."""
+    """Return the OME metadata among the attributes of a group, in 0.4 or 0.5."""
     ome = attributes.get("ome", attributes)
     return ome if isinstance(ome, Mapping) else {}
 
 
 def read_multiscale(attributes: Mapping[str, Any], address: str) -> Multiscale | None:
-    """The first image that a group's attributes describe; None when there is none.
+    """Return the first image that the attributes of a group describe, or None.
 
     Raises:
-        ValueError: when they cannot be understood.
+        ValueError: if the metadata are invalid.
     """
-    found = ome_attributes(attributes).get("multiscales")
-    if not found:
+    multiscales = ome_attributes(attributes).get("multiscales")
+    if not multiscales:
         return None
     try:
-        return _parse(found[0])
+        return _parse(multiscales[0])
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {told}") from error
+        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {error_line(error)}") from error
 
 
 def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
@@ -172,7 +179,7 @@ def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
     levels = []
     for dataset in multiscale["datasets"]:
         scale, start = _transforms(dataset.get("coordinateTransformations"), len(axes))
-        scale, start = (  # what is said of the whole image comes after what is said of the level
+        scale, start = (  # the transformations of the image apply after those of the level
             tuple(a * b for a, b in zip(common[0], scale, strict=True)),
             tuple(a * b + c for a, b, c in zip(common[0], start, common[1], strict=True)),
         )
@@ -190,27 +197,26 @@ def _axis(axis: Any) -> OmeAxis:
     return OmeAxis(name, kind, str(unit) if unit else None)
 
 
-def _transforms(found: Sequence[Mapping[str, Any]] | None, ndim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    by_type = {t["type"]: t for t in found or ()}
+def _transforms(stored: Sequence[Mapping[str, Any]] | None, ndim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    by_type = {t["type"]: t for t in stored or ()}
     values = {}
     for kind, neutral in (("scale", 1.0), ("translation", 0.0)):
-        given = by_type.get(kind, {}).get(kind)
-        values[kind] = (neutral,) * ndim if given is None else tuple(float(v) for v in given)
+        numbers = by_type.get(kind, {}).get(kind)
+        values[kind] = (neutral,) * ndim if numbers is None else tuple(float(v) for v in numbers)
         if len(values[kind]) != ndim:
             raise ValueError(f"{kind} must have one value per axis, got {values[kind]} for {ndim} axes")
     return values["scale"], values["translation"]
 
 
 def images_inside(group: zarr.Group) -> list[str]:
-    """Paths of the images in a group that is not one itself: a plate, a well, a series, a list of labels.
+    """Return the paths of the images in a group that is a plate, a well, a series or a list of labels.
 
     Only metadata that list images are read: a plate with thousands of wells is not walked through.
     """
-    ome = ome_attributes(dict(group.attrs))
-    return list(dict.fromkeys(_inside(group, ome)))
+    return list(dict.fromkeys(_image_paths(group, ome_attributes(dict(group.attrs)))))
 
 
-def _inside(group: zarr.Group, ome: Mapping[str, Any]) -> Iterator[str]:
+def _image_paths(group: zarr.Group, ome: Mapping[str, Any]) -> Iterator[str]:
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         for path in ome.get("labels") or ():
             yield str(path)
@@ -222,6 +228,5 @@ def _inside(group: zarr.Group, ome: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{well}/{image['path']}" for image in inner["well"]["images"])
         yield from (f"{well}/0" for well in wells[4:])
         if "bioformats2raw.layout" in ome or "OME" in group:
-            listed = ome_attributes(dict(group["OME"].attrs)).get("series") if "OME" in group else None
-            names = [str(n) for n in listed] if listed else sorted(filter(str.isdecimal, group.group_keys()), key=int)
-            yield from names
+            series = ome_attributes(dict(group["OME"].attrs)).get("series") if "OME" in group else None
+            yield from map(str, series or sorted(filter(str.isdecimal, group.group_keys()), key=int))

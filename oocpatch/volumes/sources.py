@@ -1,4 +1,4 @@
-"""Sources: one small view of each kind of array that a volume can come from.
+"""Sources: a common view of each kind of array that a volume can come from.
 
 A source knows shape, dtype, names, chunks, coordinates, attributes and a fingerprint, and loads a selection. The
 fingerprint of data on disk comes from its address and metadata, that of data in memory from its bytes. A source travels
@@ -21,11 +21,11 @@ import numpy.typing as npt
 import xarray
 import zarr
 
+from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import Address, ObjectPath, address_of, describe_error, local_or_url, store_at
-from oocpatch.volumes.formats.opening import FileReader, read_metadata
-from oocpatch.volumes.formats.spec import SUFFIXES, FileSpec, parse_address
+from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, parse_address, read_metadata
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
@@ -33,21 +33,21 @@ ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_A
 
 @dataclass(frozen=True)
 class Source:
-    """An array somewhere.
+    """An array that a volume reads from.
 
     Attributes:
-        shape, dtype, chunks: as the array has them, one entry per axis.
+        shape, dtype, chunks: those of the array, with one entry per axis.
         names: dimension names, if there are any.
         load: reads a selection of slices as a numpy array.
-        compute_fingerprint: makes the digest that says two sources are the same; data in memory is read for it.
+        compute_fingerprint: computes `fingerprint`; reads data in memory.
         chunked: whether reading part of a chunk costs as much as the chunk.
-        location: where the array lies on the local file system or in an object store, if it does.
-        array: the Zarr array, where it is one.
-        files: the local directory that holds this array's chunks and nothing else, if there is one.
-        coords: coordinates of xarray, or of an OME-Zarr's scale and translation.
+        location: address of the array on the local file system or in an object store, if it has one.
+        array: the Zarr array, if it is one.
+        files: the local directory that contains only the chunks of this array, if there is one.
+        coords: coordinates of xarray, or from the scale and translation of an OME-Zarr.
         attrs: the user's attributes.
-        roles: names that tell what the axes are for, where `names` may not.
-        image: what an OME-Zarr says of it, with the one level that this is.
+        roles: names that determine the roles of the axes, if `names` do not.
+        image: metadata of an OME-Zarr, with the one level that this is.
     """
 
     shape: tuple[int, ...]
@@ -67,33 +67,33 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest that says two sources are the same."""
+        """Digest that is equal for two sources with the same content."""
         return self.compute_fingerprint()
 
 
 def open_source(source: Any, level: int | str = 0) -> Source:
-    """The source behind what a user gave.
+    """Open the array that a user passed.
 
     Args:
         source: a path, a URL or an array.
-        level: which level of a pyramid, by its number; in an OME-Zarr also by its path.
+        level: level of a pyramid by its number; in an OME-Zarr also by its path.
 
     Raises:
-        ValueError: when nothing can be read there, with the address and what was found instead.
-        TypeError: when it is no kind of array.
+        ValueError: if it cannot be read; the message names the address and what is there instead.
+        TypeError: if it is not a path, a URL or an array.
     """
     if isinstance(level, bool) or not isinstance(level, (int, str)):
         raise TypeError(f"level must be an int or the path of a level, got {level!r}")
-    level = int(level) if isinstance(level, str) and level.isdecimal() else level  # as the command line gives it
+    level = int(level) if isinstance(level, str) and level.isdecimal() else level  # from the command line
     if isinstance(source, (str, os.PathLike)):
         address = local_or_url(source)
         if (spec := parse_address(address)) is not None:
             return _from_file(spec if level == 0 else parse_address(f"{address}::level={level}") or spec)
-        source = _at(address)
+        source = _open_zarr(address)
     if isinstance(source, zarr.Group):
-        return _from_group(source, _address(source), level)
+        return _from_group(source, _group_address(source), level)
     if level != 0:
-        raise ValueError(f"level must be 0 where the volume is an array and no OME-Zarr with levels, got {level!r}")
+        raise ValueError(f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r}")
     if isinstance(source, zarr.Array):
         return _from_zarr(source)
     if isinstance(source, xarray.Dataset):
@@ -112,7 +112,8 @@ def open_source(source: Any, level: int | str = 0) -> Source:
     )
 
 
-def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
+def _open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
+    """Open a Zarr array or group to read."""
     if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
     if isinstance(address, str) and (scheme_of(address) in BUCKETS or (scheme_of(address) in WEB and installed())):
@@ -120,49 +121,49 @@ def _at(address: Path | str) -> zarr.Array[Any] | zarr.Group:
     try:
         return zarr.open(address, mode="r")
     except Exception as error:
-        why = "" if isinstance(error, FileNotFoundError) else f" ({type(error).__name__}: {_line(error)})"
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error_line(error)})"
         raise ValueError(
-            f"volume cannot be read: {address} must be a Zarr array or group{why}, "
-            f"or a file that ends in {', '.join(e for endings in SUFFIXES.values() for e in endings)}"
+            f"volume cannot be read: {address} must be a Zarr array or group{reason}, "
+            f"or a file that ends in {ALL_SUFFIXES}"
         ) from error
 
 
 def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
-    """The array or group at a URL, to read only."""
-    buckets = scheme_of(path.url) in BUCKETS
-    where = "check the address, and AWS_ENDPOINT_URL if it is set" if buckets else "check the address"
+    """Open the array or group at a URL to read."""
+    is_bucket = scheme_of(path.url) in BUCKETS
+    advice = "check the address, and AWS_ENDPOINT_URL if it is set" if is_bucket else "check the address"
     try:
         path.check_readable()
         return zarr.open(store_at(path, read_only=True), mode="r")
     except FileNotFoundError as error:
-        told = f"{path} holds no Zarr array or group"
-        if buckets:
+        problem = f"{path} holds no Zarr array or group"
+        if is_bucket:
             try:
-                told = told if any(path.files()) else f"nothing is at {path}"
+                problem = problem if any(path.files()) else f"nothing is at {path}"
             except OSError as cause:
-                told = describe_error(cause)
-        raise ValueError(f"volume not found: {told}; {where}") from error
+                problem = describe_error(cause)
+        raise ValueError(f"volume not found: {problem}; {advice}") from error
     except OSError as error:
-        raise ValueError(f"volume cannot be read: {describe_error(error)}; {where}") from error
+        raise ValueError(f"volume cannot be read: {describe_error(error)}; {advice}") from error
 
 
-def _address(group: zarr.Group) -> str:
-    """Where a group lies, as a user would write it."""
-    place = address_of(group.store)
-    return str(group.store_path) if place is None else str(place / group.path)
+def _group_address(group: zarr.Group) -> str:
+    """Return the address of a group as a user would write it."""
+    root = address_of(group.store)
+    return str(group.store_path) if root is None else str(root / group.path)
 
 
 def _from_file(spec: FileSpec) -> Source:
-    """An array in a file of another format, opened anew wherever it is read."""
+    """Return the source of an array in a file of another format, which each process opens for itself."""
     local = Path(spec.address) if "://" not in spec.address else None
     if local is not None and not local.exists():
         raise ValueError(f"volume not found: {local} does not exist")
     if local is None and spec.format not in ("n5", "precomputed"):
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
     metadata = read_metadata(spec)
-    place = str(local.resolve()) if local is not None else spec.address
+    address = str(local.resolve()) if local is not None else spec.address
     content = {
-        "address": place,
+        "address": address,
         "part": spec.part,
         "shape": metadata.shape,
         "dtype": str(metadata.dtype),
@@ -173,7 +174,7 @@ def _from_file(spec: FileSpec) -> Source:
         dtype=metadata.dtype,
         chunks=metadata.chunks,
         names=metadata.names,
-        load=FileReader(replace(spec, address=place)),  # it may be opened by a process that is elsewhere
+        load=FileReader(replace(spec, address=address)),  # a process with another working directory may open it
         compute_fingerprint=functools.partial(_digest, content),
         chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
@@ -182,34 +183,32 @@ def _from_file(spec: FileSpec) -> Source:
     )
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
-    """A level of an OME-Zarr, else the only array that is not a coordinate."""
+    """Return the source of a level of an OME-Zarr, else of the only array that is not a coordinate."""
     attributes: dict[str, Any] = dict(group.attrs)
     if (multiscale := read_multiscale(attributes, address)) is not None:
         return _from_ome(group, multiscale, address, level)
     try:
         arrays = dict(group.arrays())
     except Exception as error:
-        raise ValueError(f"volume cannot be read: {address} ({type(error).__name__}: {_line(error)})") from error
+        raise ValueError(f"volume cannot be read: {address} ({error_line(error)})") from error
     names = {n for a in arrays.values() for n in _dimension_names(a) or () if n}
-    found = {k: a for k, a in arrays.items() if k not in names}
-    found = found if len(found) == 1 else {k: a for k, a in found.items() if a.ndim >= 2}
-    if not found and (images := images_inside(group)):
-        told = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
+    candidates = {k: a for k, a in arrays.items() if k not in names}
+    candidates = candidates if len(candidates) == 1 else {k: a for k, a in candidates.items() if a.ndim >= 2}
+    if not candidates and (images := images_inside(group)):
+        listed = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
         raise ValueError(
             f"volume must be one image, but {address} holds {len(images)}; pass the path of one of them, "
-            f"such as {address.rstrip('/')}/{images[0]}: {told}"
+            f"such as {address.rstrip('/')}/{images[0]}: {listed}"
         )
-    if len(found) != 1:
-        hint = f"; pass the path of one of them: {', '.join(sorted(found))}" if found else ""
-        raise ValueError(f"volume must be one array, but the group {address} holds {len(found)}{hint}")
+    if len(candidates) != 1:
+        advice = f"; pass the path of one of them: {', '.join(sorted(candidates))}" if candidates else ""
+        raise ValueError(f"volume must be one array, but the group {address} holds {len(candidates)}{advice}")
     if level != 0:
-        raise ValueError(f"level must be 0 where the volume is no OME-Zarr with levels, got {level!r} for {address}")
-    array = next(iter(found.values()))
+        raise ValueError(
+            f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r} for {address}"
+        )
+    array = next(iter(candidates.values()))
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
@@ -218,19 +217,20 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
 
 
 def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: int | str) -> Source:
+    """Return the source of a level of an image."""
     try:
-        arrays = [group[found.path] for found in multiscale.levels]
-        shapes = [array.shape for array in arrays if isinstance(array, zarr.Array)]
+        nodes = [group[item.path] for item in multiscale.levels]
     except Exception as error:
-        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {_line(error)}") from error
+        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {error_line(error)}") from error
+    arrays = [node for node in nodes if isinstance(node, zarr.Array)]
+    shapes = [array.shape for array in arrays]
     axes = tuple(axis.name for axis in multiscale.axes)
-    if len(shapes) != len(arrays) or any(axes and len(axes) != len(shape) for shape in shapes):
+    if len(arrays) != len(nodes) or any(axes and len(axes) != len(shape) for shape in shapes):
         raise ValueError(
             f"OME-Zarr metadata of {address} must name one axis per dimension of its arrays, got {list(axes)}"
         )
     chosen = multiscale.find(level, shapes, address)
     array = arrays[multiscale.levels.index(chosen)]
-    assert isinstance(array, zarr.Array)
     if not axes:  # metadata before 0.4
         return _from_zarr(array)
     source = _from_zarr(array, names=axes, coords=multiscale.coords(chosen, array.shape))
@@ -248,8 +248,9 @@ def _from_zarr(
     names: tuple[str | None, ...] | None = None,
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
-    place = address_of(array.store)
-    location = place / array.path if place is not None else None
+    """Return the source of a Zarr array."""
+    root = address_of(array.store)
+    location = root / array.path if root is not None else None
     location = location.resolve() if isinstance(location, Path) else location
     return Source(
         shape=array.shape,
@@ -267,7 +268,7 @@ def _from_zarr(
 
 
 def _user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
-    """Attributes without those by which xarray says how it stored the values; it refuses to write them again."""
+    """Return the attributes without those of xarray's encoding, which it refuses to write again."""
     return {k: v for k, v in array.attrs.asdict().items() if k not in ENCODING_ATTRIBUTES}
 
 
@@ -282,28 +283,23 @@ def _zarr_fingerprint(array: zarr.Array[Any], address: str) -> str:
 
 
 def _from_xarray(array: xarray.DataArray) -> Source:
+    """Return the source of an array of xarray, whose data are dask's, lazily opened, or in memory."""
     if array.chunks is not None:
-        inner = _from_dask(array.data)
+        data = _from_dask(array.data)
     elif array.encoding.keys() & {"source", "preferred_chunks"}:
-        inner = _from_lazy(array)
+        data = _from_lazy(array)
     else:
-        inner = _from_numpy(array.values)
-    return Source(
-        shape=inner.shape,
-        dtype=inner.dtype,
-        chunks=inner.chunks,
+        data = _from_numpy(array.values)
+    return replace(
+        data,
         names=tuple(str(d) for d in array.dims),
-        load=inner.load,
-        compute_fingerprint=inner.compute_fingerprint,
-        chunked=inner.chunked,
-        location=inner.location,
         coords={str(k): v.variable for k, v in array.coords.items()},
         attrs=dict(array.attrs),
     )
 
 
 def _from_lazy(array: xarray.DataArray) -> Source:
-    """An array of xarray's own lazy indexing, opened from a file without dask."""
+    """Return the source of an array that xarray opened from a file without dask."""
     encoding = array.encoding
     chunks = encoding.get("preferred_chunks") or {}
     address = str(encoding.get("source", ""))
@@ -340,12 +336,12 @@ def _numpy_fingerprint(array: npt.NDArray[Any]) -> str:
 
 
 def _content(array: npt.NDArray[Any]) -> Any:
-    """A digest of an array in memory; a memory map is on disk, and known by its file."""
+    """Return a CRC of an array in memory; a memory map is identified by its file instead."""
     if isinstance(array, np.memmap) and array.filename is not None:
         status = Path(array.filename).stat()
         return [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
     crc = 0
-    for part in array:  # one slice at a time: a copy of a non-contiguous array would double its memory
+    for part in array:  # one slice at a time: a contiguous copy would double the memory
         crc = checksum(part, crc)
     return crc
 

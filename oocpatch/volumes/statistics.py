@@ -1,56 +1,47 @@
 """Statistics of a whole volume, per channel, in streaming passes over its chunks: the same numbers on every run.
 
-Values of 16 bits or less are counted, each for itself: everything follows from the counts, exactly. Wider ones are
-summed up in float64, box by box, and merged in the boxes' order. A percentile is found digit by digit, as in a radix
-sort. The bits of a value make a key that sorts as the value does, and each pass counts 16 bits of the keys that still
-matter, so that it is exact too, in two passes for 32 bits and four for 64:
+Values of at most 16 bits are counted one by one, and the statistics follow exactly from the counts. Wider values are
+summed in float64, box by box, and merged in the order of the boxes. A percentile is found digit by digit, as in a radix
+sort: the bits of a value are a key that sorts as the value does, and each pass counts 16 bits of the keys that can
+still be the percentile. So it is exact too, in two passes for 32 bits and four for 64:
 
 ```text
- keys of 32 bits    pass 1 counts the upper 16        pass 2 counts the lower 16 of what begins with 3f80
+ keys of 32 bits    pass 1 counts the upper 16        pass 2 counts the lower 16 of keys that begin with 3f80
  3f80 0000          3f80: 2                           0000: 1
  3f80 0001    -->   4000: 1    wanted: the 2nd  -->   0001: 1    wanted: the 2nd  -->  3f80 0001
  4000 0000
 ```
 
-Each pass is run by Dask's threads, a few boxes at a time. NaN and infinities are left out.
+NaN and infinities are left out.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from dask.base import compute
-from dask.delayed import delayed
-from tqdm import tqdm
 
 from oocpatch.planning.box import Box, worthwhile
+from oocpatch.volumes.passes import WAVE, run_pass
 from oocpatch.volumes.volume import Volume
 
 Array = npt.NDArray[Any]
 
 BOX_BYTES = 4 << 20
-"""Voxels that one task looks at, in whole chunks: worth a task, and small beside any limit."""
+"""Bytes of the voxels that one task reads, in whole chunks: worth a task, and small compared to any limit."""
 
 PIECE = 1 << 18
 """Voxels that are converted at a time."""
 
 PIECE_BYTES = 6 * 8 * PIECE
-"""What they take meanwhile, at most."""
-
-WAVE = 4
-"""Tasks per thread that Dask gets at a time: its graph stays small, whatever the size of the volume."""
-
-PATIENCE = 2.0
-"""Seconds after which a terminal is shown progress."""
+"""Bytes that converting a piece takes at most."""
 
 DIGIT = 16
 """Bits of a key that one pass counts."""
@@ -58,12 +49,12 @@ DIGIT = 16
 
 @dataclass(frozen=True, slots=True)
 class VolumeStatistics:
-    """How a volume is gone through.
+    """Statistics of a volume, computed when they are asked for.
 
     Attributes:
-        volume: what to read.
-        max_memory: bytes that may be taken, by as many threads as fit; one thread takes what it takes.
-        hidden: whether no progress is shown; None: it is, on a terminal.
+        volume: the volume.
+        max_memory: limit in bytes, which bounds the number of threads; a single thread may take more.
+        hidden: whether no progress is shown; None shows it on a terminal.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
     >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
@@ -75,45 +66,45 @@ class VolumeStatistics:
     hidden: bool | None = True
 
     def moments(self) -> tuple[tuple[float, float], ...]:
-        """Mean and standard deviation (of the population) of each channel.
+        """Return mean and standard deviation (of the population) of each channel.
 
         Raises:
-            ValueError: when a channel holds no finite value.
+            ValueError: if a channel has no finite value.
         """
         if self.volume.dtype.itemsize * 8 <= DIGIT:
             counts = self._counts([[0]] * self.volume.channels, 0)
             self._refuse_empty(counts.sum(axis=(1, 2)))
-            return tuple(_moments_of_counts(counted[0], self.volume.dtype) for counted in counts)
-        found = self._pass(_moments_in, _merged, 24 * self.volume.channels)
-        self._refuse_empty(found[:, 0])
-        return tuple((float(mean), math.sqrt(squares / count)) for count, mean, squares in found)
+            return tuple(_moments_of_counts(of_channel[0], self.volume.dtype) for of_channel in counts)
+        moments = self._pass(_moments_of, _merge_moments, 24 * self.volume.channels)
+        self._refuse_empty(moments[:, 0])
+        return tuple((float(mean), math.sqrt(squares / count)) for count, mean, squares in moments)
 
     def percentiles(self, ranks: Sequence[float]) -> tuple[tuple[float, ...], ...]:
-        """Percentiles of each channel, as `numpy.percentile` has them: linear between two values.
+        """Return percentiles of each channel, interpolated linearly as by `numpy.percentile`.
 
         Args:
             ranks: in percent, 0 to 100.
 
         Raises:
-            ValueError: when a channel holds no finite value.
+            ValueError: if a channel has no finite value.
         """
         channels, bits = self.volume.channels, self.volume.dtype.itemsize * 8
-        wanted: list[list[_Wanted]] = []
+        wanted: list[list[_OrderStatistic]] = []
         for shift in reversed(range(0, bits, DIGIT)):
-            prefixes = [sorted({w.prefix for w in of_one}) for of_one in wanted] or [[0]] * channels
+            prefixes = [sorted({w.prefix for w in of_channel}) for of_channel in wanted] or [[0]] * channels
             counts = self._counts(prefixes, shift)
             if not wanted:
                 totals = counts.sum(axis=(1, 2))
                 self._refuse_empty(totals)
-                wanted = [[_Wanted(0, index) for index in _neighbours(int(n), ranks)] for n in totals]
+                wanted = [[_OrderStatistic(0, index) for index in _neighbours(int(n), ranks)] for n in totals]
             wanted = [
-                [w.refined(counts[channel, prefixes[channel].index(w.prefix)]) for w in of_one]
-                for channel, of_one in enumerate(wanted)
+                [w.refine(counts[channel, prefixes[channel].index(w.prefix)]) for w in of_channel]
+                for channel, of_channel in enumerate(wanted)
             ]
-        values = [_values(np.array([w.prefix for w in of_one], np.uint64), self.volume.dtype) for of_one in wanted]
+        values = [_values(np.array([w.prefix for w in channel], np.uint64), self.volume.dtype) for channel in wanted]
         return tuple(
             tuple(
-                _between(float(low), float(high), int(n), rank)
+                float(low) + (float(high) - float(low)) * float(_position(int(n), rank) % 1)
                 for low, high, rank in zip(v[::2], v[1::2], ranks, strict=True)
             )
             for v, n in zip(values, totals, strict=True)
@@ -122,10 +113,10 @@ class VolumeStatistics:
     def _refuse_empty(self, totals: Array) -> None:
         for channel, total in enumerate(totals):
             if not total:
-                raise ValueError(f"channel {channel} of the volume holds no finite value to take statistics of")
+                raise ValueError(f"channel {channel} of the volume has no finite value to take statistics of")
 
     def _counts(self, prefixes: Sequence[Sequence[int]], shift: int) -> Array:
-        """How often each digit at `shift` follows each prefix: `(C, prefixes, digits)`, int64."""
+        """Count how often each digit at `shift` follows each prefix: `(C, prefixes, digits)`, int64."""
         shape = (len(prefixes), max(map(len, prefixes)), 1 << min(DIGIT, self.volume.dtype.itemsize * 8))
 
         def count(values: Array) -> Array:
@@ -133,8 +124,8 @@ class VolumeStatistics:
             for channel, piece in _pieces(values):
                 keys = _keys(piece)
                 for i, prefix in enumerate(prefixes[channel]):
-                    found = keys[keys >> (shift + DIGIT) == prefix] if shift + DIGIT < keys.itemsize * 8 else keys
-                    digits = (found >> shift & (shape[2] - 1)).astype(np.intp)
+                    matching = keys[keys >> (shift + DIGIT) == prefix] if shift + DIGIT < keys.itemsize * 8 else keys
+                    digits = (matching >> shift & (shape[2] - 1)).astype(np.intp)
                     counts[channel, i] += np.bincount(digits, minlength=shape[2])
             return counts
 
@@ -143,57 +134,46 @@ class VolumeStatistics:
     def _pass(
         self, summarize: Callable[[Array], Array], merge: Callable[[Array, Array], Array], summary_bytes: int
     ) -> Array:
-        """Sum up all boxes, `(C, *box)` each, and merge the sums in the order of the boxes."""
+        """Summarize all boxes, `(C, *box)` each, and merge the summaries in the order of the boxes."""
         volume = self.volume
         voxel = volume.channels * volume.dtype.itemsize
         step = worthwhile(volume.chunks, volume.shape, BOX_BYTES // voxel)
         box_bytes = voxel * math.prod(min(s, n) for s, n in zip(step, volume.shape, strict=True))
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
-        source = volume.with_chunk_reader(threads)
-        boxes = Box.of_shape(volume.shape).split(step)
-        total: Array | None = None
-        with (
-            # a pool of our own: Dask's default one has as many threads as there are cores
-            ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-statistics") as pool,
-            tqdm(
-                total=math.prod(volume.shape), desc="statistics", unit="voxel", unit_scale=True, delay=PATIENCE,
-                disable=self.hidden,
-            ) as bar,
-        ):  # fmt: skip
-            while wave := list(itertools.islice(boxes, WAVE * threads)):
-                tasks = [delayed(_summary, pure=False, traverse=False)(source, box, summarize) for box in wave]
-                for part in compute(*tasks, scheduler="threads", pool=pool):  # type: ignore[no-untyped-call] # Dask gives it none
-                    total = part if total is None else merge(total, part)
-                bar.update(sum(box.size for box in wave))
-        assert total is not None
-        return total
+        reader = volume.with_chunk_reader(threads)
+        summaries = run_pass(
+            lambda box: summarize(reader.read(box)),
+            Box.of_shape(volume.shape).split(step),
+            threads=threads,
+            name="statistics",
+            unit="voxel",
+            size=lambda box: box.size,
+            total=math.prod(volume.shape),
+            hidden=self.hidden,
+        )
+        return functools.reduce(merge, summaries)
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A value wanted by its place in the sorted order of those whose keys begin with the prefix."""
+class _OrderStatistic:
+    """The value at an index in the sorted order of the values whose keys begin with a prefix."""
 
     prefix: int
     index: int
 
-    def refined(self, counts: Array) -> _Wanted:
-        """The same, with one digit more: the one below which too few values lie."""
+    def refine(self, counts: Array) -> _OrderStatistic:
+        """Return the same value with one more digit, given the counts of that digit."""
         below = np.cumsum(counts)
         digit = int(np.searchsorted(below, self.index, side="right"))
         before = int(below[digit - 1]) if digit else 0
-        return _Wanted(self.prefix << DIGIT | digit, self.index - before)
-
-
-def _summary(volume: Volume, box: Box, summarize: Callable[[Array], Array]) -> Array:
-    """Idempotent: reads only."""
-    return summarize(volume.read(box))
+        return _OrderStatistic(self.prefix << DIGIT | digit, self.index - before)
 
 
 def _pieces(values: Array) -> Iterator[tuple[int, Array]]:
-    """The finite values of each channel, flat, a piece at a time."""
-    for channel, of_one in enumerate(values):
-        flat = of_one.reshape(-1)
+    """Yield the finite values of each channel, flat, in pieces."""
+    for channel, of_channel in enumerate(values):
+        flat = of_channel.reshape(-1)
         for start in range(0, flat.size, PIECE):
             piece = flat[start : start + PIECE]
             if piece.dtype.kind == "f" and not (finite := np.isfinite(piece)).all():
@@ -201,21 +181,21 @@ def _pieces(values: Array) -> Iterator[tuple[int, Array]]:
             yield channel, piece
 
 
-def _moments_in(values: Array) -> Array:
-    """Count, mean and sum of squared distances from it of each channel: `(C, 3)`, float64."""
-    found = np.zeros((len(values), 3))
+def _moments_of(values: Array) -> Array:
+    """Return count, mean and sum of squared differences from the mean of each channel: `(C, 3)`, float64."""
+    moments = np.zeros((len(values), 3))
     for channel, piece in _pieces(values):
         if piece.size:
             wide = piece.astype(np.float64)
             mean = wide.mean()
             wide -= mean
             part = np.array([[wide.size, mean, wide @ wide]])
-            found[channel] = _merged(found[channel : channel + 1], part)
-    return found
+            moments[channel] = _merge_moments(moments[channel : channel + 1], part)
+    return moments
 
 
-def _merged(one: Array, other: Array) -> Array:
-    """Moments of two sets from those of each (Chan, Golub and LeVeque 1979, "Updating formulae")."""
+def _merge_moments(one: Array, other: Array) -> Array:
+    """Merge the moments of two sets (Chan, Golub and LeVeque 1979, "Updating formulae")."""
     (n, mean, squares), (m, other_mean, other_squares) = one.T, other.T
     total = np.maximum(n + m, 1)
     distance = other_mean - mean
@@ -225,7 +205,7 @@ def _merged(one: Array, other: Array) -> Array:
 
 
 def _moments_of_counts(counts: Array, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Mean and standard deviation from how often each key occurs, rounded once."""
+    """Return mean and standard deviation from the count of each key, rounded once."""
     keys = np.flatnonzero(counts)
     exact = [Fraction(value) for value in _values(keys, dtype).tolist()]
     times = counts[keys].tolist()
@@ -236,7 +216,7 @@ def _moments_of_counts(counts: Array, dtype: np.dtype[Any]) -> tuple[float, floa
 
 
 def _keys(values: Array) -> Array:
-    """Unsigned integers that sort as the values do."""
+    """Return unsigned integers that sort as the values do."""
     bits = 8 * values.itemsize
     keys: Array = values.view(f"u{values.itemsize}")
     sign = keys.dtype.type(1 << (bits - 1))
@@ -248,28 +228,24 @@ def _keys(values: Array) -> Array:
 
 
 def _values(keys: Array, dtype: np.dtype[Any]) -> Array:
-    """What `_keys` made the keys of."""
-    found = keys.astype(f"u{dtype.itemsize}")
-    sign = found.dtype.type(1 << (8 * dtype.itemsize - 1))
+    """Return the values of keys: the inverse of `_keys`."""
+    bits = keys.astype(f"u{dtype.itemsize}")
+    sign = bits.dtype.type(1 << (8 * dtype.itemsize - 1))
     if dtype.kind == "i":
-        found ^= sign
+        bits ^= sign
     if dtype.kind == "f":
-        found = np.where(found & sign, found ^ sign, ~found)
-    values: Array = found.view(dtype)
+        bits = np.where(bits & sign, bits ^ sign, ~bits)
+    values: Array = bits.view(dtype)
     return values
 
 
 def _neighbours(total: int, ranks: Sequence[float]) -> Iterator[int]:
-    """The two places in sorted order between which each percentile lies."""
+    """Yield the two indices in sorted order between which each percentile lies."""
     for rank in ranks:
-        low = math.floor(_place(total, rank))
+        low = math.floor(_position(total, rank))
         yield from (low, min(low + 1, total - 1))
 
 
-def _between(low: float, high: float, total: int, rank: float) -> float:
-    return low + (high - low) * float(_place(total, rank) % 1)
-
-
-def _place(total: int, rank: float) -> Fraction:
-    """Where a percentile lies in sorted order."""
+def _position(total: int, rank: float) -> Fraction:
+    """Return the fractional index of a percentile in sorted order."""
     return (total - 1) * Fraction(rank) / 100

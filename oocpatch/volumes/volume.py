@@ -1,7 +1,7 @@
-"""Volumes: big arrays on disk or in memory, seen lazily as `(C, *axes)` and read box by box.
+"""Volumes: large arrays on disk or in memory as lazy arrays `(C, *axes)`, read box by box.
 
-Whatever the source, a volume has looped axes first, then the spatial axes in their order, and one channel axis before
-them (of length 1 when the source has none). Boxes are in the frame of the unpadded volume; reading outside it pads.
+The axes of a volume are one channel axis (of length 1 if the source has none), the looped axes and the spatial axes in
+their order. Boxes are in the frame of the unpadded volume; reading outside it pads.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
 
 
 class Volume:
-    """A lazy volume: reads nothing but metadata until a box is asked for.
+    """A lazy volume: only metadata are read until a box is.
 
     Args:
         source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array,
             or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file.
         axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
             else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
-        level: which level of an OME-Zarr's pyramid, by its number (0: the finest) or its path in the group.
+        level: level of an OME-Zarr's pyramid by its number (0: the finest) or its path in the group.
 
     Raises:
-        ValueError: when the source cannot be read as one array, or the axes do not fit.
+        ValueError: if the source cannot be read as one array, or the axes do not fit.
 
     >>> volume = Volume(np.arange(24).reshape(4, 6))
     >>> volume
@@ -59,22 +59,22 @@ class Volume:
         self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `with_chunk_reader`
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
-        told = f" for {data.location}" if data.location is not None else ""
+        place = f" for {data.location}" if data.location is not None else ""
         if self.dtype.kind not in "buif":
-            raise ValueError(f"the volume must hold booleans, integers or floats, got dtype {data.dtype}{told}")
+            raise ValueError(f"the volume must hold booleans, integers or floats, got dtype {data.dtype}{place}")
         if any(n < 1 for n in data.shape):
-            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}{told}")
+            raise ValueError(f"the volume must have at least one voxel on every axis, got shape {data.shape}{place}")
         if any(n < 1 for n in data.chunks):
-            raise ValueError(f"the volume's chunks must have at least one voxel, got {data.chunks}{told}")
+            raise ValueError(f"the volume's chunks must have at least one voxel, got {data.chunks}{place}")
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}: {n}" for name, n in zip(self.names, self.shape, strict=True))
-        where = f", {self.source.location}" if self.source.location is not None else ""
-        return f"Volume({sizes}; {self.channels} channel(s), {self.dtype}{where})"
+        place = f", {self.source.location}" if self.source.location is not None else ""
+        return f"Volume({sizes}; {self.channels} channel(s), {self.dtype}{place})"
 
     @property
     def channels(self) -> int:
-        """Number of channels; 1 when the source has no channel axis."""
+        """Number of channels; 1 if the source has no channel axis."""
         return 1 if self.axes.channel is None else self.source.shape[self.axes.channel]
 
     @property
@@ -99,36 +99,38 @@ class Volume:
 
     @property
     def chunks(self) -> Ints:
-        """Chunks along looped and spatial axes, in voxels; ones where the source is in memory."""
+        """Chunks along looped and spatial axes, in voxels; ones if the source is in memory."""
         return tuple(self.source.chunks[i] for i in self.axes.order)
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one decoded chunk; 0 where the source is in memory."""
+        """Bytes of one decoded chunk; 0 if the source is in memory."""
         return math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what says that two volumes are the same, without reading voxels on disk."""
+        """Digest that is equal for volumes with the same content; computed without reading voxels on disk."""
         return self.source.fingerprint
 
     def with_chunk_reader(self, threads: int) -> Volume:
-        """The same volume, whose boxes are read without zarr-python where that can be.
+        """Return the same volume, with boxes read without zarr-python if possible.
 
-        Plain chunks are read by the calling thread, others by so many threads of zarrs, which is not for processes that
-        fork later.
+        Plain chunks are read by the calling thread, others by `threads` threads of zarrs. A process with threads of
+        zarrs must not fork.
         """
-        found = copy.copy(self)
+        volume = copy.copy(self)
         if (array := self.source.array) is not None:
-            found.chunk_reader = PlainArray.of(array) or ZarrsArray.open(array, threads)
-        return found
+            volume.chunk_reader = PlainArray.of(array) or ZarrsArray.open(array, threads)
+        return volume
 
     def split_reads(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
-        """Cut a box at chunk borders into reads into `out`, worth their overhead, that cover it exactly once.
+        """Cut a box at chunk borders into reads large enough to be worth their overhead; they cover it exactly once.
 
-        Without `out`, for reads into buffers of their own, each is of one chunk or at most `READ_BYTES` bytes.
+        Args:
+            box: the box to read.
+            out: array to read into. None: each read has its own buffer, and is one chunk or at most `READ_BYTES` bytes.
         """
-        if isinstance(self.chunk_reader, ZarrsArray) and out is not None and self._readable_target(out) is not None:
+        if isinstance(self.chunk_reader, ZarrsArray) and out is not None and self._target(out) is not None:
             yield box
             return
         step = self.chunks
@@ -144,22 +146,21 @@ class Volume:
         return out
 
     def read_into(self, out: npt.NDArray[Any], box: Box, padding_mode: str = "edge", fill: float = 0.0) -> None:
-        """Read a box into `out`, `(C, *box.shape)`; voxels outside the volume are padded as `numpy.pad` would.
+        """Read a box into `out`, `(C, *box.shape)`; voxels outside the volume are padded as by `numpy.pad`.
 
         Raises:
             ValueError: for an unknown padding mode.
         """
         if box in Box.of_shape(self.shape):
-            target = self._readable_target(out)
+            target = self._target(out)
             if target is not None and self.chunk_reader is not None:
-                if not isinstance(self.chunk_reader, PlainArray):  # which looks for itself
-                    self._check(box)
+                if not isinstance(self.chunk_reader, PlainArray):  # which checks sizes itself
+                    self._check_sizes(box)
                 self.chunk_reader.read_into(target, self._selection(box))
             else:
                 out[...] = self._load(box)
             return
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        one_of("padding_mode", padding_mode, PADDING_MODES)
         spans = [list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)]
         for parts in itertools.product(*spans):
             target = out[(slice(None), *(slice(a - o, b - o) for (a, b), o in zip(parts, box.start, strict=True)))]
@@ -178,7 +179,7 @@ class Volume:
             target[...] = data
 
     def _selection(self, box: Box) -> tuple[slice, ...]:
-        """A box as a selection of the source, all channels."""
+        """Return a box as a selection of the source, with all channels."""
         selection: list[slice] = [slice(None)] * len(self.source.shape)
         for position, part in zip(self.axes.order, box.slices(), strict=True):
             selection[position] = part
@@ -186,7 +187,7 @@ class Volume:
 
     @property
     def _positions(self) -> Ints:
-        """Where the axes of `(C, *axes)` lie in the source; without C where it has no channel axis."""
+        """Positions in the source of the axes of `(C, *axes)`, without C if the source has no channel axis."""
         return (() if self.axes.channel is None else (self.axes.channel,)) + self.axes.order
 
     def _load(self, box: Box) -> npt.NDArray[Any]:
@@ -195,17 +196,17 @@ class Volume:
             out = np.empty((self.channels, *box.shape), self.dtype)
             self.read_into(out, box)
             return out
-        self._check(box)
+        self._check_sizes(box)
         data = self.source.load(self._selection(box)).transpose(self._positions)
         return data[None] if self.axes.channel is None else data
 
-    def _check(self, box: Box) -> None:
-        """Refuse chunks that would inflate, before they are read."""
+    def _check_sizes(self, box: Box) -> None:
+        """Refuse chunks that decode to more than their size, before they are read."""
         if self._guard is not None:
             self._guard.check(self._selection(box))
 
-    def _readable_target(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """`out`, `(C, *shape)`, with its axes as the source has them; None where it cannot be read into."""
+    def _target(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """Return `out`, `(C, *shape)`, in the axis order of the source; None if the chunk reader cannot fill it."""
         if self.chunk_reader is None:
             return None
         target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
@@ -213,14 +214,14 @@ class Volume:
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
-    """Cut a span into what lies before, in and after the volume."""
+    """Cut a span into the parts before, in and after the volume."""
     for a, b in ((start, min(stop, 0)), (max(start, 0), min(stop, length)), (max(start, length), stop)):
         if a < b:
             yield a, b
 
 
 def _source_index(index: npt.NDArray[np.int64], length: int, mode: str) -> npt.NDArray[np.int64]:
-    """Where the voxels of one axis come from: indices beyond the border folded into the volume."""
+    """Fold the indices of one axis that lie beyond its ends into the volume."""
     if mode == "reflect" and length > 1:
         folded = index % (2 * (length - 1))
         return np.minimum(folded, 2 * (length - 1) - folded)
@@ -234,11 +235,11 @@ def _source_index(index: npt.NDArray[np.int64], length: int, mode: str) -> npt.N
 
 DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}
 CHUNK_BYTES = (1 << 12, 1 << 26)
-"""Chunks of an input that are smaller or larger than this are not taken over for the output."""
+"""Bytes between which the chunks of an input are used for the output."""
 
 
 def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
-    """Chunks for an output: the volume's when they are reasonable, else 64^3, 512^2 and the like."""
+    """Return chunks for an output: those of the volume if their size is reasonable, else 64^3, 512^2 and the like."""
     chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
     size = out_itemsize * int(np.prod(chunks, dtype=object))
     if volume.source.chunked and (
@@ -251,22 +252,22 @@ def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
 
 
 def spatial_sizes(name: str, value: Any, volume: Volume, *, least: int = 0) -> Ints:
-    """One size per spatial axis, in voxels; an `int` counts for all of them, a dict gives them by the axes' names.
+    """Return one size per spatial axis, in voxels, from an `int` for all axes, a sequence, or a dict by axis name.
 
     Raises:
-        TypeError: when it is neither an `int` nor a sequence or dict of them.
-        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
+        TypeError: if `value` is not an `int`, nor a sequence or dict of them.
+        ValueError: for a wrong number of sizes, names other than those of the axes, or a size below `least`.
     """
     return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
 
 
 def checked_padding_mode(value: str | None) -> str | None:
-    """A checked `padding_mode`."""
+    """Check and return a `padding_mode`."""
     return one_of("padding_mode", value, PADDING_MODES)
 
 
 def refuse_overlap(name: str, path: Address, volume: Volume) -> None:
-    """Refuse a place to write that is, holds or lies in the volume.
+    """Refuse to write to the input volume, to a parent of it, or inside it.
 
     Raises:
         ValueError: in that case.
@@ -275,14 +276,16 @@ def refuse_overlap(name: str, path: Address, volume: Volume) -> None:
     if location is None:
         return
     if location == target or target in location.parents or location in target.parents:
-        raise ValueError(f"{name} must not be, hold or lie in the volume, got {path} for the volume at {location}")
+        raise ValueError(
+            f"{name} must not be the input volume, contain it, or be inside it, got {path} for the volume at {location}"
+        )
 
 
 def spatial_box(name: str, value: Any, volume: Volume) -> Box:
-    """A checked box, one span per spatial axis, over all indices of looped axes.
+    """Return a box from one span per spatial axis; it covers all indices of looped axes.
 
     Raises:
-        ValueError: when it is no box within the volume.
+        ValueError: if the box is not within the volume.
     """
     looped = len(volume.shape) - volume.spatial_ndim
     names, shape = volume.names[looped:], volume.shape[looped:]
@@ -291,7 +294,7 @@ def spatial_box(name: str, value: Any, volume: Volume) -> Box:
         raise ValueError(
             f"{name} must be a pair (start, stop) or a slice per spatial axis ({', '.join(names)}), got {value!r}"
         )
-    found = []
+    checked = []
     for span, n in zip(spans, shape, strict=True):
         try:
             start, stop = (span.start, span.stop) if isinstance(span, slice) and span.step in {None, 1} else span
@@ -299,7 +302,7 @@ def spatial_box(name: str, value: Any, volume: Volume) -> Box:
         except (TypeError, ValueError):
             raise ValueError(f"{name} must be a pair (start, stop) or a slice per spatial axis, got {span!r}") from None
         if not 0 <= start < stop <= n:
-            raise ValueError(f"{name} must lie within the volume and hold a voxel, got {start}:{stop} for {n} voxels")
-        found.append((start, stop))
+            raise ValueError(f"{name} must be within the volume and not empty, got {start}:{stop} for {n} voxels")
+        checked.append((start, stop))
     whole = [(0, n) for n in volume.shape[:looped]]
-    return Box(*zip(*whole, *found, strict=True))
+    return Box(*zip(*whole, *checked, strict=True))

@@ -1,7 +1,7 @@
 """`xarray.open_datatree(path, engine="oocpatch")`: any OME-Zarr image as a tree, a node per level, with coordinates.
 
-xarray's own engine opens what has coordinate arrays. Most OME-Zarrs are flat: arrays `0`, `1`, ... and their scales in
-the metadata, of NGFF 0.4 (Zarr 2) or 0.5 (Zarr 3).
+xarray's own engine needs coordinate arrays. Most OME-Zarrs have none: their groups hold arrays `0`, `1`, ... and their
+scales are in the metadata, of NGFF 0.4 (Zarr 2) or 0.5 (Zarr 3).
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ import numpy.typing as npt
 import xarray
 import zarr
 from xarray.backends import BackendArray, BackendEntrypoint
+
+# Not in the list of xarray's public API, but its guide "How to add a new backend" has backends use it.
 from xarray.core import indexing
 
+from oocpatch.storage.paths import local_or_url
 from oocpatch.volumes.ome_metadata import read_multiscale
 from oocpatch.volumes.sources import Source, open_source
 
 
 class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray exports it without a type
-    """A level that is read when it is looked at."""
+    """A level that is read when its values are needed."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -34,27 +37,26 @@ class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray expo
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
-        assert self.source.array is not None
-        return np.asarray(self.source.array[key])
+        return self.source.load(key)
 
 
 class OmeZarrBackend(BackendEntrypoint):
-    """Opens an OME-Zarr image: `open_datatree` all its levels, `open_dataset` one of them."""
+    """Backend for OME-Zarr images: `open_datatree` opens all levels, `open_dataset` one of them."""
 
     description = "Open OME-Zarr images (NGFF 0.4 and 0.5), with coordinates from their scales"
     open_dataset_parameters = ("filename_or_obj", "drop_variables", "level")
     supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Never: xarray's own engine opens Zarr, unless this one is asked for."""
+        """Return False: xarray's own engine opens Zarr unless the user asks for this one."""
         del filename_or_obj
         return False
 
     def open_dataset(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None, level: int | str = 0
     ) -> xarray.Dataset:
-        """One level, as the variable `image`."""
-        source = open_source(_address(filename_or_obj), level)
+        """Open one level as the variable `image`."""
+        source = open_source(filename_or_obj, level)
         names = [str(name) for name in source.names or (f"dim_{a}" for a in range(len(source.shape)))]
         variable = xarray.Variable(names, indexing.LazilyIndexedArray(LazyLevel(source)), dict(source.attrs))
         chunks = source.array.shards or source.chunks if source.array is not None else source.chunks
@@ -67,34 +69,30 @@ class OmeZarrBackend(BackendEntrypoint):
     def open_datatree(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
     ) -> xarray.DataTree:
-        """All levels, as nodes `scale0`, `scale1`, ..."""
+        """Open all levels as nodes `scale0`, `scale1`, ..."""
         return xarray.DataTree.from_dict(self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables))
 
     def open_groups_as_dict(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
     ) -> dict[str, xarray.Dataset]:
-        """All levels, by the names of their nodes; what the image says of itself is with the first one, `/`.
+        """Open all levels by the names of their nodes; the node `/` has the image's own attributes.
 
         Raises:
-            ValueError: when there is no image.
+            ValueError: if there is no image.
         """
-        address = _address(filename_or_obj)
+        address = filename_or_obj
+        if isinstance(address, (str, os.PathLike)):
+            address = local_or_url(address)
         if isinstance(address, Path) and not address.exists():
             raise FileNotFoundError(f"{address} does not exist")
         node = zarr.open(address, mode="r")
-        found = None if isinstance(node, zarr.Array) else read_multiscale(dict(node.attrs), str(address))
-        if found is None:
-            open_source(address)  # says what is there instead, if it is nothing that can be opened
+        multiscale = None if isinstance(node, zarr.Array) else read_multiscale(dict(node.attrs), str(address))
+        if multiscale is None:
+            open_source(address)  # its error names what is there instead
             raise ValueError(f"engine 'oocpatch' opens OME-Zarr images, but {address} is another kind of Zarr")
-        root = xarray.Dataset(attrs={"name": found.name} if found.name else {})
+        root = xarray.Dataset(attrs={"name": multiscale.name} if multiscale.name else {})
         levels = {
             f"/scale{number}": self.open_dataset(filename_or_obj, drop_variables=drop_variables, level=number)
-            for number in range(len(found.levels))
+            for number in range(len(multiscale.levels))
         }
         return {"/": root, **levels}
-
-
-def _address(given: Any) -> Any:
-    if isinstance(given, str) and "://" not in given:
-        return Path(given)
-    return Path(given) if isinstance(given, os.PathLike) else given

@@ -274,7 +274,7 @@ def test_an_output_that_cannot_be_written_is_one_message(
     assert "workspace cannot be written: s3://nobody" in said(url, "--workspace", "s3://nobody/work")
     there = bucket.upload(volume, "a/volume.zarr")
     for inside in (there, f"{there}/out", bucket.url("a")):
-        assert "must not be, hold or lie in the volume" in said(inside, source=there)
+        assert "must not be the input volume, contain it, or be inside it" in said(inside, source=there)
     with_environment(monkeypatch, AWS_SKIP_SIGNATURE="true")
     assert "access denied" in said(url)
     assert not bucket.objects("refused.zarr")

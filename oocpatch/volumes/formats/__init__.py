@@ -1,1 +1,1 @@
-"""Files of other formats than Zarr, one module per library, each imported only when it is needed."""
+"""Readers of other formats than Zarr, one module per library, each imported only when it is needed."""

@@ -13,17 +13,17 @@ import xarray
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, require_extra, to_json
 
 CACHE = 1 << 20
-"""Bytes of chunks that the library keeps."""
+"""Bytes of h5py's cache of chunks."""
 
 SHOWN = 12
-"""Datasets that a message names."""
+"""Datasets that a message lists at most."""
 
 INTERNAL = frozenset({"DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME"})
-"""Attributes by which the library keeps its dimension scales."""
+"""Attributes by which HDF5 stores its dimension scales."""
 
 
 class Hdf5File:
-    """A dataset of an HDF5 file: the one that is named, else the only one with two axes or more."""
+    """A dataset of an HDF5 file: the named one, else the only one with at least two axes."""
 
     def __init__(self, spec: FileSpec) -> None:
         with require_extra("hdf5", spec):
@@ -33,14 +33,14 @@ class Hdf5File:
             self._data = _dataset(h5py, self._file, spec)
             data = self._data
             labels = [d.label for d in data.dims]
-            names = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
-            told = tuple(str(n) for n in names) if all(names) else None
+            found = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
+            names = tuple(str(n) for n in found) if all(found) else None
             self.metadata = FileMetadata(
                 shape=data.shape,
                 dtype=data.dtype,
                 chunks=data.chunks or (1,) * data.ndim,
-                names=told,
-                coords=_coords(data, told or ()),
+                names=names,
+                coords=_coords(data, names or ()),
                 attrs={str(k): to_json(v) for k, v in data.attrs.items() if k not in INTERNAL},
                 chunked=data.chunks is not None,
                 content={"dataset": data.name, **file_digest(Path(spec.address))},
@@ -50,7 +50,7 @@ class Hdf5File:
             raise
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """The voxels of a selection."""
+        """Read the voxels of a selection."""
         return np.asarray(self._data[selection])
 
     def close(self) -> None:
@@ -59,31 +59,30 @@ class Hdf5File:
 
 
 def _dataset(h5py: Any, file: Any, spec: FileSpec) -> Any:
-    if spec.part:
-        found = file.get(spec.part)
-        if isinstance(found, h5py.Dataset):
-            return found
+    """Return the named dataset, or the only one of numbers with at least two axes."""
+    if spec.part and isinstance(named := file.get(spec.part), h5py.Dataset):
+        return named
     datasets: dict[str, Any] = {}
 
-    def look(name: str, node: Any) -> None:
+    def collect(name: str, node: Any) -> None:
         if isinstance(node, h5py.Dataset) and node.ndim >= 2 and node.dtype.kind in "buif":
             datasets[name] = node
 
-    file.visititems(look)
+    file.visititems(collect)
     if len(datasets) == 1 and not spec.part:
         return next(iter(datasets.values()))
-    told = ", ".join(f"{spec.address}::/{n} {d.shape}" for n, d in list(datasets.items())[:SHOWN])
-    asked = f"has no dataset {spec.part!r}" if spec.part else f"holds {len(datasets)} datasets"
-    raise UnreadableError(f"volume must be one dataset, but {spec.address} {asked}; it has {told or 'none'}")
+    listed = ", ".join(f"{spec.address}::/{n} {d.shape}" for n, d in list(datasets.items())[:SHOWN])
+    problem = f"has no dataset {spec.part!r}" if spec.part else f"holds {len(datasets)} datasets"
+    raise UnreadableError(f"volume must be one dataset, but {spec.address} {problem}; it has {listed or 'none'}")
 
 
 def _coords(data: Any, names: tuple[str, ...]) -> dict[str, xarray.Variable]:
-    """Dimension scales that have a value per voxel."""
-    found = {}
+    """Return the dimension scales that have one value per voxel."""
+    coords = {}
     for name, dimension, size in zip(names, data.dims, data.shape, strict=False):
         for scale in dimension.values():
             if scale.shape == (size,) and scale.dtype.kind in "iuf":
                 attrs = {str(k): to_json(v) for k, v in scale.attrs.items() if k not in INTERNAL}
-                found[name] = xarray.Variable((name,), scale[:], attrs)
+                coords[name] = xarray.Variable((name,), scale[:], attrs)
                 break
-    return found
+    return coords

@@ -1,4 +1,4 @@
-"""NIfTI, and what else nibabel reads of this kind: one array in Fortran order, voxel sizes, an affine."""
+"""NIfTI and similar formats by nibabel: one array in Fortran order, voxel sizes, an affine."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from oocpatch.volumes.formats.spec import (
     FileMetadata,
     FileSpec,
     UnreadableError,
-    coordinate,
     file_digest,
     require_extra,
     to_json,
 )
+from oocpatch.volumes.ome_metadata import coordinate
 
 logger = logging.getLogger("oocpatch")
 
@@ -32,10 +32,10 @@ PACKED = (".gz", ".bz2", ".mgz")
 
 
 class NiftiFile:
-    """A NIfTI file, with axes as nibabel gives them: `x`, `y`, `z`, and `t` and `c` where it has them.
+    """A NIfTI file, with the axes of nibabel: `x`, `y`, `z`, and `t` and `c` where the file has them.
 
-    A compressed file cannot be read in parts. It is unpacked to a temporary file, piece by piece, when it is first
-    read; the file has no name, and is gone with the process.
+    A compressed file cannot be read in parts: it is unpacked to a temporary file, piece by piece, when it is first
+    read. The temporary file has no name and disappears with the process.
 
     Values that the header scales are float32.
     """
@@ -55,10 +55,10 @@ class NiftiFile:
         self._offset = int(data.offset)
         self._path = Path(image.file_map["image"].filename)
         self._unpack = nibabel.openers.ImageOpener
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         shape, scaled = self._shape, self._scaling != (1.0, 0.0)
-        row = shape[0]  # short rows are read whole, which a planner should know
+        row = shape[0]  # short rows are read whole, so the planner must count them whole
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
         self.metadata = FileMetadata(
             shape=shape,
@@ -72,30 +72,30 @@ class NiftiFile:
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """The voxels of a selection."""
-        found = read_box(self._opened(), self._offset, self._shape[::-1], self._stored, selection[::-1]).T
+        """Read the voxels of a selection."""
+        values = read_box(self._descriptor(), self._offset, self._shape[::-1], self._stored, selection[::-1]).T
         if self._scaling == (1.0, 0.0):
-            return found
+            return values
         slope, inter = self._scaling
-        return np.asarray(found * np.float64(slope) + np.float64(inter), np.float32)
+        return np.asarray(values * np.float64(slope) + np.float64(inter), np.float32)
 
     def close(self) -> None:
-        """Close the file; an unpacked one is gone."""
-        with self._turn:
+        """Close the file; an unpacked copy is deleted."""
+        with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
 
-    def _opened(self) -> int:
-        with self._turn:
+    def _descriptor(self) -> int:
+        with self._lock:
             if self._file is None:
-                packed = self._path.name.lower().endswith(PACKED)
-                self._file = self._unpacked() if packed else self._path.open("rb")
+                is_packed = self._path.name.lower().endswith(PACKED)
+                self._file = self._unpacked() if is_packed else self._path.open("rb")
             return self._file.fileno()
 
     def _unpacked(self) -> IO[bytes]:
         logger.info(
-            "%s is compressed as a whole: unpacked to a temporary file in %s; `oocpatch convert` makes a Zarr of it",
+            "%s is compressed as a whole: unpacking to a temporary file in %s; `oocpatch convert` makes a Zarr of it",
             self._path, tempfile.gettempdir(),
         )  # fmt: skip
         file = tempfile.TemporaryFile(prefix="oocpatch-")  # noqa: SIM115 (closed with this object)
@@ -112,23 +112,23 @@ class NiftiFile:
 
 
 def _coords(image: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, xarray.Variable]:
-    """Voxel sizes as coordinates: places in the world where the affine keeps axes apart, else from zero."""
+    """Return coordinates: positions in the world if the affine is diagonal, else multiples of the voxel size."""
     zooms = [float(z) for z in image.header.get_zooms()]
     affine = np.asarray(image.affine, np.float64)
     units = image.header.get_xyzt_units() if hasattr(image.header, "get_xyzt_units") else ("mm", "sec")
-    straight = bool(np.allclose(affine[:3, :3], np.diag(np.diag(affine[:3, :3]))))
-    found = {}
+    is_diagonal = bool(np.allclose(affine[:3, :3], np.diag(np.diag(affine[:3, :3]))))
+    coords = {}
     for axis, (name, size, zoom) in enumerate(zip(names, shape, zooms, strict=False)):
         unit = units[0 if axis < 3 else 1]
-        step, start = (affine[axis, axis], affine[axis, 3]) if straight and axis < 3 else (zoom, 0.0)
+        step, start = (affine[axis, axis], affine[axis, 3]) if is_diagonal and axis < 3 else (zoom, 0.0)
         if name != "c" and step:
-            place = _shortest(step), _shortest(start)
-            found[name] = coordinate(name, size, *place, None if unit == "unknown" else unit)
-    return found
+            unit = None if unit == "unknown" else unit
+            coords[name] = coordinate(name, size, _shortest(step), _shortest(start), unit)
+    return coords
 
 
 def _shortest(value: float) -> float:
-    """A number that was stored as float32, as it was meant.
+    """Return the shortest decimal number that is stored as the same float32.
 
     >>> _shortest(float(np.float32(1.2)))
     1.2
@@ -137,8 +137,8 @@ def _shortest(value: float) -> float:
 
 
 def _attrs(image: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"affine": np.asarray(image.affine, np.float64).tolist()}
+    attrs: dict[str, Any] = {"affine": np.asarray(image.affine, np.float64).tolist()}
     for name in ("descrip", "intent_name"):
         if name in image.header and (text := to_json(image.header[name].tobytes())):
-            found[name] = text
-    return found
+            attrs[name] = text
+    return attrs

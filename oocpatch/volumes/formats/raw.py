@@ -1,4 +1,4 @@
-"""Boxes out of a file that holds one array, uncompressed: by reads, since pages of a memory map count as memory."""
+"""Boxes of an uncompressed array in a file, by reads, since the pages of a memory map count as memory."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 import numpy.typing as npt
 
 ROW = 1 << 16
-"""Rows that are not longer, in bytes, are read whole, with those beside them: a gap costs less than a call."""
+"""Rows of at most so many bytes are read whole and together: reading a gap costs less than another call."""
 
 PIECE = 1 << 20
-"""Bytes that are read at a time."""
+"""Bytes of one read."""
 
 
 def read_box(
     file: int, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike, selection: tuple[slice, ...]
 ) -> npt.NDArray[Any]:
-    """A selection of an array in C order that begins at `offset` of an open file.
+    """Read a selection of an array in C order that begins at `offset` of an open file.
 
     Raises:
-        OSError: when the file ends too early.
+        OSError: if the file ends too early.
     """
-    kind = np.dtype(dtype)
+    item = np.dtype(dtype)
     spans = [range(*s.indices(n)[:2]) for s, n in zip(selection, shape, strict=True)]
-    out = np.empty([len(s) for s in spans], kind)
+    out = np.empty([len(s) for s in spans], item)
     if not out.size:
         return out
-    # Axes behind `whole` are selected as they are, so that a run covers a span of the axis before them.
+    # Axes from `whole` on are selected entirely, so a contiguous run covers a span of the axis before them.
     whole = len(shape)
     while whole > 0 and len(spans[whole - 1]) == shape[whole - 1]:
         whole -= 1
@@ -46,12 +46,12 @@ def read_box(
         first = sum((spans[a].start + i) * strides[a] for a, i in enumerate(index))
         first += rows.start * row if whole > 1 else 0
         target = flat[index] if whole > 1 else flat[None]
-        _fill_rows(file, offset + first * kind.itemsize, target, row, columns)
+        _fill_rows(file, offset + first * item.itemsize, target, row, columns)
     return out
 
 
 def _fill_rows(file: int, offset: int, target: npt.NDArray[Any], row: int, columns: slice) -> None:
-    """Read columns of rows that lie one after another."""
+    """Read some columns of consecutive rows."""
     size = row * target.itemsize
     if size > ROW:
         for number, line in enumerate(target):

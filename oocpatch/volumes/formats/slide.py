@@ -14,61 +14,61 @@ from oocpatch.volumes.formats.spec import (
     FileMetadata,
     FileSpec,
     UnreadableError,
-    coordinate,
     file_digest,
     require_extra,
 )
+from oocpatch.volumes.ome_metadata import coordinate
 
 TILE = 512
-"""Edge of a tile where the slide has none."""
+"""Edge of a tile if the slide is not tiled."""
 
 
 class SlideFile:
-    """A level of a slide, in RGB; where nothing was scanned, the slide's background colour, else white.
+    """A level of a slide, in RGB; voxels that were not scanned have the slide's background colour, else white.
 
-    OpenSlide takes places in the largest level, as integers, and interpolates where they are no voxel of the level that
-    is read. Whole tiles are read, each at its own place, so that a voxel has one value, whatever box it is read with.
+    OpenSlide takes integer positions in the largest level, and interpolates if they are not a voxel of the level that
+    is read. Whole tiles are read, each at its own position, so that a voxel has the same value in every box.
     """
 
     def __init__(self, spec: FileSpec) -> None:
         with require_extra("slide", spec):
             openslide: Any = importlib.import_module("openslide")
         self._slide = openslide.OpenSlide(spec.address)
-        # Memory is the plan's: neighbouring reads share no tile that would be worth keeping.
+        # The plan accounts for all memory, and neighbouring reads share no tile that is worth caching.
         self._slide.set_cache(openslide.OpenSlideCache(0))
         properties = dict(self._slide.properties)
         self._level = spec.level
         if spec.level >= self._slide.level_count:
-            told = "; ".join(f"{i}: {w} x {h}" for i, (w, h) in enumerate(self._slide.level_dimensions))
+            levels = "; ".join(f"{i}: {w} x {h}" for i, (w, h) in enumerate(self._slide.level_dimensions))
             self._slide.close()
-            raise UnreadableError(f"level must be one of those of {spec.address} ({told}), got {spec.level}")
+            raise UnreadableError(f"level must be one of those of {spec.address} ({levels}), got {spec.level}")
         width, height = self._slide.level_dimensions[spec.level]
         tile = [int(properties.get(f"openslide.level[{spec.level}].tile-{n}", TILE)) for n in ("height", "width")]
         self._tile = min(tile[0], height), min(tile[1], width)
-        # OpenSlide's own factor, one for both axes: with another one, voxels would be read beside their places.
-        self._times = float(self._slide.level_downsamples[spec.level])
+        # OpenSlide uses one factor for both axes; any other would shift the voxels.
+        self._factor = float(self._slide.level_downsamples[spec.level])
         colour = properties.get("openslide.background-color", "FFFFFF")
         self._background = np.frombuffer(bytes.fromhex(colour), np.uint8)
         shape = (height, width, 3)
         coords = {}
         for name, size, full in zip("yx", shape, self._slide.dimensions[::-1], strict=False):
             if step := float(properties.get(f"openslide.mpp-{name}", 0)):
-                times = full / size
-                coords[name] = coordinate(name, size, step * times, step * (times - 1) / 2, "um")
-        kept = ("openslide.vendor", "openslide.objective-power")
+                factor = full / size
+                coords[name] = coordinate(name, size, step * factor, step * (factor - 1) / 2, "um")
+        names = ("openslide.vendor", "openslide.objective-power")
         self.metadata = FileMetadata(
             shape=shape,
             dtype=np.dtype(np.uint8),
             chunks=(*self._tile, 3),
             names=("y", "x", "c"),
             coords=coords,
-            attrs={k.removeprefix("openslide."): properties[k] for k in kept if k in properties},
+            attrs={k.removeprefix("openslide."): properties[k] for k in names if k in properties},
             content={"level": spec.level, "quickhash": properties.get("openslide.quickhash-1"),
                    **file_digest(Path(spec.address))},
         )  # fmt: skip
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """The voxels of a selection."""
+        """Read the voxels of a selection."""
         spans = [s.indices(n) for s, n in zip(selection[:2], self.metadata.shape, strict=False)]
         box = Box(tuple(a for a, _, _ in spans), tuple(b for _, b, _ in spans))
         out = np.empty((*box.shape, 3), np.uint8)
@@ -79,8 +79,8 @@ class SlideFile:
 
     def _read_tile(self, corner: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         size = [min(t, n - c) for t, n, c in zip(self._tile, self.metadata.shape, corner, strict=False)]
-        place = [round(c * self._times) for c in corner]
-        values = np.asarray(self._slide.read_region(tuple(place[::-1]), self._level, tuple(size[::-1])))
+        position = [round(c * self._factor) for c in corner]
+        values = np.asarray(self._slide.read_region(tuple(position[::-1]), self._level, tuple(size[::-1])))
         return np.where(values[..., 3:] == 0, self._background, values[..., :3])
 
     def close(self) -> None:

@@ -1,21 +1,27 @@
-"""Which file, which format, which array in it: plain values that travel to other processes.
+"""Files of other formats than Zarr: the address of an array in a file, and reading it.
 
-An address is a path, and may go on after `::`, with the path of a dataset or with options:
+An address is a path. The path of a dataset or options may follow after `::`:
 
 ```text
  scan.h5::/entry/data        a dataset of an HDF5 file
  cells.n5::setup0/s1         a dataset of an N5 container
- slide.svs::level=2          a level of a pyramid; 0, the largest, unless told
+ slide.svs::level=2          a level of a pyramid; the default is 0, the largest
  stack.ome.tif::series=1     a series of a TIFF
- slide.tif::format=slide     a format other than the one that the name tells
+ slide.tif::format=slide     a format other than that of the file's name
  precomputed://gs://b/seg    precomputed (or n5) behind a URL
 ```
+
+A `FileSpec` and a `FileReader` hold plain values and travel to other processes; the file is opened where it is read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
 
 SUFFIXES = {
@@ -35,7 +42,18 @@ SUFFIXES = {
     "n5": (".n5",),
     "precomputed": (".precomputed",),
 }
-"""Formats by the endings of their files."""
+"""Formats by the suffixes of their files."""
+
+ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+
+READERS = {
+    "tiff": "tiff.TiffFile",
+    "slide": "slide.SlideFile",
+    "nifti": "nifti.NiftiFile",
+    "hdf5": "hdf5.Hdf5File",
+    "n5": "tensors.TensorFile",
+    "precomputed": "tensors.TensorFile",
+}
 
 SCHEMES = {"n5://": "n5", "precomputed://": "precomputed"}
 
@@ -43,30 +61,11 @@ NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
 
 END = 1 << 16
-"""Bytes at each end of a file that its fingerprint is made of."""
-
-UNITS = {
-    "\u00b5m": "micrometer",
-    "\u03bcm": "micrometer",
-    "um": "micrometer",
-    "micron": "micrometer",
-    "microns": "micrometer",
-    "\\u00b5m": "micrometer",  # as ImageJ writes it
-    "nm": "nanometer",
-    "mm": "millimeter",
-    "cm": "centimeter",
-    "m": "meter",
-    "s": "second",
-    "sec": "second",
-    "ms": "millisecond",
-    "msec": "millisecond",
-    "usec": "microsecond",
-}
-"""Long names of units, by the short ones that files have."""
+"""Bytes at each end of a file that its digest is made of."""
 
 
 class UnreadableError(ValueError):
-    """What was asked for is not in the file, or its library is missing; the message says what to do."""
+    """The array is not in the file, or the library to read it is missing; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,9 @@ class FileSpec:
     Attributes:
         address: path or URL of the file or container.
         format: one of `SUFFIXES`.
-        part: path of a dataset in it; empty: its only one.
-        level: of a pyramid; 0 is the largest.
-        series: of a TIFF.
+        part: path of a dataset in the file; empty for its only one.
+        level: level of a pyramid; 0 is the largest.
+        series: series of a TIFF.
     """
 
     address: str
@@ -88,19 +87,19 @@ class FileSpec:
     series: int = 0
 
     def __str__(self) -> str:
-        told = [f"{n}={v}" for n in ("level", "series") if (v := getattr(self, n))]
-        told = [self.part, *told] if self.part else told
-        return f"{self.address}::{','.join(told)}" if told else self.address
+        options = [f"{name}={value}" for name in ("level", "series") if (value := getattr(self, name))]
+        options = [self.part, *options] if self.part else options
+        return f"{self.address}::{','.join(options)}" if options else self.address
 
 
 @dataclass(frozen=True, slots=True)
 class FileMetadata:
-    """What a file says of its array without a voxel being read.
+    """Metadata of an array in a file, read without reading a voxel.
 
     Attributes:
-        shape, dtype, chunks, names, coords, attrs: as `Source` has them.
+        shape, dtype, chunks, names, coords, attrs: as in `Source`.
         chunked: whether reading part of a chunk costs as much as the chunk.
-        content: what else tells this array from another one.
+        content: values that distinguish this array from another one of the same shape.
     """
 
     shape: tuple[int, ...]
@@ -114,24 +113,24 @@ class FileMetadata:
 
 
 class OpenFile(Protocol):
-    """An open file. `read` may be called by several threads."""
+    """An open file. Several threads may call `read`."""
 
     metadata: FileMetadata
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """The voxels of a selection, one slice per axis."""
+        """Read the voxels of a selection, one slice per axis."""
         ...
 
     def close(self) -> None:
-        """Give up what is held."""
+        """Close the file."""
         ...
 
 
 def parse_address(address: Path | str) -> FileSpec | None:
-    """The array that an address names; None: it has no other format than Zarr.
+    """Return the array that an address names, or None for an address of a Zarr.
 
     Raises:
-        UnreadableError: when what follows `::` cannot be understood.
+        UnreadableError: if the text after `::` is not an option.
 
     >>> parse_address("scan.h5::/entry/data")
     FileSpec(address='scan.h5', format='hdf5', part='/entry/data', level=0, series=0)
@@ -139,58 +138,109 @@ def parse_address(address: Path | str) -> FileSpec | None:
     (2, None)
     """
     text = str(address)
-    told = text
     for scheme, name in SCHEMES.items():
         if text.startswith(scheme):
-            text, told = text.removeprefix(scheme), f"{text.removeprefix(scheme)}::format={name}"
-    path, marked, rest = told.partition("::") if not Path(told).exists() else (told, "", "")
+            text = f"{text.removeprefix(scheme)}::format={name}"
+    path, separator, rest = text.partition("::") if not Path(text).exists() else (text, "", "")
     options = _options(str(address), rest)
-    found = options.pop("format", None) or _format(path)
-    if found is None and marked:
-        endings = ", ".join(e for endings in SUFFIXES.values() for e in endings)
-        raise UnreadableError(f"what follows '::' is for files that end in {endings}, got {str(address)!r}")
-    return None if found is None else FileSpec(path, found, **options)
+    file_format = options.pop("format", None) or _format(path)
+    if file_format is None and separator:
+        raise UnreadableError(f"what follows '::' is for files that end in {ALL_SUFFIXES}, got {str(address)!r}")
+    return None if file_format is None else FileSpec(path, file_format, **options)
 
 
 def _options(address: str, text: str) -> dict[str, Any]:
-    """What follows `::`."""
-    found: dict[str, Any] = {}
-    for part in filter(None, text.replace("::", ",").split(",")):
-        name, given, value = part.partition("=")
-        if not given:
-            found["part"] = part
+    """Parse the text after `::`."""
+    options: dict[str, Any] = {}
+    for option in filter(None, text.replace("::", ",").split(",")):
+        name, separator, value = option.partition("=")
+        if not separator:
+            options["part"] = option
         elif name in ("level", "series") and value.isdecimal():
-            found[name] = int(value)
+            options[name] = int(value)
         elif name == "format" and value in SUFFIXES:
-            found[name] = value
+            options[name] = value
         else:
             raise UnreadableError(
                 "what follows '::' must be the path of a dataset, level=NUMBER, series=NUMBER or "
-                f"format=[{'|'.join(SUFFIXES)}], got {part!r} in {address!r}"
+                f"format=[{'|'.join(SUFFIXES)}], got {option!r} in {address!r}"
             )
-    return found
+    return options
 
 
 def _format(path: str) -> str | None:
-    """The format of a file by its name, of a directory by what lies in it."""
-    place = Path(path)
-    if place.is_dir():
-        if any((place / name).exists() for name in NOT_ZARR):
+    """Return the format of a file by its name, of a directory by its content."""
+    directory = Path(path)
+    if directory.is_dir():
+        if any((directory / name).exists() for name in NOT_ZARR):
             return None
-        if (place / "attributes.json").exists():
+        if (directory / "attributes.json").exists():
             return "n5"
         with contextlib.suppress(OSError, ValueError):
-            return "precomputed" if "scales" in json.loads((place / "info").read_text()) else None
-    named = path.lower().rstrip("/")
-    return next((name for name, endings in SUFFIXES.items() if named.endswith(endings)), None)
+            return "precomputed" if "scales" in json.loads((directory / "info").read_text()) else None
+    lower = path.lower().rstrip("/")
+    return next((name for name, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+
+
+def open_file(spec: FileSpec) -> OpenFile:
+    """Open the file of a spec.
+
+    Raises:
+        UnreadableError: if it cannot be read, or its library is missing.
+    """
+    module, _, name = READERS[spec.format].partition(".")
+    reader = getattr(importlib.import_module(f"oocpatch.volumes.formats.{module}"), name)
+    try:
+        file: OpenFile = reader(spec)
+    except UnreadableError:
+        raise
+    except Exception as error:
+        raise UnreadableError(f"volume cannot be read: {spec} ({error_line(error)})") from error
+    return file
+
+
+def read_metadata(spec: FileSpec) -> FileMetadata:
+    """Read the metadata of an array in a file."""
+    with contextlib.closing(open_file(spec)) as file:
+        return file.metadata
+
+
+class FileReader:
+    """Reads selections of a file, which it opens once per process, when it is first called.
+
+    Open files do not travel: a reader is pickled as its spec.
+
+    Args:
+        spec: the array to read.
+    """
+
+    def __init__(self, spec: FileSpec) -> None:
+        self.spec = spec
+        self._lock = threading.Lock()
+        self._open: tuple[int, OpenFile] | None = None
+
+    def __call__(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        return self._file().read(selection)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileReader, (self.spec,)
+
+    def _file(self) -> OpenFile:
+        with self._lock:
+            # A forked process shares the position in the file with its parent.
+            if self._open is None or self._open[0] != os.getpid():
+                file = open_file(self.spec)
+                weakref.finalize(self, file.close)
+                self._open = os.getpid(), file
+            return self._open[1]
 
 
 @contextlib.contextmanager
 def require_extra(extra: str, spec: FileSpec) -> Iterator[None]:
-    """Import what is not a requirement of oocpatch.
+    """Import a library that is installed with an extra.
 
     Raises:
-        UnreadableError: when it is not installed, naming the extra to install.
+        UnreadableError: if it is not installed; the message names the extra.
     """
     try:
         yield
@@ -202,9 +252,9 @@ def require_extra(extra: str, spec: FileSpec) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> dict[str, Any]:
-    """What tells a file from another one at the same place: its size, and its first and last bytes.
+    """Return the size of a file and a CRC of its first and last bytes.
 
-    Not its time: a copy of a file, or one that was fetched again, is the same file.
+    The modification time does not count: a copy of a file is the same file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -213,18 +263,8 @@ def file_digest(path: Path) -> dict[str, Any]:
         return {"bytes": size, "ends": checksum(np.frombuffer(first + file.read(END), np.uint8))}
 
 
-def coordinate(name: str, size: int, step: float, start: float = 0.0, unit: str | None = None) -> xarray.Variable:
-    """A 1-D coordinate: the place of each voxel's centre, in units.
-
-    >>> coordinate("x", 3, 0.5, unit="um").attrs
-    {'units': 'micrometer'}
-    """
-    attrs = {"units": UNITS.get(unit, unit)} if unit else {}
-    return xarray.Variable((name,), start + np.arange(size) * float(step), attrs)
-
-
 def to_json(value: Any) -> Any:
-    """A value of an attribute as JSON can hold it, as far as it can."""
+    """Convert the value of an attribute to plain Python values, as far as possible."""
     if isinstance(value, bytes):
         return value.decode(errors="replace").rstrip("\0")
     if isinstance(value, (np.ndarray, np.generic)):

@@ -1,4 +1,4 @@
-"""N5 and Neuroglancer's precomputed by tensorstore, in directories and behind URLs, seen in C order."""
+"""N5 and Neuroglancer's precomputed by tensorstore, in directories and behind URLs, in C order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, coordinate, require_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, require_extra
+from oocpatch.volumes.ome_metadata import coordinate
 
 DRIVERS = {"n5": "n5", "precomputed": "neuroglancer_precomputed"}
 
@@ -31,60 +32,61 @@ class TensorFile:
         try:
             store = tensorstore.open(description, read=True).result()
         except ValueError as error:
-            raise UnreadableError(f"volume cannot be read: {spec} ({_reason(error)}){_found(spec)}") from error
+            raise UnreadableError(f"volume cannot be read: {spec} ({_reason(error)}){_datasets(spec)}") from error
         origin, units = store.domain.inclusive_min, store.dimension_units
         labels = store.domain.labels
         stored = store.spec(retain_context=False).to_json()
         store = store.T[tensorstore.d[:].translate_to[0]]
         names = tuple(label or "" for label in labels[::-1])
         steps = [(1.0, None) if u is None else (u.multiplier, u.base_unit) for u in units[::-1]]
-        places = list(zip(names, origin[::-1], steps, strict=True))
+        origins = list(zip(names, origin[::-1], steps, strict=True))
         chunks = tuple(store.chunk_layout.read_chunk.shape)
         if names[0] == "channel" and store.shape[0] == 1:
-            store, names, places, chunks = store[0], names[1:], places[1:], chunks[1:]
+            store, names, origins, chunks = store[0], names[1:], origins[1:], chunks[1:]
         self._store = store
         self.metadata = FileMetadata(
             shape=tuple(store.shape),
             dtype=store.dtype.numpy_dtype,
             chunks=tuple(min(c, n) for c, n in zip(chunks, store.shape, strict=True)),
             names=names if all(names) else None,
-            coords=_coords(places, tuple(store.shape)),
+            coords=_coords(origins, tuple(store.shape)),
             content={k: stored[k] for k in ("metadata", "scale_metadata", "multiscale_metadata") if k in stored},
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        """The voxels of a selection."""
+        """Read the voxels of a selection."""
         return np.asarray(self._store[selection].read().result())
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 def _coords(
-    places: list[tuple[str, int, tuple[float, str | None]]], shape: tuple[int, ...]
+    origins: list[tuple[str, int, tuple[float, str | None]]], shape: tuple[int, ...]
 ) -> dict[str, xarray.Variable]:
-    """Places of voxels by name of an axis, where they are more than numbers from zero."""
-    found = {}
-    for (name, origin, (step, unit)), size in zip(places, shape, strict=True):
+    """Return the coordinates of axes that have an origin, a step or a unit."""
+    coords = {}
+    for (name, origin, (step, unit)), size in zip(origins, shape, strict=True):
         if name not in ("", "channel") and (origin, step, unit or None) != (0, 1.0, None):
-            found[name] = coordinate(name, size, step, origin * step, unit)
-    return found
+            coords[name] = coordinate(name, size, step, origin * step, unit)
+    return coords
 
 
 def _kvstore(spec: FileSpec) -> Any:
-    place = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
-    return place if "://" in spec.address else {"driver": "file", "path": str(Path(place).absolute()) + "/"}
+    url = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
+    return url if "://" in spec.address else {"driver": "file", "path": str(Path(url).absolute()) + "/"}
 
 
 def _reason(error: Exception) -> str:
+    """Return the message of an error of tensorstore without its source locations, which follow in brackets."""
     return " ".join(str(error).partition("[")[0].split())[:200]
 
 
-def _found(spec: FileSpec) -> str:
-    """The arrays of a local N5 container, for a message."""
+def _datasets(spec: FileSpec) -> str:
+    """List the arrays of a local N5 container for a message."""
     if "://" in spec.address or spec.format != "n5":
         return ""
     root = Path(spec.address)
     files = [f for f in sorted(root.rglob("attributes.json")) if "dimensions" in json.loads(f.read_text())]
-    found = [f"{root}::{file.parent.relative_to(root)}" for file in files]
-    return f"; it has {', '.join(found[:12])}" if found else ""
+    datasets = [f"{root}::{file.parent.relative_to(root)}" for file in files]
+    return f"; it has {', '.join(datasets[:12])}" if datasets else ""

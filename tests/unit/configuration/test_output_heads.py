@@ -456,7 +456,7 @@ BAD = {
     "box of no numbers": ({"box": [(0, 4), ("a", "b")]}, "box must be a pair"),
     "box with steps": ({"box": [(0, 4), slice(0, 8, 2)]}, "box must be a pair"),
     "box beyond the volume": ({"box": [(0, 4), (0, 31)]}, "box must lie within the volume .*0:31 for 30"),
-    "empty box": ({"box": [(0, 4), (5, 5)]}, "box must lie within the volume and hold a voxel"),
+    "empty box": ({"box": [(0, 4), (5, 5)]}, "box must be within the volume and not empty"),
     "mode for a head that is not there": ({"overlap_mode": {"b": "hann"}}, r"overlap_mode names \['b'\]"),
     "vote without classes": ({"overlap_mode": "vote"}, "num_classes must be given"),
     "postprocess of votes": ({"overlap_mode": "vote", "num_classes": 2, "postprocess": "softmax"}, "must be None"),

@@ -78,7 +78,7 @@ def test_a_level_is_chosen(tmp_path: Path) -> None:
     pyramidal_tiff(tmp_path / "a.tif")
     made = oocpatch.convert(tmp_path / "a.tif", tmp_path / "out.zarr", level=1, progress=False)
     np.testing.assert_array_equal(made.transpose("y", "x", "c"), SLIDE[::2, ::2])
-    with pytest.raises(ValueError, match="level must be 0 where the volume is an array"):
+    with pytest.raises(ValueError, match="level must be 0 unless the volume is an OME-Zarr or a file with levels"):
         oocpatch.convert(STACK, tmp_path / "other.zarr", level=1)
 
 

@@ -13,11 +13,11 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
-from oocpatch.storage.chunk_reader import PlainArray
 from zarr.storage import LocalStore
 
 import oocpatch
 from oocpatch.planning.box import Box
+from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.zarrs_codec import StagedArray, ZarrsArray, os_errors
 from oocpatch.volumes.volume import Volume
 

@@ -89,7 +89,7 @@ def test_a_level_that_is_not_there_is_refused_with_those_that_are(level, message
 def test_a_level_of_a_plain_array_is_refused(tmp_path):
     zarr.create_array(tmp_path / "a.zarr", data=FULL[0, 0])
     for volume in (tmp_path / "a.zarr", FULL[0, 0]):
-        with pytest.raises(ValueError, match="level must be 0 where the volume is an array"):
+        with pytest.raises(ValueError, match="level must be 0 unless the volume is an OME-Zarr or a file with levels"):
             oocpatch.Volume(volume, level=1)
 
 

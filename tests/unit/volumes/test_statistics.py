@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_left_out() -> None:
 def test_a_channel_without_finite_values_is_named(dtype: str) -> None:
     passes = VolumeStatistics(Volume(np.array([[1, 2], [np.nan, np.inf]], dtype), "cx"))
     for ask in (passes.moments, lambda: passes.percentiles((1, 2))):
-        with pytest.raises(ValueError, match="channel 1 of the volume holds no finite value"):
+        with pytest.raises(ValueError, match="channel 1 of the volume has no finite value"):
             ask()
 
 

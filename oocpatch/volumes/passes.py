@@ -1,0 +1,59 @@
+"""Passes over a volume or a map: many small tasks, run by Dask's threads, a few at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from dask.base import compute
+from dask.delayed import delayed
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WAVE = 4
+"""Tasks per thread that Dask gets at a time: its graph stays small, whatever the size of the volume."""
+
+DELAY = 2.0
+"""Seconds before a terminal shows progress."""
+
+
+def run_pass(
+    task: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    threads: int,
+    name: str,
+    unit: str,
+    size: Callable[[Item], int],
+    total: int,
+    hidden: bool | None = None,
+) -> Iterator[Result]:
+    """Run a task over items by Dask's threads, and yield the results in the order of the items.
+
+    Args:
+        task: an idempotent function that only reads.
+        items: its arguments.
+        threads: number of threads.
+        name: text of the progress bar.
+        unit: unit of the progress bar.
+        size: number of units in an item.
+        total: number of units in all items.
+        hidden: whether no progress is shown; None shows it on a terminal.
+
+    >>> list(run_pass(abs, [-1, 2], threads=2, name="absolutes", unit="number", size=lambda _: 1, total=2, hidden=True))
+    [1, 2]
+    """
+    remaining = iter(items)
+    with (
+        # a pool of its own: Dask's default one has a thread per core, and does not survive the fork of a process
+        ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-pass") as pool,
+        tqdm(total=total, desc=name, unit=unit, unit_scale=total > 1 << 16, delay=DELAY, disable=hidden) as bar,
+    ):
+        while wave := list(itertools.islice(remaining, WAVE * threads)):
+            tasks = [delayed(task, pure=False, traverse=False)(item) for item in wave]
+            yield from compute(*tasks, scheduler="threads", pool=pool)  # type: ignore[no-untyped-call] # Dask gives it none
+            bar.update(sum(map(size, wave)))
