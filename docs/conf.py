@@ -28,7 +28,7 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 
-# `:::` for Sphinx's own directives: a fence of three backticks is a block that the tests run.
+# Sphinx's own directives are fenced with `:::`, since the tests run the blocks between three backticks.
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 smartquotes_action = "D"  # dashes only: quotation marks of options and values are to be copied as they stand
@@ -58,10 +58,10 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": [], "tutorial": [], "concepts": []}  # pages without others beside them
+html_sidebars = {"index": [], "tutorial": [], "concepts": []}  # these pages are in no group
 
-GIVEN = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "RunStatus", "Verification")}
-"""What callers get and never make: how it is made is left out, and so it is for errors."""
+RETURNED = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "RunStatus", "Verification")}
+"""Classes that callers get and never create: their arguments are left out, as those of errors are."""
 
 for field in PyObject.doc_field_types:
     if field.name == "variable":
@@ -71,19 +71,19 @@ for field in PyObject.doc_field_types:
 def without_arguments(
     _app: Sphinx, what: str, name: str, _of: Any, _options: Any, arguments: str | None, _returns: Any
 ) -> tuple[str, str] | None:
-    """Leave out the arguments of what callers do not make."""
-    return ("", "") if arguments and (what == "exception" or name in GIVEN) else None
+    """Leave out the arguments of classes that callers do not create."""
+    return ("", "") if arguments and (what == "exception" or name in RETURNED) else None
 
 
 def as_text(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
-    """Make links of names of pages, and keep napoleon from taking what stands before a colon for a property's type."""
+    """Turn names of pages into links, and keep napoleon from reading the text before a colon as a property's type."""
     lines[:] = [re.sub(r"`docs/([\w/-]+)\.md`", r":doc:`\1 </\1>`", line) for line in lines]
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]  # an empty comment
 
 
 def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
-    """Leave out defaults that are none: click has an object for them, which sphinx-click prints."""
+    """Leave out the defaults of options without one: click has an object for them, which sphinx-click prints."""
     lines[:] = [line for line in lines if "Sentinel.UNSET" not in line]
 
 
