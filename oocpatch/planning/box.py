@@ -1,4 +1,7 @@
-"""Boxes: half-open integer regions in the frame of the unpadded volume."""
+"""Boxes: half-open integer regions in the frame of the unpadded volume, and arithmetic on their lattices.
+
+A box knows nothing of arrays; volumes, outputs and partials turn it into slices.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class Box:
 
     @classmethod
     def of_shape(cls, shape: Ints) -> Box:
-        """The box from the origin with the given shape."""
+        """Return the box from the origin with the given shape."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
@@ -49,7 +52,7 @@ class Box:
         return any(b <= a for a, b in zip(self.start, self.stop, strict=True))
 
     def __and__(self, other: Box) -> Box:
-        """The common region; empty where there is none."""
+        """Return the common region; empty where there is none."""
         return Box(
             tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True)),
             tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True)),
@@ -61,12 +64,16 @@ class Box:
         )
 
     def slices(self, origin: Ints | None = None) -> tuple[slice, ...]:
-        """Slices that select this box in an array whose first voxel lies at `origin` (default: zero)."""
+        """Return the slices of this box in an array whose first voxel lies at `origin` (default: zero).
+
+        >>> Box((2, 3), (4, 9)).slices((2, 2))
+        (slice(0, 2, None), slice(1, 7, None))
+        """
         origin = origin or (0,) * len(self.start)
         return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True))
 
     def along(self, axis: int, start: int, stop: int) -> Box:
-        """This box with its extent on one axis replaced.
+        """Return this box with another extent on one axis.
 
         >>> Box((0, 0), (4, 4)).along(1, 2, 3)
         Box(start=(0, 2), stop=(4, 3))
@@ -88,7 +95,11 @@ class Box:
 
 
 def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut `[start, stop)` at the multiples of `step`."""
+    """Cut `[start, stop)` at the multiples of `step`.
+
+    >>> list(cut(3, 9, 4))
+    [(3, 4), (4, 8), (8, 9)]
+    """
     a = start
     while a < stop:
         b = min(stop, (a // step + 1) * step)
@@ -97,12 +108,16 @@ def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def ceil_to(value: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is not below `value`."""
+    """Return the smallest multiple of `unit` that is not below `value`.
+
+    >>> ceil_to(9, 4), ceil_to(8, 4), ceil_to(-1, 4)
+    (12, 8, 0)
+    """
     return -(-value // unit) * unit
 
 
 def worthwhile(step: Ints, shape: Ints, voxels: int) -> Ints:
-    """A step doubled along the last axes first until it holds so many voxels, or covers the shape.
+    """Double a step, along the last axes first, until it has so many voxels or covers the shape.
 
     >>> worthwhile((8, 8), (64, 64), 256)
     (8, 32)
@@ -115,7 +130,7 @@ def worthwhile(step: Ints, shape: Ints, voxels: int) -> Ints:
 
 
 def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
-    """The box that slices select of an array.
+    """Return the box that slices select of an array of the given shape.
 
     >>> selected((slice(None), slice(1, 9)), (4, 6))
     Box(start=(0, 1), stop=(4, 6))
@@ -125,5 +140,9 @@ def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
 
 
 def unit_positions(unit: Sequence[int], selection: tuple[slice, ...]) -> Iterator[Ints]:
-    """Return the positions of the write units of a selection, in C order."""
+    """Return the positions, in write units and in C order, of the units that a selection of voxels meets.
+
+    >>> list(unit_positions((4, 4), (slice(0, 4), slice(2, 9))))
+    [(0, 0), (0, 1), (0, 2)]
+    """
     return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, unit, strict=True)))

@@ -1,4 +1,4 @@
-"""The grid of patches: arithmetic, never a list.
+"""The grid of patches: arithmetic, never a list of patches.
 
 Per axis, patch starts are `0, stride, 2 * stride, ...` and a last one moved back so that it ends at the border; the
 grid is the product of its axes, in C order:
@@ -16,11 +16,21 @@ With a padded frame, the frame grows by `overlap // 2` on each side and the firs
 ```text
  frame    ...|-------------------------------------|...
  patch 0  [==========]
+ patch 1        [==========]
+ last                                     [==========]
 ```
 
-A volume smaller than a patch has one patch, at 0, that reaches beyond the border. An output whose voxels are larger or
-smaller than the volume's has a grid of its own: the same patches, each start and size multiplied. So that this gives
-whole voxels, starts can be made to snap to multiples; the last patch then reaches beyond the border.
+A volume smaller than a patch has one patch, at 0, that reaches beyond the border. An output at another scale has a grid
+of its own, with the same patches: each start and size is multiplied by the scale. Starts can snap to multiples so that
+the products are whole voxels; the last patch then reaches beyond the border:
+
+```text
+ volume      |-------------------|        10 voxels, patches of 4 whose starts are multiples of 4
+ patches     [=======|=======|=======]    starts 0, 4, 8: the last one ends at 12
+ scale 1/4   |  0|  1|  2|                3 voxels, patches of 1 at 0, 1, 2
+```
+
+The grid does not know blocks, windows or heads, which build on it.
 """
 
 from __future__ import annotations
@@ -43,10 +53,12 @@ class GridAxis:
 
     Attributes:
         length: extent of the volume.
-        patch, overlap: of the patches; `patch - overlap` is a multiple of `snap`.
+        patch: length of a patch.
+        overlap: voxels that adjacent patches share; `patch - overlap` is a multiple of `snap`.
         padded: whether the frame grows by `overlap // 2` on each side.
-        snap: all starts are multiples of it.
-        begin, end: start of the first and of the last patch, where they do not follow from the rest.
+        snap: divisor of all starts.
+        begin: start of the first patch; None: it follows from the rest.
+        end: start of the last patch; None: it follows from the rest.
 
     >>> axis = GridAxis(length=10, patch=4, overlap=2)
     >>> [axis.start(i) for i in range(axis.count)]
@@ -87,7 +99,10 @@ class GridAxis:
         return min(self.first + index * self.stride, self.last)
 
     def scaled(self, scale: Scale) -> GridAxis:
-        """The same patches in an output with `scale[0] / scale[1]` times as many voxels.
+        """Return the same patches in an output with `scale[0] / scale[1]` times as many voxels.
+
+        Raises:
+            ValueError: when a patch does not begin and end at whole voxels of that output.
 
         >>> axis = GridAxis(10, 4, 2, snap=2).scaled((1, 2))
         >>> axis.length, [axis.start(i) for i in range(axis.count)]
@@ -104,7 +119,7 @@ class GridAxis:
         return GridAxis(length, patch, overlap, begin=first, end=last)
 
     def grown(self, context: int) -> GridAxis:
-        """The same patches, larger by `context` voxels on each side."""
+        """Return the same patches, larger by `context` voxels on each side."""
         if not context:
             return self
         return GridAxis(
@@ -116,14 +131,14 @@ class GridAxis:
         )
 
     def indices(self, start: int, stop: int) -> range:
-        """The patches owned by the span `[start, stop)` of the volume: those that start in it.
+        """Return the patches that the span `[start, stop)` of the volume owns: those that start in it.
 
-        A patch that starts before the volume belongs to the span that holds voxel 0.
+        A patch that starts before the volume belongs to the span with voxel 0.
         """
         return range(0 if start <= 0 else self._index_from(start), self._index_from(stop))
 
     def meeting(self, start: int, stop: int) -> range:
-        """The patches that have a voxel in the span `[start, stop)` of the volume.
+        """Return the patches that have a voxel in the span `[start, stop)` of the volume.
 
         >>> GridAxis(10, 4, 2).meeting(4, 5)
         range(1, 3)
@@ -131,15 +146,21 @@ class GridAxis:
         return range(self._index_from(start - self.patch + 1), self._index_from(stop))
 
     def _index_from(self, value: int) -> int:
-        """Index of the first patch that starts at or after `value`, else `count`."""
+        """Return the index of the first patch that starts at or after `value`, else `count`."""
         if value > self.last:
             return self.count
         return min(max(0, -(-(value - self.first) // self.stride)), self.count - 1)
 
     def crop_span(self, index: int) -> tuple[int, int]:
-        """The voxels that patch `index` has the last word on in `crop` mode; over all patches they are a partition.
+        """Return the span of voxels that patch `index` decides in `crop` mode; all spans together are a partition.
 
-        `overlap // 2` voxels are trimmed from each side that is not at the volume's border, and a later patch wins.
+        `overlap // 2` voxels are cropped from each side that is not at the volume's border, and a later patch wins:
+
+        ```text
+         patch 0     [=========.]
+         patch 1            [.=======.]
+         last                      [.=========]
+        ```
 
         >>> axis = GridAxis(10, 4, 2)
         >>> [axis.crop_span(i) for i in range(4)]
@@ -155,12 +176,12 @@ class GridAxis:
 
 @dataclass(frozen=True, slots=True)
 class PatchLocation:
-    """Where a patch lies.
+    """The place of a patch in the volume.
 
     Attributes:
         index: the corner with the lowest coordinates, in voxels of the unpadded volume.
         size: the patch's size in voxels.
-        subject_index: which subject the patch comes from, when there are several.
+        subject_index: position of the patch's subject, when there are several.
 
     >>> PatchLocation((0, 8), (4, 4)).index_fin
     (4, 12)
@@ -172,12 +193,12 @@ class PatchLocation:
 
     @property
     def index_ini(self) -> Ints:
-        """First voxel of the patch (inclusive)."""
+        """First voxel of the patch."""
         return self.index
 
     @property
     def index_fin(self) -> Ints:
-        """End of the patch (exclusive)."""
+        """End of the patch, one voxel beyond its last."""
         return tuple(i + s for i, s in zip(self.index, self.size, strict=True))
 
     @property
@@ -185,11 +206,11 @@ class PatchLocation:
         return Box(self.index_ini, self.index_fin)
 
     def to_slices(self) -> tuple[slice, ...]:
-        """Spatial slices of the patch."""
+        """Return the spatial slices of the patch in the volume."""
         return self.box.slices()
 
     def scaled(self, factor: float | tuple[float, ...]) -> PatchLocation:
-        """The location in an output whose voxels are `factor` times as many per axis.
+        """Return the location in an output with `factor` times as many voxels per axis.
 
         Corners are scaled and rounded, so that patches that touch still touch.
 
@@ -219,7 +240,7 @@ class PatchGrid:
 
     @classmethod
     def of(cls, shape: Ints, patch_size: Ints, patch_overlap: Ints, *, padded: bool = False) -> PatchGrid:
-        """The grid of a volume of spatial `shape`; sizes in voxels, one per axis.
+        """Return the grid of a volume of spatial `shape`; sizes in voxels, one per axis.
 
         Raises:
             ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.
@@ -242,7 +263,7 @@ class PatchGrid:
         return cls(tuple(GridAxis(n, p, o, padded) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True)))
 
     def _repr_html_(self) -> str:
-        """The patches in a notebook."""
+        """Draw the patches in a notebook."""
         return draw_grid(self)
 
     @property
@@ -261,7 +282,7 @@ class PatchGrid:
 
     @property
     def num_patches(self) -> int:
-        """As `len`, without its limit of `sys.maxsize`."""
+        """Number of patches, without the limit of `len`, `sys.maxsize`."""
         return math.prod(self.counts)
 
     def __len__(self) -> int:
@@ -283,6 +304,10 @@ class PatchGrid:
 
 
 def chunk_span(start: int, stop: int, chunk: int, length: int) -> int:
-    """Voxels that must be decoded to read `[start, stop)` of an axis with the given chunk length."""
+    """Return the voxels that are decoded to read `[start, stop)` of an axis of `length` voxels in chunks of `chunk`.
+
+    >>> chunk_span(5, 9, 4, 10)
+    6
+    """
     start, stop = max(0, start), min(stop, length)
     return 0 if stop <= start else min(ceil_to(stop, chunk), length) - start // chunk * chunk

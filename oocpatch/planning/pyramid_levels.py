@@ -1,11 +1,13 @@
-"""Pyramids: which axes each level halves, how far down, and what making one takes.
+"""Levels of a pyramid: the axes that each one halves, their number, chunks and tasks, and the memory of a task.
 
 A level has `ceil(n / 2)` voxels where the one above has `n`, so that no voxel at the border is lost:
 
 ```text
  level 0   | 0 | 1 | 2 | 3 | 4 |
- level 1   |   0   |   1   |   2   :      the last one stands for the one voxel that is there
+ level 1   |   0   |   1   |   2   :      the last voxel stands for the one above it alone
 ```
+
+This module computes with shapes only; `outputs.pyramid` reads, averages and writes.
 """
 
 from __future__ import annotations
@@ -13,29 +15,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from oocpatch.planning.box import Ints, ceil_to, worthwhile
+from oocpatch.planning.arguments import clipped_chunks, write_unit
+from oocpatch.planning.box import Ints, worthwhile
 
 LARGEST = 256
-"""The coarsest level has no more voxels than a chunk, and than this on each axis would make."""
+"""A level that has no more voxels than a chunk is the coarsest; sides of chunks count up to this many voxels."""
 
 REGION, PIECE = 1 << 18, 1 << 17
-"""Voxels that one write, and one read, should have at least: smaller units are taken several at a time."""
+"""Least voxels of a write, and of a piece that is computed at a time: smaller units are taken several at a time."""
 
 
 def halvings(
     shape: Ints, chunks: Ints, sizes: Sequence[float], spatial: int, levels: int | None = None
 ) -> tuple[Ints, ...]:
-    """How each level comes from the one above it: 2 for an axis that is halved, else 1.
+    """Return the steps from each level to the next, per axis: 2 for an axis that is halved, else 1.
 
     Axes whose voxels are twice as long as the shortest, or longer, wait until the others have caught up. Only the last
     `spatial` axes are halved, and no axis that is one voxel long.
 
     Args:
-        shape: of the finest level.
-        chunks: of the finest level.
-        sizes: of its voxels, per axis, in one unit.
-        spatial: number of axes in space, the last ones.
-        levels: so many levels in all; None: until a level has no more voxels than a chunk.
+        shape: shape of the finest level, in voxels.
+        chunks: chunks of the finest level, in voxels.
+        sizes: lengths of its voxels per axis, in one unit.
+        spatial: number of spatial axes, the last ones.
+        levels: number of levels, the finest included; None: until a level has no more voxels than a chunk.
 
     >>> halvings((100, 1000, 1000), (64, 64, 64), (2.0, 0.5, 0.5), 3)
     ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -43,19 +46,19 @@ def halvings(
     space = range(len(shape) - spatial, len(shape))
     enough = math.prod(min(chunks[a], LARGEST) for a in space)
     n, size = list(shape), list(sizes)
-    found: list[Ints] = []
-    while (math.prod(n[a] for a in space) > enough) if levels is None else (len(found) + 1 < levels):
+    steps: list[Ints] = []
+    while (math.prod(n[a] for a in space) > enough) if levels is None else (len(steps) + 1 < levels):
         longer = [a for a in space if n[a] > 1]
         least = min((size[a] for a in longer), default=0.0)
         step = tuple(2 if a in longer and size[a] < 2 * least * (1 - 1e-9) else 1 for a in range(len(shape)))
-        found.append(step)
+        steps.append(step)
         n = list(level_shape(tuple(n), step))
         size = [s * f for s, f in zip(size, step, strict=True)]
-    return tuple(found)
+    return tuple(steps)
 
 
 def level_shape(shape: Ints, step: Ints) -> Ints:
-    """The shape of a level, given that of the one above.
+    """Return the shape of a level, given the shape of the level above and the step between them.
 
     >>> level_shape((5, 4, 1), (2, 2, 1))
     (3, 2, 1)
@@ -64,23 +67,25 @@ def level_shape(shape: Ints, step: Ints) -> Ints:
 
 
 def level_chunks(shape: Ints, chunks: Ints, unit: Ints) -> tuple[Ints, Ints]:
-    """Chunks and write unit of a level, given those of the finest one: the same, but not longer than it needs.
+    """Return chunks and write unit of a level: those of the finest level, but not longer than this one needs.
 
     >>> level_chunks((100, 30), (32, 32), (64, 64)), level_chunks((20, 30), (32, 32), (64, 64))
     (((32, 30), (64, 30)), ((20, 30), (20, 30)))
     """
-    short = tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
-    units = (n if c >= n else min(u, ceil_to(n, c)) for u, c, n in zip(unit, chunks, shape, strict=True))
-    return short, tuple(units)
+    return clipped_chunks(chunks, shape), write_unit(chunks, unit, shape)
 
 
 def regions(shape: Ints, unit: Ints, *, sharded: bool) -> Ints:
-    """The shape of what one task writes, whole write units: a shard, or chunks that are worth their overhead."""
+    """Return the shape that one task writes, in whole write units: a shard, or as many chunks as repay a task.
+
+    >>> regions((4096, 4096), (64, 64), sharded=False)
+    (64, 4096)
+    """
     return unit if sharded else worthwhile(unit, shape, REGION)
 
 
 def pieces(region: Ints, above: Ints, step: Ints) -> Ints:
-    """The shape of what is computed at a time, whose voxels come from whole chunks of the level above, if that can be.
+    """Return the shape that is computed at a time, read from whole chunks of the level above where possible.
 
     >>> pieces((64, 64), (512, 512), (2, 2)), pieces((512, 512), (33, 64), (2, 2))
     ((64, 64), (264, 512))
@@ -90,9 +95,22 @@ def pieces(region: Ints, above: Ints, step: Ints) -> Ints:
 
 
 def task_memory(shape: Ints, chunks: Ints, unit: Ints, step: Ints, itemsize: int) -> int:
-    """Bytes that one task adds at most: what it writes, coded too; what it reads, decoded too; and sums in float64."""
-    region = math.prod(regions(shape, unit, sharded=unit != chunks))
-    piece = pieces(regions(shape, unit, sharded=unit != chunks), chunks, step)
+    """Return the bytes that one task needs at most.
+
+    These are its output and the encoded copy, its input and the decoded chunks, and sums in float64.
+
+    Args:
+        shape: shape of the level, in voxels.
+        chunks: chunks of the level above, in voxels.
+        unit: write unit of the level, in voxels.
+        step: per axis, 2 where the level above is halved.
+        itemsize: bytes of a value.
+
+    >>> task_memory((512, 512), (64, 64), (64, 64), (2, 2), 1)
+    4722688
+    """
+    region = regions(shape, unit, sharded=unit != chunks)
+    piece = pieces(region, chunks, step)
     read = math.prod(n * f for n, f in zip(piece, step, strict=True))
     decoded = math.prod(chunks) + read
-    return itemsize * (3 * region + 2 * read + decoded) + math.prod(piece) * (16 + 2 * itemsize)
+    return itemsize * (3 * math.prod(region) + 2 * read + decoded) + math.prod(piece) * (16 + 2 * itemsize)
