@@ -1,4 +1,4 @@
-"""Blocks: the units of work, their cores, seams and who reads what.
+"""Blocks: the units of work, their cores, their seams, and the neighbours that exchange these.
 
 The volume is partitioned into cores, boxes of whole write units of the output. A patch belongs to the block whose core
 holds its start, so that its values spill towards higher indices only, into the halo:
@@ -7,27 +7,28 @@ holds its start, so that its values spill towards higher indices only, into the 
  axis:   0        core of block 0         |        core of block 1        |  ...
          [patch 0 ]                       |
              [patch 1 ]                   |
-                        [patch 5      ====]   halo of block 0: its seam, kept for block 1
+                        [patch 5      ====]   halo of block 0: its seam, stored for block 1
                                        [patch 6 ]
                                           |<open>|<------ direct ------>|
 ```
 
-Per axis, a block's core is split in what lower neighbours spill into (`open`, rounded up to whole write units) and the
-rest (`direct`). The box that is direct on every axis is written to the output by the predict task itself; the remainder
-of the core waits in the workspace for the seams, as at most one box per axis (`open_boxes`):
+Per axis, a block's core is split into the voxels that lower neighbours spill into (`open`, rounded up to whole write
+units) and the rest (`direct`). The predict task itself writes the box that is direct on every axis to the output; the
+remainder of the core waits in the workspace for the seams, as at most one box per axis (`open_boxes`):
 
 ```text
-            open  direct  halo
-           +-----+-------+----+
-      open | own | own   |seam|      seam pieces are named by the neighbour that reads them: an offset
-           +-----+-------+----+      of 0 or 1 per axis, 1 where the piece lies in the halo.
-    direct | own | output|seam|
-           +-----+-------+----+
-      halo |seam | seam  |seam|
-           +-----+-------+----+
+            open   direct   halo
+           +------+--------+------+
+      open | open-0 ...... | 0, 1 |     open-a: sums over a box of `open_boxes`, open on axis a
+           +------+--------+------+             and direct on the axes before
+    direct |open-1| output | 0, 1 |     output: complete values
+           +------+--------+------+     0 or 1 per axis: seam, named by the offset of the neighbour
+      halo | 1, 0 |  1, 0  | 1, 1 |             that reads it, 1 where the piece lies in the halo
+           +------+--------+------+
 ```
 
-A core is never shorter than `patch_size - 1`, so that a block has at most `2**d - 1` neighbours on either side.
+A core is never shorter than `patch_size - 1`, so that a block has at most `2**d - 1` neighbours on either side. Blocks
+are arithmetic as the grid is: this module reads and stores nothing.
 """
 
 from __future__ import annotations
@@ -45,15 +46,19 @@ Offset = Ints
 
 @dataclass(frozen=True, slots=True)
 class BlockAxis:
-    """How one axis is cut into cores.
+    """The cores of one axis, in voxels.
 
     Attributes:
         grid: the patches of the axis.
         size: core length, a multiple of `unit`; a remainder too small to be a block joins the last core.
-        unit: the output's write unit, in voxels.
-        crop: whether patches are cropped (a halo then ends where the next patch has the last word).
+        unit: write unit of the output.
+        crop: whether patches are cropped (a halo then ends where the next patch decides).
         step: granularity of `open`; at least `unit`, more on the swept axis.
-        blocks: number of cores, where it does not follow from the rest.
+        blocks: number of cores; None: it follows from the rest.
+
+    >>> axis = BlockAxis(GridAxis(20, 4, 2), size=8, unit=4, crop=False, step=4)
+    >>> [(axis.core(i), axis.patches(i), axis.open(i), axis.spill(i)) for i in range(axis.count)]
+    [((0, 8), range(0, 4), 0, 2), ((8, 16), range(4, 8), 4, 2), ((16, 20), range(8, 9), 4, 0)]
     """
 
     grid: GridAxis
@@ -71,14 +76,16 @@ class BlockAxis:
         return max(1, full + _is_block(rest, self.size, self.grid))
 
     def core(self, index: int) -> tuple[int, int]:
+        """Return start and stop of a core."""
         start = index * self.size
         return start, self.grid.length if index == self.count - 1 else start + self.size
 
     def patches(self, index: int) -> range:
+        """Return the grid indices of the patches that a core owns."""
         return self.grid.indices(*self.core(index))
 
     def spill(self, index: int) -> int:
-        """Length of the halo: voxels beyond the core that this block's patches write to."""
+        """Return the length of the halo: the voxels beyond the core that this block's patches write to."""
         stop, patches = self.core(index)[1], self.patches(index)
         if not patches or index == self.count - 1:
             return 0
@@ -87,7 +94,7 @@ class BlockAxis:
         return max(0, min(end, self.grid.length) - stop)
 
     def open(self, index: int) -> int:
-        """Length of the part of the core that waits for the lower neighbour's halo, in whole steps."""
+        """Return the length of the part of the core that the lower neighbour's halo covers, in whole steps."""
         if index == 0:
             return 0
         start, stop = self.core(index)
@@ -96,14 +103,14 @@ class BlockAxis:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block: what it owns, what it writes, what it leaves for others.
+    """One block: its core, the parts of it, and its halo.
 
     Attributes:
         index: position in the order of execution (C order of `position`).
         position: index per axis.
-        core: the box it owns.
-        halo: length of the halo per axis.
-        open: length of the open part per axis.
+        core: the box that the block owns.
+        halo: length of the halo per axis, in voxels.
+        open: length of the open part per axis, in voxels.
     """
 
     index: int
@@ -114,7 +121,7 @@ class Block:
 
     @property
     def reach(self) -> Box:
-        """Core and halo: the voxels that the block's patches write to."""
+        """The core and its halo: the voxels that the block's patches write to."""
         return Box(self.core.start, tuple(b + h for b, h in zip(self.core.stop, self.halo, strict=True)))
 
     @property
@@ -124,18 +131,18 @@ class Block:
 
     @property
     def open_boxes(self) -> tuple[Box, ...]:
-        """The core without `direct`, as disjoint boxes; entry `a` is open on axis `a` and direct on the axes before."""
-        pieces = []
+        """The core without `direct`, as disjoint boxes; box `a` is open on axis `a` and direct on the axes before."""
+        boxes = []
         for axis, length in enumerate(self.open):
             first = self.core.start[axis]
-            piece = self.core.along(axis, first, first + length)
+            box = self.core.along(axis, first, first + length)
             for before in range(axis):
-                piece = piece.along(before, self.direct.start[before], self.core.stop[before])
-            pieces.append(piece)
-        return tuple(pieces)
+                box = box.along(before, self.direct.start[before], self.core.stop[before])
+            boxes.append(box)
+        return tuple(boxes)
 
     def seam(self, offset: Offset) -> Box:
-        """The piece of the halo for the neighbour at `offset`: halo where the offset is 1, core elsewhere."""
+        """Return the piece of the halo for the neighbour at `offset`: halo where the offset is 1, core elsewhere."""
         return Box(
             tuple(b if e else a for a, b, e in zip(self.core.start, self.core.stop, offset, strict=True)),
             tuple(b + h if e else b for b, h, e in zip(self.core.stop, self.halo, offset, strict=True)),
@@ -143,7 +150,7 @@ class Block:
 
 
 def offsets(ndim: int) -> list[Offset]:
-    """The offsets of a block's neighbours, by number of axes and then in C order: the fixed order of summation.
+    """Return the offsets of a block's neighbours, by number of axes and then in C order: the order of summation.
 
     In `crop` mode a later offset overrides an earlier one, which this order makes right.
 
@@ -172,7 +179,7 @@ class BlockGrid:
 
     @classmethod
     def of(cls, grid: PatchGrid, core: Ints, unit: Ints, sweep: int, *, crop: bool) -> BlockGrid:
-        """Blocks with the given core, rounded up to whole write units and to at least `patch_size - 1`."""
+        """Return blocks with the given core, rounded up to whole write units and to at least `patch_size - 1`."""
         return cls(
             tuple(
                 BlockAxis(g, core_length(g, c, u), u, crop, sweep_step(g, u) if a == sweep else u)
@@ -182,7 +189,7 @@ class BlockGrid:
         )
 
     def scaled(self, scale: tuple[Scale, ...], unit: Ints, *, crop: bool) -> BlockGrid:
-        """The same blocks in an output at another scale, with write units of its own."""
+        """Return the same blocks in an output at another scale, with write units of its own."""
         axes = []
         for a, (axis, s, u) in enumerate(zip(self.axes, scale, unit, strict=True)):
             grid = axis.grid.scaled(s)
@@ -210,12 +217,12 @@ class BlockGrid:
 
     @property
     def num_blocks(self) -> int:
-        """As `len`, without its limit of `sys.maxsize`."""
+        """Number of blocks, without the limit of `len`, `sys.maxsize`."""
         return math.prod(self.counts)
 
     @property
     def num_open(self) -> int:
-        """Number of blocks that seams enter: those that are not first, with a spill before them, on some axis."""
+        """Number of blocks that seams enter: those with a spilling block before them on some axis."""
         closed = math.prod(1 + sum(a.open(i) == 0 for i in range(1, a.count)) for a in self.axes)
         return self.num_blocks - closed
 
@@ -240,7 +247,7 @@ class BlockGrid:
         )
 
     def patches(self, block: Block) -> tuple[range, ...]:
-        """Per axis, the grid indices of the block's patches."""
+        """Return the grid indices of the block's patches, per axis."""
         return tuple(a.patches(p) for a, p in zip(self.axes, block.position, strict=True))
 
     def steps(self, box: Box) -> Iterator[Box]:
@@ -250,53 +257,51 @@ class BlockGrid:
             yield box.along(self.sweep, a, min(a + self.step, stop))
 
     def sources(self, block: Block) -> list[tuple[Offset, Block]]:
-        """The lower neighbours whose seams enter the block, in the fixed order of summation."""
-        return [(e, b) for e, b in self._neighbours(block, -1) if not b.seam(e).empty]
-
-    def readers(self, block: Block) -> list[int]:
-        """The blocks whose normalize task reads this block's partials."""
-        own = [block.index] if any(block.open) else []
-        return own + [b.index for e, b in self._neighbours(block, 1) if not block.seam(e).empty]
-
-    def _neighbours(self, block: Block, sign: int) -> Iterator[tuple[Offset, Block]]:
-        for e in offsets(len(self.axes)):
-            position = tuple(p + sign * i for p, i in zip(block.position, e, strict=True))
-            if all(0 <= p < n for p, n in zip(position, self.counts, strict=True)):
+        """Return the lower neighbours whose seams enter the block, with their offsets, in the order of summation."""
+        sources = []
+        for offset in offsets(len(self.axes)):
+            position = tuple(p - e for p, e in zip(block.position, offset, strict=True))
+            if min(position) >= 0:
                 index = 0
                 for p, n in zip(position, self.counts, strict=True):
                     index = index * n + p
-                yield e, self[index]
+                neighbour = self[index]
+                if not neighbour.seam(offset).empty:
+                    sources.append((offset, neighbour))
+        return sources
 
 
 def core_length(axis: GridAxis, requested: int, unit: int) -> int:
-    """The shortest allowed core length that is not below the requested one; the whole axis if no other core is left."""
+    """Return the shortest allowed core length that is not below the requested one; the whole axis if there is one core.
+
+    >>> core_length(GridAxis(100, 16, 8), 20, 8), core_length(GridAxis(100, 16, 8), 80, 8)
+    (24, 104)
+    """
     length = ceil_to(max(requested, axis.patch - 1, 1), unit)
     full, rest = divmod(axis.length, length)
     return length if full + _is_block(rest, length, axis) > 1 else ceil_to(axis.length, unit)
 
 
 def _is_block(rest: int, size: int, axis: GridAxis) -> bool:
-    """Whether a remainder is a core of its own instead of a part of its neighbour's."""
+    """Return whether a remainder is a core of its own instead of a part of its neighbour."""
     return rest >= max(axis.patch - 1, size // 2, 1)
 
 
 def sweep_step(axis: GridAxis, unit: int) -> int:
-    """Voxels along the swept axis that are written at a time: one stride in whole write units."""
+    """Return the voxels along the swept axis that are written at a time: one stride in whole write units."""
     return min(ceil_to(axis.stride, unit), ceil_to(axis.length, unit))
 
 
 class Neighbours:
-    """Sources and readers of the blocks of a grid, as indices.
-
-    The same as `BlockGrid.sources` and `BlockGrid.readers`, in the time of a few additions.
+    """Indices of the blocks that exchange seams, each in the time of a few additions.
 
     Args:
         blocks: the block grid.
 
     >>> from oocpatch.planning.grid import PatchGrid
     >>> grid = BlockGrid.of(PatchGrid.of((24, 24), (4, 4), (2, 2)), core=(8, 8), unit=(4, 4), sweep=0, crop=False)
-    >>> found = Neighbours(grid)
-    >>> found.sources(4), found.readers(4)
+    >>> neighbours = Neighbours(grid)
+    >>> neighbours.sources(4), neighbours.readers(4)
     ([3, 1, 0], [4, 5, 7, 8])
     """
 
@@ -309,16 +314,16 @@ class Neighbours:
         self._spills = [bytes(axis.spill(i) > 0 for i in range(axis.count)) for axis in blocks.axes]
 
     def sources(self, index: int) -> list[int]:
-        """The blocks whose seams enter a block."""
+        """Return the blocks whose seams enter a block."""
         return self._sums(index, -1)[1:]
 
     def readers(self, index: int) -> list[int]:
-        """The blocks whose normalize task reads a block's partials, itself first if it keeps sums of its own."""
-        found = self._sums(index, 1)
-        return found if len(self._sums(index, -1)) > 1 else found[1:]
+        """Return the blocks whose normalize tasks read a block's partials, itself first if it stores sums."""
+        readers = self._sums(index, 1)
+        return readers if len(self._sums(index, -1)) > 1 else readers[1:]
 
     def _sums(self, index: int, sign: int) -> list[int]:
-        """A block and its neighbours on one side, in the fixed order of axes."""
+        """Return a block and its neighbours on one side, in C order of their offsets."""
         rest, steps = index, []
         for count, stride, spills in zip(self._counts, self._strides, self._spills, strict=True):
             position, rest = divmod(rest, stride)

@@ -1,6 +1,6 @@
-"""Heads: what a model gives for one patch, and the frame that each of its outputs lives in.
+"""Heads: the outputs of a model, and the frame of each one.
 
-Each head has its own frame: the volume's, with every length multiplied by the head's scale. Patches and cores are the
+The frame of a head is that of the volume with every length multiplied by the head's scale. Patches and cores are the
 same in all frames, in the same order, so that one sweep of a block serves all heads:
 
 ```text
@@ -8,8 +8,15 @@ same in all frames, in the same order, so that one sweep of a block serves all h
  scale 1/2     |core 0|core 1|                     patches of 4, stride 2, cores of 8
 ```
 
-A network without padding gives less than it takes. What it needs beyond its output on each side is its context: the
-patches of the grid are those of the outputs, and the model is given patches that are larger by the context.
+The output of a network without padding is smaller than its input. The difference on each side is its context: the
+patches of the grid are those of the outputs, and the model's input patches are larger by the context:
+
+```text
+ input patch   [  context  |     patch of the grid     |  context  ]
+ output                    [===========================]
+```
+
+`configuration.output_heads` infers heads from a probe of the model; this module holds them and makes their grid.
 """
 
 from __future__ import annotations
@@ -26,21 +33,22 @@ from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """One output of the model, and what becomes of it. Sizes are in the head's own voxels.
+    """One output of the model and its array. Sizes are in the head's own voxels.
 
     Attributes:
         name: name of the output array.
-        mode: how overlapping patches become one.
+        mode: `overlap_mode`, by which overlapping patches become one.
         scale: voxels of the output per voxel of the volume, per axis.
-        trim: voxels at each side of the model's output that are not used.
+        trim: unused voxels at each side of the model's output.
         channels: channels of the sums.
-        dtype: dtype of the sums (`crop`: of the model's output; else float32).
-        dense: whether weights are kept voxel by voxel, as one more channel of the sums, since patches may be skipped.
+        dtype: dtype of the sums (`crop`: that of the model's output; else float32).
+        dense: whether the weights are one more channel of the sums, voxel by voxel, since patches may be skipped.
         out_channels: channels after the postprocess.
         out_dtype: dtype of the output array.
         channel_axis: name of the output's channel axis; None: it has none.
-        chunks, unit: the output's chunks, and its write unit.
-        labels: whether its values are labels, of which a mean says nothing.
+        chunks: chunks of the output.
+        unit: write unit of the output.
+        labels: whether the values are labels, which must not be averaged.
     """
 
     name: str
@@ -68,17 +76,17 @@ class Head:
 
     @property
     def votes(self) -> bool:
-        """Whether patches hold labels, of which the most frequent wins: they are added as one channel per class."""
+        """Whether patches are labels, of which the most frequent wins: they are added as one channel per class."""
         return self.mode == "vote"
 
     @property
     def window(self) -> str:
-        """The kind of window."""
+        """The mode of the window."""
         return "average" if self.votes else self.mode
 
     @property
     def stored_channels(self) -> int:
-        """Channels of the sums as they are kept: the weights are the last, if they are dense."""
+        """Channels of the sums in memory and in the workspace: dense weights are the last one."""
         return self.channels + self.dense
 
     @property
@@ -104,15 +112,18 @@ class Head:
 def patch_grid(
     shape: Ints, patch_size: Ints, patch_overlap: Ints, context: Ints, snap: Ints, *, padded: bool = False
 ) -> PatchGrid:
-    """The grid of what the model gives, in the volume's frame.
+    """Return the grid of the model's output patches, in the volume's frame; all sizes in voxels per axis.
 
     Args:
-        shape: of the volume.
-        patch_size: of the patches that the model takes.
-        patch_overlap: of the patches that the model takes.
-        context: what it takes beyond its output, on each side.
-        snap: starts are multiples of it.
+        shape: shape of the volume.
+        patch_size: size of the model's input patches.
+        patch_overlap: overlap of the model's input patches.
+        context: input beyond the output, on each side.
+        snap: divisor of all starts.
         padded: whether the frame grows by half an overlap on each side.
+
+    Raises:
+        ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.
 
     >>> [loc.index for loc in patch_grid((20,), (10,), (0,), (2,), (1,))]
     [(0,), (6,), (12,), (14,)]
@@ -128,17 +139,15 @@ def patch_grid(
 
 
 def common_unit(heads: Sequence[Head]) -> Ints:
-    """What cores are multiples of, in the volume's voxels: a whole number of write units in every head's frame."""
-    found = []
-    for a in range(len(heads[0].unit)):
-        units = []
-        for head in heads:
-            times, per = head.scale[a]
-            units.append(head.unit[a] * per // math.gcd(head.unit[a] * per, times))
-        found.append(math.lcm(*units))
-    return tuple(found)
+    """Return the divisor of all cores, in the volume's voxels: a whole number of write units in every head's frame."""
+
+    def unit_of(head: Head, axis: int) -> int:
+        times, per = head.scale[axis]
+        return head.unit[axis] * per // math.gcd(head.unit[axis] * per, times)
+
+    return tuple(math.lcm(*(unit_of(head, axis) for head in heads)) for axis in range(len(heads[0].unit)))
 
 
 def crops(heads: Sequence[Head]) -> bool:
-    """Whether halos end where the next patch has the last word: only if all heads crop, in the volume's own frame."""
+    """Return whether all heads crop in the volume's own frame: halos then end where the next patch decides."""
     return all(h.crop and all(s == (1, 1) for s in h.scale) for h in heads)
