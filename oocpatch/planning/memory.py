@@ -14,7 +14,7 @@ from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
 from oocpatch.planning.heads import Head
-from oocpatch.planning.sweep import LOOKED_AT, AxisTotals, Frame, capacity
+from oocpatch.planning.sweep import EXAMINED_BLOCKS, AxisTotals, Frame, capacity
 
 TILE = 1 << 16
 """Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
@@ -279,7 +279,7 @@ def _head_parts(
 def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: ByteSizes) -> int:
     """Voxels decoded along the swept axis when every layer reads just what it needs: chunks it shares come twice."""
     axis, chunk = blocks.axes[blocks.sweep].grid, sizes.in_chunks[blocks.sweep]
-    period = min(math.lcm(axis.stride, chunk) // axis.stride, LOOKED_AT)
+    period = min(math.lcm(axis.stride, chunk) // axis.stride, EXAMINED_BLOCKS)
     spans = [chunk_span(s, s + axis.stride, chunk, axis.length) for s in range(0, period * axis.stride, axis.stride)]
     return max(totals.decoded, round(sum(spans) / len(spans) * axis.count))
 

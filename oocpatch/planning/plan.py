@@ -1,4 +1,8 @@
-"""The plan: all decisions of a run, frozen, as JSON, with a fingerprint that says two plans are the same run."""
+"""The plan: all decisions of a run, frozen, as JSON, with a digest of everything that the result depends on.
+
+A plan holds integers and names. It reads nothing, opens nothing and does not choose: `configuration.make_plan` makes it
+from arguments, `planner` chooses its blocks, and workers rebuild it from JSON.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.sweep import axis_totals
 
 FORMAT = 3
-"""Version of the plan's JSON and of the workspace's layout."""
+"""Version of the plan's JSON and of the workspace's layout: no other version is read."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +37,37 @@ class Plan:
     Sizes are in voxels, one value per axis of `axes`: looped axes (time) first, with patches of 1, then the spatial.
 
     Attributes:
-        parameters: the fingerprint: what was asked for, by the names of the parameters of `predict`.
+        parameters: the fingerprint, by the names of the parameters of `predict`: two plans with other values in it are
+            different runs.
         axes: names of the looped and the spatial axes, in the output's order.
         spatial: number of spatial axes.
         shape: the volume's extent on `axes`.
         in_channels: channels of the volume.
         in_dtype: dtype of the volume.
-        in_chunks: its chunks, which reads are planned by.
-        patch_size: what the model takes, per axis.
+        in_chunks: chunks of the volume.
+        patch_size: size of the model's input patches, per axis.
         patch_overlap: voxels that adjacent patches share, per axis.
-        padding_mode: what lies outside the volume; None: the frame is not padded.
-        fill: value outside, for `constant`.
-        context: voxels that the model takes beyond its output, on each side.
-        snap: patch starts are multiples of it.
-        heads: what the model gives; one, or several from a dict.
-        copies_input: whether the model must be given copies, because it writes to its input.
+        padding_mode: rule for the voxels outside the volume; None: the frame is not padded.
+        fill: value outside the volume, for `constant`.
+        context: input of the model beyond its output, on each side.
+        snap: divisor of all patch starts.
+        heads: outputs of the model; one, or several from a dict.
+        copies_input: whether the model gets copies of the input, because it writes to them.
         may_skip: whether patches may be skipped.
-        core: block shape.
+        core: shape of a block's core.
         sweep: the axis along which blocks are computed.
-        io_strategy: how tasks go about their blocks.
+        io_strategy: reads and writes of a task beside its computation.
         concurrency: blocks computed at a time.
         batch_size: patches per batch.
         torch_threads: threads of torch, set in every process, since results depend on it.
-        projected_memory: bytes the run adds to its process at most.
+        projected_memory: most bytes that the run adds to its process.
         projected_disk: bytes of the workspace at its fullest.
-        bytes_read: decoded bytes, of the workspace, too.
-        bytes_written: uncompressed bytes, to the workspace, too.
-        task_memory: the share of `projected_memory` that each concurrent block takes.
+        bytes_read: decoded bytes read from the volume and the workspace.
+        bytes_written: uncompressed bytes written to the output and the workspace.
+        task_memory: the share of `projected_memory` of each concurrent block.
         memory_parts: shares of the memory by name.
-        model_note: what is around the model, for people.
-        statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet taken.
+        model_note: preprocessing, ensembles and compilation around the model, in words.
+        statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet computed.
     """
 
     parameters: Mapping[str, Any]
@@ -99,18 +104,18 @@ class Plan:
 
     @cached_property
     def grid(self) -> PatchGrid:
-        """The patches that the model gives, in the volume's frame."""
+        """The output patches of the model, in the volume's frame."""
         sizes = (self.patch_size, self.patch_overlap, self.context, self.snap)
         return patch_grid(self.shape, *sizes, padded=self.padding_mode is not None)
 
     @cached_property
     def input_grid(self) -> PatchGrid:
-        """The same patches as the model takes them: larger by its context."""
+        """The input patches of the model: larger by its context."""
         return PatchGrid(tuple(a.grown(c) for a, c in zip(self.grid.axes, self.context, strict=True)))
 
     @cached_property
     def unit(self) -> Ints:
-        """What cores are multiples of."""
+        """Divisor of all cores: whole write units of every head."""
         return common_unit(self.heads)
 
     @cached_property
@@ -131,17 +136,17 @@ class Plan:
 
     @property
     def fills_batches(self) -> bool:
-        """Whether every batch is a full one, since the model is compiled for that."""
+        """Whether every batch is filled up to `batch_size`, since the model is compiled for it."""
         return self.parameters.get("compile") is not None
 
     @cached_property
     def slab_bytes(self) -> tuple[int, ...]:
-        """Bytes that each head's sums and values of one step of the sweep have at most, in any block."""
-        found = []
+        """Most bytes of one slab of each head, sums or values, in any block."""
+        sizes = []
         for frame, head in zip(self.frames, self.heads, strict=True):
             totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
-            found.append(slab_bytes(frame, totals, max(head.sum_voxel_bytes, head.out_voxel_bytes)))
-        return tuple(found)
+            sizes.append(slab_bytes(frame, totals, max(head.sum_voxel_bytes, head.out_voxel_bytes)))
+        return tuple(sizes)
 
     @property
     def patches(self) -> int:
@@ -154,7 +159,7 @@ class Plan:
         return self.block_grid.num_blocks
 
     def patches_in(self, blocks: Collection[int]) -> int:
-        """Number of patches of many blocks: a few bytes of each are needed, and no `Block`."""
+        """Return the number of patches of many blocks, in a few bytes per block and without a `Block` of each."""
         indices = np.fromiter(blocks, np.int64, len(blocks))
         total = np.ones(len(indices), np.int64)
         for axis, at in zip(self.block_grid.axes, np.unravel_index(indices, self.block_grid.counts), strict=True):
@@ -169,7 +174,7 @@ class Plan:
     @property
     def run_id(self) -> str:
         """Digest of everything the bytes of the result depend on."""
-        identity = {
+        fields_of_result = {
             "format": FORMAT,
             "parameters": self.parameters,
             "core": self.core,
@@ -179,7 +184,7 @@ class Plan:
             "heads": [asdict(h) for h in self.heads],
             "torch_threads": self.torch_threads,
         }
-        return digest(identity)
+        return digest(fields_of_result)
 
     def run(self) -> Any:
         """Carry the plan out: the same as `predict` with the arguments the plan was made with."""
@@ -188,11 +193,11 @@ class Plan:
         return self.runner(self)
 
     def with_concurrency(self, concurrency: int, projected_memory: int) -> Plan:
-        """The same plan with so many blocks at a time; not a byte of the result depends on it."""
+        """Return the plan with another number of blocks at a time; no byte of the result depends on it."""
         return replace(self, concurrency=concurrency, projected_memory=projected_memory)
 
     def with_statistics(self, statistics: tuple[tuple[float, float], ...]) -> Plan:
-        """The same plan, with what a pass over the volume found; the fingerprint has what was asked of it."""
+        """Return the plan with statistics of the volume; the fingerprint has the parameters that ask for them."""
         return replace(self, statistics=statistics)
 
     def bound(self, runner: Callable[[Plan], Any]) -> Plan:
@@ -200,7 +205,7 @@ class Plan:
         return replace(self, runner=runner)
 
     def to_json(self) -> str:
-        """The plan as a JSON object, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
+        """Return the plan as JSON, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "runner"}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
         derived = {
@@ -236,15 +241,15 @@ class Plan:
         return cls(**values)
 
     def draw(self) -> str:
-        """Sections through blocks, seams and patches, as the text of an SVG file."""
+        """Draw sections through blocks, seams and patches, as the text of an SVG file."""
         return draw_plan(self.block_grid, self.axes, self.spatial)
 
     def _repr_html_(self) -> str:
-        """The plan in a notebook: its numbers and its picture."""
+        """Return the numbers and the picture of the plan for a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>{self.draw()}"
 
     def __repr__(self) -> str:
-        """The plan in a console: its numbers."""
+        """Return the numbers of the plan for a console."""
         return str(self)
 
     def __str__(self) -> str:
@@ -279,13 +284,13 @@ class Plan:
 
 
 def _scales(scale: tuple[Scale, ...]) -> str:
-    """`1/4` where all axes have the same, `1 x 1/4 x 1/4` else."""
-    told = [str(a) if b == 1 else f"{a}/{b}" for a, b in scale]
-    return told[0] if len(set(told)) == 1 else " x ".join(told)
+    """Return `1/4` where all axes have one scale, `1 x 1/4 x 1/4` otherwise."""
+    texts = [str(a) if b == 1 else f"{a}/{b}" for a, b in scale]
+    return texts[0] if len(set(texts)) == 1 else " x ".join(texts)
 
 
 def differences(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The parameters in which two fingerprints differ: name -> (asked, stored).
+    """Return the parameters in which two fingerprints differ: name -> (asked, stored).
 
     >>> differences({"patch_size": [96]}, {"patch_size": [64]})
     {'patch_size': ([96], [64])}
@@ -296,24 +301,28 @@ def differences(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
 
 
 def digest(value: Any) -> str:
-    """Twenty hex digits of the SHA-256 of a value's canonical JSON."""
+    """Return twenty hex digits of the SHA-256 of a value's canonical JSON.
+
+    >>> digest({"b": 1, "a": (2,)}) == digest({"a": [2], "b": 1})
+    True
+    """
     text = json.dumps(value, sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def human(size: float, *, up: bool = False) -> str:
-    """A number of bytes for people; with `up`, not less than it is: as a limit it is enough.
+    """Return a number of bytes as text; with `up` it is rounded up, so that it suffices as a limit.
 
     >>> human(1536), human(3 << 30), human((3 << 30) + 1, up=True)
     ('1.5 KiB', '3.0 GiB', '3.1 GiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
-        if size < 1024 or unit == "PiB":
-            size = math.ceil(size * 10) / 10 if up else size
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
+    unit, *larger = "B", "KiB", "MiB", "GiB", "TiB", "PiB"
+    while size >= 1024 and larger:
+        size, unit = size / 1024, larger.pop(0)
+    size = math.ceil(size * 10) / 10 if up else size
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _tuples(value: Any) -> Any:
+    """Return lists of JSON as tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The sweep of one block: in which order its layers of patches are read, computed and let go.
+"""The sweep of a block: the order in which its layers of patches are read, computed and written.
 
 ```text
    sweep ->      done and written | rolling partial | not yet read
@@ -7,7 +7,17 @@
 ```
 
 A layer holds the patches of a block that share one start on the swept axis. Layers are taken in groups of just enough
-patches to fill a batch. When a group is done, the voxels before the next group's start are final and leave the partial.
+patches to fill a batch. When a group is done, the voxels before the next group's start are final and leave the partial:
+
+```text
+ group 0     [=====]
+               [=====]
+ group 1         [=====]
+                   [=====]
+ final       |---|               the voxels before group 1 starts, once group 0 is computed
+```
+
+The second half of the module sums and bounds the blocks of each axis, for the projections of memory and traffic.
 """
 
 from __future__ import annotations
@@ -27,10 +37,10 @@ class Group:
 
     Attributes:
         layers: grid indices of the layers.
-        start: first voxel the group's patches touch.
-        stop: end of the last voxel they touch.
-        read_stop: end of what must have been read; `stop`, or beyond it up to a chunk border of the input.
-        done: everything before it is final once the group is computed.
+        start: first voxel of the group's patches on the swept axis.
+        stop: end of the group's patches.
+        read_stop: end of the planes that the group needs; `stop`, or beyond it up to a chunk border of the input.
+        done: end of the voxels that are final once the group is computed.
     """
 
     layers: range
@@ -41,21 +51,21 @@ class Group:
 
 
 def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end: int | None = None) -> list[Group]:
-    """The groups of a block's layers, in order.
+    """Return the groups of a block's layers, in order.
 
     Args:
         axis: the swept axis.
         layers: grid indices of the block's layers.
-        layers_per_group: how many layers are computed together.
-        chunk: reads end at multiples of it (1: at the voxel).
-        end: where the block's last layer ends; default: the last of `layers` does.
+        layers_per_group: number of layers that are computed together.
+        chunk: divisor of the ends of reads, in voxels.
+        end: end of the block's last layer; default: that of the last of `layers`.
 
     >>> [g.read_stop for g in groups(GridAxis(10, 4, 2), range(0, 4), 1, 3)]
     [6, 6, 9, 10]
     """
     if not layers:
         return []
-    found = []
+    schedule = []
     reach_stop = axis.start(layers[-1]) + axis.patch if end is None else end
     for i in range(0, len(layers), layers_per_group):
         members = layers[i : i + layers_per_group]
@@ -64,16 +74,16 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end
         stop = axis.start(members[-1]) + axis.patch
         # Beyond the border there are no chunks: padding is read to the voxel.
         aligned = max(stop, min(ceil_to(stop, chunk), reach_stop, max(axis.length, stop)))
-        found.append(Group(members, axis.start(members[0]), stop, aligned, done))
-    return found
+        schedule.append(Group(members, axis.start(members[0]), stop, aligned, done))
+    return schedule
 
 
 @lru_cache(maxsize=4096)
 def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *, prefetch: bool) -> tuple[int, int]:
-    """Planes that the input ring and the sums ring of a block must hold: `(input, sums)`.
+    """Return the planes of the input ring and of the sums ring of a block, `(input, sums)`.
 
-    With `prefetch`, the input of the next group is read while the current one is computed. Of many groups one period of
-    the pattern that strides and chunks make is looked at, and the end.
+    With `prefetch`, the input of the next group is read while the current one is computed. Of many groups, one period
+    of the pattern that strides and chunks make is examined, and the last ones.
 
     >>> capacity(GridAxis(10, 4, 2), range(0, 4), 1, 1, prefetch=True)
     (6, 4)
@@ -90,7 +100,7 @@ def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *
 
 
 def _excerpts(layers: range, layers_per_group: int, period: int) -> list[range]:
-    """All layers; of many, the first period of whole groups and the last ones."""
+    """Return all layers; of many, the first period of whole groups and the last layers."""
     head = (min(period, 512) + 2) * layers_per_group
     if len(layers) <= 2 * head:
         return [layers]
@@ -98,8 +108,8 @@ def _excerpts(layers: range, layers_per_group: int, period: int) -> list[range]:
     return [layers[:head], layers[tail:]]
 
 
-LOOKED_AT = 64
-"""Blocks per axis that a projection looks at one by one; more of them repeat and are extrapolated."""
+EXAMINED_BLOCKS = 64
+"""Blocks per axis that a projection examines one by one; more of them repeat and are extrapolated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +117,13 @@ class Span:
     """A bound on some blocks' lengths along one axis, in voxels: first block, last block, or all between.
 
     Attributes:
-        members: the patches of one such block.
+        members: grid indices of the patches of one such block.
         core: longest core.
         halo: longest halo.
         open: longest open part.
         direct: longest direct part.
         patches: longest extent of a block's patches, padding included.
-        layers: most patches of a block.
+        layers: largest number of patches of a block.
     """
 
     members: range
@@ -136,10 +146,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class AxisTotals:
-    """Sums over the blocks of one axis, in voxels, and bounds on single blocks."""
+    """Sums over the blocks of one axis, in voxels, and bounds on single blocks.
+
+    Attributes:
+        decoded: voxels that are decoded, in whole chunks of the volume.
+        halo: length of all halos.
+        open: length of all open parts.
+        spans: bounds on the first block, those between, and the last one.
+    """
 
     decoded: int
-    """Voxels that are decoded, in whole chunks of the volume."""
     halo: int
     open: int
     spans: tuple[Span, ...]
@@ -147,7 +163,7 @@ class AxisTotals:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The blocks in one frame, with the totals of each axis."""
+    """The blocks in the frame of the volume or of a head, with the totals of each axis."""
 
     blocks: BlockGrid
     totals: tuple[AxisTotals, ...]
@@ -166,18 +182,22 @@ class Frame:
 
 
 def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
-    """Look at the blocks of one axis, all of them or, of many, one period of the pattern they make.
+    """Return the totals of one axis, from all its blocks or, of many, from one period of their pattern.
 
     Args:
         axis: the blocks of the axis.
-        chunk: the volume's chunks on it, in voxels.
-        context: voxels that are read beyond the patches.
+        chunk: length of the volume's chunks, in voxels.
+        context: voxels that are read beyond the patches, on each side.
+
+    >>> totals = axis_totals(BlockAxis(GridAxis(20, 4, 2), size=8, unit=4, crop=False, step=4), chunk=8)
+    >>> totals.decoded, totals.halo, totals.open
+    (32, 4, 8)
     """
     count = axis.count
     inner = range(1, count - 1)
-    if len(inner) > LOOKED_AT:
+    if len(inner) > EXAMINED_BLOCKS:
         period = math.lcm(axis.grid.stride, axis.size, chunk) // axis.size
-        inner = range(1, 1 + max(1, min(period, LOOKED_AT)))
+        inner = range(1, 1 + max(1, min(period, EXAMINED_BLOCKS)))
     scale = (count - 2) / len(inner) if inner else 0.0
     classes = [([0], 1.0), (list(inner), scale), ([count - 1] if count > 1 else [], 1.0)]
     decoded = halo = opened = 0.0
@@ -193,7 +213,7 @@ def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
 
 
 def _extent(axis: BlockAxis, index: int, context: int) -> tuple[int, int]:
-    """First and last voxel that a block's patches read."""
+    """Return start and stop of the voxels that a block's patches read."""
     patches = axis.patches(index)
     if not patches:
         return 0, 0
