@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -97,16 +98,21 @@ class Head:
     @property
     def sum_voxel_bytes(self) -> int:
         """Bytes of one voxel of the sums, all channels."""
-        return self.stored_channels * np.dtype(self.dtype).itemsize
+        return self.stored_channels * _itemsize(self.dtype)
 
     @property
     def out_voxel_bytes(self) -> int:
         """Bytes of one voxel of the output, all channels."""
-        return self.out_channels * np.dtype(self.out_dtype).itemsize
+        return self.out_channels * _itemsize(self.out_dtype)
 
     @property
     def scaled(self) -> bool:
         return any(s != (1, 1) for s in self.scale)
+
+
+@cache
+def _itemsize(dtype: str) -> int:
+    return np.dtype(dtype).itemsize  # numpy takes a microsecond, and a planner compares thousands of candidates
 
 
 def patch_grid(

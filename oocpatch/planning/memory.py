@@ -1,14 +1,24 @@
-"""Projections: memory, disk and traffic of a run, from integers alone.
+"""Projections of memory, disk and traffic of a run, from integers alone.
 
-What the projection promises the run keeps: every buffer of the stages is counted, at the size it is allocated with.
+A run stays within its projection: every buffer of the stages is counted, at the size it is allocated with. A process
+needs what its tasks share and, for each concurrent task, the buffers of the stage that needs more:
+
+```text
+ shared      model | chunks in coding | weights | windows | uploads (device)
+ predict     input ring | sums ring | slabs being written | tile | batch | mask | downloads (device)
+ normalize   sums, a seam and its bytes | values being written | tile
+```
+
+The constants below that sizes of buffers follow from are those that the engine allocates with. `planner` compares
+projections; nothing here chooses.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
@@ -17,37 +27,37 @@ from oocpatch.planning.heads import Head
 from oocpatch.planning.sweep import EXAMINED_BLOCKS, AxisTotals, Frame, capacity
 
 TILE = 1 << 16
-"""Values that are normalized at a time: 256 KiB of float32, which stays in a core's cache."""
+"""Values that are normalized at a time on the CPU: 256 KiB of float32, which stay in a core's cache."""
 
 DEVICE_TILE = 1 << 20
-"""The same where the model's device has memory of its own."""
+"""Values that are normalized at a time on a device with its own memory, where each step is a launch."""
 
 READ_BYTES = 1 << 20
 """Bytes that one read gives at most, where it goes through a buffer and chunks are smaller; see `storage.volume`."""
 
 HEAP_LIMIT = 2 << 20
-"""Larger allocations are mapped, and go back to the system when they are freed; see `inference.buffers`."""
+"""Bytes above which an allocation is mapped, and returned to the system when it is freed; see `engine.buffers`."""
 
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
-"""Bookkeeping in the workspace: the plan and its metadata, a ledger record, a piece's metadata."""
+"""Bytes in the workspace besides sums: of the plan and its metadata, a ledger record, the metadata of a piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class ByteSizes:
-    """What a voxel, a chunk and a batch weigh.
+    """Bytes of voxels, chunks and batches.
 
     Attributes:
         in_voxel_bytes: bytes of one voxel of the volume, all channels.
-        in_chunks: the volume's chunks, in voxels per axis.
+        in_chunks: chunks of the volume, in voxels per axis.
         in_chunk_bytes: bytes of one decoded chunk of the volume.
-        context: voxels that the model takes beyond its output, on each side.
+        context: input of the model beyond its output, in voxels on each side.
         heads: the outputs.
-        mask_voxel_bytes: bytes of the mask per voxel of the volume, while it is looked at.
-        window_bytes: of the windows of all heads.
+        mask_voxel_bytes: bytes of the mask per voxel of the volume, while it is examined.
+        window_bytes: bytes of the windows of all heads.
         batch_size: patches per batch.
         model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
-        staged: whether what is read and written goes through buffers, since the model's device has memory of its own.
+        staged: whether input and results go through buffers, since the model's device has memory of its own.
     """
 
     in_voxel_bytes: int
@@ -64,17 +74,17 @@ class ByteSizes:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of the largest thing that is coded in one piece: a chunk of the volume or a write unit of an output."""
+        """Bytes of the largest array that is coded in one piece: a chunk of the volume or a write unit of an output."""
         return max(self.in_chunk_bytes, *(math.prod(h.unit) * h.out_voxel_bytes for h in self.heads))
 
 
 @dataclass(frozen=True, slots=True)
 class IoStrategy:
-    """How tasks go about their blocks; it changes memory and time, never a byte of the result.
+    """Reads and writes of a task beside its computation; they change memory and time, never a byte of the result.
 
     Attributes:
-        aligned_reads: reads along the swept axis end at chunk borders, so that each chunk is decoded once.
-        prefetch: the next layer is read, and the last one written, while this one is computed.
+        aligned_reads: whether reads along the swept axis end at chunk borders, so that each chunk is decoded once.
+        prefetch: whether the next group of layers is read, and the last slab written, during computation.
         threads: threads that write chunks, per process; half as many read.
     """
 
@@ -85,15 +95,15 @@ class IoStrategy:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What a run will need, in bytes.
+    """Memory, disk and traffic of a run, in bytes.
 
     Attributes:
-        task_memory: of one task.
-        shared_memory: shared by the tasks of one process.
-        disk: of the workspace at its fullest.
-        bytes_read: decoded input, and workspace.
-        bytes_written: output before compression, and workspace.
-        parts: the shares of the memory by name, for messages.
+        task_memory: memory of one task.
+        shared_memory: memory that the tasks of one process share.
+        disk: size of the workspace at its fullest.
+        bytes_read: decoded bytes read from the volume and the workspace.
+        bytes_written: uncompressed bytes written to the output and the workspace.
+        parts: shares of the memory by name, for messages.
     """
 
     task_memory: int
@@ -104,22 +114,24 @@ class Projection:
     parts: tuple[tuple[str, int], ...]
 
     def memory(self, concurrency: int) -> int:
-        """Bytes that a process adds with so many concurrent tasks."""
+        """Return the bytes that a process adds with so many concurrent tasks."""
         return self.shared_memory + concurrency * self.task_memory
 
 
-def layers_per_group(blocks: BlockGrid, totals: tuple[AxisTotals, ...], batch: int) -> int:
-    """Layers that are computed together: just enough patches for a batch, in the blocks with most patches."""
+def layers_per_group(blocks: BlockGrid, totals: tuple[AxisTotals, ...], batch_size: int) -> int:
+    """Return the layers per group: just enough patches for a batch, in the blocks with most patches."""
     per_layer = math.prod(max(s.layers for s in t.spans) for a, t in enumerate(totals) if a != blocks.sweep)
-    return max(1, -(-batch // max(1, per_layer)))
+    return max(1, -(-batch_size // max(1, per_layer)))
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """The part of a projection that takes little to find.
+    """The part of a projection that takes little time to compute.
 
     Attributes:
-        disk, bytes_read, bytes_written: as in a projection.
+        disk: bytes of the workspace at its fullest.
+        bytes_read: decoded bytes read from the volume and the workspace.
+        bytes_written: uncompressed bytes written to the output and the workspace.
     """
 
     disk: int
@@ -130,154 +142,144 @@ class Traffic:
 def traffic(
     frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, concurrency: int, *, aligned_reads: bool
 ) -> Traffic:
-    """Disk and traffic of a run with the given blocks.
+    """Return disk and traffic of a run with the given blocks.
 
     Args:
         frame: the blocks in the volume's frame.
         heads: the blocks in the frame of each head.
-        sizes: what a voxel, a chunk and a batch weigh.
-        concurrency: blocks computed at a time, for the number of blocks whose partials live at a time.
+        sizes: bytes of voxels, chunks and batches.
+        concurrency: blocks computed at a time, on which the number of stored partials depends.
         aligned_reads: as in `IoStrategy`.
     """
     blocks, totals, sweep = frame.blocks, frame.totals, frame.blocks.sweep
-    stored = sum((f.seams + f.own) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
+    stored = sum((f.seams + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(blocks, totals[sweep], sizes)
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel_bytes + stored, written + stored)
 
 
-def project(
-    frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, io_strategy: IoStrategy, moved: Traffic
-) -> Projection:
-    """All that a run with the given blocks will need; arguments as for `traffic`, whose result `moved` is."""
-    every = itertools.product(*(range(len(t.spans)) for t in frame.totals))
-    task = _of_a_task(frame, heads, sizes, io_strategy)
-    parts = max(map(task, every), key=_total)
-    shared = _shared(heads, sizes, io_strategy)
-    return Projection(
-        task_memory=_total(parts),
-        shared_memory=_total(shared),
-        disk=moved.disk,
-        bytes_read=moved.bytes_read,
-        bytes_written=moved.bytes_written,
-        parts=(*parts, *shared),
-    )
-
-
-def least_memory(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, io_strategy: IoStrategy) -> int:
-    """A bound from below of `Projection.memory(1)`, in a fraction of the time: that of a block amid others."""
-    amid = tuple(len(t.spans) // 2 for t in frame.totals)
-    return _total(_shared(heads, sizes, io_strategy)) + _total(_of_a_task(frame, heads, sizes, io_strategy)(amid))
-
-
 Parts = tuple[tuple[str, int], ...]
+"""Bytes by name."""
 
 
 def _total(parts: Parts) -> int:
     return sum(size for _, size in parts)
 
 
-def _shared(heads: tuple[Frame, ...], sizes: ByteSizes, io_strategy: IoStrategy) -> Parts:
-    """Bytes that the tasks of a process share."""
-    return (
-        ("model", sizes.model_bytes),
-        ("chunks", chunk_bytes(io_strategy.threads, sizes.unit_bytes)),
-        ("weights", 8 * sum(sum(f.blocks.grid.shape) for f in heads)),
-        ("window", sizes.window_bytes),
-        # in main memory, and on the device, where copies to planes of the ring are contiguous first
-        *(
-            (("uploads", reader_threads(io_strategy.threads) * 2 * read_buffer_bytes(sizes.in_chunk_bytes)),)
-            if sizes.staged
-            else ()
-        ),
-    )
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of the tasks of a run with given blocks.
 
-
-def _of_a_task(
-    frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, io_strategy: IoStrategy
-) -> Callable[[Ints], Parts]:
-    """The bytes of the buffers of one task, as a function of which of the totals' spans its block lies in."""
-    group = layers_per_group(frame.blocks, frame.totals, sizes.batch_size)
-    return lambda which: _task_parts(frame, heads, which, sizes=sizes, io_strategy=io_strategy, group=group)
-
-
-def _task_parts(
-    frame: Frame, heads: tuple[Frame, ...], which: Ints, *, sizes: ByteSizes, io_strategy: IoStrategy, group: int
-) -> Parts:
-    """Bytes of the buffers of one task, of the stage that needs more.
-
-    Args:
+    Attributes:
         frame: the blocks in the volume's frame.
         heads: the blocks in the frame of each head.
-        which: per axis, which of the totals' spans the block lies in.
-        sizes: as for `project`.
-        io_strategy: as for `project`.
-        group: layers that are computed together.
+        sizes: bytes of voxels, chunks and batches.
+        io_strategy: reads and writes of a task beside its computation.
     """
-    sweep = frame.blocks.sweep
-    axis = frame.blocks.axes[sweep]
-    spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
-    chunk = sizes.in_chunks[sweep] if io_strategy.aligned_reads else 1
-    layers = spans[sweep].members
-    in_planes, _ = capacity(axis.grid.grown(sizes.context[sweep]), layers, group, chunk, prefetch=io_strategy.prefetch)
-    section = math.prod(s.patches for a, s in enumerate(spans) if a != sweep)
-    planes = frame.blocks.grid.patch_size[sweep] + (group - 1) * axis.grid.stride
-    predict = {
-        "input": in_planes * section * sizes.in_voxel_bytes,
-        "sums": 0,
-        "staged": 0,
-        "tile": 0,
-        "batch": sizes.batch_bytes,
-        "mask": math.ceil(planes * section * sizes.mask_voxel_bytes),
-    }
-    normalize = {"sums": 0, "staged": 0, "tile": 0}
-    for head_frame, head in zip(heads, sizes.heads, strict=True):
-        for parts, more in zip(
-            (predict, normalize),
-            _head_parts(head_frame, head, which, io_strategy, group, staged=sizes.staged),
-            strict=True,
-        ):
-            for name, size in more.items():
-                parts[name] = parts.get(name, 0) + size if parts is predict else max(parts[name], size)
-    return max((tuple(p.items()) for p in (predict, normalize)), key=lambda found: sum(size for _, size in found))
 
+    frame: Frame
+    heads: tuple[Frame, ...]
+    sizes: ByteSizes
+    io_strategy: IoStrategy
 
-def _head_parts(
-    frame: Frame, head: Head, which: Ints, io_strategy: IoStrategy, group: int, *, staged: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The share of one head in the buffers of a task: of the predict stage, of the normalize stage."""
-    sweep = frame.blocks.sweep
-    axis = frame.blocks.axes[sweep]
-    spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
-    swept, cross = spans[sweep], [s for a, s in enumerate(spans) if a != sweep]
-    _, sum_planes = capacity(axis.grid, swept.members, group, 1, prefetch=io_strategy.prefetch)
-    reach = math.prod(s.reach for s in cross)
-    step = min(frame.blocks.step, swept.reach)
-    mixed = math.prod(s.direct for s in cross) * head.out_voxel_bytes
-    mixed += (reach - math.prod(s.closed for s in cross)) * head.sum_voxel_bytes
-    whole = reach * head.sum_voxel_bytes if swept.halo or swept.open else 0
-    tile = min(tile_voxels(head.max_channels, staged=staged), step * reach) * (
-        4 + 2 * head.sum_voxel_bytes + head.out_voxel_bytes
-    )
-    predict = {
-        "sums": sum_planes * reach * head.sum_voxel_bytes,
-        "staged": (1 + io_strategy.prefetch) * step * max(mixed, whole),
-        "tile": tile,
-    }
-    if staged:
-        predict["downloads"] = pinned_bytes(
-            slab_bytes(frame.blocks, frame.totals, max(head.sum_voxel_bytes, head.out_voxel_bytes))
+    def project(self, moved: Traffic) -> Projection:
+        """Return all that the run needs; `moved` is the traffic of the same blocks."""
+        every_block = itertools.product(*(range(len(t.spans)) for t in self.frame.totals))
+        parts, shared = max(map(self._task, every_block), key=_total), self._shared()
+        return Projection(
+            task_memory=_total(parts),
+            shared_memory=_total(shared),
+            disk=moved.disk,
+            bytes_read=moved.bytes_read,
+            bytes_written=moved.bytes_written,
+            parts=(*parts, *shared),
         )
-    received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
-    # own sums, a seam, and a piece as bytes while it is read
-    writing = (1 + io_strategy.prefetch) * received * head.out_voxel_bytes
-    normalize = {"sums": received * 3 * head.sum_voxel_bytes, "staged": writing, "tile": tile}
-    return predict, normalize
+
+    def lower_bound(self) -> int:
+        """Return a lower bound of `Projection.memory(1)`, from one block amid others: a fraction of the time."""
+        amid = tuple(len(t.spans) // 2 for t in self.frame.totals)
+        return _total(self._shared()) + _total(self._task(amid))
+
+    @cached_property
+    def _group(self) -> int:
+        return layers_per_group(self.frame.blocks, self.frame.totals, self.sizes.batch_size)
+
+    def _shared(self) -> Parts:
+        """Return the bytes that the tasks of a process share."""
+        sizes, threads = self.sizes, self.io_strategy.threads
+        shared = (
+            ("model", sizes.model_bytes),
+            ("chunks", chunk_bytes(threads, sizes.unit_bytes)),
+            ("weights", 8 * sum(sum(f.blocks.grid.shape) for f in self.heads)),
+            ("window", sizes.window_bytes),
+        )
+        if not sizes.staged:
+            return shared
+        # in main memory, and on the device, where copies to planes of the ring are contiguous first
+        return (*shared, ("uploads", reader_threads(threads) * 2 * read_buffer_bytes(sizes.in_chunk_bytes)))
+
+    def _task(self, which: Ints) -> Parts:
+        """Return the bytes of the buffers of one task, in the stage that needs more.
+
+        Args:
+            which: per axis, the position of the block's span in the totals.
+        """
+        sizes, sweep = self.sizes, self.frame.blocks.sweep
+        axis = self.frame.blocks.axes[sweep]
+        spans = [t.spans[i] for t, i in zip(self.frame.totals, which, strict=True)]
+        chunk = sizes.in_chunks[sweep] if self.io_strategy.aligned_reads else 1
+        grid, layers = axis.grid.grown(sizes.context[sweep]), spans[sweep].members
+        in_planes, _ = capacity(grid, layers, self._group, chunk, prefetch=self.io_strategy.prefetch)
+        section = math.prod(s.patches for a, s in enumerate(spans) if a != sweep)
+        planes = self.frame.blocks.grid.patch_size[sweep] + (self._group - 1) * axis.grid.stride
+        heads = [self._head(f, h, which) for f, h in zip(self.heads, sizes.heads, strict=True)]
+        sums, staged, tile = (sum(column) for column in zip(*(predict for predict, _ in heads), strict=True))
+        predict = (
+            ("input", in_planes * section * sizes.in_voxel_bytes),
+            ("sums", sums),
+            ("staged", staged),
+            ("tile", tile),
+            ("batch", sizes.batch_bytes),
+            ("mask", math.ceil(planes * section * sizes.mask_voxel_bytes)),
+            *((("downloads", self._downloads()),) if sizes.staged else ()),
+        )
+        # one head after the other
+        sums, staged, tile = (max(column) for column in zip(*(normalize for _, normalize in heads), strict=True))
+        normalize = (("sums", sums), ("staged", staged), ("tile", tile))
+        return max(predict, normalize, key=_total)
+
+    def _head(self, frame: Frame, head: Head, which: Ints) -> tuple[Ints, Ints]:
+        """Return the bytes of one head's buffers, of the predict and of the normalize stage: sums, staged, tile."""
+        sweep, prefetch = frame.blocks.sweep, self.io_strategy.prefetch
+        sum_bytes, out_bytes = head.sum_voxel_bytes, head.out_voxel_bytes
+        spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
+        swept, cross = spans[sweep], [s for a, s in enumerate(spans) if a != sweep]
+        _, planes = capacity(frame.blocks.axes[sweep].grid, swept.members, self._group, 1, prefetch=prefetch)
+        reach = math.prod(s.reach for s in cross)
+        step = min(frame.blocks.step, swept.reach)
+        mixed = math.prod(s.direct for s in cross) * out_bytes
+        mixed += (reach - math.prod(s.closed for s in cross)) * sum_bytes
+        whole = reach * sum_bytes if swept.halo or swept.open else 0
+        voxels = min(tile_voxels(head.max_channels, staged=self.sizes.staged), step * reach)
+        tile = voxels * (4 + 2 * sum_bytes + out_bytes)
+        received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
+        return (
+            (planes * reach * sum_bytes, (1 + prefetch) * step * max(mixed, whole), tile),
+            # sums of the block itself, a seam, and a piece as bytes while it is read
+            (received * 3 * sum_bytes, (1 + prefetch) * received * out_bytes, tile),
+        )
+
+    def _downloads(self) -> int:
+        """Return the bytes of the buffers in main memory that slabs of a device are copied to."""
+        return sum(
+            pinned_bytes(slab_bytes(f.blocks, f.totals, max(h.sum_voxel_bytes, h.out_voxel_bytes)))
+            for f, h in zip(self.heads, self.sizes.heads, strict=True)
+        )
 
 
 def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: ByteSizes) -> int:
-    """Voxels decoded along the swept axis when every layer reads just what it needs: chunks it shares come twice."""
+    """Return the voxels decoded along the swept axis when layers are read to the voxel: shared chunks count twice."""
     axis, chunk = blocks.axes[blocks.sweep].grid, sizes.in_chunks[blocks.sweep]
     period = min(math.lcm(axis.stride, chunk) // axis.stride, EXAMINED_BLOCKS)
     spans = [chunk_span(s, s + axis.stride, chunk, axis.length) for s in range(0, period * axis.stride, axis.stride)]
@@ -285,7 +287,7 @@ def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: ByteSizes) 
 
 
 def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: int) -> int:
-    """Bytes of partials at the fullest: those of the blocks between a block and its last reader, in C order."""
+    """Return the bytes of the workspace at its fullest: partials of all blocks between a block and its last reader."""
     blocks = heads[0].blocks
     axes = sum(sum(f.blocks.grid.shape) for f in heads)
     bookkeeping = PLAN_BYTES + RECORD_BYTES * 2 * blocks.num_blocks + 8 * axes
@@ -306,24 +308,28 @@ def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: 
 
 
 def tile_voxels(channels: int, *, staged: bool = False) -> int:
-    """Voxels of so many channels that are normalized at a time; many, where each step is a launch on a device."""
+    """Return the voxels of so many channels that are normalized at a time.
+
+    >>> tile_voxels(4), tile_voxels(4, staged=True)
+    (16384, 262144)
+    """
     return max(1, TILE // channels) * (DEVICE_TILE // TILE if staged else 1)
 
 
 def slab_bytes(blocks: BlockGrid, totals: tuple[AxisTotals, ...], voxel: int) -> int:
-    """Bytes that leave a block in one step of its sweep at most, at so many per voxel: the same for all blocks."""
+    """Return the largest slab of any block, in bytes, at `voxel` bytes per voxel."""
     reach = [max(span.reach for span in axis.spans) for axis in totals]
     cross = math.prod(n for axis, n in enumerate(reach) if axis != blocks.sweep)
     return min(blocks.step, reach[blocks.sweep]) * cross * voxel
 
 
 def read_buffer_bytes(chunk: int) -> int:
-    """Bytes of the buffer of a thread that reads chunks of so many bytes for a device with memory of its own."""
+    """Return the bytes of the buffer of a thread that reads such chunks for a device with its own memory."""
     return pinned_bytes(max(chunk, READ_BYTES))
 
 
 def pinned_bytes(size: int) -> int:
-    """Bytes that so many take of memory which is pinned: torch makes a power of two of them.
+    """Return the bytes that torch allocates for so many bytes of pinned memory: a power of two.
 
     >>> pinned_bytes(1 << 20), pinned_bytes((1 << 20) + 1) >> 20
     (1048576, 2)
@@ -332,21 +338,25 @@ def pinned_bytes(size: int) -> int:
 
 
 def chunk_bytes(threads: int, unit_bytes: int) -> int:
-    """Bytes of chunks on their way: encoded, decoded and in place in each thread; and what the heap keeps."""
+    """Return the bytes of chunks in coding: encoded, decoded and in place per thread, and freed ones in the heap."""
     return (threads + reader_threads(threads)) * 3 * unit_bytes + heap_chunk_bytes(threads, unit_bytes)
 
 
 def heap_chunk_bytes(threads: int, unit_bytes: int) -> int:
-    """The part of it that the heap may keep when they are freed."""
+    """Return the bytes of freed chunks that the heap may keep."""
     return (threads + reader_threads(threads) + 10) * min(unit_bytes, HEAP_LIMIT)
 
 
 def reader_threads(threads: int) -> int:
-    """Threads that read beside `threads` that write: half as many, since decoding costs half of encoding."""
+    """Return the number of threads that read beside `threads` that write: half, as decoding costs half of encoding."""
     return -(-threads // 2)
 
 
 def io_threads(max_memory: int, unit_bytes: int) -> int:
-    """Threads for chunks: up to four, as long as the chunks on their way stay under a quarter of the limit."""
+    """Return the threads that write chunks: up to four, while chunks in coding stay under a quarter of the limit.
+
+    >>> io_threads(1 << 30, 1 << 20), io_threads(64 << 20, 1 << 20)
+    (4, 1)
+    """
     fitting = (t for t in (4, 3, 2) if chunk_bytes(t, unit_bytes) <= max_memory // 4)
     return next(fitting, 1)

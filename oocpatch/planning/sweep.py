@@ -175,7 +175,7 @@ class Frame:
         return math.prod(n + t.halo for n, t in zip(shape, self.totals, strict=True)) - math.prod(shape)
 
     @property
-    def own(self) -> int:
+    def open_voxels(self) -> int:
         """Voxels of all cores that wait for seams."""
         shape = self.blocks.grid.shape
         return math.prod(shape) - math.prod(n - t.open for n, t in zip(shape, self.totals, strict=True))
