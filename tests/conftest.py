@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from oocpatch.cli.main import main
 from tests.support.children import Children
 from tests.support.crash_child import Job, make_volume
 from tests.support.small_run import TINY, job_in, small_run
+
+# A shell starts background jobs with Ctrl-C ignored. Children inherit that, and tests interrupt their children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same commit gives the same verdict, on any machine and however busy it is: no deadline, no random seed.
 # `HYPOTHESIS_PROFILE=explore` looks for new counterexamples instead.
