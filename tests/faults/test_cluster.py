@@ -82,16 +82,6 @@ def test_a_cluster_gives_the_bytes_of_the_embedded_scheduler(small: SmallCluster
     assert len({pid for pid, _ in small.calls()} - {os.getpid()}) == 2, "both workers took part"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch, when it imports its compiler
-def test_a_model_compiled_on_a_worker_gives_the_bytes_of_one_compiled_here(small: SmallCluster) -> None:
-    small.add(1, threads=1)
-    module = {"model": Net(), "model_args": None, "batch_size": 3, "compile": True}
-    with small.client() as client:
-        small.predict("embedded", **module)
-        small.predict("out", **module, client=client)
-    assert small.digests("out") == small.digests("embedded")
-
-
 def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: SmallCluster) -> None:
     small.add(2, threads=4)
     small.behave(delay=0.01)

@@ -43,7 +43,7 @@ def test_a_run_killed_at_random_times_ends_in_the_same_bytes_and_redoes_no_finis
     assert (patches, len(in_block)) == (49, 16)
     generator = random.Random(workers)
     kills = attempts = 0
-    while kills < 12:
+    while kills < 8:
         job, killed_here, code = fresh(job), 0, None
         while code != 0:
             attempts += 1
@@ -87,7 +87,7 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
     assert children.run(tiny) == 0
     expected, changes = prediction(tiny), report(tiny).changes
     assert changes > 10, "the output alone has five files, each made and renamed"
-    for number in range(0, changes, 2 if mode == "crop" else 1):  # the changes are the same ones
+    for number in range(0, changes, 5 if mode == "crop" else 1):  # the changes are the same ones
         dying = fresh(tiny, die_before=number)
         died = children.run(dying) == DIED
         # Threads race for making directories, so that a run may have a change less than another.
@@ -108,7 +108,7 @@ def test_a_run_that_dies_anywhere_in_its_pyramid_ends_in_the_same_bytes(children
     assert all(len(digests) > 4 for digests in expected)
     changes = report(job).changes
     died_after = set()
-    for number in range(changes * 2 // 3, changes):  # before that, it is a run like any other
+    for number in range(changes * 2 // 3, changes, 2):  # before that, it is a run like any other
         dying = fresh(job, die_before=number)
         died = children.run(dying) == DIED
         assert died or report(dying).changes <= number
@@ -146,7 +146,7 @@ def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_byte
     assert children.run(tiny) == 0
     changes = report(tiny).changes
     assert changes > 3
-    for number in range(changes):
+    for number in range(0, changes, 2):
         fresh(tiny)
         shutil.copytree(snapshot, tiny.watch, dirs_exist_ok=True)
         dying = dataclasses.replace(tiny, die_before=number)

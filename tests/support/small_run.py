@@ -87,9 +87,9 @@ def all_patches() -> list[float]:
     return [float(y * SHAPE[1] + x + 1) for y in ys for x in xs]
 
 
-def interrupted(children: Children, job: Job) -> Path:
-    """Leave a run whose block in the middle has failed; returns a copy of all that it left on disk."""
-    assert children.run(fresh(job, fail_on=(MIDDLE,))) == 1
+def interrupted(children: Children, job: Job, failing: float = MIDDLE) -> Path:
+    """Leave a run of which one patch has failed; return a copy of all that it left on disk."""
+    assert children.run(fresh(job, fail_on=(failing,))) == 1
     assert report(job).error == "BlockFailed"
     snapshot = Path(job.watch).with_name("snapshot")
     shutil.copytree(job.watch, snapshot)

@@ -86,8 +86,8 @@ def processes() -> Iterator[Loops]:
 
 @pytest.mark.parametrize(
     ("mode", "seed", "known"),
-    [("hann", None, True), ("crop", None, True), ("hann", None, False), ("average", 1, True), ("crop", 1, True)],
-    ids=["in-order", "in-order-crop", "unknown-grid", "shuffled", "shuffled-crop"],
+    [("hann", None, True), ("hann", None, False), ("average", 1, True), ("crop", 1, True)],
+    ids=["in-order", "unknown-grid", "shuffled", "shuffled-crop"],
 )
 def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, *, known: bool, tmp_path: Path) -> None:
     """144 MiB of output under 64 MiB."""
@@ -102,7 +102,7 @@ def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, 
 
 # Crashes
 
-KILLS = 10
+KILLS = 6
 OPTIONS: dict[str, Any] = {"shape": (96, 80), "patch": 12, "overlap": 6, "chunks": 6, "pause": 0.005}
 
 

@@ -111,13 +111,13 @@ def test_what_a_file_takes_is_found_out(name: str, tmp_path: Path) -> None:
     assert input_spec_of(load_model(str(make(tmp_path / name)))) == expected
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 7, 20, "auto"])
 @pytest.mark.parametrize("name", FILES)
-def test_any_batch_size_gives_what_the_network_gives(name: str, batch: Any, volume: Path, tmp_path: Path) -> None:
+def test_any_batch_size_gives_what_the_network_gives(name: str, volume: Path, tmp_path: Path) -> None:
     path = FILES[name][0](tmp_path / name)
     expected = oocpatch.predict(volume, network(), tmp_path / "expected", **SETTINGS)
-    result = oocpatch.predict(volume, str(path), tmp_path / "out", batch_size=batch, **SETTINGS)
-    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    for batch in (1, 3, 4, 7, 20, "auto"):
+        result = oocpatch.predict(volume, str(path), tmp_path / f"out-{batch}", batch_size=batch, **SETTINGS)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["fixed.pt2", "fixed.onnx"])
