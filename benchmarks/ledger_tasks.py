@@ -101,7 +101,7 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
     done, every = RunProgress.read([_ledger(directory)], made.blocks), range(made.blocks)
     with measured() as usage:
         ledger = Ledger(_ledger(directory))
-        Run(made.block_grid, done, ledger, lambda _: None, own=every, finishes=every).execute(Idle())
+        Run(made.block_grid, done, ledger, lambda _: None, to_predict=every, to_normalize=every).execute(Idle())
         ledger.close()
     size = _ledger(directory).stat().st_size
     return {**vars(usage), "result": f"{len(done.predicted) + len(done.normalized):,} records, {size / MIB:.0f} MiB"}

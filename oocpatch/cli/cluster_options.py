@@ -1,4 +1,4 @@
-"""Where a command's work is done: here, in processes of this machine, on a cluster, or in one part of an array job."""
+"""Options that choose where a command computes: threads, processes, a cluster, or one part of an array job."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ import click
 
 @contextlib.contextmanager
 def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
-    """The options of `predict`, with the client that `--scheduler` or `--processes` ask for.
+    """Replace `--scheduler` and `--processes` by a client among the options of `predict`.
 
     Raises:
         click.UsageError: when they do not go together.
     """
-    given, scheduler, processes = _parted(options)
+    rest, scheduler, processes = _split_options(options)
     if scheduler is None and not processes:
-        yield given
+        yield rest
         return
     from oocpatch.execution.dask_clients import connected, log_dashboard
 
-    with connected(scheduler, given["workers"] or 0, given["device"]) as client:
+    with connected(scheduler, rest["workers"] or 0, rest["device"]) as client:
         log(f"dashboard: {log_dashboard(client)}")
-        yield {**given, "client": client, "workers": None if processes else given["workers"]}
+        yield {**rest, "client": client, "workers": None if processes else rest["workers"]}
 
 
 def as_planned(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `plan`: what a cluster would do, without one."""
-    given, scheduler, processes = _parted(options)
-    return {**given, "workers": 1} if scheduler or processes else given
+    """Return the options of `plan` for a run on a cluster, without connecting to it."""
+    rest, scheduler, processes = _split_options(options)
+    return {**rest, "workers": 1} if scheduler or processes else rest
 
 
-def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
-    given = dict(options)
-    scheduler, processes = given.pop("scheduler"), given.pop("processes")
+def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
+    rest = dict(options)
+    scheduler, processes = rest.pop("scheduler"), rest.pop("processes")
     if scheduler and processes:
         raise click.UsageError("--scheduler and --processes are two ways to the same: give one of them.")
-    if (processes or is_slurm(scheduler)) and not given["workers"]:
+    if (processes or is_slurm(scheduler)) and not rest["workers"]:
         raise click.UsageError(
             f"--{'processes' if processes else 'scheduler slurm'} needs their number: give --workers N."
         )
-    if (scheduler or processes) and given["part"]:
+    if (scheduler or processes) and rest["part"]:
         raise click.UsageError("--part is for jobs without a scheduler: give one of the two.")
-    return given, scheduler, processes
+    return rest, scheduler, processes
 
 
 def is_slurm(scheduler: str | None) -> bool:
-    """Whether jobs are to be submitted."""
+    """Return True if the option asks for jobs of Slurm."""
     return (scheduler or "").partition(":")[0] == "slurm"
 
 
 def part(text: str | tuple[int, int]) -> tuple[int, int]:
-    """Read `3/16`: the third of sixteen parts.
+    """Parse the number and count of a part, such as `3/16`.
 
     >>> part("3/16")
     (3, 16)
@@ -71,9 +71,9 @@ def part(text: str | tuple[int, int]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send before they kill, be what Ctrl-C is."""
+    """Handle SIGTERM, which batch systems send before they kill, as Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+        yield  # only the main thread may set the handler of a signal
         return
 
     def interrupt(*_: object) -> None:

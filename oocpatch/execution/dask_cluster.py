@@ -33,8 +33,8 @@ from typing import Any, Protocol, Self
 import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
 import dask
 import distributed
+from distributed import KilledWorker
 from distributed.comm.core import CommClosedError
-from distributed.scheduler import KilledWorker
 from zarr.storage import LocalStore
 
 from oocpatch.engine.stages import TaskResult

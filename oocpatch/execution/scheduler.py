@@ -1,8 +1,8 @@
-"""The scheduler: runs the two stages over all blocks, wherever tasks are executed, and keeps the ledger.
+"""Run the two stages over all blocks on an executor, and record in the ledger what is done.
 
-The driver, one thread, is the ledger's only writer. It keeps a bounded window of tasks submitted: first the blocks
-whose seams are all there (their partials can then be deleted), else the next block to predict. A block's partials are
-deleted only when everything that reads them is recorded, and the records are durable.
+One thread, the driver, is the only writer of the ledger. It keeps a bounded number of tasks submitted: first the blocks
+whose seams are all present (their partials can then be deleted), else the next block to predict. The partials of a
+block are deleted only when every block that reads them is recorded and the records are durable.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dask.delayed import delayed
@@ -32,7 +32,7 @@ logger = logging.getLogger("oocpatch")
 
 
 REPAIRS = 3
-"""How often a block is computed anew because its partials were damaged."""
+"""Number of times that a block is computed again because its partials were damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,61 +51,61 @@ class Task:
 
 
 class Executor(Protocol):
-    """Where tasks run."""
+    """Runs tasks, in threads of this process or elsewhere."""
 
     @property
     def window(self) -> int:
-        """Tasks to keep submitted at a time."""
+        """Number of tasks to keep submitted."""
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
 
     def stop(self) -> None:
-        """Make the tasks under way give up."""
+        """Make the tasks in flight raise `Stopped`."""
 
 
 class Stopped(Exception):
-    """The run was interrupted; the block in flight is dropped."""
+    """The run was interrupted, and the block in flight is dropped."""
 
 
-class Threads:
-    """Dask on the threads of this process: each task is a Dask task of its own, at most `window` at a time.
+class ThreadExecutor:
+    """Dask on the threads of this process; each task is a separate Dask task.
 
     Args:
         pool: the threads.
-        window: how many there are.
-        perform: does a task.
-        stopped: set to make tasks give up.
+        window: their number.
+        run_task: runs a task.
+        stopped: set to make tasks raise `Stopped`.
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, window: int, perform: Callable[[Task], TaskResult], stopped: threading.Event
+        self, pool: ThreadPoolExecutor, window: int, run_task: Callable[[Task], TaskResult], stopped: threading.Event
     ) -> None:
         self._pool = pool
         self.window = window
-        self._perform = with_retries(perform)
+        self._run_task = with_retries(run_task)
         self._stopped = stopped
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
-        one = delayed(self._perform, pure=False, traverse=False)(task)
+        delayed_task = delayed(self._run_task, pure=False, traverse=False)(task)
         # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
-        return self._pool.submit(one.compute, scheduler=get_sync, optimize_graph=False)
+        return self._pool.submit(delayed_task.compute, scheduler=get_sync, optimize_graph=False)
 
     def stop(self) -> None:
-        """Make the tasks under way give up."""
+        """Make the tasks in flight raise `Stopped`."""
         self._stopped.set()
 
 
 @contextmanager
 def dask_threads(
-    concurrency: int, perform: Callable[[Task], TaskResult], stopped: threading.Event
-) -> Iterator[Threads]:
-    """An executor of this process."""
+    concurrency: int, run_task: Callable[[Task], TaskResult], stopped: threading.Event
+) -> Iterator[ThreadExecutor]:
+    """Open an executor on threads of this process."""
     with ThreadPoolExecutor(
         concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
     ) as pool:
-        yield Threads(pool, concurrency, perform, stopped)
+        yield ThreadExecutor(pool, concurrency, run_task, stopped)
 
 
 @dataclass
@@ -114,28 +114,28 @@ class Run:
 
     Attributes:
         blocks: the block grid.
-        progress: what the ledger says is done.
-        ledger: where what gets done is recorded.
-        delete: deletes the partials of blocks.
-        own: the blocks whose predict stage is to run.
-        finishes: those whose normalize stage is.
-        news: what drivers of other parts recorded since it was last asked.
+        progress: the stages that the ledger records as done.
+        ledger: receives a record of each task.
+        delete_partials: deletes the partials of blocks.
+        to_predict: the blocks whose predict stage is to run.
+        to_normalize: the blocks whose normalize stage is to run.
+        ledger_tail: reads what drivers of other parts have recorded; None when there are no parts.
     """
 
     blocks: BlockGrid
     progress: RunProgress
     ledger: Ledger
-    delete: Callable[[list[int]], None]
-    own: range
-    finishes: Container[int]
-    news: LedgerTail | None = None
+    delete_partials: Callable[[list[int]], None]
+    to_predict: range
+    to_normalize: Container[int]
+    ledger_tail: LedgerTail | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: BlockSet = field(init=False)
     _failed: dict[int, str] = field(default_factory=dict)
     _repairs: dict[int, int] = field(default_factory=dict)
-    _earlier: dict[int, int] = field(default_factory=dict)
-    _released: list[int] = field(default_factory=list)
-    _heard_at: float = field(default_factory=time.monotonic)
+    _earlier_digests: dict[int, int] = field(default_factory=dict)
+    _unneeded: list[int] = field(default_factory=list)
+    _tail_read_at: float = field(default_factory=time.monotonic)
     _neighbours: Neighbours = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,17 +143,17 @@ class Run:
         self._queued = BlockSet(self.blocks.num_blocks)
 
     def execute(self, executor: Executor) -> None:
-        """Run all that is not done yet.
+        """Run all tasks that are not done yet.
 
         Raises:
             BlockFailed: when blocks failed; the others are done.
-            ClusterLost: when there is nobody left to do it.
+            ClusterLost: when the executor has lost its workers.
         """
-        upcoming = iter(self.own)
+        upcoming = iter(self.to_predict)
         pending: dict[Future[TaskResult], Task] = {}
-        self._hear()
-        for index in [i for i in self.progress.predicted if i not in self.own]:
-            self._predicted(index)
+        self._read_tail()
+        for index in [i for i in self.progress.predicted if i not in self.to_predict]:
+            self._queue_readers(index)
         try:
             while True:
                 while len(pending) < executor.window and (task := self._next(upcoming)) is not None:
@@ -162,10 +162,10 @@ class Run:
                     break
                 done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
-                    self._finished(pending.pop(future), future)
-                if self.news and time.monotonic() - self._heard_at >= self.news.seconds:
-                    self._hear()
-                self._tidy()
+                    self._take_result(pending.pop(future), future)
+                if self.ledger_tail and time.monotonic() - self._tail_read_at >= self.ledger_tail.seconds:
+                    self._read_tail()
+                self._commit_and_delete()
         except BaseException:
             executor.stop()
             for future in pending:
@@ -173,12 +173,12 @@ class Run:
             wait([f for f in pending if not f.cancelled()])
             for future, task in pending.items():
                 if not future.cancelled() and future.exception() is None:
-                    self._finished(task, future)
+                    self._take_result(task, future)
             self.ledger.commit()
             raise
-        self._tidy(force=True)
+        self._commit_and_delete(force=True)
         if self._failed:
-            raise BlockFailed(_report(self._failed), self._failed)
+            raise BlockFailed(_failure_message(self._failed), self._failed)
 
     def _next(self, upcoming: Iterator[int]) -> Task | None:
         while True:
@@ -186,36 +186,33 @@ class Run:
                 stage, index = self._ready.popleft()
                 if stage == "predict":
                     return Task(stage, index)
-                if self._complete(index) and index not in self.progress.normalized:
+                if self._is_ready(index) and index not in self.progress.normalized:
                     return Task(stage, index, {i: self.progress.predicted[i] for i in self._read_by(index)})
-                self._queued.discard(index)  # a partial it needs was found damaged meanwhile, or another part was first
+                self._queued.discard(index)  # one of its partials was damaged meanwhile, or another part was first
             index = next(upcoming, -1)
             if index < 0:
                 return None
             if index not in self.progress.predicted:
                 return Task("predict", index)
-            self._predicted(index)
+            self._queue_readers(index)
 
     def _read_by(self, index: int) -> list[int]:
-        """The blocks whose partials the normalize stage of a block reads: its own, and those whose seams enter it."""
+        """Return the blocks whose partials the normalize stage of a block reads: itself, and its neighbours."""
         return [index, *self._neighbours.sources(index)]
 
-    def _complete(self, index: int) -> bool:
-        """Whether everything that the normalize stage of a block reads is there."""
+    def _is_ready(self, index: int) -> bool:
+        """Return True if all partials that the normalize stage of a block reads are present."""
         return all(i in self.progress.predicted for i in self._read_by(index))
 
-    def _finished(self, task: Task, future: Future[TaskResult]) -> None:
+    def _take_result(self, task: Task, future: Future[TaskResult]) -> None:
         index, error = task.index, future.exception()
         if error is None and task.stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
-            done = future.result()
-            self._record(
-                Record(
-                    "normalize", index, uncovered=done.uncovered, nonfinite=done.nonfinite, units=done.unit_checksums
-                )
-            )
-            self._release(index)
+            result = future.result()
+            uncovered, nonfinite, units = result.uncovered, result.nonfinite, result.unit_checksums
+            self._record(Record("normalize", index, uncovered=uncovered, nonfinite=nonfinite, units=units))
+            self._mark_unneeded(index)
         elif isinstance(error, CorruptPartial):
             self._repair(task, error)
         elif isinstance(error, Stopped):
@@ -228,53 +225,44 @@ class Run:
             self._failed[index] = message
             self._record(Record("failed", index, note=message[:500]))
 
-    def _record_predicted(self, index: int, done: TaskResult) -> None:
-        partials, nonfinite = done.partials_ref, done.nonfinite
-        before = self._earlier.pop(index, partials.digest)
-        self._record(
-            Record(
-                "predict",
-                index,
-                partials.digest,
-                done.uncovered,
-                partials.attempt,
-                done.unit_checksums,
-                nonfinite=nonfinite,
-            )
-        )
+    def _record_predicted(self, index: int, result: TaskResult) -> None:
+        partials, units = result.partials_ref, result.unit_checksums
+        before = self._earlier_digests.pop(index, partials.digest)
+        record = Record("predict", index, partials.digest, result.uncovered, partials.attempt, units)
+        self._record(replace(record, nonfinite=result.nonfinite))
         if before != partials.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
                 "make it so, or start afresh with overwrite=True"
             )
-        self._predicted(index)
+        self._queue_readers(index)
 
-    def _predicted(self, index: int) -> None:
-        """Queue what became possible because the partials of a block are there."""
+    def _queue_readers(self, index: int) -> None:
+        """Queue the blocks that can be normalized now that the partials of this one are present."""
         for reader in self._neighbours.readers(index):
-            if reader in self._queued or reader in self.progress.normalized or reader not in self.finishes:
+            if reader in self._queued or reader in self.progress.normalized or reader not in self.to_normalize:
                 continue
-            if self._complete(reader):
+            if self._is_ready(reader):
                 self._queued.add(reader)
                 self._ready.append(("normalize", reader))
-        self._release(index)
+        self._mark_unneeded(index)
 
     def _repair(self, task: Task, error: CorruptPartial) -> None:
-        """Compute a block anew whose partials are damaged; its reader is queued again when they are there."""
-        self._hear()
+        """Compute a block again whose partials are damaged; its reader is queued again when they are present."""
+        self._read_tail()
         self._queued.discard(task.index)
         if task.index in self.progress.normalized:
-            return  # another part was first, and has deleted what nobody needs any more
+            return  # another part was first, and has deleted the partials
         if self.progress.predicted.get(error.block) != task.partials_refs.get(error.block):
-            if self._complete(task.index):  # it was computed anew meanwhile: another reader found the damage first
+            if self._is_ready(task.index):  # another reader found the damage first, and it is repaired
                 self._queued.add(task.index)
                 self._ready.append(("normalize", task.index))
             return
         count = self._repairs[error.block] = self._repairs.get(error.block, 0) + 1
         if count > REPAIRS:
-            raise CorruptData(f"{error}; it was computed anew {REPAIRS} times and damaged each time") from error
-        logger.warning("%s; computing block %d anew", error, error.block)
-        self._earlier[error.block] = self.progress.predicted[error.block].digest
+            raise CorruptData(f"{error}; it was computed again {REPAIRS} times and damaged each time") from error
+        logger.warning("%s; computing block %d again", error, error.block)
+        self._earlier_digests[error.block] = self.progress.predicted[error.block].digest
         self._record(Record("undone", error.block, note=self.progress.predicted[error.block].attempt))
         self._ready.append(("predict", error.block))
 
@@ -282,32 +270,32 @@ class Run:
         self.ledger.append(record)
         self.progress.add(record)
 
-    def _hear(self) -> None:
-        """Take in what other parts recorded."""
-        for record in self.news() if self.news else ():
+    def _read_tail(self) -> None:
+        """Add the records of other parts to the progress."""
+        for record in self.ledger_tail() if self.ledger_tail else ():
             self.progress.add(record)
             if record.kind == "predict" and record.block in self.progress.predicted:
-                self._predicted(record.block)
+                self._queue_readers(record.block)
             elif record.kind == "normalize":
-                self._release(record.block)
-        self._heard_at = time.monotonic()
+                self._mark_unneeded(record.block)
+        self._tail_read_at = time.monotonic()
 
-    def _release(self, index: int) -> None:
-        """Note the blocks whose partials nobody will read any more."""
+    def _mark_unneeded(self, index: int) -> None:
+        """Mark the blocks whose partials are not needed any more, now that this one is normalized."""
         for i in self._read_by(index):
             readers = self._neighbours.readers(i)
             if readers and all(r in self.progress.normalized for r in readers):
-                self._released.append(i)
+                self._unneeded.append(i)
 
-    def _tidy(self, *, force: bool = False) -> None:
-        """Commit when it is time, and delete what the committed records say nobody needs."""
-        if force or self.ledger.due or len(self._released) >= self.blocks.num_blocks // 4 + 1:
+    def _commit_and_delete(self, *, force: bool = False) -> None:
+        """Commit the ledger when it is due, and then delete the partials that are not needed any more."""
+        if force or self.ledger.due or len(self._unneeded) >= self.blocks.num_blocks // 4 + 1:
             self.ledger.commit()
-            released, self._released = self._released, []
-            self.delete(released)
+            released, self._unneeded = self._unneeded, []
+            self.delete_partials(released)
 
 
-def _report(failed: dict[int, str]) -> str:
+def _failure_message(failed: dict[int, str]) -> str:
     shown = "; ".join(f"block {i}: {message}" for i, message in sorted(failed.items())[:5])
     more = f"; and {len(failed) - 5} more" if len(failed) > 5 else ""
     return f"{len(failed)} block(s) failed, the others are done, the same call retries them: {shown}{more}"

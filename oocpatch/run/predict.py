@@ -339,7 +339,7 @@ def _run(request: Request, workspace: Workspace, progress: str | bool) -> dict[s
         open_executor(request, workspace, progress, blocks, done) as opened,
     ):
         executor, halved, flush = opened
-        Run(made.block_grid, done, ledger, workspace.delete, own=blocks, finishes=blocks).execute(executor)
+        Run(made.block_grid, done, ledger, workspace.delete, to_predict=blocks, to_normalize=blocks).execute(executor)
         if request.client is not None:
             flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         assert all_done(made, done)
@@ -363,15 +363,15 @@ def _predict_part(request: Request, made: Plan, part: ArrayJobPart, progress: st
             own, done = part.own(made.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor, halved, flush = stack.enter_context(open_executor(request, workspace, progress, own, done))
-        news = LedgerTail(workspace.root, part.segment)
-        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, news=news)
-        run(own=own, finishes=own).execute(executor)
+        ledger_tail = LedgerTail(workspace.root, part.segment)
+        run = functools.partial(Run, made.block_grid, done, ledger, workspace.delete, ledger_tail=ledger_tail)
+        run(to_predict=own, to_normalize=own).execute(executor)
         flush()  # the part that completes the output may run on another host
         with turn():
             found = inspect_output(output)
             complete = found is not None and found.complete  # by another part, which finished this one's blocks
             if not complete:
-                run(own=range(0), finishes=part.left_to(output, made.blocks)).execute(executor)
+                run(to_predict=range(0), to_normalize=part.left_to(output, made.blocks)).execute(executor)
                 flush()
                 complete = all_done(made, done)
                 if complete:
