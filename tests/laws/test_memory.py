@@ -82,8 +82,8 @@ def test_a_tighter_limit_is_kept_as_well(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
-    """192 and 576 MiB of input under 64 MiB."""
-    small, large = measured(tmp_path, 192, patch_overlap=8), measured(tmp_path, 576, patch_overlap=8)
+    """256 and 768 MiB of input under 64 MiB."""
+    small, large = measured(tmp_path, 256, patch_overlap=8), measured(tmp_path, 768, patch_overlap=8)
     for run in (small, large):
         assert_within_bounds(run, LIMIT)
     assert large["blocks"] >= small["blocks"]
