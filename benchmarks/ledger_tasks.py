@@ -17,7 +17,7 @@ from oocpatch.outputs.integrity import copy_ledger
 from oocpatch.outputs.output import create_output
 from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
-from oocpatch.run.status import root_of
+from oocpatch.run.driver import workspace_root
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, PartialsRef
 from oocpatch.workspace.run_progress import RunProgress
@@ -129,7 +129,7 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
     )
     record = inspect_output(output)
     assert record is not None
-    workspace = Workspace.create(root_of(record), made)
+    workspace = Workspace.create(workspace_root(record), made)
     _ledger(directory).rename(workspace.root / "ledger")
     with measured() as usage:
         found = oocpatch.status(output)

@@ -1,7 +1,7 @@
-"""Telling how far something is, on stderr: a bar on a terminal, lines elsewhere, JSON for programs.
+"""Progress: how much of a task is done, shown on stderr. The only module that imports tqdm.
 
 ```text
- auto    a bar on a terminal; elsewhere a line every ten seconds, and nothing about what is quicker
+ auto    a bar on a terminal; elsewhere a line every ten seconds, and nothing for tasks that are quicker
  bar     a bar
  plain   lines: at the start, every ten seconds, at the end
  json    a JSON object per line: at the start, every second, at the end
@@ -26,10 +26,10 @@ PLAIN_SECONDS, JSON_SECONDS = 10.0, 1.0
 
 
 def display_of(progress: str | bool) -> str:
-    """How to tell.
+    """Return the name of the display that an argument `progress` asks for.
 
     Raises:
-        ValueError: when it is none of the known ways.
+        ValueError: when there is no such display.
     """
     if progress not in (*DISPLAYS, True, False):
         raise ValueError(f"progress must be one of {', '.join(map(repr, DISPLAYS))}, got {progress!r}")
@@ -42,20 +42,20 @@ def display_of(progress: str | bool) -> str:
 
 @dataclass
 class ProgressCounter:
-    """How much is done, and how fast it goes.
+    """Number of units that are done, and their rate.
 
     Attributes:
-        verb: what goes on.
-        unit: what is counted, in the plural.
-        total: how many there are.
-        resumed: how many were done before.
-        bytes_each: bytes of the volume that one stands for.
-        clock: seconds; for tests.
+        verb: name of the task.
+        unit: name of the units, in the plural.
+        total: number of units.
+        resumed: number of units that were done by earlier calls.
+        bytes_each: bytes of the volume per unit.
+        clock: returns seconds; for tests.
 
     >>> clock = iter([0.0, 4.0, 4.0]).__next__
-    >>> tally = ProgressCounter("predict", "patches", 100, resumed=20, bytes_each=5e5, clock=clock)
-    >>> tally.add(40)
-    >>> tally.line()
+    >>> counter = ProgressCounter("predict", "patches", 100, resumed=20, bytes_each=5e5, clock=clock)
+    >>> counter.add(40)
+    >>> counter.line()
     'predict: 60 of 100 patches (60%, 20% from before), 10.0 patches/s, 5.0 MB/s, 0:04 left'
     """
 
@@ -73,11 +73,11 @@ class ProgressCounter:
         self.done = self.resumed
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Count units that are done."""
         self.done += count
 
     def facts(self) -> dict[str, float | str | None]:
-        """What a line tells, as numbers."""
+        """Return the state as numbers."""
         seconds = self.clock() - self.started
         rate = (self.done - self.resumed) / seconds if seconds > 0 else 0.0
         return {
@@ -94,19 +94,19 @@ class ProgressCounter:
         }
 
     def line(self) -> str:
-        """What a line tells, in words."""
+        """Return the state as a line of text."""
         facts = self.facts()
         before = f", {self.resumed / max(1, self.total):.0%} from before" if self.resumed else ""
         part = self.done / max(1, self.total)
-        told = f"{self.verb}: {self.done:,} of {self.total:,} {self.unit} ({part:.0%}{before})"
+        text = f"{self.verb}: {self.done:,} of {self.total:,} {self.unit} ({part:.0%}{before})"
         if facts["seconds_left"] is None:
-            return told
+            return text
         speed = f"{facts['per_second']:,.1f} {self.unit}/s, {facts['megabytes_per_second']:,.1f} MB/s"
-        return f"{told}, {speed}, {_clock(int(float(facts['seconds_left'])))} left"
+        return f"{text}, {speed}, {_clock(int(float(facts['seconds_left'])))} left"
 
 
 def _clock(seconds: int) -> str:
-    """Hours, minutes and seconds.
+    """Format seconds as hours, minutes and seconds.
 
     >>> _clock(65), _clock(3725)
     ('1:05', '1:02:05')
@@ -118,41 +118,63 @@ def _clock(seconds: int) -> str:
 
 @contextlib.contextmanager
 def show_progress(
-    progress: str | bool, verb: str, unit: str, total: int, *, resumed: int = 0, bytes_each: float = 0.0
+    progress: str | bool,
+    verb: str,
+    unit: str,
+    total: int,
+    *,
+    resumed: int = 0,
+    bytes_each: float = 0.0,
+    delay: float = 0.0,
 ) -> Iterator[Callable[[int], None]]:
-    """Tell how far something is, by a function that is told how many more are done, from any thread."""
-    way, lock = display_of(progress), threading.Lock()
-    tally = ProgressCounter(verb, unit, total, resumed, bytes_each)
-    if way in ("bar", "none"):
-        with tqdm(total=total, initial=resumed, unit=f" {unit}", desc=verb, disable=way == "none") as bar:
+    """Show the progress of a task, as long as the `with` block lasts.
 
-            def show(count: int) -> None:
+    Args:
+        progress: the display, as an argument `progress` names it.
+        verb: name of the task.
+        unit: name of the units, in the plural.
+        total: number of units.
+        resumed: number of units that were done by earlier calls.
+        bytes_each: bytes of the volume per unit.
+        delay: seconds until a bar appears.
+
+    Yields:
+        A function of the number of units that were done since it was called last; any thread may call it.
+    """
+    display, lock = display_of(progress), threading.Lock()
+    counter = ProgressCounter(verb, unit, total, resumed, bytes_each)
+    if display in ("bar", "none"):
+        disable = display == "none"
+        with tqdm(total=total, initial=resumed, unit=f" {unit}", desc=verb, delay=delay, disable=disable) as bar:
+
+            def update_bar(count: int) -> None:
                 with lock:
-                    tally.add(count)
+                    counter.add(count)
                     if not bar.disable:
-                        bar.set_postfix_str(f"{tally.facts()['megabytes_per_second']} MB/s", refresh=False)
+                        bar.set_postfix_str(f"{counter.facts()['megabytes_per_second']} MB/s", refresh=False)
                     bar.update(count)
 
-            yield show
+            yield update_bar
         return
-    pause = JSON_SECONDS if way == "json" else PLAIN_SECONDS
-    told = 0 if way == "auto" else _say(way, tally)
-    after = time.monotonic() + pause
+    pause = JSON_SECONDS if display == "json" else PLAIN_SECONDS
+    lines = 0 if display == "auto" else _print_line(display, counter)
+    next_at = time.monotonic() + pause
 
-    def tell(count: int) -> None:
-        nonlocal after, told
+    def print_line(count: int) -> None:
+        nonlocal lines, next_at
         with lock:
-            tally.add(count)
-            if time.monotonic() >= after:
-                told += _say(way, tally)
-                after = time.monotonic() + pause
+            counter.add(count)
+            if time.monotonic() >= next_at:
+                lines += _print_line(display, counter)
+                next_at = time.monotonic() + pause
 
-    yield tell
-    if told:
-        _say(way, tally)
+    yield print_line
+    if lines:
+        _print_line(display, counter)
 
 
-def _say(way: str, tally: ProgressCounter) -> int:
-    sys.stderr.write(f"{json.dumps(tally.facts()) if way == 'json' else tally.line()}\n")
+def _print_line(display: str, counter: ProgressCounter) -> int:
+    """Print a line; return how many lines that are."""
+    sys.stderr.write(f"{json.dumps(counter.facts()) if display == 'json' else counter.line()}\n")
     sys.stderr.flush()
     return 1

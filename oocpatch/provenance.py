@@ -1,42 +1,74 @@
-"""What a run writes down about itself: its settings, and the versions of what it used."""
+"""Options, settings and versions of a run: how a parameter is described, and what a run records about itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
-QUIET = frozenset({"resume", "overwrite", "progress"})
-"""Arguments that say nothing about the result."""
+QUIET = frozenset({"resume", "overwrite", "progress", "client"})
+"""Arguments that do not change the result."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    check: str | None = None,
+    identity: bool | str = False,
+    kind: str = "text",
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+    help: str,  # noqa: A002 - as click calls it
+) -> Any:
+    """Return the dataclass field of one option of a run: all that is to be known about a parameter, in one place.
+
+    Args:
+        default: its default; without one the option is required.
+        check: name of its check; see `configuration.checks`.
+        identity: whether runs with other values are different runs; a text names the function in `configuration.checks`
+            whose result is compared.
+        kind: how the option is typed on the command line; see `cli.types`.
+        choices: the values that the command line takes.
+        metavar: the placeholder that the command line shows.
+        help: one imperative sentence, for the command line and the table of options in the docs.
+
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     fill: float = option(0.0, kind="float", help="Set the value of the padding.")
+    >>> Options().fill, dataclasses.fields(Options)[0].metadata["kind"]
+    (0.0, 'float')
+    """
+    typed = {"kind": kind, "choices": choices, "metavar": metavar}
+    metadata = {"check": check, "identity": identity, "help": help, **typed}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed libraries that results depend on."""
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call as JSON can hold them; paths become absolute, what is no plain value is described.
+    """Return the arguments of a call as JSON: paths become absolute, objects are described.
 
-    >>> run_settings({"patch_size": (8, 8), "model": len, "output_dtype": np.float64})
-    {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>', 'output_dtype': 'float64'}
+    >>> run_settings({"patch_size": (8, 8), "model": len})
+    {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>'}
     """
     return {
-        name: _absolute(value) if name in ("volume", "output", "mask", "workspace") else _told(value)
+        name: _absolute(value) if name in ("volume", "output", "mask", "workspace") else _plain(value)
         for name, value in arguments.items()
         if value is not None and name not in QUIET
     }
@@ -46,25 +78,28 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
         return text if "://" in text else str(Path(text).absolute())
-    return _told(value)
+    return _plain(value)
 
 
-def _told(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, (str, bool, int, float)) or value is None:
         return value
-    if isinstance(value, np.generic):
+    if isinstance(value, type) and value.__module__ == "numpy":
+        return value.__name__
+    module = type(value).__module__  # numpy is not imported for this: the command line's help does not wait for it
+    if module == "numpy.dtypes":
+        return str(value)
+    if module == "numpy" and value.shape == ():
         return value.item()
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return str(np.dtype(value))
     if isinstance(value, Mapping):
-        return {str(k): _told(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_told(v) for v in value]
+        return [_plain(v) for v in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else _described(value)
 
 
 def _described(value: Any) -> str:
-    """An object in words."""
+    """Describe an object by its type, shape and name."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
         return f"<{type(value).__name__} of shape {' x '.join(map(str, shape))}>"
@@ -72,10 +107,10 @@ def _described(value: Any) -> str:
     return f"<{type(value).__name__}{f' {name}' if name else ''}>"
 
 
-def run_facts(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the output's attributes when a run is done. The peak is the whole process', since its start."""
+def run_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a finished run records in its output; the peak is that of the process since its start."""
     return {
-        "settings": dict(asked),
+        "settings": dict(settings),
         "versions": versions(),
         "process_peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import os
 
     from oocpatch.outputs.output import Result
-    from oocpatch.planning.plan import Plan
+    from oocpatch.run.predict import PlannedRun
 
 
 @xarray.register_dataarray_accessor("oocpatch")  # type: ignore[no-untyped-call] # xarray gives it no type
@@ -40,7 +40,7 @@ class Accessor:
 
         return predict(self._array, model, output, **arguments)
 
-    def plan(self, model: Any, output: str | os.PathLike[str], **arguments: Any) -> Plan:
+    def plan(self, model: Any, output: str | os.PathLike[str], **arguments: Any) -> PlannedRun:
         """Plan `predict` with the same arguments, and stop there: see `oocpatch.plan`."""
         from oocpatch.run.predict import plan  # noqa: PLC0415 - torch is heavy
 

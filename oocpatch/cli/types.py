@@ -1,96 +1,221 @@
-"""Values on the command line: sizes, JSON, one value for all heads or one for each."""
+"""Values and options on the command line. The options of a run are made of the configuration's fields.
+
+Values come as text, or as TOML has them: numbers, lists, tables.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
 
+from oocpatch.configuration.options import OPTIONS
 
-def size(text: str | int) -> int | tuple[int, ...] | dict[str, int]:
-    """Read `96`, the same on every axis, `32,96,96`, one per axis, or `z=32,y=96,x=96`, by their names."""
-    parts = [part.rpartition("=") for part in str(text).split(",")]
+
+def size(value: Any) -> int | tuple[int, ...] | dict[str, int]:
+    """Read `96`, the same on every axis, `32,96,96`, one per axis, or `z=32,y=96,x=96`, by their names.
+
+    >>> size("32,96"), size([32, 96]), size({"z": 8})
+    ((32, 96), (32, 96), {'z': 8})
+    """
+    if isinstance(value, Mapping):
+        value = ",".join(f"{name}={number}" for name, number in value.items())
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        value = ",".join(map(str, value))
+    parts = [part.rpartition("=") for part in str(value).split(",")]
     names = [name.strip() for name, _, _ in parts if name]
     try:
         sizes = tuple(int(number) for _, _, number in parts)
     except ValueError:
         sizes = ()
     if not sizes or (names and len(set(names)) != len(sizes)):
-        told = "96 or 32,96,96 or z=32,y=96,x=96"
-        raise click.BadParameter(f"sizes are whole numbers of voxels, such as {told}, got {text!r}.")
+        forms = "96 or 32,96,96 or z=32,y=96,x=96"
+        raise click.BadParameter(f"sizes are whole numbers of voxels, such as {forms}, got {value!r}.")
     if names:
         return dict(zip(names, sizes, strict=True))
     return sizes if len(sizes) > 1 else sizes[0]
 
 
-def box(text: str) -> list[tuple[int | None, int | None]]:
+def size_or_auto(value: Any) -> int | str | tuple[int, ...] | dict[str, int]:
+    """Read a size, or `auto`."""
+    return "auto" if value == "auto" else size(value)
+
+
+def box(value: Any) -> list[tuple[int | None, int | None]]:
     """Read `START:STOP` per axis; either may be left out.
 
     >>> box("16:64,:,:128")
     [(16, 64), (None, None), (None, 128)]
     """
+    if not isinstance(value, str):
+        return [(start, stop) for start, stop in value]
     spans = []
-    for part in text.split(","):
-        start, colon, stop = part.partition(":")
+    for text in value.split(","):
+        start, colon, stop = text.partition(":")
         try:
-            assert colon
-            spans.append((int(start) if start else None, int(stop) if stop else None))
-        except (AssertionError, ValueError):
-            raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {text!r}.") from None
+            span = (int(start) if start else None, int(stop) if stop else None)
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise click.BadParameter(f"a box is START:STOP per axis, such as 16:64,:,0:128, got {value!r}.")
+        spans.append(span)
     return spans
 
 
-def size_or_auto(text: str | int) -> int | str | tuple[int, ...] | dict[str, int]:
-    """Read a size, or `auto`."""
-    return "auto" if text == "auto" else size(text)
+def part(value: Any) -> tuple[int, int]:
+    """Read `3/16`: the third of sixteen parts.
+
+    >>> part("3/16"), part([3, 16])
+    ((3, 16), (3, 16))
+    """
+    number, count = value if not isinstance(value, str) else value.partition("/")[::2]
+    try:
+        return int(number), int(count)
+    except ValueError:
+        raise click.BadParameter(f"parts are I/N, such as 3/16, got {value!r}.") from None
 
 
-def setting(text: str) -> Any:
+def json_or_text(value: Any) -> Any:
     """Read JSON if it is that, else the text itself.
 
-    >>> setting("3"), setting("[1, 2]"), setting("unet")
+    >>> json_or_text("3"), json_or_text("[1, 2]"), json_or_text("unet")
     (3, [1, 2], 'unet')
     """
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value)
     except json.JSONDecodeError:
-        return text
+        return value
 
 
-def settings(_context: object, _parameter: object, texts: tuple[str, ...]) -> dict[str, Any]:
+def pairs(_context: object, _parameter: object, texts: tuple[str, ...]) -> dict[str, Any]:
     """Read `NAME=VALUE` pairs."""
     for text in texts:
         if not text.partition("=")[0].isidentifier() or "=" not in text:
             raise click.BadParameter(f"arguments are NAME=VALUE, such as depth=3, got {text!r}.")
-    return {name: setting(value) for name, _, value in (text.partition("=") for text in texts)}
+    return {name: json_or_text(value) for name, _, value in (text.partition("=") for text in texts)}
 
 
 def one_or_more(_context: object, _parameter: object, texts: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """One value as it is, several as a tuple."""
+    """Return one value as it is, several as a tuple."""
     return (texts[0] if len(texts) == 1 else texts) if texts else None
 
 
-def number(text: str | float) -> int | float:
+def number(value: str | float) -> int | float:
     """Read an integer if it is one, so that it stays exact, else a float."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(text)
-    raise click.BadParameter(f"expected a number, got {text!r}.")
+            return kind(value)
+    raise click.BadParameter(f"expected a number, got {value!r}.")
 
 
-def per_head(names: str = "") -> Callable[[str], str | dict[str, str]]:
-    """Read `hann`, the same for every head, or `scores=hann,labels=crop`, one per head; of the given names, if any."""
-    allowed = names.split()
+def names(value: Any) -> Any:
+    """Read names of axes: `zyx`, or a list of them."""
+    return value if isinstance(value, str) else tuple(value)
 
-    def read(text: str) -> str | dict[str, str]:
-        parts = [part.rpartition("=") for part in text.split(",")]
-        unknown = [value for _, _, value in parts if allowed and value.partition(":")[0] not in allowed]
-        if unknown or (len(parts) > 1 and not all(name for name, _, _ in parts)):
-            told = f"one of {', '.join(allowed)}" if allowed else "a value"
-            raise click.BadParameter(f"expected {told}, or one per head such as scores={text}, got {text!r}.")
-        return {name: value for name, _, value in parts} if parts[0][0] else text
+
+def per_head(allowed: Collection[str] = ()) -> Callable[[Any], str | dict[str, str]]:
+    """Return a reader of `hann`, the same for every head, or `scores=hann,labels=crop`, one per head.
+
+    Args:
+        allowed: the values that are known; empty: any.
+    """
+
+    def read(value: Any) -> str | dict[str, str]:
+        if isinstance(value, Mapping):
+            value = ",".join(f"{head}={one}" for head, one in value.items())
+        parts = [part.rpartition("=") for part in value.split(",")]
+        unknown = [one for _, _, one in parts if allowed and one.partition(":")[0] not in allowed]
+        if unknown or (len(parts) > 1 and not all(head for head, _, _ in parts)):
+            expected = f"one of {', '.join(allowed)}" if allowed else "a value"
+            raise click.BadParameter(f"expected {expected}, or one per head such as scores={value}, got {value!r}.")
+        return {head: one for head, _, one in parts} if parts[0][0] else str(value)
 
     return read
+
+
+class Reader(click.ParamType[Any]):
+    """A type of click that reads a value by a function, from text and from TOML alike."""
+
+    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value)
+        except click.BadParameter as error:
+            self.fail(error.message, param, ctx)
+        except (TypeError, ValueError, AttributeError):
+            self.fail(f"got {value!r}.", param, ctx)
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "size": size,
+    "size_or_auto": size_or_auto,
+    "box": box,
+    "part": part,
+    "json": json_or_text,
+    "number": number,
+    "names": names,
+}
+SIZE = Reader("size", size)
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def run_options(
+    names: Sequence[str] = tuple(OPTIONS), *, without: Collection[str] = (), optional: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command the options of a run.
+
+    Args:
+        names: names of the options, in order.
+        without: names of options to leave out; what only Python can pass is left out anyway.
+        optional: names of options that the command does not require.
+    """
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            field = OPTIONS[name]
+            if name not in without and field.metadata["kind"] != "none":
+                command = _run_option(field, required=name not in optional)(command)
+        return command
+
+    return decorate
+
+
+def _run_option(field: dataclasses.Field[Any], *, required: bool) -> Callable[[Command], Command]:
+    """Return the decorator of one option, made of its field."""
+    facts, kind = field.metadata, field.metadata["kind"]
+    missing = field.default is dataclasses.MISSING
+    flag = f"--{field.name.replace('_', '-')}"
+    settings: dict[str, Any] = {
+        "required": missing and required,
+        **({} if missing else {"default": field.default}),
+        "show_default": not missing and field.default not in (None, False),
+        "metavar": facts["metavar"],
+        "help": facts["help"],
+    }
+    if kind in ("many", "pairs"):
+        settings |= {"multiple": True, "callback": one_or_more if kind == "many" else pairs}
+    elif kind == "switch":
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif kind == "flag":
+        settings["is_flag"] = True
+    elif kind == "choice":
+        settings |= {"type": click.Choice(facts["choices"]), "default": field.default or None}
+    elif kind == "per_head":
+        settings["type"] = Reader("per_head", per_head(facts["choices"]))
+        settings["metavar"] = facts["metavar"] or f"[{'|'.join(facts['choices'])}]"
+    else:
+        settings["type"] = (
+            Reader(kind, READERS[kind]) if kind in READERS else {"int": int, "float": float}.get(kind, str)
+        )
+    return click.option(flag, field.name, **settings)

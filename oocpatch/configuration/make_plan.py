@@ -1,4 +1,4 @@
-"""Deciding: the plan made of a request, with sizes chosen where it left them open.
+"""The plan of a run, made of its configuration; sizes are chosen where the configuration leaves them open.
 
 Reads metadata only, and calls the model with patches of zeros: once, or a few times where patch sizes are to be chosen.
 Nothing is written.
@@ -12,7 +12,7 @@ import math
 import torch
 
 from oocpatch.configuration.output_heads import OutputHeads, infer_heads
-from oocpatch.configuration.run_config import AUTO, Request, is_auto
+from oocpatch.configuration.run_config import RunConfig
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.engine.device_transfer import is_staged
 from oocpatch.errors import CorruptData, PlanTooLarge
@@ -30,19 +30,19 @@ from oocpatch.planning.plan import Plan, differences, human
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(config: RunConfig) -> Plan:
     """Decide everything about a run.
 
     Raises:
         ValueError: when the model does not take the patches, or does not return what it should.
         PlanTooLarge: when the run would need more memory or disk than allowed.
     """
-    if request.patch_size:
-        return _planned(request)
+    if config.patch_size:
+        return _planned(config)
     failures: list[ValueError] = []
-    for candidate in _candidates(request):
+    for candidate in _candidates(config):
         try:
-            candidate.refuse_patches()
+            candidate.check_patches()
             return _planned(candidate)
         except ValueError as error:
             failures.append(error)
@@ -50,97 +50,98 @@ def make_plan(request: Request) -> Plan:
     raise (too_large or failures[::-1])[-1]
 
 
-def _candidates(request: Request) -> list[Request]:
-    """Requests with patch sizes that the model may take and the memory may hold, the largest first."""
-    volume, loops = request.volume, request.looped
-    fixed = input_spec_of(ensemble(request.models)).sides
+def _candidates(config: RunConfig) -> list[RunConfig]:
+    """Return configurations with patch sizes that the model may take and the memory may hold, the largest first."""
+    volume, loops = config.volume, config.looped
+    fixed = input_spec_of(ensemble(config.models)).sides
     sizes = patch_sizes(volume.shape[loops:], volume.chunks[loops:], fixed)
-    overlap = request.patch_overlap[loops:]
-    found = [request.settled(size, AUTO) for size in sizes if all(o < n for o, n in zip(overlap, size, strict=True))]
-    if not found:
+    overlap = config.patch_overlap[loops:]
+    larger = [size for size in sizes if all(o < n for o, n in zip(overlap, size, strict=True))]
+    candidates = [config.with_sizes(size, 0) for size in larger]
+    if not candidates:
         raise ValueError(f"patch_overlap must be smaller than the patches that patch_size='auto' tries, got {overlap}")
-    # Learned from a small patch: trying a large one could take the very memory that is to be saved.
-    small = [c for c in reversed(found) if min(c.patch_size[loops:]) >= MULTIPLE] or found[::-1]
+    # Probed with a small patch: a large one could take the very memory that is to be saved.
+    small = [c for c in reversed(candidates) if min(c.patch_size[loops:]) >= MULTIPLE] or candidates[::-1]
     for candidate in small:
         with contextlib.suppress(ValueError):
-            needed = _probed(candidate, torch.get_num_threads()).bytes / math.prod(candidate.patch_size)
-            fitting = [c for c in found if math.prod(c.patch_size) * needed <= request.max_memory / MODEL_SHARE]
-            return fitting or found[-1:]
-    return found
+            voxel_bytes = _probed(candidate, torch.get_num_threads()).bytes / math.prod(candidate.patch_size)
+            share = config.limits.max_memory / MODEL_SHARE
+            return [c for c in candidates if math.prod(c.patch_size) * voxel_bytes <= share] or candidates[-1:]
+    return candidates
 
 
-def _probed(request: Request, threads: int) -> Probe:
-    volume = request.volume
-    predictor = request.predictor(torch_threads=threads)
+def _probed(config: RunConfig, threads: int) -> Probe:
+    volume = config.volume
+    predictor = config.pipeline.predictor(torch_threads=threads)
     with predictor.ready():
-        return predictor.probe(volume.channels, request.patch_size, torch_dtype(str(volume.dtype)))
+        return predictor.probe(volume.channels, config.patch_size, torch_dtype(str(volume.dtype)))
 
 
-def _planned(request: Request) -> Plan:
+def _planned(config: RunConfig) -> Plan:
     """Decide everything about a run whose patches have a size."""
-    volume = request.volume
-    patch_bytes = volume.channels * math.prod(request.patch_size) * volume.dtype.itemsize
-    if patch_bytes > request.max_memory:
+    volume = config.volume
+    patch_bytes = volume.channels * math.prod(config.patch_size) * volume.dtype.itemsize
+    if patch_bytes > config.limits.max_memory:
         raise PlanTooLarge(
-            f"one patch of {request.patch_size[request.looped :]} alone needs {human(patch_bytes, up=True)} but "
-            f"max_memory is {human(request.max_memory)}; lower patch_size or raise max_memory"
+            f"one patch of {config.patch_size[config.looped :]} alone needs {human(patch_bytes, up=True)} but "
+            f"max_memory is {human(config.limits.max_memory)}; lower patch_size or raise max_memory"
         )
-    if chunk_bytes(1, volume.chunk_bytes) > request.max_memory:
+    if chunk_bytes(1, volume.chunk_bytes) > config.limits.max_memory:
         raise PlanTooLarge(
             f"reading one chunk of the volume ({volume.chunks} voxels, {human(volume.chunk_bytes)}) needs "
-            f"{human(chunk_bytes(1, volume.chunk_bytes), up=True)} but max_memory is {human(request.max_memory)}; "
+            f"{human(chunk_bytes(1, volume.chunk_bytes), up=True)} but max_memory is "
+            f"{human(config.limits.max_memory)}; "
             "raise max_memory, or store the volume in smaller chunks"
         )
     threads = torch.get_num_threads()
-    probe = _probed(request, threads)
-    layout = infer_heads(request, probe)
-    if is_auto(request.options["batch_size"]):
-        accepts = input_spec_of(ensemble(request.models))
+    probe = _probed(config, threads)
+    outputs = infer_heads(config, probe)
+    if not config.patches.batch_size:
+        input_spec = input_spec_of(ensemble(config.models))
         batch = batch_size(
-            math.prod(request.patch_size),
+            math.prod(config.patch_size),
             -(-probe.bytes // probe.least_batch) + patch_bytes,
-            request.max_memory,
-            patches=layout.grid.num_patches,
-            least=accepts.least_batch,
-            most=accepts.most_batch,
+            config.limits.max_memory,
+            patches=outputs.grid.num_patches,
+            least=input_spec.least_batch,
+            most=input_spec.most_batch,
         )
-        request = request.settled((), batch)
-    options = request.options
-    sizes = _weigh(request, layout, probe)
+        config = config.with_sizes((), batch)
+    sizes = _byte_sizes(config, outputs, probe)
     core = None
-    if request.block_shape is not None:
-        core = (*common_unit(layout.heads)[: request.looped], *request.block_shape)
+    if config.limits.block_shape is not None:
+        core = (*common_unit(outputs.heads)[: config.looped], *config.limits.block_shape)
     choice = choose(
-        layout.grid,
+        outputs.grid,
         sizes,
-        max_memory=request.max_memory,
-        max_disk=request.max_disk,
+        max_memory=config.limits.max_memory,
+        max_disk=config.limits.max_disk,
         block_shape=core,
-        workers=options["workers"],
+        workers=config.execution.threads,
     )
-    made = Plan(
-        parameters=request.parameters,
+    plan = Plan(
+        parameters=config.parameters,
         axes=volume.names,
         spatial=volume.spatial_ndim,
         shape=volume.shape,
         in_channels=volume.channels,
         in_dtype=str(volume.dtype),
         in_chunks=volume.chunks,
-        patch_size=request.patch_size,
-        patch_overlap=request.patch_overlap,
-        padding_mode=options["padding_mode"],
-        fill=options["fill"],
-        context=layout.context,
-        snap=layout.snap,
-        heads=layout.heads,
+        patch_size=config.patch_size,
+        patch_overlap=config.patch_overlap,
+        padding_mode=config.patches.padding_mode,
+        fill=config.patches.fill,
+        context=outputs.context,
+        snap=outputs.snap,
+        heads=outputs.heads,
         # what is compiled is compiled for one layout, and a view of the ring has another in each block
-        copies_input=probe.copies_input or options["compile"] is not None,
-        may_skip=request.skips,
+        copies_input=probe.copies_input or config.model.compile is not None,
+        may_skip=config.skips,
         core=tuple(a.size for a in choice.blocks.axes),
         sweep=choice.blocks.sweep,
         io_strategy=choice.io_strategy,
         concurrency=choice.concurrency,
-        batch_size=options["batch_size"],
+        batch_size=config.patches.batch_size,
         torch_threads=threads,
         projected_memory=choice.projection.memory(choice.concurrency),
         projected_disk=choice.projection.disk,
@@ -148,37 +149,43 @@ def _planned(request: Request) -> Plan:
         bytes_written=choice.projection.bytes_written,
         task_memory=choice.projection.task_memory,
         memory_parts=choice.projection.parts,
-        model_note=_note(request),
+        model_note=_note(config),
+        box=None if config.data.box is None else (config.data.box.start, config.data.box.stop),
+        skip_value=config.skip_value,
+        output_fill=config.outputs.output_fill,
+        allow_nonfinite=config.outputs.allow_nonfinite,
     )
-    return with_pyramids(made, request.max_memory)
+    return with_pyramids(plan, config.limits.max_memory)
 
 
-def _note(request: Request) -> str:
-    """What is around the model, in words; nothing for a model alone."""
-    accepts, preprocess = input_spec_of(ensemble(request.models)), request.options["preprocess"]
-    told = []
-    if len(request.models) > 1:
-        told.append(f"mean of {len(request.models)} models")
-    if len(request.turns) > 1:
-        told.append(f"mean of {len(request.turns)} turns")
-    if preprocess is not None:
-        named = isinstance(preprocess, NamedPreprocess)
-        told.append(f"preprocess {preprocess_name(preprocess)}" if named else "preprocess by a function")
-    if request.options["channels_last"]:
-        told.append("channels last")
-    if request.options["compile"]:
-        told.append(f"compiled ({request.options['compile']})")
-    if accepts.least_batch == accepts.most_batch:
-        told.append(f"always called with {accepts.least_batch} patch(es)")
-    return ", ".join(told)
+def _note(config: RunConfig) -> str:
+    """Describe what is around the model; nothing for a model alone."""
+    model, transforms = config.model, config.pipeline.transforms
+    input_spec = input_spec_of(ensemble(config.models))
+    notes = []
+    if len(config.models) > 1:
+        notes.append(f"mean of {len(config.models)} models")
+    if len(transforms) > 1:
+        notes.append(f"mean of {len(transforms)} flips and rotations")
+    if isinstance(model.preprocess, NamedPreprocess):
+        notes.append(f"preprocess {preprocess_name(model.preprocess)}")
+    elif model.preprocess is not None:
+        notes.append("preprocess by a function")
+    if model.channels_last:
+        notes.append("channels last")
+    if model.compile:
+        notes.append(f"compiled ({model.compile})")
+    if input_spec.least_batch == input_spec.most_batch:
+        notes.append(f"always called with {input_spec.least_batch} patch(es)")
+    return ", ".join(notes)
 
 
-def refuse_other_run(request: Request, found: OutputRecord, stored: Plan | None) -> None:
-    """Refuse to go on with an output of a run with other parameters.
+def check_same_run(config: RunConfig, record: OutputRecord, stored: Plan | None) -> None:
+    """Refuse to continue an output of a run with other parameters.
 
     Args:
-        request: the arguments.
-        found: what the output says of itself.
+        config: the checked arguments.
+        record: the record of the run in the output's attributes.
         stored: the plan in the workspace, if there is one.
 
     Raises:
@@ -186,41 +193,41 @@ def refuse_other_run(request: Request, found: OutputRecord, stored: Plan | None)
         CorruptData: when they differ because the output's metadata is damaged.
     """
     try:
-        request.refuse_other_run(found)
+        config.check_same_run(record)
     except Exception as error:
-        other = bool(stored is not None and differences(stored.parameters, found.parameters))
-        if other or is_metadata_damaged(request.output, ATTRIBUTE):
+        other = bool(stored is not None and differences(stored.parameters, record.parameters))
+        if other or is_metadata_damaged(config.output, ATTRIBUTE):
             raise CorruptData(
-                f"the metadata of {request.output} is not what was written; start afresh with overwrite=True"
+                f"the metadata of {config.output} is not what was written; start afresh with overwrite=True"
             ) from error
         raise
 
 
-def resumed(plan: Plan, request: Request) -> Plan:
-    """A stored plan, at the concurrency that this call allows.
+def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
+    """Return a stored plan at the concurrency that this call allows.
 
     Raises:
         PlanTooLarge: when even one task at a time needs more memory than this call allows.
     """
     shared = plan.projected_memory - plan.concurrency * plan.task_memory
-    workers = request.options["workers"] or plan.concurrency
-    while workers > 1 and shared + workers * plan.task_memory > request.max_memory:
+    workers = config.execution.threads or plan.concurrency
+    while workers > 1 and shared + workers * plan.task_memory > config.limits.max_memory:
         workers -= 1
     needed = shared + workers * plan.task_memory
-    if needed > request.max_memory:
+    if needed > config.limits.max_memory:
         raise PlanTooLarge(
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
-            f"{human(request.max_memory)}; raise max_memory, or start afresh with overwrite=True"
+            f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
     return plan.with_concurrency(workers, needed)
 
 
-def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
-    """What a voxel, a chunk and a batch weigh."""
-    volume, batch = request.volume, request.options["batch_size"]
-    patch_bytes = math.prod(request.patch_size) * volume.channels * volume.dtype.itemsize
-    windows = 0
-    for head in layout.heads:
+def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSizes:
+    """Return the bytes of a voxel, a chunk and a batch."""
+    volume, batch = config.volume, config.patches.batch_size
+    patch_bytes = math.prod(config.patch_size) * volume.channels * volume.dtype.itemsize
+    heads, windows, staged = [], 0, is_staged(config.model.device)
+    for head in outputs.heads:
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
         patch_bytes += 0 if head.name in probe.aliased else voxels * output.shape[1] * output.dtype.itemsize
@@ -231,13 +238,13 @@ def _weigh(request: Request, layout: OutputHeads, probe: Probe) -> ByteSizes:
         in_voxel_bytes=volume.channels * volume.dtype.itemsize,
         in_chunks=volume.chunks,
         in_chunk_bytes=volume.chunk_bytes,
-        context=layout.context,
-        heads=layout.heads,
-        mask_voxel_bytes=0.0 if request.selection.mask is None else request.selection.mask.voxel_bytes,
+        context=outputs.context,
+        heads=tuple(heads),
+        mask_voxel=0.0 if config.selection.mask is None else config.selection.mask.voxel_bytes,
         window_bytes=windows,
         batch_size=batch,
         model_bytes=probe.model_bytes(batch)
-        + compiled_bytes(request.options["compile"], request.options["device"], batch * patch_bytes),
+        + compiled_bytes(config.model.compile, config.model.device, batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
-        staged=is_staged(request.options["device"]),
+        staged=is_staged(config.model.device),
     )

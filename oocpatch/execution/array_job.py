@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from oocpatch.planning.arguments import positive
 from oocpatch.storage.locks import holder, locks, part_lock
 from oocpatch.storage.paths import Address
 
@@ -76,20 +74,3 @@ def busy_holder(output: Address, part: ArrayJobPart | None) -> str | None:
                 return who
     who = holder(whole)
     return None if part is not None and who is not None and " for part " in who else who
-
-
-def checked_part(value: Any) -> tuple[int, int]:
-    """A checked part of a run, `(i, n)`: the i-th of n, counted from 1.
-
-    >>> checked_part((3, 16))
-    (3, 16)
-
-    Raises:
-        ValueError, TypeError: when there is no such part.
-    """
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(f"part must be two numbers (i, n), such as (3, 16), got {value!r}")
-    number, count = (positive("part", item) for item in value)
-    if number > count:
-        raise ValueError(f"part must be (i, n) with i from 1 to n, got {tuple(value)}")
-    return number, count

@@ -1,6 +1,6 @@
-"""What travels to the workers of a cluster: a recipe for their jobs.
+"""The payload of a call on a cluster: what its workers make the context of their tasks of.
 
-Paths, the plan, the model's spec or the pickled module; never an open array, a session or a device. It lies in the
+Addresses, the plan, the model's spec or the pickled module; never an open array, a session or a device. It lies in the
 workspace, which every worker must see under the same address; a task carries its address and SHA-256.
 """
 
@@ -11,8 +11,8 @@ import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from oocpatch.configuration.run_config import Request
 from oocpatch.errors import PlanTooLarge
 from oocpatch.execution.dask_clients import check_versions, versions_here
 from oocpatch.execution.dask_cluster import pickled
-from oocpatch.planning.box import Box
+from oocpatch.execution.task_context import RunInputs
+from oocpatch.models.options import ModelOptions
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.files import make_folder, remove_folder, remove_tree
 from oocpatch.storage.paths import Address, store_at
@@ -32,19 +32,22 @@ from oocpatch.volumes.sources import Source, open_source
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
+PAYLOAD = "payload"
+"""Name of the file of a call's payload."""
+
 COPIED = 1 << 18
 """Bytes of a chunk of a volume in memory that is stored for workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunHandle:
-    """What every task of one call of `predict` carries.
+    """The call of `predict` that a task belongs to.
 
     Attributes:
         token: name of the call.
-        root: where the run's workspace is.
-        digest: SHA-256 of the recipe.
-        versions: of the client; a worker with other ones refuses.
+        root: the run's workspace.
+        digest: SHA-256 of the payload.
+        versions: versions of the client; a worker with other ones refuses.
         path: directories where the client finds modules, besides what is installed.
     """
 
@@ -56,7 +59,7 @@ class RunHandle:
 
     @property
     def folder(self) -> Address:
-        """Where the call keeps what its workers read."""
+        """The directory of what the call's workers read."""
         return self.root / "calls" / self.token
 
 
@@ -65,9 +68,9 @@ class VolumeRef:
     """Where a worker finds a volume.
 
     Attributes:
-        source: a directory or a URL; or what was given, if it travels.
-        names: of its axes.
-        roles: of its axes, where its metadata tell them.
+        source: a directory or a URL; or the source itself, if it can be pickled.
+        names: names of its axes.
+        roles: roles of its axes, where its metadata have them.
     """
 
     source: Address | Source
@@ -82,52 +85,50 @@ class VolumeRef:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPayload:
-    """What a job is made of.
+    """What a worker makes its tasks' context of.
 
     Attributes:
-        plan: as JSON.
-        volume: where it is.
-        mask: where it is, if there is one.
-        box: where patches are computed; None: everywhere.
-        model: model, weights and their arguments, as they were given to `predict`, with absolute paths.
-        rest: all other fields of the request.
+        plan: the plan as JSON.
+        options: the model's options, with absolute paths.
+        volume: where the volume lies.
+        mask: where the mask lies, if there is one.
+        output: where the result is written.
     """
 
     plan: str
+    options: ModelOptions
     volume: VolumeRef
     mask: VolumeRef | None
-    box: Box | None
-    model: Mapping[str, Any]
-    rest: Mapping[str, Any]
+    output: Address
 
 
-def check_cluster(request: Request) -> None:
+def check_cluster(options: ModelOptions, client: Any) -> None:
     """Refuse a model, or a function around it, that cannot be sent to other processes; and workers of other versions.
 
     Raises:
-        ValueError: in that case, with what to do.
+        ValueError: naming the parameter and what to pass instead.
     """
-    check_versions(request.client, versions_here())
-    for name, value in (("model", _model(request)), *request.options.items()):
+    check_versions(client, versions_here())
+    for name, value in _with_absolute_paths(options).callables():
         try:
             pickled(value)
         except Exception as error:
-            what = (
+            kind = (
                 "a model spec, such as 'file.py:name' or 'model.pt2'" if name == "model" else "an importable function"
             )
             raise ValueError(
-                f"{name} must be {what}, to run on a cluster: what was given cannot be sent to other processes "
-                f"({type(error).__name__}: {str(error)[:200]}); pass {what}"
+                f"{name} must be {kind}, to run on a cluster: what was given cannot be sent to other processes "
+                f"({type(error).__name__}: {str(error)[:200]}); pass {kind}"
             ) from error
 
 
-def _model(request: Request) -> dict[str, Any]:
-    """Model and weights as given, files by absolute paths: workers run in other directories."""
-    given = dict(request.given)
-    for name, absolute in (("model", absolute_spec), ("weights", _absolute)):
-        value = given[name]
-        given[name] = [absolute(v) for v in value] if isinstance(value, (list, tuple)) else absolute(value)
-    return given
+def _with_absolute_paths(options: ModelOptions) -> ModelOptions:
+    """Return the options with the files of model and weights by absolute paths: workers run in other directories."""
+
+    def each(value: Any, absolute: Callable[[Any], Any]) -> Any:
+        return [absolute(v) for v in value] if isinstance(value, (list, tuple)) else absolute(value)
+
+    return replace(options, model=each(options.model, absolute_spec), weights=each(options.weights, _absolute))
 
 
 def absolute_spec(spec: Any) -> Any:
@@ -150,8 +151,10 @@ def _absolute(path: Any) -> Any:
 
 
 @contextlib.contextmanager
-def published_payload(request: Request, made: Plan, workspace: Workspace) -> Iterator[RunHandle]:
-    """Put a recipe where workers find it, as long as the `with` block lasts.
+def published_payload(
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Address, max_disk: int | None
+) -> Iterator[RunHandle]:
+    """Put a payload where workers find it, as long as the `with` block lasts.
 
     Raises:
         PlanTooLarge: when a volume in memory, which must be stored for them, takes more disk than allowed.
@@ -160,42 +163,36 @@ def published_payload(request: Request, made: Plan, workspace: Workspace) -> Ite
     folder = workspace.root / "calls" / token
     remove_tree(folder.parent)  # of calls that were killed
     make_folder(folder)
+    free_disk = None if max_disk is None else max_disk - plan.projected_disk
     try:
-        mask = request.selection.mask
-        recipe = WorkerPayload(
-            plan=made.to_json(),
-            volume=_place(request.volume, folder, "volume", request, made),
-            mask=None if mask is None else _place(mask.volume, folder, "mask", request, made),
-            box=request.selection.box,
-            model=_model(request),
-            rest={f.name: getattr(request, f.name) for f in fields(request) if f.name not in _BUILT},
+        payload = WorkerPayload(
+            plan=plan.to_json(),
+            options=_with_absolute_paths(inputs.options),
+            volume=_volume_ref(inputs.volume, folder, "volume", free_disk),
+            mask=None if inputs.mask is None else _volume_ref(inputs.mask.volume, folder, "mask", free_disk),
+            output=output,
         )
-        data = pickled(recipe)
-        (folder / "recipe").write_bytes(data)
+        data = pickled(payload)
+        (folder / PAYLOAD).write_bytes(data)
         path = (str(Path.cwd()), *sys.path[:1])
         yield RunHandle(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
     finally:
         remove_folder(folder)
 
 
-_BUILT = ("volume", "models", "selection", "given", "client")
-"""Fields of a request that do not travel as they are."""
-
-
-def _place(volume: Volume, folder: Address, name: str, request: Request, made: Plan) -> VolumeRef:
-    """Where workers find a volume; one in memory is stored for them."""
+def _volume_ref(volume: Volume, folder: Address, name: str, free_disk: int | None) -> VolumeRef:
+    """Return where workers find a volume; one in memory is stored for them."""
     source, names = volume.source, volume.axes.names
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
     if not in_memory:
-        return VolumeRef(
-            source.location if source.array is not None and source.location else source, names, source.roles
-        )
+        location = source.location if source.array is not None and source.location else source
+        return VolumeRef(location, names, source.roles)
     size = int(np.prod(source.shape, dtype=object)) * volume.dtype.itemsize
-    if request.max_disk is not None and made.projected_disk + size > request.max_disk:
+    if free_disk is not None and size > free_disk:
         raise PlanTooLarge(
-            f"workers need the {name} on disk, and it is in memory: the workspace would need "
-            f"{human(made.projected_disk + size, up=True)} but max_disk is {human(request.max_disk)}; raise max_disk, "
-            "or store it as Zarr and pass its path"
+            f"workers need the {name} on disk, and it is in memory: it takes {human(size, up=True)} of the workspace, "
+            f"and max_disk leaves {human(max(0, free_disk))}; raise max_disk, or store the {name} as Zarr and pass its "
+            "path"
         )
     side = max(1, int((COPIED / volume.dtype.itemsize) ** (1 / len(source.shape))))
     array = zarr.create_array(
@@ -208,6 +205,6 @@ def _place(volume: Volume, folder: Address, name: str, request: Request, made: P
         filters=None,
     )
     for start in range(0, source.shape[0], side):
-        part = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
-        array[part] = source.load(part)
+        slab = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
+        array[slab] = source.load(slab)
     return VolumeRef(folder / name, names, source.roles)

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -126,7 +126,7 @@ class Run:
     progress: RunProgress
     ledger: Ledger
     delete_partials: Callable[[list[int]], None]
-    to_predict: range
+    to_predict: Sequence[int]
     to_normalize: Container[int]
     ledger_tail: LedgerTail | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)

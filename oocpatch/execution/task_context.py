@@ -1,30 +1,93 @@
-"""The context of a process: everything that its tasks share, opened once and closed at the end."""
+"""The context of tasks in one process: what they share, opened once and closed at the end.
+
+It is made of the plan, the model's options and the arrays; tasks of this process and of a cluster's workers alike.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from oocpatch.configuration.run_config import Request
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
+from oocpatch.engine.patch_selection import Mask, Selection
 from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, patch_window, predict_block
-from oocpatch.execution.scheduler import Task
+from oocpatch.execution.scheduler import Executor, Stopped, Task, dask_threads
+from oocpatch.models.loading import Model
+from oocpatch.models.options import ModelOptions
+from oocpatch.models.pipeline import Pipeline
 from oocpatch.models.postprocessing import postprocess_of
 from oocpatch.outputs.output import Output
+from oocpatch.planning.box import Box
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.files import flush
+from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
 
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """What a run reads and calls.
+
+    Attributes:
+        options: the model's options.
+        volume: the volume.
+        mask: the mask of patches to compute, if there is one.
+        models: the loaded models.
+    """
+
+    options: ModelOptions
+    volume: Volume
+    mask: Mask | None
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunExecutor:
+    """Where the tasks of a run are executed.
+
+    Attributes:
+        executor: runs tasks.
+        halved: returns the number of batches that were halved because memory ran out.
+        flush: makes durable what was written to the output.
+    """
+
+    executor: Executor
+    halved: Callable[[], int]
+    flush: Callable[[], None]
+
+
+@contextlib.contextmanager
+def thread_executor(
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
+) -> Iterator[RunExecutor]:
+    """Run tasks on Dask's threads in this process."""
+    stop = threading.Event()
+
+    def check_stopped(count: int) -> None:
+        if stop.is_set():
+            raise Stopped
+        on_patches(count)
+
+    with (
+        open_task_context(plan, inputs, workspace, output, check_stopped) as context,
+        dask_threads(plan.concurrency, functools.partial(run_task, context), stop) as threads,
+    ):
+        yield RunExecutor(threads, lambda: context.predictor.halving.count, functools.partial(flush, output.path))
+
+
 def run_task(context: TaskContext, task: Task) -> TaskResult:
-    """Do one task.
+    """Run one task.
 
     Idempotent: as the stages are.
     """
@@ -35,66 +98,63 @@ def run_task(context: TaskContext, task: Task) -> TaskResult:
 
 @contextlib.contextmanager
 def open_task_context(
-    request: Request, made: Plan, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
 ) -> Iterator[TaskContext]:
     """Open what tasks share: the model on its device, arrays, threads that read and write.
 
     Args:
-        request: the arguments.
-        made: the plan.
-        workspace: where partials go.
-        output: where values go.
-        on_patches: told the number of patches that are done with.
+        plan: the plan.
+        inputs: volume, mask, the loaded models and their options.
+        workspace: where partials are stored.
+        output: where values are written.
+        on_patches: called with the number of patches that are done.
     """
-    files = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in made.heads]
-    units = [size * head.out_channels for size, head in zip(files, made.heads, strict=True)]
-    read = request.volume.chunk_bytes
-    lean_heap(heap_chunk_bytes(made.io_strategy.threads, max(read, *units)), max(read, *files))
-    predictor = request.predictor(
-        copies_input=made.copies_input,
-        torch_threads=made.torch_threads,
-        statistics=made.statistics,
-        compiled=True,
+    chunk_bytes = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in plan.heads]
+    unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
+    volume, threads = inputs.volume, plan.io_strategy.threads
+    heap_bytes = heap_chunk_bytes(threads, max(volume.chunk_bytes, *unit_bytes))
+    lean_heap(heap_bytes, max(volume.chunk_bytes, *chunk_bytes))
+    looped = len(plan.axes) - plan.spatial
+    pipeline = Pipeline(inputs.options, inputs.models, plan.axes[looped:], plan.patch_size[looped:], looped)
+    predictor = pipeline.predictor(
+        copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
     )
-    threads = made.io_strategy.threads
     with contextlib.ExitStack() as stack:
         stack.enter_context(predictor.ready())
         reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
         yield TaskContext(
-            plan=made,
-            volume=request.volume.with_chunk_reader(reader_threads(threads)),
-            selection=request.selection,
+            plan=plan,
+            volume=volume.with_chunk_reader(reader_threads(threads)),
+            selection=Selection(inputs.mask, None if plan.box is None else Box(*plan.box)),
             predictor=predictor,
             transfer=Transfer(
-                predictor.device,
-                staged=is_staged(predictor.device),
-                read_bytes=read_buffer_bytes(request.volume.chunk_bytes),
+                predictor.device, staged=is_staged(predictor.device), read_bytes=read_buffer_bytes(volume.chunk_bytes)
             ),
             workspace=workspace,
-            windows=tuple(patch_window(made, head, predictor.device) for head in made.heads),
+            windows=tuple(patch_window(plan, head, predictor.device) for head in plan.heads),
             output=output,
-            normalizers=tuple(_normalizer(request, made, workspace, number) for number in range(len(made.heads))),
+            normalizers=tuple(_normalizer(plan, inputs.options, workspace, number) for number in range(len(plan.heads))),
             read_pool=reads,
             write_pool=writes,
-            allow_nonfinite=request.options["allow_nonfinite"],
-            skip_value=request.options["skip_value"],
+            allow_nonfinite=plan.allow_nonfinite,
+            skip_value=plan.skip_value,
             on_patches=on_patches,
         )
 
 
-def _normalizer(request: Request, made: Plan, workspace: Workspace, number: int) -> Normalizer:
-    head, weights = made.heads[number], None
+def _normalizer(plan: Plan, options: ModelOptions, workspace: Workspace, number: int) -> Normalizer:
+    head, weights = plan.heads[number], None
     if head.blended and not head.dense:
         weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
     return Normalizer(
         weights,
-        postprocess_of(request.options, head.name, head.mode),
-        request.looped,
+        postprocess_of(options.postprocess, head.name, head.mode),
+        len(plan.axes) - plan.spatial,
         tile_voxels(head.max_channels),
         dense=head.dense,
         divide=head.blended,
-        fill=request.options["output_fill"],
-        allow_nonfinite=request.options["allow_nonfinite"],
+        fill=plan.output_fill,
+        allow_nonfinite=plan.allow_nonfinite,
     )

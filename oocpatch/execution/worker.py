@@ -1,12 +1,13 @@
-"""Work in other processes: what a worker of a cluster makes of a recipe, and the executor that hands it out.
+"""Tasks in other processes: what a worker of a cluster does, and the executor that sends it tasks.
 
 ```text
-  driver:  request, plan --> calls/<token>/recipe  <--read once-- worker process: job
+  driver:  plan, options --> calls/<token>/payload  <--read once-- worker process: task context
               |                                                        ^
-              +----- task: address and digest of the recipe, block ----+
+              +----- task: address and digest of the payload, block ---+
 ```
 
-A process makes a job of the recipe once, and keeps it until the call is over or a task of another call arrives.
+A process opens a task context of the payload once, and keeps it until the call is over or a task of another call
+arrives.
 """
 
 from __future__ import annotations
@@ -29,17 +30,15 @@ from typing import Any
 
 import torch
 
-from oocpatch.configuration.run_config import Request
-from oocpatch.engine.patch_selection import Mask, Selection
+from oocpatch.engine.patch_selection import Mask
 from oocpatch.engine.stages import TaskContext, TaskResult
 from oocpatch.errors import ClusterLost
 from oocpatch.execution.dask_clients import MUST_AGREE, device_of_rank, disagreement, log_dashboard, versions_here
 from oocpatch.execution.dask_cluster import Cluster
-from oocpatch.execution.payload import RunHandle, WorkerPayload, published_payload
+from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
-from oocpatch.execution.task_context import open_task_context, run_task
-from oocpatch.models.fingerprint import model_fingerprint
-from oocpatch.models.loading import load_models
+from oocpatch.execution.task_context import RunExecutor, RunInputs, open_task_context, run_task
+from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan, differences
@@ -49,160 +48,168 @@ from oocpatch.storage.retries import transient
 from oocpatch.workspace.workspace import PLAN, Workspace
 
 LOOK_SECONDS = 1.0
-"""How often a worker looks whether the run it works for is still there."""
+"""How often a worker checks that the run it works for is still there."""
 
 
 @contextlib.contextmanager
-def cluster_of(
-    request: Request, made: Plan, workspace: Workspace, on_patches: Callable[[int], None]
-) -> Iterator[tuple[Cluster, Callable[[], int], Callable[[], None]]]:
-    """The executor of a call with a client; how many batches its processes halved; what flushes what they wrote."""
+def cluster_executor(
+    plan: Plan,
+    inputs: RunInputs,
+    workspace: Workspace,
+    output: Address,
+    *,
+    client: Any,
+    processes: int | None,
+    max_disk: int | None,
+    on_patches: Callable[[int], None],
+) -> Iterator[RunExecutor]:
+    """Run tasks in the worker processes of a Dask client.
+
+    Args:
+        plan: the plan.
+        inputs: what workers read and call.
+        workspace: the workspace of the run.
+        output: where the result is written.
+        client: a `dask.distributed.Client`.
+        processes: worker processes to use at most; None: all.
+        max_disk: bound on the workspace in bytes, with the copy of a volume in memory.
+        on_patches: called with the number of patches that are done.
+    """
     halved = 0
 
-    def on_done(task: Task, done: TaskResult) -> None:
+    def on_done(task: Task, result: TaskResult) -> None:
         nonlocal halved
-        halved += done.halved
+        halved += result.halved
         if task.stage == "predict":
-            on_patches(made.patches_in([task.index]))
+            on_patches(plan.patches_in([task.index]))
 
-    log_dashboard(request.client)
+    log_dashboard(client)
     with (
-        published_payload(request, made, workspace) as call,
-        Cluster(request.client, call, work, drop, request.options["processes"], on_done) as executor,
+        published_payload(plan, inputs, workspace, output, max_disk) as handle,
+        Cluster(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
-        yield executor, lambda: halved, lambda: executor.everywhere(functools.partial(flush, request.output))
+        flush_everywhere = functools.partial(cluster.everywhere, functools.partial(flush, output))
+        yield RunExecutor(cluster, lambda: halved, flush_everywhere)
 
 
-# What a worker process holds. One call at a time, so that memory is what the plan says.
-_turn = threading.Lock()
-"""One block at a time, whatever the number of Dask's threads: the device and `max_memory` are those of the process."""
-_ended: deque[str] = deque(maxlen=1000)
-
-
-@dataclass
-class _Held:
-    """The job of a call, and what closes it."""
+@dataclass(frozen=True, slots=True)
+class _OpenCall:
+    """The task context of a call, and what closes it."""
 
     token: str
-    job: TaskContext
+    context: TaskContext
     stack: contextlib.ExitStack
     stopped: threading.Event
 
 
-_held: _Held | None = None
+# A worker process has one call open at a time, so that memory is what the plan says.
+_open_call: _OpenCall | None = None
+_one_block = threading.Lock()
+"""One block at a time, whatever the number of Dask's threads: the device and `max_memory` are those of the process."""
+_closed: deque[str] = deque(maxlen=1000)
 
 
-def work(call: RunHandle, task: Task, place: int) -> TaskResult:
-    """Do one task in a worker process.
+def run_in_worker(handle: RunHandle, task: Task, place: int) -> TaskResult:
+    """Run one task in a worker process.
 
     Idempotent: as the stages are.
 
     Args:
-        call: the call it belongs to.
-        task: what to do.
-        place: number of this process among those of its host, which says what device it uses.
+        handle: the call it belongs to.
+        task: the task.
+        place: number of this process among those of its host, which decides on the device it uses.
 
     Raises:
         ClusterLost: when this process cannot take part.
         Stopped: when the call is over.
     """
-    with _turn:
-        held = _hold(call, place)
+    with _one_block:
+        call = _opened(handle, place)
         threads = torch.get_num_threads()
         use_threads(1)
         try:
-            halving = held.job.predictor.halving
+            halving = call.context.predictor.halving
             before = halving.count
-            done = run_task(held.job, task)
-            return replace(done, halved=halving.count - before)
+            result = run_task(call.context, task)
+            return replace(result, halved=halving.count - before)
         finally:
             use_threads(threads)
-            if held.stopped.is_set():
-                _let_go()
+            if call.stopped.is_set():
+                _close()
 
 
-def drop(token: str) -> None:
-    """Let go of a call; a task that is under way gives up at its next patch."""
-    _ended.append(token)
-    held = _held
-    if held is not None and held.token == token:
-        held.stopped.set()
-        if _turn.acquire(blocking=False):
+def close_call(token: str) -> None:
+    """Close a call; a task that is under way stops at its next patch."""
+    _closed.append(token)
+    if _open_call is not None and _open_call.token == token:
+        _open_call.stopped.set()
+        if _one_block.acquire(blocking=False):
             try:
-                _let_go()
+                _close()
             finally:
-                _turn.release()
+                _one_block.release()
 
 
-def _let_go() -> None:
-    global _held  # noqa: PLW0603 - one per process
-    if _held is not None:
-        _held.stack.close()
-        _held = None
+def _close() -> None:
+    global _open_call  # noqa: PLW0603 - one per process
+    if _open_call is not None:
+        _open_call.stack.close()
+        _open_call = None
 
 
-def _hold(call: RunHandle, place: int) -> _Held:
-    """The job of a call: opened when its first task comes."""
-    global _held  # noqa: PLW0603 - one per process
-    if call.token in _ended:
+def _opened(handle: RunHandle, place: int) -> _OpenCall:
+    """Return the open call; it is opened when its first task comes."""
+    global _open_call  # noqa: PLW0603 - one per process
+    if handle.token in _closed:
         raise Stopped
-    if _held is not None and _held.token == call.token:
-        return _held
-    _let_go()
-    where = f"worker process {os.getpid()} on {socket.gethostname()} cannot take part"
-    told = disagreement(call.versions, versions_here(), MUST_AGREE)
-    if told:
-        raise ClusterLost(f"{where}: workers must have the client's versions: {told}")
+    if _open_call is not None and _open_call.token == handle.token:
+        return _open_call
+    _close()
+    process = f"worker process {os.getpid()} on {socket.gethostname()} cannot take part"
+    differing = disagreement(handle.versions, versions_here(), MUST_AGREE)
+    if differing:
+        raise ClusterLost(f"{process}: workers must have the client's versions: {differing}")
     with contextlib.ExitStack() as stack:
         stopped = threading.Event()
         try:
-            job = _open(call, place, stopped, stack)
+            context = _open_context(handle, place, stopped, stack)
         except Exception as error:
             if transient(error) and not isinstance(error, ClusterLost):
                 raise
             raise ClusterLost(
-                f"{where}: {type(error).__name__}: {error}; workers must see volume, output and workspace under the "
+                f"{process}: {type(error).__name__}: {error}; workers must see volume, output and workspace under the "
                 "paths that the client sees, and be able to import what the client imports"
             ) from error
-        _held = _Held(call.token, job, stack.pop_all(), stopped)
-    return _held
+        _open_call = _OpenCall(handle.token, context, stack.pop_all(), stopped)
+    return _open_call
 
 
-def _open(call: RunHandle, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
-    data = (call.folder / "recipe").read_bytes()
-    if hashlib.sha256(data).hexdigest() != call.digest:
-        raise ValueError("the recipe of the run is not the one that the client wrote")
-    stack.enter_context(_importable(call.path))
-    recipe: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
-    made = Plan.from_json(recipe.plan)
-    volume = recipe.volume.open()
-    if volume.source.location not in (None, call.folder / "volume") and volume.fingerprint != made.parameters["volume"]:
+def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
+    data = (handle.folder / PAYLOAD).read_bytes()
+    if hashlib.sha256(data).hexdigest() != handle.digest:
+        raise ValueError("the payload of the run is not the one that the client wrote")
+    stack.enter_context(_importable(handle.path))
+    payload: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
+    plan = Plan.from_json(payload.plan)
+    volume = payload.volume.open()
+    stored = volume.source.location in (None, handle.folder / "volume")
+    if not stored and volume.fingerprint != plan.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
-    device = device_of_rank(place, recipe.rest["options"]["device"], torch.cuda.device_count())
-    rest = {**recipe.rest, "options": {**recipe.rest["options"], "device": device}}
-    given = dict(recipe.model)
-    models = load_models(given.pop("model"), **given, device=device)
-    identities = [model_fingerprint(member) for member in models]
-    if differences({"model": identities[0] if len(models) == 1 else identities}, made.parameters):
+    options = payload.options.on_device(device_of_rank(place, payload.options.device, torch.cuda.device_count()))
+    models = load(options)
+    if differences({"model": fingerprint_of(options, models)}, plan.parameters):
         raise ValueError("the model that is loaded here is not the one that the client has")
-    request = Request(
-        volume=volume,
-        models=models,
-        selection=Selection(None if recipe.mask is None else Mask(recipe.mask.open(), volume.shape), recipe.box),
-        given={},
-        client=None,
-        **rest,
-    )
-    workspace = Workspace(call.root, made)
-    fence = RunGuard(call.root / PLAN)
+    mask = None if payload.mask is None else Mask(payload.mask.open(), volume.shape)
+    guard = RunGuard(handle.root / PLAN)
 
-    def on_patches(_: int) -> None:
+    def check_stopped(_: int) -> None:
         if stopped.is_set():
             raise Stopped
-        fence.look(LOOK_SECONDS)
+        guard.check(LOOK_SECONDS)
 
-    output = GuardedOutput(request.output, made, fence)
-    return stack.enter_context(open_task_context(request, made, workspace, output, on_patches))
+    output = GuardedOutput(payload.output, plan, guard)
+    inputs = RunInputs(options, volume, mask, models)
+    return stack.enter_context(open_task_context(plan, inputs, Workspace(handle.root, plan), output, check_stopped))
 
 
 @contextlib.contextmanager
@@ -217,32 +224,32 @@ def _importable(folders: tuple[str, ...]) -> Iterator[None]:
 
 
 class RunGuard:
-    """What is there for as long as a run is.
+    """Stops tasks whose run is gone: a file or an object is there for as long as the run is.
 
     Args:
-        path: a file or an object.
+        path: the file or object.
     """
 
     def __init__(self, path: Address) -> None:
         self._path = path
-        self._at = -math.inf
+        self._checked_at = -math.inf
         self._patience = 0.0 if isinstance(path, Path) else LOOK_SECONDS
 
-    def look(self, seconds: float | None = None) -> None:
-        """See whether it is there, if that is not known of so many seconds ago.
+    def check(self, seconds: float | None = None) -> None:
+        """Check that the run is there, unless it was so many seconds ago.
 
         Args:
-            seconds: default: 0; in an object store, where a request takes a while, those of a look now and then. Who
-                was frozen for so long that another one took over has not looked for longer.
+            seconds: default: 0; in an object store, where a request takes a while, `LOOK_SECONDS`. A process that was
+                frozen for so long that another one took over has not checked for longer.
 
         Raises:
-            Stopped: when it is not.
+            Stopped: when the run is gone.
             OSError: when an object store does not answer.
         """
-        if time.monotonic() - self._at >= (self._patience if seconds is None else seconds):
+        if time.monotonic() - self._checked_at >= (self._patience if seconds is None else seconds):
             if not self._path.is_file():
                 raise Stopped
-            self._at = time.monotonic()
+            self._checked_at = time.monotonic()
 
 
 class GuardedOutput(Output):
@@ -253,13 +260,13 @@ class GuardedOutput(Output):
     Args:
         path: the group.
         plan: the plan it was created with.
-        fence: what is there for as long as the run is.
+        guard: stops tasks whose run is gone.
     """
 
-    def __init__(self, path: Address, plan: Plan, fence: RunGuard) -> None:
+    def __init__(self, path: Address, plan: Plan, guard: RunGuard) -> None:
         super().__init__(path, plan)
-        self._fence = fence
+        self._guard = guard
 
     def write(self, *args: Any, **kwargs: Any) -> None:
-        self._fence.look()
+        self._guard.check()
         super().write(*args, **kwargs)

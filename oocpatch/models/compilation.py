@@ -24,8 +24,8 @@ from torch import nn
 from oocpatch.models.input_spec import InputSpec
 from oocpatch.models.onnx import OnnxSession
 from oocpatch.models.wrappers import NumpyModel, as_module
+from oocpatch.planning.choices import COMPILE_MODES
 
-MODES = ("default", "reduce-overhead", "max-autotune")
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 """Memory formats with the channels last, by number of spatial axes."""
 
@@ -45,9 +45,9 @@ def checked_compile_mode(value: Any) -> str | None:
     if value is None or value is False:
         return None
     if value is True:
-        return MODES[0]
-    if value not in MODES:
-        raise ValueError(f"compile must be True, False or one of {', '.join(MODES)}, got {value!r}")
+        return COMPILE_MODES[0]
+    if value not in COMPILE_MODES:
+        raise ValueError(f"compile must be True, False or one of {', '.join(COMPILE_MODES)}, got {value!r}")
     return str(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,11 +46,20 @@ def named_postprocess(name: str) -> Postprocess:
     raise ValueError(f"postprocess must be one of {', '.join(POSTPROCESSES)} or threshold:NUMBER, got {name!r}")
 
 
-def postprocess_of(options: Mapping[str, Any], name: str, mode: str) -> Postprocess | None:
-    """The postprocess of a head; votes are counted by one of their own."""
-    found: Postprocess | None = of_head(options["postprocess"], name, None)
+def postprocess_of(postprocess: Any, name: str, mode: str) -> Postprocess | None:
+    """Return the postprocess of a head as a function; votes are counted by one of their own.
+
+    Args:
+        postprocess: a name or a function for all heads, or a dict of them by head.
+        name: the head.
+        mode: its overlap mode.
+
+    Raises:
+        ValueError: when there is one for a head of votes.
+    """
+    value = of_head(postprocess, name, None)
     if mode != "vote":
-        return found
-    if found is not None:
+        return value if value is None or callable(value) else named_postprocess(str(value))
+    if value is not None:
         raise ValueError(f"postprocess must be None where overlap_mode is 'vote', got one for {name!r}")
     return POSTPROCESSES["argmax"]

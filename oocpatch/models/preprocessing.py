@@ -134,12 +134,12 @@ def checked_preprocess(
 
 
 def preprocess_statistics(
-    preprocess: NamedPreprocess | PatchFunction | None, volume: Volume, max_memory: int, *, hidden: bool | None
+    preprocess: NamedPreprocess | PatchFunction | None, volume: Volume, max_memory: int, *, progress: str | bool
 ) -> Statistics:
     """Return the statistics of the whole volume that a preprocess needs; reads all of it, or nothing."""
     if not isinstance(preprocess, ZScore | Percentile):
         return ()
-    statistics = VolumeStatistics(volume, max_memory, hidden)
+    statistics = VolumeStatistics(volume, max_memory, progress)
     if isinstance(preprocess, ZScore):
         return statistics.moments()
     return tuple((low, high) for low, high in statistics.percentiles((preprocess.low, preprocess.high)))

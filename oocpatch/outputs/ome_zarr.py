@@ -27,6 +27,7 @@ from zarr.abc.store import Store
 from oocpatch.outputs.coordinates import at_centres, json_attributes, scaled_coords, write_coords
 from oocpatch.planning.arguments import one_of
 from oocpatch.planning.box import Ints
+from oocpatch.planning.choices import OUTPUT_FORMATS
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.pyramid_levels import halvings, level_chunks, level_shape
@@ -316,16 +317,13 @@ def _validate(attributes: dict[str, Any], version: str) -> None:
         v04.Image.model_validate(attributes)
 
 
-FORMATS = ("auto", "zarr", "ome-zarr", "ome-zarr-0.4")
-
-
 def checked_output_format(value: str, volume: Volume) -> str:
     """A checked `output_format`; of `"auto"`, what it comes to.
 
     Raises:
         ValueError: when there is no such format, or the volume does not fit it.
     """
-    one_of("output_format", value, FORMATS)
+    one_of("output_format", value, OUTPUT_FORMATS)
     if value == "auto":
         value = "zarr" if volume.source.image is None else "ome-zarr"
     if value != "zarr":

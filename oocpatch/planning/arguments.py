@@ -18,7 +18,7 @@ import psutil
 from dask.utils import parse_bytes
 
 from oocpatch.planning.box import Ints, ceil_to
-from oocpatch.planning.windows import OVERLAP_MODES
+from oocpatch.planning.choices import OVERLAP_MODES
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """File in which Linux states the memory limit of a container."""
@@ -79,6 +79,23 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
+
+
+def checked_part(value: Any) -> tuple[int, int]:
+    """Check a part of a run, `(i, n)`: the i-th of n, counted from 1.
+
+    >>> checked_part((3, 16))
+    (3, 16)
+
+    Raises:
+        ValueError, TypeError: when there is no such part.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"part must be two numbers (i, n), such as (3, 16), got {value!r}")
+    number, count = (positive("part", item) for item in value)
+    if number > count:
+        raise ValueError(f"part must be (i, n) with i from 1 to n, got {tuple(value)}")
+    return number, count
 
 
 def per_axis(name: str, value: int | Sequence[int] | Mapping[str, int], axes: Sequence[str], *, least: int = 0) -> Ints:

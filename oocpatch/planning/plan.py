@@ -68,6 +68,10 @@ class Plan:
         memory_parts: shares of the memory by name.
         model_note: preprocessing, ensembles and compilation around the model, in words.
         statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet computed.
+        box: start and stop of the box whose patches are computed; None: all are.
+        skip_value: value of patches to skip that hold nothing else; None: none is skipped for its values.
+        output_fill: value of voxels that no patch covers.
+        allow_nonfinite: keep NaN and infinity instead of failing the block.
     """
 
     parameters: Mapping[str, Any]
@@ -100,7 +104,10 @@ class Plan:
     memory_parts: tuple[tuple[str, int], ...] = ()
     model_note: str = ""
     statistics: tuple[tuple[float, float], ...] = ()
-    runner: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
+    box: tuple[Ints, Ints] | None = None
+    skip_value: float | None = None
+    output_fill: float = 0
+    allow_nonfinite: bool = False
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -186,12 +193,6 @@ class Plan:
         }
         return digest(fields_of_result)
 
-    def run(self) -> Any:
-        """Carry the plan out: the same as `predict` with the arguments the plan was made with."""
-        if self.runner is None:
-            raise ValueError("this plan was read from a file; call predict() with its arguments to run it")
-        return self.runner(self)
-
     def with_concurrency(self, concurrency: int, projected_memory: int) -> Plan:
         """Return the plan with another number of blocks at a time; no byte of the result depends on it."""
         return replace(self, concurrency=concurrency, projected_memory=projected_memory)
@@ -200,13 +201,9 @@ class Plan:
         """Return the plan with statistics of the volume; the fingerprint has the parameters that ask for them."""
         return replace(self, statistics=statistics)
 
-    def bound(self, runner: Callable[[Plan], Any]) -> Plan:
-        """The same plan, able to `run()`."""
-        return replace(self, runner=runner)
-
     def to_json(self) -> str:
         """Return the plan as JSON, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
-        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "runner"}
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
         derived = {
             "format": FORMAT,
@@ -234,7 +231,7 @@ class Plan:
                 "finish the run with that version, or start afresh with overwrite=True",
                 ("format",),
             )
-        values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name != "runner"}
+        values = {f.name: _tuples(record[f.name]) for f in fields(cls)}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["io_strategy"] = IoStrategy(**record["io_strategy"])

@@ -7,15 +7,12 @@ voxel by voxel instead.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import numpy.typing as npt
 
+from oocpatch.planning.choices import OVERLAP_MODES
 from oocpatch.planning.grid import GridAxis
 
-OverlapMode = Literal["crop", "average", "hann", "gaussian", "max", "vote"]
-OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
 Floats = npt.NDArray[np.float64]
 
 

@@ -1,52 +1,62 @@
-"""What the drivers of whole runs and of parts have in common: how a run begins, what it needs, and how it ends."""
+"""The driver of a run: how it begins, which blocks it runs where, and how it ends; for whole runs and parts alike."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
-from oocpatch.configuration.run_config import Request
-from oocpatch.execution.scheduler import Executor, Stopped, dask_threads
-from oocpatch.execution.task_context import open_task_context, run_task
+import numpy as np
+
+from oocpatch.configuration.run_config import RunConfig
+from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
+from oocpatch.models.preprocessing import preprocess_statistics
 from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Output, create_output
 from oocpatch.outputs.pyramid import build_pyramids
-from oocpatch.outputs.record import inspect_output
+from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
+from oocpatch.progress import show_progress
 from oocpatch.provenance import run_facts
-from oocpatch.run.status import bar_of, hidden, root_of
-from oocpatch.storage.files import flush
+from oocpatch.storage.paths import Address, address
 from oocpatch.workspace.ledger import Ledger, Record
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.segments import WHOLE
 from oocpatch.workspace.workspace import Workspace, remove_workspace
 
 
-def all_done(made: Plan, done: RunProgress) -> bool:
-    """Whether nothing is left to do."""
-    return len(done.predicted) == made.blocks and len(done.normalized) == made.block_grid.num_open
+def workspace_root(record: OutputRecord) -> Address:
+    """Return the workspace of the run that wrote, or writes, an output."""
+    return address(record.workspace) / record.run_id
 
 
-def set_up(request: Request, made: Plan, progress: str | bool, *, resuming: bool) -> Workspace:
-    """The workspace to go on with, its weights written anew; or a new one, and an output that says it is incomplete."""
-    found = inspect_output(request.output)
-    if resuming and found is not None:
-        workspace = Workspace(root_of(found), made)
+def all_done(plan: Plan, progress: RunProgress) -> bool:
+    """Return whether both stages of all blocks are recorded."""
+    return len(progress.predicted) == plan.blocks and len(progress.normalized) == plan.block_grid.num_open
+
+
+def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
+    """Return the workspace to continue, its weights written anew; or a new one, with an output marked incomplete."""
+    record = inspect_output(config.output)
+    if resuming and record is not None:
+        workspace = Workspace(workspace_root(record), plan)
         workspace.write_weights()
         return workspace
-    if found is not None:
-        remove_workspace(root_of(found))
-    made = made.with_statistics(request.statistics(hidden=hidden(progress)))
-    create_output(request.output, made, request.volume, request.workspace, found)
-    return Workspace.create(request.workspace / made.run_id, made)
+    if record is not None:
+        remove_workspace(workspace_root(record))
+    statistics = preprocess_statistics(
+        config.model.preprocess, config.volume, config.limits.max_memory, progress=config.execution.progress
+    )
+    plan = plan.with_statistics(statistics)
+    create_output(config.output, plan, config.volume, config.workspace, record)
+    return Workspace.create(config.workspace / plan.run_id, plan)
 
 
 @contextlib.contextmanager
 def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
-    """The ledger, or a segment of it, committed and closed at the end."""
+    """Open the ledger, or a segment of it; commit and close it at the end."""
     ledger = workspace.ledger(segment)
     ledger.append(Record("begun", 0))
     try:
@@ -57,47 +67,82 @@ def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def open_executor(
-    request: Request, workspace: Workspace, progress: str | bool, own: range, done: RunProgress
-) -> Iterator[tuple[Executor, Callable[[], int], Callable[[], None]]]:
-    """Where the tasks of a run are executed; how many batches were halved there; what flushes the output there."""
-    made, stop = workspace.plan, threading.Event()
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(bar_of(made, progress, own, done.predicted))
-        if request.client is not None:
-            from oocpatch.execution.worker import cluster_of  # noqa: PLC0415 - a second of imports, for clusters only
+    config: RunConfig, workspace: Workspace, blocks: Collection[int], predicted: Container[int]
+) -> Iterator[RunExecutor]:
+    """Open what runs the tasks of a run, with a display of its progress.
 
-            yield stack.enter_context(cluster_of(request, made, workspace, bar))
-            return
-
-        def on_patches(count: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            bar(count)
-
-        job = stack.enter_context(open_task_context(request, made, workspace, Output(request.output, made), on_patches))
-        threads = stack.enter_context(dask_threads(made.concurrency, functools.partial(run_task, job), stop))
-        yield threads, lambda: job.predictor.halving.count, functools.partial(flush, request.output)
+    Args:
+        config: the configuration.
+        workspace: the workspace, which has the plan.
+        blocks: the blocks whose predict stage this call runs.
+        predicted: those that are done already.
+    """
+    plan = workspace.plan
+    with (
+        _patches_display(plan, config.execution.progress, blocks, predicted) as on_patches,
+        _executor(config, workspace, on_patches) as executor,
+    ):
+        yield executor
 
 
-def details(request: Request, made: Plan, seconds: float, done: RunProgress, halved: int) -> dict[str, Any]:
-    """Facts about a finished run, for the output's attributes."""
+def _executor(
+    config: RunConfig, workspace: Workspace, on_patches: Callable[[int], None]
+) -> AbstractContextManager[RunExecutor]:
+    plan = workspace.plan
+    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models)
+    if config.execution.client is None:
+        return thread_executor(plan, inputs, workspace, Output(config.output, plan), on_patches)
+    from oocpatch.execution.worker import cluster_executor  # noqa: PLC0415 - a second of imports, for clusters only
+
+    return cluster_executor(
+        plan,
+        inputs,
+        workspace,
+        config.output,
+        client=config.execution.client,
+        processes=config.execution.workers,
+        max_disk=config.limits.max_disk,
+        on_patches=on_patches,
+    )
+
+
+def _patches_display(
+    plan: Plan, display: str | bool, blocks: Collection[int], predicted: Container[int]
+) -> AbstractContextManager[Callable[[int], None]]:
+    """Return a display of the patches of some blocks; it is called with the number of patches that are done."""
+    total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
+    resumed = plan.patches_in([i for i in blocks if i in predicted])
+    volume_bytes = math.prod(plan.shape) * plan.in_channels * np.dtype(plan.in_dtype).itemsize
+    patch_bytes = volume_bytes / max(1, plan.patches)
+    return show_progress(display, "predict", "patches", total, resumed=resumed, bytes_each=patch_bytes)
+
+
+def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: float, halved: int) -> dict[str, Any]:
+    """Return facts about a finished run, for the output's attributes."""
     return {
-        **({"statistics": made.statistics} if made.statistics else {}),
+        **({"statistics": plan.statistics} if plan.statistics else {}),
         **({"halved_batches": halved} if halved else {}),
-        "patches": made.patches,
-        "blocks": made.blocks,
-        "open_blocks": made.block_grid.num_open,
-        "uncovered_voxels": done.uncovered,
-        "nonfinite_voxels": done.nonfinite,
+        "patches": plan.patches,
+        "blocks": plan.blocks,
+        "open_blocks": plan.block_grid.num_open,
+        "uncovered_voxels": progress.uncovered,
+        "nonfinite_voxels": progress.nonfinite,
         "seconds": round(seconds, 3),
-        "torch_threads": made.torch_threads,
-        **run_facts(request.settings),
+        "torch_threads": plan.torch_threads,
+        **run_facts(config.settings),
     }
 
 
-def conclude(request: Request, workspace: Workspace, found: Mapping[str, Any], progress: str | bool) -> None:
-    """Make the coarser levels, if there are any, and record success."""
-    made, memory = workspace.plan, request.max_memory
-    build_pyramids(request.output, workspace.root, max_memory=memory, workers=made.concurrency, progress=progress)
-    Output(request.output, made).complete(found, workspace.root / WHOLE)
-    register_label(request.output)
+def complete(config: RunConfig, workspace: Workspace, details: dict[str, Any]) -> None:
+    """Make the coarser levels of a pyramid, if there is one, record success, and delete the workspace."""
+    plan = workspace.plan
+    build_pyramids(
+        config.output,
+        workspace.root,
+        max_memory=config.limits.max_memory,
+        workers=plan.concurrency,
+        progress=config.execution.progress,
+    )
+    Output(config.output, plan).complete(details, workspace.root / WHOLE)
+    register_label(config.output)
+    remove_workspace(workspace.root)

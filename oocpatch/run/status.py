@@ -1,50 +1,18 @@
-"""How far a run is: a bar while it goes on, and what its output and workspace say from outside."""
+"""The status of a run, read from its output and workspace by any process."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Container, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-import numpy as np
-
-from oocpatch.outputs.record import OutputRecord, find_output
-from oocpatch.planning.plan import Plan
-from oocpatch.progress import display_of, show_progress
+from oocpatch.outputs.record import find_output
+from oocpatch.run.driver import workspace_root
 from oocpatch.storage.locks import holder, locks
-from oocpatch.storage.paths import Address, address, output_path
+from oocpatch.storage.paths import output_path
 from oocpatch.workspace.workspace import Workspace
-
-
-def hidden(progress: str | bool) -> bool | None:
-    """Whether no progress is shown; None: it is, on a terminal.
-
-    Raises:
-        ValueError: when it is none of the known ways.
-    """
-    display_of(progress)
-    return None if progress == "auto" else progress not in ("bar", True)
-
-
-def root_of(record: OutputRecord) -> Address:
-    """The workspace of the run that wrote, or writes, an output."""
-    return address(record.workspace) / record.run_id
-
-
-@contextlib.contextmanager
-def bar_of(made: Plan, progress: str | bool, own: range, predicted: Container[int]) -> Iterator[Callable[[int], None]]:
-    """Progress over the patches of some blocks, as a function that is told how many more are done, from any thread."""
-    total = made.patches if len(own) == made.blocks else made.patches_in(own)
-    done = made.patches_in([i for i in own if i in predicted])
-    volume = math.prod(made.shape) * made.in_channels * np.dtype(made.in_dtype).itemsize
-    each = volume / max(1, made.patches)
-    with show_progress(progress, "predict", "patches", total, resumed=done, bytes_each=each) as tell:
-        yield tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +84,9 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
         return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {}, patches, patches)
     running = any(holder(lock) for lock in locks(path))
     state = "running" if running else "incomplete"
-    workspace = Workspace.find(root_of(record))
+    workspace = Workspace.find(workspace_root(record))
     if workspace is None:
-        return RunStatus(str(path), str(root_of(record)), state, 0, 0, 0, 0, {})
+        return RunStatus(str(path), str(workspace_root(record)), state, 0, 0, 0, 0, {})
     done, grid = workspace.progress(), workspace.plan.block_grid
     patches = workspace.plan.patches_in(done.predicted)
     recent = workspace.plan.patches_in(done.since)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from oocpatch.planning.arguments import per_axis
 from oocpatch.planning.grid import PatchGrid, PatchLocation
 from oocpatch.sampling.subject import Subject, read_patches
-from oocpatch.volumes.volume import PADDING_MODES
+from oocpatch.planning.choices import PADDING_MODES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -28,7 +28,7 @@ from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output, write_
 from oocpatch.outputs.write_units import unpack
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
-from oocpatch.run.status import root_of
+from oocpatch.run.driver import workspace_root
 from oocpatch.storage.checksums import ABSENT, measured
 from oocpatch.storage.locks import beside, locked
 from oocpatch.storage.paths import Address, ObjectPath, output_path
@@ -199,7 +199,7 @@ def _keeps_ledger(path: Address) -> bool:
 def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
     """The plan and the ledger, with its segments if there are any; None where nothing is done yet."""
     if not record.complete:
-        workspace = Workspace.find(root_of(record))
+        workspace = Workspace.find(workspace_root(record))
         return None if workspace is None else (workspace.plan, segments(workspace.root))
     try:
         plan = Plan.from_json(json.dumps(record.details["plan"]))
@@ -297,7 +297,7 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
     if others:
         raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
     undone = {(str(d.stage), int(d.block)) for d in found.damaged if d.block is not None}
-    root = root_of(record)
+    root = workspace_root(record)
     with locked(beside(path, ".lock"), str(path)):
         if record.complete:
             # The partials are gone: what a block's normalize stage reads is computed anew, too.

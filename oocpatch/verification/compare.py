@@ -207,7 +207,7 @@ def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, An
     """The model with what is around it."""
     axes = volume.names[-volume.spatial_ndim :]
     preprocess = preprocessing.checked_preprocess(settings.get("preprocess"), volume.dtype, volume.channels)
-    found = preprocessing.preprocess_statistics(preprocess, volume, 1 << 28, hidden=True)
+    found = preprocessing.preprocess_statistics(preprocess, volume, 1 << 28, progress=False)
     turns = augmentation.flips_and_rotations(
         augmentation.checked_augmentation(settings.get("augment"), axes), axes, settings["patch_size"]
     )

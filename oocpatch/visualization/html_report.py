@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from oocpatch.configuration.options import OPTIONS
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.plan import Plan, human
-from oocpatch.run.status import RunStatus, root_of, status
+from oocpatch.run.driver import workspace_root
+from oocpatch.run.status import RunStatus, status
 from oocpatch.storage.paths import local_path
 from oocpatch.visualization.display_source import local_name, record_of
 from oocpatch.visualization.picture import figure_of
@@ -72,7 +74,7 @@ def _plan_of(record: OutputRecord) -> Plan | None:
     noted = record.details.get("plan")
     if noted is not None:
         return Plan.from_json(json.dumps(noted))
-    workspace = Workspace.find(root_of(record))
+    workspace = Workspace.find(workspace_root(record))
     return None if workspace is None else workspace.plan
 
 
@@ -133,51 +135,53 @@ def _figures(record: OutputRecord, plan: Plan | None) -> dict[str, str]:
 
 
 def command_of(settings: Mapping[str, Any]) -> str:
-    """The command line that repeats a run; a call in Python where the model has no name.
+    """Return the command line that repeats a run; a call in Python where the model has no name.
 
     >>> command_of({"volume": "/a.zarr", "output": "/o.zarr", "model": "net.py:net", "patch_size": [8, 16]})
     'oocpatch predict /a.zarr /o.zarr --model net.py:net --patch-size 8,16'
     """
-    positional = ("volume", "output")
-    models = settings.get("model")
-    models = models if isinstance(models, list) else [models]
-    nameless = [settings.get(n) for n in ("volume", "mask", "preprocess")] + models
-    if any(isinstance(v, str) and v.startswith("<") for v in nameless):
-        asked = {n: v for n, v in settings.items() if v != _DEFAULTS.get(n, _NONE)}
-        objects = {n: v for n, v in asked.items() if isinstance(v, str) and v.startswith("<")}
-        told = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in asked.items())
-        return "".join(f"# {n}: {v}\n" for n, v in objects.items()) + f"oocpatch.predict(\n{told})"
-    words = ["oocpatch", "predict", *(str(settings[n]) for n in positional if n in settings)]
-    first = ("model", "weights", "model_args", "patch_size")
-    for name in [*(n for n in first if n in settings), *(n for n in settings if n not in (*first, *positional))]:
-        if settings[name] != _DEFAULTS.get(name, _NONE) and (name, settings[name]) != ("level", "0"):
-            words += _option(name, settings[name])
+    changed = {n: v for n, v in settings.items() if n not in OPTIONS or str(v) != str(OPTIONS[n].default)}
+    objects = [name for name, value in changed.items() if any(_is_object(v) for v in _listed(value))]
+    if objects:
+        lines = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in changed.items())
+        return "".join(f"# {n}: {changed[n]}\n" for n in objects) + f"oocpatch.predict(\n{lines})"
+    words = ["oocpatch", "predict", *(str(changed.pop(n)) for n in ("volume", "output") if n in changed)]
+    for name, field in OPTIONS.items():
+        if name in changed:
+            words += _typed(f"--{name.replace('_', '-')}", field.metadata["kind"], changed[name])
     return shlex.join(words)
 
 
-_NONE = object()
-_DEFAULTS: Mapping[str, Any] = {
-    "patch_overlap": 0, "overlap_mode": "hann", "fill": 0.0, "trust_pickle": False, "batch_size": 1, "device": "auto",
-    "autocast": False, "channels_last": False, "compile": False, "output_fill": 0, "max_memory": "auto",
-    "skip_empty": False, "output_format": "auto", "allow_nonfinite": False, "level": 0,
-}  # fmt: skip
-"""Of `predict`, as far as they are not None: what has its default needs no option."""
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _option(name: str, value: Any) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
-    if value is True:
-        return [option] if name != "compile" else [option, "default"]
-    if name in ("model", "weights") and isinstance(value, list):
-        return [word for item in value for word in (option, str(item))]
-    if name == "model_args":
+def _is_object(value: Any) -> bool:
+    """Return whether a recorded setting describes an object, which has no name on a command line."""
+    return isinstance(value, str) and value.startswith("<")
+
+
+def _typed(option: str, kind: str, value: Any) -> list[str]:
+    """Return the words of an option with its value as it is typed."""
+    if kind in ("flag", "switch"):
+        return [option if value else f"--no-{option[2:]}"]
+    if kind == "many":
+        return [word for item in _listed(value) for word in (option, str(item))]
+    if kind == "pairs":
         return [word for key, item in value.items() for word in (option, f"{key}={json.dumps(item)}")]
+    return [option, _text_of(kind, value)]
+
+
+def _text_of(kind: str, value: Any) -> str:
+    if kind == "json" and isinstance(value, Mapping | list):
+        return json.dumps(value)
+    if kind == "choice" and value is True:
+        return "default"  # compile=True
+    if kind == "box":
+        return ",".join(f"{'' if a is None else a}:{'' if b is None else b}" for a, b in value)
     if isinstance(value, Mapping):
-        plain = name not in ("preprocess", "augment")
-        return [option, ",".join(f"{k}={v}" for k, v in value.items()) if plain else json.dumps(value)]
-    if isinstance(value, list):
-        return [option, ",".join(map(str, value)) if name not in ("augment", "axes") else json.dumps(value)]
-    return [option, str(value)]
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    return ("/" if kind == "part" else ",").join(map(str, _listed(value)))
 
 
 def _tiles(figures: Mapping[str, str]) -> str:

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from dask.base import compute
 from dask.delayed import delayed
-from tqdm import tqdm
+
+from oocpatch.progress import show_progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +31,7 @@ def run_pass(
     unit: str,
     size: Callable[[Item], int],
     total: int,
-    hidden: bool | None = None,
+    progress: str | bool = "auto",
 ) -> Iterator[Result]:
     """Run a task over items by Dask's threads, and yield the results in the order of the items.
 
@@ -38,22 +39,22 @@ def run_pass(
         task: an idempotent function that only reads.
         items: its arguments.
         threads: number of threads.
-        name: text of the progress bar.
-        unit: unit of the progress bar.
+        name: name of the pass in the progress.
+        unit: name of the units, in the plural.
         size: number of units in an item.
         total: number of units in all items.
-        hidden: whether no progress is shown; None shows it on a terminal.
+        progress: how progress is shown; see `oocpatch.progress`.
 
-    >>> list(run_pass(abs, [-1, 2], threads=2, name="absolutes", unit="number", size=lambda _: 1, total=2, hidden=True))
+    >>> list(run_pass(abs, [-1, 2], threads=2, name="absolutes", unit="numbers", size=lambda _: 1, total=2))
     [1, 2]
     """
     remaining = iter(items)
     with (
         # a pool of its own: Dask's default one has a thread per core, and does not survive the fork of a process
         ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-pass") as pool,
-        tqdm(total=total, desc=name, unit=unit, unit_scale=total > 1 << 16, delay=DELAY, disable=hidden) as bar,
+        show_progress(progress, name, unit, total, delay=DELAY) as on_units,
     ):
         while wave := list(itertools.islice(remaining, WAVE * threads)):
             tasks = [delayed(task, pure=False, traverse=False)(item) for item in wave]
             yield from compute(*tasks, scheduler="threads", pool=pool)  # type: ignore[no-untyped-call] # Dask gives it none
-            bar.update(sum(map(size, wave)))
+            on_units(sum(map(size, wave)))

@@ -54,7 +54,7 @@ class VolumeStatistics:
     Attributes:
         volume: the volume.
         max_memory: limit in bytes, which bounds the number of threads; a single thread may take more.
-        hidden: whether no progress is shown; None shows it on a terminal.
+        progress: how progress is shown; see `oocpatch.progress`.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
     >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
@@ -63,7 +63,7 @@ class VolumeStatistics:
 
     volume: Volume
     max_memory: int = 1 << 28
-    hidden: bool | None = True
+    progress: str | bool = False
 
     def moments(self) -> tuple[tuple[float, float], ...]:
         """Return mean and standard deviation (of the population) of each channel.
@@ -150,7 +150,7 @@ class VolumeStatistics:
             unit="voxel",
             size=lambda box: box.size,
             total=math.prod(volume.shape),
-            hidden=self.hidden,
+            progress=self.progress,
         )
         return functools.reduce(merge, summaries)
 

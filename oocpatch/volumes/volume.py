@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.arguments import one_of, per_axis
 from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
@@ -26,8 +27,6 @@ from oocpatch.storage.paths import Address
 from oocpatch.storage.zarrs_codec import ZarrsArray
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
-
-PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
 
 
 class Volume:

@@ -15,7 +15,7 @@ MAX_LINES = 600
 
 LAW = """
 errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration} < execution < run < {verification, visualization, xarray}
+< {aggregation, conversion, configuration, execution} < run < {verification, visualization, xarray}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -23,7 +23,6 @@ errors < progress < provenance < planning < storage < {volumes, workspace} < {ou
 ON_DISK = "numpy zarr xarray dask.array google_crc32c psutil"
 LIBRARIES = {
     "progress": "tqdm",
-    "provenance": "numpy",
     "planning": "numpy",
     "planning/arguments": "psutil dask.utils",  # how much memory there is; reads "2GiB"
     "storage": ON_DISK,
@@ -32,7 +31,7 @@ LIBRARIES = {
     "storage/retries": "tenacity",
     "storage/chunk_reader": "numcodecs",
     "volumes": ON_DISK,
-    "volumes/passes": "dask tqdm",
+    "volumes/passes": "dask",
     "volumes/formats/hdf5": "h5py",
     "volumes/formats/nifti": "nibabel",
     "volumes/formats/slide": "openslide",

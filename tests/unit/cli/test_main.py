@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 import oocpatch
 from oocpatch import errors
 from oocpatch.cli import main as cli
+from oocpatch.cli import types
 
 ROOT = Path(__file__).parents[3]
 PATCHES = ["--patch-size", "8", "--patch-overlap", "4"]
@@ -346,7 +347,7 @@ def test_interrupt_ends_with_130_and_the_same_command_continues(
     assert child.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "interrupted; what is finished is kept, the same command continues" in stderr.splitlines()[-1]
+    assert "interrupted; finished blocks are kept, and the same command continues" in stderr.splitlines()[-1]
     assert ("dashboard: http" in stderr) == ("--processes" in workers)
     status = run("status", "out.zarr")
     assert status.exit_code == 0
@@ -410,10 +411,10 @@ def test_check_passes_for_an_honest_model_and_fails_for_one_that_drifts() -> Non
 
 @pytest.mark.parametrize("text", ["96", "32,96,96"])
 def test_sizes_are_read_as_voxels_per_axis(text: str) -> None:
-    assert cli.size(text) == (96 if text == "96" else (32, 96, 96))
+    assert types.size(text) == (96 if text == "96" else (32, 96, 96))
 
 
 @pytest.mark.parametrize(("text", "value"), [("3", 3), ("9007199254740993", 9007199254740993), ("0.5", 0.5)])
 def test_numbers_that_are_whole_stay_exact(text: str, value: float) -> None:
-    assert cli.number(text) == value
-    assert type(cli.number(text)) is type(value)
+    assert types.number(text) == value
+    assert type(types.number(text)) is type(value)

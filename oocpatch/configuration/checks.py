@@ -1,0 +1,151 @@
+"""Checks of options, and what of a checked value identifies a run; the fields of the options name them.
+
+A check takes the parameter's name, the value as it was given, and the volume; it returns the checked value, or raises
+ValueError or TypeError with the rule and the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from oocpatch.engine.patch_selection import Mask
+from oocpatch.models.augmentation import Augmentation, checked_augmentation
+from oocpatch.models.compilation import checked_compile_mode
+from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.postprocessing import named_postprocess
+from oocpatch.models.predictor import resolve_device
+from oocpatch.models.preprocessing import NamedPreprocess, checked_preprocess, preprocess_json
+from oocpatch.planning import arguments
+from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.choices import OUTPUT_FORMATS
+from oocpatch.progress import display_of
+from oocpatch.volumes.volume import Volume, checked_padding_mode, spatial_box, spatial_sizes
+
+AUTO = "auto"
+"""A size that the planner chooses."""
+
+
+def is_auto(value: object) -> bool:
+    """Return whether a size is to be chosen."""
+    return isinstance(value, str) and value == AUTO
+
+
+def _sizes(name: str, value: Any, volume: Volume) -> Ints | None:
+    return None if value is None else spatial_sizes(name, value, volume, least=1)
+
+
+def _patch_size(name: str, value: Any, volume: Volume) -> Ints:
+    return () if is_auto(value) else spatial_sizes(name, value, volume, least=1)
+
+
+def _batch_size(name: str, value: Any, _volume: Volume) -> int:
+    return 0 if is_auto(value) else arguments.positive(name, value)
+
+
+def _positive(name: str, value: Any, _volume: Volume) -> int | None:
+    return None if value is None else arguments.positive(name, value)
+
+
+def _num_bytes(name: str, value: Any, _volume: Volume) -> int | None:
+    return None if value is None else arguments.num_bytes(name, value)
+
+
+def _part(_name: str, value: Any, _volume: Volume) -> tuple[int, int] | None:
+    return None if value is None else arguments.checked_part(value)
+
+
+def _box(name: str, value: Any, volume: Volume) -> Box | None:
+    return None if value is None else spatial_box(name, value, volume)
+
+
+def _progress(_name: str, value: str | bool, _volume: Volume) -> str | bool:
+    display_of(value)
+    return value
+
+
+def _mask(_name: str, value: Any, volume: Volume) -> Mask | None:
+    """Return a mask that lies over a volume.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    if value is None:
+        return None
+    try:
+        mask = value if isinstance(value, Volume) else Volume(value)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"mask: {error}") from error
+    for names in (volume.names, volume.names[-volume.spatial_ndim :]):
+        if len(mask.source.shape) == len(names):
+            aligned = Volume(mask.source, names)
+            if any(m > n for m, n in zip(aligned.shape[::-1], volume.shape[::-1], strict=False)):
+                raise ValueError(
+                    f"mask must not have more voxels than the volume on any axis, got {aligned.shape} for "
+                    f"{volume.shape}"
+                )
+            return Mask(aligned, volume.shape)
+    spatial = ", ".join(volume.names[-volume.spatial_ndim :])
+    raise ValueError(
+        f"mask must have the volume's spatial axes ({spatial}), at any resolution, got shape {mask.source.shape}"
+    )
+
+
+def _augment(_name: str, value: Any, volume: Volume) -> Augmentation | None:
+    return checked_augmentation(value, volume.names[-volume.spatial_ndim :])
+
+
+def _postprocess(_name: str, value: Any, _volume: Volume) -> Any:
+    def check(one: Any) -> Any:
+        if one is not None and not callable(one):
+            named_postprocess(str(one))
+        return one
+
+    return arguments.per_head(value, check)
+
+
+CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
+    "augment": _augment,
+    "batch_size": _batch_size,
+    "box": _box,
+    "compile_mode": lambda _, value, __: checked_compile_mode(value),
+    "device": lambda _, value, __: resolve_device(value),
+    "dtype": lambda name, value, _: arguments.per_head(value, lambda one: arguments.dtype_name(name, one)),
+    "mask": _mask,
+    "memory_limit": lambda _, value, __: arguments.memory_limit(value),
+    "num_bytes": _num_bytes,
+    "number": lambda name, value, _: arguments.real_number(name, value),
+    "output_format": lambda name, value, _: arguments.one_of(name, value, OUTPUT_FORMATS),
+    "overlap": spatial_sizes,
+    "overlap_mode": lambda _, value, __: arguments.per_head(value, arguments.checked_overlap_mode),
+    "padding_mode": lambda _, value, __: checked_padding_mode(value),
+    "part": _part,
+    "patch_size": _patch_size,
+    "positive": _positive,
+    "postprocess": _postprocess,
+    "preprocess": lambda _, value, volume: checked_preprocess(value, volume.dtype, volume.channels),
+    "progress": _progress,
+    "sizes": _sizes,
+    "switch": lambda name, value, _: arguments.switch(name, value),
+}
+"""Checks by the names that fields give them."""
+
+
+def _code(value: Any) -> Any:
+    """Return the digest of a function, the JSON of a named preprocess, and a name as it is."""
+    if isinstance(value, NamedPreprocess):
+        return preprocess_json(value)
+    return model_fingerprint(value) if callable(value) else value
+
+
+IDENTITIES: dict[str, Callable[[Any], Any]] = {
+    "augmentation": lambda value: None if value is None else value.to_json(),
+    "code": _code,
+    "code_per_head": lambda value: arguments.per_head(value, _code),
+    "device_type": lambda value: torch.device(value).type,
+    "json_number": arguments.json_number,
+    "mask": lambda mask: None if mask is None else mask.volume.fingerprint,
+}
+"""Functions of a checked value that return what identifies a run, by the names that fields give them."""

@@ -1,0 +1,200 @@
+"""The options of a run in typed groups: every parameter of `predict` is one field of these, or of `ModelOptions`.
+
+The metadata of a field name the function of `configuration.checks` that checks its value, whether runs that differ in
+it are different runs (`identity`), and how it is typed on the command line. The fingerprint, the command line's
+options, the command that repeats a run and the table in the docs are made of the fields. This module imports no heavy
+library: `oocpatch predict --help` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from oocpatch.models.options import ModelOptions
+from oocpatch.planning.choices import OUTPUT_FORMATS, OVERLAP_MODES, PADDING_MODES
+from oocpatch.progress import DISPLAYS
+from oocpatch.provenance import option
+
+if TYPE_CHECKING:
+    from oocpatch.engine.patch_selection import Mask
+    from oocpatch.planning.box import Box, Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """The part of the volume that is read."""
+
+    axes: Any = option(
+        None,
+        kind="names",
+        metavar="NAMES",
+        help="Name the axes of the volume, such as zyx or tczyx; default: its dimension names.",
+    )
+    level: int | str = option(
+        0, metavar="LEVEL", help="Read this level of an OME-Zarr's pyramid, by its number or path."
+    )
+    mask: Mask | None = option(
+        None,
+        check="mask",
+        identity="mask",
+        metavar="ZARR",
+        help="Skip patches without a nonzero voxel in this mask, of any resolution.",
+    )
+    box: Box | None = option(
+        None,
+        check="box",
+        kind="box",
+        metavar="START:STOP,...",
+        help="Compute only the patches that meet this box, in voxels per spatial axis: 16:64,:,0:128.",
+    )
+    skip_empty: bool = option(
+        False, check="switch", identity=True, kind="flag", help="Skip patches that contain only the fill value."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchOptions:
+    """Patches and how they are blended. Sizes are spatial, in voxels; an empty patch size and a batch of 0 are open."""
+
+    patch_size: Ints = option(
+        check="patch_size", kind="size_or_auto", metavar="SIZE", help="Voxels of a patch: 96, 32,96,96, or auto."
+    )
+    patch_overlap: Ints = option(
+        0, check="overlap", identity=True, kind="size", metavar="SIZE", help="Voxels that adjacent patches share."
+    )
+    overlap_mode: Any = option(
+        "hann",
+        check="overlap_mode",
+        identity=True,
+        kind="per_head",
+        choices=OVERLAP_MODES,
+        help="Blend patches in this way; HEAD=MODE,... for several outputs.",
+    )
+    num_classes: int | None = option(
+        None, check="positive", identity=True, kind="int", metavar="N", help="Number of labels that are voted on."
+    )
+    padding_mode: str | None = option(
+        None,
+        check="padding_mode",
+        identity=True,
+        kind="choice",
+        choices=PADDING_MODES,
+        help="Pad the volume by half an overlap on each side.",
+    )
+    fill: float = option(
+        0.0,
+        check="number",
+        identity="json_number",
+        kind="float",
+        metavar="NUMBER",
+        help="Value of constant padding.",
+    )
+    batch_size: int = option(
+        1, check="batch_size", kind="size_or_auto", metavar="N", help="Patches per call of the model, or auto."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputOptions:
+    """The arrays that are written. Sizes are spatial, in voxels of the output."""
+
+    output_dtype: Any = option(
+        None,
+        check="dtype",
+        identity=True,
+        kind="per_head",
+        metavar="DTYPE",
+        help="Dtype of the output; default: float32, the model's for crop, the smallest for argmax.",
+    )
+    output_chunks: Ints | None = option(
+        None, check="sizes", identity=True, kind="size", metavar="SIZE", help="Chunk shape; default: as the input has."
+    )
+    output_shards: Ints | None = option(
+        None,
+        check="sizes",
+        identity=True,
+        kind="size",
+        metavar="SIZE",
+        help="Shard shape; default: no shards.",
+    )
+    output_fill: float = option(
+        0, check="number", identity="json_number", kind="number", metavar="NUMBER", help="Value of uncovered voxels."
+    )
+    output_format: str = option(
+        "auto",
+        check="output_format",
+        kind="choice",
+        choices=OUTPUT_FORMATS,
+        help="Write plain Zarr, or OME-Zarr with a pyramid; auto: as the input is.",
+    )
+    allow_nonfinite: bool = option(
+        False,
+        check="switch",
+        identity=True,
+        kind="flag",
+        help="Keep NaN and infinity that the model gives instead of failing the block.",
+    )
+
+    @property
+    def ome(self) -> bool:
+        """Whether the output is an OME-Zarr."""
+        return self.output_format != "zarr"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a run may take, in bytes, and the unit of its work."""
+
+    max_memory: int = option("auto", check="memory_limit", metavar="SIZE", help="Bound on the added memory: 2GiB.")
+    max_disk: int | None = option(None, check="num_bytes", metavar="SIZE", help="Bound on the workspace.")
+    block_shape: Ints | None = option(
+        None, check="sizes", kind="size", metavar="SIZE", help="Voxels of one unit of work; default: planned."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionOptions:
+    """Where and how the run is executed; the result does not depend on it."""
+
+    workspace: Any = option(None, metavar="PLACE", help="Path or URL of unfinished work; default: beside the output.")
+    workers: int | None = option(
+        None,
+        check="positive",
+        kind="int",
+        metavar="N",
+        help="Blocks, or worker processes, at a time.",
+    )
+    client: Any = option(None, kind="none", help="Dask client whose workers run the tasks.")
+    part: tuple[int, int] | None = option(
+        None,
+        check="part",
+        kind="part",
+        metavar="I/N",
+        help="Compute only part I of N; the last part to end completes the output.",
+    )
+    resume: bool = option(True, check="switch", kind="switch", help="Continue an unfinished run.")
+    overwrite: bool = option(False, check="switch", kind="flag", help="Replace what oocpatch wrote here before.")
+    progress: str | bool = option(
+        "auto", check="progress", kind="choice", choices=DISPLAYS, help="Show progress on stderr in this form."
+    )
+
+    @property
+    def threads(self) -> int | None:
+        """Blocks that one process works on at a time, where that was asked for; a worker of a cluster takes one."""
+        return 1 if self.client is not None else self.workers
+
+
+GROUPS: dict[str, type[Any]] = {
+    "model": ModelOptions,
+    "patches": PatchOptions,
+    "data": DataOptions,
+    "outputs": OutputOptions,
+    "limits": Limits,
+    "execution": ExecutionOptions,
+}
+"""The groups of options, by their names in `RunConfig`."""
+
+OPTIONS: dict[str, dataclasses.Field[Any]] = {f.name: f for group in GROUPS.values() for f in fields(group)}
+"""Every option of a run by its name, but for volume and output."""

@@ -1,0 +1,98 @@
+"""The pipeline of a run: the loaded models with what is around them, as one function of batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
+from oocpatch.models.compilation import optimized_model, uses_graphs
+from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.input_spec import InputSpec, input_spec_of
+from oocpatch.models.loading import Model, load_models
+from oocpatch.models.options import ModelOptions
+from oocpatch.models.predictor import Predictor
+from oocpatch.models.preprocessing import Statistics, preprocess_function
+from oocpatch.models.wrappers import ensemble
+from oocpatch.planning.box import Ints
+
+
+def load(options: ModelOptions) -> tuple[Model, ...]:
+    """Load the model, or the members of an ensemble, for the device.
+
+    Raises:
+        TypeError, ValueError: as `load_models`.
+    """
+    return load_models(
+        options.model,
+        weights=options.weights,
+        model_args=options.model_args,
+        trust_pickle=options.trust_pickle,
+        device=options.device,
+    )
+
+
+def fingerprint_of(options: ModelOptions, models: Sequence[Model]) -> Any:
+    """Return what identifies the model of a run: `model_id`, else a digest per model."""
+    if options.model_id is not None:
+        return options.model_id
+    digests = [model_fingerprint(model) for model in models]
+    return digests[0] if len(digests) == 1 else digests
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The loaded models of a run with what is around them, for patches of one geometry.
+
+    Attributes:
+        options: the options.
+        models: as `load` returns them.
+        axes: names of the spatial axes.
+        patch_size: spatial size of the patches that the model takes, in voxels.
+        looped: number of looped axes in front of the spatial ones.
+    """
+
+    options: ModelOptions
+    models: tuple[Model, ...]
+    axes: tuple[str, ...]
+    patch_size: Ints
+    looped: int
+
+    @property
+    def transforms(self) -> tuple[FlipRotate, ...]:
+        """The flips and rotations over which predictions are averaged."""
+        return flips_and_rotations(self.options.augment, self.axes, self.patch_size)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """The batches that all models take, flipped and rotated patches included."""
+        return input_spec_of(ensemble(self.models, None, self.transforms))
+
+    def predictor(self, *, statistics: Statistics = (), compiled: bool = False, **settings: Any) -> Predictor:
+        """Return the models and what is around them as a function of batches.
+
+        Args:
+            statistics: two numbers per channel, which a named preprocess needs.
+            compiled: compile the models, if the options say so.
+            settings: further arguments of `Predictor`.
+        """
+        options = self.options
+        prepare = functools.partial(
+            optimized_model,
+            axes=len(self.axes),
+            channels_last=options.channels_last,
+            compile_mode=options.compile if compiled else None,
+            device=options.device,
+        )
+        preprocess = preprocess_function(options.preprocess, statistics)
+        model = ensemble([prepare(member) for member in self.models], preprocess, self.transforms)
+        return Predictor(
+            model,
+            device=options.device,
+            autocast=options.autocast,
+            looped=self.looped,
+            own_thread=compiled and uses_graphs(options.compile, options.device),
+            **settings,
+        )
