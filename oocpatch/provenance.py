@@ -82,20 +82,19 @@ def _absolute(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as JSON; numpy is not imported for its types, as the command line's help does not wait for it."""
+    module = type(value).__module__
     if isinstance(value, (str, bool, int, float)) or value is None:
         return value
     if isinstance(value, type) and value.__module__ == "numpy":
         return value.__name__
-    module = type(value).__module__  # numpy is not imported for this: the command line's help does not wait for it
-    if module == "numpy.dtypes":
-        return str(value)
     if module == "numpy" and value.shape == ():
         return value.item()
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else _described(value)
+    return str(value) if isinstance(value, os.PathLike) or module == "numpy.dtypes" else _described(value)
 
 
 def _described(value: Any) -> str:

@@ -226,7 +226,7 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
     """Return the bytes of a voxel, a chunk and a batch."""
     volume, batch = config.volume, config.patches.batch_size
     patch_bytes = math.prod(config.patch_size) * volume.channels * volume.dtype.itemsize
-    heads, windows, staged = [], 0, is_staged(config.model.device)
+    windows = 0
     for head in outputs.heads:
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
@@ -239,8 +239,8 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         in_chunks=volume.chunks,
         in_chunk_bytes=volume.chunk_bytes,
         context=outputs.context,
-        heads=tuple(heads),
-        mask_voxel=0.0 if config.selection.mask is None else config.selection.mask.voxel_bytes,
+        heads=outputs.heads,
+        mask_voxel_bytes=0.0 if config.selection.mask is None else config.selection.mask.voxel_bytes,
         window_bytes=windows,
         batch_size=batch,
         model_bytes=probe.model_bytes(batch)

@@ -135,7 +135,9 @@ def open_task_context(
             workspace=workspace,
             windows=tuple(patch_window(plan, head, predictor.device) for head in plan.heads),
             output=output,
-            normalizers=tuple(_normalizer(plan, inputs.options, workspace, number) for number in range(len(plan.heads))),
+            normalizers=tuple(
+                _normalizer(plan, inputs.options, workspace, number) for number in range(len(plan.heads))
+            ),
             read_pool=reads,
             write_pool=writes,
             allow_nonfinite=plan.allow_nonfinite,

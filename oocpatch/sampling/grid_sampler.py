@@ -16,9 +16,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from oocpatch.planning.arguments import per_axis
+from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.grid import PatchGrid, PatchLocation
 from oocpatch.sampling.subject import Subject, read_patches
-from oocpatch.planning.choices import PADDING_MODES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -128,7 +128,7 @@ def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Tabl
         tasks,
         threads=threads,
         name=f"masses of {name}",
-        unit="cell",
+        unit="cells",
         size=len,
         total=len(cells),
     )

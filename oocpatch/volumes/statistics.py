@@ -147,7 +147,7 @@ class VolumeStatistics:
             Box.of_shape(volume.shape).split(step),
             threads=threads,
             name="statistics",
-            unit="voxel",
+            unit="voxels",
             size=lambda box: box.size,
             total=math.prod(volume.shape),
             progress=self.progress,
