@@ -455,7 +455,10 @@ BAD = {
     "box that is a word": ({"box": "ab"}, r"box must be a pair .* per spatial axis"),
     "box of no numbers": ({"box": [(0, 4), ("a", "b")]}, "box must be a pair"),
     "box with steps": ({"box": [(0, 4), slice(0, 8, 2)]}, "box must be a pair"),
-    "box beyond the volume": ({"box": [(0, 4), (0, 31)]}, "box must be within the volume and not empty, got 0:31 for 30"),
+    "box beyond the volume": (
+        {"box": [(0, 4), (0, 31)]},
+        "box must be within the volume and not empty, got 0:31 for 30",
+    ),
     "empty box": ({"box": [(0, 4), (5, 5)]}, "box must be within the volume and not empty"),
     "mode for a head that is not there": ({"overlap_mode": {"b": "hann"}}, r"overlap_mode names \['b'\]"),
     "vote without classes": ({"overlap_mode": "vote"}, "num_classes must be given"),
