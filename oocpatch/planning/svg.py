@@ -1,6 +1,7 @@
-"""Pictures of a plan as SVG: blocks, seams and patches in sections through the volume.
+"""Drawings of plans and grids as SVG: blocks, seams and patches in sections through the volume.
 
-Everything is drawn from the arithmetic of the grid. Of a plan with very many blocks the first ones are drawn.
+Everything is drawn from the arithmetic of the grid, without data. Of many blocks the first ones are drawn. Pictures of
+results are made by `visualization`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SIDE = 300
 """Longest side of a section, in pixels."""
 
 MOST = 16
-"""Blocks, and patches, that are drawn along an axis at most."""
+"""Most blocks, and most patches, drawn along an axis."""
 
 GAP, TOP, CAPTION, FOOT = 28, 16, 22, 40
 
@@ -32,28 +33,28 @@ STYLE = """\
 
 
 def draw_plan(blocks: BlockGrid, names: Sequence[str], spatial: int) -> str:
-    """Sections through the last three axes: cores, the seams between them, the patches of one block.
+    """Draw sections through the last three axes: cores, the seams between them, and the patches of one block.
 
     Args:
-        blocks: blocks, and by them patches.
+        blocks: the blocks, with their patches.
         names: names of the axes.
         spatial: number of spatial axes, the last ones.
 
     >>> from oocpatch.planning.blocks import BlockGrid
     >>> from oocpatch.planning.grid import PatchGrid
     >>> grid = PatchGrid.of((64, 64), (16, 16), (8, 8))
-    >>> drawn = draw_plan(BlockGrid.of(grid, (32, 32), (8, 8), 0, crop=False), "yx", 2)
-    >>> drawn.count('class="core'), drawn.count('class="patch')
+    >>> svg = draw_plan(BlockGrid.of(grid, (32, 32), (8, 8), 0, crop=False), "yx", 2)
+    >>> svg.count('class="core'), svg.count('class="patch')
     (4, 16)
     """
     panels = [_blocks(blocks, pair, names) for pair in _pairs(len(names), spatial)]
     seams = any('class="seam"' in elements for _, _, elements in panels)
     seam = [("seam", "seam, kept for the neighbour")] if seams else []
-    return _sheet(panels, [("even core", "core of a block"), *seam, ("patch first", "patch")])
+    return _figure(panels, [("even core", "core of a block"), *seam, ("patch first", "patch")])
 
 
 def draw_grid(grid: PatchGrid) -> str:
-    """Sections through the last three axes with the patches.
+    """Draw sections through the last three axes with the patches.
 
     >>> from oocpatch.planning.grid import PatchGrid
     >>> draw_grid(PatchGrid.of((10,), (4,), (2,))).count('class="patch')
@@ -61,11 +62,11 @@ def draw_grid(grid: PatchGrid) -> str:
     """
     ndim = len(grid.axes)
     names = [f"axis {a}" for a in range(ndim)]
-    return _sheet([_patches(grid, pair, names) for pair in _pairs(ndim, ndim)], (("patch first", "patch"),))
+    return _figure([_patches(grid, pair, names) for pair in _pairs(ndim, ndim)], (("patch first", "patch"),))
 
 
 def _pairs(ndim: int, spatial: int) -> list[tuple[int, ...]]:
-    """The axes of each section, down and across."""
+    """Return the axes of each section, down and across."""
     shown = range(ndim - min(3, spatial), ndim)
     return [(shown[0],)] if len(shown) == 1 else list(reversed(list(itertools.combinations(shown, 2))))
 
@@ -74,8 +75,13 @@ Section = tuple[float, float, str]
 """Width, height and elements."""
 
 
-class _Frame:
-    """Voxels of a section to pixels; one axis is drawn as a band."""
+class _Viewport:
+    """The scale of a section, from voxels to pixels; a section of one axis is drawn as a band.
+
+    Args:
+        axes: the axes, down and across.
+        spans: per axis, start and stop of the voxels that are drawn.
+    """
 
     def __init__(self, axes: tuple[int, ...], spans: dict[int, tuple[int, int]]) -> None:
         self.axes = axes
@@ -87,7 +93,7 @@ class _Frame:
         return lengths[-1], lengths[0] if len(lengths) == 2 else SIDE / 6
 
     def rect(self, kind: str, *spans: tuple[int, int]) -> str:
-        """A box of voxels, clipped to what is drawn."""
+        """Return a box of voxels, clipped to the section."""
         edges = []
         for axis, (a, b) in zip(self.axes, spans, strict=True):
             low, high = self.spans[axis]
@@ -100,69 +106,67 @@ class _Frame:
 
 
 def _blocks(blocks: BlockGrid, pair: tuple[int, ...], names: Sequence[str]) -> Section:
+    """Draw the blocks of a section, their seams, and the patches of the middle one."""
     axes = [blocks.axes[a] for a in pair]
     counts = [min(a.count, MOST) for a in axes]
     whole = all(c == a.count for c, a in zip(counts, axes, strict=True))
     low = [min(0, a.grid.first) for a in axes]
     stops = [a.grid.length if c == a.count else a.core(c - 1)[1] for c, a in zip(counts, axes, strict=True)]
-    frame = _Frame(pair, dict(zip(pair, zip(low, stops, strict=True), strict=True)))
+    viewport = _Viewport(pair, dict(zip(pair, zip(low, stops, strict=True), strict=True)))
     parts = []
     for position in itertools.product(*map(range, counts)):
         kind = "odd" if sum(position) % 2 else "even"
-        parts.append(frame.rect(f"core {kind}", *(a.core(i) for a, i in zip(axes, position, strict=True))))
+        parts.append(viewport.rect(f"core {kind}", *(a.core(i) for a, i in zip(axes, position, strict=True))))
     for position in itertools.product(*map(range, counts)):
         cores = [a.core(i) for a, i in zip(axes, position, strict=True)]
         halos = [(stop, stop + a.spill(i)) for a, i, (_, stop) in zip(axes, position, cores, strict=True)]
         for offset in itertools.product((0, 1), repeat=len(pair)):
             if any(offset):
                 spans = (h if o else c for o, h, c in zip(offset, halos, cores, strict=True))
-                parts.append(frame.rect("seam", *spans))
+                parts.append(viewport.rect("seam", *spans))
     middle = [c // 2 if c > 2 else 0 for c in counts]
     chosen = [a.patches(i)[:MOST] for a, i in zip(axes, middle, strict=True)]
-    parts += _outlines(frame, [a.grid for a in axes], chosen)
+    parts += _outlines(viewport, [a.grid for a in axes], chosen)
     drawn = "x".join(str(c) for c in counts)
-    told = f"{'x'.join(str(a.count) for a in axes)} blocks" + ("" if whole else f", the first {drawn} drawn")
+    text = f"{'x'.join(str(a.count) for a in axes)} blocks" + ("" if whole else f", the first {drawn} drawn")
     swept = f", swept along {names[blocks.sweep]}" if blocks.sweep in pair else ""
-    return _section(
-        frame, parts, f"{' down, '.join(names[a] for a in pair)} across: {told}{swept}", _size_of(pair, frame)
-    )
-
-
-def _size_of(pair: tuple[int, ...], frame: _Frame) -> str:
-    """Extents of a section, for its caption."""
-    return " x ".join(str(frame.spans[a][1] - frame.spans[a][0]) for a in pair)
+    return _section(viewport, parts, names, f"{text}{swept}")
 
 
 def _patches(grid: PatchGrid, pair: tuple[int, ...], names: Sequence[str]) -> Section:
+    """Draw the patches of a section."""
     axes = [grid.axes[a] for a in pair]
     counts = [min(a.count, MOST) for a in axes]
     spans = {}
     for number, axis, count in zip(pair, axes, counts, strict=True):
         first, last = axis.start(0), axis.start(count - 1) + axis.patch
         spans[number] = (min(0, first), max(axis.length, last) if count == axis.count else last)
-    frame = _Frame(pair, spans)
+    viewport = _Viewport(pair, spans)
     inside = [(0, a.length) for a in axes]
-    parts = [frame.rect("odd", *inside), *_outlines(frame, axes, [range(c) for c in counts])]
-    parts.append(frame.rect("volume", *inside))
+    parts = [viewport.rect("odd", *inside), *_outlines(viewport, axes, [range(c) for c in counts])]
+    parts.append(viewport.rect("volume", *inside))
     drawn = "" if all(c == a.count for c, a in zip(counts, axes, strict=True)) else ", the first drawn"
-    told = f"{'x'.join(str(a.count) for a in axes)} patches{drawn}"
-    return _section(frame, parts, f"{' down, '.join(names[a] for a in pair)} across: {told}", _size_of(pair, frame))
+    return _section(viewport, parts, names, f"{'x'.join(str(a.count) for a in axes)} patches{drawn}")
 
 
-def _outlines(frame: _Frame, axes: Sequence[GridAxis], chosen: Sequence[Sequence[int]]) -> Iterator[str]:
-    """Outlines of patches, the first one filled."""
+def _outlines(viewport: _Viewport, axes: Sequence[GridAxis], chosen: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Return the outlines of patches, the first one filled."""
     for number, index in enumerate(itertools.product(*chosen)):
         spans = [(a.start(i), a.start(i) + a.patch) for a, i in zip(axes, index, strict=True)]
-        yield frame.rect("patch" if number else "patch first", *spans)
+        yield viewport.rect("patch" if number else "patch first", *spans)
 
 
-def _section(frame: _Frame, parts: Sequence[str], caption: str, size: str) -> Section:
-    width, height = frame.size()
+def _section(viewport: _Viewport, parts: Sequence[str], names: Sequence[str], text: str) -> Section:
+    """Put a caption above a section: its axes, a text, its extents."""
+    width, height = viewport.size()
+    size = " x ".join(str(stop - start) for start, stop in viewport.spans.values())
+    caption = f"{' down, '.join(names[a] for a in viewport.axes)} across: {text}"
     text = f'<text class="small" x="0" y="-6">{html.escape(caption)} ({size} voxels)</text>'
     return width, height, "".join((text, *parts))
 
 
-def _sheet(panels: Sequence[Section], legend: Sequence[tuple[str, str]]) -> str:
+def _figure(panels: Sequence[Section], legend: Sequence[tuple[str, str]]) -> str:
+    """Put sections side by side, with a legend below, as the text of an SVG file."""
     column = SIDE + 90
     height = TOP + CAPTION + max(h for _, h, _ in panels) + FOOT
     width = GAP + column * len(panels)
@@ -170,10 +174,10 @@ def _sheet(panels: Sequence[Section], legend: Sequence[tuple[str, str]]) -> str:
     for number, (_, _, elements) in enumerate(panels):
         parts.append(f'<g transform="translate({GAP + column * number},{TOP + CAPTION})">{elements}</g>')
     x = GAP
-    for kind, told in legend:
+    for kind, label in legend:
         y = height - 24
         parts.append(f'<rect class="key {kind.replace("core", "")}" x="{x}" y="{y:.0f}" width="14" height="14"/>')
-        parts.append(f'<text class="small" x="{x + 20}" y="{y + 11:.0f}">{html.escape(told)}</text>')
-        x += 40 + 7 * len(told)
+        parts.append(f'<text class="small" x="{x + 20}" y="{y + 11:.0f}">{html.escape(label)}</text>')
+        x += 40 + 7 * len(label)
     view = f'viewBox="0 0 {width} {height:.0f}" width="{width}" height="{height:.0f}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {view}>{STYLE}{"".join(parts)}</svg>'
