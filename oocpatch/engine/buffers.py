@@ -1,7 +1,8 @@
-"""Big buffers that go back to the operating system when they are dropped.
+"""Memory of a block: buffers that return to the operating system when they are dropped, and groups of their users.
 
-A heap keeps what is freed for later, in one arena per thread, so that a process grows beyond what it uses. Buffers of a
-block are mapped instead: what they take is what the plan says, and they are zero without being touched.
+A heap retains freed memory, in one arena per thread, so that a process grows beyond its use. Buffers of a block are
+mapped instead: they have the size that the plan projects, and are zero without being touched. How large they must be is
+computed by `planning.memory`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from oocpatch.planning.memory import HEAP_LIMIT
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Torch's dtype of a numpy dtype's name.
+    """Return torch's dtype for the name of a numpy dtype.
 
     >>> torch_dtype("uint8")
     torch.uint8
@@ -30,16 +31,15 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 SMALL = 1 << 20
-"""Bytes below which a mapping of its own is not worth its pages."""
-
+"""Bytes below which a buffer is not mapped, since pages would be left half empty."""
 
 HUGE = 16 << 20
-"""Bytes from which on a buffer asks for huge pages: rows of a patch lie in a page each, and finding these takes 8% of
-the CPU time of a run. Smaller buffers would be resident to the last page, and leave no room for what nobody counts."""
+"""Bytes from which a buffer asks for huge pages: each row of a patch is in another page, and looking these up takes 8%
+of the CPU time of a run. Smaller buffers would be resident to the last page, and use up the projection's margin."""
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
-    """A tensor of zeros.
+    """Return a tensor of zeros, mapped if it is large and in main memory.
 
     >>> buffer((2, 3), torch.float32, "cpu").sum()
     tensor(0.)
@@ -55,30 +55,28 @@ def buffer(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device)
 
 
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
-"""Names of glibc's settings, from its malloc.h."""
-
+"""Parameters of glibc's `mallopt`, from its malloc.h."""
 
 LEAST_TRIM = 4 << 20
-"""Bytes of free memory at the end of the heap that it may keep at least."""
-
+"""Least bytes of free memory at the end of the heap before it is trimmed."""
 
 LEAST_MAPPED = 11 << 17
-"""Bytes up to which nothing is mapped by itself: what zstd takes for coding a chunk, again and again, is 1.3 MiB."""
+"""Least bytes of an allocation that is mapped: zstd allocates 1.3 MiB for each chunk, again and again."""
 
 
 def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
-    """Keep the heap from holding on to what is freed, where the C library is glibc.
+    """Limit the freed memory that the heap retains, where the C library is glibc.
 
-    Left alone, its threshold for mapping grows with the blocks it sees, and each of a dozen threads keeps megabytes of
-    freed chunks: 120 MiB were resident where 56 were in use, and are with these settings, at the same speed. They count
-    for what is allocated from then on: a probe of the model before them cost another 18 MiB.
+    By default, glibc's threshold for mapping grows with the allocations it sees, and each of a dozen threads retains
+    megabytes of freed chunks: 120 MiB were resident where 56 were in use. With these settings 56 are, at the same
+    speed. They hold for later allocations only: a probe of the model before them cost another 18 MiB.
 
     Args:
-        chunks: bytes of chunks that it may keep: what is allocated and freed for each chunk would else be fetched from
-            the system anew each time, page by page, which took 0.4 of 3.9 s of CPU time.
-        largest: bytes of the largest chunk, which is kept. What a model allocates beyond is not: each tensor that is
-            freed leaves a hole that the next one of its size does not fit into, until there are dozens. Three steps on
-            1.5 MiB went over the promised memory by 31 MiB.
+        chunks: bytes of freed chunks that the heap may retain. Without any, the system maps each chunk anew, page by
+            page, which took 0.4 of 3.9 s of CPU time.
+        largest: bytes of the largest chunk that is retained. Larger tensors of a model are mapped: each one that is
+            freed would leave a hole that the next one does not fit into, until there are dozens. Three steps on 1.5 MiB
+            exceeded the projected memory by 31 MiB.
     """
     mapped = min(HEAP_LIMIT, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
     with contextlib.suppress(OSError, AttributeError):
@@ -89,10 +87,19 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
 
 
 class FutureGroup:
-    """Calls that threads of a pool are working on.
+    """Calls in progress on the threads of a pool, to be waited for together.
 
     Args:
         pool: the threads.
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> results = []
+    >>> with ThreadPoolExecutor(2) as pool:
+    ...     group = FutureGroup(pool)
+    ...     group.submit(results.append, 1)
+    ...     group.wait()
+    >>> results
+    [1]
     """
 
     def __init__(self, pool: Executor) -> None:
@@ -104,13 +111,13 @@ class FutureGroup:
         self._futures.append(self._pool.submit(function, *args))
 
     def wait(self) -> None:
-        """Until all calls are done; the first that failed raises here."""
+        """Wait until all calls are done, and raise the exception of the first one that failed."""
         futures, self._futures = self._futures, []
         for future in futures:
             future.result()
 
     def cancel_and_wait(self) -> None:
-        """Until no call is running any more; what failed is of no interest."""
+        """Cancel the calls that have not begun and wait for the others, whatever their result."""
         for future in self._futures:
             future.cancel()
         for future in self._futures:

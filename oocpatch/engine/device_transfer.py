@@ -1,8 +1,8 @@
-"""Between main memory and the model's device: input goes up once, results come down once.
+"""Copies between main memory and the model's device: one upload of the input, one download of the results.
 
-On the CPU nothing moves: what is read goes into the ring itself, and what leaves it is written from where it lies.
-Elsewhere both ways lead through buffers in main memory. With CUDA these are pinned, and copied on a stream for each
-way, so that copies and the model's kernels overlap:
+On the CPU nothing is copied: chunks are decoded into the ring itself, and slabs are written from their own memory. With
+a device, both directions use buffers in main memory. With CUDA these are pinned, and copied on one stream for each
+direction, so that copies and the model's kernels overlap:
 
 ```text
  a block's thread    launches kernels | request: event | launches more kernels, on the current stream
@@ -10,15 +10,14 @@ way, so that copies and the model's kernels overlap:
  a reading thread    reads a chunk into its buffer .................| done when the copy is done
 ```
 
-Two rules make it right. A copy waits on the device for all that was launched when it was asked for: kernels may still
-use the planes that it replaces, or make the values that it takes away. And a thread says that it is done when its copy
-is done, so that whatever is launched afterwards finds the copy there.
+Two rules make it correct. A copy waits on the device for all kernels launched before it was requested: they may still
+use the planes that it replaces, or compute the values that it downloads. And a thread waits for its copy, so that
+whatever is launched afterwards sees the copy. Rings and slabs do not know which device they are on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -28,15 +27,20 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.engine.buffers import buffer
+from oocpatch.planning.box import ceil_to
 from oocpatch.planning.memory import pinned_bytes
 
 Array = npt.NDArray[Any]
+
+ALIGNMENT = np.dtype(np.float64).itemsize
+"""Divisor of the offsets of tensors in common memory, in bytes: the size of the largest dtype."""
+
 CopyDone = Callable[[], None]
-"""Returns when a copy is done."""
+"""A function that returns when a copy is done."""
 
 
 def is_staged(device: str) -> bool:
-    """Whether what is read and written goes through buffers in main memory: where the device has memory of its own.
+    """Return whether input and results go through buffers in main memory: where the device has memory of its own.
 
     >>> is_staged("cpu"), is_staged("cuda:1")
     (False, True)
@@ -45,12 +49,12 @@ def is_staged(device: str) -> bool:
 
 
 class Transfer:
-    """The way to the model's device and back, for all threads of a process.
+    """Copies to the model's device and back, for all threads of a process.
 
     Args:
-        device: where the model takes its patches.
-        staged: whether to go through buffers; without, the device must be the CPU. With them it may be, too.
-        read_bytes: of the buffer that each reading thread begins with; what one read gives should fit.
+        device: device of the model's input.
+        staged: whether to copy through buffers; without them, the device must be the CPU. With them it may be, too.
+        read_bytes: bytes of the first buffer of each reading thread; the result of one read should fit into it.
 
     >>> ring = torch.zeros(2, 3)
     >>> transfer = Transfer("cpu", staged=True)
@@ -64,43 +68,43 @@ class Transfer:
         self.staged = staged
         self._device = torch.device(device)
         self._read_bytes = read_bytes
-        self._of_thread = threading.local()
+        self._thread_local = threading.local()
         self._up: torch.cuda.Stream | None = None
         self._down: torch.cuda.Stream | None = None
         if staged and self._device.type == "cuda":
             self._up, self._down = _stream(self._device), _stream(self._device)
 
     def queued(self) -> torch.cuda.Event | None:
-        """All that was launched so far on this thread's current stream, for a copy to wait for."""
-        return None if self._up is None else _recorded(torch.cuda.current_stream(self._device))
+        """Return an event after all kernels launched so far on this thread's current stream, for a copy to wait for."""
+        return None if self._up is None else _record_event(torch.cuda.current_stream(self._device))
 
     @contextlib.contextmanager
     def upload(self, view: torch.Tensor, after: torch.cuda.Event | None) -> Iterator[Array]:
-        """An array of a tensor's shape and dtype to be filled, whose values are in the tensor when the block is left.
+        """Yield an array to fill, whose values are in a tensor of the device when the block is left.
 
         Args:
-            view: of memory on the device, with any strides.
-            after: what `queued` gave when nothing that is launched later was to need the old values.
+            view: the tensor, with any strides; the array has its shape and dtype.
+            after: the event from `queued` at a time when no later kernel needs the old values.
         """
         if not self.staged:
             yield view.numpy()
             return
         size = _size(view)
-        memory: torch.Tensor | None = getattr(self._of_thread, "memory", None)
+        memory: torch.Tensor | None = getattr(self._thread_local, "memory", None)
         if memory is None or memory.numel() < size:
-            memory = self._of_thread.memory = self.memory(max(size, self._read_bytes))
+            memory = self._thread_local.memory = self.allocate(max(size, self._read_bytes))
         source = _as(memory, view)
         yield source.numpy()
         self._copy(self._up, after, [(view, source)])()
 
-    def memory(self, size: int) -> torch.Tensor:
-        """Bytes of main memory that the device reads and writes by itself, if it can."""
+    def allocate(self, size: int) -> torch.Tensor:
+        """Return so many bytes of main memory, pinned where the device can copy from it by itself."""
         if self._device.type == "cuda":
             return torch.empty(pinned_bytes(size), dtype=torch.uint8, pin_memory=True)
         return buffer((pinned_bytes(size),), torch.uint8, "cpu")
 
     def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> CopyDone:
-        """Begin to copy into the first of each pair, in main memory; what is given back waits for the end."""
+        """Begin to copy into the first tensor of each pair, in main memory; the returned function waits for the end."""
         return self._copy(self._down, self.queued(), pairs)
 
     def _copy(
@@ -109,28 +113,28 @@ class Transfer:
         after: torch.cuda.Event | None,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
     ) -> CopyDone:
-        """Copy into the first of each pair; what is given back returns when that is done.
+        """Begin to copy into the first tensor of each pair; the returned function waits for the end.
 
-        By `data`, which does not count: a patch that is a view of the ring must not seem to be written by the model
-        because planes beside it are read meanwhile.
+        Values are copied through `data`, which leaves the tensor's version alone: it would otherwise seem that the
+        model writes to a patch that is a view of the ring, when planes beside it are read meanwhile.
         """
         if stream is None:
             for target, source in pairs:
                 target.data.copy_(source)
-            return _nothing
+            return _no_wait
         with torch.cuda.stream(stream):
             if after is not None:
                 stream.wait_event(after)
             for target, source in pairs:
                 target.data.copy_(source, non_blocking=True)
-            return _recorded(stream).synchronize
+            return _record_event(stream).synchronize
 
 
 class HostStaging:
-    """Where the parts of a slab come down, one slab at a time: the next one goes to the same memory.
+    """Main memory for the pieces of one slab at a time: the next slab replaces it.
 
     Args:
-        transfer: the way.
+        transfer: copies from the device.
         size: bytes of the largest slab.
     """
 
@@ -139,57 +143,52 @@ class HostStaging:
         self._size = size
         self._memory: torch.Tensor | None = None
 
-    def take(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Array], CopyDone]:
-        """Arrays that hold what tensors hold, as soon as the function beside them returns.
+    def download(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Array], CopyDone]:
+        """Begin to copy tensors, and return the arrays that have their values once the returned function returns.
 
-        They are valid until the next call. The tensors must not change before the function has returned.
+        The arrays are valid until the next call. The tensors must not change before the function has returned.
         """
         if not self._transfer.staged:
-            return [tensor.numpy() for tensor in tensors], _nothing
+            return [tensor.numpy() for tensor in tensors], _no_wait
         offsets = _offsets(tensors)
         needed = offsets.pop()
         if self._memory is None or self._memory.numel() < needed:
-            self._memory = None  # before there is another
-            self._memory = self._transfer.memory(max(needed, self._size))
-        found = [_as(self._memory[at:], tensor) for at, tensor in zip(offsets, tensors, strict=True)]
-        return [one.numpy() for one in found], self._transfer.download(zip(found, tensors, strict=True))
+            self._memory = None  # free it before more is allocated
+            self._memory = self._transfer.allocate(max(needed, self._size))
+        copies = [_as(self._memory[start:], tensor) for start, tensor in zip(offsets, tensors, strict=True)]
+        return [copy.numpy() for copy in copies], self._transfer.download(zip(copies, tensors, strict=True))
 
 
 def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Where each of the tensors begins, as its dtype needs it, and where the last one ends."""
-    found, end = [], 0
+    """Return the offset of each tensor in common memory, aligned for its dtype, and the end of the last one."""
+    starts, end = [], 0
     for tensor in tensors:
-        start = math.ceil(end / ALIGNMENT) * ALIGNMENT
-        found.append(start)
-        end = start + _size(tensor)
-    return [*found, end]
-
-
-ALIGNMENT = np.dtype(np.float64).itemsize
-"""Bytes that the places of values in memory are multiples of: the largest dtype's."""
+        starts.append(ceil_to(end, ALIGNMENT))
+        end = starts[-1] + _size(tensor)
+    return [*starts, end]
 
 
 def _size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's values."""
+    """Return the bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()
 
 
 def _as(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first bytes as values of a tensor's dtype and shape."""
+    """Return the first bytes of memory as a tensor of the dtype and shape of another."""
     return memory[: _size(like)].view(like.dtype).view(like.shape)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of its own, which waits for no other unless told to."""
+    """Return a new stream, which waits for no other by itself."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
-def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """All that was launched so far on a stream; a thread that waits for it leaves its core to those that decode."""
+def _record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Return an event after all work launched so far on a stream; a thread that waits for it does not spin."""
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch does not annotate it
     stream.record_event(event)
     return event
 
 
-def _nothing() -> None:
-    """Nothing to wait for."""
+def _no_wait() -> None:
+    """Wait for nothing: the copy is done."""

@@ -1,4 +1,13 @@
-"""The input of one block: planes of patches, read ahead along the sweep, each voxel once."""
+"""The input of one block: planes of the volume, read ahead along the sweep, each voxel once.
+
+```text
+   sweep ->    in use by this group | being read for the next | not yet requested
+              [==== ring ==========================]
+```
+
+Patches are views of the ring, or copies of it. How the volume is padded and decoded is the volume's affair, copies to
+the model's device those of `device_transfer`.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +18,29 @@ import torch
 
 from oocpatch.engine.buffers import FutureGroup, buffer
 from oocpatch.engine.device_transfer import Transfer
-from oocpatch.engine.ring_buffer import Ring
+from oocpatch.engine.ring_buffer import RingBuffer
 from oocpatch.planning.box import Box
 from oocpatch.planning.sweep import Group
 from oocpatch.volumes.volume import Volume
 
 
-class Reader:
+class InputReader:
     """Reads the layers of a block into a ring.
 
     Args:
-        volume: where to read.
-        region: bounding box of the block's patches; what lies outside the volume is padded.
+        volume: the volume.
+        region: bounding box of the block's patches; voxels outside the volume are padded.
         axis: the swept axis.
-        capacity: planes to hold.
-        device: where the model takes its patches.
-        transfer: the way there.
+        capacity: planes of the ring.
+        dtype: dtype of the ring.
+        device: device of the ring, where the model takes its patches.
+        transfer: copies to that device.
         pool: threads that read chunks.
-        padding_mode, fill: what lies outside the volume.
+        padding_mode: rule for voxels outside the volume.
+        fill: value of voxels outside the volume, for `constant`.
+
+    Attributes:
+        pending: the reads that are under way.
     """
 
     def __init__(
@@ -45,25 +59,35 @@ class Reader:
     ) -> None:
         self._volume = volume
         self._axis = axis
-        self._ring = Ring.of(region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device)
+        self._ring = RingBuffer.of(
+            region, channels=volume.channels, capacity=capacity, axis=axis, dtype=dtype, device=device
+        )
         self._transfer = transfer
         self._padding = padding_mode, fill
-        self._at = region.start[axis]
+        self._requested = region.start[axis]
         self._batch: torch.Tensor | None = None
         self.pending = FutureGroup(pool)
 
-    def fits(self, group: Group, keep: int) -> bool:
-        """Whether a group can be read while planes from `keep` on are still in use."""
-        return group.read_stop - keep <= self._ring.capacity
+    def fits(self, group: Group, in_use: int) -> bool:
+        """Return whether a group can be read while planes from `in_use` on are still in use."""
+        return group.read_stop - in_use <= self._ring.capacity
 
-    def request(self, group: Group, keep: int) -> None:
-        """Begin to read what a group needs beyond what was read before; planes from `keep` on are still in use."""
-        if group.read_stop <= self._at:
+    def request(self, group: Group, in_use: int) -> None:
+        """Begin to read the planes of a group that were not requested before.
+
+        Args:
+            group: the group.
+            in_use: first plane that must not be replaced.
+
+        Raises:
+            RuntimeError: when the ring is too small, which the plan's capacity excludes.
+        """
+        if group.read_stop <= self._requested:
             return
-        if not self.fits(group, keep):
-            raise RuntimeError(f"planes {keep} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
-        box = self._ring.region.along(self._axis, max(self._at, group.start), group.read_stop)
-        self._at = group.read_stop
+        if not self.fits(group, in_use):
+            raise RuntimeError(f"planes {in_use} to {group.read_stop} do not fit a ring of {self._ring.capacity}")
+        box = self._ring.region.along(self._axis, max(self._requested, group.start), group.read_stop)
+        self._requested = group.read_stop
         after = self._transfer.queued()
         for part, view in self._ring.parts(box):
             for request in self._volume.split_reads(part, None if self._transfer.staged else view.numpy()):
@@ -71,13 +95,13 @@ class Reader:
                 self.pending.submit(self._read, request, view[inner], after)
 
     def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
-        """Patches as `(B, C, *patch_size)`, valid until the next call.
+        """Return patches as `(B, C, *patch_size)`, valid until the next call.
 
         Args:
             boxes: the patches.
             size: most patches of a batch.
-            copy: whether the model may write to them; else a single patch is a view, where it does not wrap around.
-            full: whether to fill up a batch that is smaller, with copies of its last patch.
+            copy: whether the model may write to the patches; if not, a single patch that does not wrap is a view.
+            full: whether to fill up a smaller batch with copies of its last patch.
         """
         if len(boxes) == 1 and not copy:
             views = [view for _, view in self._ring.parts(boxes[0])]
@@ -93,8 +117,8 @@ class Reader:
             self._batch[len(boxes) :] = self._batch[len(boxes) - 1]
         return self._batch if full else self._batch[: len(boxes)]
 
-    def holds_only(self, value: float, box: Box) -> bool:
-        """Whether a patch holds nothing but one value."""
+    def is_constant(self, value: float, box: Box) -> bool:
+        """Return whether all voxels of a patch have a value."""
         return all(bool((view == value).all()) for _, view in self._ring.parts(box))
 
     def _read(self, box: Box, view: torch.Tensor, after: torch.cuda.Event | None) -> None:

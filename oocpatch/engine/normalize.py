@@ -1,4 +1,12 @@
-"""From sums to output values: divide by the weights, post-process, cast. Tile by tile, in the cache."""
+"""Normalization: sums become output values.
+
+```text
+ sums --/ weights--> values --postprocess--> values --cast--> output dtype      tile by tile, in the cache
+```
+
+Weights are those of a full grid, as one 1-D array per axis, or the last channel of the sums where patches may be
+skipped. This module has no part in where sums come from or values go.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +23,11 @@ from oocpatch.planning.box import Box, Ints, cut
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Voxels of an output that are to be told of.
+    """Numbers of voxels of an output that a result reports.
 
     Attributes:
-        uncovered: where no patch was.
-        nonfinite: that are NaN or infinite, before the postprocess.
+        uncovered: voxels without a patch.
+        nonfinite: voxels that are NaN or infinite before the postprocess.
     """
 
     uncovered: int = 0
@@ -29,22 +37,26 @@ class Counts:
         return Counts(self.uncovered + other.uncovered, self.nonfinite + other.nonfinite)
 
 
-NOTHING = Counts()
-
-
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """Turns sums into output values.
+    """The conversion of sums to output values.
 
     Attributes:
         weights: per axis, the sum of all windows, float32 `(length,)`; None where none are needed, or `dense` is set.
         postprocess: a function of `(C, *spatial)`, applied to blended values.
         looped: number of looped axes, which a postprocess does not see.
-        tile: voxels that are worked on at a time.
-        dense: the last channel of the sums holds the weights, zero where no patch was.
-        divide: whether dense weights are divided by, or only tell where patches were.
-        fill: value of voxels where no patch was.
+        tile: voxels that are normalized at a time.
+        dense: whether the last channel of the sums is the weights, zero without a patch.
+        divide: whether sums are divided by dense weights, which otherwise mark the voxels of patches.
+        fill: value of voxels without a patch.
         allow_nonfinite: whether values may be NaN or infinite; they are counted then.
+
+    >>> normalizer = Normalizer((torch.tensor([1.0, 2.0, 4.0]),), postprocess=None, looped=0, tile=64)
+    >>> out = torch.zeros((1, 2))
+    >>> normalizer.normalize(torch.tensor([[3.0, 8.0]]), Box((1,), (3,)), out)
+    Counts(uncovered=0, nonfinite=0)
+    >>> out
+    tensor([[1.5000, 2.0000]])
     """
 
     weights: tuple[torch.Tensor, ...] | None
@@ -57,51 +69,54 @@ class Normalizer:
     allow_nonfinite: bool = False
 
     def to(self, device: str, tile: int) -> Normalizer:
-        """The same for sums on a device, in tiles of so many voxels."""
+        """Return the same conversion for sums on a device, in tiles of so many voxels."""
         weights = None if self.weights is None else tuple(w.to(device) for w in self.weights)
         return replace(self, weights=weights, tile=tile)
 
     def normalize(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
-        """Write the values of a box into `out`.
+        """Write the values of a box into `out`, and return the counts of its voxels.
 
         Args:
             sums: `(C, *box.shape)`, and one more channel if `dense`.
-            box: where the sums lie in the output.
+            box: the box of the sums, in voxels of the output.
             out: `(C', *box.shape)` of the output's dtype.
+
+        Raises:
+            ValueError: when the postprocess returns another shape than it did for the probe.
         """
         factors, size = self._factors(box), min(self.tile, box.size)
         scratch = sums.new_empty(size if len(factors) > 1 else 0, dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
         rounds = self.postprocess is None and rounds_in_place(out.dtype)
         memory = sums.new_empty(size * sums.shape[0], dtype=torch.float32) if factors and rounds else None
-        counts = NOTHING
-        for inner, weights in _weighed(tiles(box.shape, self.tile, self.looped), factors, scratch):
+        counts = Counts()
+        for inner, weights in _with_weights(tiles(box.shape, self.tile, self.looped), factors, scratch):
             values, target = sums[(slice(None), *inner)], out[(slice(None), *inner)]
             if self.dense:
-                counts += self._dense(values, target)
+                counts += self._normalize_dense(values, target)
                 continue
             if weights is not None:
                 if plain:
                     torch.div(values, weights, out=target)
-                    counts += self._counted(target)
+                    counts += self._count(target)
                     continue
                 if memory is not None:
                     values = torch.div(values, weights, out=memory[: values.numel()].view(values.shape))
-                    counts += self._counted(values)
+                    counts += self._count(values)
                     target.copy_(round_in_place(values, out.dtype, nan=self.allow_nonfinite))
                     continue
                 values = values / weights
-            counts += self._counted(values)
+            counts += self._count(values)
             self._store(values, target)
         return counts
 
-    def _counted(self, values: torch.Tensor) -> Counts:
+    def _count(self, values: torch.Tensor) -> Counts:
         if not self.allow_nonfinite or not values.dtype.is_floating_point:
-            return NOTHING
+            return Counts()
         return Counts(nonfinite=int((~values.isfinite()).any(dim=0).sum()))
 
-    def _dense(self, sums: torch.Tensor, target: torch.Tensor) -> Counts:
-        """Finish a tile whose last channel holds the weights."""
+    def _normalize_dense(self, sums: torch.Tensor, target: torch.Tensor) -> Counts:
+        """Normalize a tile whose last channel is the weights."""
         values, weights = sums[:-1], sums[-1]
         empty = weights == 0
         uncovered = int(empty.sum())
@@ -112,26 +127,30 @@ class Normalizer:
             values = torch.where(empty, values.new_zeros(()), values)
             weights = torch.where(empty, weights.new_ones(()), weights)
         values = values / weights if self.divide else values
-        counts = Counts(uncovered) + self._counted(values)
+        counts = Counts(uncovered) + self._count(values)
         self._store(values, target)
         if uncovered:
             target.copy_(torch.where(empty, target.new_full((), self.fill), target))
         return counts
 
     def _store(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        """Postprocess and cast the values of a tile."""
         if self.postprocess is not None:
-            values = self._postprocessed(values, target.shape)
+            values = self._postprocess(self.postprocess, values, target.shape)
         target.copy_(cast(values, target.dtype))
 
     def _factors(self, box: Box) -> list[torch.Tensor]:
-        """The weights of a box: one array per axis, whose outer product they are; none where none are needed."""
+        """Return the weights of a box as factors of an outer product, one per axis; none where none are needed."""
         return [w[part] for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
 
-    def _postprocessed(self, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        assert self.postprocess is not None
+    def _postprocess(self, postprocess: Postprocess, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Apply a postprocess to a tile without its looped axes.
+
+        Raises:
+            ValueError: when it does not return the shape `(C', *spatial)` of the output.
+        """
         looped = tuple(range(1, 1 + self.looped))  # tiles have one index of each
-        result = self.postprocess(values.squeeze(looped) if looped else values)
-        result = torch.as_tensor(result)
+        result = torch.as_tensor(postprocess(values.squeeze(looped) if looped else values))
         for axis in looped:
             result = result.unsqueeze(axis)
         if result.shape != shape:
@@ -149,7 +168,7 @@ def tiles(shape: Ints, voxels: int, looped: int = 0) -> list[list[Tile]]:
     """Cut a box into tiles of at most so many voxels, long in the last axes; looped axes one index at a time.
 
     Returns:
-        Tiles that differ along the first axis only, in a list each.
+        One list for each set of tiles that differ along the first axis only.
 
     >>> [[tuple((s.start, s.stop) for s in tile) for tile in row] for row in tiles((3, 4), 8)]
     [[((0, 2), (0, 4)), ((2, 3), (0, 4))]]
@@ -161,12 +180,12 @@ def tiles(shape: Ints, voxels: int, looped: int = 0) -> list[list[Tile]]:
     return [[(first, *rest) for first in cuts[0]] for rest in itertools.product(*cuts[1:])]
 
 
-def _weighed(
+def _with_weights(
     rows: list[list[Tile]], factors: list[torch.Tensor], scratch: torch.Tensor
 ) -> Iterator[tuple[Tile, torch.Tensor | None]]:
-    """Each tile with its weights: the outer product of a part of each factor, in `scratch`; None without factors.
+    """Yield each tile with its weights: the outer product of a part of each factor, in `scratch`; None without factors.
 
-    The product of all factors but the first is that of all tiles that differ along the first axis only.
+    Tiles of a row, which differ along the first axis only, share the product of all factors but the first.
     """
     for row in rows:
         rest: torch.Tensor | None = None
@@ -201,11 +220,11 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if values.dtype == torch.bool or _fits(values.dtype, dtype):
             return values.to(dtype)
         return values.to(torch.int64).clamp(info.min, min(info.max, 2**63 - 1)).to(dtype)
-    return _rounded(values, dtype)
+    return _round(values, dtype)
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Floats as integers; see `cast`."""
+def _round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return floats as integers; see `cast`."""
     if rounds_in_place(dtype) and values.dtype == torch.float32:
         return round_in_place(values.clone(), dtype).to(dtype)
     info = torch.iinfo(dtype)
@@ -219,19 +238,26 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounds_in_place(dtype: torch.dtype) -> bool:
-    """Whether `round_in_place` will do: float32 holds every limit of 16 bits exactly."""
+    """Return whether `round_in_place` is exact: float32 represents every limit of 16 bits.
+
+    >>> rounds_in_place(torch.uint16), rounds_in_place(torch.int32)
+    (True, False)
+    """
     return not (dtype.is_floating_point or dtype.is_complex) and dtype != torch.bool and dtype.itemsize <= 2
 
 
 def round_in_place(values: torch.Tensor, dtype: torch.dtype, *, nan: bool = True) -> torch.Tensor:
-    """Integers of a small dtype as int16 or floats, of float32 values that are not needed any more; see `cast`.
+    """Round float32 values in place to the range of a small integer dtype, as floats or int16; see `cast`.
 
-    From float32 straight to uint8 takes torch five times as long.
+    A conversion of float32 directly to uint8 takes torch five times as long.
 
     Args:
-        values: float32.
-        dtype: the small dtype.
+        values: float32, overwritten.
+        dtype: a dtype for which `rounds_in_place` holds.
         nan: whether there may be NaNs.
+
+    >>> round_in_place(torch.tensor([0.5, 1.5, -3.0]), torch.uint8)
+    tensor([0, 2, 0], dtype=torch.int16)
     """
     info = torch.iinfo(dtype)
     rounded = values.round_().clamp_(info.min, info.max)

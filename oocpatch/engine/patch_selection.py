@@ -1,4 +1,7 @@
-"""Which patches of a block are computed: all, those where the mask has foreground, those that meet a box."""
+"""Selection of the patches to compute: all, those with foreground in a mask, or those that meet a box.
+
+The selection depends on metadata and the mask alone; patches of one value are skipped later, when they are read.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
-from oocpatch.planning.grid import PatchGrid
+from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.volumes.volume import Volume
+
+Voxels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Mask:
     """A mask of any resolution over the extent of a volume: patches without a nonzero voxel in it are skipped.
 
     Attributes:
-        volume: the mask, with the volume's spatial axes as its last; one that lacks looped axes holds for all of them.
-        shape: the volume's shape.
+        volume: the mask, with the volume's spatial axes as its last; without looped axes it holds at all their indices.
+        shape: shape of the volume, in voxels.
 
     >>> mask = Mask(Volume(np.array([[0, 0], [0, 1]])), (8, 8))
     >>> mask.foreground(PatchGrid.of((8, 8), (4, 4), (0, 0)), [range(2), range(2)]).tolist()
@@ -34,13 +38,13 @@ class Mask:
 
     @property
     def voxel_bytes(self) -> float:
-        """Bytes per voxel of the volume while a layer is looked at: as read, as booleans, and two running counts."""
+        """Bytes per voxel of the volume while a layer is examined: as read, as booleans, and two running counts."""
         lacking = len(self.shape) - len(self.volume.shape)
         share = math.prod(self.volume.shape) / math.prod(self.shape[lacking:])
         return share * (self.volume.channels * (self.volume.dtype.itemsize + 1) + 1 + 2 * 4)
 
     def foreground(self, grid: PatchGrid, ranges: Sequence[range]) -> npt.NDArray[np.bool_]:
-        """Whether each patch of a product of ranges has foreground, as an array with one axis per range."""
+        """Return whether each patch of a product of ranges has foreground, as an array with one axis per range."""
         lacking = len(self.shape) - len(self.volume.shape)
         spans = [
             _spans(axis, indices, n, m)
@@ -49,18 +53,18 @@ class Mask:
             )
         ]
         box = Box(tuple(int(a.min()) for a, _ in spans), tuple(int(b.max()) for _, b in spans))
-        found = (self.volume.read(box) != 0).any(axis=0)
+        nonzero = (self.volume.read(box) != 0).any(axis=0)
         for axis, (starts, stops) in enumerate(spans):
-            # A product of spans holds foreground if it does span by span, one axis after the other.
-            counts = np.zeros((*found.shape[:axis], found.shape[axis] + 1, *found.shape[axis + 1 :]), np.int32)
-            np.cumsum(found, axis=axis, dtype=np.int32, out=counts[(*(slice(None),) * axis, slice(1, None))])
+            # A product of spans has foreground if it does span by span, one axis after the other.
+            counts = np.zeros((*nonzero.shape[:axis], nonzero.shape[axis] + 1, *nonzero.shape[axis + 1 :]), np.int32)
+            np.cumsum(nonzero, axis=axis, dtype=np.int32, out=counts[(*(slice(None),) * axis, slice(1, None))])
             low, high = (np.take(counts, edge - box.start[axis], axis=axis) for edge in (starts, stops))
-            found = high > low
-        return np.broadcast_to(found, [len(r) for r in ranges])
+            nonzero = high > low
+        return np.broadcast_to(nonzero, [len(r) for r in ranges])
 
 
-def _spans(axis: Any, indices: range, length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Per patch, the mask's voxels that it meets along one axis: from, and to before."""
+def _spans(axis: GridAxis, indices: range, length: int, size: int) -> tuple[Voxels, Voxels]:
+    """Return start and stop of the mask's voxels that each patch meets along one axis."""
     starts = np.array([min(max(axis.start(i), 0), length - 1) for i in indices], np.int64)
     stops = np.array([max(1, min(axis.start(i) + axis.patch, length)) for i in indices], np.int64)
     return starts * size // length, -(-stops * size // length)
@@ -68,11 +72,11 @@ def _spans(axis: Any, indices: range, length: int, size: int) -> tuple[npt.NDArr
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The patches to compute: those that meet both the mask and the box.
+    """The patches to compute: those with foreground that meet the box.
 
     Attributes:
-        mask: None: it leaves out none.
-        box: in the volume's frame, looped axes included; None: it leaves out none.
+        mask: the mask; None: all patches are foreground.
+        box: a box in the volume's frame, looped axes included; None: the whole volume.
 
     >>> grid = PatchGrid.of((8, 8), (4, 4), (0, 0))
     >>> Selection(box=Box((0, 5), (3, 6))).of(grid, [range(2), range(2)])
@@ -83,11 +87,11 @@ class Selection:
     box: Box | None = None
 
     def __bool__(self) -> bool:
-        """Whether it may leave patches out."""
+        """Return whether patches may be skipped."""
         return self.mask is not None or self.box is not None
 
     def of(self, grid: PatchGrid, ranges: Sequence[range]) -> list[Ints]:
-        """The patches to compute of a product of ranges of grid indices, in C order."""
+        """Return the patches to compute among a product of ranges of grid indices, in C order."""
         if self.box is not None:
             meeting = (a.meeting(*span) for a, *span in zip(grid.axes, self.box.start, self.box.stop, strict=True))
             ranges = [

@@ -285,6 +285,20 @@ class PatchGrid:
         """Number of patches, without the limit of `len`, `sys.maxsize`."""
         return math.prod(self.counts)
 
+    def box(self, indices: Ints) -> Box:
+        """Return the box of the patch with the given index on each axis.
+
+        >>> PatchGrid.of((10, 10), (4, 4), (2, 2)).box((1, 3))
+        Box(start=(2, 6), stop=(6, 10))
+        """
+        start = tuple(a.start(i) for a, i in zip(self.axes, indices, strict=True))
+        return Box(start, tuple(s + a.patch for a, s in zip(self.axes, start, strict=True)))
+
+    def crop_box(self, indices: Ints) -> Box:
+        """Return the voxels that the patch with the given index on each axis decides in `crop` mode."""
+        spans = [a.crop_span(i) for a, i in zip(self.axes, indices, strict=True)]
+        return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
     def __len__(self) -> int:
         return self.num_patches
 

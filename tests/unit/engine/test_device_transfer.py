@@ -1,4 +1,4 @@
-"""Promises on the way to the device and back: through buffers or without, a run gives the same bytes.
+"""Promises on copies to the device and back: through buffers or without, a run gives the same bytes.
 
 There is no GPU where these tests run. The CPU stands in for a device with memory of its own: all that is read and
 written then goes through the same buffers, by the same calls, in whole runs. The order of copies and kernels, which
@@ -21,7 +21,7 @@ import zarr
 from torch import nn
 
 import oocpatch
-from oocpatch.engine import device_transfer as transfer
+from oocpatch.engine import device_transfer
 from oocpatch.engine.device_transfer import HostStaging, Transfer
 from tests.support.children import file_digests
 
@@ -67,14 +67,14 @@ RUNS: dict[str, dict[str, Any]] = {
 def staged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """From now on all goes through buffers, planned and counted; the bytes of each that was taken."""
     taken: list[int] = []
-    make = Transfer.memory
+    allocate = Transfer.allocate
 
-    def memory(self: Transfer, size: int) -> torch.Tensor:
-        found = make(self, size)
-        taken.append(found.numel())
-        return found
+    def count(self: Transfer, size: int) -> torch.Tensor:
+        memory = allocate(self, size)
+        taken.append(memory.numel())
+        return memory
 
-    monkeypatch.setattr(Transfer, "memory", memory)
+    monkeypatch.setattr(Transfer, "allocate", count)
     for module in ("configuration.make_plan", "execution.task_context"):
         monkeypatch.setattr(f"oocpatch.{module}.is_staged", lambda _: True)
     return taken
@@ -113,7 +113,7 @@ def test_copies_that_are_made_as_late_as_they_may_be_do_not_change_a_byte(
     def copy(self: Transfer, stream: Any, after: Any, pairs: Any) -> Any:
         todo, turn = list(pairs), threading.Lock()
 
-        def arrived() -> None:
+        def copy_done() -> None:
             with turn:
                 if todo:
                     time.sleep(0.02)
@@ -122,7 +122,7 @@ def test_copies_that_are_made_as_late_as_they_may_be_do_not_change_a_byte(
                     target, source = todo.pop()
                     target.data.copy_(source)
 
-        return arrived
+        return copy_done
 
     monkeypatch.setattr(Transfer, "_copy", copy)
     oocpatch.predict(long, Heads(), tmp_path / "late", **arguments)
@@ -144,22 +144,22 @@ def test_without_a_device_of_its_own_nothing_is_copied() -> None:
     ring = torch.zeros(3, 4)
     with direct.upload(ring[:, 1:], direct.queued()) as target:
         assert target.__array_interface__["data"][0] == ring[:, 1:].data_ptr()
-    found, _ = HostStaging(direct, 0).take([ring])
-    assert found[0].__array_interface__["data"][0] == ring.data_ptr()
+    arrays, _ = HostStaging(direct, 0).download([ring])
+    assert arrays[0].__array_interface__["data"][0] == ring.data_ptr()
 
 
-def test_a_slab_lands_where_the_one_before_did_and_keeps_its_dtypes(staged: list[int]) -> None:
-    landing = HostStaging(Transfer("cpu", staged=True), 1000)
+def test_a_slab_is_staged_in_the_memory_of_the_one_before_and_keeps_its_dtypes(staged: list[int]) -> None:
+    staging = HostStaging(Transfer("cpu", staged=True), 1000)
     for offset in (0, 50):
         parts = [
             torch.arange(7, dtype=torch.uint8) + offset,
             torch.arange(6, dtype=torch.float64).view(2, 3) + offset,
             torch.tensor([True, False]),
         ]
-        found, arrived = landing.take(parts)
-        arrived()
-        assert [a.dtype for a in found] == ["uint8", "float64", "bool"]
-        for array, part in zip(found, parts, strict=True):
+        arrays, copy_done = staging.download(parts)
+        copy_done()
+        assert [a.dtype for a in arrays] == ["uint8", "float64", "bool"]
+        for array, part in zip(arrays, parts, strict=True):
             np.testing.assert_array_equal(array, part.numpy())
     assert staged == [1024]
 
@@ -241,53 +241,53 @@ class OnDevice(torch.Tensor):
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Late:
-    found = Late()
-    OnDevice.late = found
-    monkeypatch.setattr(transfer.torch, "cuda", found)
-    return found
+    simulated = Late()
+    OnDevice.late = simulated
+    monkeypatch.setattr(device_transfer.torch, "cuda", simulated)
+    return simulated
 
 
 def on_late_streams() -> Transfer:
-    found = Transfer("cpu", staged=True)
-    found._up, found._down = LateStream(), LateStream()  # type: ignore[assignment]
-    return found
+    transfer = Transfer("cpu", staged=True)
+    transfer._up, transfer._down = LateStream(), LateStream()  # type: ignore[assignment]
+    return transfer
 
 
 def test_an_upload_waits_for_kernels_that_use_the_planes_and_is_done_when_its_thread_is(late: Late) -> None:
-    way, ring, used = on_late_streams(), torch.full((4,), 1.0).as_subclass(OnDevice), []
+    transfer, ring, used = on_late_streams(), torch.full((4,), 1.0).as_subclass(OnDevice), []
     plain = ring.as_subclass(torch.Tensor)
     late.compute.launch(lambda: used.append(plain.clone()))  # a kernel that needs the old planes
-    after = way.queued()
+    after = transfer.queued()
     late.compute.launch(lambda: pytest.fail("what was launched after the request is not waited for"))
-    with way.upload(ring, after) as target:
+    with transfer.upload(ring, after) as target:
         target[...] = 2
     assert used[0].tolist() == [1] * 4
     assert plain.tolist() == [2] * 4
 
 
 def test_two_uploads_of_a_thread_use_its_buffer_one_after_the_other(late: Late) -> None:
-    way = on_late_streams()
+    transfer = on_late_streams()
     rings = [torch.zeros(3).as_subclass(OnDevice) for _ in range(2)]
     for number, ring in enumerate(rings):
-        with way.upload(ring, way.queued()) as target:
+        with transfer.upload(ring, transfer.queued()) as target:
             target[...] = number + 1
     assert [r.as_subclass(torch.Tensor).tolist() for r in rings] == [[1] * 3, [2] * 3]
 
 
 def test_a_download_waits_for_the_kernels_that_make_the_values_and_a_writer_for_the_download(late: Late) -> None:
-    way, values = on_late_streams(), torch.zeros(4).as_subclass(OnDevice)
+    transfer, values = on_late_streams(), torch.zeros(4).as_subclass(OnDevice)
     plain = values.as_subclass(torch.Tensor)
     late.compute.launch(lambda: plain.fill_(5))  # the kernel that makes them
-    found, arrived = HostStaging(way, 0).take([values])
+    arrays, copy_done = HostStaging(transfer, 0).download([values])
     late.compute.launch(lambda: pytest.fail("what is launched later is not waited for"))
-    assert found[0].tolist() == [0] * 4, "nothing was waited for so far"
-    arrived()
-    assert found[0].tolist() == [5] * 4
+    assert arrays[0].tolist() == [0] * 4, "nothing was waited for so far"
+    copy_done()
+    assert arrays[0].tolist() == [5] * 4
 
 
 @pytest.mark.parametrize("name", ["wait_event", "record_event", "synchronize"])
 def test_the_streams_of_the_tests_are_called_as_those_of_torch_are(name: str) -> None:
     for late, real in ((LateStream, torch.cuda.Stream), (LateEvent, torch.cuda.Event)):
         if hasattr(late, name):
-            given = list(inspect.signature(getattr(late, name)).parameters)
-            assert list(inspect.signature(getattr(real, name)).parameters)[: len(given)] == given
+            names = list(inspect.signature(getattr(late, name)).parameters)
+            assert list(inspect.signature(getattr(real, name)).parameters)[: len(names)] == names
