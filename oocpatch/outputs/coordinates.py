@@ -1,4 +1,4 @@
-"""Coordinates and attributes that an output takes over from its volume."""
+"""Coordinates and attributes that an output inherits from its volume."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from oocpatch.volumes.volume import Volume
 
 
 def write_coords(path: Address, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3) -> None:
-    """Write coordinates beside the arrays of a group; `attributes` replace those of the group."""
+    """Write coordinates into a group; `attributes` replace those of the group."""
     if not coords:
         return
     with warnings.catch_warnings():
-        # Texts as coordinates: Zarr v3 has no final specification of their dtype, and no other way to store them.
+        # Zarr v3 has no final specification of a dtype for text, and no other way to store it.
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         dataset = xarray.Dataset(coords=coords, attrs=attributes)
         dataset.to_zarr(store_at(path), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
 
 
 def json_attributes(volume: Volume) -> dict[str, Any]:
-    """The volume's attributes, as far as JSON can hold them."""
-    found = {}
+    """Return the volume's attributes that JSON can store."""
+    attributes = {}
     for key, value in volume.source.attrs.items():
         with contextlib.suppress(TypeError):
-            found[str(key)] = json.loads(json.dumps(value, default=_json))
-    return found
+            attributes[str(key)] = json.loads(json.dumps(value, default=_json))
+    return attributes
 
 
 def _json(value: Any) -> Any:
@@ -47,12 +47,12 @@ def _json(value: Any) -> Any:
 
 
 def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
-    """The coordinates of an output: those of the volume that still fit, and those of scaled axes at the new centres."""
+    """Return the coordinates of an output: those of the volume that fit, on scaled axes at the new centres."""
     scales = dict(zip(plan.axes, head.scale, strict=True))
     sizes = dict(zip(plan.axes, plan.shape, strict=True))
     if head.channel_axis is not None:
         sizes[head.channel_axis] = head.out_channels
-    found = {}
+    coords = {}
     for name, variable in volume.source.coords.items():
         if name == head.name or any(sizes.get(str(d)) != n for d, n in variable.sizes.items()):
             continue
@@ -61,19 +61,18 @@ def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
                 continue
             axis = str(variable.dims[0])
             values = at_centres(np.asarray(variable.values, np.float64), scales[axis])
-            found[name] = xarray.Variable((axis,), values, variable.attrs)
+            coords[name] = xarray.Variable((axis,), values, variable.attrs)
             continue
-        plain = variable.copy(deep=False)
-        plain.encoding = {}
-        found[name] = plain
+        coords[name] = variable.copy(deep=False)
+        coords[name].encoding = {}
     for axis, scale in scales.items():
-        if scale != (1, 1) and axis not in found:  # voxels of the volume, so that heads can be laid over it
-            found[axis] = xarray.Variable((axis,), at_centres(np.arange(sizes[axis], dtype=np.float64), scale))
-    return found
+        if scale != (1, 1) and axis not in coords:  # in voxels of the volume, so that heads can be overlaid
+            coords[axis] = xarray.Variable((axis,), at_centres(np.arange(sizes[axis], dtype=np.float64), scale))
+    return coords
 
 
 def at_centres(values: npt.NDArray[np.float64], scale: Scale) -> npt.NDArray[np.float64]:
-    """Coordinates of the centres of an output's voxels, given those of the volume's.
+    """Return the coordinates of the centres of an output's voxels from those of the volume's voxels.
 
     Voxel `j` covers `[j, j + 1) / scale` in voxel edges, so that its centre lies at `(j + 1/2) / scale - 1/2`.
 
@@ -85,5 +84,5 @@ def at_centres(values: npt.NDArray[np.float64], scale: Scale) -> npt.NDArray[np.
     centres = (np.arange(-(-n * times // per)) + 0.5) * per / times - 0.5
     if n == 1:
         return np.full(len(centres), values[0])
-    low = np.clip(np.floor(centres).astype(int), 0, n - 2)  # beyond the ends the last step goes on
+    low = np.clip(np.floor(centres).astype(int), 0, n - 2)  # extrapolate beyond the ends
     return np.asarray(values[low] + (centres - low) * (values[low + 1] - values[low]))

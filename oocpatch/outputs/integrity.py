@@ -1,13 +1,13 @@
-"""What a complete output keeps of its run, so that it can be verified: plan, ledger, and the CRCs of its files.
+"""Integrity of an output: the plan, the ledger and the CRCs of its files, which a complete output stores.
 
 ```text
 <output>/
-    zarr.json                    in the attribute `oocpatch`: the plan, and the CRC of each file but the write units;
-                                 and a CRC of all that
-    <array>/oocpatch.ledger      the records that stand, with the CRC of each write unit; Zarr does not look there
+    zarr.json                    in the attribute `oocpatch`: the plan, the CRC of each file except the write units,
+                                 and a CRC of all of it
+    <array>/oocpatch.ledger      the latest records, with the CRC of each write unit; Zarr ignores this file
 ```
 
-So a chain of CRCs leads from the group's metadata to every byte that oocpatch wrote.
+A chain of CRCs leads from the group's metadata to every byte that oocpatch wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from oocpatch.workspace.segments import at_hand
 
 LEDGER = "oocpatch.ledger"
 DESCRIBED = "described"
-"""Detail of an incomplete output: CRCs of metadata that are about to be written anew, beside those in `files`."""
+"""Detail of an incomplete output: CRCs of metadata files that are about to be rewritten; `files` has the old ones."""
 METADATA_CRC = "metadata_crc"
 
 
@@ -40,14 +40,14 @@ def copy_ledger(
     without: frozenset[tuple[str, int]] = frozenset(),
     plain: bool = True,
 ) -> int:
-    """Write the records that stand into a new file, in one order; its CRC.
+    """Write the latest record of each stage of each block to a new file, atomically, and return its CRC.
 
     Args:
         source: a ledger.
-        target: the file; there whole or not at all.
+        target: the new file.
         blocks: number of blocks.
         without: stages and blocks whose records are left out.
-        plain: leave out times, and the attempts whose partials are gone.
+        plain: whether to leave out times and notes, so that equal runs have equal files.
     """
     with at_hand(source) as ledger:
         lines = (
@@ -63,26 +63,26 @@ def copy_ledger(
 
 
 def _write(target: Path, lines: Iterable[bytes]) -> int:
-    """Write a file line by line; its CRC."""
-    aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    """Write a file line by line, atomically, and return its CRC."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     crc = 0
-    with aside.open("wb") as file:
+    with partial.open("wb") as file:
         for line in lines:
             crc = bytes_checksum(line, crc)
             file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    aside.replace(target)
+    partial.replace(target)
     return crc
 
 
 def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:
-    """Files that a run wrote besides write units, by their names within the output, without the group's metadata.
+    """Yield the paths in the output of files that are neither write units nor the metadata of its group.
 
     Args:
         path: the output.
-        members: names of what it wrote.
-        arrays: where the arrays with the write units lie.
+        members: names of the arrays and groups that the run wrote.
+        arrays: paths of the arrays with the write units.
     """
     units = {f"{array}/c" for array in arrays}
     for member in members:
@@ -91,16 +91,16 @@ def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) ->
             yield from (name for name in names if not any(name.startswith(f"{unit}/") for unit in units))
             continue
         for folder, folders, files in os.walk(path / member):
-            inside = Path(folder).relative_to(path)
-            folders[:] = sorted(name for name in folders if (inside / name).as_posix() not in units)
-            yield from ((inside / name).as_posix() for name in sorted(files))
+            relative = Path(folder).relative_to(path)
+            folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in units)
+            yield from ((relative / name).as_posix() for name in sorted(files))
 
 
 def verify_files(path: Address, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
-    """See that files, by default all whose CRCs an incomplete output notes, are as they were made.
+    """Compare files with their CRCs in the record of an incomplete output; by default all that have one.
 
     Raises:
-        CorruptData: when one is not.
+        CorruptData: if one differs.
     """
     if "files" not in details:
         raise CorruptData(f"{path}/zarr.json is not what was written; start afresh with overwrite=True")
@@ -110,7 +110,7 @@ def verify_files(path: Address, details: Mapping[str, Any], names: Iterable[str]
 
 
 def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
-    """CRC of a group's metadata as oocpatch wrote it; attributes of others do not count."""
+    """Return the CRC of a group's metadata, without attributes of other programs."""
     record = metadata["attributes"][attribute]
     details = {name: value for name, value in record["details"].items() if name != METADATA_CRC}
     rest = {name: value for name, value in metadata.items() if name != "attributes"}
@@ -118,13 +118,13 @@ def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
 
 
 def is_metadata_damaged(path: Address, attribute: str) -> bool:
-    """Whether the metadata of an output's group are not what was written.
+    """Return whether the metadata of an output's group were changed after they were written.
 
-    False where they have no CRC: in outputs that are not complete, and in those of Zarr 2.
+    False if they have no CRC: in incomplete outputs and in outputs of Zarr 2.
     """
     try:
         metadata = json.loads((path / "zarr.json").read_text())
-        wanted = metadata["attributes"][attribute]["details"].get(METADATA_CRC)
-        return wanted is not None and metadata_checksum(metadata, attribute) != wanted
+        expected = metadata["attributes"][attribute]["details"].get(METADATA_CRC)
+        return expected is not None and metadata_checksum(metadata, attribute) != expected
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return (path / "zarr.json").exists()

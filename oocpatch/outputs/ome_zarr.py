@@ -1,15 +1,15 @@
-"""An output as OME-Zarr: where its images lie, their levels, coordinates and metadata.
+"""An output as OME-Zarr: its images, their levels, coordinates and metadata.
 
 ```text
-<output>/                  the image, where there is one head; the intensities, where all other heads are labels
+<output>/                  the image of the only head, or of the only head that is not labels
     scale0/image, y, x     the finest level and 1-D coordinates of its voxels' centres
     scale1/image, y, x     ...
-    labels/<head>/scale0/  labels beside the image that they belong to
-<output>/<head>/scale0/    other heads: an image each, and the output is a series of them
+    labels/<head>/scale0/  heads that are labels of this image
+<output>/<head>/scale0/    otherwise each head is an image, and the output is a series of images
 ```
 
-The finest level is the head's array, which the engine writes; the others are made of it afterwards. All metadata are
-written before, so that what a crash leaves is whole but for its voxels.
+The finest level is the head's array, which the engine writes; the other levels are computed from it afterwards. All
+metadata are written before, so that only voxels are missing after a crash.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ ARRAY = "image"
 ZARR_FORMATS: dict[str, Literal[2, 3]] = {"0.4": 2, "0.5": 3}
 
 RESERVED = frozenset({"OME"})
-"""Names that a series of images has a use for."""
+"""Names that a series of images uses itself."""
 
 
 def ome_version(plan: Plan) -> str | None:
-    """Version of the OME-Zarr that a plan's output is; None: it is none."""
+    """Return the OME-Zarr version of a plan's output; None if it is not an OME-Zarr."""
     return {"ome-zarr": "0.5", "ome-zarr-0.4": "0.4"}.get(plan.parameters.get("output_format", "zarr"))
 
 
 def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
-    """The group of each head's image, in the output: the output itself for the first or only one.
+    """Return the group of each head's image in the output; an empty path is the output itself.
 
     Raises:
-        ValueError: when a head has a name that means something else there.
+        ValueError: if a head has a reserved name.
     """
     images = [head.name for head in heads if not head.labels]
     if len(heads) == 1:
@@ -61,21 +61,24 @@ def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
     if len(images) == 1:
         return {h.name: f"labels/{h.name}" if h.labels else "" for h in heads}
     if taken := sorted(RESERVED & {h.name for h in heads}):
-        raise ValueError(f"the outputs of the model must not be named {', '.join(taken)} in an OME-Zarr")
+        raise ValueError(
+            f"the outputs of the model must not be named {', '.join(taken)} in an OME-Zarr; rename them, or write "
+            "output_format='zarr'"
+        )
     return {h.name: h.name for h in heads}
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One head's image. Sizes are per axis of its arrays: looped axes, the channel if there is one, spatial axes.
+    """The image of a head. Sizes are per axis of its arrays: looped axes, the channel if there is one, spatial axes.
 
     Attributes:
-        head: what it holds.
-        group: where it lies in the output.
-        pyramid: axes, and paths, scales and translations of its levels.
-        shapes: of the levels.
-        steps: how each level comes from the one above; see `halvings`.
-        chunks, unit: of the finest level.
+        head: the head.
+        group: path of the image in the output.
+        pyramid: axes, and paths, scales and translations of the levels.
+        shapes: shapes of the levels.
+        steps: factors between each level and the next coarser one; see `halvings`.
+        chunks, unit: chunks and write unit of the finest level.
     """
 
     head: Head
@@ -88,31 +91,32 @@ class Image:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the levels' arrays, in the output."""
+        """Paths of the levels' arrays in the output."""
         return tuple(f"{self.group}/{level.path}".strip("/") for level in self.pyramid.levels)
 
     @property
     def method(self) -> str:
-        """How voxels of a level become one of the next."""
+        """How several voxels of a level become one of the next: `mode` or `mean`."""
         return "mode" if self.head.labels else "mean"
 
 
 def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Image, ...]:
-    """The images of a plan's output; `levels` are those of the image that a single head with labels lies beside."""
+    """Return the images of a plan's output; `levels` is that of the existing image whose labels the output is."""
     groups = image_groups(plan.heads)
     first = next((h for h in plan.heads if not groups[h.name]), None)
     own = levels if first is not None and first.labels else None
-    found = {} if first is None else {first.name: _image(plan, volume, first, "", own)}
-    levels = len(found[first.name].shapes) if first is not None else None
+    images = {} if first is None else {first.name: _image(plan, volume, first, "", own)}
+    levels = len(images[first.name].shapes) if first is not None else None
     for head in plan.heads:
         if head is not first:
             # Labels must have as many levels as their image.
             count = levels if groups[head.name].startswith("labels/") else None
-            found[head.name] = _image(plan, volume, head, groups[head.name], count)
-    return tuple(found[head.name] for head in plan.heads)
+            images[head.name] = _image(plan, volume, head, groups[head.name], count)
+    return tuple(images[head.name] for head in plan.heads)
 
 
 def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | None = None) -> Image:
+    """Return the image of a head, with a number of levels if one is given."""
     looped = len(plan.axes) - plan.spatial
     axes, scales, starts = [], [], []
     for name, ratio in zip(plan.axes, head.scale, strict=True):
@@ -130,26 +134,26 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
         chunks.insert(looped, 1)
         unit.insert(looped, 1)
     steps = halvings(tuple(shape), tuple(chunks), _comparable(axes, scales), plan.spatial, levels)
-    shapes, found = [tuple(shape)], [OmeLevel(f"scale0/{ARRAY}", tuple(scales), tuple(starts))]
+    shapes, pyramid_levels = [tuple(shape)], [OmeLevel(f"scale0/{ARRAY}", tuple(scales), tuple(starts))]
     for number, step in enumerate(steps, 1):
-        above = found[-1]
+        above = pyramid_levels[-1]
         shapes.append(level_shape(shapes[-1], step))
         larger = tuple(s * f for s, f in zip(above.scale, step, strict=True))
-        places = zip(above.translation, above.scale, step, strict=True)
-        centre = tuple(t + s * (f - 1) / 2 for t, s, f in places)  # of the voxels that become the first one
-        found.append(OmeLevel(f"scale{number}/{ARRAY}", larger, centre))
-    pyramid = Multiscale(tuple(axes), tuple(found), group.rpartition("/")[2] or head.name)
+        axis_values = zip(above.translation, above.scale, step, strict=True)
+        centre = tuple(t + s * (f - 1) / 2 for t, s, f in axis_values)  # of the voxels that become the first one
+        pyramid_levels.append(OmeLevel(f"scale{number}/{ARRAY}", larger, centre))
+    pyramid = Multiscale(tuple(axes), tuple(pyramid_levels), group.rpartition("/")[2] or head.name)
     return Image(head, group, pyramid, tuple(shapes), steps, tuple(chunks), tuple(unit))
 
 
 def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
-    """An axis of the volume, the distance of its voxels' centres, and where the first one lies.
+    """Return an axis of the volume, the distance of its voxels' centres, and the coordinate of the first one.
 
-    Of an OME-Zarr as it says; else of its coordinate, if that is numbers. Coordinates that are not evenly spaced have
-    the mean of their distances.
+    They come from the metadata of an OME-Zarr, else from the axis' coordinate, if that is numeric. The distance of an
+    unevenly spaced coordinate is its mean.
 
     Raises:
-        ValueError: when the coordinate decreases.
+        ValueError: if the coordinate decreases.
     """
     kind = "time" if name in volume.names[: -volume.spatial_ndim] else "space"
     if (image := volume.source.image) is not None:
@@ -166,7 +170,7 @@ def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
     if len(values) == 1:
         return OmeAxis(name, kind, unit), 1.0, float(values[0])
     mean = (float(values[-1]) - float(values[0])) / (len(values) - 1)
-    # Twelve digits: 0.1, 0.2, 0.3 ... are spaced by 0.1 and not by 0.09999999999999999.
+    # Twelve digits: the step of 0.1, 0.2, 0.3 ... is 0.1 and not 0.09999999999999999.
     step = float(f"{mean:.12g}")
     if not step > 0:
         raise ValueError(
@@ -177,7 +181,7 @@ def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
 
 
 def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
-    """Sizes of voxels in one unit; all alike where their units cannot be compared."""
+    """Return the voxel sizes in a common unit; all equal if their units cannot be compared."""
     space = {axis.unit for axis in axes if axis.kind == "space"}
     if len(space) == 1:
         return scales
@@ -187,7 +191,7 @@ def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
 
 
 def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
-    """Make groups, arrays of all levels, coordinates and metadata, below an output's group that is there."""
+    """Create groups, arrays of all levels, coordinates and metadata in the existing group of an output."""
     store, zarr_format = store_at(path), ZARR_FORMATS[version]
     settings = {"fill_value": plan.parameters["output_fill"], "zarr_format": zarr_format}
     for image in images:
@@ -195,10 +199,10 @@ def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image
             attributes = image_attributes(image, version)
             zarr.create_group(store, path=image.group, zarr_format=zarr_format, attributes=attributes)
         coords = _level_coords(image, scaled_coords(volume, plan, image.head))
-        for level, shape, found in zip(image.paths, image.shapes, coords, strict=True):
+        for level, shape, of_level in zip(image.paths, image.shapes, coords, strict=True):
             parent = level.removesuffix(f"/{ARRAY}")
             zarr.create_group(store, path=parent, zarr_format=zarr_format)
-            write_coords(path / parent, found, {}, zarr_format)
+            write_coords(path / parent, of_level, {}, zarr_format)
             _create_level(store, level, shape, image, {**settings, "attributes": json_attributes(volume)})
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:
@@ -210,17 +214,18 @@ def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image
         zarr.create_group(store, path="OME", zarr_format=zarr_format, attributes=series)
 
 
-def root_attributes(images: tuple[Image, ...], version: str | None, *, beside: bool = False) -> dict[str, Any]:
-    """What the output's own group says: it is an image, or a series of them; labels may lie beside an image."""
+def root_attributes(images: tuple[Image, ...], version: str | None, *, in_parent: bool = False) -> dict[str, Any]:
+    """Return the OME metadata of the output's group; with `in_parent`, it is labels of an existing image."""
     if version is None:
         return {}
     first = next((image for image in images if not image.group), None)
     if first is None:
         return versioned_attributes({"bioformats2raw.layout": 3}, version)
-    return image_attributes(first, version, beside=beside)
+    return image_attributes(first, version, in_parent=in_parent)
 
 
 def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
+    """Create the array of a level."""
     names = [axis.name for axis in image.pyramid.axes]
     chunks, unit = level_chunks(shape, image.chunks, image.unit)
     if settings["zarr_format"] == 3:
@@ -228,30 +233,30 @@ def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: 
     else:
         attributes = {**settings["attributes"], "_ARRAY_DIMENSIONS": names}
         keys = {"name": "v2", "separator": "/"}
-        # None is zero to all readers, and to xarray does not mean that zeros are missing, as 0 would.
+        # All readers take None for zero; with 0, xarray would interpret zeros as missing.
         fill = settings["fill_value"] or None
         settings = {**settings, "attributes": attributes, "chunk_key_encoding": keys, "fill_value": fill}
     zarr.create_array(store, name=path, shape=shape, chunks=chunks, dtype=image.head.out_dtype, **settings)
 
 
 def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[dict[str, xarray.Variable]]:
-    """The coordinates of each level: those of the finest, and along axes that are halved those of the new centres."""
+    """Return the coordinates of each level: those of the finest, along halved axes at the new centres."""
     axes, levels = image.pyramid.axes, image.pyramid.levels
-    found = dict(finest)
+    coords_of_finest = dict(finest)
     for a, axis in enumerate(axes):
-        if axis.kind != "channel" and axis.name not in found:
-            place = (levels[0].scale[a], levels[0].translation[a])
-            found[axis.name] = coordinate(axis.name, image.shapes[0][a], *place, axis.unit)
-    every = [found]
-    for level, shape, step in zip(levels[1:], image.shapes[1:], image.steps, strict=True):
-        halved = {axis.name: a for a, axis in enumerate(axes) if step[a] > 1}
+        if axis.kind != "channel" and axis.name not in coords_of_finest:
+            step, start = levels[0].scale[a], levels[0].translation[a]
+            coords_of_finest[axis.name] = coordinate(axis.name, image.shapes[0][a], step, start, axis.unit)
+    every = [coords_of_finest]
+    for level, shape, factors in zip(levels[1:], image.shapes[1:], image.steps, strict=True):
+        halved = {axis.name: a for a, axis in enumerate(axes) if factors[a] > 1}
         coords = {}
         for name, variable in every[-1].items():
             if not halved.keys() & set(map(str, variable.dims)):
                 coords[name] = variable
             elif variable.ndim == 1 and variable.dtype.kind in "iuf":
                 a = halved[str(variable.dims[0])]
-                even = coordinate(str(variable.dims[0]), shape[a], level.scale[a], level.translation[a], None)
+                even = coordinate(str(variable.dims[0]), shape[a], level.scale[a], level.translation[a])
                 values = at_centres(np.asarray(variable.values, np.float64), (1, 2))
                 close = np.allclose(values, even.values, rtol=0, atol=1e-6 * level.scale[a])
                 coords[name] = xarray.Variable(variable.dims, even.values if close else values, variable.attrs)
@@ -259,11 +264,11 @@ def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[d
     return every
 
 
-def image_attributes(image: Image, version: str, *, beside: bool = False) -> dict[str, Any]:
-    """The OME metadata of an image, as attributes of its group.
+def image_attributes(image: Image, version: str, *, in_parent: bool = False) -> dict[str, Any]:
+    """Return the OME metadata of an image as attributes of its group.
 
     Raises:
-        ValueError: when yaozarrs is installed and finds fault with them.
+        ValueError: if yaozarrs is installed and rejects them.
     """
     axes = [
         {"name": axis.name, "type": axis.kind, **({"unit": axis.unit} if axis.unit else {})}
@@ -286,19 +291,21 @@ def image_attributes(image: Image, version: str, *, beside: bool = False) -> dic
         "type": image.method,
         "metadata": {"method": "oocpatch", "description": f"each level is the {image.method} of the one above"},
     }
-    found: dict[str, Any] = {"multiscales": [multiscale]}
+    metadata: dict[str, Any] = {"multiscales": [multiscale]}
     if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
-        label: dict[str, Any] = {"source": {"image": "../../"}} if beside or image.group.startswith("labels/") else {}
-        found["image-label"] = label if version == "0.5" else {"version": version, **label}
+        label: dict[str, Any] = (
+            {"source": {"image": "../../"}} if in_parent or image.group.startswith("labels/") else {}
+        )
+        metadata["image-label"] = label if version == "0.5" else {"version": version, **label}
     if version == "0.4":
         multiscale["version"] = version
-    attributes = versioned_attributes(found, version)
+    attributes = versioned_attributes(metadata, version)
     _validate(attributes, version)
     return attributes
 
 
 def versioned_attributes(metadata: dict[str, Any], version: str) -> dict[str, Any]:
-    """OME metadata as attributes of a group.
+    """Return OME metadata as attributes of a group.
 
     >>> versioned_attributes({"labels": ["nuclei"]}, "0.5")
     {'ome': {'version': '0.5', 'labels': ['nuclei']}}
@@ -318,10 +325,10 @@ def _validate(attributes: dict[str, Any], version: str) -> None:
 
 
 def checked_output_format(value: str, volume: Volume) -> str:
-    """A checked `output_format`; of `"auto"`, what it comes to.
+    """Check an `output_format`, and return the format that `"auto"` stands for.
 
     Raises:
-        ValueError: when there is no such format, or the volume does not fit it.
+        ValueError: if there is no such format, or the volume does not fit it.
     """
     one_of("output_format", value, OUTPUT_FORMATS)
     if value == "auto":

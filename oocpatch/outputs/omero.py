@@ -1,7 +1,7 @@
-"""How viewers show an image at first: names, colours and windows of its channels, as `omero` in its metadata.
+"""Display settings of an image: names, colours and contrast windows of its channels, as `omero` in its metadata.
 
-Contrast needs to know the values: those of the first level of the pyramid that is small enough to be read as a whole.
-A window leaves out the darkest hundredth of them and the brightest half percent. Scores between 0 and 1 are shown so.
+The windows come from the values of the first level of the pyramid that is small enough to be read whole: from the
+percentile 1 to the percentile 99.5. The window of scores between 0 and 1 is always 0 to 1.
 """
 
 from __future__ import annotations
@@ -25,51 +25,52 @@ from oocpatch.storage.paths import Address, store_at
 
 WHITE = "FFFFFF"
 COLOURS = ("00FF00", "FF00FF", "00FFFF", "FFFF00", "FF0000", "0000FF")
-"""Of several channels; those beyond are there, but not shown at first."""
+"""Colours of several channels; further channels are hidden at first."""
 
 LEVEL = 1 << 22
-"""Voxels per channel of a level that is looked at; of a coarsest level that has more, parts are."""
+"""Voxels per channel of the level whose values are read; of a larger coarsest level, parts are read."""
 
-READ, SEEN = 32 << 20, 1 << 16
-"""Bytes of a channel that are read, and how many values of it are kept."""
+READ, SAMPLES = 32 << 20, 1 << 16
+"""Bytes of a channel that are read, and number of values sampled from them."""
 
 FRACTIONS = frozenset({"softmax", "sigmoid"})
-"""Postprocesses that give values between 0 and 1."""
+"""Postprocessing steps whose results are between 0 and 1."""
 
 
 def channel_settings(path: Address, details: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What `omero` says of the images of an output, by their groups; labels need none.
+    """Return the `omero` metadata of the images of an output by their groups; labels have none.
 
     Args:
-        path: the output; all levels are complete.
-        details: of its record.
-        parameters: of its record.
+        path: the output; all its levels are complete.
+        details: details of its record.
+        parameters: parameters of its record.
     """
-    found = {}
+    settings = {}
     for head, pyramid in zip(details["heads"], details.get("pyramids") or (), strict=False):
         if pyramid["method"] == "mean":
             postprocess = parameters.get("postprocess")
             postprocess = postprocess.get(head) if isinstance(postprocess, Mapping) else postprocess
             group = pyramid["levels"][0].rpartition("scale0/")[0].strip("/")
-            found[group] = _image(path, group, head, pyramid["levels"], fractions=postprocess in FRACTIONS)
-    return found
+            settings[group] = _image(path, group, head, pyramid["levels"], fractions=postprocess in FRACTIONS)
+    return settings
 
 
 def _image(path: Address, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
+    """Return the `omero` metadata of one image."""
     store = store_at(path)
     attributes = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
     ome: Any = attributes.get("ome", attributes)
     axes = ome["multiscales"][0]["axes"]
-    place = next((a for a, axis in enumerate(axes) if axis["type"] == "channel"), None)
+    channel = next((a for a, axis in enumerate(axes) if axis["type"] == "channel"), None)
     arrays = [zarr.open_array(store, path=level, mode="r") for level in levels]
-    count = 1 if place is None else arrays[0].shape[place]
+    count = 1 if channel is None else arrays[0].shape[channel]
     array = next((a for a in arrays if math.prod(a.shape) <= LEVEL * count), arrays[-1])
-    if place is None:
+    if channel is None:
         names, selections = [head], [(slice(None),) * array.ndim]
     else:
-        names = _names(store, levels[0], axes[place]["name"], count)
-        ahead, behind = (slice(None),) * place, (slice(None),) * (array.ndim - place - 1)
-        selections = [(*ahead, slice(c, c + 1), *behind) for c in range(len(names))]
+        names = _channel_names(store, levels[0], axes[channel]["name"], count)
+        before, after = (slice(None),) * channel, (slice(None),) * (array.ndim - channel - 1)
+        selections = [(*before, slice(c, c + 1), *after) for c in range(len(names))]
     several = len(names) > 1
     channels = [
         {
@@ -88,30 +89,30 @@ def _image(path: Address, group: str, head: str, levels: list[str], *, fractions
     }
 
 
-def _names(store: Store, finest: str, axis: str, count: int) -> list[str]:
-    """Of the channels: as their coordinate says, if it does."""
+def _channel_names(store: Store, finest: str, axis: str, count: int) -> list[str]:
+    """Return the names of the channels from their coordinate, if there is one, else numbers."""
     try:
-        found = zarr.open_array(store, path=f"{finest.rpartition('/')[0]}/{axis}", mode="r")
-        names = [str(name) for name in np.asarray(found[...])]
+        coordinate = zarr.open_array(store, path=f"{finest.rpartition('/')[0]}/{axis}", mode="r")
+        names = [str(name) for name in np.asarray(coordinate[...])]
     except (OSError, KeyError, ValueError):
         names = []
     return names if len(names) == count else [f"channel {number}" for number in range(count)]
 
 
 def _values(array: zarr.Array[Any], selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-    """Evenly spaced values of a channel, read a chunk at a time."""
+    """Sample evenly spaced values of a channel, read chunk by chunk."""
     bounds = [part.indices(n)[:2] for part, n in zip(selection, array.shape, strict=True)]
     box = Box(tuple(a for a, _ in bounds), tuple(b for _, b in bounds))
     pieces = math.prod(-(-n // c) for n, c in zip(box.shape, array.chunks, strict=True))
     every = -(-pieces // max(16, READ // (math.prod(array.chunks) * array.dtype.itemsize)))
-    step = max(1, math.prod(box.shape) // every // SEEN)
-    looked_at = itertools.islice(box.split(array.chunks), 0, None, every)
-    # copies: a view would keep its whole chunk
-    return np.concatenate([np.asarray(array[piece.slices()]).reshape(-1)[::step].copy() for piece in looked_at])
+    step = max(1, math.prod(box.shape) // every // SAMPLES)
+    sampled = itertools.islice(box.split(array.chunks), 0, None, every)
+    # copies: a view would keep its whole chunk in memory
+    return np.concatenate([np.asarray(array[piece.slices()]).reshape(-1)[::step].copy() for piece in sampled])
 
 
 def window_of(values: npt.NDArray[Any], dtype: npt.DTypeLike, *, fractions: bool = False) -> dict[str, Any]:
-    """What is shown as black and as white (`start`, `end`), and how far they may be moved (`min`, `max`).
+    """Return the values shown as black and white (`start`, `end`) and the range of their sliders (`min`, `max`).
 
     >>> window_of(np.arange(201), np.uint8)
     {'min': 0, 'max': 255, 'start': 2, 'end': 199}
@@ -130,49 +131,53 @@ def window_of(values: npt.NDArray[Any], dtype: npt.DTypeLike, *, fractions: bool
         return {"min": least, "max": most, "start": low, "end": high}
     limits = np.iinfo(np.dtype(dtype))
     start, end = math.floor(low), math.ceil(high)
-    if limits.bits <= 16:  # of wider ones a slider would not be usable
+    if limits.bits <= 16:  # a slider over the range of a wider type would not be usable
         return {"min": int(limits.min), "max": max(int(limits.max), end), "start": start, "end": end}
     return {"min": min(math.floor(least), start), "max": max(math.ceil(most), end), "start": start, "end": end}
 
 
 def _short(value: float) -> float:
-    """Six digits."""
+    """Round to six digits."""
     return float(f"{value:.6g}")
 
 
 def with_omero(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of an image's group, with `omero`."""
+    """Return the attributes of an image's group with `omero`."""
     if "ome" in metadata:
         return {**metadata, "ome": {**metadata["ome"], "omero": omero}}
     return {**metadata, "omero": omero}
 
 
 def write_channel_settings(
-    path: Address, settings: Mapping[str, Any], details: Mapping[str, Any], note: Callable[[dict[str, Any]], None]
+    path: Address,
+    settings: Mapping[str, Any],
+    details: Mapping[str, Any],
+    update_details: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Write `omero` into the metadata of images that lie in groups of the output; its details afterwards.
+    """Write `omero` into the metadata of the images that are in groups of the output, and return its new details.
 
-    Their CRCs are noted before: whatever a crash leaves is what was written.
+    The new CRCs are recorded before, so that after a crash each file has one of its two recorded CRCs.
 
     Args:
         path: the output.
-        settings: of the images, by their groups; that of the output itself is left to whoever writes its metadata.
-        details: of its record.
-        note: writes other details of the record.
+        settings: `omero` of the images by their groups; that of the output's own group is written by `write_record`.
+        details: details of its record.
+        update_details: replaces the details of the record.
     """
-    files = dict(_files(path, settings))
-    described = {name: text_checksum(text) for name, text in files.items()}
+    files = dict(_new_files(path, settings))
+    new_crcs = {name: text_checksum(text) for name, text in files.items()}
     crcs = details.get("files")  # none in Zarr 2
     if files and crcs is not None:
         verify_files(path, details, files)
-        note({**details, DESCRIBED: described})
+        update_details({**details, DESCRIBED: new_crcs})
     for name, text in files.items():
         write_atomically(path / name, text)
-    found = {name: value for name, value in details.items() if name != DESCRIBED}
-    return found if crcs is None else {**found, "files": {**crcs, **described}}
+    new_details = {name: value for name, value in details.items() if name != DESCRIBED}
+    return new_details if crcs is None else {**new_details, "files": {**crcs, **new_crcs}}
 
 
-def _files(path: Address, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _new_files(path: Address, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield path and new content of the metadata files of images in groups."""
     for group, omero in settings.items():
         if not group:
             continue

@@ -1,8 +1,8 @@
 """The output: an ordinary Zarr v3 group with one array per head and its coordinates, or an OME-Zarr with pyramids.
 
-xarray opens both; for the second see `ome_output`. In the first, heads of one scale are arrays of the group; heads of
-different scales have a group each, `<head>/<head>`, as nodes of a tree. The group's attribute `oocpatch` says which run
-wrote it, with which parameters, and whether it is complete. Only what it lists is ever replaced.
+xarray opens both; for the second see `ome_zarr`. In the first, heads of the same scale are arrays of the group; heads
+of different scales have a group each, `<head>/<head>`, as nodes of a tree. The group's attribute `oocpatch` is the
+record of the run that wrote it: its parameters, and whether it is complete. Only the listed members are ever replaced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from oocpatch.outputs.record import (
     METADATA,
     OutputRecord,
     group_format,
-    inspect_output,
+    require_output,
     write_record,
 )
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
@@ -48,10 +48,10 @@ OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "biofo
 
 
 def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address, previous: OutputRecord | None) -> None:
-    """Make the output's groups, arrays and coordinates; what a previous run wrote is replaced, nothing else."""
+    """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    version, split, beside = ome_version(plan), is_tree(plan.heads), parent_image(path)
-    images = images_of(plan, volume, beside.levels if beside else None) if version else ()
+    version, split, parent = ome_version(plan), is_tree(plan.heads), parent_image(path)
+    images = images_of(plan, volume, parent.levels if parent else None) if version else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
     if images:
@@ -70,8 +70,8 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
     store, zarr_format = store_at(path), 2 if version == "0.4" else 3
-    # xarray puts a group's attributes anew: without ours a crash would leave an output nobody may touch
-    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, version, beside=beside is not None)}
+    # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
+    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, version, in_parent=parent is not None)}
     if previous is not None:
         _replace(path, previous, attributes, zarr_format)
     else:
@@ -81,10 +81,10 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
     else:
         if not split:
             write_coords(path, coords[0], attributes)
-        for head, found in zip(plan.heads, coords, strict=True):
+        for head, of_head in zip(plan.heads, coords, strict=True):
             if split:
                 zarr.create_group(store, path=head.name)
-                write_coords(path / head.name, found, {})
+                write_coords(path / head.name, of_head, {})
             _create_array(store, head, plan, volume)
     if zarr_format == 3:
         files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
@@ -92,19 +92,19 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
 
 
 def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
-    """Delete what a previous run wrote, and put other attributes in place of its own."""
-    old = group_format(path)
+    """Delete what a previous run wrote, and replace its attributes."""
+    old_format = group_format(path)
     store = store_at(path)
-    group = zarr.open_group(store, mode="r+", zarr_format=3 if old == 3 else 2, use_consolidated=False)
+    group = zarr.open_group(store, mode="r+", zarr_format=3 if old_format == 3 else 2, use_consolidated=False)
     for name in previous.arrays:
         with contextlib.suppress(KeyError):
             del group[name]
     foreign = {k: v for k, v in dict(group.attrs).items() if k not in {ATTRIBUTE, *OME_ATTRIBUTES}}
-    given = {**foreign, **attributes}
+    merged = {**foreign, **attributes}
     if zarr_format == 3:
-        write_atomically(path / METADATA, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": given}))
+        write_atomically(path / METADATA, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": merged}))
     else:
-        write_atomically(path / ".zattrs", json.dumps(given))
+        write_atomically(path / ".zattrs", json.dumps(merged))
         write_atomically(path / ".zgroup", json.dumps({"zarr_format": 2}))
     stale = (".zgroup", ".zattrs", ".zmetadata") if zarr_format == 3 else (METADATA, ".zmetadata")
     for name in stale:
@@ -112,12 +112,12 @@ def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any
 
 
 def is_tree(heads: Sequence[Head]) -> bool:
-    """Whether heads have a group each: those of different scales cannot share coordinates."""
+    """Return whether each head has a group of its own, since heads of different scales cannot share coordinates."""
     return len({h.scale for h in heads}) > 1
 
 
 def array_paths(plan: Plan) -> list[str]:
-    """Where the heads' arrays lie in the output."""
+    """Return the paths of the heads' arrays in the output."""
     if ome_version(plan):
         groups = image_groups(plan.heads)
         return [f"{groups[head.name]}/scale0/{ARRAY}".strip("/") for head in plan.heads]
@@ -125,7 +125,7 @@ def array_paths(plan: Plan) -> list[str]:
 
 
 def channel_position(plan: Plan) -> int:
-    """Where the channel axis stands in the arrays, if there is one: first, but in an OME-Zarr after time."""
+    """Return the position of the channel axis in the arrays, if there is one: first, but in an OME-Zarr after time."""
     return len(plan.axes) - plan.spatial if ome_version(plan) else 0
 
 
@@ -148,15 +148,15 @@ def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
 
 
 WRITE_BYTES = 1 << 19
-"""Bytes that one write should have at least: smaller write units are written several at a time."""
+"""Bytes of one write at least: several smaller write units are written together."""
 
 
 class Output:
-    """The output's arrays, for tasks to write to. Heads go by their numbers.
+    """The arrays of an output, for tasks to write to. Heads are addressed by their numbers.
 
     Args:
-        path: the group.
-        plan: the plan it was created with.
+        path: group of the output.
+        plan: plan that the output was created with.
     """
 
     def __init__(self, path: Address, plan: Plan) -> None:
@@ -176,9 +176,9 @@ class Output:
 
     @contextlib.contextmanager
     def with_chunk_writers(self, threads: int) -> Iterator[None]:
-        """Let threads of zarrs write, where it is installed; not for processes that fork later."""
-        plain = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
-        self._staged = [StagedArray.open(array, threads) for array in plain]
+        """Write with threads of zarrs, if it is installed. A process with such threads must not fork."""
+        arrays = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
+        self._staged = [StagedArray.open(array, threads) for array in arrays]
         try:
             yield
         finally:
@@ -188,20 +188,20 @@ class Output:
             self._staged = [None] * len(self._arrays)
 
     def split_writes(self, head: int, box: Box) -> Iterator[Box]:
-        """Cut a box of whole write units into writes that are worth their overhead; they cover it exactly once."""
-        found = self._heads[head]
+        """Cut a box of whole write units into writes large enough for their overhead; they cover it exactly once."""
+        settings = self._heads[head]
         if (staged := self._staged[head]) is not None and not staged.by_unit:
-            # With time before channels, one index of time at a time is as it lies in memory, and need not be copied.
-            yield from box.split((*found.unit[: self._channel], *box.stop[self._channel :]))
+            # With time before channels, one index of time is contiguous in memory, and need not be copied.
+            yield from box.split((*settings.unit[: self._channel], *box.stop[self._channel :]))
             return
-        voxel = found.out_channels * np.dtype(found.out_dtype).itemsize
-        yield from box.split(worthwhile(found.unit, box.shape, WRITE_BYTES // (2 * voxel)))
+        voxel = settings.out_channels * np.dtype(settings.out_dtype).itemsize
+        yield from box.split(worthwhile(settings.unit, box.shape, WRITE_BYTES // (2 * voxel)))
 
     def write(self, head: int, box: Box, values: npt.NDArray[Any], written: WriteChecksums) -> None:
-        """Write `(C, *box.shape)`, a box of whole write units; their CRCs are told to `written`."""
-        found = box.slices()
+        """Write `(C, *box.shape)`, a box of whole write units, and add their CRCs to `written`."""
+        spatial = box.slices()
         channels = () if self._heads[head].channel_axis is None else (slice(0, len(values)),)
-        selection = (*found[: self._channel], *channels, *found[self._channel :])
+        selection = (*spatial[: self._channel], *channels, *spatial[self._channel :])
         values = np.moveaxis(values, 0, self._channel) if channels else values[0]
         staged = self._staged[head]
         if staged is None:
@@ -210,33 +210,32 @@ class Output:
         else:
             crcs = staged.write(selection, values)
         units = units_of(box, self._heads[head].unit).shape
-        found_crcs = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
-        written.add(head, box, np.moveaxis(found_crcs, self._channel, 0))
+        grid = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
+        written.add(head, box, np.moveaxis(grid, self._channel, 0))
 
     def _keys(self, head: int, selection: tuple[slice, ...]) -> Iterator[str]:
-        """Keys of the write units of a selection, in C order."""
+        """Yield the keys of the write units of a selection, in C order."""
         array = self._arrays[head]
         for position in unit_positions(array.shards or array.chunks, selection):
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
     def complete(self, details: Mapping[str, Any], ledger: Address) -> None:
-        """Have the disk take what was written, and record success in the group's attributes, for xarray consolidated.
+        """Flush the output to disk, consolidate its metadata, and mark it complete in its record.
 
-        What `oocpatch check` needs later is kept: the plan, the records of the ledger, and the CRCs of all other files.
+        The output stores what `oocpatch check` needs: the plan, the records of the ledger, and the CRCs of other files.
 
         Raises:
-            CorruptData: when one of these is not as it was made.
+            CorruptData: if a file was changed after it was written.
         """
-        found = inspect_output(self.path)
-        assert found is not None
-        self._sweep(found)
-        settings = channel_settings(self.path, found.details, found.parameters)
-        noted = write_channel_settings(
-            self.path, settings, found.details, lambda d: write_record(self.path, replace(found, details=d))
+        incomplete = require_output(self.path)
+        self._sweep(incomplete)
+        settings = channel_settings(self.path, incomplete.details, incomplete.parameters)
+        recorded = write_channel_settings(
+            self.path, settings, incomplete.details, lambda d: write_record(self.path, replace(incomplete, details=d))
         )
-        record = replace(found, details=noted)
+        record = replace(incomplete, details=recorded)
         details = {**details, "plan": json.loads(self._plan.to_json())}
-        if group_format(self.path) == 3:  # Zarr 2 has no place for what is kept
+        if group_format(self.path) == 3:  # Zarr 2 has no place for them
             details["files"] = self._files(record, ledger)
         flush(self.path)
         consolidate(self.path)
@@ -245,14 +244,14 @@ class Output:
         flush(self.path)  # before anything deletes what a resume would need
 
     def _files(self, record: OutputRecord, ledger: Address) -> dict[str, int]:
-        """The CRCs of all files that hold no write units, the ledger that is kept among them."""
+        """Store the ledger in the output, and return the CRCs of all files that are not write units."""
         verify_files(self.path, record.details)
-        kept = f"{self._paths[0]}/{LEDGER}"
-        crc = copy_ledger(ledger, self.path / kept, self._plan.blocks)
-        return {**record.details["files"], kept: crc}
+        name = f"{self._paths[0]}/{LEDGER}"
+        crc = copy_ledger(ledger, self.path / name, self._plan.blocks)
+        return {**record.details["files"], name: crc}
 
     def _sweep(self, record: OutputRecord) -> None:
-        """Delete what a crash in the middle of a chunk left: files that never got their names."""
+        """Delete the temporary files of a crash in the middle of a chunk."""
         levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
         folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, Path)]
         for left in [left for folder in folders for left in folder.rglob("*.partial")]:
@@ -266,18 +265,17 @@ Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
 
 
 def open_result(path: Address) -> Result:
-    """The output, lazy and backed by the Zarr at `path`: an array, a dataset of several heads, or a tree of heads."""
-    record = inspect_output(path)
-    assert record is not None
+    """Open an output lazily: as an array, a dataset of several heads, or a tree of heads of different scales."""
+    record = require_output(path)
     heads = record.details["heads"]
     consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
     if record.details.get("pyramids"):
-        found = {n: _finest(path, p).rename(n) for n, p in zip(heads, record.details["arrays"], strict=True)}
+        arrays = {n: _finest(path, p).rename(n) for n, p in zip(heads, record.details["arrays"], strict=True)}
         if record.details["tree"]:
-            result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in found.items()})
+            result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in arrays.items()})
         else:
-            result = found[heads[0]] if len(heads) == 1 else xarray.Dataset(found)
+            result = arrays[heads[0]] if len(heads) == 1 else xarray.Dataset(arrays)
     elif record.details["tree"]:
         result = xarray.open_datatree(readable(path), engine="zarr", consolidated=consolidated)
     else:
@@ -290,9 +288,9 @@ def open_result(path: Address) -> Result:
 
 
 def _finest(path: Address, array: str) -> xarray.DataArray:
-    """The finest level of an image."""
+    """Open the finest level of an image."""
     parent, _, name = array.rpartition("/")
-    # Of Zarr 2, xarray takes the fill value for missing data.
-    opened = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=group_format(path) == 3)
-    found: xarray.DataArray = opened[name]
-    return found
+    # In Zarr 2, xarray interprets the fill value as missing data.
+    dataset = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=group_format(path) == 3)
+    level: xarray.DataArray = dataset[name]
+    return level

@@ -1,13 +1,13 @@
-"""The coarser levels of an OME-Zarr output, made of the finest one when the engine has written it.
+"""The coarser levels of an OME-Zarr output, computed from the finest one after the engine has written it.
 
 ```text
  scale0 --2 x 2 x 2 voxels: mean, or mode of labels--> scale1 --the same--> scale2 ...
 ```
 
-Level by level, each from the stored one above, region by region of whole write units, so that memory does not grow with
-the output. Every region depends on the level above alone and is written by one task: done twice, it has the same
-bytes. What is done is noted in the workspace, after it is written. Part of a run, which is complete when its pyramids
-are; knows nothing of plans, models and blocks but where the arrays are.
+Each level is computed from the stored level above, region by region of whole write units, so that memory does not grow
+with the output. A region depends only on the level above and is written by one task, so writing it twice gives the same
+bytes. The number of written regions is recorded in the workspace after they are written. A run is complete when its
+pyramids are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import zarr
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.outputs.ome_zarr import ome_version
-from oocpatch.outputs.record import inspect_output
+from oocpatch.outputs.record import require_output
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid_levels import pieces, regions, task_memory
@@ -41,18 +41,18 @@ from oocpatch.storage.zarrs_codec import StagedArray, ZarrsArray
 
 Array = npt.NDArray[Any]
 
-NOTE_SECONDS = 2.0
-"""How often it is noted what is done."""
+SAVE_SECONDS = 2.0
+"""Seconds between two records of the progress."""
 
 MOST_WORKERS = 4
 OVERHEAD = 1 << 20
-"""Bytes for what is not counted one by one."""
+"""Bytes for everything that is not counted by itself."""
 
 
 def mean(values: Array, step: Ints) -> Array:
-    """The mean of each `step` of voxels, in float64; integers are rounded half to even.
+    """Return the mean of each `step` of voxels, in float64; integers are rounded half to even.
 
-    An odd voxel at the end stands for itself.
+    An odd voxel at the end is used alone.
 
     >>> mean(np.array([[0, 1, 10], [2, 5, 20]], np.uint8), (2, 2)).tolist()
     [[2, 15]]
@@ -66,7 +66,7 @@ def mean(values: Array, step: Ints) -> Array:
 
 
 def mode(values: Array, step: Ints) -> Array:
-    """The most frequent label among each `step` of voxels, the smallest of equals.
+    """Return the most frequent label in each `step` of voxels, the smallest of equally frequent ones.
 
     >>> mode(np.array([[7, 7, 3], [2, 1, 3]]), (2, 2)).tolist(), mode(np.array([[4, 2]]), (1, 2)).tolist()
     ([[7, 3]], [[2]])
@@ -84,10 +84,10 @@ def mode(values: Array, step: Ints) -> Array:
 
 
 def _parts(values: Array, step: Ints) -> Iterator[Array]:
-    """The first, second, ... voxel of each step; where there is none, the one before it along that axis."""
+    """Yield the first, second, ... voxel of each step; the last voxel of an odd axis is repeated."""
     short = [(0, -n % f) for n, f in zip(values.shape, step, strict=True)]
     if any(end for _, end in short):
-        values = np.pad(values, short, mode="edge")  # twice the same counts as once
+        values = np.pad(values, short, mode="edge")  # repeating a voxel changes neither mean nor mode
     for offsets in itertools.product(*map(range, step)):
         yield values[tuple(slice(o, None, f) for o, f in zip(offsets, step, strict=True))]
 
@@ -97,21 +97,21 @@ METHODS: dict[str, Callable[[Array, Ints], Array]] = {"mean": mean, "mode": mode
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One level that is made of the one above it.
+    """A level that is computed from the one above it.
 
     Attributes:
-        above, array: the arrays.
-        step: voxels of the one above per voxel, per axis.
-        method: how they become one.
-        above_coder, staged: the same arrays, coded by zarrs where that can be.
+        above, array: arrays of the level above and of this one.
+        step: voxels of the level above per voxel, per axis.
+        method: `mean` or `mode`.
+        reader, writer: the same arrays, coded by zarrs if possible.
     """
 
     above: zarr.Array[Any]
     array: zarr.Array[Any]
     step: Ints
     method: str
-    above_coder: ZarrsArray | None = None
-    staged: StagedArray | None = None
+    reader: ZarrsArray | None = None
+    writer: StagedArray | None = None
 
     @classmethod
     def open(cls, path: Address, above: str, level: str, method: str) -> Level:
@@ -126,32 +126,32 @@ class Level:
 
     @property
     def region(self) -> Ints:
-        """Shape of what one task writes."""
+        """Shape of the region that one task writes."""
         return regions(self.array.shape, self.unit, sharded=self.array.shards is not None)
 
     @property
-    def regions(self) -> int:
-        """How many there are."""
+    def num_regions(self) -> int:
+        """Number of regions."""
         return math.prod(-(-n // r) for n, r in zip(self.array.shape, self.region, strict=True))
 
     @property
     def memory(self) -> int:
-        """Bytes that one task adds."""
+        """Bytes that one task needs."""
         above, itemsize = tuple(self.above.chunks), self.array.dtype.itemsize
         return OVERHEAD + task_memory(self.array.shape, above, self.unit, self.step, itemsize)
 
-    def make(self, region: Box) -> None:
+    def build(self, region: Box) -> None:
         """Compute and write one region. Idempotent: writes only its own, whole write units."""
-        out = self._computed(region)
-        if self.staged is None:
+        out = self._compute(region)
+        if self.writer is None:
             self.array[region.slices()] = out
         else:
-            self.staged.write(region.slices(), out)
+            self.writer.write(region.slices(), out)
 
     def compare(self, region: Box) -> Iterator[tuple[Box, str]]:
-        """The write units of a region, each with what is wrong with it, if anything."""
+        """Yield the write units of a region, each with its problem; an empty text if there is none."""
         guard = ChunkGuard.of(self.array)
-        expected = self._computed(region)
+        expected = self._compute(region)
         for unit in region.split(self.unit):
             try:
                 if guard is not None:
@@ -160,10 +160,11 @@ class Level:
             except (OSError, ValueError, RuntimeError) as error:
                 yield unit, f"cannot be read ({type(error).__name__})"
                 continue
-            same = stored.tobytes() == expected[unit.slices(region.start)].tobytes()
-            yield unit, "" if same else "is not what the level above gives"
+            is_equal = stored.tobytes() == expected[unit.slices(region.start)].tobytes()
+            yield unit, "" if is_equal else "is not what the level above gives"
 
-    def _computed(self, region: Box) -> Array:
+    def _compute(self, region: Box) -> Array:
+        """Compute a region, piece by piece."""
         out = np.empty(region.shape, self.array.dtype)
         for piece in region.split(pieces(self.region, tuple(self.above.chunks), self.step)):
             starts = (a * f for a, f in zip(piece.start, self.step, strict=True))
@@ -173,48 +174,47 @@ class Level:
         return out
 
     def _read(self, selection: tuple[slice, ...]) -> Array:
-        if self.above_coder is None:
+        if self.reader is None:
             return np.asarray(self.above[selection])
         out = np.empty([s.stop - s.start for s in selection], self.above.dtype)
-        self.above_coder.read_into(out, selection)
+        self.reader.read_into(out, selection)
         return out
 
     @contextlib.contextmanager
     def with_zarrs(self, threads: int) -> Iterator[Level]:
-        """The same level, coded by threads of zarrs where it is installed."""
-        staged = StagedArray.open(self.array, threads)
+        """Return the same level, coded by threads of zarrs if it is installed."""
+        writer = StagedArray.open(self.array, threads)
         try:
-            yield replace(self, above_coder=ZarrsArray.open(self.above, threads), staged=staged)
+            yield replace(self, reader=ZarrsArray.open(self.above, threads), writer=writer)
         finally:
-            if staged is not None:
-                staged.close()
+            if writer is not None:
+                writer.close()
 
 
 class PyramidProgress:
-    """How many regions of each level are done, in a file of the workspace."""
+    """The number of written regions of each level, in a file of the workspace."""
 
     def __init__(self, path: Address) -> None:
         self._path = path
         self._done: dict[str, int] = {}
-        self._written = time.monotonic()
-        with contextlib.suppress(OSError, ValueError):  # what cannot be read is done again
+        self._saved = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # without the file, the regions are written again
             self._done = {str(k): int(v) for k, v in json.loads(path.read_text()).items()}
 
     def done(self, level: str) -> int:
         return self._done.get(level, 0)
 
-    def note(self, level: str, count: int, *, now: bool = False) -> None:
-        """Note that the first `count` regions are written."""
+    def update(self, level: str, count: int, *, now: bool = False) -> None:
+        """Record that the first `count` regions of a level are written."""
         self._done[level] = count
-        if now or time.monotonic() - self._written > NOTE_SECONDS:
+        if now or time.monotonic() - self._saved > SAVE_SECONDS:
             write_atomically(self._path, json.dumps(self._done))
-            self._written = time.monotonic()
+            self._saved = time.monotonic()
 
 
-def levels_of(path: Address) -> Iterator[tuple[str, Level]]:
-    """All levels of an output's pyramids that are to be made, those above first, with their names."""
-    record = inspect_output(path)
-    assert record is not None
+def coarser_levels(path: Address) -> Iterator[tuple[str, Level]]:
+    """Yield the names and levels of an output's pyramids without the finest ones, each after the level above it."""
+    record = require_output(path)
     for pyramid in record.details.get("pyramids", ()):
         names: Sequence[str] = pyramid["levels"]
         for above, name in itertools.pairwise(names):
@@ -222,19 +222,19 @@ def levels_of(path: Address) -> Iterator[tuple[str, Level]]:
 
 
 def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
-    """The write units of an output's coarser levels: array, key, voxels, and what is wrong, if anything.
+    """Compare the write units of an output's coarser levels with the levels above: array, key, box and problem.
 
-    A level below a damaged one is left out: it follows from what was there before.
+    The problem is empty if there is none. A level below a damaged one is left out, since it cannot be compared.
     """
     damaged: set[str] = set()
-    for name, level in levels_of(output):
+    for name, level in coarser_levels(output):
         if level.above.path in damaged:
             damaged.add(name)
             continue
         for region in Box.of_shape(level.array.shape).split(level.region):
             for unit, problem in level.compare(region):
-                place = tuple(a // n for a, n in zip(unit.start, level.unit, strict=True))
-                yield name, level.array.metadata.encode_chunk_key(place), unit, problem
+                position = tuple(a // n for a, n in zip(unit.start, level.unit, strict=True))
+                yield name, level.array.metadata.encode_chunk_key(position), unit, problem
                 if problem:
                     damaged.add(name)
 
@@ -242,48 +242,48 @@ def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
 def build_pyramids(
     output: Address, workspace: Address, *, max_memory: int, workers: int, progress: str | bool = "none"
 ) -> None:
-    """Make what is not yet made of an output's pyramids; nothing where it has none.
+    """Build the missing part of an output's pyramids, if it has any.
 
     Args:
         output: the output; its finest levels are complete.
-        workspace: where it is noted what is done.
-        max_memory: bytes that it may add to this process.
-        workers: regions at a time, if the memory is enough.
-        progress: how to tell how far it is.
+        workspace: the workspace, which records the progress.
+        max_memory: limit in bytes.
+        workers: number of regions at a time, if the memory suffices.
+        progress: display of the progress.
     """
-    notes = PyramidProgress(workspace / "pyramids.json")
-    levels = list(levels_of(output))
-    total = sum(level.regions for _, level in levels)
-    done = sum(min(notes.done(name), level.regions) for name, level in levels)
+    saved = PyramidProgress(workspace / "pyramids.json")
+    levels = list(coarser_levels(output))
+    total = sum(level.num_regions for _, level in levels)
+    done = sum(min(saved.done(name), level.num_regions) for name, level in levels)
     if done == total:
         return
     each = sum(level.array.nbytes for _, level in levels) / total
-    with show_progress(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as tell:
+    with show_progress(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as advance:
         for name, level in levels:
-            if notes.done(name) < level.regions:
+            if saved.done(name) < level.num_regions:
                 at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))
-                _build(name, level, notes, at_a_time, tell)
+                _build(name, level, saved, at_a_time, advance)
 
 
-def _build(name: str, level: Level, notes: PyramidProgress, at_a_time: int, tell: Callable[[int], None]) -> None:
-    """Make what is left of one level."""
-    done = notes.done(name)
+def _build(name: str, level: Level, saved: PyramidProgress, at_a_time: int, advance: Callable[[int], None]) -> None:
+    """Build the missing part of one level."""
+    done = saved.done(name)
     boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
     with level.with_zarrs(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
-        make = with_retries(coded.make)
+        build = with_retries(coded.build)
         while group := list(itertools.islice(boxes, at_a_time)):
-            list(pool.map(make, group))
+            list(pool.map(build, group))
             done += len(group)
-            notes.note(name, done)
-            tell(len(group))
-    notes.note(name, level.regions, now=True)
+            saved.update(name, done)
+            advance(len(group))
+    saved.update(name, level.num_regions, now=True)
 
 
 def with_pyramids(plan: Plan, max_memory: int) -> Plan:
-    """The plan, with what its pyramids need.
+    """Return the plan with the memory that its pyramids need.
 
     Raises:
-        PlanTooLarge: when that is more than is allowed.
+        PlanTooLarge: if that exceeds the limit.
     """
     if ome_version(plan) is None:
         return plan
@@ -297,13 +297,16 @@ def with_pyramids(plan: Plan, max_memory: int) -> Plan:
 
 
 def _task_memory(plan: Plan, number: int) -> int:
+    """Return the bytes that a task of the finest coarser level of a head needs."""
     head, looped = plan.heads[number], len(plan.axes) - plan.spatial
     shape = tuple(-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True))
     channel = () if head.channel_axis is None else (1,)
 
-    def laid(sizes: Ints, channels: Ints = channel) -> Ints:
+    def with_channel(sizes: Ints, channels: Ints = channel) -> Ints:
         return (*sizes[:looped], *channels, *sizes[looped:])
 
-    step = laid((1,) * looped + (2,) * plan.spatial)
-    full = laid(shape, (head.out_channels,) if channel else ())
-    return task_memory(full, laid(head.chunks), laid(head.unit), step, np.dtype(head.out_dtype).itemsize)
+    step = with_channel((1,) * looped + (2,) * plan.spatial)
+    full = with_channel(shape, (head.out_channels,) if channel else ())
+    return task_memory(
+        full, with_channel(head.chunks), with_channel(head.unit), step, np.dtype(head.out_dtype).itemsize
+    )

@@ -1,4 +1,4 @@
-"""What an output says of itself: the attribute `oocpatch` of its group, found and put anew in one atomic step."""
+"""The record of an output: the attribute `oocpatch` of its group, read, and replaced atomically."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ METADATA = "zarr.json"
 
 @dataclass(frozen=True, slots=True)
 class OutputRecord:
-    """What an output says of itself.
+    """The record of an output.
 
     Attributes:
-        run_id: the run that wrote it.
-        complete: whether that run is done.
-        parameters: its fingerprint.
-        workspace: address of its workspace.
-        arrays: names of what it wrote.
-        details: facts for people: number of patches, uncovered voxels, versions.
+        run_id: id of the run that wrote it.
+        complete: whether that run is complete.
+        parameters: parameters of the run, which are its fingerprint.
+        workspace: address of the run's workspace.
+        arrays: names of the arrays and groups that the run wrote.
+        details: other facts: number of patches, uncovered voxels, versions.
     """
 
     run_id: str
@@ -42,28 +42,27 @@ class OutputRecord:
     details: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON has it."""
+        """Return the record as JSON stores it."""
         names = ("run_id", "complete", "parameters", "workspace", "arrays", "details")
         return {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in names}
 
 
 def inspect_output(path: Address) -> OutputRecord | None:
-    """What lies at the output's place; None when nothing does.
+    """Return the record of the output at a path; None if there is nothing.
 
     Raises:
-        OutputExists: when it is something that oocpatch did not write.
+        OutputExists: if there is something that oocpatch did not write.
     """
     if not path.exists():
         return None
     if not path.is_dir():
         raise OutputExists(f"output must be a new path or an output of oocpatch, but {path} is a file")
     if isinstance(path, Path) and all(p.name.endswith(".partial") for p in path.iterdir()):
-        return None  # an empty directory, or one whose first file a crash kept from its name
+        return None  # an empty directory, or a crash before its first file was renamed
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
         group = zarr.open_group(store_at(path), mode="r", zarr_format=group_format(path), use_consolidated=False)
-        record = group.attrs[ATTRIBUTE]
-        assert isinstance(record, dict)
+        record: Any = group.attrs[ATTRIBUTE]
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
     except Exception as error:
         if says_nothing(error, path):
@@ -72,10 +71,10 @@ def inspect_output(path: Address) -> OutputRecord | None:
 
 
 def find_output(path: Address) -> OutputRecord | None:
-    """What lies at a place that is only looked at; None when nothing does.
+    """Return the record of an output that is only read; None if there is nothing.
 
     Raises:
-        OutputExists: when it is something that oocpatch did not write.
+        OutputExists: if there is something that oocpatch did not write.
     """
     try:
         return inspect_output(path)
@@ -83,28 +82,44 @@ def find_output(path: Address) -> OutputRecord | None:
         raise OutputExists(f"output must be one that oocpatch wrote, but {path} holds other data") from error
 
 
+def require_output(path: Address) -> OutputRecord:
+    """Return the record of an output that must be there.
+
+    Raises:
+        CorruptData: if there is none.
+    """
+    record = inspect_output(path)
+    if record is None:
+        raise CorruptData(f"the output {path} was deleted while it was in use; run the same call again")
+    return record
+
+
 def group_format(path: Address) -> Literal[2, 3]:
-    """Zarr's format of a group; where a crash left both, the newer."""
+    """Return the Zarr format of a group; the newer one if a crash left metadata of both."""
     return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
 
 
 def array_path(record: OutputRecord, head: str) -> str:
-    """Where a head's array lies, by what the output says of itself."""
+    """Return the path of a head's array in the output."""
     details = record.details
     return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
 def write_record(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
-    """Put a record into the group's metadata, in one atomic step, and let consolidated ones list only what it lists.
+    """Replace the record in the group's metadata, atomically.
 
-    With `omero`, also how the channels of the group's image are shown.
+    Args:
+        path: the output.
+        record: its new record.
+        consolidated: whether to keep consolidated metadata, of the members that the record lists.
+        omero: display settings of the group's image, if it has any.
 
     Raises:
-        CorruptData: when the metadata is not what was written.
+        CorruptData: if the metadata were changed after they were written.
     """
     try:
         if group_format(path) == 2:
-            _rewrite_old(path, record, omero)
+            _write_record_v2(path, record, omero)
             return
         file = path / METADATA
         metadata = json.loads(file.read_text())
@@ -119,16 +134,16 @@ def write_record(path: Address, record: OutputRecord, *, consolidated: bool = Fa
         ) from error
     metadata.pop("consolidated_metadata", None)
     if consolidated:
-        _keep(members, record)
+        _keep_listed(members, record)
         metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
         metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
     write_atomically(file, json.dumps(metadata, indent=2))
 
 
-def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
-    """The same for Zarr 2, whose consolidated metadata is a file of its own."""
+def _write_record_v2(path: Address, record: OutputRecord, omero: Any) -> None:
+    """Replace the record of a group of Zarr 2, whose consolidated metadata are a file of their own."""
     consolidated = json.loads((path / ".zmetadata").read_text())
-    _keep(consolidated["metadata"], record, {".zattrs", ".zgroup"})
+    _keep_listed(consolidated["metadata"], record, {".zattrs", ".zgroup"})
     attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: record.to_dict()}
     attributes = with_omero(attributes, omero) if omero else attributes
     consolidated["metadata"][".zattrs"] = attributes
@@ -136,8 +151,8 @@ def _rewrite_old(path: Address, record: OutputRecord, omero: Any) -> None:
     write_atomically(path / ".zattrs", json.dumps(attributes, indent=2))
 
 
-def _keep(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop what the record does not list; labels that lie beside an image are listed with it, whoever wrote them."""
-    beside = {"labels"} if record.details.get("pyramids") else set()
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others, *beside}]:
+def _keep_listed(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
+    """Drop members that the record does not list, except labels of its image, which other programs may have written."""
+    labels = {"labels"} if record.details.get("pyramids") else set()
+    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others, *labels}]:
         del members[name]

@@ -1,8 +1,8 @@
-"""The CRC of each write unit of the output, taken while it is written.
+"""CRCs of the write units of the output, computed while they are written.
 
-It is that of the stored file, so that every flipped bit shows, and looking needs no codec. A unit that holds nothing
-but the fill value has no file, and the CRC 0. What a stage of a block wrote is told in one text, for its record in the
-ledger: the CRCs of all units in the boxes that the stage is answerable for, head by head, in C order.
+The CRC of a unit is that of its stored file, so it detects every flipped bit, and verifying needs no codec. A unit that
+contains only the fill value has no file, and the CRC 0. The CRCs of a stage of a block are packed into one text for its
+record in the ledger: those of all units in the boxes that the stage writes, head by head, in C order.
 """
 
 from __future__ import annotations
@@ -33,68 +33,70 @@ Crcs = npt.NDArray[np.uint32]
 
 
 class ChecksumStore(Wrapper):
-    """A store that notes the CRC of whatever is written to it, as it goes by."""
+    """A store that computes the CRC of each file written to it."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self._crcs: dict[str, int] = {}
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a file, and note its CRC."""
+        """Write a file and remember its CRC."""
         self._crcs[key] = checksum(value.as_numpy_array()) or 1
         await super().set(key, value)
 
     def pop(self, key: str) -> int:
-        """The CRC of what was written last under a key; 0: nothing was."""
+        """Remove and return the CRC of the file written last under a key; 0 if none was."""
         return self._crcs.pop(key, ABSENT)
 
 
 class WriteChecksums:
-    """What one task wrote to the output; safe to be told by several threads.
+    """CRCs of the write units that one task writes; several threads may add to them.
 
     Args:
         plan: the plan.
         stage: `predict` or `normalize`.
-        block: the block.
+        block: index of the block.
     """
 
     def __init__(self, plan: Plan, stage: str, block: int) -> None:
         self._plan = plan
         self._boxes = unit_boxes(plan, stage, block)
-        self._parts: list[tuple[int, Box, Crcs]] = []
+        self._writes: list[tuple[int, Box, Crcs]] = []
 
     def add(self, head: int, box: Box, crcs: Crcs) -> None:
-        """Note a write of whole units: their CRCs, `(C, *units of the box)`."""
-        self._parts.append((head, box, crcs))
+        """Add the CRCs of a write of whole units: `(C, *units of the box)`."""
+        self._writes.append((head, box, crcs))
 
     def pack(self) -> str:
-        """The CRCs of all units that the stage is answerable for; what was not written is not stored."""
-        found = []
+        """Return the CRCs of all units that the stage writes as a text; units that were not written have the CRC 0."""
+        packed = []
         for head, box in self._boxes:
             unit = self._plan.heads[head].unit
             whole = units_of(box, unit)
             crcs = np.zeros((self._plan.heads[head].out_channels, *whole.shape), np.uint32)
-            for number, part, values in self._parts:
-                if number == head and not (part & box).empty:
-                    crcs[(slice(None), *units_of(part, unit).slices(whole.start))] = values
-            found.append(crcs.astype("<u4").tobytes())
-        return base64.b64encode(b"".join(found)).decode()
+            for number, written, values in self._writes:
+                if number == head and not (written & box).empty:
+                    crcs[(slice(None), *units_of(written, unit).slices(whole.start))] = values
+            packed.append(crcs.astype("<u4").tobytes())
+        return base64.b64encode(b"".join(packed)).decode()
 
 
 def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
-    """The boxes of the output that a stage of a block writes, each with the number of its head."""
-    found = []
-    for number, frame in enumerate(plan.frames):
-        one = frame[block]
-        found += [(number, box) for box in ((one.direct,) if stage == "predict" else one.open_boxes) if not box.empty]
-    return found
+    """Return the boxes of the output that a stage of a block writes, each with the number of its head."""
+    blocks = [frame[block] for frame in plan.frames]
+    return [
+        (number, box)
+        for number, of_head in enumerate(blocks)
+        for box in ((of_head.direct,) if stage == "predict" else of_head.open_boxes)
+        if not box.empty
+    ]
 
 
 def unpack(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:
-    """What `WriteChecksums` told: head, position in the grid of units with the channel first, and CRC of each unit.
+    """Yield the head, the position in the grid of units (channel first) and the CRC of each unit that was packed.
 
     Raises:
-        ValueError: when it is not of this stage of this block.
+        ValueError: if the text is not of this stage of this block.
     """
     try:
         crcs = np.frombuffer(base64.b64decode(packed, validate=True), "<u4")
@@ -114,7 +116,7 @@ def unpack(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[in
 
 
 def units_of(box: Box, unit: Sequence[int]) -> Box:
-    """A box in units instead of voxels.
+    """Convert a box from voxels to units.
 
     >>> units_of(Box((8, 0), (20, 3)), (4, 4))
     Box(start=(2, 0), stop=(5, 1))
