@@ -1,7 +1,7 @@
-"""The grid sampler: patches on a regular grid, for dense inference with a loop of one's own.
+"""The grid sampler: patches on a regular grid, for dense inference in the user's own loop.
 
-Locations are arithmetic: a grid of a million patches is as small as a grid of two. They are in the frame of the
-unpadded volume, so starts are negative where a `padding_mode` lets patches begin outside it.
+Locations are computed when needed: a grid of a million patches takes as much memory as a grid of two. They are in the
+frame of the unpadded volume, so starts are negative if a `padding_mode` lets patches begin outside it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from oocpatch.planning.arguments import per_axis
-from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.grid import PatchGrid, PatchLocation
 from oocpatch.sampling.subject import Subject, read_patches
+from oocpatch.volumes.volume import checked_padding_mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Locations(Sequence[PatchLocation]):
-    """Locations of a grid, all or some, made when they are asked for.
+    """All or some locations of a grid, computed when they are needed.
 
     Attributes:
-        grid: where patches lie.
-        numbers: which patches of the grid, by number; a range or an array of int64.
+        grid: grid of patches.
+        numbers: numbers of the patches in the grid; a range or an array of int64.
 
     >>> locations = Locations(PatchGrid.of((10,), (4,), (2,)), range(4))
     >>> [location.index for location in locations[1:3]]
@@ -60,7 +60,7 @@ class GridSampler(Dataset[Subject]):
     """The patches of a regular grid: a map-style `Dataset` of known length, with random access.
 
     Args:
-        subject: where the patches lie; read only patch by patch.
+        subject: subject to read from, patch by patch.
         patch_size: in voxels.
         patch_overlap: voxels that adjacent patches share, in total; even.
         padding_mode: `constant`, `edge`, `reflect`, `symmetric` or `wrap`: patches begin half an overlap before the
@@ -75,7 +75,7 @@ class GridSampler(Dataset[Subject]):
     >>> len(sampler), sampler[1].t1.data.tolist(), sampler[1].patch_location.index
     (4, [[2, 3, 4, 5]], (2,))
 
-    An interrupted loop goes on with what is left:
+    An interrupted loop continues with the remaining patches:
 
     >>> rest = sampler.without({sampler.locations[0], sampler.locations[2]})
     >>> [location.index for location in rest.locations]
@@ -94,10 +94,8 @@ class GridSampler(Dataset[Subject]):
         self.subject = subject
         self.patch_size = per_axis("patch_size", patch_size, axes, least=1)
         self.patch_overlap = per_axis("patch_overlap", patch_overlap, axes)
-        self.padding_mode = padding_mode
+        self.padding_mode = checked_padding_mode(padding_mode)
         self.fill = fill
-        if padding_mode is not None and padding_mode not in PADDING_MODES:
-            raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
         grid = PatchGrid.of(shape, self.patch_size, self.patch_overlap, padded=padding_mode is not None)
         if any(overlap % 2 for overlap in self.patch_overlap):
             raise ValueError(f"patch_overlap must be even on every axis, got {self.patch_overlap}")
@@ -114,15 +112,15 @@ class GridSampler(Dataset[Subject]):
         )
 
     def without(self, done: Container[PatchLocation]) -> Self:
-        """The same sampler without the patches at some locations, such as those of a loop that was interrupted.
+        """Return the same sampler without the patches at some locations, such as those of an interrupted loop.
 
-        Takes eight bytes per patch that is left.
+        Takes eight bytes per remaining patch.
         """
         numbers = self.locations.numbers
-        left = (n for n, place in zip(numbers, self.locations, strict=True) if place not in done)
-        rest = copy.copy(self)
-        rest.locations = Locations(self.locations.grid, np.fromiter(left, np.int64))
-        return rest
+        remaining = (n for n, location in zip(numbers, self.locations, strict=True) if location not in done)
+        sampler = copy.copy(self)
+        sampler.locations = Locations(self.locations.grid, np.fromiter(remaining, np.int64))
+        return sampler
 
     def __len__(self) -> int:
         return len(self.locations)

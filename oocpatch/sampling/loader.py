@@ -1,4 +1,4 @@
-"""Batches: patches stacked by a `DataLoader`, plain or ours.
+"""Batches: patches stacked by a `DataLoader` or a `SubjectsLoader`.
 
 ```text
  patch.t1.data (C, *patch)  ... B of them ...  -->  batch.t1.data (B, C, *patch)
@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-# Torch documents this map as the place to register types in; it has no public name for it.
+# The documentation of `default_collate` names this map as the place to register types; torch has no public name for it.
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from oocpatch.sampling.random_streams import Passes
+from oocpatch.sampling.random_streams import EpochCounter
 from oocpatch.sampling.subject import LoadedVolume, Subject
 
 
@@ -39,7 +39,7 @@ class VolumeBatch:
 
 @dataclass(slots=True, eq=False)
 class SubjectsBatch:
-    """Patches stacked volume by volume; what is not a volume is a list with one value per patch.
+    """Patches stacked volume by volume, and metadata as lists with one value per patch.
 
     Both are attributes and items: `batch.t1.data`, `batch["t1"]`, `batch.patch_location`.
 
@@ -57,7 +57,7 @@ class SubjectsBatch:
         """Stack subjects.
 
         Raises:
-            ValueError: when their names or shapes differ, or a volume is not in memory.
+            ValueError: if their names or shapes differ, or a volume is not in memory.
         """
         first = subjects[0]
         for subject in subjects:
@@ -67,7 +67,7 @@ class SubjectsBatch:
                     f"{[*first.images, *first.metadata]} and {[*subject.images, *subject.metadata]}"
                 )
         return cls(
-            {name: VolumeBatch(_stacked(name, [subject[name] for subject in subjects])) for name in first.images},
+            {name: VolumeBatch(_stack(name, [subject[name] for subject in subjects])) for name in first.images},
             {name: [subject[name] for subject in subjects] for name in first.metadata},
         )
 
@@ -90,20 +90,22 @@ class SubjectsBatch:
         return len(next(iter(self.images.values())).data)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the tensors, as `torch.Tensor.to` does; the batch itself."""
+        """Move or cast the tensors in place, as `torch.Tensor.to` does, and return the batch."""
         return self._each(lambda data: data.to(*args, **kwargs))
 
     def pin_memory(self) -> Self:
-        """Pin the tensors, for `DataLoader(pin_memory=True)`; the batch itself."""
+        """Pin the tensors in place, for `DataLoader(pin_memory=True)`, and return the batch."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Change the tensor of each volume."""
         for volume in self.images.values():
             volume.data = change(volume.data)
         return self
 
 
-def _stacked(name: str, volumes: Sequence[Any]) -> torch.Tensor:
+def _stack(name: str, volumes: Sequence[Any]) -> torch.Tensor:
+    """Stack volumes in memory of one shape."""
     if not all(isinstance(volume, LoadedVolume) for volume in volumes):
         raise ValueError(f"the volumes of a batch must be in memory, but {name!r} is not; load() it, or use a sampler")
     shapes = sorted({tuple(volume.data.shape) for volume in volumes})
@@ -123,10 +125,10 @@ default_collate_fn_map[Subject] = _collate
 
 
 class SubjectsLoader(DataLoader[Any]):
-    """A `DataLoader` of patches; it takes what `torch.utils.data.DataLoader` takes.
+    """A `DataLoader` of patches, with the arguments of `torch.utils.data.DataLoader`.
 
-    A plain one works as well. This one also counts its passes for seeded samplers and queues: workers that start afresh
-    for each pass would otherwise all draw the patches of the first, unless `set_epoch` is called.
+    A plain one works as well. This one also counts its passes for seeded samplers and queues: with a plain one, workers
+    that are started for each pass all draw the patches of the first, unless `set_epoch` is called.
 
     >>> from oocpatch.sampling.uniform import UniformSampler
     >>> sampler = UniformSampler(Subject(t1=torch.zeros(1, 9, 9)), patch_size=4, num_patches=3)
@@ -135,7 +137,7 @@ class SubjectsLoader(DataLoader[Any]):
     """
 
     def __iter__(self) -> Any:
-        passes = getattr(self.dataset, "passes", None)
-        if self.num_workers and isinstance(passes, Passes):
-            passes.announce()
+        epochs = getattr(self.dataset, "epochs", None)
+        if self.num_workers and isinstance(epochs, EpochCounter):
+            epochs.announce()
         return super().__iter__()

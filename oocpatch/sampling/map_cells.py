@@ -1,6 +1,6 @@
-"""Cells: how the voxels that can be the centre of a patch are cut up, so that drawing one reads little of a map.
+"""Cells: a partition of the voxels that can be the centre of a patch, so that a draw reads only a small part of a map.
 
-A cell is one chunk of the map, or a few small ones, as far as its voxels can be the centre of a patch:
+A cell is the voxels of one chunk of the map, or of several small ones, that can be the centre of a patch:
 
 ```text
  map       |  chunk 0  |  chunk 1  |  chunk 2  |  chunk 3  |
@@ -24,12 +24,12 @@ import numpy.typing as npt
 from oocpatch.planning.box import Box, Ints, worthwhile
 
 CELL_VOXELS = 1 << 16
-"""Voxels that a cell has at least: smaller chunks are taken together."""
+"""Voxels of a cell at least: smaller chunks are combined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The multiples of `step` within `box`, numbered in C order; they cover the box exactly once.
+    """A box cut at multiples of `step` into cells, numbered in C order; they cover the box exactly once.
 
     >>> cells = Cells(Box((2,), (9,)), (4,))
     >>> [cells[i] for i in range(len(cells))]
@@ -41,7 +41,7 @@ class Cells:
 
     @classmethod
     def of_centres(cls, shape: Ints, chunks: Ints, patch_size: Ints) -> Cells:
-        """The cells of a map in which patches of a size can be centred; a patch's centre is its corner + size // 2."""
+        """Return the cells of the centres of patches; the centre of a patch is its corner + size // 2."""
         start = tuple(p // 2 for p in patch_size)
         stop = tuple(s + n - p + 1 for s, n, p in zip(start, shape, patch_size, strict=True))
         return cls(Box(start, stop), worthwhile(chunks, shape, CELL_VOXELS))
@@ -56,58 +56,58 @@ class Cells:
         return math.prod(self.counts)
 
     def __getitem__(self, index: int) -> Box:
-        places = np.unravel_index(index, self.counts)
+        position = np.unravel_index(index, self.counts)
         corner = tuple(
-            (a // step + int(i)) * step for a, step, i in zip(self.box.start, self.step, places, strict=True)
+            (a // step + int(i)) * step for a, step, i in zip(self.box.start, self.step, position, strict=True)
         )
         return Box(corner, tuple(c + s for c, s in zip(corner, self.step, strict=True))) & self.box
 
 
 def pick(sums: npt.NDArray[np.float64], u: float) -> int:
-    """The index drawn by `u`, uniform in `[0, 1)`, each with a probability proportional to its mass.
+    """Return the index selected by `u` from `[0, 1)`, each with a probability proportional to its mass.
 
-    Exact in float64, and never an index without mass.
+    Exact in float64; an index without mass is never selected.
 
     Args:
         sums: cumulative sums of the masses, the last one above zero.
-        u: what decides.
+        u: a uniform random number.
 
     >>> [pick(np.array([0.0, 1.0, 1.0, 4.0, 4.0]), u) for u in (0.0, 0.24, 0.26, 0.999)]
     [1, 1, 3, 3]
     """
     index = np.searchsorted(sums, u * sums[-1], side="right")
-    # u * total may round up to the total: then it is the last index with mass
+    # u * total may round up to the total, which selects the last index with mass
     return int(min(index, np.searchsorted(sums, sums[-1], side="left")))
 
 
 class RecentCells:
-    """The voxels of the cells that were read last, as many as fit; safe to use from several threads.
+    """A cache of the voxels of the cells that were read last; safe to use from several threads.
 
     Args:
-        limit: bytes. The last cell read is kept even if it is larger.
+        limit: size in bytes. The last cell is cached even if it is larger.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._bytes = 0
-        self._kept: OrderedDict[tuple[Hashable, int], npt.NDArray[Any]] = OrderedDict()
+        self._cache: OrderedDict[tuple[Hashable, int], npt.NDArray[Any]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, volume: Hashable, cell: int, read: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """The voxels of a cell of a volume, read if they are not here."""
+        """Return the voxels of a cell of a volume from the cache, else read them."""
         key = (volume, cell)
         with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
         values = read()
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = values
+            if key not in self._cache:
+                self._cache[key] = values
                 self._bytes += values.nbytes
-            while self._bytes > self._limit and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+            while self._bytes > self._limit and len(self._cache) > 1:
+                self._bytes -= self._cache.popitem(last=False)[1].nbytes
         return values
 
     def __reduce__(self) -> tuple[type[RecentCells], tuple[int]]:
-        return type(self), (self._limit,)  # a process reads its own
+        return type(self), (self._limit,)  # each process has a cache of its own

@@ -1,17 +1,17 @@
-"""Masses: one pass over a map says how much probability lies in each of its cells.
+"""Masses: the probability in each cell of a map, summed in one pass over it.
 
-A map's voxels are summed cell by cell in Dask tasks, each of many cells, of which a thread holds one at a time. What
-comes out is a few bytes per cell and value:
+The voxels of a map are summed cell by cell in Dask tasks of many cells; a thread has one cell in memory at a time. The
+result takes a few bytes per cell and value:
 
 ```text
- map            cells                table
+ map            cells                masses
  0 0 | 3 1      cell 0  cell 1       cell   value   mass
  0 2 | 0 0  -->         3 1     -->  0      -       2          (a probability map)
                         0 0          1      -       4
 ```
 
-For labels there is a line per cell and label, with the number of voxels, so that other label probabilities need no
-second pass.
+Labels have one entry per cell and label, with the number of voxels, so other label probabilities need no second pass.
+The masses of a map on disk are stored beside it, for the next sampler and for other processes.
 """
 
 from __future__ import annotations
@@ -40,30 +40,39 @@ from oocpatch.storage.files import write_atomically
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
 
+logger = logging.getLogger("oocpatch")
+
 Values = npt.NDArray[Any]
 Summary = Callable[[Values], tuple[Values, Values]]
-"""Gives the values found among voxels, and the mass of each."""
+"""Returns the distinct values of some voxels, and the mass of each."""
 
 TASK_BYTES = 128 << 20
-"""Voxels that one task sums: a fifth of a second or more, against which Dask's own time is nothing."""
+"""Bytes of the voxels that one task sums: a fifth of a second or more, so that Dask's own time does not matter."""
 
 MOST_LABELS_COUNTED = 1 << 16
-"""Integers further apart than this are sorted rather than counted."""
+"""Integers of a larger range are sorted rather than counted."""
 
 COUNTED_AT_ONCE = 1 << 17
 """Voxels whose labels are counted at a time."""
 
 MOST_THREADS = 8
-"""Threads of a pass: each holds a cell, and Zarr's turns leave no work for more."""
+"""Threads of a pass: each has a cell in memory, and Zarr's locks leave no work for more."""
 
 
-def weights_in(values: Values) -> tuple[Values, Values]:
-    """The mass of some voxels of a probability map: their sum, in float64, with a value that says nothing.
+FORMAT = 1
+"""Version of the stored files."""
+
+HIERARCHY = ("zarr.json", ".zgroup")
+"""Files of which a directory in a Zarr hierarchy has one."""
+
+
+def sum_weights(values: Values) -> tuple[Values, Values]:
+    """Return the mass of some voxels of a probability map: their sum, in float64, with the unused value 0.
 
     Raises:
-        ValueError: when one is negative, infinite or not a number.
+        ValueError: if a voxel is negative, infinite or not a number.
 
-    >>> weights_in(np.array([0.5, 0.25]))
+    >>> sum_weights(np.array([0.5, 0.25]))
     (array([0.]), array([0.75]))
     """
     lowest, highest = values.min(), values.max()
@@ -75,13 +84,13 @@ def weights_in(values: Values) -> tuple[Values, Values]:
     return np.zeros(1), np.array([total])
 
 
-def labels_in(values: Values) -> tuple[Values, Values]:
-    """The labels of some voxels, and how many voxels have each.
+def count_labels(values: Values) -> tuple[Values, Values]:
+    """Return the labels of some voxels, and the number of voxels of each.
 
     Raises:
-        ValueError: when one is not a number.
+        ValueError: if a voxel is not a number.
 
-    >>> labels_in(np.array([3, -1, 3], np.int8))
+    >>> count_labels(np.array([3, -1, 3], np.int8))
     (array([-1,  3], dtype=int8), array([1., 2.]))
     """
     low, high = values.min(), values.max()
@@ -92,39 +101,37 @@ def labels_in(values: Values) -> tuple[Values, Values]:
             raise ValueError("a label map must hold numbers, got nan")
         labels, counts = np.unique(values, return_counts=True)
     elif int(high) - int(low) < MOST_LABELS_COUNTED:
-        found = np.zeros(int(high) - int(low) + 1, np.intp)
+        totals = np.zeros(int(high) - int(low) + 1, np.intp)
         flat = values.ravel()
         for start in range(0, len(flat), COUNTED_AT_ONCE):  # bincount takes eight bytes a voxel
             part = flat[start : start + COUNTED_AT_ONCE]
             wide = part.astype(np.intp) if part.dtype.itemsize < 4 else part
             offsets = (wide - wide.dtype.type(low)).astype(np.intp, copy=False)
-            found += np.bincount(offsets, minlength=len(found))
-        present = np.flatnonzero(found)
-        labels, counts = present.astype(values.dtype) + low, found[present]  # wraps around and back for int8
+            totals += np.bincount(offsets, minlength=len(totals))
+        present = np.flatnonzero(totals)
+        labels, counts = present.astype(values.dtype) + low, totals[present]  # wraps around and back for int8
     else:
         labels, counts = np.unique(values, return_counts=True)
     return labels, counts.astype(np.float64)
 
 
-def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Table:
-    """Sum up a map, cell by cell.
-
-    Memory stays bounded whatever the size of the map: each thread holds one cell.
+def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Masses:
+    """Sum a map cell by cell; each thread has one cell in memory.
 
     Args:
         volume: the map, of one channel.
-        cells: how it is cut.
-        summarize: sums up the voxels of a cell.
-        name: of the map, for the progress bar and for messages.
+        cells: cells of the map.
+        summarize: sums the voxels of a cell.
+        name: name of the map, for the progress bar and for messages.
 
     Raises:
-        ValueError: when `summarize` refuses a voxel; the message names the map and the cell.
+        ValueError: if `summarize` refuses a voxel; the message names the map and the cell.
     """
     per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
     tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
     threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
     tables = run_pass(
-        lambda numbers: Table.joined(list(_summaries(volume, cells, summarize, name, numbers))),
+        lambda numbers: Masses.joined(list(_summaries(volume, cells, summarize, name, numbers))),
         tasks,
         threads=threads,
         name=f"masses of {name}",
@@ -132,39 +139,27 @@ def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Tabl
         size=len,
         total=len(cells),
     )
-    return Table.joined(list(tables))
+    return Masses.joined(list(tables))
 
 
-def _summaries(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Iterator[Table]:
+def _summaries(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Iterator[Masses]:
+    """Yield the masses of some cells."""
     for number in numbers:
         box = cells[number]
         try:
             values, masses = summarize(volume.read(box)[0])
         except ValueError as error:
             raise ValueError(f"{name}: {error} in the box from {box.start} to {box.stop}") from error
-        kept = masses > 0
-        yield Table(np.full(int(kept.sum()), number), values[kept], masses[kept])
-
-
-logger = logging.getLogger("oocpatch")
-
-
-Known = tuple[Cells, "Table", npt.NDArray[np.float64]]
-"""The cells of a map, what lies in them, and the cumulative sums of the masses."""
-
-
-FORMAT = 1
-
-
-HIERARCHY = ("zarr.json", ".zgroup")
+        nonzero = masses > 0
+        yield Masses(np.full(int(nonzero.sum()), number), values[nonzero], masses[nonzero])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Table:
-    """How much of which value lies in which cell; what has no mass is left out.
+class Masses:
+    """The mass of each value in each cell; entries without mass are left out.
 
     Attributes:
-        cells: `(E,)` int64, numbers of cells, ascending.
+        cells: `(E,)` int64, numbers of the cells, ascending.
         values: `(E,)`, labels in the map's dtype; zeros for a probability map.
         masses: `(E,)` float64, number of voxels with that label; sum of the probabilities.
     """
@@ -174,8 +169,8 @@ class Table:
     masses: npt.NDArray[np.float64]
 
     @classmethod
-    def joined(cls, parts: Sequence[Table]) -> Self:
-        """Tables of consecutive cells as one."""
+    def joined(cls, parts: Sequence[Masses]) -> Self:
+        """Concatenate the masses of consecutive cells."""
         return cls(
             np.concatenate([part.cells for part in parts]),
             np.concatenate([part.values for part in parts]),
@@ -183,56 +178,60 @@ class Table:
         )
 
 
-class Tables:
-    """The tables of the maps that a sampler has drawn from, for as long as those maps are there."""
+Measured = tuple[Cells, Masses, npt.NDArray[np.float64]]
+"""The cells of a map, their masses, and the cumulative sums of the weighted masses."""
+
+
+class MassesOfMaps:
+    """The masses of the maps that a sampler has drawn from, for as long as those maps exist."""
 
     def __init__(self) -> None:
-        self._known: weakref.WeakKeyDictionary[Any, Known] = weakref.WeakKeyDictionary()
+        self._measured: weakref.WeakKeyDictionary[Any, Measured] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def get(self, source: Volume | LoadedVolume, make: Callable[[], Known]) -> Known:
-        """The table of a map; made if it is not known, by one thread at a time."""
+    def get(self, source: Volume | LoadedVolume, make: Callable[[], Measured]) -> Measured:
+        """Return the masses of a map, which are measured at the first call, by one thread at a time."""
         with self._lock:
-            if source not in self._known:
-                self._known[source] = make()
-            return self._known[source]
+            if source not in self._measured:
+                self._measured[source] = make()
+            return self._measured[source]
 
     def __getstate__(self) -> list[tuple[Any, Any]]:
-        return list(self._known.items())
+        return list(self._measured.items())
 
     def __setstate__(self, state: list[tuple[Any, Any]]) -> None:
-        self._known = weakref.WeakKeyDictionary(dict(state))
+        self._measured = weakref.WeakKeyDictionary(dict(state))
         self._lock = threading.Lock()
 
 
-def remembered(volume: Volume, cells: Cells, kind: str, measure: Callable[[], Table]) -> Table:
-    """The table of a map from its place beside the map; measured, and put there, if it is not there yet.
+def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[], Masses]) -> Masses:
+    """Read the masses of a map from a file beside it; they are measured and stored if there is none.
 
-    Several processes that ask at once take turns, so that one of them measures.
+    A lock lets only one of several processes measure.
 
     Args:
         volume: the map.
-        cells: how it is cut; the patch size is part of that.
-        kind: what is measured.
-        measure: makes the table.
+        cells: cells of the map; they depend on the patch size.
+        kind: kind of the masses: of probabilities or of labels.
+        measure: measures the masses.
     """
     if volume.source.files is None:
         return measure()
     folder = _outermost(volume.source.files)
     folder = folder.with_name(f"{folder.name}.oocpatch-masses")
     file = folder / f"{_key(volume, cells, kind)}.npz"
-    with _alone(folder):
+    with _locked(folder):
         stamp = _stamp(volume.source.files)
-        table = _load(file, stamp)
-        if table is None:
-            table = measure()
+        masses = _load(file, stamp)
+        if masses is None:
+            masses = measure()
             if _stamp(volume.source.files) == stamp:
-                _save(file, table, stamp)
-    return table
+                _save(file, masses, stamp)
+    return masses
 
 
 def _outermost(path: Path) -> Path:
-    """The whole hierarchy that an array belongs to: a directory of ours inside would look like a part of it."""
+    """Return the root of the Zarr hierarchy of an array: another directory inside it would look like a member."""
     while any((path.parent / name).exists() for name in HIERARCHY):
         path = path.parent
     return path
@@ -244,7 +243,7 @@ def _key(volume: Volume, cells: Cells, kind: str) -> str:
 
 
 def _stamp(files: Path) -> str:
-    """A digest of names, sizes and times of all files below a directory."""
+    """Return a digest of names, sizes and times of all files below a directory."""
     digest = hashlib.sha256()
     for folder, folders, names in os.walk(files):
         folders.sort()
@@ -257,39 +256,39 @@ def _stamp(files: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on a directory, made if need be; without one where that cannot be."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Create a directory and hold a lock on it; if it cannot be created, continue without."""
     try:
         folder.mkdir(exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        logger.info("masses cannot be kept in %s: %s", folder, error)
+        logger.info("masses cannot be stored in %s: %s", folder, error)
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: at worst the work is done twice
+        with contextlib.suppress(OSError):  # on a file system without locks the work may be done twice
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
-def _load(file: Path, stamp: str) -> Table | None:
+def _load(file: Path, stamp: str) -> Masses | None:
     try:
         with np.load(io.BytesIO(file.read_bytes())) as stored:
-            # each array has a CRC-32 in the archive, which reading compares
-            table = Table(stored["cells"], stored["values"], stored["masses"])
-            return table if str(stored["stamp"]) == stamp else None
-    except Exception:  # noqa: BLE001 - whatever a damaged file raises, it counts as absent
+            # reading compares the CRC-32 of each array in the archive
+            masses = Masses(stored["cells"], stored["values"], stored["masses"])
+            return masses if str(stored["stamp"]) == stamp else None
+    except Exception:  # noqa: BLE001 - a damaged file counts as absent, whatever it raises
         return None
 
 
-def _save(file: Path, table: Table, stamp: str) -> None:
+def _save(file: Path, masses: Masses, stamp: str) -> None:
     content = io.BytesIO()
-    np.savez(content, cells=table.cells, values=table.values, masses=table.masses, stamp=np.array(stamp))
+    np.savez(content, cells=masses.cells, values=masses.values, masses=masses.masses, stamp=np.array(stamp))
     try:
-        for left in file.parent.glob("*.partial"):  # by a process that died; we hold the lock
+        for left in file.parent.glob("*.partial"):  # of a process that died: this one has the lock
             left.unlink(missing_ok=True)
         write_atomically(file, content.getvalue())
     except OSError as error:
-        logger.info("masses cannot be kept in %s: %s", file.parent, error)
+        logger.info("masses cannot be stored in %s: %s", file.parent, error)

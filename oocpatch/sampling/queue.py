@@ -1,6 +1,6 @@
 """The queue: a shuffle buffer of patches from many subjects, read in the background.
 
-Patches are drawn region by region. Those in the buffer and those under way are never more than `max_length` together:
+Patches are drawn region by region. The buffer and the regions being read have at most `max_length` patches together:
 
 ```text
                       drawn and read, by threads             shuffle buffer
@@ -10,7 +10,7 @@ Patches are drawn region by region. Those in the buffer and those under way are 
                         <---------------- at most max_length patches --------------->
 ```
 
-What comes out, and in which order, follows from the seed and the counts alone, not from which thread was faster.
+The patches and their order depend only on the seed and the counts, not on the speed of the threads.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.planning.plan import human
-from oocpatch.sampling.random_streams import Passes, stream
+from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
 from oocpatch.sampling.subject import LoadedVolume, Subject, read_patches
 from oocpatch.sampling.uniform import UniformSampler
 
 DRAWS, SUBJECTS, PATCHES = range(3)
-"""What the random streams of an epoch decide: patches, the order of subjects, the order of patches."""
+"""Keys of the random streams of an epoch: patches, order of subjects, order of patches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A few patches of one subject that are drawn and read together.
+    """Several patches of one subject that are drawn and read together.
 
     Attributes:
         subject: index of the subject.
-        visit: how many subjects come before it in the epoch.
-        number: of the region within the visit.
-        count: patches.
+        visit: number of subjects before it in the epoch.
+        number: number of the region within the visit.
+        count: number of patches.
     """
 
     subject: int
@@ -110,17 +110,17 @@ class Queue(IterableDataset[Subject]):
             raise ValueError("shuffle_subjects must be False when there is a subject_sampler, which gives the order")
         self.subjects = subjects
         self.patch_sampler = patch_sampler
-        self.max_length = _at_least(1, "max_length", max_length)
-        self.patches_per_volume = _at_least(1, "patches_per_volume", patches_per_volume)
-        self.num_workers = _at_least(0, "num_workers", num_workers)
+        self.max_length = natural_number("max_length", max_length, 1)
+        self.patches_per_volume = natural_number("patches_per_volume", patches_per_volume, 1)
+        self.num_workers = natural_number("num_workers", num_workers)
         self.shuffle_subjects = shuffle_subjects
         self.shuffle_patches = shuffle_patches
         self.transform = transform
         self.subject_sampler = subject_sampler
-        self.patches_per_region = _at_least(1, "patches_per_region", patches_per_region)
+        self.patches_per_region = natural_number("patches_per_region", patches_per_region, 1)
         in_flight = max(1, num_workers) if regions_in_flight is None else regions_in_flight
-        self.regions_in_flight = _at_least(1, "regions_in_flight", in_flight)
-        self.passes = Passes(patch_sampler.passes.seed if seed is None else seed)
+        self.regions_in_flight = natural_number("regions_in_flight", in_flight, 1)
+        self.epochs = EpochCounter(patch_sampler.epochs.seed if seed is None else seed)
         self._check_room(self.max_length)
         if not len(subjects):
             raise ValueError("subjects must hold at least one subject, got none")
@@ -137,7 +137,7 @@ class Queue(IterableDataset[Subject]):
         """Subjects per epoch.
 
         Raises:
-            TypeError: when `subject_sampler` has no length.
+            TypeError: if `subject_sampler` has no length.
         """
         if self.subject_sampler is None:
             return len(self.subjects)
@@ -147,30 +147,30 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def patches_per_epoch(self) -> int:
-        """Patches that an epoch yields, over all workers."""
+        """Number of patches of an epoch, over all workers."""
         return self.num_subjects * self._patches_per_visit
 
     @property
     def max_memory(self) -> int:
-        """Bytes of a full buffer, as patches are when they are read."""
+        """Bytes of a full buffer, before any transform."""
         return self.max_length * max(map(self._patch_bytes, self.subjects))
 
     @property
     def max_memory_pretty(self) -> str:
-        """`max_memory` for people, such as `1.5 GiB`."""
+        """`max_memory` as a text such as `1.5 GiB`."""
         return human(self.max_memory)
 
     def __repr__(self) -> str:
-        told = f"{len(self.subjects):,} subjects, {self.patches_per_volume:,} patches of each"
-        return f"Queue({told}, at most {self.max_length:,} here: {self.max_memory_pretty})"
+        subjects = f"{len(self.subjects):,} subjects, {self.patches_per_volume:,} patches of each"
+        return f"Queue({subjects}, at most {self.max_length:,} here: {self.max_memory_pretty})"
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass is, also to workers that run already."""
-        self.passes.set_epoch(epoch)
+        """Set the epoch of the next pass, also in workers that are running."""
+        self.epochs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Subject]:
-        seed, epoch = self.passes.begin()
-        share = self.passes.share(ranks=self.subject_sampler is None)
+        seed, epoch = self.epochs.begin()
+        share = self.epochs.share(ranks=self.subject_sampler is None)
         worker = get_worker_info()
         room = self.max_length if worker is None else self.max_length // worker.num_workers
         self._check_room(room)
@@ -185,34 +185,34 @@ class Queue(IterableDataset[Subject]):
         room: int,
         shuffle: np.random.Generator | None,
     ) -> Iterator[Subject]:
-        """Patches of all regions, at most `room` of them here at any time."""
+        """Yield the patches of all regions, with at most `room` of them in memory at any time."""
         buffer: deque[Subject] = deque()
-        under_way: deque[tuple[int, Callable[[], list[Subject]]]] = deque()
-        held = 0  # patches in the buffer and under way
+        in_flight: deque[tuple[int, Callable[[], list[Subject]]]] = deque()
+        in_memory = 0  # patches in the buffer and in flight
         region = next(regions, None)
         with contextlib.ExitStack() as stack:
             start = self._starter(read, stack)
-            while region is not None or under_way or buffer:
-                fits = region is not None and held + region.count <= room
-                if region is not None and fits and len(under_way) < self.regions_in_flight:
-                    under_way.append((region.count, start(region)))
-                    held += region.count
+            while region is not None or in_flight or buffer:
+                fits = region is not None and in_memory + region.count <= room
+                if region is not None and fits and len(in_flight) < self.regions_in_flight:
+                    in_flight.append((region.count, start(region)))
+                    in_memory += region.count
                     region = next(regions, None)
-                elif under_way and (fits or region is None or not buffer):
-                    _, result = under_way.popleft()
+                elif in_flight and (fits or region is None or not buffer):
+                    _, result = in_flight.popleft()
                     buffer.extend(result())
-                    del result  # it holds the patches, too
+                    del result  # it references the patches, too
                 else:
                     if shuffle is not None:
                         chosen = int(shuffle.integers(len(buffer)))
                         buffer[0], buffer[chosen] = buffer[chosen], buffer[0]
-                    held -= 1
+                    in_memory -= 1
                     yield buffer.popleft()
 
     def _starter(
         self, read: Callable[[Region], list[Subject]], stack: contextlib.ExitStack
     ) -> Callable[[Region], Callable[[], list[Subject]]]:
-        """A function that has a region read, in a thread if there are any, and gives a function for the result."""
+        """Return a function that starts reading a region and returns a function that waits for its patches."""
         if not self.num_workers:
             return lambda region: functools.partial(read, region)
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="oocpatch-queue")
@@ -220,7 +220,7 @@ class Queue(IterableDataset[Subject]):
         return lambda region: pool.submit(read, region).result
 
     def _regions(self, seed: int, epoch: int) -> Iterator[Region]:
-        """All regions of an epoch, in order."""
+        """Yield all regions of an epoch, in order."""
         whole, rest = divmod(self._patches_per_visit, self.patches_per_region)
         counts = [self.patches_per_region] * whole + [rest] * (rest > 0)
         for visit, subject in enumerate(self._order(seed, epoch)):
@@ -228,10 +228,10 @@ class Queue(IterableDataset[Subject]):
                 yield Region(subject, visit, number, count)
 
     def _order(self, seed: int, epoch: int) -> list[int]:
-        """The subjects of an epoch, by index."""
+        """Return the indices of the subjects of an epoch, in order."""
         random = stream(seed, epoch, SUBJECTS)
         if self.subject_sampler is not None:
-            # All workers must get the same order from a sampler that asks torch's generator.
+            # All workers must get the same order from a sampler that uses torch's generator.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(random.integers(2**63)))
                 return list(self.subject_sampler)
@@ -240,6 +240,7 @@ class Queue(IterableDataset[Subject]):
         return list(range(len(self.subjects)))
 
     def _read(self, seed: int, epoch: int, region: Region) -> list[Subject]:
+        """Draw, read and transform the patches of a region."""
         subject, sampler = self.subjects[region.subject], self.patch_sampler
         random = stream(seed, epoch, DRAWS, region.visit, region.number)
         corners = sampler.draw(subject, random, region.count)
@@ -249,8 +250,8 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def _patches_per_visit(self) -> int:
-        own = self.patch_sampler.num_patches
-        return self.patches_per_volume if own is None else min(own, self.patches_per_volume)
+        limit = self.patch_sampler.num_patches
+        return self.patches_per_volume if limit is None else min(limit, self.patches_per_volume)
 
     def _patch_bytes(self, subject: Subject) -> int:
         voxels = int(np.prod(self.patch_sampler.patch_size))
@@ -259,9 +260,9 @@ class Queue(IterableDataset[Subject]):
     def _check_room(self, room: int) -> None:
         if room < self.patches_per_region:
             worker = get_worker_info()
-            told = "" if worker is None else f" for each of {worker.num_workers} workers of the loader"
+            share = "" if worker is None else f" for each of {worker.num_workers} workers of the loader"
             raise ValueError(
-                f"max_length must be at least patches_per_region{told}, "
+                f"max_length must be at least patches_per_region{share}, "
                 f"got {self.max_length} and {self.patches_per_region}"
             )
 
@@ -270,9 +271,3 @@ def _voxel_bytes(volume: Any) -> int:
     if isinstance(volume, LoadedVolume):
         return volume.channels * volume.data.element_size()
     return int(volume.channels * volume.dtype.itemsize)
-
-
-def _at_least(least: int, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-    return int(value)

@@ -64,7 +64,7 @@ class LoadedVolume:
 
     @property
     def volume(self) -> Volume:
-        """The same voxels as a `Volume`, to read boxes from."""
+        """The same voxels as a `Volume`, to read boxes of."""
         return Volume(self.data.numpy(force=True), ("c", *(f"axis{i}" for i in range(self.data.ndim - 1))))
 
 
@@ -94,34 +94,34 @@ class Subject:
             if name in RESERVED:
                 raise ValueError(f"names of a subject must not be one of {', '.join(sorted(RESERVED))}, got {name!r}")
             if is_volume(value):
-                self._volumes[name] = _opened(name, value)
+                self._volumes[name] = _open_volume(name, value)
             else:
                 self._metadata[name] = value
         if not self._volumes:
             raise ValueError(f"a subject must have at least one volume, got only {list(self._metadata) or 'nothing'}")
         shapes = {name: volume.shape for name, volume in self._volumes.items()}
         if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-            raise ValueError(f"the volumes of a subject must have one spatial shape, got {told}")
+            listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"the volumes of a subject must have one spatial shape, got {listed}")
 
     @property
     def images(self) -> dict[str, Volume | LoadedVolume]:
-        """The volumes by name."""
+        """Volumes by name."""
         return dict(self._volumes)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is not a volume, by name."""
+        """All values that are not volumes, by name."""
         return self._metadata
 
     @property
     def spatial_shape(self) -> Ints:
-        """The shape that all volumes share, without channels, in voxels."""
+        """Common shape of all volumes, without channels, in voxels."""
         return next(iter(self._volumes.values())).shape
 
     @property
     def spatial_names(self) -> tuple[str, ...]:
-        """Names of the spatial axes, those of the first volume."""
+        """Names of the spatial axes of the first volume."""
         first = next(iter(self._volumes.values()))
         return (first if isinstance(first, Volume) else first.volume).names
 
@@ -132,7 +132,7 @@ class Subject:
                 self._volumes[name] = LoadedVolume(_read(volume, Box.of_shape(volume.shape)))
 
     def __getattr__(self, name: str) -> Any:
-        # Names that begin with an underscore are never stored here; pickle asks for some before there is a store.
+        # No stored name begins with an underscore; pickle looks up such names before `_volumes` exists.
         if not name.startswith("_"):
             for store in (self._volumes, self._metadata):
                 if name in store:
@@ -154,12 +154,13 @@ RESERVED = frozenset(name for name in dir(Subject) if not name.startswith("_"))
 
 
 def is_volume(value: Any) -> bool:
-    """Whether a subject takes a value for a volume, rather than for metadata."""
+    """Return whether a subject takes a value as a volume rather than as metadata."""
     kinds = (*ARRAYS, torch.Tensor, Volume, LoadedVolume, os.PathLike)
     return isinstance(value, kinds) or (hasattr(value, "dask") and hasattr(value, "chunksize"))
 
 
-def _opened(name: str, value: Any) -> Volume | LoadedVolume:
+def _open_volume(name: str, value: Any) -> Volume | LoadedVolume:
+    """Return a value as a volume without looped axes, of a dtype that torch has."""
     if isinstance(value, LoadedVolume):
         return value
     try:
@@ -169,10 +170,10 @@ def _opened(name: str, value: Any) -> Volume | LoadedVolume:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if volume.axes.looped:
-        told = ", ".join(volume.names[: len(volume.axes.looped)])
+        looped = ", ".join(volume.names[: len(volume.axes.looped)])
         raise ValueError(
-            f"{name}: the volumes of a subject must have no looped axes, got {told}; select one index of them, or make "
-            f"them spatial by another name, as in Volume(source, axes=...)"
+            f"{name}: the volumes of a subject must have no looped axes, got {looped}; select one index of them, or "
+            f"make them spatial by another name, as in Volume(source, axes=...)"
         )
     try:
         torch.from_numpy(np.empty(0, volume.dtype))
@@ -187,13 +188,13 @@ def read_patches(
     padding_mode: str | None = None,
     fill: float = 0.0,
 ) -> list[Subject]:
-    """The patches of a subject at some locations, their bounding box read once.
+    """Read the patches of a subject at some locations; their bounding box is read once.
 
     Args:
-        subject: where the patches lie.
+        subject: subject to read from.
         locations: in voxels of the unpadded volume.
-        padding_mode: how voxels outside the volume are made, see `Volume.read`; None when there are none.
-        fill: their value when the mode is `constant`.
+        padding_mode: padding of voxels outside the volume, see `Volume.read`; None if there are none.
+        fill: their value if the mode is `constant`.
 
     Returns:
         One subject per location, with that location as `patch_location`; each owns its memory.
@@ -206,7 +207,7 @@ def read_patches(
     if len(locations) == 1:
         return [_patch(data, subject.metadata, locations[0])]
     parts = [(slice(None), *location.box.slices(box.start)) for location in locations]
-    # clones: a view would keep the whole box alive
+    # clones: a view would keep the whole box in memory
     return [
         _patch({name: whole[part].clone() for name, whole in data.items()}, subject.metadata, location)
         for part, location in zip(parts, locations, strict=True)
@@ -219,6 +220,6 @@ def _patch(data: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], locati
 
 
 def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str | None = None, fill: float = 0.0) -> torch.Tensor:
-    """A box as a tensor `(C, *box.shape)` of its own."""
+    """Read a box as a new tensor `(C, *box.shape)`."""
     source = volume if isinstance(volume, Volume) else volume.volume
     return torch.from_numpy(source.read(box, padding_mode or "edge", fill))

@@ -1,6 +1,6 @@
 """Random samplers: patches of a subject for training.
 
-Draw number `i` of an epoch depends on seed, epoch and `i` alone, so workers share out the draws (see `streams`).
+Draw number `i` of an epoch depends only on seed, epoch and `i`, so workers can divide the draws (see `random_streams`).
 Corners that are drawn together lie in one region, aligned to the chunks, so that their patches can be read at once:
 
 ```text
@@ -24,23 +24,23 @@ from torch.utils.data import IterableDataset
 from oocpatch.planning.arguments import per_axis
 from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.grid import PatchLocation
-from oocpatch.sampling.random_streams import Passes, stream
+from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
 from oocpatch.sampling.subject import Subject, read_patches
 from oocpatch.volumes.volume import Volume
 
 
 class UniformSampler(IterableDataset[Subject]):
-    """Random patches, every corner at which the patch lies in the volume equally likely.
+    """Random patches; all corners at which the patch lies in the volume are equally likely.
 
-    An `IterableDataset` for a `DataLoader`, whose workers (and the ranks of `torch.distributed`) share out the patches:
-    all together yield what one would. Also callable on any other subject.
+    An `IterableDataset` for a `DataLoader`, whose workers (and the ranks of `torch.distributed`) divide the patches:
+    together they yield the patches of a single process. Also callable on any other subject.
 
     Args:
-        subject: where patches are drawn from.
+        subject: subject to draw patches from.
         patch_size: in voxels.
         num_patches: patches per epoch; None: endless.
-        seed: the same seed, the same patches, however many workers there are. Each pass is another epoch with other
-            patches, counted in each process; `set_epoch` sets it. None: `torch.manual_seed` governs.
+        seed: the same seed gives the same patches, with any number of workers. Each pass is another epoch with other
+            patches, counted in each process; `set_epoch` sets it. None: torch's generator decides.
 
     Raises:
         ValueError: for a patch larger than the volume, or a negative number of patches.
@@ -60,8 +60,8 @@ class UniformSampler(IterableDataset[Subject]):
     ) -> None:
         self.subject = subject
         self.patch_size = per_axis("patch_size", patch_size, subject.spatial_names, least=1)
-        self.num_patches = _number("num_patches", num_patches)
-        self.passes = Passes(seed)
+        self.num_patches = _num_patches(num_patches)
+        self.epochs = EpochCounter(seed)
         self.check(subject)
 
     def __repr__(self) -> str:
@@ -69,25 +69,25 @@ class UniformSampler(IterableDataset[Subject]):
         return f"{type(self).__name__}({number} patches of {self.patch_size} from {self.subject})"
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass is, also to workers that run already."""
-        self.passes.set_epoch(epoch)
+        """Set the epoch of the next pass, also in workers that are running."""
+        self.epochs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Subject]:
-        seed, epoch = self.passes.begin()
+        seed, epoch = self.epochs.begin()
         numbers = itertools.count() if self.num_patches is None else range(self.num_patches)
-        return self._patches(self.subject, (seed, epoch), self.passes.share().of(numbers))
+        return self._patches(self.subject, (seed, epoch), self.epochs.share().of(numbers))
 
     def __call__(self, subject: Subject, num_patches: int | None = None) -> Iterator[Subject]:
-        """Random patches of a subject, all of them in this process.
+        """Draw random patches of a subject, all of them in this process.
 
         Args:
             subject: any subject that the sampler fits.
-            num_patches: default: as many as the sampler was made for.
+            num_patches: default: that of the sampler.
         """
         self.check(subject)
-        number = self.num_patches if num_patches is None else _number("num_patches", num_patches)
+        number = self.num_patches if num_patches is None else _num_patches(num_patches)
         numbers = iter(itertools.count() if number is None else range(number))
-        return self._patches(subject, self.passes.begin_alone(), numbers)
+        return self._patches(subject, self.epochs.begin_alone(), numbers)
 
     def _patches(self, subject: Subject, epoch: tuple[int, int], numbers: Iterator[int]) -> Iterator[Subject]:
         for number in numbers:
@@ -95,7 +95,7 @@ class UniformSampler(IterableDataset[Subject]):
             yield read_patches(subject, [PatchLocation(corner, self.patch_size)])[0]
 
     def check(self, subject: Subject) -> None:
-        """Refuse a subject that the sampler does not fit; from metadata alone.
+        """Refuse a subject that the sampler does not fit, from its metadata.
 
         Raises:
             ValueError: in that case.
@@ -107,13 +107,13 @@ class UniformSampler(IterableDataset[Subject]):
             )
 
     def draw(self, subject: Subject, random: np.random.Generator, count: int = 1) -> list[Ints]:
-        """Corners of random patches.
+        """Draw the corners of random patches.
 
         Args:
-            subject: where they lie.
-            random: decides.
-            count: several corners lie in one region, so that their patches can be read at once. Each alone has the
-                distribution of a single draw.
+            subject: subject to draw from.
+            random: random generator.
+            count: number of corners. They lie in one region, so that their patches can be read at once; each by itself
+                has the distribution of a single draw.
         """
         shape = subject.spatial_shape
         whole = Box((0,) * len(shape), tuple(n - p + 1 for n, p in zip(shape, self.patch_size, strict=True)))
@@ -122,9 +122,9 @@ class UniformSampler(IterableDataset[Subject]):
         return [first, *(_uniform(region, random) for _ in range(count - 1))]
 
     def _region(self, subject: Subject, corner: Ints) -> Box:
-        """The corners that are drawn together with one: all patches there lie in at most two chunks per axis.
+        """Return the region of the corners that are drawn together with one.
 
-        (In more only where a patch is longer than a chunk.)
+        All its patches lie in at most two chunks per axis, or in more if a patch is longer than a chunk.
         """
         volumes = [volume for volume in subject.images.values() if isinstance(volume, Volume)]
         chunks = [max(chunks) for chunks in zip(*(volume.chunks for volume in volumes), strict=True)] or self.patch_size
@@ -137,10 +137,10 @@ class UniformSampler(IterableDataset[Subject]):
 
 
 def _uniform(box: Box, random: np.random.Generator) -> Ints:
+    """Draw a voxel of a box."""
     return tuple(int(random.integers(a, b)) for a, b in zip(box.start, box.stop, strict=True))
 
 
-def _number(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0):
-        raise ValueError(f"{name} must be an int of at least 0, or None for no end, got {value!r}")
-    return None if value is None else int(value)
+def _num_patches(value: Any) -> int | None:
+    """Check a number of patches per epoch, or None for no end."""
+    return None if value is None else natural_number("num_patches", value)

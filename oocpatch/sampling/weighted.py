@@ -1,10 +1,10 @@
-"""Weighted samplers: the centre of a patch is drawn with a map, exactly, and without the whole map in memory.
+"""Weighted samplers: the centre of a patch is drawn from a map, exactly, and without the whole map in memory.
 
 The centre of a patch is its corner plus `patch_size // 2`. A draw takes three steps, each exact in float64:
 
 ```text
  masses of all cells  -->  a cell  -->  its voxels, read  -->  a voxel: the centre
- (one pass, kept)
+ (one pass, stored)
 ```
 """
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.sampling.map_cells import Cells, RecentCells, pick
-from oocpatch.sampling.probability_map import Table, Tables, labels_in, measure, remembered, weights_in
+from oocpatch.sampling.probability_map import Masses, MassesOfMaps, count_labels, measure, stored_masses, sum_weights
 from oocpatch.sampling.subject import LoadedVolume, Subject
 from oocpatch.sampling.uniform import UniformSampler
 from oocpatch.volumes.volume import Volume
@@ -30,18 +30,18 @@ Values = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 RECENT_BYTES = 64 << 20
-"""Voxels of maps that a sampler keeps at hand."""
+"""Bytes of the voxels of maps that a sampler caches."""
 
 
 class WeightedSampler(UniformSampler):
-    """Random patches whose centre voxel is drawn with a probability map.
+    """Random patches whose centre voxel is drawn from a probability map.
 
     A voxel's probability is proportional to the map's value there, among the voxels that can be the centre of a patch
-    that lies in the volume. The first draw takes one pass over the map, whose result is kept beside a map on disk. For
-    a map in memory the pass is made, and the map checked, at once.
+    that lies in the volume. The first draw makes one pass over the map, whose result is stored beside a map on disk.
+    For a map in memory the pass is made, and the map checked, by the constructor.
 
     Args:
-        subject: where patches are drawn from.
+        subject: subject to draw patches from.
         patch_size: in voxels.
         probability_map: name of the map among the subject's volumes: one channel, finite values that are not negative.
         num_patches: patches per epoch; None: endless.
@@ -69,7 +69,7 @@ class WeightedSampler(UniformSampler):
         seed: int | None = None,
     ) -> None:
         self.probability_map = probability_map
-        self._tables = Tables()
+        self._masses_of_maps = MassesOfMaps()
         self._recent = RecentCells(RECENT_BYTES)
         super().__init__(subject, patch_size, num_patches, seed=seed)
         if not _as_volume(subject[probability_map]).source.chunked:
@@ -78,7 +78,7 @@ class WeightedSampler(UniformSampler):
     def prepare(self, subject: Subject | None = None) -> None:
         """Make the pass over the map now, in this process, rather than at the first draw.
 
-        Worth it before workers start when the result cannot be kept beside the map.
+        Call it before workers start if the result cannot be stored beside the map.
         """
         self._masses(self.subject if subject is None else subject)
 
@@ -91,17 +91,17 @@ class WeightedSampler(UniformSampler):
             raise ValueError(f"{self._parameter} must have one channel, but {name!r} has {subject[name].channels}")
 
     def _summarize(self, values: Values) -> tuple[Values, Values]:
-        """What some voxels of the map hold, and the mass of each."""
-        return weights_in(values)
+        """Return the distinct values of some voxels of the map, and the mass of each."""
+        return sum_weights(values)
 
     def _weigh(self, values: Values) -> Floats:
-        """The weight that a unit of mass has, by what the map holds: `(E,)` to `(E,)`."""
+        """Return the weight of a unit of mass by the value of the map: `(E,)` to `(E,)`."""
         return np.ones(len(values))
 
     def draw(self, subject: Subject, random: Generator, count: int = 1) -> list[Ints]:
-        cells, table, sums = self._masses(subject)
+        cells, masses_of_map, sums = self._masses(subject)
         entry = pick(sums, random.random())
-        number, value = int(table.cells[entry]), table.values[entry]
+        number, value = int(masses_of_map.cells[entry]), masses_of_map.values[entry]
         cell = cells[number]
         source = subject[self.probability_map]
         voxels = self._recent.get(source, number, lambda: _as_volume(source).read(cell)[0])
@@ -110,7 +110,7 @@ class WeightedSampler(UniformSampler):
         def corner(index: Ints, origin: Ints) -> Ints:
             return tuple(o + i - h for o, i, h in zip(origin, index, half, strict=True))
 
-        first = corner(self._inside(voxels, value, random), cell.start)
+        first = corner(self._draw_index(voxels, value, random), cell.start)
         if count == 1:
             return [first]
         region = self._region(subject, first)
@@ -118,34 +118,34 @@ class WeightedSampler(UniformSampler):
             tuple(a + h for a, h in zip(region.start, half, strict=True)),
             tuple(b + h for b, h in zip(region.stop, half, strict=True)),
         )
-        near = voxels[centres.slices(cell.start)]
-        values, masses = self._summarize(near)
+        in_region = voxels[centres.slices(cell.start)]
+        values, masses = self._summarize(in_region)
         sums = np.cumsum(masses * self._weigh(values))
-        rest = (values[pick(sums, random.random())] for _ in range(count - 1))
-        return [first, *(corner(self._inside(near, value, random), centres.start) for value in rest)]
+        others = (values[pick(sums, random.random())] for _ in range(count - 1))
+        return [first, *(corner(self._draw_index(in_region, value, random), centres.start) for value in others)]
 
-    def _inside(self, voxels: Values, value: Any, random: Generator) -> Ints:  # noqa: ARG002 - labels need it
-        """The index of a voxel among some, drawn by the map."""
+    def _draw_index(self, voxels: Values, value: Any, random: Generator) -> Ints:  # noqa: ARG002 - labels need it
+        """Draw the index of one of some voxels of the map."""
         rows = voxels.reshape(-1, voxels.shape[-1])
         row = pick(np.cumsum(rows.sum(axis=1, dtype=np.float64)), random.random())
         column = pick(np.cumsum(rows[row], dtype=np.float64), random.random())
         return _unravel(row, column, voxels.shape)
 
-    def _masses(self, subject: Subject) -> tuple[Cells, Table, Floats]:
-        """The cells of a subject's map, what lies in them, and the cumulative sums of that."""
+    def _masses(self, subject: Subject) -> tuple[Cells, Masses, Floats]:
+        """Return the cells of a subject's map, their masses, and the cumulative sums of the weighted masses."""
         source = subject[self.probability_map]
-        return self._tables.get(source, lambda: self._measured(_as_volume(source)))
+        return self._masses_of_maps.get(source, lambda: self._measure(_as_volume(source)))
 
-    def _measured(self, volume: Volume) -> tuple[Cells, Table, Floats]:
+    def _measure(self, volume: Volume) -> tuple[Cells, Masses, Floats]:
         cells = Cells.of_centres(volume.shape, volume.chunks, self.patch_size)
         name, kind = self.probability_map, self._parameter
-        table = remembered(volume, cells, kind, lambda: measure(volume, cells, self._summarize, name))
-        sums = np.cumsum(table.masses * self._weigh(table.values))
+        masses = stored_masses(volume, cells, kind, lambda: measure(volume, cells, self._summarize, name))
+        sums = np.cumsum(masses.masses * self._weigh(masses.values))
         if not len(sums) or sums[-1] <= 0:
-            raise ValueError(self._nowhere(table))
-        return cells, table, sums
+            raise ValueError(self._no_mass(masses))
+        return cells, masses, sums
 
-    def _nowhere(self, table: Table) -> str:  # noqa: ARG002 - labels tell which there are
+    def _no_mass(self, masses: Masses) -> str:  # noqa: ARG002 - labels list those that there are
         return (
             f"{self._parameter} must be above zero somewhere that a patch of size {self.patch_size} can be centred, "
             f"but {self.probability_map!r} is not"
@@ -155,10 +155,10 @@ class WeightedSampler(UniformSampler):
 class LabelSampler(WeightedSampler):
     """Random patches whose centre voxel is drawn by its label.
 
-    Each voxel weighs as its label does: a label that has twice the voxels is drawn twice as often at the same weight.
+    Each voxel has the weight of its label: a label with twice the voxels is drawn twice as often at the same weight.
 
     Args:
-        subject: where patches are drawn from.
+        subject: subject to draw patches from.
         patch_size: in voxels.
         label_name: name of the label map among the subject's volumes; one channel.
         label_probabilities: weight of each label; those not in it weigh nothing. None: all labels but 0 alike.
@@ -192,16 +192,16 @@ class LabelSampler(WeightedSampler):
         super().__init__(subject, patch_size, label_name, num_patches, seed=seed)
 
     def _summarize(self, values: Values) -> tuple[Values, Values]:
-        return labels_in(values)
+        return count_labels(values)
 
     def _weigh(self, values: Values) -> Floats:
         if self.label_probabilities is None:
             return np.where(values != 0, 1.0, 0.0)
-        labels, where = np.unique(values, return_inverse=True)
-        weights: Floats = np.array([self.label_probabilities.get(label, 0.0) for label in labels.tolist()])[where]
+        labels, inverse = np.unique(values, return_inverse=True)
+        weights: Floats = np.array([self.label_probabilities.get(label, 0.0) for label in labels.tolist()])[inverse]
         return weights
 
-    def _inside(self, voxels: Values, value: Any, random: Generator) -> Ints:
+    def _draw_index(self, voxels: Values, value: Any, random: Generator) -> Ints:
         rows = voxels.reshape(-1, voxels.shape[-1]) == value
         counts = np.cumsum(np.count_nonzero(rows, axis=1))
         number = int(random.integers(counts[-1]))
@@ -209,13 +209,13 @@ class LabelSampler(WeightedSampler):
         before = int(counts[row - 1]) if row else 0
         return _unravel(row, int(np.flatnonzero(rows[row])[number - before]), voxels.shape)
 
-    def _nowhere(self, table: Table) -> str:
-        found = np.unique(table.values)
-        told = ", ".join(map(str, found[:20].tolist())) + (", ..." if len(found) > 20 else "")
+    def _no_mass(self, masses: Masses) -> str:
+        labels = np.unique(masses.values)
+        listed = ", ".join(map(str, labels[:20].tolist())) + (", ..." if len(labels) > 20 else "")
         return (
             "label_probabilities must give weight to a label that a patch can be centred on, "
             f"got {self.label_probabilities or 'all but 0'}, but where {self.label_name!r} can be a patch's centre, "
-            f"for patches of size {self.patch_size}, it has only {told}"
+            f"for patches of size {self.patch_size}, it has only {listed}"
         )
 
 

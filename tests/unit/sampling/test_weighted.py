@@ -226,10 +226,10 @@ def test_masses_are_those_of_the_valid_centres_cell_by_cell(data: st.DataObject)
         assert all(a // c == (b - 1) // c for a, b, c in zip(box.start, box.stop, chunks, strict=True))
     assert np.array_equal(covered, centres)
     volume = oocpatch.Volume(values, "abd"[:ndim])
-    weights = masses.measure(volume, lattice, masses.weights_in, "map")
+    weights = masses.measure(volume, lattice, masses.sum_weights, "map")
     for number, box in enumerate(boxes):
         assert weights.masses[weights.cells == number].sum() == values[box.slices()].astype(float).sum()
-    labels = masses.measure(volume, lattice, masses.labels_in, "map")
+    labels = masses.measure(volume, lattice, masses.count_labels, "map")
     for number, box in enumerate(boxes):
         mine = labels.cells == number
         found = dict(zip(labels.values[mine].tolist(), labels.masses[mine].tolist(), strict=True))
@@ -246,7 +246,7 @@ def test_labels_are_counted_over_the_whole_range_of_a_dtype(dtype: str) -> None:
         extremes = [info.min, info.min + 1, info.max - 1, info.max]
     values = np.array([*extremes, *extremes, extremes[-1]], kind)
     for some in (values, values[values >= extremes[-2]]):
-        labels, counts = masses.labels_in(some)
+        labels, counts = masses.count_labels(some)
         assert dict(zip(labels.tolist(), counts.tolist(), strict=True)) == Counter(some.tolist())
 
 
@@ -494,7 +494,7 @@ def test_loaded_volumes_and_tensors_can_be_maps() -> None:
 
 def test_labels_are_counted_block_by_block() -> None:
     values = np.random.default_rng(5).integers(-5, 60_000, (3, masses.COUNTED_AT_ONCE // 2 + 17)).astype(np.int32)
-    labels, counts = masses.labels_in(values)
+    labels, counts = masses.count_labels(values)
     expected, numbers = np.unique(values, return_counts=True)
     assert np.array_equal(labels, expected)
     assert np.array_equal(counts, numbers)

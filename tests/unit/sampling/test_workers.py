@@ -167,7 +167,7 @@ def rank_main(rank: int, folder: Path, subject: oocpatch.Subject) -> None:
         numbered, oocpatch.UniformSampler(numbered[0], 4), 9, 5, shuffle_subjects=False, subject_sampler=chosen
     )
     numbers = [patch.number for patch in queue]
-    travelled = pickle.dumps(samplers[0].passes)
+    travelled = pickle.dumps(samplers[0].epochs)
     (folder / f"rank{rank}").write_bytes(pickle.dumps((corners, numbers, travelled)))
     torch.distributed.destroy_process_group()
 
