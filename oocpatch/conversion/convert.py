@@ -1,11 +1,11 @@
-"""Converting: any volume that can be read, streamed into a chunked Zarr v3 within a memory limit.
+"""Conversion: any readable volume, streamed into a chunked Zarr v3 within a memory limit.
 
 ```text
  volume --boxes of whole write units--> buffers, one per thread --> OUT.partial --rename--> OUT
 ```
 
-What is not finished has another name, so that it never looks complete. The same call after an interruption goes on:
-write units that are there are not made again.
+An unfinished conversion has another name, so that it never looks complete. After an interruption the same call
+continues: stored write units are not written again.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from oocpatch.storage.paths import check_writable, local_path
 from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
-"""Copies of a chunk that coding it takes at most, the encoded one included."""
+"""Copies of a chunk that coding it needs at most, including the encoded one."""
 
 THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How a volume is cut into boxes.
+    """A partition of a volume into boxes for several threads.
 
     Attributes:
-        box: what a thread reads and writes at a time, in voxels; whole write units.
-        threads: how many do so.
-        memory: bytes that they take together.
+        box: voxels that a thread reads and writes at a time; whole write units.
+        threads: number of threads.
+        memory: bytes that they need together.
     """
 
     box: Ints
@@ -69,35 +69,35 @@ def convert(
 ) -> xarray.DataArray:
     """Stream a volume of any format into a Zarr v3 group, within a memory limit.
 
-    Axes, coordinates and attributes are kept; the order of axes is that of `predict`'s outputs: the channel first, then
-    looped axes, then the spatial ones in their order. An interrupted call leaves nothing at `output`; the same call
-    goes on. When it is complete, the same call returns at once.
+    Axes, coordinates and attributes are kept; the order of axes is that of `predict`'s outputs: the channel, the looped
+    axes, then the spatial axes in their order. An interrupted call leaves nothing at `output`, and the same call
+    continues it. If the conversion is complete, the same call returns at once.
 
     Args:
-        volume: whatever `predict` takes.
-        output: directory to write; nothing is there yet, or what the same call made.
+        volume: as for `predict`.
+        output: directory to write; it does not exist, or the same call wrote it.
         axes: names of the volume's axes, e.g. `"zyx"`.
-        level: of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
+        level: level of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
         chunks: spatial chunks, in voxels; default: those of the volume, if reasonable.
         shards: spatial shards, in voxels; multiples of the chunks.
-        max_memory: bytes that the conversion may add to this process; `"auto"`: a quarter of the machine's.
+        max_memory: limit in bytes of what the conversion adds to this process; `"auto"`: a quarter of the machine's.
         progress: as for `predict`.
-        overwrite: replace what another conversion wrote, finished or not.
+        overwrite: replace another conversion, finished or not.
 
     Returns:
         The new volume, lazy, `([C,] *axes)`.
 
     Raises:
         ValueError, TypeError: for bad arguments.
-        OutputExists: when there is something else at `output`.
-        OutputBusy: when another call is at work on it.
-        RunMismatch: when another volume was converted to it, or in another way; the message names what differs.
-        PlanTooLarge: when not even one write unit fits the memory limit.
+        OutputExists: if there is something else at `output`.
+        OutputBusy: if another call is writing it.
+        RunMismatch: if another volume, or other arguments, were converted to it; the message names the differences.
+        PlanTooLarge: if not even one write unit fits the memory limit.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     made = convert(np.arange(24).reshape(4, 6), f"{folder}/out.zarr", chunks=2)
-    ...     print(made.dims, made.values.tolist()[1])
+    ...     array = convert(np.arange(24).reshape(4, 6), f"{folder}/out.zarr", chunks=2)
+    ...     print(array.dims, array.values.tolist()[1])
     ('y', 'x') [6, 7, 8, 9, 10, 11]
     """
     target = local_path("output", output)
@@ -118,20 +118,22 @@ def convert(
         if overwrite:
             _remove(partial, target)
         if not is_complete(target, record):
-            made = Conversion.open(partial, data, record, chunk, unit)
+            conversion = Conversion.open(partial, data, record, chunk, unit)
             voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
-            with show_progress(progress, "convert", "voxels", total, resumed=made.done, bytes_each=voxel) as tell:
-                _stream(data, made, stream, tell)
-            made.finish(target)
-    found: xarray.DataArray = xarray.open_zarr(target)[NAME]
-    return found
+            with show_progress(
+                progress, "convert", "voxels", total, resumed=conversion.done, bytes_each=voxel
+            ) as advance:
+                _stream(data, conversion, stream, advance)
+            conversion.finish(target)
+    array: xarray.DataArray = xarray.open_zarr(target)[NAME]
+    return array
 
 
 def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
-    """Boxes of whole write units that fit the limit, and of which few share a chunk of the volume.
+    """Choose boxes of whole write units that fit the limit, such that few boxes share a chunk of the volume.
 
     Raises:
-        PlanTooLarge: when not even one write unit fits.
+        PlanTooLarge: if not even one write unit fits.
 
     >>> import zarr
     >>> planes = Volume(zarr.zeros((100, 128, 128), chunks=(1, 128, 128), dtype="uint8", store={}))
@@ -161,7 +163,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
 
 
 def _grown(box: Ints, unit: Ints, shape: Ints) -> Iterator[Ints]:
-    """The box, longer on one axis."""
+    """Yield the box with one axis made longer, for each axis."""
     for axis, (b, u, n) in enumerate(zip(box, unit, shape, strict=True)):
         if b < n:
             longer = min(2 * b, -(-n // u) * u)
@@ -169,7 +171,7 @@ def _grown(box: Ints, unit: Ints, shape: Ints) -> Iterator[Ints]:
 
 
 def _decoded(volume: Volume, box: Ints) -> float:
-    """How often a voxel is decoded, when the volume is read in such boxes; chunks at borders are shared."""
+    """Return how often a voxel is decoded on average if the volume is read in such boxes, which share chunks."""
     times = 1.0
     for b, c, n in zip(box, volume.chunks, volume.shape, strict=True):
         starts = range(0, n, b) if n // b < 64 else range(0, 64 * b, b)
@@ -178,29 +180,29 @@ def _decoded(volume: Volume, box: Ints) -> float:
     return times
 
 
-def _stream(volume: Volume, made: Conversion, stream: Stream, tell: Callable[[int], None]) -> None:
-    """Read and write what is missing of all boxes, each by one thread: nobody writes another's write unit."""
-    boxes, turn, stop = Box.of_shape(volume.shape).split(stream.box), threading.Lock(), threading.Event()
+def _stream(volume: Volume, conversion: Conversion, stream: Stream, advance: Callable[[int], None]) -> None:
+    """Read and write the missing units of all boxes, each unit by one thread."""
+    boxes, lock, stop = Box.of_shape(volume.shape).split(stream.box), threading.Lock(), threading.Event()
     voxels = math.prod(min(b, n) for b, n in zip(stream.box, volume.shape, strict=True)) * volume.channels
 
     def work() -> None:
-        # One mapping per thread, used again: a heap would keep what it gave before.
-        room = np.frombuffer(mmap.mmap(-1, voxels * volume.dtype.itemsize), volume.dtype)
+        # One mapping per thread, reused: the heap would not return the memory of freed buffers.
+        buffer = np.frombuffer(mmap.mmap(-1, voxels * volume.dtype.itemsize), volume.dtype)
         while not stop.is_set():
-            with turn:
+            with lock:
                 box = next(boxes, None)
             if box is None:
                 return
-            missing = made.missing(box)
+            missing = conversion.missing(box)
             if not missing:
                 continue
-            box = _around(missing)
-            data = room[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
-            for request in volume.split_reads(box, data):
-                volume.read_into(data[(slice(None), *request.slices(box.start))], request)
+            box = _bounding_box(missing)
+            data = buffer[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
+            for read in volume.split_reads(box, data):
+                volume.read_into(data[(slice(None), *read.slices(box.start))], read)
             for part in missing:
-                made.write(part, data[(slice(None), *part.slices(box.start))])
-            tell(sum(math.prod(part.shape) for part in missing))
+                conversion.write(part, data[(slice(None), *part.slices(box.start))])
+            advance(sum(math.prod(part.shape) for part in missing))
 
     with ThreadPoolExecutor(stream.threads, thread_name_prefix="oocpatch-convert") as pool:
         try:
@@ -210,14 +212,14 @@ def _stream(volume: Volume, made: Conversion, stream: Stream, tell: Callable[[in
             stop.set()
 
 
-def _around(parts: Sequence[Box]) -> Box:
-    """The smallest box that holds them all."""
+def _bounding_box(parts: Sequence[Box]) -> Box:
+    """Return the smallest box that contains all parts."""
     starts, stops = zip(*(part.start for part in parts), strict=True), zip(*(part.stop for part in parts), strict=True)
     return Box(tuple(map(min, starts)), tuple(map(max, stops)))
 
 
 def _remove(*paths: Path) -> None:
-    """Delete conversions, if they are that."""
+    """Delete conversions; refuse to delete anything else."""
     for path in paths:
         replaceable(path)
     for path in paths:

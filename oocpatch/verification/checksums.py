@@ -1,8 +1,8 @@
-"""Verify an output: every byte that a run wrote is read again and compared with the CRCs taken while it was written.
+"""Verify an output: read every byte that a run wrote, and compare with the CRCs computed while it was written.
 
-Files are read once, a piece at a time, and nothing is decoded: memory does not grow with the output, and a damaged file
-can do no harm. Of an incomplete output, what its ledger says is done is verified. Coarser levels have no CRCs: when the
-finest ones are as they were, each level is made again of the one above it, and its voxels are compared.
+Files are read once, piece by piece, and nothing is decoded: memory does not grow with the output, and a damaged file
+cannot crash a decoder. Of an incomplete output, the blocks in its ledger are verified. Coarser levels have no CRCs: if
+the finest levels are undamaged, each level is computed again from the one above it, and its voxels are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from oocpatch.workspace.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
 PYRAMID = "pyramid"
-"""The stage that wrote coarser levels."""
+"""Name of the stage that writes coarser levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ class Damage:
     """One file that is not what was written.
 
     Attributes:
-        array: the array it belongs to; empty for metadata of the group.
-        key: its name within the array, such as `c/0/1`.
-        problem: what is wrong.
-        start: first voxel of the box that it holds, channel first if there is one; empty for other files.
+        array: array that the file belongs to; empty for metadata of the group.
+        key: name of the file within the array, such as `c/0/1`.
+        problem: description of the damage.
+        start: first voxel of the box that the file stores, channel first if there is one; empty for other files.
         shape: size of that box.
-        block: the block that wrote it; None for other files, and for coarser levels.
-        stage: the stage of that block; `pyramid` for coarser levels.
+        block: block that wrote the file; None for other files, and for coarser levels.
+        stage: stage of that block; `pyramid` for coarser levels.
     """
 
     array: str
@@ -64,24 +64,24 @@ class Damage:
     stage: str | None = None
 
     def __str__(self) -> str:
-        told = f"{self.array}/{self.key} {self.problem}".removeprefix("/")
+        text = f"{self.array}/{self.key} {self.problem}".removeprefix("/")
         if not self.shape:
-            return told
+            return text
         stop = (a + n for a, n in zip(self.start, self.shape, strict=True))
-        who = self.stage if self.block is None else f"block {self.block}"
-        return f"{told}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {who}"
+        writer = self.stage if self.block is None else f"block {self.block}"
+        return f"{text}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {writer}"
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was verified, and what is damaged. Prints as text.
+    """Result of verifying an output. Prints as text.
 
     Attributes:
-        output: where it is.
-        complete: whether the run is done; else what its ledger says is done was verified.
-        units: write units that were looked at, those that must not be there among them.
-        bytes: bytes that were read.
-        damaged: what is not as it was written.
+        output: path of the output.
+        complete: whether the run is complete; otherwise the blocks in its ledger were verified.
+        units: number of verified write units, including those that must not exist.
+        bytes: number of bytes read.
+        damaged: all damage.
     """
 
     output: str
@@ -92,11 +92,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is damaged."""
+        """True if nothing is damaged."""
         return not self.damaged
 
     def to_json(self) -> str:
-        """The verification as a JSON object."""
+        """Return the verification as a JSON object."""
         return json.dumps({"passed": self.passed, **dataclasses.asdict(self)}, indent=1)
 
     def __str__(self) -> str:
@@ -109,18 +109,18 @@ class Verification:
 
 
 def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verification:
-    """Read an output again, and compare it with what was written.
+    """Read an output again, and compare it with the checksums of what was written.
 
     Args:
-        output: where it is.
+        output: path of the output.
         repair: mark the blocks that wrote damaged write units as not done, so that the same call of `predict` computes
-            these alone anew, to the same bytes.
+            only these blocks again, to the same bytes.
 
     Raises:
-        ValueError: when there is no output, or one that keeps no checksums.
-        OutputExists: when something is there that oocpatch did not write.
-        OutputBusy: when a run is at work on it.
-        CorruptData: when it is to be repaired, and what is damaged is not a write unit.
+        ValueError: if there is no output, or one without checksums.
+        OutputExists: if oocpatch did not write the output.
+        OutputBusy: if a run is writing the output.
+        CorruptData: if `repair` is set and a file other than a write unit is damaged.
 
     >>> import tempfile, numpy as np, oocpatch, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -129,48 +129,48 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     True
     """
     path = output_path("output", output)
-    who = busy_holder(path, None)
-    if who is not None:
-        raise OutputBusy(f"a run is at work on {path} ({who}); verify it when that is done")
-    metadata, record, found = _record(path)
+    holder = busy_holder(path, None)
+    if holder is not None:
+        raise OutputBusy(f"a run is at work on {path} ({holder}); verify it when that is done")
+    metadata, record, damage = _record(path)
     if record is not None and record.complete and (METADATA_CRC in record.details or _keeps_ledger(path)):
-        found += _metadata_damage(metadata)
-    if record is None or found:
+        damage += _metadata_damage(metadata)
+    if record is None or damage:
         if repair:
-            raise CorruptData(f"{path} cannot be repaired: {found[0]}; delete it, and predict starts afresh")
-        return Verification(str(path), complete=True, units=0, bytes=0, damaged=tuple(found))
+            raise CorruptData(f"{path} cannot be repaired: {damage[0]}; delete it, and predict starts afresh")
+        return Verification(str(path), complete=True, units=0, bytes=0, damaged=tuple(damage))
     stored = _stored(path, record)
     if stored is None:
         return Verification(str(path), complete=False, units=0, bytes=0, damaged=())
     plan, ledgers = stored
     size = 0
     if record.complete:
-        found, size = _other_damage(path, record)
-    look = functools.partial(_look, path, plan)
+        damage, size = _other_damage(path, record)
+    verify_record = functools.partial(_verify_record, path, plan)
     units = 0
     counts = {"predict": 0, "normalize": 0}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
         records = itertools.chain.from_iterable(latest_records(file, plan.blocks) for file in files)
-        while some := list(itertools.islice(records, AT_A_TIME)):
-            for one, (number, read, damaged) in zip(some, pool.map(look, some), strict=True):
+        while batch := list(itertools.islice(records, AT_A_TIME)):
+            for of_block, (number, read, damaged) in zip(batch, pool.map(verify_record, batch), strict=True):
                 units, size = units + number, size + read
-                counts[one.kind] += 1
-                found += damaged
-    if record.complete and not found and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
-        found.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
-    if record.complete and not found:
-        number, read, found = _look_at_levels(path)
+                counts[of_block.kind] += 1
+                damage += damaged
+    if record.complete and not damage and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
+        damage.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
+    if record.complete and not damage:
+        number, read, damage = _verify_levels(path)
         units, size = units + number, size + read
-    result = Verification(str(path), record.complete, units, size, tuple(found))
-    if repair and found:
+    result = Verification(str(path), record.complete, units, size, tuple(damage))
+    if repair and damage:
         _repair(path, record, plan, result)
     return result
 
 
 def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
-    """The group's metadata, and what it says; none of it where an output's metadata is damaged."""
+    """Return the metadata and the record of an output; neither, and the damage, if its metadata are damaged."""
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
     try:
@@ -190,14 +190,14 @@ def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Da
 
 
 def _keeps_ledger(path: Address) -> bool:
-    """Whether a run was completed here, whatever the metadata says."""
+    """Return whether a completed run stored its ledger here, whatever the metadata are."""
     if isinstance(path, ObjectPath):
         return any(name.endswith(f"/{LEDGER}") for name in path.files())
     return any(any(path.glob(f"{'*/' * depth}{LEDGER}")) for depth in (1, 2, 3, 4))
 
 
 def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
-    """The plan and the ledger, with its segments if there are any; None where nothing is done yet."""
+    """Return the plan and the files of the ledger; None if nothing is done yet."""
     if not record.complete:
         workspace = Workspace.find(workspace_root(record))
         return None if workspace is None else (workspace.plan, segments(workspace.root))
@@ -212,95 +212,96 @@ def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address
 
 
 def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
-    wanted = metadata["attributes"][ATTRIBUTE]["details"].get(METADATA_CRC)
-    if metadata_checksum(metadata, ATTRIBUTE) != wanted:
+    """Yield the damage of the group's metadata, if there is any."""
+    expected = metadata["attributes"][ATTRIBUTE]["details"].get(METADATA_CRC)
+    if metadata_checksum(metadata, ATTRIBUTE) != expected:
         yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
 
 
 def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], int]:
-    """Damage to files that hold no write units, and how many bytes they have."""
-    found, size = [], 0
+    """Return the damage of files that are not write units, and the number of bytes read."""
+    damage, size = [], 0
     for name, crc in record.details["files"].items():
         read, problem = _compare(path / name, int(crc))
         size += read
         if problem:
             array, _, key = name.partition("/")
-            found.append(Damage(array, key, problem))
-    return found, size
+            damage.append(Damage(array, key, problem))
+    return damage, size
 
 
-def _look(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
-    """Verify the units of one record: how many, bytes read, damage."""
-    number, size, found = 0, 0, []
+def _verify_record(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
+    """Verify the units of one record, and return their number, the bytes read and the damage."""
+    number, size, damage = 0, 0, []
     try:
         for head, position, crc in unpack(plan, record.kind, record.block, record.units):
-            key, box = _place(plan, head, position)
+            key, box = _unit(plan, head, position)
             array = array_paths(plan)[head]
             read, problem = _compare(path / array / key, crc, unit=True)
             number, size = number + 1, size + read
             if problem:
-                found.append(Damage(array, key, problem, box.start, box.shape, record.block, record.kind))
+                damage.append(Damage(array, key, problem, box.start, box.shape, record.block, record.kind))
     except ValueError as error:
-        found.append(Damage("", LEDGER, f"cannot be used: {error}", block=record.block, stage=record.kind))
-    return number, size, found
+        damage.append(Damage("", LEDGER, f"cannot be used: {error}", block=record.block, stage=record.kind))
+    return number, size, damage
 
 
-def _look_at_levels(path: Address) -> tuple[int, int, list[Damage]]:
-    """Verify what was made of the finest levels: how many units, bytes read, damage."""
-    number, size, found = 0, 0, []
+def _verify_levels(path: Address) -> tuple[int, int, list[Damage]]:
+    """Verify the coarser levels, and return the number of units, the bytes read and the damage."""
+    number, size, damage = 0, 0, []
     for array, key, box, problem in compare_pyramids(path):
         file = path / array / key
         number, size = number + 1, size + (file.stat().st_size if isinstance(file, Path) and file.exists() else 0)
         if problem:
-            found.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
-    return number, size, found
+            damage.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
+    return number, size, damage
 
 
-def _place(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
-    """Key and box of a unit, given its position with the channel first."""
+def _unit(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
+    """Return the key and the box of a unit from its position with the channel first."""
     head, frame = plan.heads[number], plan.frames[number]
     channel = position[:1] if head.channel_axis is not None else ()
-    place = channel_position(plan)
+    axis = channel_position(plan)
     start = tuple(p * u for p, u in zip(position[1:], head.unit, strict=True))
     stop = tuple(min(a + u, axis.grid.length) for a, u, axis in zip(start, head.unit, frame.axes, strict=True))
     ends = tuple(c + 1 for c in channel)
 
-    def laid(sizes: Ints, channels: Ints) -> Ints:
-        return (*sizes[:place], *channels, *sizes[place:])
+    def with_channel(sizes: Ints, channels: Ints) -> Ints:
+        return (*sizes[:axis], *channels, *sizes[axis:])
 
-    key = "/".join(["c", *map(str, laid(position[1:], channel))])
-    return key, Box(laid(start, channel), laid(stop, ends))
+    key = "/".join(["c", *map(str, with_channel(position[1:], channel))])
+    return key, Box(with_channel(start, channel), with_channel(stop, ends))
 
 
 def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
-    """Bytes of a file, and what is wrong with it, if anything."""
+    """Return the bytes of a file, and its problem; an empty text if there is none."""
     try:
         if unit and crc == ABSENT:
-            return 0, "is there, though nothing but the fill value was written" if file.exists() else ""
-        size, found = measured(file)
+            return 0, "is there, though only the fill value was written" if file.exists() else ""
+        size, actual = measured(file)
     except FileNotFoundError:
         return 0, "is missing"
     except OSError as error:
         return 0, f"cannot be read ({error.strerror or type(error).__name__})"
-    if (found or 1 if unit else found) != crc:
+    if (actual or 1 if unit else actual) != crc:
         return size, "is not what was written"
     return size, ""
 
 
-def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification) -> None:
-    """Take the records of damaged units back, so that the same call of `predict` does these blocks again.
+def _repair(path: Address, record: OutputRecord, plan: Plan, verification: Verification) -> None:
+    """Remove the records of damaged units, so that the same call of `predict` computes these blocks again.
 
     Raises:
-        CorruptData: when other files are damaged.
+        CorruptData: if other files are damaged.
     """
-    others = [d for d in found.damaged if d.stage != PYRAMID and (d.block is None or d.stage is None)]
+    others = [d for d in verification.damaged if d.stage != PYRAMID and (d.block is None or d.stage is None)]
     if others:
         raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
-    undone = {(str(d.stage), int(d.block)) for d in found.damaged if d.block is not None}
+    undone = {(str(d.stage), int(d.block)) for d in verification.damaged if d.block is not None}
     root = workspace_root(record)
     with locked(beside(path, ".lock"), str(path)):
         if record.complete:
-            # The partials are gone: what a block's normalize stage reads is computed anew, too.
+            # The partials are deleted, so those that the normalize stage of a block reads must be computed again, too.
             grid = plan.block_grid
             for stage, block in list(undone):
                 if stage == "normalize":
@@ -310,11 +311,11 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, found: Verification
         else:
             Workspace(root, plan).join()
             ledger = root / WHOLE
-        for level in (d for d in found.damaged if d.stage == PYRAMID):  # all of it is made again, of what is there
+        for level in (d for d in verification.damaged if d.stage == PYRAMID):  # the whole pyramid is built again
             (path / level.array / level.key).unlink(missing_ok=True)
         with rewritten(root / WHOLE) as target:
             copy_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
         if record.complete:
-            kept = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
-            kept["files"] = {name: crc for name, crc in kept["files"].items() if not name.endswith(LEDGER)}
-            write_record(path, dataclasses.replace(record, complete=False, details=kept))
+            details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
+            details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}
+            write_record(path, dataclasses.replace(record, complete=False, details=details))

@@ -1,7 +1,7 @@
-"""Check a run before it is long: `predict` against a plain in-memory computation, on random boxes of the user's volume.
+"""Check `predict` before a long run: compare it with a simple in-memory computation on random boxes of the volume.
 
-A box is a few patches in size and is cut into the smallest blocks there are, so that seams, borders and blending all
-take part. The reference shares no code with the engine.
+A box has a size of a few patches and is cut into the smallest possible blocks, so that seams, borders and blending are
+all tested. The reference shares no code with the engine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROUNDING = {"float64": 1e-5, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BoxReport:
-    """How one box compared."""
+    """Comparison of one box."""
 
     start: Ints
     """First voxel of the box on looped and spatial axes."""
@@ -43,11 +43,11 @@ class BoxReport:
     patches: int
     blocks: int
     largest_absolute: float
-    """Largest difference; for integer outputs beyond rounding, for `argmax` in the score of the chosen class."""
+    """Largest difference: of integer outputs beyond rounding, of `argmax` in the score of the chosen class."""
     largest_relative: float
     """The same as a share of the largest score."""
     tolerance: float
-    """What is allowed of the absolute difference; 0 for `crop`, which moves values without arithmetic."""
+    """Allowed absolute difference; 0 for `crop`, which moves values without arithmetic."""
 
     @property
     def passed(self) -> bool:
@@ -56,17 +56,17 @@ class BoxReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckReport:
-    """How all boxes compared. Prints as a table."""
+    """Comparison of all boxes. Prints as a table."""
 
     boxes: tuple[BoxReport, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no box differs by more than its tolerance."""
+        """True if no box differs by more than its tolerance."""
         return all(box.passed for box in self.boxes)
 
     def to_json(self) -> str:
-        """The report as a JSON object."""
+        """Return the report as a JSON object."""
         boxes = [{**dataclasses.asdict(box), "passed": box.passed} for box in self.boxes]
         return json.dumps({"passed": self.passed, "boxes": boxes}, indent=1)
 
@@ -83,18 +83,18 @@ class CheckReport:
 
 
 def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any) -> CheckReport:
-    """Compare `predict` with a plain in-memory computation on random boxes of a volume.
+    """Compare `predict` with a simple in-memory computation on random boxes of a volume.
 
     Args:
         volume: as for `predict`.
         model: as for `predict`, with `weights`, `model_args` and `trust_pickle`.
-        boxes: how many boxes to draw.
-        seed: which boxes; the same seed draws the same.
+        boxes: number of boxes to draw.
+        seed: seed of the random boxes.
         **predict_kwargs: the arguments of `predict`. `block_shape` and `output_chunks` are made small unless given.
-            What a `preprocess` needs to know of the whole volume is taken from each box.
+            Statistics of the whole volume that a `preprocess` needs are those of each box.
 
     Raises:
-        ValueError: as `predict`, for arguments that do not fit the volume or the model.
+        ValueError: as in `predict`, for arguments that do not fit the volume or the model.
 
     >>> import torch
     >>> check(np.ones((40, 40), np.float32), torch.nn.Identity(), boxes=1, patch_size=8, patch_overlap=4).passed
@@ -115,20 +115,20 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     return CheckReport(tuple(reports))
 
 
-def _with_sizes(source: Volume, models: Sequence[Model], given: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The arguments with the sizes that `predict` would choose for the whole volume."""
+def _with_sizes(source: Volume, models: Sequence[Model], arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the arguments with the sizes that `predict` chooses for the whole volume."""
     if "auto" not in [
-        value for name, value in given.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
+        value for name, value in arguments.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
     ]:
-        return given
-    plan = plan_run(source, list(models), folder / "sizes", **given)
-    return {**given, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
+        return arguments
+    plan = plan_run(source, list(models), folder / "sizes", **arguments)
+    return {**arguments, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
 
 
-def _settings(source: Volume, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `predict` for a box: sizes per spatial axis, blocks as small as they get, no progress."""
+def _settings(source: Volume, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `predict` for a box: sizes per spatial axis, smallest blocks, no progress."""
     ndim = source.spatial_ndim
-    settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **given}
+    settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **arguments}
     for name in ("patch_size", "patch_overlap"):
         if name not in settings:
             raise TypeError(f"check needs {name}, as predict does")
@@ -145,7 +145,7 @@ def _settings(source: Volume, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(source: Volume, size: Ints, overlap: Ints, generator: np.random.Generator) -> Box:
-    """A box of two to three patches per axis, two patches long without overlap on one, so that it holds two blocks."""
+    """Draw a box of two to three patches per axis, and at least two whole patches on one axis, for two blocks."""
     loops = len(source.shape) - len(size)
     start, stop = [], []
     longest = int(generator.integers(len(size)))
@@ -155,27 +155,28 @@ def _draw(source: Volume, size: Ints, overlap: Ints, generator: np.random.Genera
             patch, stride = size[axis - loops], size[axis - loops] - overlap[axis - loops]
             extent = max(patch + stride, 2 * patch if axis - loops == longest else 0) + int(generator.integers(stride))
         extent = min(extent, length)
-        # Borders are where mistakes live: half of the boxes touch one on each axis.
-        at = [0, length - extent, *generator.integers(length - extent + 1, size=2)]
-        start.append(int(at[generator.integers(4)]))
+        # Mistakes are most likely at borders: half of the boxes touch one on each axis.
+        starts = [0, length - extent, *generator.integers(length - extent + 1, size=2)]
+        start.append(int(starts[generator.integers(4)]))
         stop.append(start[-1] + extent)
     return Box(tuple(start), tuple(stop))
 
 
 def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[str, Any], folder: Path) -> BoxReport:
+    """Compare one box."""
     ndim = source.spatial_ndim
     data = source.read(box).reshape(source.channels, *box.shape[-ndim:])
     axes, stored = source.names[-ndim:], data[0]
     if source.channel_axis is not None:
         axes, stored = (source.channel_axis, *axes), data
-    # On disk and in chunks, as the volume itself is.
+    # On disk and in chunks, like the volume itself.
     chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
     plan = plan_run(folder / "volume", list(models), folder / "output", axes=axes, **settings)
     mode = plan.heads[0].mode
     if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote"}:
         raise ValueError("check compares models that give one output of the patch's size, blended or cropped")
-    found = np.asarray(plan.run())
+    output = np.asarray(plan.run())
     model = _whole_model(models, Volume(folder / "volume", axes), settings)
     device = resolve_device(settings.get("device", "auto"))
     with _torch_threads(plan.torch_threads), Predictor(model, device=device).ready():
@@ -190,8 +191,8 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
             device=device,
             autocast=settings.get("autocast", False),
         )
-    absolute, scale = _difference(found.reshape(-1, *data.shape[1:]), scores, settings.get("postprocess"))
-    exact = mode == "crop" and plan.batch_size == 1 and found.dtype == scores.dtype
+    absolute, scale = _difference(output.reshape(-1, *data.shape[1:]), scores, settings.get("postprocess"))
+    exact = mode == "crop" and plan.batch_size == 1 and output.dtype == scores.dtype
     return BoxReport(
         start=box.start,
         shape=box.shape,
@@ -199,7 +200,7 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
         blocks=plan.blocks,
         largest_absolute=absolute,
         largest_relative=absolute / scale if scale else absolute,
-        tolerance=0.0 if exact and settings.get("postprocess") is None else _share(model, settings, found) * scale,
+        tolerance=0.0 if exact and settings.get("postprocess") is None else _tolerance(model, settings, output) * scale,
     )
 
 
@@ -214,27 +215,28 @@ def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, An
     return ensemble(models, preprocessing.preprocess_function(preprocess, found), turns)
 
 
-def _difference(found: Array, scores: Array, postprocess: Any) -> tuple[float, float]:
-    """Largest difference of the output `(C, *box)` from the reference, and the scale it is to be seen against."""
+def _difference(output: Array, scores: Array, postprocess: Any) -> tuple[float, float]:
+    """Return the largest difference of the output `(C, *box)` from the reference, and the scale of the scores."""
     scores = scores.astype(np.float64)
     if postprocess == "argmax":
-        # Two classes of one score may swap: what counts is how much score the choice gave away.
-        chosen = np.take_along_axis(scores, found.astype(np.int64), axis=0)
+        # Classes with equal scores may be swapped: compare the score of the chosen class with the best score.
+        chosen = np.take_along_axis(scores, output.astype(np.int64), axis=0)
         return float((scores.max(axis=0) - chosen[0]).max()), _largest(scores)
     if isinstance(postprocess, str) and postprocess.startswith("threshold"):
-        at = float(postprocess.partition(":")[2] or 0.5)  # a score at the threshold may round to either side
-        return float(np.abs(scores - at).max(initial=0.0, where=(scores > at) != found)), _largest(scores)
-    wanted = _postprocessed(scores, postprocess)
-    if wanted.shape != found.shape:
-        raise ValueError(f"predict gave shape {found.shape} where the reference has {wanted.shape}")
-    unlike = ~(np.isfinite(wanted) & np.isfinite(found))
-    if not np.array_equal(wanted[unlike], found[unlike].astype(np.float64), equal_nan=True):
-        return float("inf"), _largest(wanted)
-    if np.issubdtype(found.dtype, np.integer):
-        limits = np.iinfo(found.dtype)
-        distance = np.abs(np.clip(wanted, limits.min, limits.max) - found) - 0.5
-        return float(max(distance.max(initial=0.0, where=~unlike), 0.0)), _largest(wanted)
-    return float(np.abs(wanted - found).max(initial=0.0, where=~unlike)), _largest(wanted)
+        threshold = float(postprocess.partition(":")[2] or 0.5)  # a score near it may round to either side
+        distance = np.abs(scores - threshold).max(initial=0.0, where=(scores > threshold) != output)
+        return float(distance), _largest(scores)
+    expected = _postprocessed(scores, postprocess)
+    if expected.shape != output.shape:
+        raise ValueError(f"predict gave shape {output.shape} where the reference has {expected.shape}")
+    finite = np.isfinite(expected) & np.isfinite(output)
+    if not np.array_equal(expected[~finite], output[~finite].astype(np.float64), equal_nan=True):
+        return float("inf"), _largest(expected)
+    if np.issubdtype(output.dtype, np.integer):
+        limits = np.iinfo(output.dtype)
+        distance = np.abs(np.clip(expected, limits.min, limits.max) - output) - 0.5
+        return float(max(distance.max(initial=0.0, where=finite), 0.0)), _largest(expected)
+    return float(np.abs(expected - output).max(initial=0.0, where=finite)), _largest(expected)
 
 
 def _postprocessed(scores: Array, postprocess: Any) -> Array:
@@ -252,9 +254,9 @@ def _largest(values: Array) -> float:
     return float(np.abs(values).max(initial=0.0, where=np.isfinite(values)))
 
 
-def _share(model: Model, settings: dict[str, Any], found: Array) -> float:
-    """The tolerance as a share of the largest score, by the coarsest type that the values went through."""
-    kinds = {str(found.dtype)}
+def _tolerance(model: Model, settings: dict[str, Any], output: Array) -> float:
+    """Return the tolerance as a share of the largest score, by the coarsest dtype that the values went through."""
+    kinds = {str(output.dtype)}
     if isinstance(model, torch.nn.Module):
         kinds |= {str(item.dtype).removeprefix("torch.") for item in model.parameters() if item.is_floating_point()}
     if settings.get("autocast"):
@@ -266,7 +268,7 @@ def _share(model: Model, settings: dict[str, Any], found: Array) -> float:
 
 @contextlib.contextmanager
 def _torch_threads(threads: int) -> Iterator[None]:
-    """Torch rounds differently with another number of threads."""
+    """Set the number of threads of torch for a while: it rounds differently with another number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

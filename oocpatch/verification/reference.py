@@ -1,7 +1,7 @@
-"""`predict` in memory, the plain way: one loop over patches, whole arrays, float64 sums.
+"""A simple reference for `predict`: one loop over patches, whole arrays in memory, float64 sums.
 
-It shares no code with the engine, so that `oocpatch check` compares two answers to one question. It is for boxes of a
-few patches.
+It shares no code with the engine, so `oocpatch check` compares two independent results. It is meant for boxes of a few
+patches.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def reference_scores(
     device: str = "auto",
     autocast: bool = False,
 ) -> Array:
-    """What the model says about a volume, blended, before any post-processing.
+    """Return the blended scores of a model on a volume, before any postprocessing.
 
     Args:
         volume: `(C, *spatial)`.
         model: maps `(1, C, *patch)` to `(1, C', *patch)`.
         patch_size: per spatial axis, in voxels.
         patch_overlap: per spatial axis, in voxels, in total.
-        overlap_mode: how overlapping outputs become one.
-        padding_mode: how the volume is grown by half an overlap on each side, as in `numpy.pad`; None does not grow it.
-        fill: the value of the padding `constant`.
-        device: where the model is run; `auto` is CUDA if there is one.
-        autocast: whether it is run in mixed precision.
+        overlap_mode: how overlapping outputs are blended.
+        padding_mode: how the volume is padded by half an overlap on each side, as in `numpy.pad`; None: not at all.
+        fill: value of the padding `constant`.
+        device: device of the model; `auto` is CUDA if there is one.
+        autocast: whether the model runs in mixed precision.
 
     Returns:
         `(C', *spatial)`: float64, or for `crop` the model's own values and dtype.
@@ -87,7 +87,7 @@ def reference_scores(
             sums[(slice(None), *box)] += window * scores
             weights[box] += window
     if sums is None or not weights.all():
-        raise AssertionError("the patches of a full grid cover every voxel")
+        raise RuntimeError("the patches of the reference must cover every voxel")
     inside = tuple(slice(low, low + n) for low, n in zip(before, spatial, strict=True))
     blended = sums if overlap_mode == "crop" else sums / weights
     return blended[(slice(None), *inside)]
