@@ -96,7 +96,7 @@ class Image:
 
     @property
     def method(self) -> str:
-        """How several voxels of a level become one of the next: `mode` or `mean`."""
+        """Reduction of several voxels of a level to one of the next: `mode` or `mean`."""
         return "mode" if self.head.labels else "mean"
 
 

@@ -65,7 +65,7 @@ class Queue(IterableDataset[Subject]):
         patch_sampler: a uniform, weighted or label sampler; its own subject plays no part.
         max_length: patches in memory at most, those under way included; workers of a loader divide them up.
         patches_per_volume: patches of each subject in an epoch.
-        num_workers: threads that read; 0: patches are read when they are asked for.
+        num_workers: threads that read; 0: patches are read when they are needed.
         shuffle_subjects: whether each epoch takes the subjects in another order.
         shuffle_patches: whether patches leave the buffer in random order, else in the order of reading.
         transform: a function of a patch (a `Subject`) that gives a patch, applied after reading.

@@ -1,6 +1,6 @@
 """Subjects: named volumes of one spatial shape, and what else is known about them.
 
-Volumes stay where they are until a patch is asked for. A patch is a subject, too, whose volumes are in memory:
+Volumes are read when a patch is. A patch is a subject, too, whose volumes are in memory:
 
 ```text
  Subject                                     a patch
@@ -14,7 +14,7 @@ Volumes stay where they are until a patch is asked for. A patch is a subject, to
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class LoadedVolume:
     (8, 9)
 
     Raises:
-        ValueError: when the tensor has no axis beside the channels.
+        ValueError: if the tensor has no axis besides the channels.
     """
 
     data: torch.Tensor
@@ -122,8 +122,7 @@ class Subject:
     @property
     def spatial_names(self) -> tuple[str, ...]:
         """Names of the spatial axes of the first volume."""
-        first = next(iter(self._volumes.values()))
-        return (first if isinstance(first, Volume) else first.volume).names
+        return as_volume(next(iter(self._volumes.values()))).names
 
     def load(self) -> None:
         """Read all volumes into memory, where `subject.t1.data` is a tensor `(C, *spatial)`."""
@@ -204,22 +203,21 @@ def read_patches(
         tuple(map(max, zip(*(location.index_fin for location in locations), strict=True))),
     )
     data = {name: _read(volume, box, padding_mode, fill) for name, volume in subject.images.items()}
-    if len(locations) == 1:
-        return [_patch(data, subject.metadata, locations[0])]
-    parts = [(slice(None), *location.box.slices(box.start)) for location in locations]
-    # clones: a view would keep the whole box in memory
-    return [
-        _patch({name: whole[part].clone() for name, whole in data.items()}, subject.metadata, location)
-        for part, location in zip(parts, locations, strict=True)
-    ]
+    patches = []
+    for location in locations:
+        part = (slice(None), *location.box.slices(box.start))
+        # clones: a view would keep the whole box in memory
+        tensors = data if len(locations) == 1 else {name: tensor[part].clone() for name, tensor in data.items()}
+        volumes = {name: LoadedVolume(tensor) for name, tensor in tensors.items()}
+        patches.append(Subject(**volumes, **{**subject.metadata, "patch_location": location}))
+    return patches
 
 
-def _patch(data: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], location: PatchLocation) -> Subject:
-    volumes = {name: LoadedVolume(tensor) for name, tensor in data.items()}
-    return Subject(**volumes, **{**metadata, "patch_location": location})
+def as_volume(volume: Volume | LoadedVolume) -> Volume:
+    """Return a volume to read boxes of."""
+    return volume if isinstance(volume, Volume) else volume.volume
 
 
 def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str | None = None, fill: float = 0.0) -> torch.Tensor:
     """Read a box as a new tensor `(C, *box.shape)`."""
-    source = volume if isinstance(volume, Volume) else volume.volume
-    return torch.from_numpy(source.read(box, padding_mode or "edge", fill))
+    return torch.from_numpy(as_volume(volume).read(box, padding_mode or "edge", fill))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from oocpatch.planning.box import Box, Ints
 from oocpatch.sampling.map_cells import Cells, RecentCells, pick
 from oocpatch.sampling.probability_map import Masses, MassesOfMaps, count_labels, measure, stored_masses, sum_weights
-from oocpatch.sampling.subject import LoadedVolume, Subject
+from oocpatch.sampling.subject import Subject, as_volume
 from oocpatch.sampling.uniform import UniformSampler
 from oocpatch.volumes.volume import Volume
 
@@ -48,7 +48,7 @@ class WeightedSampler(UniformSampler):
         seed: as for `UniformSampler`.
 
     Raises:
-        ValueError: also for a map that is not there, has several channels, holds a negative, infinite or undefined
+        ValueError: also for a map that does not exist, has several channels, has a negative, infinite or undefined
             value, or is zero wherever a patch can be centred.
 
     >>> subject = Subject(t1=np.arange(6), where=np.array([9, 0, 1, 0, 0, 9]))
@@ -72,7 +72,7 @@ class WeightedSampler(UniformSampler):
         self._masses_of_maps = MassesOfMaps()
         self._recent = RecentCells(RECENT_BYTES)
         super().__init__(subject, patch_size, num_patches, seed=seed)
-        if not _as_volume(subject[probability_map]).source.chunked:
+        if not as_volume(subject[probability_map]).source.chunked:
             self.prepare()
 
     def prepare(self, subject: Subject | None = None) -> None:
@@ -104,7 +104,7 @@ class WeightedSampler(UniformSampler):
         number, value = int(masses_of_map.cells[entry]), masses_of_map.values[entry]
         cell = cells[number]
         source = subject[self.probability_map]
-        voxels = self._recent.get(source, number, lambda: _as_volume(source).read(cell)[0])
+        voxels = self._recent.get(source, number, lambda: as_volume(source).read(cell)[0])
         half = tuple(p // 2 for p in self.patch_size)
 
         def corner(index: Ints, origin: Ints) -> Ints:
@@ -134,7 +134,7 @@ class WeightedSampler(UniformSampler):
     def _masses(self, subject: Subject) -> tuple[Cells, Masses, Floats]:
         """Return the cells of a subject's map, their masses, and the cumulative sums of the weighted masses."""
         source = subject[self.probability_map]
-        return self._masses_of_maps.get(source, lambda: self._measure(_as_volume(source)))
+        return self._masses_of_maps.get(source, lambda: self._measure(as_volume(source)))
 
     def _measure(self, volume: Volume) -> tuple[Cells, Masses, Floats]:
         cells = Cells.of_centres(volume.shape, volume.chunks, self.patch_size)
@@ -217,10 +217,6 @@ class LabelSampler(WeightedSampler):
             f"got {self.label_probabilities or 'all but 0'}, but where {self.label_name!r} can be a patch's centre, "
             f"for patches of size {self.patch_size}, it has only {listed}"
         )
-
-
-def _as_volume(source: Volume | LoadedVolume) -> Volume:
-    return source if isinstance(source, Volume) else source.volume
 
 
 def _unravel(row: int, column: int, shape: Ints) -> Ints:

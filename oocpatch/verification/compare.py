@@ -205,14 +205,14 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
 
 
 def _whole_model(models: Sequence[Model], volume: Volume, settings: dict[str, Any]) -> Model:
-    """The model with what is around it."""
+    """Return the model with its preprocessing, augmentation and ensemble."""
     axes = volume.names[-volume.spatial_ndim :]
     preprocess = preprocessing.checked_preprocess(settings.get("preprocess"), volume.dtype, volume.channels)
-    found = preprocessing.preprocess_statistics(preprocess, volume, 1 << 28, progress=False)
-    turns = augmentation.flips_and_rotations(
+    statistics = preprocessing.preprocess_statistics(preprocess, volume, 1 << 28, progress=False)
+    transforms = augmentation.flips_and_rotations(
         augmentation.checked_augmentation(settings.get("augment"), axes), axes, settings["patch_size"]
     )
-    return ensemble(models, preprocessing.preprocess_function(preprocess, found), turns)
+    return ensemble(models, preprocessing.preprocess_function(preprocess, statistics), transforms)
 
 
 def _difference(output: Array, scores: Array, postprocess: Any) -> tuple[float, float]:

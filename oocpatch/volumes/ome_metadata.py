@@ -31,31 +31,24 @@ METERS = {
 }
 """Powers of ten of units of space, by their names in OME-Zarr."""
 
-SHORT = {
-    "pm": "picometer",
-    "nm": "nanometer",
-    "um": "micrometer",
-    "\u00b5m": "micrometer",  # the micro sign
-    "\u03bcm": "micrometer",  # the Greek letter
-    "\\u00b5m": "micrometer",  # as ImageJ writes it
-    "micron": "micrometer",
-    "microns": "micrometer",
-    "mm": "millimeter",
-    "cm": "centimeter",
-    "m": "meter",
-    "km": "kilometer",
-    "\u00e5": "angstrom",
-    "ns": "nanosecond",
-    "us": "microsecond",
-    "usec": "microsecond",
-    "ms": "millisecond",
-    "msec": "millisecond",
-    "s": "second",
-    "sec": "second",
-    "min": "minute",
-    "h": "hour",
-    "d": "day",
+ABBREVIATIONS = {
+    "angstrom": "\u00e5",
+    "picometer": "pm",
+    "nanometer": "nm",
+    "micrometer": "um \u00b5m \u03bcm \\u00b5m micron microns",  # micro sign, Greek letter, ImageJ's escape
+    "millimeter": "mm",
+    "centimeter": "cm",
+    "meter": "m",
+    "kilometer": "km",
+    "nanosecond": "ns",
+    "microsecond": "us usec",
+    "millisecond": "ms msec",
+    "second": "s sec",
+    "minute": "min",
+    "hour": "h",
+    "day": "d",
 }
+LONG_NAMES = {short: name for name, abbreviations in ABBREVIATIONS.items() for short in abbreviations.split()}
 
 
 def long_unit(name: object) -> str | None:
@@ -68,9 +61,9 @@ def long_unit(name: object) -> str | None:
         return None
     text = name.strip()
     lower = text.lower().replace("metre", "meter")
-    if text in SHORT or lower in SHORT:
-        return SHORT.get(text, SHORT.get(lower))
-    known = {*METERS, *SHORT.values()}
+    if name_of_unit := LONG_NAMES.get(text, LONG_NAMES.get(lower)):
+        return name_of_unit
+    known = {*METERS, *ABBREVIATIONS}
     return next((name for name in (lower.removesuffix("s"), lower) if name in known), text)
 
 

@@ -49,7 +49,7 @@ DIGIT = 16
 
 @dataclass(frozen=True, slots=True)
 class VolumeStatistics:
-    """Statistics of a volume, computed when they are asked for.
+    """Statistics of a volume, computed on request.
 
     Attributes:
         volume: the volume.

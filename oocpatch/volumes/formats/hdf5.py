@@ -33,8 +33,8 @@ class Hdf5File:
             self._data = _dataset(h5py, self._file, spec)
             data = self._data
             labels = [d.label for d in data.dims]
-            found = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
-            names = tuple(str(n) for n in found) if all(found) else None
+            labelled = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
+            names = tuple(str(n) for n in labelled) if all(labelled) else None
             self.metadata = FileMetadata(
                 shape=data.shape,
                 dtype=data.dtype,
