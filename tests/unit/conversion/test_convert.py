@@ -37,21 +37,21 @@ def test_a_converted_file_has_its_values_names_places_and_attributes(kind: str, 
     make, name, part, names, _ = KINDS[kind]
     expected = make(tmp_path / name)
     source = oocpatch.Volume(f"{tmp_path / name}{part}").source
-    made = oocpatch.convert(f"{tmp_path / name}{part}", tmp_path / "out.zarr", chunks=16, progress=False)
-    np.testing.assert_array_equal(made.transpose(*names), expected)
-    assert made.dims == (("c", "y", "x") if "c" in names else names)
-    assert made.dtype == expected.dtype
-    assert set(made.coords) == set(source.coords)
-    assert set(made.coords)
+    array = oocpatch.convert(f"{tmp_path / name}{part}", tmp_path / "out.zarr", chunks=16, progress=False)
+    np.testing.assert_array_equal(array.transpose(*names), expected)
+    assert array.dims == (("c", "y", "x") if "c" in names else names)
+    assert array.dtype == expected.dtype
+    assert set(array.coords) == set(source.coords)
+    assert set(array.coords)
     for axis, coordinate in source.coords.items():
-        np.testing.assert_array_equal(made.coords[axis], coordinate)
-        assert made.coords[axis].attrs == coordinate.attrs
-    assert {k: made.attrs[k] for k in source.attrs} == dict(source.attrs)
+        np.testing.assert_array_equal(array.coords[axis], coordinate)
+        assert array.coords[axis].attrs == coordinate.attrs
+    assert {k: array.attrs[k] for k in source.attrs} == dict(source.attrs)
     again = oocpatch.predict(
         tmp_path / "out.zarr", torch.nn.Identity(), tmp_path / "predicted.zarr",
         patch_size=8, overlap_mode="crop", progress=False,
     )  # fmt: skip
-    np.testing.assert_array_equal(again, made)
+    np.testing.assert_array_equal(again, array)
     assert not list(tmp_path.glob("*partial*"))
 
 
@@ -67,17 +67,17 @@ def test_chunks_and_shards_are_those_that_were_asked_for(tmp_path: Path) -> None
 @pytest.mark.parametrize("axes", ["tyx", "cyx", "yxc", "zyx"])
 def test_axes_say_what_is_channel_and_what_is_looped(axes: str, tmp_path: Path) -> None:
     data = STACK if axes != "yxc" else STACK.transpose(1, 2, 0)
-    made = oocpatch.convert(data, tmp_path / "out.zarr", axes=axes, chunks=16, progress=False)
-    assert made.dims == tuple("cyx" if axes == "yxc" else axes)
-    np.testing.assert_array_equal(made, STACK)
+    array = oocpatch.convert(data, tmp_path / "out.zarr", axes=axes, chunks=16, progress=False)
+    assert array.dims == tuple("cyx" if axes == "yxc" else axes)
+    np.testing.assert_array_equal(array, STACK)
     array = zarr.open_array(tmp_path / "out.zarr/volume", mode="r")
     assert array.chunks == ((12 if axes == "zyx" else 1), 16, 16)  # many channels, and times, have chunks of their own
 
 
 def test_a_level_is_chosen(tmp_path: Path) -> None:
     pyramidal_tiff(tmp_path / "a.tif")
-    made = oocpatch.convert(tmp_path / "a.tif", tmp_path / "out.zarr", level=1, progress=False)
-    np.testing.assert_array_equal(made.transpose("y", "x", "c"), SLIDE[::2, ::2])
+    array = oocpatch.convert(tmp_path / "a.tif", tmp_path / "out.zarr", level=1, progress=False)
+    np.testing.assert_array_equal(array.transpose("y", "x", "c"), SLIDE[::2, ::2])
     with pytest.raises(ValueError, match="level must be 0 unless the volume is an OME-Zarr or a file with levels"):
         oocpatch.convert(STACK, tmp_path / "other.zarr", level=1)
 
@@ -96,9 +96,9 @@ def big(path: Path, shape: tuple[int, ...]) -> None:
     planes: Iterator[np.ndarray[Any, Any]] = (np.full(shape[1:], z, np.uint16) for z in range(shape[0]))
     if path.suffix == ".h5":
         with h5py.File(path, "w") as file:
-            made = file.create_dataset("data", shape, np.uint16, chunks=(32, 64, 64), compression="gzip")
+            array = file.create_dataset("data", shape, np.uint16, chunks=(32, 64, 64), compression="gzip")
             for z in range(0, shape[0], 32):
-                made[z : z + 32] = np.stack([next(planes) for _ in range(32)])
+                array[z : z + 32] = np.stack([next(planes) for _ in range(32)])
     elif path.suffix == ".tif":
         with tifffile.TiffWriter(path) as file:
             for plane in planes:
@@ -237,8 +237,8 @@ def test_another_volume_or_other_parameters_are_refused_by_name_until_it_is_over
         if out.exists():
             out.rename(tmp_path / "out.zarr.partial")
             (tmp_path / "out.zarr.partial" / conversion.MARKS).write_bytes(bytes(1 * 3 * 4))
-    made = oocpatch.convert(STACK + 1, out, axes="zyx", chunks=16, progress=False, overwrite=True)
-    np.testing.assert_array_equal(made, STACK + 1)
+    array = oocpatch.convert(STACK + 1, out, axes="zyx", chunks=16, progress=False, overwrite=True)
+    np.testing.assert_array_equal(array, STACK + 1)
     again = oocpatch.convert(STACK, out, axes="zyx", chunks=8, progress=False, overwrite=True)
     np.testing.assert_array_equal(again, STACK)
     assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]

@@ -77,7 +77,7 @@ def test_what_others_wrote_stays(image: Path) -> None:
     assert told[0] == told[1]
 
 
-def test_the_same_call_again_lists_what_a_crash_kept_from_it(image: Path) -> None:
+def test_the_same_call_again_lists_labels_that_a_crash_left_out(image: Path) -> None:
     label(image, "nuclei")
     shutil.copytree(image, image.with_name("whole.zarr"))
     lists = image / "labels" / ("zarr.json" if (image / "zarr.json").exists() else ".zattrs")

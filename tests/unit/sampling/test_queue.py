@@ -317,7 +317,7 @@ def test_a_subject_that_comes_again_gives_other_patches() -> None:
     assert len({patch.patch_location.index for patch in queue}) == 50
 
 
-def test_a_sampler_of_ones_own_says_where_patches_are() -> None:
+def test_a_custom_sampler_chooses_the_patches() -> None:
     class Diagonal(oocpatch.UniformSampler):
         def draw(self, subject: oocpatch.Subject, random: Any, count: int = 1) -> list[Ints]:
             return [(int(random.integers(4)),) * 2 for _ in range(count)]

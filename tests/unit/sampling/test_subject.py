@@ -100,7 +100,7 @@ def test_loading_puts_volumes_into_memory_as_tensors(tmp_path: Path) -> None:
     assert np.array_equal(patch.t1.data.numpy(), DATA[None, 1:4, 2:6])
 
 
-def test_nothing_but_metadata_is_read_until_a_patch_is_asked_for() -> None:
+def test_only_metadata_are_read_until_a_patch_is() -> None:
     store = CountingStore()
     volume = zarr.create_array(store, data=np.ones((32, 32), np.uint8), chunks=(8, 8))
     store.reads.clear()

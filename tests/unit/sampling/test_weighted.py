@@ -358,7 +358,7 @@ def tables(root: Path) -> list[Path]:
     return sorted(root.rglob("*.npz"))
 
 
-def test_the_pass_is_made_once_and_kept_beside_the_map(tmp_path: Path, passes: list[str]) -> None:
+def test_the_pass_is_made_once_and_stored_beside_the_map(tmp_path: Path, passes: list[str]) -> None:
     stored(tmp_path, prior((12, 12)), (4, 4))
     first = sample(tmp_path / "map.zarr")
     assert sample(tmp_path / "map.zarr") == first
@@ -418,7 +418,7 @@ def test_a_place_that_cannot_be_written_does_without(tmp_path: Path, passes: lis
     assert passes == ["map"], "what is known travels along"
 
 
-def test_a_table_lies_outside_the_hierarchy_of_its_map(tmp_path: Path) -> None:
+def test_masses_are_stored_outside_the_hierarchy_of_their_map(tmp_path: Path) -> None:
     group = zarr.create_group(tmp_path / "study.zarr")
     group.create_array("labels", data=prior((12, 12)), chunks=(4, 4))
     sample(tmp_path / "study.zarr" / "labels")
@@ -427,7 +427,7 @@ def test_a_table_lies_outside_the_hierarchy_of_its_map(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "study.zarr").iterdir()] == ["labels", "zarr.json"]
 
 
-def test_weights_and_labels_of_one_map_are_kept_apart(tmp_path: Path, passes: list[str]) -> None:
+def test_masses_of_weights_and_of_labels_of_one_map_are_stored_separately(tmp_path: Path, passes: list[str]) -> None:
     data = np.zeros((12, 12), np.uint8)
     data[5, 5], data[7, 7] = 1, 200
     subject = oocpatch.Subject(map=stored(tmp_path, data, (4, 4)))

@@ -73,7 +73,7 @@ def units_in(folder: Path) -> int:
 
 @pytest.mark.parametrize("coder", ["zarr", "zarrs", "ours"])
 @pytest.mark.parametrize(("model", "options"), RUNS.values(), ids=RUNS)
-def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
+def test_an_undamaged_output_passes_and_every_write_unit_is_verified(
     model: Any, options: dict[str, Any], coder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if coder == "zarrs" and importlib.util.find_spec("zarrs") is None:
@@ -94,7 +94,7 @@ def test_an_output_that_nobody_touched_passes_and_every_write_unit_is_looked_at(
     assert found.bytes >= sum(path.stat().st_size for head in heads for path in head.rglob("c/**/*") if path.is_file())
 
 
-def test_the_levels_of_an_ome_zarr_are_looked_at_with_channels_after_time(tmp_path: Path) -> None:
+def test_the_levels_of_an_ome_zarr_are_verified_with_channels_after_time(tmp_path: Path) -> None:
     data = np.random.default_rng(0).random((2, 20, 24), dtype=np.float32)
     sizes = {"patch_size": 8, "patch_overlap": 4, "block_shape": 8, "output_chunks": 4, "axes": "tyx"}
     call = functools.partial(oocpatch.predict, data, two_channels, progress=False, **sizes)
@@ -116,7 +116,7 @@ def test_the_levels_of_an_ome_zarr_are_looked_at_with_channels_after_time(tmp_pa
 
 
 @pytest.mark.parametrize("shards", [None, 8])
-def test_damage_to_a_coarser_level_is_found_and_made_again_of_the_finest(shards: int | None, tmp_path: Path) -> None:
+def test_damage_to_a_coarser_level_is_found_and_repaired_from_the_finest(shards: int | None, tmp_path: Path) -> None:
     called = []
 
     def doubled(patches: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ def test_every_bit_of_a_write_unit_and_a_sample_of_all_others_count(tmp_path: Pa
     assert not missed
 
 
-def test_a_unit_of_nothing_but_the_fill_value_must_not_be_there(tmp_path: Path) -> None:
+def test_a_unit_of_only_the_fill_value_must_have_no_file(tmp_path: Path) -> None:
     volume = np.zeros((16, 16), np.float32)
     volume[8:] = 1
     oocpatch.predict(
@@ -320,7 +320,7 @@ def halted(here: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, delete])
-def test_damage_to_what_an_incomplete_run_has_done_is_found_and_mended(damage: Damage, halted: Job) -> None:
+def test_damage_to_the_finished_part_of_an_incomplete_run_is_found_and_repaired(damage: Damage, halted: Job) -> None:
     before = oocpatch.verify(halted.output)
     assert before.passed
     assert not before.complete
@@ -338,7 +338,7 @@ def test_damage_to_what_an_incomplete_run_has_done_is_found_and_mended(damage: D
 
 
 @pytest.mark.parametrize(("name", "state"), [("overlap_mode", "complete"), ("patch_size", "incomplete")])
-def test_damage_to_what_an_output_says_of_its_run_is_not_taken_for_another_run(
+def test_damage_to_the_record_of_an_output_is_not_taken_for_another_run(
     name: str, state: str, request: pytest.FixtureRequest
 ) -> None:
     job = request.getfixturevalue("halted" if state == "incomplete" else "here")
@@ -373,7 +373,7 @@ def test_what_is_no_output_of_predict_is_refused(tmp_path: Path) -> None:
 Command = Callable[..., tuple[int, str, str]]
 
 
-def test_the_command_says_what_is_damaged_and_mends_it(tmp_path: Path, command: Command) -> None:
+def test_the_command_names_the_damage_and_repairs_it(tmp_path: Path, command: Command) -> None:
     volume, output = make_small_volume(tmp_path / "volume.zarr"), tmp_path / "out.zarr"
     run = [
         "predict",

@@ -225,7 +225,7 @@ def test_imagej_says_how_far_planes_are_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.svs", "a.scn"])
-def test_a_level_of_a_slide_is_chosen_by_its_number_and_lies_where_it_belongs(name: str, tmp_path: Path) -> None:
+def test_a_level_of_a_slide_is_chosen_by_its_number_and_has_the_right_coordinates(name: str, tmp_path: Path) -> None:
     (svs if name.endswith("svs") else pyramidal_tiff)(tmp_path / name)
     volume = oocpatch.Volume(f"{tmp_path / name}::level=1")
     np.testing.assert_array_equal(volume.read(Box((0, 0), (150, 210))), SLIDE[::2, ::2].transpose(2, 0, 1))
@@ -313,7 +313,7 @@ def test_a_missing_library_is_named_with_the_extra_that_has_it(
         oocpatch.Volume(tmp_path / name)
 
 
-def test_what_is_not_chosen_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_ambiguous_array_is_refused_with_a_list(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["one"], file["deep/two"] = STACK, STACK
     with pytest.raises(ValueError, match=r"holds 2 datasets; it has .*a\.h5::/deep/two \(12, 40, 50\), .*::/one"):

@@ -64,7 +64,7 @@ def test_a_level_of_a_pyramid_is_read_with_its_axes_coordinates_and_units(versio
     assert "stain" not in coords
 
 
-def test_what_is_said_of_the_whole_image_comes_after_what_is_said_of_the_level(tmp_path):
+def test_transformations_of_the_image_apply_after_those_of_the_level(tmp_path):
     common = [{"type": "scale", "scale": [1.0, 1.0, 2.0, 10.0]}, {"type": "translation", "translation": [0, 0, 1, 0]}]
     path = write_image(tmp_path / "image.zarr", "0.5", coordinateTransformations=common)
     coords = oocpatch.Volume(path, level=1).source.coords
