@@ -74,9 +74,8 @@ class EpochCounter:
     def __init__(self, seed: int | None) -> None:
         self.seed = None if seed is None else natural_number("seed", seed)
         self._ranks = Share()
-        self._shared = _in_shared_memory(
-            torch.zeros(2, dtype=torch.int64)
-        )  # the epoch set, number of `set_epoch` calls
+        # the epoch of the last `set_epoch`, and the number of its calls
+        self._shared = _in_shared_memory(torch.zeros(2, dtype=torch.int64))
         self._last_set, self._process, self._passes = -1, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -148,12 +147,12 @@ def _in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.share_memory_()  # type: ignore[no-any-return, no-untyped-call] # torch gives it no type
 
 
-def natural_number(name: str, value: Any, least: int = 0) -> int:
-    """Check that an argument is an int of at least `least`, and return it.
+def natural_number(name: str, value: Any, least: int = 0, *, alternative: str = "") -> int:
+    """Check that an argument is an int of at least `least`, and return it; the error names an alternative.
 
     Raises:
         ValueError: if it is not.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least {least}{alternative}, got {value!r}")
     return int(value)

@@ -143,4 +143,4 @@ def _uniform(box: Box, random: np.random.Generator) -> Ints:
 
 def _num_patches(value: Any) -> int | None:
     """Check a number of patches per epoch, or None for no end."""
-    return None if value is None else natural_number("num_patches", value)
+    return None if value is None else natural_number("num_patches", value, alternative=", or None for no end")

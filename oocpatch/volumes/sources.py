@@ -67,7 +67,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest that is equal for two sources with the same content."""
+        """Digest that identifies the source: address and metadata of data on disk, the bytes of data in memory."""
         return self.compute_fingerprint()
 
 

@@ -108,7 +108,7 @@ class Volume:
 
     @property
     def fingerprint(self) -> str:
-        """Digest that is equal for volumes with the same content; computed without reading voxels on disk."""
+        """Digest that identifies the volume; computed without reading voxels on disk."""
         return self.source.fingerprint
 
     def with_chunk_reader(self, threads: int) -> Volume:
