@@ -4,12 +4,14 @@ The pages are Markdown that reads well by itself; what Sphinx adds is navigation
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject
 
 import oocpatch
+from oocpatch.configuration.options import options_table
 
 project = "oocpatch"
 author = "the oocpatch authors"
@@ -60,7 +62,7 @@ html_theme_options = {
 }
 html_sidebars = {"index": [], "tutorial": [], "concepts": []}  # these pages are in no group
 
-RETURNED = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "RunStatus", "Verification")}
+RETURNED = {f"oocpatch.{name}" for name in ("CheckReport", "Damage", "Plan", "PlannedRun", "RunStatus", "Verification")}
 """Classes that callers get and never create: their arguments are left out, as those of errors are."""
 
 for field in PyObject.doc_field_types:
@@ -87,8 +89,17 @@ def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
     lines[:] = [line for line in lines if "Sentinel.UNSET" not in line]
 
 
+def write_options(app: Sphinx) -> None:
+    """Write the table of options, which is made of the fields of the configuration."""
+    page = Path(app.srcdir, "reference", "generated", "options.md")
+    page.parent.mkdir(exist_ok=True)
+    intro = "# Options of a run\n\nEach is a parameter of `predict` and an option of the command line.\n\n"
+    page.write_text(intro + options_table())
+
+
 def setup(app: Sphinx) -> None:
     """Register the above."""
+    app.connect("builder-inited", write_options)
     app.connect("autodoc-process-signature", without_arguments)
     app.connect("autodoc-process-docstring", as_text, priority=400)  # napoleon has 500
     app.connect("sphinx-click-process-options", without_unset)

@@ -196,5 +196,23 @@ GROUPS: dict[str, type[Any]] = {
 }
 """The groups of options, by their names in `RunConfig`."""
 
+DERIVED_IDENTITY = ("axes", "model", "patch_size", "batch_size", "box", "output_format")
+"""Options that identify a run by what they come to: the volume's axes, the model's fingerprint, the chosen sizes."""
+
 OPTIONS: dict[str, dataclasses.Field[Any]] = {f.name: f for group in GROUPS.values() for f in fields(group)}
 """Every option of a run by its name, but for volume and output."""
+
+
+def options_table() -> str:
+    """Return the options of a run as Markdown: one table per group, for the docs."""
+    lines = []
+    for name, group in GROUPS.items():
+        lines += [f"## {name}", "", "| parameter | default | identifies a run | |", "|---|---|---|---|"]
+        for field in fields(group):
+            default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            identity = "yes" if field.metadata["identity"] or field.name in DERIVED_IDENTITY else ""
+            lines.append(
+                f"| `{field.name}` | {default} | {identity} | {field.metadata['help'].replace('|', chr(92) + '|')} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
