@@ -30,8 +30,7 @@ from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, selected, unit_positions
-from oocpatch.storage.chunk_guard import ChunkGuard
-from oocpatch.storage.decoded import declared
+from oocpatch.storage.chunk_guard import ChunkGuard, declared_size
 
 Array = npt.NDArray[Any]
 Selection = tuple[slice, ...]
@@ -121,7 +120,7 @@ class PlainArray:
         if self._codec is None:
             return np.frombuffer(data, np.uint8)
         # Decoders do not tell when there was less than fits.
-        memory = self._memory_of("chunk", self._bytes) if declared(self._codec, data) == self._bytes else None
+        memory = self._memory_of("chunk", self._bytes) if declared_size(self._codec, data) == self._bytes else None
         try:
             return np.frombuffer(self._codec.decode(data, out=memory), np.uint8)
         except (RuntimeError, ValueError) as error:
