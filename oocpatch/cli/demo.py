@@ -56,7 +56,7 @@ Zarr = zarr.Array[Any]
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What the demo found.
+    """The result of the demo.
 
     Attributes:
         seconds: duration of the prediction alone.
@@ -209,7 +209,7 @@ def _dilate(values: torch.Tensor, width: int) -> torch.Tensor:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """Watch the process' resident memory; the given function tells the peak above the start, in bytes."""
+    """Watch the resident memory of the process; yield a function that returns its peak above the start, in bytes."""
     process, done = psutil.Process(), threading.Event()
     start = peak = process.memory_info().rss
 
@@ -309,10 +309,10 @@ def make_volume(specimen: Specimen, path: Path, log: Callable[[str], None]) -> N
         OutputExists: when `path` holds something else.
     """
     mark = {"size": specimen.size, "seed": specimen.seed}
-    found = _mark(path)
-    if path.exists() and (found is None or {**found, "complete": False} != {**mark, "complete": False}):
+    stored = _mark(path)
+    if path.exists() and (stored is None or {**stored, "complete": False} != {**mark, "complete": False}):
         raise OutputExists(f"the demo would write to {path}, which holds something else; give another directory")
-    if found and found["complete"]:
+    if stored and stored["complete"]:
         return
     start = time.perf_counter()
     group = zarr.open_group(path, mode="a")
@@ -335,7 +335,7 @@ def make_volume(specimen: Specimen, path: Path, log: Callable[[str], None]) -> N
 
 
 def _mark(path: Path) -> dict[str, Any] | None:
-    """What the demo noted about the group at `path`; None: it is not the demo's."""
+    """Return the record that the demo left at `path`; None where it left none."""
     try:
         mark = zarr.open_group(path, mode="r").attrs.get(MARK)
     except (OSError, ValueError):
@@ -363,14 +363,14 @@ def draw(path: Path, volume: Zarr, prediction: Zarr, truth: Zarr, *, score: floa
     from PIL import Image, ImageDraw, ImageFont
 
     middle, size = volume.shape[0] // 2, volume.shape[1]
-    counts, found, there = (np.asarray(a[middle], np.float32) for a in (volume, prediction, truth))
+    counts, scores, truths = (np.asarray(a[middle], np.float32) for a in (volume, prediction, truth))
     low, high = np.percentile(counts, (1, 99.8))
     grey = np.clip((counts - low) / (high - low), 0, 1) ** 0.7
-    hit, true = found > 0.5, there > 0
+    hit, true = scores > 0.5, truths > 0
     verdict = np.repeat(0.45 * grey[..., None], 3, axis=-1)
     for where, colour in ((hit & true, GREEN), (hit & ~true, PINK), (~hit & true, AMBER)):
         verdict[where] = 0.35 * grey[where][:, None] + 0.65 * np.array(colour) / 255
-    heat = np.stack([np.interp(found, HEAT[0], np.array(c) / 255) for c in zip(*HEAT[1], strict=True)], axis=-1)
+    heat = np.stack([np.interp(scores, HEAT[0], np.array(c) / 255) for c in zip(*HEAT[1], strict=True)], axis=-1)
     columns = (
         (np.repeat(grey[..., None], 3, axis=-1), [("volume", INK), ("uneven light, haze, noise", MUTED)]),
         (heat, [("prediction", INK), ("probability of nucleus, blended", MUTED)]),

@@ -1,4 +1,4 @@
-"""What oocpatch finds on this machine: versions, cores, memory, disk, devices, extras. For people and bug reports."""
+"""The machine as oocpatch sees it: versions, cores, memory, disk, devices, extras. For people and bug reports."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ EXTRAS = {
     "slurm": ("dask_jobqueue",),
     "serve": ("neuroglancer",),
 }
-"""What each extra brings, by the names that are imported."""
+"""Modules of each extra."""
 
 
 def examine(directory: Path) -> dict[str, Any]:
-    """Look at the machine, and at the disk of a directory.
+    """Return facts about the machine, and about the disk of a directory.
 
     >>> sorted(examine(Path()))
     ['cores', 'devices', 'disk', 'extras', 'memory', 'platform', 'versions', 'zarrs']
     """
     memory = psutil.virtual_memory()
-    places = {"here": directory, "temporary": Path(tempfile.gettempdir())}
+    folders = {"here": directory, "temporary": Path(tempfile.gettempdir())}
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -54,7 +54,7 @@ def examine(directory: Path) -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
         },
         "memory": {"total": memory.total, "available": memory.available, "auto": memory_limit("auto")},
-        "disk": {name: {"path": str(p.resolve()), "free": shutil.disk_usage(p).free} for name, p in places.items()},
+        "disk": {name: {"path": str(p.resolve()), "free": shutil.disk_usage(p).free} for name, p in folders.items()},
         "devices": _devices(),
         "extras": {name: [m for m in wanted if importlib.util.find_spec(m) is None] for name, wanted in EXTRAS.items()},
         "zarrs": _codes_with_zarrs(),
@@ -62,13 +62,13 @@ def examine(directory: Path) -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    found = ["cpu"]
-    found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-    return [*found, "mps"] if torch.backends.mps.is_available() else found
+    devices = ["cpu"]
+    devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return [*devices, "mps"] if torch.backends.mps.is_available() else devices
 
 
 def _codes_with_zarrs() -> bool:
-    """Whether zarrs really reads an array here, and not only is installed."""
+    """Return whether zarrs reads an array here, and is not only installed."""
     with tempfile.TemporaryDirectory() as folder:
         array = zarr.create_array(f"{folder}/a", data=np.arange(8, dtype=np.uint8), chunks=(4,))
         coder = ZarrsArray.open(array, 1)
@@ -79,21 +79,21 @@ def _codes_with_zarrs() -> bool:
         return bool((out == np.arange(8)).all())
 
 
-def told(found: dict[str, Any]) -> str:
-    """What was found, in lines."""
-    cores, memory = found["cores"], found["memory"]
+def as_text(facts: dict[str, Any]) -> str:
+    """Return the facts of `examine` as lines of text."""
+    cores, memory = facts["cores"], facts["memory"]
     rows = {
-        "versions": ", ".join(f"{n} {v}" for n, v in found["versions"].items()),
-        "platform": found["platform"],
+        "versions": ", ".join(f"{n} {v}" for n, v in facts["versions"].items()),
+        "platform": facts["platform"],
         "cores": f"{cores['machine']}, {cores['allowed']} for this process, {cores['torch_threads']} threads of torch",
         "memory": f"{human(memory['total'])}, {human(memory['available'])} available; "
         f"max_memory='auto' is {human(memory['auto'])}",
-        **{f"disk, {n}": f"{human(d['free'])} free at {d['path']}" for n, d in found["disk"].items()},
-        "devices": ", ".join(found["devices"]),
-        "chunks": "coded by zarrs"
-        if found["zarrs"]
-        else "plain ones coded here, others by zarr-python; zarrs is faster",
+        **{f"disk, {n}": f"{human(d['free'])} free at {d['path']}" for n, d in facts["disk"].items()},
+        "devices": ", ".join(facts["devices"]),
+        "chunks": "decoded by zarrs"
+        if facts["zarrs"]
+        else "decoded by oocpatch and zarr-python; zarrs is faster: pip install zarrs",
     }
-    for name, missing in found["extras"].items():
+    for name, missing in facts["extras"].items():
         rows[f"extra {name}"] = f"needs {', '.join(missing)}: pip install 'oocpatch[{name}]'" if missing else "there"
     return "\n".join(f"{name:<18} {text}" for name, text in rows.items())

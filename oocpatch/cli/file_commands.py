@@ -1,4 +1,4 @@
-"""Commands about files and pictures: what comes in, and looking at what goes out."""
+"""Commands that convert volumes, draw pictures and reports, and describe the machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import click
 from oocpatch.cli.types import SIZE
 
 _option = functools.partial(click.option, show_default=True)
+KINDS = ("auto", "labels", "scores", "image", "rgb")
 _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
 @click.argument("volume", metavar="IN")
 @click.argument("output", metavar="OUT.zarr")
-@_option("--axes", metavar="NAMES", help="Axes of the volume, such as zyx or yxc; default: as the file names them.")
-@_option("--level", default="0", help="Level of a pyramid; 0 is the largest.")
+@_option("--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names.")
+@_option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
 @_option("--chunks", type=SIZE, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
 @_option("--shards", type=SIZE, help="Shards in voxels, multiples of the chunks; default: none.")
 @_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
@@ -39,33 +40,38 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     import oocpatch
 
     start = time.monotonic()
-    made = oocpatch.convert(volume, output, **options)
+    array = oocpatch.convert(volume, output, **options)
     report = {
         "output": output,
-        "axes": [str(d) for d in made.dims],
-        "shape": list(made.shape),
-        "dtype": str(made.dtype),
-        "chunks": [int(made.encoding["preferred_chunks"][d]) for d in made.dims],
+        "axes": [str(d) for d in array.dims],
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "chunks": [int(array.encoding["preferred_chunks"][d]) for d in array.dims],
         "seconds": round(time.monotonic() - start, 3),
     }
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    told = " x ".join(map(str, made.shape))
-    click.echo(f"{Path(output)}: {told} ({', '.join(map(str, made.dims))}), {made.dtype}, {report['seconds']:.1f} s")
+    shape = " x ".join(map(str, array.shape))
+    click.echo(f"{Path(output)}: {shape} ({', '.join(map(str, array.dims))}), {array.dtype}, {report['seconds']:.1f} s")
 
 
 @click.command()
 @click.argument("output", metavar="OUT")
 @click.argument("picture", metavar="[PNG]", required=False)
-@_option("--volume", metavar="IN", help="What to lay the result over; default: what the run noted.")
+@_option("--volume", metavar="IN", help="Draw the result over this volume; default: the input of the run.")
 @_option("--no-volume", is_flag=True, help="Show the result alone.")
-@_option("--head", help="Which of several outputs; default: the first.")
-@_option("--kind", type=click.Choice(("auto", "labels", "scores", "image", "rgb")), default="auto", help="How to show.")
-@_option("--axes", metavar="NAMES", help="Axes of OUT, where it does not name them.")
+@_option("--head", help="Show this one of several outputs; default: the first.")
+@_option(
+    "--kind",
+    type=click.Choice(("auto", "labels", "scores", "image", "rgb")),
+    default="auto",
+    help="Show values in this way.",
+)
+@_option("--axes", metavar="NAMES", help="Name the axes of OUT, where it has no names.")
 @_option("--pixels", type=click.IntRange(min=16), default=480, help="Longest side of a panel.")
 @_option("--serve", is_flag=True, help="Show it in a browser of this machine instead, with neuroglancer, until Ctrl-C.")
-@_option("--port", type=click.IntRange(0, 65535), default=0, help="Port to serve at; 0: any that is free.")
+@_option("--port", type=click.IntRange(0, 65535), default=0, help="Serve at this port; 0: any free one.")
 @_option("--browser/--no-browser", default=True, help="With --serve: open a browser where there is a desktop.")
 @_json_option
 def view(
@@ -89,8 +95,8 @@ def view(
         return
     import oocpatch
 
-    made = oocpatch.view(output, picture, **options)
-    click.echo(json.dumps({"picture": str(made)}) if as_json else str(made))
+    path = oocpatch.view(output, picture, **options)
+    click.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
 
 
 def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:
@@ -118,18 +124,18 @@ def report(output: str, page: str | None, *, as_json: bool) -> None:
     """Write one HTML file about the run that wrote OUT: pictures, plan, time, memory, coverage, how to repeat it."""
     import oocpatch
 
-    made = oocpatch.report(output, page)
-    click.echo(json.dumps({"report": str(made)}) if as_json else str(made))
+    path = oocpatch.report(output, page)
+    click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 
 @click.command()
 @_json_option
 def doctor(*, as_json: bool) -> None:
-    """Say what there is: versions, cores, memory, disk, devices, extras."""
-    from oocpatch.cli.doctor import examine, told
+    """Show versions, CPU cores, memory, disk, devices and installed extras."""
+    from oocpatch.cli.doctor import as_text, examine
 
-    found = examine(Path())
-    click.echo(json.dumps(found, indent=1) if as_json else told(found))
+    facts = examine(Path())
+    click.echo(json.dumps(facts, indent=1) if as_json else as_text(facts))
 
 
 COMMANDS = (convert, view, report, doctor)

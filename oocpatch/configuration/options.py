@@ -139,13 +139,13 @@ class OutputOptions:
 
     @property
     def ome(self) -> bool:
-        """Whether the output is an OME-Zarr."""
+        """Return whether the output is an OME-Zarr."""
         return self.output_format != "zarr"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a run may take, in bytes, and the unit of its work."""
+    """Bounds on memory and disk, in bytes, and the unit of work."""
 
     max_memory: int = option("auto", check="memory_limit", metavar="SIZE", help="Bound on the added memory: 2GiB.")
     max_disk: int | None = option(None, check="num_bytes", metavar="SIZE", help="Bound on the workspace.")
@@ -156,7 +156,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """Where and how the run is executed; the result does not depend on it."""
+    """Place and manner of the execution; the result does not depend on them."""
 
     workspace: Any = option(None, metavar="PLACE", help="Path or URL of unfinished work; default: beside the output.")
     workers: int | None = option(

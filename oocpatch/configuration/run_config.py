@@ -189,7 +189,7 @@ class RunConfig:
 
     @property
     def skips(self) -> bool:
-        """Whether patches may be skipped."""
+        """Return whether patches may be skipped."""
         return bool(self.selection) or self.data.skip_empty
 
     @property

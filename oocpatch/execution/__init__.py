@@ -1,1 +1,1 @@
-"""Where tasks run: threads of this process, a Dask cluster, or the parts of an array job."""
+"""Execution of tasks: by threads of this process, a Dask cluster, or the parts of an array job."""

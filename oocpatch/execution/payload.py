@@ -65,7 +65,7 @@ class RunHandle:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRef:
-    """Where a worker finds a volume.
+    """The address of a volume for workers.
 
     Attributes:
         source: a directory or a URL; or the source itself, if it can be pickled.
@@ -85,7 +85,7 @@ class VolumeRef:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPayload:
-    """What a worker makes its tasks' context of.
+    """The parts that a worker makes its tasks' context of.
 
     Attributes:
         plan: the plan as JSON.

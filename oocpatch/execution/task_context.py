@@ -37,7 +37,7 @@ from oocpatch.workspace.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """What a run reads and calls.
+    """Volume, mask and models of a run.
 
     Attributes:
         options: the model's options.
@@ -54,7 +54,7 @@ class RunInputs:
 
 @dataclass(frozen=True, slots=True)
 class RunExecutor:
-    """Where the tasks of a run are executed.
+    """The executor of a run's tasks.
 
     Attributes:
         executor: runs tasks.

@@ -421,7 +421,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
                 return open_result(output)
             workspace = set_up(config, stored or plan, resuming=stored is not None)
             plan = workspace.plan
-            own, progress = part.own(plan.blocks), workspace.progress()
+            own, progress = part.blocks_of(plan.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor = stack.enter_context(open_executor(config, workspace, own, progress.predicted))
         tail = LedgerTail(workspace.root, part.segment)
@@ -432,7 +432,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             record = inspect_output(output)
             completed = record is not None and record.complete  # by another part, which finished this one's blocks
             if not completed:
-                unattended = part.left_to(output, plan.blocks)
+                unattended = part.unattended_blocks(output, plan.blocks)
                 stages(to_predict=range(0), to_normalize=unattended).execute(executor.executor)
                 executor.flush()
                 completed = all_done(plan, progress)

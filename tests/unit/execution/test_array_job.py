@@ -50,7 +50,7 @@ def finished(job: Job, expected: dict[str, str]) -> None:
 
 @given(blocks=st.integers(0, 1000), count=st.integers(1, 40))
 def test_the_blocks_of_all_parts_cover_every_block_exactly_once(blocks: int, count: int) -> None:
-    ranges = [ArrayJobPart(number, count).own(blocks) for number in range(1, count + 1)]
+    ranges = [ArrayJobPart(number, count).blocks_of(blocks) for number in range(1, count + 1)]
     assert list(itertools.chain(*ranges)) == list(range(blocks))
     assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
 
