@@ -72,12 +72,12 @@ class Head:
 
     @property
     def blended(self) -> bool:
-        """Whether patches are added, in float32, and divided by weights."""
+        """True where patches are added, in float32, and divided by weights."""
         return self.mode not in ("crop", "max")
 
     @property
     def votes(self) -> bool:
-        """Whether patches are labels, of which the most frequent wins: they are added as one channel per class."""
+        """True where patches are labels, of which the most frequent wins: they are added as one channel per class."""
         return self.mode == "vote"
 
     @property

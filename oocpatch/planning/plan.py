@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def fills_batches(self) -> bool:
-        """Whether every batch is filled up to `batch_size`, since the model is compiled for it."""
+        """True where every batch is filled up to `batch_size`, since the model is compiled for it."""
         return self.parameters.get("compile") is not None
 
     @cached_property
