@@ -86,7 +86,7 @@ class SubjectsBatch:
         return f"SubjectsBatch({volumes}; {', '.join(self.metadata) or 'no metadata'})"
 
     def __len__(self) -> int:
-        """Number of patches."""
+        """Return the number of patches."""
         return len(next(iter(self.images.values())).data)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
