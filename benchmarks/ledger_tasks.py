@@ -18,6 +18,7 @@ from oocpatch.outputs.output import create_output
 from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.run.driver import workspace_root
+from oocpatch.storage.paths import LocalPath
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, PartialsRef
 from oocpatch.workspace.run_progress import RunProgress
@@ -27,9 +28,9 @@ PATCH, STRIDE, BLOCK = 16, 8, 16
 """Each block receives seams from up to seven neighbours."""
 
 
-def _plan(directory: str, edge: int) -> tuple[Plan, Path]:
+def _plan(directory: str, edge: int) -> tuple[Plan, LocalPath]:
     """A run over an empty volume."""
-    volume, output = Path(directory) / f"empty-{edge}.zarr", Path(directory) / "out.zarr"
+    volume, output = Path(directory) / f"empty-{edge}.zarr", LocalPath(directory) / "out.zarr"
     if not volume.exists():
         zarr.create_array(volume, shape=(edge * BLOCK,) * 3, chunks=(BLOCK,) * 3, dtype="uint8")
     made = oocpatch.plan(
@@ -46,8 +47,8 @@ def _plan(directory: str, edge: int) -> tuple[Plan, Path]:
     return made, output
 
 
-def _ledger(directory: str) -> Path:
-    return Path(directory) / "ledger"
+def _ledger(directory: str) -> LocalPath:
+    return LocalPath(directory) / "ledger"
 
 
 def plan_huge(directory: str, edge: int) -> dict[str, Any]:  # noqa: ARG001 - all steps have it
@@ -117,7 +118,7 @@ def read_progress(directory: str, edge: int) -> dict[str, Any]:
 def keep(directory: str, edge: int) -> dict[str, Any]:
     """Gather the records that stand, as the end of a run does."""
     with measured() as usage:
-        copy_ledger(_ledger(directory), Path(directory) / "kept", edge**3)
+        copy_ledger(_ledger(directory), LocalPath(directory) / "kept", edge**3)
     return {**vars(usage), "result": f"{(Path(directory) / 'kept').stat().st_size / MIB:.0f} MiB"}
 
 
@@ -125,7 +126,7 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
     """Say how far the run is, from its workspace alone."""
     made, output = _plan(directory, edge)
     create_output(
-        output, made, Volume(Path(directory) / f"empty-{edge}.zarr", "zyx"), Path(directory) / "workspace", None
+        output, made, Volume(Path(directory) / f"empty-{edge}.zarr", "zyx"), LocalPath(directory) / "workspace", None
     )
     record = inspect_output(output)
     assert record is not None

@@ -23,9 +23,7 @@ import zarr
 import oocpatch
 from benchmarks.contest import remove
 from benchmarks.measure import answer, measured
-from oocpatch.outputs import output
-from oocpatch.run import driver as executors
-from oocpatch.storage import files
+from oocpatch.storage import storage_path
 
 WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
 """Where Python threads wait, by file and function."""
@@ -94,10 +92,9 @@ def predict_timing_the_disk(source: str, target: str, options: dict[str, Any]) -
     """A run, and the seconds in it that wait for the disk: for the ledger and other small files, and for the output."""
     _warm_up(options)
     remove(target)
-    synced, flushed = _Timed(os.fsync), _Timed(files.flush)
+    synced, flushed = _Timed(os.fsync), _Timed(storage_path.flush_file_system)
     os.fsync = synced  # type: ignore[assignment]
-    for user in (output, executors):
-        user.flush = flushed  # type: ignore[attr-defined]
+    storage_path.flush_file_system = flushed  # type: ignore[assignment]
     with measured() as usage:
         oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
     written = [path.stat().st_size for path in Path(target).rglob("*") if path.is_file()]

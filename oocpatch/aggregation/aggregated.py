@@ -15,7 +15,6 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import zarr
@@ -27,6 +26,7 @@ from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, inspect_output
 from oocpatch.planning.box import Ints
 from oocpatch.planning.plan import differences
 from oocpatch.storage.locks import locked
+from oocpatch.storage.paths import LocalPath
 from oocpatch.workspace.workspace import remove_workspace
 
 MADE_BY = "PatchAggregator"
@@ -64,7 +64,7 @@ class AggregatedOutput:
         RunMismatch: when it belongs to a loop with other parameters, which are named.
     """
 
-    def __init__(self, path: Path, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, path: LocalPath, parameters: Mapping[str, Any]) -> None:
         self.path = path
         self._parameters = {"made_by": MADE_BY, **parameters}
         self._store = LocalStore(path)
@@ -84,7 +84,7 @@ class AggregatedOutput:
     @classmethod
     def temporary(cls) -> Self:
         """An output that is deleted when neither it nor an array of it is in use any more, and at exit."""
-        folder = Path(tempfile.mkdtemp(prefix="oocpatch-"))
+        folder = LocalPath(tempfile.mkdtemp(prefix="oocpatch-"))
         output = cls(folder / "output.zarr", {})
         output._temporary = True
         weakref.finalize(output._store, shutil.rmtree, folder, ignore_errors=True)
@@ -150,7 +150,7 @@ class AggregatedOutput:
     def commits(self) -> Commits:
         """The workspace."""
         assert self.record is not None
-        return Commits(Path(self.record.workspace) / self.record.run_id)
+        return Commits(LocalPath(self.record.workspace) / self.record.run_id)
 
     def complete(self, details: Mapping[str, Any]) -> None:
         """Record that nothing is missing, and delete the workspace after that."""
@@ -171,7 +171,7 @@ class AggregatedOutput:
         """An array for the user, read-only; one of a temporary output keeps it from being deleted."""
         return zarr.open_array(self._store, path=name, mode="r+" if self._temporary else "r")
 
-    def _beside(self, suffix: str) -> Path:
+    def _beside(self, suffix: str) -> LocalPath:
         return self.path.with_name(f"{self.path.name}.oocpatch{suffix}")
 
     def _write(self, record: OutputRecord) -> None:
@@ -191,4 +191,4 @@ def _close(lock: contextlib.ExitStack, process: int) -> None:
 
 
 _OF_PARENT: list[contextlib.ExitStack] = []
-_HELD: weakref.WeakValueDictionary[Path, AggregatedOutput] = weakref.WeakValueDictionary()
+_HELD: weakref.WeakValueDictionary[LocalPath, AggregatedOutput] = weakref.WeakValueDictionary()

@@ -35,7 +35,7 @@ from oocpatch.aggregation.head_spec import HeadSpec
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.planning.arguments import memory_limit, per_axis
 from oocpatch.planning.grid import PatchLocation
-from oocpatch.storage.paths import check_writable, local_path
+from oocpatch.storage.paths import local_path
 
 logger = logging.getLogger("oocpatch")
 
@@ -236,7 +236,7 @@ class PatchAggregator:
 
     def _open(self, store: str | os.PathLike[str]) -> None:
         path = local_path("store", store)
-        check_writable("store", path)
+        path.check_writable("store")
         asked = {
             "spatial_shape": self._shape,
             "overlap_mode": self._mode,

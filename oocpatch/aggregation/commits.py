@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +24,7 @@ import numpy.typing as npt
 
 from oocpatch.errors import CorruptData
 from oocpatch.storage.checksums import checksum, text_checksum
-from oocpatch.storage.files import write_atomically
+from oocpatch.storage.paths import LocalPath
 
 Array = npt.NDArray[Any]
 Body = dict[str, Any]
@@ -38,7 +37,7 @@ class Commits:
         root: directory of the run, `<workspace>/<run_id>`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: LocalPath) -> None:
         self.root = root
         self.number = 0
 
@@ -69,7 +68,7 @@ class Commits:
         (self.root / "commits").mkdir(parents=True, exist_ok=True)
         text = json.dumps(body)
         stored = json.dumps({"crc": text_checksum(text), "body": text})
-        write_atomically(self.root / "commits" / _name(self.number, ".json"), stored)
+        (self.root / "commits" / _name(self.number, ".json")).write_atomic(stored)
         self.number += 1
 
     def piece(self, number: int, offset: int, crc: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
@@ -111,14 +110,14 @@ class Commits:
         shutil.rmtree(self.root / "pieces", ignore_errors=True)
         self.number = 0
 
-    def _file(self, number: int) -> Path:
+    def _file(self, number: int) -> LocalPath:
         return self.root / "pieces" / _name(number)
 
 
 class PieceWriter:
     """Writes pieces one after the other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: LocalPath) -> None:
         self._file = path.open("wb", buffering=0)
         self._at = 0
 
@@ -144,7 +143,7 @@ def _name(number: int, suffix: str = "") -> str:
     return f"{number:08d}{suffix}"
 
 
-def _parse(path: Path) -> Body | None:
+def _parse(path: LocalPath) -> Body | None:
     try:
         stored = json.loads(path.read_text())
         if text_checksum(stored["body"]) != stored["crc"]:

@@ -36,7 +36,7 @@ from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.plan import differences
 from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
-from oocpatch.storage.paths import Address, check_writable, output_path
+from oocpatch.storage.paths import StoragePath, output_path
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
 
@@ -55,8 +55,8 @@ class RunConfig:
     """
 
     volume: Volume
-    output: Address
-    workspace: Address
+    output: StoragePath
+    workspace: StoragePath
     models: tuple[Model, ...]
     data: DataOptions
     model: ModelOptions
@@ -88,7 +88,7 @@ class RunConfig:
         data = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
         for name, path in (("output", target), ("workspace", place)):
             refuse_overlap(name, path, data)
-            check_writable(name, path)
+            path.check_writable(name)
         groups = {name: _checked_group(group, arguments, data) for name, group in GROUPS.items()}
         outputs = groups["outputs"]
         output_format = checked_output_format(format_in_parent(target, outputs.output_format), data)

@@ -10,6 +10,7 @@ continues: stored write units are not written again.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -17,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
 from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
-from oocpatch.storage.paths import check_writable, local_path
+from oocpatch.storage.paths import LocalPath, local_path
 from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
@@ -103,7 +103,7 @@ def convert(
     target = local_path("output", output)
     data = Volume(volume, axes, level)
     refuse_overlap("output", target, data)
-    check_writable("output", target)
+    target.check_writable("output")
     looped = len(data.shape) - data.spatial_ndim
     chunk = default_chunks(data, data.dtype.itemsize)
     if chunks is not None:
@@ -120,9 +120,11 @@ def convert(
         if not is_complete(target, record):
             conversion = Conversion.open(partial, data, record, chunk, unit)
             voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
-            with show_progress(
-                progress, "convert", "voxels", total, resumed=conversion.done, bytes_each=voxel
-            ) as advance:
+            resumed = conversion.done
+            with (
+                contextlib.closing(conversion),
+                show_progress(progress, "convert", "voxels", total, resumed=resumed, bytes_each=voxel) as advance,
+            ):
                 _stream(data, conversion, stream, advance)
             conversion.finish(target)
     array: xarray.DataArray = xarray.open_zarr(target)[NAME]
@@ -218,7 +220,7 @@ def _bounding_box(parts: Sequence[Box]) -> Box:
     return Box(tuple(map(min, starts)), tuple(map(max, stops)))
 
 
-def _remove(*paths: Path) -> None:
+def _remove(*paths: LocalPath) -> None:
     """Delete conversions; refuse to delete anything else."""
     for path in paths:
         replaceable(path)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oocpatch.storage.locks import holder, locks, part_lock
-from oocpatch.storage.paths import Address
+from oocpatch.storage.paths import StoragePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class ArrayJobPart:
         """Return the part's blocks among so many. The blocks of all parts cover every block exactly once."""
         return range((self.number - 1) * blocks // self.count, self.number * blocks // self.count)
 
-    def lock(self, output: Address) -> Address:
+    def lock(self, output: StoragePath) -> StoragePath:
         """Return the path of the part's lock."""
         return part_lock(output, (self.number, self.count))
 
-    def unattended_blocks(self, output: Address, blocks: int) -> Ranges:
+    def unattended_blocks(self, output: StoragePath, blocks: int) -> Ranges:
         """Return the blocks that it normalizes at its end: its own, and those of parts that are not running."""
         parts = [ArrayJobPart(i, self.count) for i in range(1, self.count + 1)]
         return Ranges([p.blocks_of(blocks) for p in parts if p == self or holder(p.lock(output)) is None])
@@ -64,7 +64,7 @@ class Ranges:
         return any(index in r for r in self.ranges)
 
 
-def busy_holder(output: Address, part: ArrayJobPart | None) -> str | None:
+def busy_holder(output: StoragePath, part: ArrayJobPart | None) -> str | None:
     """Return the process that keeps a call from working on an output, in words, or None.
 
     That is a whole run, the same part, or a part of another division.

@@ -26,8 +26,7 @@ from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import RunInputs
 from oocpatch.models.options import ModelOptions
 from oocpatch.planning.plan import Plan, human
-from oocpatch.storage.files import make_folder, remove_folder, remove_tree
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.sources import Source, open_source
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
@@ -52,13 +51,13 @@ class RunHandle:
     """
 
     token: str
-    root: Address
+    root: StoragePath
     digest: str
     versions: dict[str, str | None]
     path: tuple[str, ...]
 
     @property
-    def folder(self) -> Address:
+    def folder(self) -> StoragePath:
         """The directory of what the call's workers read."""
         return self.root / "calls" / self.token
 
@@ -73,7 +72,7 @@ class VolumeRef:
         roles: roles of its axes, where its metadata have them.
     """
 
-    source: Address | Source
+    source: StoragePath | Source
     names: tuple[str, ...]
     roles: tuple[str, ...] | None
 
@@ -99,7 +98,7 @@ class WorkerPayload:
     options: ModelOptions
     volume: VolumeRef
     mask: VolumeRef | None
-    output: Address
+    output: StoragePath
 
 
 def check_cluster(options: ModelOptions, client: Any) -> None:
@@ -152,7 +151,7 @@ def _absolute(path: Any) -> Any:
 
 @contextlib.contextmanager
 def published_payload(
-    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Address, max_disk: int | None
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: StoragePath, max_disk: int | None
 ) -> Iterator[RunHandle]:
     """Put a payload where workers find it, as long as the `with` block lasts.
 
@@ -161,8 +160,8 @@ def published_payload(
     """
     token = secrets.token_hex(8)
     folder = workspace.root / "calls" / token
-    remove_tree(folder.parent)  # of calls that were killed
-    make_folder(folder)
+    folder.parent.remove_tree()  # of calls that were killed
+    folder.make_folder()
     free_disk = None if max_disk is None else max_disk - plan.projected_disk
     try:
         payload = WorkerPayload(
@@ -173,14 +172,15 @@ def published_payload(
             output=output,
         )
         data = pickled(payload)
-        (folder / PAYLOAD).write_bytes(data)
+        (folder / PAYLOAD).write_plain(data)
         path = (str(Path.cwd()), *sys.path[:1])
         yield RunHandle(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
     finally:
-        remove_folder(folder)
+        folder.remove_tree()
+        folder.parent.remove_if_empty()
 
 
-def _volume_ref(volume: Volume, folder: Address, name: str, free_disk: int | None) -> VolumeRef:
+def _volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | None) -> VolumeRef:
     """Return where workers find a volume; one in memory is stored for them."""
     source, names = volume.source, volume.axes.names
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
@@ -196,7 +196,7 @@ def _volume_ref(volume: Volume, folder: Address, name: str, free_disk: int | Non
         )
     side = max(1, int((COPIED / volume.dtype.itemsize) ** (1 / len(source.shape))))
     array = zarr.create_array(
-        store_at(folder),
+        folder.store(),
         name=name,
         shape=source.shape,
         chunks=tuple(min(side, n) for n in source.shape),

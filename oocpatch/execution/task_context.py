@@ -30,7 +30,6 @@ from oocpatch.outputs.output import Output
 from oocpatch.planning.box import Box
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
-from oocpatch.storage.files import flush
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
@@ -83,7 +82,7 @@ def thread_executor(
         open_task_context(plan, inputs, workspace, output, check_stopped) as context,
         dask_threads(plan.concurrency, functools.partial(run_task, context), stop) as threads,
     ):
-        yield RunExecutor(threads, lambda: context.predictor.halving.count, functools.partial(flush, output.path))
+        yield RunExecutor(threads, lambda: context.predictor.halving.count, output.path.flush)
 
 
 def run_task(context: TaskContext, task: Task) -> TaskResult:

@@ -25,7 +25,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +41,7 @@ from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan, differences
-from oocpatch.storage.files import flush
-from oocpatch.storage.paths import Address
+from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.retries import transient
 from oocpatch.workspace.workspace import PLAN, Workspace
 
@@ -56,7 +54,7 @@ def cluster_executor(
     plan: Plan,
     inputs: RunInputs,
     workspace: Workspace,
-    output: Address,
+    output: StoragePath,
     *,
     client: Any,
     processes: int | None,
@@ -88,7 +86,7 @@ def cluster_executor(
         published_payload(plan, inputs, workspace, output, max_disk) as handle,
         Cluster(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
-        flush_everywhere = functools.partial(cluster.everywhere, functools.partial(flush, output))
+        flush_everywhere = functools.partial(cluster.everywhere, output.flush)
         yield RunExecutor(cluster, lambda: halved, flush_everywhere)
 
 
@@ -230,10 +228,10 @@ class RunGuard:
         path: the file or object.
     """
 
-    def __init__(self, path: Address) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self._path = path
         self._checked_at = -math.inf
-        self._patience = 0.0 if isinstance(path, Path) else LOOK_SECONDS
+        self._patience = 0.0 if path.is_local else LOOK_SECONDS
 
     def check(self, seconds: float | None = None) -> None:
         """Check that the run is there, unless it was so many seconds ago.
@@ -263,7 +261,7 @@ class GuardedOutput(Output):
         guard: stops tasks whose run is gone.
     """
 
-    def __init__(self, path: Address, plan: Plan, guard: RunGuard) -> None:
+    def __init__(self, path: StoragePath, plan: Plan, guard: RunGuard) -> None:
         super().__init__(path, plan)
         self._guard = guard
 

@@ -16,11 +16,13 @@ from zarr.errors import UnstableSpecificationWarning
 from oocpatch.planning.grid import Scale
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.volume import Volume
 
 
-def write_coords(path: Address, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3) -> None:
+def write_coords(
+    path: StoragePath, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3
+) -> None:
     """Write coordinates into a group; `attributes` replace those of the group."""
     if not coords:
         return
@@ -28,7 +30,7 @@ def write_coords(path: Address, coords: Mapping[str, Any], attributes: Mapping[s
         # Zarr v3 has no final specification of a dtype for text, and no other way to store it.
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         dataset = xarray.Dataset(coords=coords, attrs=attributes)
-        dataset.to_zarr(store_at(path), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
+        dataset.to_zarr(path.store(), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
 
 
 def json_attributes(volume: Volume) -> dict[str, Any]:

@@ -13,18 +13,15 @@ A chain of CRCs leads from the group's metadata to every byte that oocpatch wrot
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from oocpatch.errors import CorruptData
 from oocpatch.storage.checksums import bytes_checksum, file_checksum, text_checksum
-from oocpatch.storage.files import write_atomically
-from oocpatch.storage.paths import Address
+from oocpatch.storage.journal import encode_record, local_copy
+from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.ledger import latest_records
-from oocpatch.workspace.segments import at_hand
 
 LEDGER = "oocpatch.ledger"
 DESCRIBED = "described"
@@ -32,51 +29,44 @@ DESCRIBED = "described"
 METADATA_CRC = "metadata_crc"
 
 
-def copy_ledger(
-    source: Address,
-    target: Address,
-    blocks: int,
-    *,
-    without: frozenset[tuple[str, int]] = frozenset(),
-    plain: bool = True,
-) -> int:
+def copy_ledger(source: StoragePath, target: StoragePath, blocks: int) -> int:
     """Write the latest record of each stage of each block to a new file, atomically, and return its CRC.
 
     Args:
         source: a ledger.
         target: the new file.
         blocks: number of blocks.
-        without: stages and blocks whose records are left out.
-        plain: whether to leave out times and notes, so that equal runs have equal files.
     """
-    with at_hand(source) as ledger:
-        lines = (
-            (replace(record, note="", at=0.0) if plain else record).line()
-            for record in latest_records(ledger, blocks)
-            if (record.kind, record.block) not in without
-        )
-        if isinstance(target, Path):
-            return _write(target, lines)
-        content = b"".join(lines)
-        write_atomically(target, content)
-        return bytes_checksum(content)
-
-
-def _write(target: Path, lines: Iterable[bytes]) -> int:
-    """Write a file line by line, atomically, and return its CRC."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     crc = 0
-    with partial.open("wb") as file:
-        for line in lines:
+
+    def lines() -> Iterator[bytes]:
+        nonlocal crc
+        for line in latest_lines(source, blocks):
             crc = bytes_checksum(line, crc)
-            file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+            yield line
+
+    target.write_atomic(lines())
     return crc
 
 
-def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:
+def latest_lines(
+    source: StoragePath, blocks: int, *, without: frozenset[tuple[str, int]] = frozenset(), plain: bool = True
+) -> Iterator[bytes]:
+    """Yield the latest record of each stage of each block as lines of a journal.
+
+    Args:
+        source: a ledger.
+        blocks: number of blocks.
+        without: stages and blocks whose records are left out.
+        plain: whether to leave out times and notes, so that equal runs have equal files.
+    """
+    with local_copy(source) as ledger:
+        for record in latest_records(ledger, blocks):
+            if (record.kind, record.block) not in without:
+                yield encode_record((replace(record, note="", at=0.0) if plain else record).values())
+
+
+def other_files(path: StoragePath, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:
     """Yield the paths in the output of files that are neither write units nor the metadata of its group.
 
     Args:
@@ -86,17 +76,12 @@ def other_files(path: Address, members: Sequence[str], arrays: Sequence[str]) ->
     """
     units = {f"{array}/c" for array in arrays}
     for member in members:
-        if not isinstance(path, Path):
-            names = (f"{member}/{name}" for name in (path / member).files())
-            yield from (name for name in names if not any(name.startswith(f"{unit}/") for unit in units))
-            continue
-        for folder, folders, files in os.walk(path / member):
-            relative = Path(folder).relative_to(path)
-            folders[:] = sorted(name for name in folders if (relative / name).as_posix() not in units)
-            yield from ((relative / name).as_posix() for name in sorted(files))
+        skipped = {unit.removeprefix(f"{member}/") for unit in units}
+        for name in (path / member).list_files(skip=skipped.__contains__):
+            yield f"{member}/{name}"
 
 
-def verify_files(path: Address, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+def verify_files(path: StoragePath, details: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
     """Compare files with their CRCs in the record of an incomplete output; by default all that have one.
 
     Raises:
@@ -117,7 +102,7 @@ def metadata_checksum(metadata: Mapping[str, Any], attribute: str) -> int:
     return text_checksum(json.dumps([rest, {**record, "details": details}], sort_keys=True))
 
 
-def is_metadata_damaged(path: Address, attribute: str) -> bool:
+def is_metadata_damaged(path: StoragePath, attribute: str) -> bool:
     """Return whether the metadata of an output's group were changed after they were written.
 
     False if they have no CRC: in incomplete outputs and in outputs of Zarr 2.

@@ -16,14 +16,12 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
 from oocpatch.storage.checksums import file_checksum, text_checksum
-from oocpatch.storage.files import write_atomically
 from oocpatch.storage.locks import locked_in_turn
-from oocpatch.storage.paths import Address
+from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.ome_metadata import ome_attributes
 
 LABELS = "labels"
@@ -41,14 +39,14 @@ class ParentImage:
         levels: number of its levels.
     """
 
-    path: Path
+    path: StoragePath
     version: str
     levels: int
 
 
-def parent_image(output: Address) -> ParentImage | None:
+def parent_image(output: StoragePath) -> ParentImage | None:
     """Return the image to whose labels an output belongs; None for other paths, and in an object store."""
-    if not isinstance(output, Path) or output.parent.name != LABELS:
+    if not output.is_local or output.parent.name != LABELS:
         return None
     image = output.parent.parent
     for name, version in (("zarr.json", "0.5"), (".zattrs", "0.4")):
@@ -59,7 +57,7 @@ def parent_image(output: Address) -> ParentImage | None:
     return None
 
 
-def format_in_parent(output: Address, requested: str) -> str:
+def format_in_parent(output: StoragePath, requested: str) -> str:
     """Return the `output_format` of an output: that of its image if it belongs to the labels of one.
 
     Raises:
@@ -77,13 +75,13 @@ def format_in_parent(output: Address, requested: str) -> str:
     return required
 
 
-def register_label(output: Address) -> None:
+def register_label(output: StoragePath) -> None:
     """Add a complete output with labels to the list of labels of its image.
 
     Idempotent. Other entries stay, and nothing is written if nothing changes.
     """
     image = parent_image(output)
-    if image is None or not isinstance(output, Path):
+    if image is None:
         return
     file = "zarr.json" if image.version == "0.5" else ".zattrs"
     try:
@@ -107,7 +105,7 @@ def _with_label(ome: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**ome, LABELS: names if name in names else [*names, name]}
 
 
-def _register_v3(image: Path, name: str) -> None:
+def _register_v3(image: StoragePath, name: str) -> None:
     """Register a label in an image of Zarr 3."""
     file = image / LABELS / "zarr.json"
     metadata: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
@@ -120,12 +118,12 @@ def _register_v3(image: Path, name: str) -> None:
     # The image first: if its checksum of the list were older than the list, the list would look damaged.
     new_root = _with_checksums(_with_consolidated(root, image, name, labels), root, file, text)
     if new_root != root:
-        write_atomically(image / "zarr.json", json.dumps(new_root, indent=2))
+        (image / "zarr.json").write_atomic(json.dumps(new_root, indent=2))
     if labels != metadata:
-        write_atomically(file, text)
+        file.write_atomic(text)
 
 
-def _with_consolidated(root: dict[str, Any], image: Path, name: str, labels: dict[str, Any]) -> dict[str, Any]:
+def _with_consolidated(root: dict[str, Any], image: StoragePath, name: str, labels: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of an image with a label in its consolidated metadata, if it has any."""
     consolidated = root.get("consolidated_metadata")
     if not isinstance(consolidated, dict) or not isinstance(consolidated.get("metadata"), dict):
@@ -143,7 +141,7 @@ def _node(metadata: dict[str, Any]) -> dict[str, Any]:
     return {**metadata, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}}}
 
 
-def _with_checksums(new_root: dict[str, Any], root: dict[str, Any], file: Path, text: str) -> dict[str, Any]:
+def _with_checksums(new_root: dict[str, Any], root: dict[str, Any], file: StoragePath, text: str) -> dict[str, Any]:
     """Return the new metadata of an image with updated checksums, if oocpatch wrote it and the old ones were right."""
     record = (root.get("attributes") or {}).get(RECORD)
     details = record.get("details") if isinstance(record, dict) else None
@@ -159,16 +157,16 @@ def _with_checksums(new_root: dict[str, Any], root: dict[str, Any], file: Path, 
     return metadata
 
 
-def _register_v2(image: Path, name: str) -> None:
+def _register_v2(image: StoragePath, name: str) -> None:
     """Register a label in an image of Zarr 2, whose consolidated metadata are a file of their own."""
     folder = image / LABELS
     file = folder / ".zattrs"
     old = json.loads(file.read_text()) if file.exists() else {}
     attributes = _with_label(old, name)
     if not (folder / ".zgroup").exists():
-        write_atomically(folder / ".zgroup", json.dumps({"zarr_format": 2}))
+        (folder / ".zgroup").write_atomic(json.dumps({"zarr_format": 2}))
     if attributes != old:
-        write_atomically(file, json.dumps(attributes, indent=2))
+        file.write_atomic(json.dumps(attributes, indent=2))
     try:
         root = json.loads((image / ".zmetadata").read_text())
         nodes = json.loads((image / LABELS / name / ".zmetadata").read_text())["metadata"]
@@ -179,4 +177,4 @@ def _register_v2(image: Path, name: str) -> None:
     group = {f"{LABELS}/.zgroup": {"zarr_format": 2}, f"{LABELS}/.zattrs": attributes}
     new_root = {**root, "metadata": {**others, **group, **{f"{path}{n}": m for n, m in nodes.items()}}}
     if new_root != root:
-        write_atomically(image / ".zmetadata", json.dumps(new_root, indent=2))
+        (image / ".zmetadata").write_atomic(json.dumps(new_root, indent=2))

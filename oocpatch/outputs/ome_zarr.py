@@ -31,7 +31,7 @@ from oocpatch.planning.choices import OUTPUT_FORMATS
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.pyramid_levels import halvings, level_chunks, level_shape
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.ome_metadata import METERS, Multiscale, OmeAxis, OmeLevel, coordinate, long_unit
 from oocpatch.volumes.volume import Volume
 
@@ -190,9 +190,9 @@ def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
     return [s * 10.0 ** METERS.get(axis.unit or "", 0) for axis, s in zip(axes, scales, strict=True)]
 
 
-def create_images(path: Address, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
+def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
     """Create groups, arrays of all levels, coordinates and metadata in the existing group of an output."""
-    store, zarr_format = store_at(path), ZARR_FORMATS[version]
+    store, zarr_format = path.store(), ZARR_FORMATS[version]
     settings = {"fill_value": plan.parameters["output_fill"], "zarr_format": zarr_format}
     for image in images:
         if image.group:

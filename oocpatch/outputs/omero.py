@@ -20,8 +20,7 @@ from zarr.abc.store import Store
 from oocpatch.outputs.integrity import DESCRIBED, verify_files
 from oocpatch.planning.box import Box
 from oocpatch.storage.checksums import text_checksum
-from oocpatch.storage.files import write_atomically
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.paths import StoragePath
 
 WHITE = "FFFFFF"
 COLOURS = ("00FF00", "FF00FF", "00FFFF", "FFFF00", "FF0000", "0000FF")
@@ -37,7 +36,7 @@ FRACTIONS = frozenset({"softmax", "sigmoid"})
 """Postprocessing steps whose results are between 0 and 1."""
 
 
-def channel_settings(path: Address, details: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def channel_settings(path: StoragePath, details: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `omero` metadata of the images of an output by their groups; labels have none.
 
     Args:
@@ -55,9 +54,9 @@ def channel_settings(path: Address, details: Mapping[str, Any], parameters: Mapp
     return settings
 
 
-def _image(path: Address, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
+def _image(path: StoragePath, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
     """Return the `omero` metadata of one image."""
-    store = store_at(path)
+    store = path.store()
     attributes = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
     ome: Any = attributes.get("ome", attributes)
     axes = ome["multiscales"][0]["axes"]
@@ -149,7 +148,7 @@ def with_omero(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, 
 
 
 def write_channel_settings(
-    path: Address,
+    path: StoragePath,
     settings: Mapping[str, Any],
     details: Mapping[str, Any],
     update_details: Callable[[dict[str, Any]], None],
@@ -171,12 +170,12 @@ def write_channel_settings(
         verify_files(path, details, files)
         update_details({**details, DESCRIBED: new_crcs})
     for name, text in files.items():
-        write_atomically(path / name, text)
+        (path / name).write_atomic(text)
     new_details = {name: value for name, value in details.items() if name != DESCRIBED}
     return new_details if crcs is None else {**new_details, "files": {**crcs, **new_crcs}}
 
 
-def _new_files(path: Address, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _new_files(path: StoragePath, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield path and new content of the metadata files of images in groups."""
     for group, omero in settings.items():
         if not group:

@@ -11,7 +11,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,15 +38,16 @@ from oocpatch.planning.box import Box, unit_positions, worthwhile
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.checksums import file_checksum
-from oocpatch.storage.files import flush, write_atomically
-from oocpatch.storage.paths import Address, consolidate, readable, store_at
+from oocpatch.storage.paths import LocalPath, StoragePath, consolidate
 from oocpatch.storage.zarrs_codec import StagedArray, sweep_aside
 from oocpatch.volumes.volume import Volume
 
 OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
 
 
-def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address, previous: OutputRecord | None) -> None:
+def create_output(
+    path: StoragePath, plan: Plan, volume: Volume, workspace: StoragePath, previous: OutputRecord | None
+) -> None:
     """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     version, split, parent = ome_version(plan), is_tree(plan.heads), parent_image(path)
@@ -69,7 +69,7 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
-    store, zarr_format = store_at(path), 2 if version == "0.4" else 3
+    store, zarr_format = path.store(), 2 if version == "0.4" else 3
     # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
     attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, version, in_parent=parent is not None)}
     if previous is not None:
@@ -91,10 +91,10 @@ def create_output(path: Address, plan: Plan, volume: Volume, workspace: Address,
         write_record(path, replace(record, details={**details, "files": files}))
 
 
-def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
+def _replace(path: StoragePath, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
     """Delete what a previous run wrote, and replace its attributes."""
     old_format = group_format(path)
-    store = store_at(path)
+    store = path.store()
     group = zarr.open_group(store, mode="r+", zarr_format=3 if old_format == 3 else 2, use_consolidated=False)
     for name in previous.arrays:
         with contextlib.suppress(KeyError):
@@ -102,10 +102,10 @@ def _replace(path: Address, previous: OutputRecord, attributes: Mapping[str, Any
     foreign = {k: v for k, v in dict(group.attrs).items() if k not in {ATTRIBUTE, *OME_ATTRIBUTES}}
     merged = {**foreign, **attributes}
     if zarr_format == 3:
-        write_atomically(path / METADATA, json.dumps({"zarr_format": 3, "node_type": "group", "attributes": merged}))
+        (path / METADATA).write_atomic(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": merged}))
     else:
-        write_atomically(path / ".zattrs", json.dumps(merged))
-        write_atomically(path / ".zgroup", json.dumps({"zarr_format": 2}))
+        (path / ".zattrs").write_atomic(json.dumps(merged))
+        (path / ".zgroup").write_atomic(json.dumps({"zarr_format": 2}))
     stale = (".zgroup", ".zattrs", ".zmetadata") if zarr_format == 3 else (METADATA, ".zmetadata")
     for name in stale:
         (path / name).unlink(missing_ok=True)
@@ -159,12 +159,12 @@ class Output:
         plan: plan that the output was created with.
     """
 
-    def __init__(self, path: Address, plan: Plan) -> None:
+    def __init__(self, path: StoragePath, plan: Plan) -> None:
         self.path = path
         self._plan, self._heads = plan, plan.heads
         self._paths = array_paths(plan)
         self._channel = channel_position(plan)
-        self._store = ChecksumStore(store_at(path))
+        self._store = ChecksumStore(path.store())
         try:
             self._arrays = [zarr.open_array(self._store, path=p, mode="r+") for p in self._paths]
         except (ValueError, KeyError, TypeError) as error:
@@ -177,7 +177,7 @@ class Output:
     @contextlib.contextmanager
     def with_chunk_writers(self, threads: int) -> Iterator[None]:
         """Write with threads of zarrs, if it is installed. A process with such threads must not fork."""
-        arrays = [zarr.open_array(store_at(self.path), path=p, mode="r+") for p in self._paths]
+        arrays = [zarr.open_array(self.path.store(), path=p, mode="r+") for p in self._paths]
         self._staged = [StagedArray.open(array, threads) for array in arrays]
         try:
             yield
@@ -219,7 +219,7 @@ class Output:
         for position in unit_positions(array.shards or array.chunks, selection):
             yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
-    def complete(self, details: Mapping[str, Any], ledger: Address) -> None:
+    def complete(self, details: Mapping[str, Any], ledger: StoragePath) -> None:
         """Flush the output to disk, consolidate its metadata, and mark it complete in its record.
 
         The output stores what `oocpatch check` needs: the plan, the records of the ledger, and the CRCs of other files.
@@ -237,13 +237,13 @@ class Output:
         details = {**details, "plan": json.loads(self._plan.to_json())}
         if group_format(self.path) == 3:  # Zarr 2 has no place for them
             details["files"] = self._files(record, ledger)
-        flush(self.path)
+        self.path.flush()
         consolidate(self.path)
         done = replace(record, complete=True, details={**record.details, **details})
         write_record(self.path, done, consolidated=True, omero=settings.get(""))
-        flush(self.path)  # before anything deletes what a resume would need
+        self.path.flush()  # before anything deletes what a resume would need
 
-    def _files(self, record: OutputRecord, ledger: Address) -> dict[str, int]:
+    def _files(self, record: OutputRecord, ledger: StoragePath) -> dict[str, int]:
         """Store the ledger in the output, and return the CRCs of all files that are not write units."""
         verify_files(self.path, record.details)
         name = f"{self._paths[0]}/{LEDGER}"
@@ -253,7 +253,7 @@ class Output:
     def _sweep(self, record: OutputRecord) -> None:
         """Delete the temporary files of a crash in the middle of a chunk."""
         levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
-        folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, Path)]
+        folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, LocalPath)]
         for left in [left for folder in folders for left in folder.rglob("*.partial")]:
             if left.is_dir():
                 sweep_aside(left)
@@ -264,7 +264,7 @@ class Output:
 Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
 
 
-def open_result(path: Address) -> Result:
+def open_result(path: StoragePath) -> Result:
     """Open an output lazily: as an array, a dataset of several heads, or a tree of heads of different scales."""
     record = require_output(path)
     heads = record.details["heads"]
@@ -277,9 +277,9 @@ def open_result(path: Address) -> Result:
         else:
             result = arrays[heads[0]] if len(heads) == 1 else xarray.Dataset(arrays)
     elif record.details["tree"]:
-        result = xarray.open_datatree(readable(path), engine="zarr", consolidated=consolidated)
+        result = xarray.open_datatree(path.xarray_source(), engine="zarr", consolidated=consolidated)
     else:
-        dataset = xarray.open_zarr(readable(path), consolidated=consolidated)
+        dataset = xarray.open_zarr(path.xarray_source(), consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):
@@ -287,10 +287,12 @@ def open_result(path: Address) -> Result:
     return result
 
 
-def _finest(path: Address, array: str) -> xarray.DataArray:
+def _finest(path: StoragePath, array: str) -> xarray.DataArray:
     """Open the finest level of an image."""
     parent, _, name = array.rpartition("/")
     # In Zarr 2, xarray interprets the fill value as missing data.
-    dataset = xarray.open_zarr(readable(path / parent), consolidated=False, mask_and_scale=group_format(path) == 3)
+    dataset = xarray.open_zarr(
+        (path / parent).xarray_source(), consolidated=False, mask_and_scale=group_format(path) == 3
+    )
     level: xarray.DataArray = dataset[name]
     return level

@@ -13,10 +13,9 @@ pyramids are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,15 +33,15 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid_levels import pieces, regions, task_memory
 from oocpatch.progress import show_progress
 from oocpatch.storage.chunk_guard import ChunkGuard
-from oocpatch.storage.files import write_atomically
-from oocpatch.storage.paths import Address, store_at
+from oocpatch.storage.journal import Journal, read_journal
+from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.retries import with_retries
 from oocpatch.storage.zarrs_codec import StagedArray, ZarrsArray
 
 Array = npt.NDArray[Any]
 
-SAVE_SECONDS = 2.0
-"""Seconds between two records of the progress."""
+JOURNAL = "pyramids"
+"""Name of the journal in the workspace; a record is a level, and the number of its first regions that are written."""
 
 MOST_WORKERS = 4
 OVERHEAD = 1 << 20
@@ -114,8 +113,8 @@ class Level:
     writer: StagedArray | None = None
 
     @classmethod
-    def open(cls, path: Address, above: str, level: str, method: str) -> Level:
-        store = store_at(path)
+    def open(cls, path: StoragePath, above: str, level: str, method: str) -> Level:
+        store = path.store()
         source, target = (zarr.open_array(store, path=name, mode="r+") for name in (above, level))
         pairs = zip(source.shape, target.shape, strict=True)
         return cls(source, target, tuple(1 if m == n else 2 for n, m in pairs), method)
@@ -191,28 +190,7 @@ class Level:
                 writer.close()
 
 
-class PyramidProgress:
-    """The number of written regions of each level, in a file of the workspace."""
-
-    def __init__(self, path: Address) -> None:
-        self._path = path
-        self._done: dict[str, int] = {}
-        self._saved = time.monotonic()
-        with contextlib.suppress(OSError, ValueError):  # without the file, the regions are written again
-            self._done = {str(k): int(v) for k, v in json.loads(path.read_text()).items()}
-
-    def done(self, level: str) -> int:
-        return self._done.get(level, 0)
-
-    def update(self, level: str, count: int, *, now: bool = False) -> None:
-        """Record that the first `count` regions of a level are written."""
-        self._done[level] = count
-        if now or time.monotonic() - self._saved > SAVE_SECONDS:
-            write_atomically(self._path, json.dumps(self._done))
-            self._saved = time.monotonic()
-
-
-def coarser_levels(path: Address) -> Iterator[tuple[str, Level]]:
+def coarser_levels(path: StoragePath) -> Iterator[tuple[str, Level]]:
     """Yield the names and levels of an output's pyramids without the finest ones, each after the level above it."""
     record = require_output(path)
     for pyramid in record.details.get("pyramids", ()):
@@ -221,7 +199,7 @@ def coarser_levels(path: Address) -> Iterator[tuple[str, Level]]:
             yield name, Level.open(path, above, name, pyramid["method"])
 
 
-def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
+def compare_pyramids(output: StoragePath) -> Iterator[tuple[str, str, Box, str]]:
     """Compare the write units of an output's coarser levels with the levels above: array, key, box and problem.
 
     The problem is empty if there is none. A level below a damaged one is left out, since it cannot be compared.
@@ -240,7 +218,7 @@ def compare_pyramids(output: Address) -> Iterator[tuple[str, str, Box, str]]:
 
 
 def build_pyramids(
-    output: Address, workspace: Address, *, max_memory: int, workers: int, progress: str | bool = "none"
+    output: StoragePath, workspace: StoragePath, *, max_memory: int, workers: int, progress: str | bool = "none"
 ) -> None:
     """Build the missing part of an output's pyramids, if it has any.
 
@@ -251,32 +229,42 @@ def build_pyramids(
         workers: number of regions at a time, if the memory suffices.
         progress: display of the progress.
     """
-    saved = PyramidProgress(workspace / "pyramids.json")
     levels = list(coarser_levels(output))
+    recorded: dict[str, int] = dict(read_journal(workspace / JOURNAL))
+    done = {name: min(recorded.get(name, 0), level.num_regions) for name, level in levels}
     total = sum(level.num_regions for _, level in levels)
-    done = sum(min(saved.done(name), level.num_regions) for name, level in levels)
-    if done == total:
+    resumed = sum(done.values())
+    if resumed == total:
         return
     each = sum(level.array.nbytes for _, level in levels) / total
-    with show_progress(progress, "pyramid", "regions", total, resumed=done, bytes_each=each) as advance:
+    with (
+        show_progress(progress, "pyramid", "regions", total, resumed=resumed, bytes_each=each) as advance,
+        Journal(workspace / JOURNAL) as journal,
+    ):
         for name, level in levels:
-            if saved.done(name) < level.num_regions:
+            if done[name] < level.num_regions:
                 at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))
-                _build(name, level, saved, at_a_time, advance)
+                _build(level, done[name], at_a_time, functools.partial(_record, journal, name), advance)
 
 
-def _build(name: str, level: Level, saved: PyramidProgress, at_a_time: int, advance: Callable[[int], None]) -> None:
-    """Build the missing part of one level."""
-    done = saved.done(name)
+def _record(journal: Journal, name: str, done: int) -> None:
+    """Record that the first `done` regions of a level are written."""
+    journal.append([name, done])
+    journal.commit(if_due=True)
+
+
+def _build(
+    level: Level, done: int, at_a_time: int, record: Callable[[int], None], advance: Callable[[int], None]
+) -> None:
+    """Build the regions of one level from number `done` on."""
     boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
     with level.with_zarrs(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
         build = with_retries(coded.build)
         while group := list(itertools.islice(boxes, at_a_time)):
             list(pool.map(build, group))
             done += len(group)
-            saved.update(name, done)
+            record(done)
             advance(len(group))
-    saved.update(name, level.num_regions, now=True)
 
 
 def with_pyramids(plan: Plan, max_memory: int) -> Plan:

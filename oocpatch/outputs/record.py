@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import zarr
@@ -14,8 +13,7 @@ import zarr
 from oocpatch.errors import CorruptData, OutputExists
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
 from oocpatch.outputs.omero import with_omero
-from oocpatch.storage.files import write_atomically
-from oocpatch.storage.paths import Address, says_nothing, store_at
+from oocpatch.storage.paths import LocalPath, StoragePath
 
 ATTRIBUTE = "oocpatch"
 METADATA = "zarr.json"
@@ -47,7 +45,7 @@ class OutputRecord:
         return {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in names}
 
 
-def inspect_output(path: Address) -> OutputRecord | None:
+def inspect_output(path: StoragePath) -> OutputRecord | None:
     """Return the record of the output at a path; None if there is nothing.
 
     Raises:
@@ -57,20 +55,20 @@ def inspect_output(path: Address) -> OutputRecord | None:
         return None
     if not path.is_dir():
         raise OutputExists(f"output must be a new path or an output of oocpatch, but {path} is a file")
-    if isinstance(path, Path) and all(p.name.endswith(".partial") for p in path.iterdir()):
+    if isinstance(path, LocalPath) and all(p.name.endswith(".partial") for p in path.iterdir()):
         return None  # an empty directory, or a crash before its first file was renamed
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
-        group = zarr.open_group(store_at(path), mode="r", zarr_format=group_format(path), use_consolidated=False)
+        group = zarr.open_group(path.store(), mode="r", zarr_format=group_format(path), use_consolidated=False)
         record: Any = group.attrs[ATTRIBUTE]
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
     except Exception as error:
-        if says_nothing(error, path):
+        if path.is_outage(error):
             raise
         raise OutputExists(foreign) from error
 
 
-def find_output(path: Address) -> OutputRecord | None:
+def find_output(path: StoragePath) -> OutputRecord | None:
     """Return the record of an output that is only read; None if there is nothing.
 
     Raises:
@@ -82,7 +80,7 @@ def find_output(path: Address) -> OutputRecord | None:
         raise OutputExists(f"output must be one that oocpatch wrote, but {path} holds other data") from error
 
 
-def require_output(path: Address) -> OutputRecord:
+def require_output(path: StoragePath) -> OutputRecord:
     """Return the record of an output that must be there.
 
     Raises:
@@ -94,7 +92,7 @@ def require_output(path: Address) -> OutputRecord:
     return record
 
 
-def group_format(path: Address) -> Literal[2, 3]:
+def group_format(path: StoragePath) -> Literal[2, 3]:
     """Return the Zarr format of a group; the newer one if a crash left metadata of both."""
     return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
 
@@ -105,7 +103,7 @@ def array_path(record: OutputRecord, head: str) -> str:
     return str(dict(zip(details["heads"], details["arrays"], strict=True))[head])
 
 
-def write_record(path: Address, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
+def write_record(path: StoragePath, record: OutputRecord, *, consolidated: bool = False, omero: Any = None) -> None:
     """Replace the record in the group's metadata, atomically.
 
     Args:
@@ -137,18 +135,18 @@ def write_record(path: Address, record: OutputRecord, *, consolidated: bool = Fa
         _keep_listed(members, record)
         metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
         metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
-    write_atomically(file, json.dumps(metadata, indent=2))
+    file.write_atomic(json.dumps(metadata, indent=2))
 
 
-def _write_record_v2(path: Address, record: OutputRecord, omero: Any) -> None:
+def _write_record_v2(path: StoragePath, record: OutputRecord, omero: Any) -> None:
     """Replace the record of a group of Zarr 2, whose consolidated metadata are a file of their own."""
     consolidated = json.loads((path / ".zmetadata").read_text())
     _keep_listed(consolidated["metadata"], record, {".zattrs", ".zgroup"})
     attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: record.to_dict()}
     attributes = with_omero(attributes, omero) if omero else attributes
     consolidated["metadata"][".zattrs"] = attributes
-    write_atomically(path / ".zmetadata", json.dumps(consolidated, indent=2))
-    write_atomically(path / ".zattrs", json.dumps(attributes, indent=2))
+    (path / ".zmetadata").write_atomic(json.dumps(consolidated, indent=2))
+    (path / ".zattrs").write_atomic(json.dumps(attributes, indent=2))
 
 
 def _keep_listed(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:

@@ -20,16 +20,15 @@ from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import show_progress
 from oocpatch.provenance import run_facts
-from oocpatch.storage.paths import Address, address
-from oocpatch.workspace.ledger import Ledger, Record
+from oocpatch.storage.paths import StoragePath, storage_path
+from oocpatch.workspace.ledger import WHOLE, Ledger, Record
 from oocpatch.workspace.run_progress import RunProgress
-from oocpatch.workspace.segments import WHOLE
 from oocpatch.workspace.workspace import Workspace, remove_workspace
 
 
-def workspace_root(record: OutputRecord) -> Address:
+def workspace_root(record: OutputRecord) -> StoragePath:
     """Return the workspace of the run that wrote, or writes, an output."""
-    return address(record.workspace) / record.run_id
+    return storage_path(record.workspace) / record.run_id
 
 
 def all_done(plan: Plan, progress: RunProgress) -> bool:

@@ -29,10 +29,8 @@ from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.plan import Plan
 from oocpatch.run.driver import all_done, complete, open_executor, open_ledger, run_details, set_up, workspace_root
-from oocpatch.storage.files import make_folder
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
-from oocpatch.workspace.ledger import LedgerTail
-from oocpatch.workspace.segments import WHOLE
+from oocpatch.workspace.ledger import WHOLE, LedgerTail
 from oocpatch.workspace.workspace import Workspace, remove_workspace
 
 logger = logging.getLogger("oocpatch")
@@ -307,7 +305,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         return open_result(config.output)
     plan = stored or planned or make_plan(config)
     config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
-    make_folder(config.output.parent)
+    config.output.parent.make_folder()
     if config.execution.part is not None:
         return _run_part(config, plan, ArrayJobPart(*config.execution.part))
     with locked(beside(config.output, ".lock"), str(config.output)):

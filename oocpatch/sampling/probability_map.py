@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from oocpatch.sampling.map_cells import Cells
 from oocpatch.sampling.subject import LoadedVolume
-from oocpatch.storage.files import write_atomically
+from oocpatch.storage.paths import LocalPath
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
 
@@ -230,7 +230,7 @@ def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[],
     return masses
 
 
-def _outermost(path: Path) -> Path:
+def _outermost(path: LocalPath) -> LocalPath:
     """Return the root of the Zarr hierarchy of an array: another directory inside it would look like a member."""
     while any((path.parent / name).exists() for name in HIERARCHY):
         path = path.parent
@@ -273,7 +273,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _load(file: Path, stamp: str) -> Masses | None:
+def _load(file: LocalPath, stamp: str) -> Masses | None:
     try:
         with np.load(io.BytesIO(file.read_bytes())) as stored:
             # reading compares the CRC-32 of each array in the archive
@@ -283,12 +283,12 @@ def _load(file: Path, stamp: str) -> Masses | None:
         return None
 
 
-def _save(file: Path, masses: Masses, stamp: str) -> None:
+def _save(file: LocalPath, masses: Masses, stamp: str) -> None:
     content = io.BytesIO()
     np.savez(content, cells=masses.cells, values=masses.values, masses=masses.masses, stamp=np.array(stamp))
     try:
         for left in file.parent.glob("*.partial"):  # of a process that died: this one has the lock
             left.unlink(missing_ok=True)
-        write_atomically(file, content.getvalue())
+        file.write_atomic(content.getvalue())
     except OSError as error:
         logger.info("masses cannot be stored in %s: %s", file.parent, error)

@@ -31,7 +31,8 @@ from zarr.storage import LocalStore
 from oocpatch.planning.box import Box, selected, unit_positions, worthwhile
 from oocpatch.storage.checksums import ABSENT, bytes_checksum, measured
 from oocpatch.storage.chunk_reader import PlainArray
-from oocpatch.storage.files import start_writing, write_soon
+from oocpatch.storage.files import start_writing, write_file_soon
+from oocpatch.storage.paths import LocalPath
 
 Selection = tuple[slice, ...]
 
@@ -127,8 +128,8 @@ class StagedArray:
     def __init__(
         self,
         array: zarr.Array[Any],
-        folder: Path,
-        aside: Path,
+        folder: LocalPath,
+        aside: LocalPath,
         *,
         coders: Sequence[ZarrsArray] = (),
         plain: PlainArray | None = None,
@@ -151,7 +152,7 @@ class StagedArray:
         """
         if not isinstance(array.store, LocalStore):
             return None
-        folder = Path(array.store.root, array.path)
+        folder = LocalPath(array.store.root, array.path)
         aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
         aside.mkdir()
         marker = MARKERS[array.metadata.zarr_format]
@@ -193,7 +194,7 @@ class StagedArray:
             return self._absent(key)
         source = self._aside / str(threading.get_ident())
         try:
-            write_soon(source, data)
+            write_file_soon(source, data)
             self._rename(source, key)
         except FileNotFoundError:
             self._refuse_after_end()
@@ -212,7 +213,7 @@ class StagedArray:
             return self._absent(key)
         return crc or 1
 
-    def _rename(self, source: Path, key: str) -> None:
+    def _rename(self, source: LocalPath, key: str) -> None:
         target = self._folder / key
         if target.parent not in self._folders:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.execution.array_job import busy_holder
-from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, copy_ledger, metadata_checksum
+from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines, metadata_checksum
 from oocpatch.outputs.output import array_paths, channel_position
 from oocpatch.outputs.pyramid import compare_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output, write_record
@@ -30,10 +29,10 @@ from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.driver import workspace_root
 from oocpatch.storage.checksums import ABSENT, measured
+from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside, locked
-from oocpatch.storage.paths import Address, ObjectPath, output_path
-from oocpatch.workspace.ledger import Record, latest_records
-from oocpatch.workspace.segments import WHOLE, at_hand, rewritten, segments
+from oocpatch.storage.paths import StoragePath, output_path
+from oocpatch.workspace.ledger import WHOLE, Record, latest_records, segments
 from oocpatch.workspace.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
@@ -151,7 +150,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     counts = {"predict": 0, "normalize": 0}
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        files = [stack.enter_context(at_hand(ledger)) for ledger in ledgers]
+        files = [stack.enter_context(local_copy(ledger)) for ledger in ledgers]
         records = itertools.chain.from_iterable(latest_records(file, plan.blocks) for file in files)
         while batch := list(itertools.islice(records, AT_A_TIME)):
             for of_block, (number, read, damaged) in zip(batch, pool.map(verify_record, batch), strict=True):
@@ -169,7 +168,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     return result
 
 
-def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
+def _record(path: StoragePath) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
     """Return the metadata and the record of an output; neither, and the damage, if its metadata are damaged."""
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
@@ -189,14 +188,17 @@ def _record(path: Address) -> tuple[dict[str, Any], OutputRecord | None, list[Da
     return metadata, record, []
 
 
-def _keeps_ledger(path: Address) -> bool:
+def _keeps_ledger(path: StoragePath) -> bool:
     """Return whether a completed run stored its ledger here, whatever the metadata are."""
-    if isinstance(path, ObjectPath):
-        return any(name.endswith(f"/{LEDGER}") for name in path.files())
-    return any(any(path.glob(f"{'*/' * depth}{LEDGER}")) for depth in (1, 2, 3, 4))
+    return any(name.endswith(f"/{LEDGER}") for name in path.list_files(skip=_holds_chunks))
 
 
-def _stored(path: Address, record: OutputRecord) -> tuple[Plan, Sequence[Address]] | None:
+def _holds_chunks(folder: str) -> bool:
+    name = folder.rpartition("/")[2]
+    return name == "c" or name.isdigit()
+
+
+def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[StoragePath]] | None:
     """Return the plan and the files of the ledger; None if nothing is done yet."""
     if not record.complete:
         workspace = Workspace.find(workspace_root(record))
@@ -218,7 +220,7 @@ def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
         yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
 
 
-def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], int]:
+def _other_damage(path: StoragePath, record: OutputRecord) -> tuple[list[Damage], int]:
     """Return the damage of files that are not write units, and the number of bytes read."""
     damage, size = [], 0
     for name, crc in record.details["files"].items():
@@ -230,7 +232,7 @@ def _other_damage(path: Address, record: OutputRecord) -> tuple[list[Damage], in
     return damage, size
 
 
-def _verify_record(path: Address, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
+def _verify_record(path: StoragePath, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
     """Verify the units of one record, and return their number, the bytes read and the damage."""
     number, size, damage = 0, 0, []
     try:
@@ -246,12 +248,12 @@ def _verify_record(path: Address, plan: Plan, record: Record) -> tuple[int, int,
     return number, size, damage
 
 
-def _verify_levels(path: Address) -> tuple[int, int, list[Damage]]:
+def _verify_levels(path: StoragePath) -> tuple[int, int, list[Damage]]:
     """Verify the coarser levels, and return the number of units, the bytes read and the damage."""
     number, size, damage = 0, 0, []
     for array, key, box, problem in compare_pyramids(path):
         file = path / array / key
-        number, size = number + 1, size + (file.stat().st_size if isinstance(file, Path) and file.exists() else 0)
+        number, size = number + 1, size + file.size()
         if problem:
             damage.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
     return number, size, damage
@@ -273,7 +275,7 @@ def _unit(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     return key, Box(with_channel(start, channel), with_channel(stop, ends))
 
 
-def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
+def _compare(file: StoragePath, crc: int, *, unit: bool = False) -> tuple[int, str]:
     """Return the bytes of a file, and its problem; an empty text if there is none."""
     try:
         if unit and crc == ABSENT:
@@ -288,7 +290,7 @@ def _compare(file: Address, crc: int, *, unit: bool = False) -> tuple[int, str]:
     return size, ""
 
 
-def _repair(path: Address, record: OutputRecord, plan: Plan, verification: Verification) -> None:
+def _repair(path: StoragePath, record: OutputRecord, plan: Plan, verification: Verification) -> None:
     """Remove the records of damaged units, so that the same call of `predict` computes these blocks again.
 
     Raises:
@@ -313,8 +315,8 @@ def _repair(path: Address, record: OutputRecord, plan: Plan, verification: Verif
             ledger = root / WHOLE
         for level in (d for d in verification.damaged if d.stage == PYRAMID):  # the whole pyramid is built again
             (path / level.array / level.key).unlink(missing_ok=True)
-        with rewritten(root / WHOLE) as target:
-            copy_ledger(ledger, target, plan.blocks, without=frozenset(undone), plain=record.complete)
+        lines = latest_lines(ledger, plan.blocks, without=frozenset(undone), plain=record.complete)
+        replace_journal(root / WHOLE, lines)
         if record.complete:
             details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
             details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}

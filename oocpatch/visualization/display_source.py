@@ -13,7 +13,7 @@ import zarr
 
 from oocpatch.outputs.output import open_result
 from oocpatch.outputs.record import OutputRecord, array_path, inspect_output
-from oocpatch.storage.paths import Address, output_path, store_at
+from oocpatch.storage.paths import StoragePath, output_path
 from oocpatch.volumes.formats.spec import UnreadableError, parse_address
 from oocpatch.volumes.volume import Volume
 
@@ -64,7 +64,7 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
             result = open_result(path)
             volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
         else:  # coordinates are missing from nothing but an aspect ratio
-            volume = Volume(zarr.open_array(store_at(path), path=array_path(record, chosen), mode="r"))
+            volume = Volume(zarr.open_array(path.store(), path=array_path(record, chosen), mode="r"))
         return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
         raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
@@ -86,7 +86,7 @@ def record_of(source: Any) -> OutputRecord | None:
         return None
 
 
-def folder_of(source: Any) -> Address | None:
+def folder_of(source: Any) -> StoragePath | None:
     """The directory, or what is like one in an object store, that a source is; None for anything else."""
     if not isinstance(source, (str, os.PathLike)):
         return None
@@ -128,10 +128,10 @@ def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
     yield DisplaySource(volume, spacing_of(volume))
 
 
-def _multiscale(path: Address) -> list[DisplaySource]:
+def _multiscale(path: StoragePath) -> list[DisplaySource]:
     """The levels of an OME-Zarr; none where it is none."""
     try:
-        group = zarr.open_group(store_at(path), mode="r")
+        group = zarr.open_group(path.store(), mode="r")
     except (OSError, ValueError):
         return []
     attributes = group.attrs.asdict()
@@ -143,7 +143,7 @@ def _multiscale(path: Address) -> list[DisplaySource]:
     names = [a["name"] if isinstance(a, dict) else str(a) for a in multiscales[0].get("axes", ())]
     for level, dataset in enumerate(multiscales[0]["datasets"]):
         scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
-        volume = Volume(zarr.open_array(store_at(path), path=dataset["path"], mode="r"), names or None)
+        volume = Volume(zarr.open_array(path.store(), path=dataset["path"], mode="r"), names or None)
         scale = dict(zip(names, scales[0], strict=True)) if scales else {}
         found.append(DisplaySource(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
     return found

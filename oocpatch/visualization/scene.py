@@ -15,6 +15,7 @@ from zarr.storage import LocalStore
 
 from oocpatch.outputs.ome_zarr import axis_transform
 from oocpatch.outputs.record import array_path
+from oocpatch.storage.paths import LocalPath
 from oocpatch.visualization import colormaps as colours
 from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
 from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
@@ -134,7 +135,7 @@ def _place(name: str, address: Any, volume: Volume) -> tuple[Path, str, bool]:
     if "multiscales" in ome_attributes(attributes):
         return folder, "", True
     location = volume.source.location
-    if not isinstance(location, Path):
+    if not isinstance(location, LocalPath):
         raise ValueError(f"{name}: only Zarr in local directories is served, got {address}")
     return folder, location.relative_to(folder.resolve()).as_posix(), False
 

@@ -24,7 +24,7 @@ import zarr
 from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
-from oocpatch.storage.paths import Address, ObjectPath, address_of, describe_error, local_or_url, store_at
+from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, parse_address, read_metadata
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
@@ -57,9 +57,9 @@ class Source:
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
     compute_fingerprint: Callable[[], str]
     chunked: bool = True
-    location: Address | None = None
+    location: StoragePath | None = None
     array: zarr.Array[Any] | None = None
-    files: Path | None = None
+    files: LocalPath | None = None
     coords: Mapping[str, Any] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     roles: tuple[str, ...] | None = None
@@ -134,12 +134,12 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
     advice = "check the address, and AWS_ENDPOINT_URL if it is set" if is_bucket else "check the address"
     try:
         path.check_readable()
-        return zarr.open(store_at(path, read_only=True), mode="r")
+        return zarr.open(path.store(read_only=True), mode="r")
     except FileNotFoundError as error:
         problem = f"{path} holds no Zarr array or group"
         if is_bucket:
             try:
-                problem = problem if any(path.files()) else f"nothing is at {path}"
+                problem = problem if any(path.list_files()) else f"nothing is at {path}"
             except OSError as cause:
                 problem = describe_error(cause)
         raise ValueError(f"volume not found: {problem}; {advice}") from error
@@ -149,13 +149,13 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
 
 def _group_address(group: zarr.Group) -> str:
     """Return the address of a group as a user would write it."""
-    root = address_of(group.store)
+    root = path_of(group.store)
     return str(group.store_path) if root is None else str(root / group.path)
 
 
 def _from_file(spec: FileSpec) -> Source:
     """Return the source of an array in a file of another format, which each process opens for itself."""
-    local = Path(spec.address) if "://" not in spec.address else None
+    local = LocalPath(spec.address) if "://" not in spec.address else None
     if local is not None and not local.exists():
         raise ValueError(f"volume not found: {local} does not exist")
     if local is None and spec.format not in ("n5", "precomputed"):
@@ -249,9 +249,9 @@ def _from_zarr(
     coords: Mapping[str, Any] | None = None,
 ) -> Source:
     """Return the source of a Zarr array."""
-    root = address_of(array.store)
+    root = path_of(array.store)
     location = root / array.path if root is not None else None
-    location = location.resolve() if isinstance(location, Path) else location
+    location = location.resolve() if location is not None else None
     return Source(
         shape=array.shape,
         dtype=array.dtype,
@@ -261,7 +261,7 @@ def _from_zarr(
         compute_fingerprint=functools.partial(_zarr_fingerprint, array, str(location or array.store_path)),
         location=location,
         array=array,
-        files=location if isinstance(location, Path) else None,
+        files=location if isinstance(location, LocalPath) else None,
         coords=coords or {},
         attrs=_user_attributes(array),
     )
@@ -311,7 +311,7 @@ def _from_lazy(array: xarray.DataArray) -> Source:
         names=None,
         load=functools.partial(_load_lazy, array.variable),
         compute_fingerprint=functools.partial(_digest, content),
-        location=Path(address).resolve() if address and "://" not in address else None,
+        location=LocalPath(address).resolve() if address and "://" not in address else None,
     )
 
 

@@ -11,7 +11,6 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
-from oocpatch.storage.paths import Address
+from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.zarrs_codec import ZarrsArray
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
@@ -265,13 +264,13 @@ def checked_padding_mode(value: str | None) -> str | None:
     return one_of("padding_mode", value, PADDING_MODES)
 
 
-def refuse_overlap(name: str, path: Address, volume: Volume) -> None:
+def refuse_overlap(name: str, path: StoragePath, volume: Volume) -> None:
     """Refuse to write to the input volume, to a parent of it, or inside it.
 
     Raises:
         ValueError: in that case.
     """
-    location, target = volume.source.location, path.resolve() if isinstance(path, Path) else path
+    location, target = volume.source.location, path.resolve()
     if location is None:
         return
     if location == target or target in location.parents or location in target.parents:

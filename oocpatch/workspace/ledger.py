@@ -1,28 +1,32 @@
-"""The ledger: the durable record of what is done.
+"""The ledger of a run: the journal of which blocks are done, with the driver as its one writer.
 
-One line per record, with a CRC of its own, appended by the driver alone. An entry is a promise that the data is there,
-and a marker that comes last: a crash before it costs one block of work, never a wrong voxel. Lines that are torn or
-damaged count as not written.
+An entry is a promise that the data is there, and a marker that comes last: a crash before it costs one block of work,
+never a wrong voxel. The parts of an array job have segments of their own, each a journal, which all of them read.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from oocpatch.storage.checksums import text_checksum
-from oocpatch.storage.paths import Address
-from oocpatch.workspace.segments import lines_after, lines_of, open_segment, segments
+from oocpatch.storage.journal import (
+    Journal,
+    decode_record,
+    find_journals,
+    read_journal,
+    read_journal_after,
+)
+from oocpatch.storage.paths import StoragePath
 
 Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
-COMMIT_RECORDS, COMMIT_SECONDS = 256, 5.0
-"""Records are made durable in groups: so many, or so many seconds."""
+
+WHOLE = "ledger"
+"""Name of the segment of a whole run; those of parts begin with it and a dot."""
 
 NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
 """How often drivers look what others recorded: on a disk, and in an object store."""
@@ -53,11 +57,17 @@ class Record:
     at: float = 0.0
     nonfinite: int = 0
 
-    def line(self) -> bytes:
-        """The record as a line of a ledger."""
-        told = [self.kind, self.block, self.digest, self.uncovered, self.note, self.units, self.at, self.nonfinite]
-        text = json.dumps(told)
-        return f"{text_checksum(text):08x} {text}\n".encode()
+    def values(self) -> list[Any]:
+        """Return the record as a journal has it."""
+        return [self.kind, self.block, self.digest, self.uncovered, self.note, self.units, self.at, self.nonfinite]
+
+    @classmethod
+    def of(cls, values: Any) -> Record | None:
+        """Return the record that a journal has; None where it is none of this version."""
+        try:
+            return cls(*values)
+        except TypeError:
+            return None
 
 
 class PartialsRef(NamedTuple):
@@ -75,119 +85,84 @@ class PartialsRef(NamedTuple):
 NO_PARTIALS = PartialsRef(0, "")
 
 
-class Ledger:
-    """An append-only record of what is done. The caller must be its only writer.
+class Ledger(Journal):
+    """A segment of the ledger, opened by its one writer."""
 
-    Args:
-        path: the segment to write to; made when missing.
-    """
-
-    def __init__(self, path: Address) -> None:
-        self.path = path
-        self._segment = open_segment(path)
-        self._pending = 0
-        self._committed_at = time.monotonic()
-
-    def append(self, record: Record) -> None:
-        """Add a record. On a disk it survives this process, and after `commit` the machine; an object is put then."""
-        self._segment.append(replace(record, at=record.at or round(time.time(), 3)).line())
-        self._pending += 1
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time to commit."""
-        late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
-        return self._pending >= COMMIT_RECORDS or (self._pending > 0 and late)
-
-    def commit(self) -> None:
-        """Make all records durable."""
-        if self._pending:
-            self._segment.commit()
-        self._pending = 0
-        self._committed_at = time.monotonic()
-
-    def close(self) -> None:
-        try:
-            self.commit()
-        finally:
-            self._segment.close()
+    def append(self, value: Record) -> None:
+        """Add a record, with the time if it has none."""
+        super().append(replace(value, at=value.at or round(time.time(), 3)).values())
 
 
-def read_ledger(path: Address) -> Iterator[Record]:
-    """The records of a segment in order; none when there is none. Damaged lines are left out."""
-    for line in lines_of(path):
-        record = _parse(line)
+def segments(root: StoragePath) -> list[StoragePath]:
+    """List the segments of a run: that of a whole run, and those of parts that have drivers of their own."""
+    return find_journals(root, WHOLE)
+
+
+def read_ledger(path: StoragePath) -> Iterator[Record]:
+    """Read the records of a segment in order; none when there is none. Damaged lines are left out."""
+    for values in read_journal(path):
+        record = Record.of(values)
         if record is not None:
             yield record
 
 
 class LedgerTail:
-    """What other drivers record in segments of their own, as it comes.
+    """Read what other drivers record in segments of their own, as it comes.
 
     Args:
         root: the directory of all segments.
-        own: name of the segment that is not looked at.
+        own: name of the segment that is left out.
 
     Attributes:
         seconds: how often to look; seldom where each look is a request that is paid for.
     """
 
-    def __init__(self, root: Address, own: str) -> None:
+    def __init__(self, root: StoragePath, own: str) -> None:
         self._root = root
         self._own = own
         self._marks: dict[str, str] = {}
-        self.seconds = NEWS_SECONDS if isinstance(root, Path) else DISTANT_NEWS_SECONDS
+        self.seconds = NEWS_SECONDS if root.is_local else DISTANT_NEWS_SECONDS
 
     def __call__(self) -> list[Record]:
-        """The records since the last time; the first time all of them."""
-        found: list[Record] = []
+        """Return the records since the last call; of the first call all of them."""
+        records: list[Record | None] = []
         for path in segments(self._root):
             if path.name != self._own:
-                lines, self._marks[path.name] = lines_after(path, self._marks.get(path.name, ""))
-                found += [record for record in map(_parse, lines) if record is not None]
-        return found
+                values, self._marks[path.name] = read_journal_after(path, self._marks.get(path.name, ""))
+                records += map(Record.of, values)
+        return [record for record in records if record is not None]
 
 
 def latest_records(path: Path, blocks: int) -> Iterator[Record]:
-    """The records that stand: of each stage of each block the last one, block by block, but for what was undone.
+    """Read the records that stand: the last one of each stage of each block, block by block, but for what was undone.
 
     Args:
-        path: the ledger, a file.
+        path: the ledger, a local file.
         blocks: number of blocks; 16 bytes are kept of each.
     """
     if not path.is_file():
         return
-    places = {kind: np.full(blocks, -1, np.int64) for kind in ("predict", "normalize")}
+    offsets = {kind: np.full(blocks, -1, np.int64) for kind in ("predict", "normalize")}
     undone: set[str] = set()
     with path.open("rb") as file, path.open("rb") as again:
 
-        def at(place: int) -> Record | None:
-            again.seek(place)
-            return _parse(again.readline())
+        def record_at(offset: int) -> Record | None:
+            again.seek(offset)
+            return Record.of(decode_record(again.readline()))
 
-        place = 0
+        offset = 0
         for line in file:
-            record = _parse(line)
+            record = Record.of(decode_record(line))
             if record is not None and 0 <= record.block < blocks:
-                if record.kind in places and not (record.kind == "predict" and record.note in undone):
-                    places[record.kind][record.block] = place
+                if record.kind in offsets and not (record.kind == "predict" and record.note in undone):
+                    offsets[record.kind][record.block] = offset
                 elif record.kind == "undone":
                     undone.add(record.note)
-                    before = int(places["predict"][record.block])
-                    if before >= 0 and (found := at(before)) is not None and found.note == record.note:
-                        places["predict"][record.block] = -1
-            place += len(line)
+                    before = int(offsets["predict"][record.block])
+                    if before >= 0 and (last := record_at(before)) is not None and last.note == record.note:
+                        offsets["predict"][record.block] = -1
+            offset += len(line)
         for block in range(blocks):
-            for kind in places:
-                if (last := int(places[kind][block])) >= 0 and (found := at(last)) is not None:
-                    yield found
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        crc, text = line.decode().removesuffix("\n").split(" ", 1)
-        if not line.endswith(b"\n") or int(crc, 16) != text_checksum(text):
-            return None
-        return Record(*json.loads(text))
-    except (ValueError, TypeError):
-        return None
+            for kind in offsets:
+                if (place := int(offsets[kind][block])) >= 0 and (last := record_at(place)) is not None:
+                    yield last

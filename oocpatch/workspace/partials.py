@@ -32,8 +32,7 @@ from oocpatch.errors import CorruptPartial
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.checksums import checksum, text_checksum
-from oocpatch.storage.files import read_array, remove_tree, write_atomically, write_plainly
-from oocpatch.storage.paths import Address, says_nothing, store_at
+from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 
 Array = npt.NDArray[Any]
@@ -42,9 +41,9 @@ WRITE_ALL: Any = {"write_empty_chunks": True}
 """Looking whether a chunk is all NaN takes zarr three copies of it."""
 
 
-def plain_array(folder: Address, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
+def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
     """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
-    store = store_at(folder)
+    store = folder.store()
     # NaN fill: a chunk that was never written must not look like a zero sum.
     fill = np.nan if np.dtype(dtype).kind == "f" else 0
     try:
@@ -74,7 +73,7 @@ class PartialWriter:
         frames: how the blocks lie in the frame of each head.
     """
 
-    def __init__(self, block: Address, frames: Sequence[BlockGrid]) -> None:
+    def __init__(self, block: StoragePath, frames: Sequence[BlockGrid]) -> None:
         # Digits, and enough of them that no two attempts on any machine ever have the same.
         self._attempt = f"{secrets.randbelow(10**15):015d}"
         self._place = block / self._attempt
@@ -105,7 +104,7 @@ class PartialWriter:
             whole = np.full(chunk, np.nan if data.dtype.kind == "f" else 0, whole.dtype)
             whole[tuple(slice(n) for n in data.shape)] = data
         place = self._place / name / _chunk_key(box, part, chunk)
-        write_plainly(place, whole.reshape(-1).view(np.uint8).data)
+        place.write_plain(whole.reshape(-1).view(np.uint8).data)
         with self._lock:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
@@ -114,14 +113,14 @@ class PartialWriter:
         if not self._manifest:
             return NO_PARTIALS
         manifest = json.dumps(self._manifest, sort_keys=True)
-        write_atomically(self._place / MANIFEST, manifest)
+        (self._place / MANIFEST).write_atomic(manifest)
         self._closed = True
         return PartialsRef(text_checksum(manifest), self._attempt)
 
     def discard(self) -> None:
         """Delete what was written, if it is not whole: this attempt failed."""
         if not self._closed:
-            remove_tree(self._place)
+            self._place.remove_tree()
 
 
 class PartialReader:
@@ -134,7 +133,7 @@ class PartialReader:
         promise: what the ledger says that it left.
     """
 
-    def __init__(self, place: Address, frames: Sequence[BlockGrid], block: int, promise: PartialsRef) -> None:
+    def __init__(self, place: StoragePath, frames: Sequence[BlockGrid], block: int, promise: PartialsRef) -> None:
         self._place = place / promise.attempt
         self._frames = frames
         self._block = block
@@ -164,7 +163,7 @@ class PartialReader:
             return None
         chunk = _chunk(self._frames[head], box, told["channels"])
         try:
-            values = read_array(self._place / name / _chunk_key(box, part, chunk), told["dtype"], chunk)
+            values = (self._place / name / _chunk_key(box, part, chunk)).read_array(told["dtype"], chunk)
         except OSError as error:
             raise self._unreadable(f"{name} step {key}", error) from error
         values = None if values is None else values[(slice(None), *(slice(n) for n in part.shape))]
@@ -174,7 +173,7 @@ class PartialReader:
 
     def _unreadable(self, what: str, error: Exception) -> Exception:
         """Damage; but that an object store does not answer says nothing about what is there."""
-        if says_nothing(error, self._place):
+        if self._place.is_outage(error):
             return error
         return CorruptPartial(self._block, f"{what} cannot be read ({type(error).__name__})")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from oocpatch.storage.paths import Address
+from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef, Record, read_ledger
 
 ATTEMPT_BYTES = 15
@@ -132,7 +132,7 @@ class RunProgress:
         return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
-    def read(cls, paths: Iterable[Address], blocks: int) -> RunProgress:
+    def read(cls, paths: Iterable[StoragePath], blocks: int) -> RunProgress:
         """Sum up the segments of a ledger; in which order does not matter."""
         progress = cls(blocks)
         for path in paths:

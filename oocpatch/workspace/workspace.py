@@ -27,19 +27,11 @@ from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
-from oocpatch.storage.files import (
-    folders_in_folders,
-    make_folder,
-    remove_folder,
-    remove_tree,
-    remove_trees,
-    write_atomically,
-)
-from oocpatch.storage.paths import Address, says_nothing, store_at
-from oocpatch.workspace.ledger import NO_PARTIALS, Ledger, PartialsRef, read_ledger
+from oocpatch.storage.journal import remove_journal
+from oocpatch.storage.paths import StoragePath, remove_trees
+from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, PartialsRef, read_ledger, segments
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.workspace.run_progress import RunProgress
-from oocpatch.workspace.segments import WHOLE, remove_segment, segments
 
 PLAN = "plan.json"
 """Name of what makes a workspace one. Workers look for it to know whether their run is still there."""
@@ -53,24 +45,24 @@ class Workspace:
         plan: the run's plan.
     """
 
-    def __init__(self, root: Address, plan: Plan) -> None:
+    def __init__(self, root: StoragePath, plan: Plan) -> None:
         self.root = root
         self.plan = plan
 
     @classmethod
-    def create(cls, root: Address, plan: Plan) -> Workspace:
+    def create(cls, root: StoragePath, plan: Plan) -> Workspace:
         """Set a run up: rubbish is swept, and `plan.json` comes last, atomically."""
         (root / PLAN).unlink(missing_ok=True)
-        remove_tree(root)
-        make_folder(root)
+        root.remove_tree()
+        root.make_folder()
         workspace = cls(root, plan)
         workspace.write_weights()
         text = plan.to_json()
-        write_atomically(root / PLAN, json.dumps({"crc": text_checksum(text), "plan": text}))
+        (root / PLAN).write_atomic(json.dumps({"crc": text_checksum(text), "plan": text}))
         return workspace
 
     @classmethod
-    def find(cls, root: Address) -> Workspace | None:
+    def find(cls, root: StoragePath) -> Workspace | None:
         """The workspace that was set up at `root`, with its stored plan; None when there is none.
 
         Raises:
@@ -83,7 +75,7 @@ class Workspace:
                 return None
             return cls(root, Plan.from_json(stored["plan"]))
         except OSError as error:
-            if says_nothing(error, root):
+            if root.is_outage(error):
                 raise
             return None
         except RunMismatch:
@@ -109,11 +101,11 @@ class Workspace:
                     ledger.append(record)
             ledger.close()
             for path in parts:
-                remove_segment(path)
+                remove_journal(path)
 
     def write_weights(self) -> None:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""
-        remove_tree(self.root / "weights")
+        (self.root / "weights").remove_tree()
         for number, (head, frame) in enumerate(zip(self.plan.heads, self.plan.frames, strict=True)):
             if head.blended and not head.dense:
                 for name, axis in zip(self.plan.axes, frame.grid.axes, strict=True):
@@ -128,7 +120,7 @@ class Workspace:
             CorruptData: when they cannot be read.
         """
         place = self.root / "weights" / str(head)
-        store = store_at(place)
+        store = place.store()
         try:
             arrays = [zarr.open_array(store, path=name, mode="r") for name in self.plan.axes]
             return [np.asarray(array[:], dtype=np.float64) for array in arrays]
@@ -161,17 +153,18 @@ class Workspace:
         """
         blocks = self.root / "blocks"
         gone = set()
-        for block, attempt in folders_in_folders(blocks):
+        for block, attempt in (name.split("/") for name in blocks.list_folders(depth=2)):
             kept = progress.predicted.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
             if attempt != kept:
                 gone.add(f"{block}/{attempt}" if kept else block)
         remove_trees([blocks / name for name in sorted(gone)])
 
-    def _of(self, block: int) -> Address:
+    def _of(self, block: int) -> StoragePath:
         return self.root / "blocks" / str(block)
 
 
-def remove_workspace(root: Address) -> None:
+def remove_workspace(root: StoragePath) -> None:
     """Delete what a run has, plan first, and the directory it is in when nothing else is."""
     (root / PLAN).unlink(missing_ok=True)
-    remove_folder(root)
+    root.remove_tree()
+    root.parent.remove_if_empty()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -25,7 +24,8 @@ from oocpatch.execution import dask_cluster as clusters
 from oocpatch.execution import worker as remote
 from oocpatch.execution.dask_clients import check_versions, connected, versions_here
 from oocpatch.outputs.record import inspect_output
-from oocpatch.storage.files import flush
+from oocpatch.storage.files import flush_file_system
+from oocpatch.storage.paths import LocalPath
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -103,21 +103,26 @@ def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: 
     assert Counter(Counter(first for _, first in small.calls()).values()) == {1: 49}
 
 
-def noted_flush(path: Path) -> None:
-    (path.parent / f"flushed-by-{os.getpid()}").touch()
+def note_flushes() -> None:
+    """Let this process leave a file beside what it flushes."""
+
+    def noted(path: LocalPath) -> None:
+        flush_file_system(path)
+        (path.parent / f"flushed-by-{os.getpid()}").touch()
+
+    LocalPath.flush = noted  # type: ignore[method-assign]
 
 
-def test_every_worker_flushes_what_it_wrote(small: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_worker_flushes_what_it_wrote(small: SmallCluster) -> None:
     small.add(2)
-    monkeypatch.setattr("oocpatch.execution.worker.flush", noted_flush)
     with small.client() as client:
-        small.predict(client=client)
         alive = client.run(os.getpid).values()
+        client.run(note_flushes)
+        small.predict(client=client)
         assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
-        monkeypatch.undo()
         gone = clusters.Cluster(client, handle=Any, work=remote.work, drop=remote.drop)
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            gone.everywhere(functools.partial(flush, Path("/nowhere")))
+            gone.everywhere(LocalPath("/nowhere").flush)
 
 
 def held() -> str | None:
@@ -283,7 +288,7 @@ def test_batches_that_are_halved_are_counted_over_all_workers(small: SmallCluste
     small.predict("embedded", batch_size=4)
     assert small.digests() == small.digests("embedded")
     for name in ("out", "embedded"):
-        found = inspect_output(small.folder / name)
+        found = inspect_output(LocalPath(small.folder / name))
         assert found is not None
         assert found.details["halved_batches"] == 9
 

@@ -18,7 +18,8 @@ import torch
 
 import oocpatch
 from oocpatch.outputs.record import inspect_output
-from oocpatch.storage.files import flush
+from oocpatch.storage.files import flush_file_system
+from oocpatch.storage.paths import LocalPath
 from tests.support.children import Children, file_digests, report
 from tests.support.crash_child import Job, make_volume
 from tests.support.faults import outcome
@@ -74,14 +75,14 @@ def test_the_disk_has_the_output_before_success_is_recorded_and_success_before_t
 ) -> None:
     seen = []
 
-    def noted(path: Path) -> None:
-        flush(path)
+    def noted(path: LocalPath) -> None:
+        flush_file_system(path)
         found = inspect_output(path)
         assert found is not None
         chunks = len([p for p in (path / "prediction" / "c").rglob("*") if p.is_file()])
         seen.append((found.complete, chunks, (tmp_path / "out.oocpatch").exists()))
 
-    monkeypatch.setattr("oocpatch.outputs.output.flush", noted)
+    monkeypatch.setattr(LocalPath, "flush", noted)
     run_here(tmp_path)
     assert seen == [(False, 16, True), (True, 16, True)]
     assert not (tmp_path / "out.oocpatch").exists()
@@ -93,7 +94,7 @@ def test_when_the_disk_does_not_take_what_was_written_the_output_stays_incomplet
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr("oocpatch.outputs.output.flush", broken)
+    monkeypatch.setattr(LocalPath, "flush", broken)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         run_here(tmp_path)
     assert oocpatch.status(tmp_path / "out").state == "incomplete"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from oocpatch.storage.journal import read_journal
+from oocpatch.storage.paths import LocalPath
 from tests.support.children import Children, calls, file_digests, report
 from tests.support.crash_child import DIED, INTERRUPTED, Job, make_volume
 from tests.support.small_run import (
@@ -126,7 +128,7 @@ def test_a_pyramid_goes_on_where_it_was(children: Children, tmp_path: Path) -> N
     assert children.run(job) == 0
     for number in range(report(job).changes - 1, 0, -1):
         assert children.run(fresh(job, die_before=number)) == DIED
-        if list(Path(job.watch).glob("out.oocpatch/*/pyramids.json")):
+        if any(read_journal(LocalPath(path)) for path in Path(job.watch).glob("out.oocpatch/*/pyramids")):
             break
     chunk = Path(job.output) / "scale1" / "image" / "c" / "0" / "0"
     chunk.unlink()

@@ -17,6 +17,7 @@ from oocpatch.outputs.output import Output, create_output
 from oocpatch.outputs.write_units import WriteChecksums
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import Plan
+from oocpatch.storage.paths import LocalPath
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import Record
 from oocpatch.workspace.run_progress import RunProgress
@@ -34,8 +35,8 @@ def plan(tmp_path: Path) -> Plan:
 
 @pytest.fixture
 def workspace(plan: Plan, tmp_path: Path) -> Workspace:
-    create_output(tmp_path / "out", plan, Volume(VOLUME), tmp_path / "work", None)
-    return Workspace.create(tmp_path / "work" / plan.run_id, plan)
+    create_output(LocalPath(tmp_path / "out"), plan, Volume(VOLUME), LocalPath(tmp_path / "work"), None)
+    return Workspace.create(LocalPath(tmp_path / "work" / plan.run_id), plan)
 
 
 def one_piece(plan: Plan) -> tuple[int, str, Box, Box, np.ndarray[Any, Any]]:
@@ -106,7 +107,8 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
     else:
         monkeypatch.setattr("oocpatch.storage.zarrs_codec.ZarrsArray.open", lambda *_: None)
     box = Box((8, 0), (16, 8))
-    frozen, other = Output(tmp_path / "out", plan), Output(tmp_path / "out", plan)
+    out = LocalPath(tmp_path / "out")
+    frozen, other = Output(out, plan), Output(out, plan)
     with frozen.with_chunk_writers(2):
         with other.with_chunk_writers(2):
             other.write(0, box, values(2.0), WriteChecksums(plan, "predict", 0))
@@ -116,12 +118,12 @@ def test_a_write_that_comes_after_the_run_does_not_reach_the_output(  # noqa: PL
             frozen.write(0, box, values(value), WriteChecksums(plan, "predict", 0))
         left = file_digests(tmp_path / "out")
     assert {name: digest for name, digest in left.items() if ".partial" not in name} == before
-    assert np.all(oocpatch.outputs.output.open_result(tmp_path / "out").values[8:16] == 2)
+    assert np.all(oocpatch.outputs.output.open_result(out).values[8:16] == 2)
 
 
 def test_a_worker_writes_only_while_its_run_is_there(plan: Plan, workspace: Workspace, tmp_path: Path) -> None:
     box = Box((8, 0), (16, 8))
-    output = GuardedOutput(tmp_path / "out", plan, RunGuard(workspace.root / "plan.json"))
+    output = GuardedOutput(LocalPath(tmp_path / "out"), plan, RunGuard(workspace.root / "plan.json"))
     output.write(0, box, values(2.0), WriteChecksums(plan, "predict", 0))
     before = file_digests(tmp_path / "out")
     (workspace.root / "plan.json").unlink()

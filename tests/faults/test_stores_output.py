@@ -22,7 +22,7 @@ import zarr
 import oocpatch
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.storage.locks import STALE, locks
-from oocpatch.storage.paths import output_path, store_at
+from oocpatch.storage.paths import output_path
 from tests.conftest import Command
 from tests.support.children import Children, calls, report
 from tests.support.clusters import until
@@ -246,7 +246,7 @@ def test_only_what_oocpatch_wrote_is_ever_replaced(bucket: Bucket, volume: Path)
     assert bucket.objects("mine.zarr") == {"/notes.txt": b"mine"}
     url = bucket.url("replaced.zarr")
     oocpatch.predict(volume, torch.nn.Identity(), url, **OPTIONS)
-    zarr.create_array(store_at(output_path("output", url)), name="foreign", data=np.arange(3))
+    zarr.create_array((output_path("output", url)).store(), name="foreign", data=np.arange(3))
     before = bucket.objects("replaced.zarr/foreign")
     with pytest.raises(RunMismatch, match="overlap_mode"):
         oocpatch.predict(volume, torch.nn.Identity(), url, overlap_mode="crop", **OPTIONS)

@@ -12,7 +12,7 @@ import zarr
 
 import oocpatch
 from oocpatch.storage.paths import output_path
-from oocpatch.workspace.segments import segments
+from oocpatch.workspace.ledger import segments
 from oocpatch.workspace.workspace import Workspace
 from tests.support.children import Children, report
 from tests.support.clusters import Fork, SmallCluster, until

@@ -27,7 +27,7 @@ LIBRARIES = {
     "planning/arguments": "psutil dask.utils",  # how much memory there is; reads "2GiB"
     "storage": ON_DISK,
     "storage/object_store": "obstore",
-    "storage/paths": "obstore",
+    "storage/object_path": "obstore",
     "storage/retries": "tenacity",
     "storage/chunk_reader": "numcodecs",
     "volumes": ON_DISK,

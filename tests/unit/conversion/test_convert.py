@@ -25,6 +25,8 @@ import oocpatch
 from oocpatch.cli import main as cli
 from oocpatch.conversion import convert as converting
 from oocpatch.conversion import target as conversion
+from oocpatch.storage.journal import encode_record, read_journal
+from oocpatch.storage.paths import LocalPath
 from tests.support.children import file_digests, unchanged
 from tests.unit.volumes.test_formats import KINDS, SLIDE, STACK, pyramidal_tiff
 
@@ -174,7 +176,7 @@ def test_a_killed_conversion_goes_on_and_makes_nothing_twice(tmp_path: Path) -> 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert not output.exists()
-    done = sum((partial / conversion.MARKS).read_bytes())
+    done = len(list(read_journal(LocalPath(partial / conversion.JOURNAL))))
     assert 40 <= done < 2 * 8 * 8
     before = chunks_of(partial)
     again = oocpatch.convert(tmp_path / "a.h5", output, chunks=16, progress=False)
@@ -188,26 +190,26 @@ def test_a_killed_conversion_goes_on_and_makes_nothing_twice(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("shards", [None, 8])
-@pytest.mark.parametrize("lost", ["nothing", "a mark", "a unit", "marks", "the array", "the name"])
+@pytest.mark.parametrize("lost", ["nothing", "a record", "a unit", "the journal", "the array", "the name"])
 def test_whatever_a_call_left_the_same_call_makes_the_same_bytes(lost: str, shards: int | None, tmp_path: Path) -> None:
-    """As if it had died between two steps: data and mark, set-up and marks, the new name and the end."""
+    """As if it had died between two steps: data and record, set-up and journal, the new name and the end."""
     data = np.arange(10 * 12 * 9, dtype=np.uint16).reshape(10, 12, 9)
     options: dict[str, Any] = {"axes": "zyx", "chunks": 4, "shards": shards, "progress": False}
     out, partial = tmp_path / "out.zarr", tmp_path / "out.zarr.partial"
     oocpatch.convert(data, out, **options)
     expected = file_digests(out)
     count = 2 * 2 * 2 if shards else 3 * 3 * 3
+    lines = [encode_record([number]) for number in range(count)]
     if lost == "the name":
-        (out / conversion.MARKS).write_bytes(bytes([1] * count))
+        (out / conversion.JOURNAL).write_bytes(b"".join(lines))
     else:
         out.rename(partial)
-        kept = bytes([0, *[1] * (count - 1)])
-        (partial / conversion.MARKS).write_bytes(bytes([1] * count) if lost == "nothing" else kept)
-        if lost == "marks":
-            (partial / conversion.MARKS).unlink()
+        (partial / conversion.JOURNAL).write_bytes(b"".join(lines if lost == "nothing" else lines[1:]))
+        if lost == "the journal":
+            (partial / conversion.JOURNAL).unlink()
         if lost == "the array":
             shutil.rmtree(partial / "volume")
-            (partial / conversion.MARKS).unlink()
+            (partial / conversion.JOURNAL).unlink()
         if lost == "a unit":
             (partial / "volume/c/0/0/0").rename(partial / "volume/c/0/0/0.5f2d.partial")
     np.testing.assert_array_equal(oocpatch.convert(data, out, **options), data)
@@ -236,7 +238,7 @@ def test_another_volume_or_other_parameters_are_refused_by_name_until_it_is_over
             assert field in refusal.value.fields
         if out.exists():
             out.rename(tmp_path / "out.zarr.partial")
-            (tmp_path / "out.zarr.partial" / conversion.MARKS).write_bytes(bytes(1 * 3 * 4))
+            (tmp_path / "out.zarr.partial" / conversion.JOURNAL).write_bytes(b"")
     array = oocpatch.convert(STACK + 1, out, axes="zyx", chunks=16, progress=False, overwrite=True)
     np.testing.assert_array_equal(array, STACK + 1)
     again = oocpatch.convert(STACK, out, axes="zyx", chunks=8, progress=False, overwrite=True)

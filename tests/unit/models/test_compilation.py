@@ -24,6 +24,7 @@ from oocpatch.errors import RunMismatch
 from oocpatch.models import compilation as prepared
 from oocpatch.models.fingerprint import model_fingerprint
 from oocpatch.outputs.record import inspect_output
+from oocpatch.storage.paths import LocalPath
 from oocpatch.visualization.html_report import command_of
 from tests.support.children import file_digests, unchanged
 
@@ -209,7 +210,7 @@ def test_how_a_model_is_prepared_is_part_of_the_run_and_what_is_off_leaves_no_tr
     graphs: list[list[torch.Size]], volume: Path, tmp_path: Path
 ) -> None:
     oocpatch.predict(volume, Net(), tmp_path / "off", **SETTINGS)
-    found = inspect_output(tmp_path / "off")
+    found = inspect_output(LocalPath(tmp_path / "off"))
     assert found is not None
     assert not {"compile", "channels_last"} & found.parameters.keys()
     off = oocpatch.plan(volume, Net(), tmp_path / "other", **SETTINGS)

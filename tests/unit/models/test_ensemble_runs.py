@@ -14,6 +14,7 @@ from torch import nn
 
 import oocpatch
 from oocpatch.outputs.record import inspect_output
+from oocpatch.storage.paths import LocalPath
 from oocpatch.verification import compare as checking
 from oocpatch.volumes import statistics
 from tests.support import oracle
@@ -100,7 +101,7 @@ def test_statistics_are_recorded_and_taken_once(
     monkeypatch.setattr(statistics.VolumeStatistics, "_pass", None)
     result = oocpatch.predict(volume, fragile, tmp_path / "out", **arguments)
     np.testing.assert_allclose(result, numpy_zscore(data), rtol=1e-5, atol=1e-5)
-    found = inspect_output(tmp_path / "out")
+    found = inspect_output(LocalPath(tmp_path / "out"))
     assert found is not None
     wide = data.reshape(2, -1).astype(np.float64)
     np.testing.assert_allclose(found.details["statistics"], np.stack([wide.mean(1), wide.std(1)], 1), rtol=1e-12)
@@ -198,7 +199,7 @@ def test_a_run_whose_memory_runs_out_halves_its_batches_and_says_so(data: Array,
     result = oocpatch.predict(volume, hungry, tmp_path / "out", batch_size=7, **SETTINGS)
     np.testing.assert_allclose(result, data, rtol=1e-6)
     assert max(sizes[sizes.index(3) :]) == 3
-    found = inspect_output(tmp_path / "out")
+    found = inspect_output(LocalPath(tmp_path / "out"))
     assert found is not None
     assert found.details["halved_batches"] >= 1
 

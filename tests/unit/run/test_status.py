@@ -13,7 +13,9 @@ import pytest
 import oocpatch
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.grid import PatchGrid
-from oocpatch.workspace.ledger import COMMIT_RECORDS, Ledger, Record, latest_records, read_ledger
+from oocpatch.storage.journal import COMMIT_RECORDS
+from oocpatch.storage.paths import LocalPath
+from oocpatch.workspace.ledger import Ledger, Record, latest_records, read_ledger
 from oocpatch.workspace.run_progress import RunProgress
 from tests.support.children import Children
 from tests.support.small_run import MIDDLE, fresh, patch_calls, small_run
@@ -78,7 +80,7 @@ def test_patches_of_many_blocks_are_counted_as_one_by_one(tmp_path: Path) -> Non
 
 def test_a_record_takes_a_few_dozen_bytes_and_what_stands_is_the_last_of_each(tmp_path: Path) -> None:
     """What a million blocks cost on disk, told by a thousand."""
-    ledger = Ledger(tmp_path / "ledger")
+    ledger = Ledger(LocalPath(tmp_path / "ledger"))
     for block in range(1000):
         ledger.append(Record("predict", block, 2**32 - 1 - block, note=f"{block:08x}", units="AAAAAA=="))
         ledger.append(Record("normalize", block, units="AAAAAA=="))
@@ -94,8 +96,8 @@ def test_a_record_takes_a_few_dozen_bytes_and_what_stands_is_the_last_of_each(tm
         (block, kind) for block in range(1000) for kind in ("predict", "normalize") if (block, kind) != (7, "predict")
     ]
     assert [r.digest for r in found if r.block == 8] == [5, 0]
-    assert len(list(read_ledger(tmp_path / "ledger"))) == 2005
-    progress = RunProgress.read([tmp_path / "ledger"], 1000)
+    assert len(list(read_ledger(LocalPath(tmp_path / "ledger")))) == 2005
+    progress = RunProgress.read([LocalPath(tmp_path / "ledger")], 1000)
     assert (len(progress.predicted), progress.predicted[8].digest, progress.failed) == (999, 5, {9: "again"})
     assert COMMIT_RECORDS <= 1000
 
