@@ -21,16 +21,37 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """An event of a run: patches of a block are computed or skipped.
+
+    Attributes:
+        block: index of the block.
+        patches: number of patches.
+        bytes: share of the volume's bytes.
+    """
+
+    block: int
+    patches: int
+    bytes: float
+
+
+OnProgress = Callable[[TaskDone], None]
+"""A function that receives the events of a run, from any thread."""
+
 DISPLAYS = ("auto", "bar", "plain", "json", "none")
 PLAIN_SECONDS, JSON_SECONDS = 10.0, 1.0
 
 
-def display_of(progress: str | bool) -> str:
-    """Return the name of the display that an argument `progress` asks for.
+def display_of(progress: str | bool | OnProgress) -> str:
+    """Return the name of the display that an argument `progress` asks for; none for a function of events.
 
     Raises:
         ValueError: when there is no such display.
     """
+    if callable(progress):
+        return "none"
     if progress not in (*DISPLAYS, True, False):
         raise ValueError(f"progress must be one of {', '.join(map(repr, DISPLAYS))}, got {progress!r}")
     if isinstance(progress, bool):
@@ -118,7 +139,7 @@ def _clock(seconds: int) -> str:
 
 @contextlib.contextmanager
 def show_progress(
-    progress: str | bool,
+    progress: str | bool | OnProgress,
     verb: str,
     unit: str,
     total: int,

@@ -21,7 +21,7 @@ from oocpatch.models.preprocessing import NamedPreprocess, checked_preprocess, p
 from oocpatch.planning import arguments
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
-from oocpatch.progress import display_of
+from oocpatch.progress import OnProgress, display_of
 from oocpatch.volumes.volume import Volume, checked_padding_mode, spatial_box, spatial_sizes
 
 AUTO = "auto"
@@ -61,7 +61,7 @@ def _box(name: str, value: Any, volume: Volume) -> Box | None:
     return None if value is None else spatial_box(name, value, volume)
 
 
-def _progress(_name: str, value: str | bool, _volume: Volume) -> str | bool:
+def _progress(_name: str, value: str | bool | OnProgress, _volume: Volume) -> str | bool | OnProgress:
     display_of(value)
     return value
 

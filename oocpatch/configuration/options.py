@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from oocpatch.models.options import ModelOptions
 from oocpatch.planning.choices import OUTPUT_FORMATS, OVERLAP_MODES, PADDING_MODES
-from oocpatch.progress import DISPLAYS
+from oocpatch.progress import DISPLAYS, OnProgress
 from oocpatch.provenance import option
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class ExecutionOptions:
     )
     resume: bool = option(True, check="switch", kind="switch", help="Continue an unfinished run.")
     overwrite: bool = option(False, check="switch", kind="flag", help="Replace what oocpatch wrote here before.")
-    progress: str | bool = option(
+    progress: str | bool | OnProgress = option(
         "auto", check="progress", kind="choice", choices=DISPLAYS, help="Show progress on stderr in this form."
     )
 

@@ -41,6 +41,7 @@ from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.windows import axis_window
+from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 from oocpatch.workspace.partials import PartialReader, PartialWriter
@@ -71,7 +72,7 @@ class TaskContext:
         write_pool: threads that write chunks; separate, since input that is late costs more than output that is.
         allow_nonfinite: keep NaN and infinities instead of failing.
         skip_value: patches of this value alone are skipped; None: no patch is.
-        on_patches: receives the number of patches that were computed or skipped.
+        on_progress: receives an event for patches that were computed or skipped.
     """
 
     plan: Plan
@@ -87,7 +88,11 @@ class TaskContext:
     write_pool: Executor
     allow_nonfinite: bool
     skip_value: float | None
-    on_patches: Callable[[int], None]
+    on_progress: OnProgress
+
+    def report(self, block: int, patches: int) -> None:
+        """Report patches of a block that were computed or skipped."""
+        self.on_progress(TaskDone(block, patches, patches * self.plan.bytes_per_patch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
     )
-    steps = _steps(context, ranges, groups(axis, layers, plan.layers_per_group, chunk))
+    steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk))
     try:
         step = next(steps, None)
         while step is not None:
@@ -262,7 +267,9 @@ def _input_region(plan: Plan, ranges: Sequence[range]) -> Box:
     return Box(first.start, last.stop)
 
 
-def _steps(context: TaskContext, ranges: Sequence[range], schedule: list[Group]) -> Iterator[tuple[Group, list[Ints]]]:
+def _steps(
+    context: TaskContext, index: int, ranges: Sequence[range], schedule: list[Group]
+) -> Iterator[tuple[Group, list[Ints]]]:
     """Yield the groups that have patches to compute, with these in their one order: by layer, in C order within."""
     sweep = context.plan.sweep
     per_layer = math.prod(len(r) for a, r in enumerate(ranges) if a != sweep)
@@ -273,7 +280,7 @@ def _steps(context: TaskContext, ranges: Sequence[range], schedule: list[Group])
             members += context.selection.of(context.plan.grid, one)
         skipped = len(group.layers) * per_layer - len(members)
         if skipped:
-            context.on_patches(skipped)
+            context.report(index, skipped)
         if members:
             yield group, members
 
@@ -287,7 +294,7 @@ def _compute(
     grids = [frame.grid for frame in plan.frames]
     if context.skip_value is not None:
         computed = [m for m in members if not reader.is_constant(context.skip_value, plan.input_grid.box(m))]
-        context.on_patches(len(members) - len(computed))
+        context.report(index, len(members) - len(computed))
         members = computed
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
@@ -299,7 +306,7 @@ def _compute(
                 box = grid.box(member)
                 inside = grid.crop_box(member) & block.reach if head.crop else box & Box.of_shape(grid.shape)
                 head_sums.add(box.start, inside, patch)
-        context.on_patches(len(batch))
+        context.report(index, len(batch))
 
 
 def _head_values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -> torch.Tensor:

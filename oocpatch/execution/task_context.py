@@ -30,6 +30,7 @@ from oocpatch.outputs.output import Output
 from oocpatch.planning.box import Box
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
+from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
@@ -68,15 +69,15 @@ class RunExecutor:
 
 @contextlib.contextmanager
 def thread_executor(
-    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_progress: OnProgress
 ) -> Iterator[RunExecutor]:
     """Run tasks on Dask's threads in this process."""
     stop = threading.Event()
 
-    def check_stopped(count: int) -> None:
+    def check_stopped(event: TaskDone) -> None:
         if stop.is_set():
             raise Stopped
-        on_patches(count)
+        on_progress(event)
 
     with (
         open_task_context(plan, inputs, workspace, output, check_stopped) as context,
@@ -97,7 +98,7 @@ def run_task(context: TaskContext, task: Task) -> TaskResult:
 
 @contextlib.contextmanager
 def open_task_context(
-    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_patches: Callable[[int], None]
+    plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_progress: OnProgress
 ) -> Iterator[TaskContext]:
     """Open what tasks share: the model on its device, arrays, threads that read and write.
 
@@ -106,7 +107,7 @@ def open_task_context(
         inputs: volume, mask, the loaded models and their options.
         workspace: where partials are stored.
         output: where values are written.
-        on_patches: called with the number of patches that are done.
+        on_progress: called with an event for patches that are done.
     """
     chunk_bytes = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in plan.heads]
     unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
@@ -141,7 +142,7 @@ def open_task_context(
             write_pool=writes,
             allow_nonfinite=plan.allow_nonfinite,
             skip_value=plan.skip_value,
-            on_patches=on_patches,
+            on_progress=on_progress,
         )
 
 

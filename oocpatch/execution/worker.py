@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan, differences
+from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.retries import transient
 from oocpatch.workspace.workspace import PLAN, Workspace
@@ -59,7 +60,7 @@ def cluster_executor(
     client: Any,
     processes: int | None,
     max_disk: int | None,
-    on_patches: Callable[[int], None],
+    on_progress: OnProgress,
 ) -> Iterator[RunExecutor]:
     """Run tasks in the worker processes of a Dask client.
 
@@ -71,7 +72,7 @@ def cluster_executor(
         client: a `dask.distributed.Client`.
         processes: worker processes to use at most; None: all.
         max_disk: bound on the workspace in bytes, with the copy of a volume in memory.
-        on_patches: called with the number of patches that are done.
+        on_progress: called with an event for each block that is done.
     """
     halved = 0
 
@@ -79,7 +80,8 @@ def cluster_executor(
         nonlocal halved
         halved += result.halved
         if task.stage == "predict":
-            on_patches(plan.patches_in([task.index]))
+            patches = plan.patches_in([task.index])
+            on_progress(TaskDone(task.index, patches, patches * plan.bytes_per_patch))
 
     log_dashboard(client)
     with (
@@ -200,7 +202,7 @@ def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack
     mask = None if payload.mask is None else Mask(payload.mask.open(), volume.shape)
     guard = RunGuard(handle.root / PLAN)
 
-    def check_stopped(_: int) -> None:
+    def check_stopped(_: TaskDone) -> None:
         if stopped.is_set():
             raise Stopped
         guard.check(LOOK_SECONDS)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from oocpatch.progress import OnProgress
 from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume
 
@@ -134,7 +135,11 @@ def checked_preprocess(
 
 
 def preprocess_statistics(
-    preprocess: NamedPreprocess | PatchFunction | None, volume: Volume, max_memory: int, *, progress: str | bool
+    preprocess: NamedPreprocess | PatchFunction | None,
+    volume: Volume,
+    max_memory: int,
+    *,
+    progress: str | bool | OnProgress,
 ) -> Statistics:
     """Return the statistics of the whole volume that a preprocess needs; reads all of it, or nothing."""
     if not isinstance(preprocess, ZScore | Percentile):

@@ -31,7 +31,7 @@ from oocpatch.outputs.record import require_output
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.pyramid_levels import pieces, regions, task_memory
-from oocpatch.progress import show_progress
+from oocpatch.progress import OnProgress, show_progress
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.journal import Journal, read_journal
 from oocpatch.storage.paths import StoragePath
@@ -218,7 +218,12 @@ def compare_pyramids(output: StoragePath) -> Iterator[tuple[str, str, Box, str]]
 
 
 def build_pyramids(
-    output: StoragePath, workspace: StoragePath, *, max_memory: int, workers: int, progress: str | bool = "none"
+    output: StoragePath,
+    workspace: StoragePath,
+    *,
+    max_memory: int,
+    workers: int,
+    progress: str | bool | OnProgress = "none",
 ) -> None:
     """Build the missing part of an output's pyramids, if it has any.
 

@@ -156,6 +156,12 @@ class Plan:
         return tuple(sizes)
 
     @property
+    def bytes_per_patch(self) -> float:
+        """Bytes of the volume per patch; overlap and padding are not counted twice."""
+        volume = math.prod(self.shape) * self.in_channels * np.dtype(self.in_dtype).itemsize
+        return volume / max(1, self.patches)
+
+    @property
     def patches(self) -> int:
         """Number of patches."""
         return self.grid.num_patches

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
-
-import numpy as np
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
@@ -18,7 +15,7 @@ from oocpatch.outputs.output import Output, create_output
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import show_progress
+from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
 from oocpatch.storage.paths import StoragePath, storage_path
 from oocpatch.workspace.ledger import WHOLE, Ledger, Record
@@ -78,19 +75,17 @@ def open_executor(
     """
     plan = workspace.plan
     with (
-        _patches_display(plan, config.execution.progress, blocks, predicted) as on_patches,
-        _executor(config, workspace, on_patches) as executor,
+        _progress_display(plan, config.execution.progress, blocks, predicted) as on_progress,
+        _executor(config, workspace, on_progress) as executor,
     ):
         yield executor
 
 
-def _executor(
-    config: RunConfig, workspace: Workspace, on_patches: Callable[[int], None]
-) -> AbstractContextManager[RunExecutor]:
+def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) -> AbstractContextManager[RunExecutor]:
     plan = workspace.plan
     inputs = RunInputs(config.model, config.volume, config.data.mask, config.models)
     if config.execution.client is None:
-        return thread_executor(plan, inputs, workspace, Output(config.output, plan), on_patches)
+        return thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress)
     from oocpatch.execution.worker import cluster_executor  # noqa: PLC0415 - a second of imports, for clusters only
 
     return cluster_executor(
@@ -101,19 +96,24 @@ def _executor(
         client=config.execution.client,
         processes=config.execution.workers,
         max_disk=config.limits.max_disk,
-        on_patches=on_patches,
+        on_progress=on_progress,
     )
 
 
-def _patches_display(
-    plan: Plan, display: str | bool, blocks: Collection[int], predicted: Container[int]
-) -> AbstractContextManager[Callable[[int], None]]:
-    """Return a display of the patches of some blocks; it is called with the number of patches that are done."""
+@contextlib.contextmanager
+def _progress_display(
+    plan: Plan, progress: str | bool | OnProgress, blocks: Collection[int], predicted: Container[int]
+) -> Iterator[OnProgress]:
+    """Show the progress over the patches of some blocks; yield a function of its events."""
+    if callable(progress):
+        yield progress
+        return
     total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
     resumed = plan.patches_in([i for i in blocks if i in predicted])
-    volume_bytes = math.prod(plan.shape) * plan.in_channels * np.dtype(plan.in_dtype).itemsize
-    patch_bytes = volume_bytes / max(1, plan.patches)
-    return show_progress(display, "predict", "patches", total, resumed=resumed, bytes_each=patch_bytes)
+    with show_progress(
+        progress, "predict", "patches", total, resumed=resumed, bytes_each=plan.bytes_per_patch
+    ) as on_patches:
+        yield lambda event: on_patches(event.patches)
 
 
 def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: float, halved: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from oocpatch.outputs.output import Result, open_result
 from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.plan import Plan
+from oocpatch.progress import OnProgress
 from oocpatch.run.driver import all_done, complete, open_executor, open_ledger, run_details, set_up, workspace_root
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail
@@ -79,7 +80,7 @@ def predict(
     part: Sequence[int] | None = None,
     resume: bool = True,
     overwrite: bool = False,
-    progress: str | bool = "auto",
+    progress: str | bool | OnProgress = "auto",
 ) -> Result:
     """Run a model over a volume that does not fit in memory, patch by patch, and blend its outputs.
 
@@ -154,7 +155,8 @@ def predict(
         resume: continue an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
         progress: `"auto"` shows a bar on a terminal, else a line now and then; `"bar"` or True, `"plain"` lines or
-            `"json"` always; `"none"` or False nothing.
+            `"json"` always; `"none"` or False nothing. A function receives the events instead, `TaskDone(block,
+            patches, bytes)`, from any thread.
 
     Returns:
         The output, lazy and backed by the Zarr at `output`: a `DataArray` `([C',] *axes)`; of a model that gives a

@@ -10,7 +10,7 @@ from typing import TypeVar
 from dask.base import compute
 from dask.delayed import delayed
 
-from oocpatch.progress import show_progress
+from oocpatch.progress import OnProgress, show_progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ def run_pass(
     unit: str,
     size: Callable[[Item], int],
     total: int,
-    progress: str | bool = "auto",
+    progress: str | bool | OnProgress = "auto",
 ) -> Iterator[Result]:
     """Run a task over items by Dask's threads, and yield the results in the order of the items.
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, worthwhile
+from oocpatch.progress import OnProgress
 from oocpatch.volumes.passes import WAVE, run_pass
 from oocpatch.volumes.volume import Volume
 
@@ -63,7 +64,7 @@ class VolumeStatistics:
 
     volume: Volume
     max_memory: int = 1 << 28
-    progress: str | bool = False
+    progress: str | bool | OnProgress = False
 
     def moments(self) -> tuple[tuple[float, float], ...]:
         """Return mean and standard deviation (of the population) of each channel.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class Stacks:
 
 
 @pytest.fixture
-def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stacks]:
+def stacks(monkeypatch: pytest.MonkeyPatch) -> Stacks:
     """Stacks at each read of a box, write of a box, and record in the ledger."""
     noted = Stacks()
 
@@ -61,7 +60,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stacks]:
 
     for owner, name in ((Volume, "read_into"), (Output, "write"), (Ledger, "append")):
         watch(owner, name)
-    yield noted
+    return noted
 
 
 def test_the_page_names_few_files_and_they_are_there() -> None:

@@ -21,6 +21,7 @@ from oocpatch.configuration.options import DERIVED_IDENTITY, GROUPS, OPTIONS, op
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.models.options import ModelOptions
 from oocpatch.planning.plan import Plan
+from oocpatch.progress import TaskDone
 from oocpatch.visualization.html_report import command_of
 
 POSITIONAL = ("volume", "model", "output")
@@ -191,3 +192,13 @@ def test_the_command_that_repeats_a_run_is_made_of_the_fields() -> None:
         """--preprocess '{"name": "scale", "divide": 2}' --compile default --patch-size 8,16 --box 0:8,:4 """
         "--part 1/3 --no-resume"
     )
+
+
+def test_a_function_receives_the_progress_as_events(tmp_path: Path) -> None:
+    events: list[TaskDone] = []
+    options: dict[str, Any] = {"patch_size": 8, "block_shape": 16, "output_chunks": 8, "progress": events.append}
+    planned = oocpatch.plan(SAMPLE, "identity", tmp_path / "out", **options)
+    planned.run()
+    assert sum(event.patches for event in events) == planned.patches
+    assert {event.block for event in events} == set(range(planned.blocks))
+    assert sum(event.bytes for event in events) == pytest.approx(SAMPLE.nbytes)
