@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from zarr.abc.store import Store
 
-from oocpatch.storage.object_store import UrlStore, client, told
+from oocpatch.storage.object_store import UrlStore, client, translated_errors
 from oocpatch.storage.storage_path import PIECE, Array, FileState, Skip, StoragePath, lines_of
 
 DELETED_AT_A_TIME = 1000
@@ -98,7 +98,7 @@ class ObjectPath(StoragePath):
         import obstore  # noqa: PLC0415 - optional
 
         try:
-            with told(self.url):
+            with translated_errors(self.url):
                 answer = obstore.get(client(self.root), self.key)
                 tag, modified = answer.meta["e_tag"], answer.meta["last_modified"]
                 return FileState(bytes(answer.bytes()), str(tag), modified.timestamp())
@@ -114,7 +114,7 @@ class ObjectPath(StoragePath):
     def read_pieces(self) -> Iterator[bytes]:
         import obstore  # noqa: PLC0415 - optional
 
-        with told(self.url):
+        with translated_errors(self.url):
             for piece in obstore.get(client(self.root), self.key).stream(min_chunk_size=PIECE):
                 yield bytes(piece)
 
@@ -134,7 +134,7 @@ class ObjectPath(StoragePath):
         import obstore  # noqa: PLC0415 - optional
 
         offset = f"{self.key}/{after}" if after else None
-        with told(self.url):
+        with translated_errors(self.url):
             for batch in obstore.list(client(self.root), prefix=self.key or None, offset=offset):
                 for entry in batch:
                     name = str(entry["path"]).removeprefix(self.key).lstrip("/")
@@ -147,7 +147,7 @@ class ObjectPath(StoragePath):
 
         if depth == 2:  # one listing of everything instead of one for each of many directories
             return sorted({"/".join(parts[:2]) for name in self.list_files() if len(parts := name.split("/")) > 2})
-        with told(self.url):
+        with translated_errors(self.url):
             prefixes = obstore.list_with_delimiter(client(self.root), prefix=self.key or None)["common_prefixes"]
         return sorted(str(prefix).rpartition("/")[2] for prefix in prefixes)
 
@@ -155,7 +155,7 @@ class ObjectPath(StoragePath):
         import obstore  # noqa: PLC0415 - optional
 
         siblings: list[Self] = []
-        with told(self.url):
+        with translated_errors(self.url):
             # After a key, and not a whole folder: a bucket may have millions of neighbours.
             for batch in obstore.list(client(self.root), prefix=self.parent.key or None, offset=self.key):
                 for entry in batch:
@@ -171,7 +171,7 @@ class ObjectPath(StoragePath):
     def write_plain(self, data: bytes | memoryview) -> None:
         import obstore  # noqa: PLC0415 - optional
 
-        with told(self.url):
+        with translated_errors(self.url):
             obstore.put(client(self.root), self.key, data, use_multipart=False)
 
     def write_atomic(self, content: str | bytes | Iterable[bytes]) -> None:
@@ -189,7 +189,7 @@ class ObjectPath(StoragePath):
         from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415 - optional
 
         try:
-            with told(self.url):
+            with translated_errors(self.url):
                 mode: Any = "create" if tag is None else {"e_tag": tag}
                 try:
                     obstore.put(client(self.root), self.key, content, mode=mode, use_multipart=False)
@@ -203,7 +203,7 @@ class ObjectPath(StoragePath):
     def unlink(self, missing_ok: bool = False) -> None:
         import obstore  # noqa: PLC0415 - optional
 
-        with contextlib.suppress(*[FileNotFoundError] if missing_ok else []), told(self.url):
+        with contextlib.suppress(*[FileNotFoundError] if missing_ok else []), translated_errors(self.url):
             obstore.delete(client(self.root), self.key)
 
     def remove_tree(self) -> None:
@@ -214,7 +214,7 @@ class ObjectPath(StoragePath):
         import obstore  # noqa: PLC0415 - optional
 
         keys = (f"{self.key}/{name}" for name in names)
-        with told(self.url):
+        with translated_errors(self.url):
             while some := list(itertools.islice(keys, DELETED_AT_A_TIME)):
                 obstore.delete(client(self.root), some)
 
@@ -232,7 +232,7 @@ class ObjectPath(StoragePath):
         """
         import obstore  # noqa: PLC0415 - optional
 
-        with contextlib.suppress(FileNotFoundError), told(self.url):
+        with contextlib.suppress(FileNotFoundError), translated_errors(self.url):
             obstore.head(client(self.url, hurried=True), "zarr.json")
 
     def check_writable(self, name: str) -> None:
@@ -240,7 +240,7 @@ class ObjectPath(StoragePath):
 
         try:
             store = client(self.url, hurried=True)
-            with told(self.url):
+            with translated_errors(self.url):
                 obstore.list_with_delimiter(store)
         except OSError as error:
             where = "check the address, and AWS_ENDPOINT_URL if it is set"
@@ -260,7 +260,7 @@ class ObjectPath(StoragePath):
         import obstore  # noqa: PLC0415 - optional
 
         try:
-            with told(self.url):
+            with translated_errors(self.url):
                 return obstore.head(client(self.root), self.key)
         except FileNotFoundError:
             return None

@@ -66,7 +66,7 @@ def client(url: str, *, hurried: bool = False) -> Any:
     """
     if not installed():
         raise ValueError(f"{url} needs obstore; install it with `pip install 'oocpatch[s3]'`")
-    with told(url):
+    with translated_errors(url):
         return _client(url, hurried=hurried)
 
 
@@ -93,7 +93,7 @@ _process: list[int] = []
 
 
 @contextlib.contextmanager
-def told(url: str) -> Iterator[None]:
+def translated_errors(url: str) -> Iterator[None]:
     """Let what obstore raises be an `OSError` of its kind, or a `ValueError`, with the address in it.
 
     Raises:
@@ -176,17 +176,17 @@ class UrlStore(ObjectStore[Any]):
         return UrlStore(self.url, read_only=read_only)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        with told(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             return await super().get(key, prototype, byte_range)
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        with told(self.url):
+        with translated_errors(self.url):
             return await super().get_partial_values(prototype, key_ranges)
 
     async def exists(self, key: str) -> bool:
-        with told(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             return await super().exists(key)
 
     async def set(self, key: str, value: Buffer) -> None:
@@ -194,15 +194,15 @@ class UrlStore(ObjectStore[Any]):
         import obstore  # noqa: PLC0415 - optional
 
         self._check_writable()
-        with told(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             await obstore.put_async(self.store, key, value.as_buffer_like(), use_multipart=False)
 
     async def delete(self, key: str) -> None:
-        with told(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        with told(f"{self.url}/{prefix}"):
+        with translated_errors(f"{self.url}/{prefix}"):
             await super().delete_dir(prefix)
 
     def list(self) -> AsyncGenerator[str, None]:
@@ -215,6 +215,6 @@ class UrlStore(ObjectStore[Any]):
         return self._each(super().list_dir(prefix))
 
     async def _each(self, names: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-        with told(self.url):
+        with translated_errors(self.url):
             async for name in names:
                 yield name
