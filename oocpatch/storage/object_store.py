@@ -40,7 +40,7 @@ AT_A_TIME = 16
 
 
 def scheme_of(address: str) -> str:
-    """The scheme of a URL; empty for anything else.
+    """Return the scheme of a URL; empty for anything else.
 
     >>> scheme_of("s3://bucket/scan.zarr"), scheme_of("scan.zarr")
     ('s3', '')
@@ -50,16 +50,16 @@ def scheme_of(address: str) -> str:
 
 
 def installed() -> bool:
-    """Whether obstore is."""
+    """Return whether obstore is installed."""
     return importlib.util.find_spec("obstore") is not None
 
 
 def client(url: str, *, hurried: bool = False) -> Any:
-    """The obstore store of what lies below a URL, by the environment's settings.
+    """Return the obstore store of what lies below a URL, by the environment's settings.
 
     Args:
         url: its address.
-        hurried: give up early: somebody is waiting to be told that the address is wrong.
+        hurried: give up early, since a user waits to learn that the address is wrong.
 
     Raises:
         ValueError: when obstore is missing, or there is no such kind of store.
@@ -94,7 +94,7 @@ _process: list[int] = []
 
 @contextlib.contextmanager
 def translated_errors(url: str) -> Iterator[None]:
-    """Let what obstore raises be an `OSError` of its kind, or a `ValueError`, with the address in it.
+    """Raise obstore's errors as an `OSError` of their kind, or a `ValueError`, with the address in it.
 
     Raises:
         RuntimeError: in a process that was forked from one that has used obstore, whose threads are not there.
@@ -125,7 +125,7 @@ def _plain(error: Exception, url: str) -> Exception:
 
 
 def _bad_setting(error: Exception, text: str, said: str, url: str) -> Exception | None:
-    """What the user has to change, if that is it."""
+    """Return an error that names the setting to change; None where no setting is the cause."""
     if "Missing" in text and "AccessKey" in text:
         return PermissionError(
             errno.EACCES, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set, or AWS_SKIP_SIGNATURE=true", url
@@ -137,7 +137,7 @@ def _bad_setting(error: Exception, text: str, said: str, url: str) -> Exception 
 
 
 def _fault(error: Exception, status: int, said: str, url: str) -> OSError:
-    """What came from the server, or did not."""
+    """Return the error of a server that refused, or did not answer."""
     kind = type(error).__name__
     if isinstance(error, FileNotFoundError) or status == 404:
         return FileNotFoundError(errno.ENOENT, f"not found ({said})", url)
@@ -149,7 +149,7 @@ def _fault(error: Exception, status: int, said: str, url: str) -> OSError:
 
 
 class UrlStore(ObjectStore[Any]):
-    """What lies below a URL, as a store of Zarr's. It travels as its address.
+    """A store of Zarr's for what lies below a URL; it is pickled as its address.
 
     Args:
         url: its address.

@@ -15,23 +15,23 @@ ATTEMPTS = 4
 
 
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-"""Faults of the storage that no retry mends, and that every other block would meet: the run stops."""
+"""Faults of the storage that no retry mends, and that stop the run, since every other block would meet them."""
 
 
 def transient(error: BaseException) -> bool:
-    """Whether trying again may help."""
+    """Return whether trying again may help."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     return isinstance(error, OSError) and error.errno is not None and error.errno not in HOPELESS | {errno.ENOENT}
 
 
 def hopeless(error: BaseException) -> bool:
-    """Whether every block would fail like this one."""
+    """Return whether every block would fail like this one."""
     return isinstance(error, ClusterLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, tried again with exponential back-off while its faults are transient."""
+    """Return the function, tried again with exponential back-off while its faults are transient."""
     return tenacity.retry(
         retry=tenacity.retry_if_exception(transient),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),

@@ -38,11 +38,11 @@ from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 Array = npt.NDArray[Any]
 MANIFEST = "manifest.json"
 WRITE_ALL: Any = {"write_empty_chunks": True}
-"""Looking whether a chunk is all NaN takes zarr three copies of it."""
+"""Setting of zarr to write chunks without looking whether they are all NaN, which takes three copies of each."""
 
 
 def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
-    """An uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
+    """Create an uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
     store = folder.store()
     # NaN fill: a chunk that was never written must not look like a zero sum.
     fill = np.nan if np.dtype(dtype).kind == "f" else 0
@@ -76,7 +76,7 @@ class PartialWriter:
     def __init__(self, block: StoragePath, frames: Sequence[BlockGrid]) -> None:
         # Digits, and enough of them that no two attempts on any machine ever have the same.
         self._attempt = f"{secrets.randbelow(10**15):015d}"
-        self._place = block / self._attempt
+        self._folder = block / self._attempt
         self._frames = frames
         self._manifest: dict[str, dict[str, Any]] = {}
         self._closed = False
@@ -96,55 +96,55 @@ class PartialWriter:
         with self._lock:
             if name not in self._manifest:
                 shape = (len(data), *box.shape)
-                plain_array(self._place / str(head), piece, shape, chunk, str(data.dtype))
+                plain_array(self._folder / str(head), piece, shape, chunk, str(data.dtype))
                 self._manifest[name] = {"dtype": str(data.dtype), "channels": len(data), "steps": {}}
         whole = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
         crc = checksum(whole)
         if whole.shape != chunk:  # the last step
             whole = np.full(chunk, np.nan if data.dtype.kind == "f" else 0, whole.dtype)
             whole[tuple(slice(n) for n in data.shape)] = data
-        place = self._place / name / _chunk_key(box, part, chunk)
+        place = self._folder / name / _chunk_key(box, part, chunk)
         place.write_plain(whole.reshape(-1).view(np.uint8).data)
         with self._lock:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
     def close(self) -> PartialsRef:
-        """Write the manifest; what the ledger may promise now."""
+        """Write the manifest, and return what the ledger may promise now."""
         if not self._manifest:
             return NO_PARTIALS
         manifest = json.dumps(self._manifest, sort_keys=True)
-        (self._place / MANIFEST).write_atomic(manifest)
+        (self._folder / MANIFEST).write_atomic(manifest)
         self._closed = True
         return PartialsRef(text_checksum(manifest), self._attempt)
 
     def discard(self) -> None:
         """Delete what was written, if it is not whole: this attempt failed."""
         if not self._closed:
-            self._place.remove_tree()
+            self._folder.remove_tree()
 
 
 class PartialReader:
     """Reads the partials of one block, each verified against its CRC before it is handed out.
 
     Args:
-        place: the block's address.
+        folder: the block's directory.
         frames: how the blocks lie in the frame of each head.
         block: its index.
-        promise: what the ledger says that it left.
+        ref: the partials that the ledger promises.
     """
 
-    def __init__(self, place: StoragePath, frames: Sequence[BlockGrid], block: int, promise: PartialsRef) -> None:
-        self._place = place / promise.attempt
+    def __init__(self, folder: StoragePath, frames: Sequence[BlockGrid], block: int, ref: PartialsRef) -> None:
+        self._folder = folder / ref.attempt
         self._frames = frames
         self._block = block
         self._pieces: Mapping[str, Mapping[str, Any]] = {}
-        if not promise.digest:  # the block left nothing
+        if not ref.digest:  # the block left nothing
             return
         try:
-            manifest = (self._place / MANIFEST).read_text()
+            manifest = (self._folder / MANIFEST).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise self._unreadable(MANIFEST, error) from error
-        if text_checksum(manifest) != promise.digest:
+        if text_checksum(manifest) != ref.digest:
             raise CorruptPartial(block, f"{MANIFEST} is not the one in the ledger")
         self._pieces = json.loads(manifest)
         if not all("steps" in piece for piece in self._pieces.values()):
@@ -158,36 +158,36 @@ class PartialReader:
             OSError: when an object store does not answer.
         """
         name, key = f"{head}/{piece}", step_key(box, part)
-        told = self._pieces.get(name)
-        if told is None or key not in told["steps"]:
+        entry = self._pieces.get(name)
+        if entry is None or key not in entry["steps"]:
             return None
-        chunk = _chunk(self._frames[head], box, told["channels"])
+        chunk = _chunk(self._frames[head], box, entry["channels"])
         try:
-            values = (self._place / name / _chunk_key(box, part, chunk)).read_array(told["dtype"], chunk)
+            values = (self._folder / name / _chunk_key(box, part, chunk)).read_array(entry["dtype"], chunk)
         except OSError as error:
             raise self._unreadable(f"{name} step {key}", error) from error
         values = None if values is None else values[(slice(None), *(slice(n) for n in part.shape))]
-        if values is None or checksum(values) != told["steps"][key]:
+        if values is None or checksum(values) != entry["steps"][key]:
             raise CorruptPartial(self._block, f"{name} step {key} is not what was written")
         return values
 
     def _unreadable(self, what: str, error: Exception) -> Exception:
-        """Damage; but that an object store does not answer says nothing about what is there."""
-        if self._place.is_outage(error):
+        """Return the error for what cannot be read: damage, but of an object store that does not answer its own."""
+        if self._folder.is_outage(error):
             return error
         return CorruptPartial(self._block, f"{what} cannot be read ({type(error).__name__})")
 
 
 def step_key(box: Box, part: Box) -> str:
-    """Name of a step within its piece: where it starts."""
+    """Return the name of a step within its piece, from where it starts."""
     return ",".join(str(a - b) for a, b in zip(part.start, box.start, strict=True))
 
 
 def _chunk(frame: BlockGrid, box: Box, channels: int) -> Ints:
-    """Shape of the chunks of a piece."""
+    """Return the shape of the chunks of a piece."""
     return (channels, *next(iter(frame.steps(box))).shape)
 
 
 def _chunk_key(box: Box, part: Box, chunk: Ints) -> str:
-    """Name of the chunk of a step."""
+    """Return the name of the chunk of a step."""
     return ".".join(["c", "0", *(str((a - b) // n) for a, b, n in zip(part.start, box.start, chunk[1:], strict=True))])

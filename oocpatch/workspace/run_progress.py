@@ -1,4 +1,4 @@
-"""What a ledger says, summed up: a few bytes per block, since there may be a million of them.
+"""The progress of a run, summed up from its ledger in a few bytes per block, since there may be a million of them.
 
 Sets and dictionaries of Python keep 60 to 250 bytes of each member. Blocks are numbered from zero without gaps, so here
 a block's place in an array says which it is: 26 bytes per block in all.
@@ -25,8 +25,8 @@ class BlockSet(MutableSet[int]):
     Args:
         blocks: how many there may be.
 
-    >>> found = BlockSet(4)
-    >>> found.add(2), 2 in found, 3 in found, list(found), len(found)
+    >>> blocks = BlockSet(4)
+    >>> blocks.add(2), 2 in blocks, 3 in blocks, list(blocks), len(blocks)
     (None, True, False, [2], 1)
     """
 
@@ -56,7 +56,7 @@ class BlockSet(MutableSet[int]):
 
 
 class PartialsIndex(MutableMapping[int, PartialsRef]):
-    """What blocks left, by block.
+    """The partials that each block left.
 
     Args:
         blocks: how many there may be.
@@ -73,10 +73,10 @@ class PartialsIndex(MutableMapping[int, PartialsRef]):
         digest = self._digests[block]
         return PartialsRef(digest, self._attempts[block].decode()) if digest else NO_PARTIALS
 
-    def __setitem__(self, block: int, promise: PartialsRef) -> None:
+    def __setitem__(self, block: int, ref: PartialsRef) -> None:
         self._blocks.add(block)
-        self._digests[block] = promise.digest
-        self._attempts[block] = promise.attempt.encode()
+        self._digests[block] = ref.digest
+        self._attempts[block] = ref.attempt.encode()
 
     def __delitem__(self, block: int) -> None:
         if block not in self._blocks:
@@ -95,11 +95,11 @@ class PartialsIndex(MutableMapping[int, PartialsRef]):
 
 @dataclass(slots=True)
 class RunProgress:
-    """What a ledger says, summed up.
+    """The progress of a run, summed up from its ledger.
 
     Attributes:
         blocks: number of blocks of the run.
-        predicted: what each block left whose predict stage is done.
+        predicted: the partials of each block whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
@@ -123,12 +123,12 @@ class RunProgress:
 
     @property
     def uncovered(self) -> int:
-        """Voxels where no patch was."""
+        """The number of voxels where no patch was."""
         return sum(uncovered for uncovered, _ in self.counts.values())
 
     @property
     def nonfinite(self) -> int:
-        """Voxels that are NaN or infinite."""
+        """The number of voxels that are NaN or infinite."""
         return sum(nonfinite for _, nonfinite in self.counts.values())
 
     @classmethod
@@ -141,7 +141,7 @@ class RunProgress:
         return progress
 
     def add(self, record: Record) -> None:
-        """Take one more record into account; of a block that is not there it is none of this run's."""
+        """Take one more record into account; records of blocks that the run does not have are ignored."""
         if not 0 <= record.block < self.blocks:
             return
         self.last = max(self.last, record.at)

@@ -11,7 +11,7 @@
 ```
 
 No attempt touches what another one left: a worker that was frozen and comes back late writes to a directory that nobody
-reads. What lies in it is told in `storage/partials.py`.
+reads. `workspace/partials.py` has the layout of an attempt.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_arra
 from oocpatch.workspace.run_progress import RunProgress
 
 PLAN = "plan.json"
-"""Name of what makes a workspace one. Workers look for it to know whether their run is still there."""
+"""Name of the file that makes a directory a workspace; workers check it to learn whether their run is still there."""
 
 
 class Workspace:
@@ -63,7 +63,7 @@ class Workspace:
 
     @classmethod
     def find(cls, root: StoragePath) -> Workspace | None:
-        """The workspace that was set up at `root`, with its stored plan; None when there is none.
+        """Return the workspace that was set up at `root`, with its stored plan; None when there is none.
 
         Raises:
             OSError: when an object store does not answer, which says nothing about what is there.
@@ -84,11 +84,11 @@ class Workspace:
             return None
 
     def ledger(self, segment: str = WHOLE) -> Ledger:
-        """The ledger, or a segment of it, for its one writer."""
+        """Open the ledger, or a segment of it, for its one writer."""
         return Ledger(self.root / segment)
 
     def progress(self) -> RunProgress:
-        """What the ledger says is done, all segments together."""
+        """Sum up all segments of the ledger."""
         return RunProgress.read(segments(self.root), self.plan.blocks)
 
     def join(self) -> None:
@@ -114,7 +114,7 @@ class Workspace:
                     plain_array(place, name, values.shape, values.shape, "float64")[:] = values
 
     def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
-        """The weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.
+        """Read the weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.
 
         Raises:
             CorruptData: when they cannot be read.
@@ -132,19 +132,19 @@ class Workspace:
 
     def writer(self, block: int) -> PartialWriter:
         """Write the partials of a block."""
-        return PartialWriter(self._of(block), self.plan.frames)
+        return PartialWriter(self._folder(block), self.plan.frames)
 
-    def reader(self, block: int, promise: PartialsRef) -> PartialReader:
+    def reader(self, block: int, ref: PartialsRef) -> PartialReader:
         """Read the partials of a block, as the ledger promised them.
 
         Raises:
             CorruptPartial: when they are not there, or are others.
         """
-        return PartialReader(self._of(block), self.plan.frames, block, promise)
+        return PartialReader(self._folder(block), self.plan.frames, block, ref)
 
     def delete(self, blocks: Iterable[int]) -> None:
         """Delete the partials of blocks."""
-        remove_trees([self._of(block) for block in blocks])
+        remove_trees([self._folder(block) for block in blocks])
 
     def sweep(self, progress: RunProgress) -> None:
         """Delete the partials that nobody promised: those of attempts that died, or came too late.
@@ -159,12 +159,12 @@ class Workspace:
                 gone.add(f"{block}/{attempt}" if kept else block)
         remove_trees([blocks / name for name in sorted(gone)])
 
-    def _of(self, block: int) -> StoragePath:
+    def _folder(self, block: int) -> StoragePath:
         return self.root / "blocks" / str(block)
 
 
 def remove_workspace(root: StoragePath) -> None:
-    """Delete what a run has, plan first, and the directory it is in when nothing else is."""
+    """Delete a workspace, its plan first, and the directory above it when that is empty then."""
     (root / PLAN).unlink(missing_ok=True)
     root.remove_tree()
     root.parent.remove_if_empty()
