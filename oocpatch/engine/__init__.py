@@ -1,1 +1,1 @@
-"""The two stages of a run: predict sweeps a block, normalize finishes the voxels that several blocks share."""
+"""The two stages of a run: predict sweeps a block, normalize completes the voxels that several blocks share."""

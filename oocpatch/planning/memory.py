@@ -33,7 +33,7 @@ DEVICE_TILE = 1 << 20
 """Values that are normalized at a time on a device with its own memory, where each step is a launch."""
 
 READ_BYTES = 1 << 20
-"""Bytes that one read gives at most, where it goes through a buffer and chunks are smaller; see `storage.volume`."""
+"""Most bytes of one read where chunks are smaller; `volumes.volume` splits its reads by it."""
 
 HEAP_LIMIT = 2 << 20
 """Bytes above which an allocation is mapped, and returned to the system when it is freed; see `engine.buffers`."""
@@ -152,7 +152,7 @@ def traffic(
         aligned_reads: as in `IoStrategy`.
     """
     blocks, totals, sweep = frame.blocks, frame.totals, frame.blocks.sweep
-    stored = sum((f.seams + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
+    stored = sum((f.seam_voxels + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(blocks, totals[sweep], sizes)
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))

@@ -169,7 +169,7 @@ class Frame:
     totals: tuple[AxisTotals, ...]
 
     @property
-    def seams(self) -> int:
+    def seam_voxels(self) -> int:
         """Voxels of all halos."""
         shape = self.blocks.grid.shape
         return math.prod(n + t.halo for n, t in zip(shape, self.totals, strict=True)) - math.prod(shape)
