@@ -100,8 +100,7 @@ def view(
 
 
 def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:
-    from oocpatch.visualization.neuroglancer import Server, serve
-    from oocpatch.visualization.scene import layers_of
+    from oocpatch.visualization.neuroglancer import layers_of, serve
 
     layers, refused = layers_of(output, **options)
     for reason in refused:
@@ -113,7 +112,7 @@ def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as
         if browser and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             webbrowser.open(url)
 
-    serve(Server(layers, port), ready)
+    serve(layers, port, ready)
 
 
 @click.command()

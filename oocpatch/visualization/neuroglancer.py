@@ -1,228 +1,265 @@
-"""Serve a result to neuroglancer's own client, in a browser of this machine: pages, and files of the Zarr directories.
+"""Show a result over its input in neuroglancer, in a browser of this machine.
 
-```text
- /v/<token>/...               the client, from the package neuroglancer
- /events/<token>              says nothing, and stays open: the client asks whether somebody is there
- /data/<token>/<layer>/...    files of the directory of a layer
-```
-
-It listens on 127.0.0.1 only. The token is new each time and in every address, so that neither other users of the
-machine nor pages from elsewhere can ask for anything; whoever asks by another name than this machine's is refused.
+neuroglancer's own server delivers the viewer, and `ZarrFiles` beside it the files of the shown directories, from the
+same address: `StaticFileServer` of neuroglancer would let pages of other sites read them, and follow links out of the
+directory. The server listens on 127.0.0.1 only. Each address has a new token in it, which neither other users of the
+machine nor other pages know.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
+import math
 import os
-import posixpath
-import re
-import secrets
 import threading
-from collections.abc import Callable
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any
+from urllib.parse import quote
 
-from oocpatch.visualization.scene import Layer, state_of
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
 
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".wasm": "application/wasm",
-    ".json": "application/json",
-}
-HOSTS = frozenset({"127.0.0.1", "localhost"})
-ALIVE_SECONDS = 15.0
+from oocpatch.outputs.ome_zarr import axis_transform
+from oocpatch.outputs.record import array_path
+from oocpatch.storage.paths import LocalPath
+from oocpatch.visualization import colormaps
+from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
+from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
+from oocpatch.visualization.slices import plane
+from oocpatch.volumes.formats.spec import parse_address
+from oocpatch.volumes.ome_metadata import METERS, ome_attributes
+from oocpatch.volumes.volume import Volume
+
+try:
+    import neuroglancer  # type: ignore[import-untyped]  # it has no types of its own
+    import tornado.web
+except ImportError as error:
+    raise ValueError("serving needs neuroglancer: pip install 'oocpatch[serve]'") from error
+
+DTYPES = frozenset({"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "float32"})  # the viewer's
+HOSTS = r"^(127\.0\.0\.1|localhost)$"
+PIXELS = 256  # of the plane that windows are computed from
+PANEL, SCREEN = 330, 700  # pixels, about, of one of four panels and of one alone: the volume fills it at first
+RGB = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+MIXED = 6  # channels that are mixed at most; of more, one is shown, with a slider
+SHADER = """#uicontrol invlerp normalized
+#uicontrol vec3 colour color
+void main() { emitRGB(colour * normalized()); }"""
 
 
-def client_folder() -> Path:
-    """Where the client's files are.
+@dataclass(frozen=True)
+class Layer:
+    """A volume or an output to show.
+
+    Attributes:
+        name: of the layer.
+        folder: directory whose files are served.
+        path: of the image or array in it.
+        source: the volume.
+        kind: `"labels"`, `"scores"`, `"image"` or `"rgb"`.
+        is_ome: OME-Zarr metadata give the positions of its voxels.
+        windows: values shown as black and white, per channel.
+    """
+
+    name: str
+    folder: Path
+    path: str
+    source: DisplaySource
+    kind: str
+    is_ome: bool
+    windows: tuple[tuple[float, float], ...] = ()
+
+
+def layers_of(
+    output: Any, *, volume: Any = None, head: str | None = None, kind: str = "auto", axes: str | None = None
+) -> tuple[list[Layer], list[str]]:
+    """Return the layers of a result or a volume, the input first, and messages about those that cannot be shown.
 
     Raises:
-        ValueError: when the package is not installed.
+        ValueError: when nothing can be shown.
     """
-    spec = importlib.util.find_spec("neuroglancer")  # found, not imported: its own server is not needed
-    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        folder = Path(place, "static", "client")
-        if (folder / "index.html").is_file():
-            return folder
-    raise ValueError("serving needs neuroglancer's client: pip install 'oocpatch[serve]'")
+    record = record_of(output)
+    heads = [head] if record is None or head is not None else list(record.details["heads"])
+    sources = [open_display_source(output, PIXELS, head=name, axes=axes if record is None else None) for name in heads]
+    candidates = [(s.head or Path(os.fspath(output)).name, output, s, kind) for s in sources]
+    below = input_of(sources[0], volume, PIXELS)
+    if below is not None:
+        candidates.insert(0, ("input", noted_volume(sources[0]) if volume is None else volume, below, "auto"))
+    layers, refused = [], []
+    for candidate in candidates:
+        try:
+            layers.append(_layer(*candidate))
+        except ValueError as error:
+            refused.append(str(error))
+    if not layers:
+        raise ValueError("; ".join(refused))
+    return layers, refused
 
 
-def file_in(folder: Path, path: str) -> Path | None:
-    """The file of a directory that a decoded path names; None when it is none, or lies elsewhere.
-
-    >>> file_in(Path("/"), "etc/../etc/passwd") is None, file_in(Path("/proc"), "version")
-    (True, PosixPath('/proc/version'))
-    """
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
-        return None
-    found = Path(os.path.realpath(folder.joinpath(*parts)))
-    inside = found.is_relative_to(os.path.realpath(folder))  # also when a link leads out
-    return found if inside and found.is_file() else None
-
-
-def part_of(header: str | None, size: int) -> tuple[int, int] | None:
-    """First and last byte that a `Range` asks for; None: all.
+def _layer(name: str, address: Any, source: DisplaySource, kind: str) -> Layer:
+    """Return a layer.
 
     Raises:
-        ValueError: when there are no such bytes.
-
-    >>> part_of("bytes=2-5", 10), part_of("bytes=-3", 10), part_of("bytes=8-99", 10), part_of(None, 10)
-    ((2, 5), (7, 9), (8, 9), None)
+        ValueError: when the viewer cannot read it.
     """
-    found = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
-    if found is None or found[1] == found[2] == "":
+    volume = source.volume
+    if str(volume.dtype) not in DTYPES:
+        raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {volume.dtype}")
+    place = None
+    if isinstance(address, (str, os.PathLike)) and parse_address(str(address)) is None and Path(address).is_dir():
+        place = _place(Path(address), source)
+    if place is None:
+        raise ValueError(
+            f"{name}: only Zarr in local directories is served, got {address}; `oocpatch convert` makes one"
+        )
+    last = len(volume.shape) - 1
+    values = plane(volume, (last - 1, last), (PIXELS, PIXELS), [0.5] * (last + 1)) if last else np.zeros((1, 1))
+    chosen = kind_of(source, [values]) if kind == "auto" else kind
+    if chosen == "labels" and volume.dtype.kind == "f":
+        chosen = "image"
+    windows = [(0.0, 255.0)] * 3 if is_rgb(source) else [colormaps.window_of([v]) for v in values]
+    if chosen == "scores" and fractions([values]):
+        windows = [(0.0, 1.0)] * len(values)
+    return Layer(name, Path(address).absolute(), place[0], source, chosen, place[1], tuple(windows))
+
+
+def _place(folder: Path, source: DisplaySource) -> tuple[str, bool] | None:
+    """Return the path of an image or array in a directory, and whether it is an OME-Zarr; None where it is no Zarr."""
+    if source.record is not None and source.head is not None:
+        path, details = array_path(source.record, source.head), source.record.details
+        if details.get("pyramids") and source.record.complete:  # before that coarser levels are missing
+            return path.rpartition("scale0/")[0].strip("/"), True
+        return path, False
+    with contextlib.suppress(OSError, ValueError):  # an array
+        if "multiscales" in ome_attributes(dict(zarr.open_group(LocalStore(folder), mode="r").attrs)):
+            return "", True
+    location, root = source.volume.source.location, folder.resolve()
+    if not isinstance(location, LocalPath):
         return None
-    if found[1] == "":
-        first, last = max(0, size - int(found[2])), size - 1
-    else:
-        first, last = int(found[1]), min(size - 1, int(found[2] or size - 1))
-    if first > last:
-        raise ValueError(f"a range must lie in the {size} bytes of the file, got {header}")
-    return first, last
+    return ("" if location == root else location.relative_to(root).as_posix()), False
 
 
-class Server(ThreadingHTTPServer):
-    """Serves layers; `url` shows them.
+def state_of(layers: list[Layer], urls: list[str]) -> dict[str, Any]:
+    """Return the state of the viewer, for layers and the URL of each."""
+    volume = layers[-1].source.volume
+    names = volume.names[-volume.spatial_ndim :][-3:]
+    steps = [_step(volume, name)[0] for name in names]
+    extents = [n * step for n, step in zip(volume.shape[-len(names) :], steps, strict=True)]
+    extent = max(extents) / min(steps)  # in voxels
+    return {
+        "dimensions": {name: list(_step(volume, name)[:2]) for name in reversed(volume.names)},
+        "displayDimensions": list(reversed(names)),
+        "crossSectionScale": extent / (PANEL if len(names) > 2 else SCREEN),
+        "projectionScale": 1.5 * extent,
+        "layout": "4panel" if len(names) > 2 else "xy",
+        "showSlices": True,
+        "layers": [s for n, (a, url) in enumerate(zip(layers, urls, strict=True)) for s in _layer_states(a, url, n)],
+    }
+
+
+def _step(volume: Volume, name: str) -> tuple[float, str, float]:
+    """Return the voxel size along an axis in meters or the axis' own unit, the unit, and the start in voxels."""
+    try:
+        axis, step, start = axis_transform(volume, name)
+    except ValueError:  # coordinates that decrease
+        return 1.0, "", 0.0
+    if axis.unit in METERS:
+        return step * 10.0 ** METERS[axis.unit], "m", start / step
+    return step, "", start / step
+
+
+def _layer_states(layer: Layer, url: str, number: int) -> Iterator[dict[str, Any]]:
+    """Yield a layer, or one per channel: the viewer mixes layers, but channels only where they share their chunks."""
+    volume = layer.source.volume
+    common: dict[str, Any] = {"name": layer.name, "source": url}
+    if not layer.is_ome:
+        common["source"] = {"url": url, "transform": _transform(volume)}
+    if layer.kind == "labels":
+        yield {"type": "segmentation", **common, "selectedAlpha": 0.5, "notSelectedAlpha": 0.2}
+        return
+    common = {"type": "image", **common, "opacity": 0.6 if number else 1}
+    if not 1 < volume.channels <= MIXED:
+        if volume.channels == 1:
+            common["shaderControls"] = {"normalized": {"range": list(layer.windows[0])}}
+        yield common
+        return
+    tones = RGB if layer.kind == "rgb" else [colormaps.label_colour(c + 1) for c in range(volume.channels)]
+    for c, (window, tone) in enumerate(zip(layer.windows, tones, strict=False)):
+        yield {
+            **common,
+            "name": f"{layer.name} {c}",
+            "localDimensions": {f"{volume.channel_axis}'": [1, ""]},
+            "localPosition": [c],
+            "blend": "additive" if c else "default",
+            "shader": SHADER,
+            "shaderControls": {"normalized": {"range": list(window)}, "colour": "#{:02x}{:02x}{:02x}".format(*tone)},
+        }
+
+
+def _transform(volume: Volume) -> dict[str, Any]:
+    """Return names, units and positions of an array's axes."""
+    inputs, outputs, matrix = {}, {}, []
+    for a, name in enumerate(volume.axes.names):
+        is_channel = a == volume.axes.channel
+        step, unit, start = (1.0, "", 0.5) if is_channel else _step(volume, name)
+        inputs[name] = outputs[f"{name}'" if is_channel else name] = [step, unit]
+        corner = (start if math.isfinite(start) else 0.0) - 0.5  # positions are those of centres
+        matrix.append([*(float(b == a) for b in range(len(volume.axes.names))), corner])
+    return {"outputDimensions": outputs, "inputDimensions": inputs, "matrix": matrix}
+
+
+class ZarrFiles(tornado.web.StaticFileHandler):
+    """Serves the files of a directory, with ranges of bytes."""
+
+    def validate_absolute_path(self, root: str, absolute_path: str) -> str:
+        """Return the path of a file in the directory, to which a link may lead."""
+        with contextlib.suppress(ValueError):  # a NUL in it
+            path = Path(os.path.realpath(absolute_path))
+            if path.is_relative_to(os.path.realpath(root)) and path.is_file():
+                return str(path)
+        raise tornado.web.HTTPError(404)
+
+    def send_error(self, *_: Any, **__: Any) -> None:
+        """Answer with 404 and no message, whatever the reason."""
+        self.clear()
+        self.set_status(404)
+        self.finish()
+
+    def log_exception(self, *_: Any) -> None:
+        """Log nothing: a viewer asks for many chunks that are not stored."""
+
+    def set_default_headers(self) -> None:
+        """Forbid caching: a run may still be writing."""
+        self.set_header("Cache-Control", "no-store")
+
+    def compute_etag(self) -> None:
+        """Return none: a digest would be computed from the whole file, and kept."""
+
+
+def serve(layers: list[Layer], port: int, ready: Callable[[str], None]) -> None:
+    """Serve layers until Ctrl-C.
 
     Args:
         layers: what to show.
         port: to listen on; 0: any that is free.
+        ready: called with the address.
     """
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, layers: list[Layer], port: int = 0) -> None:
-        self.token = secrets.token_urlsafe(16)
-        self.stopped = threading.Event()
-        self.client = client_folder()
-        self.folders = {str(number): layer.folder for number, layer in enumerate(layers)}
-        super().__init__(("127.0.0.1", port), _Handler)
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
-        data = f"{self.address}/data/{self.token}"
-        places = (f"{number}/{quote(layer.inside)}".rstrip("/") for number, layer in enumerate(layers))
-        sources = [f"{data}/{place}/|{_format(layer)}:" for place, layer in zip(places, layers, strict=True)]
-        state = json.dumps(state_of(layers, sources), separators=(",", ":"))
-        self.url = f"{self.address}/v/{self.token}/#!{quote(state, safe='')}"
-
-    def server_close(self) -> None:
-        self.stopped.set()
-        super().server_close()
-
-
-def _format(layer: Layer) -> str:
-    place = layer.folder / layer.inside
-    return "zarr3" if (place / "zarr.json").exists() else "zarr2"
-
-
-def serve(server: Server, ready: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C.
-
-    Args:
-        server: what to serve.
-        ready: is told the address.
-    """
-    with server:
-        ready(server.url)
+    neuroglancer.set_server_bind_address("127.0.0.1", port)
+    viewer = neuroglancer.UnsynchronizedViewer(allow_credentials=False)
+    try:
+        root, urls, handlers = f"/data/{viewer.token}", [], []
+        for number, layer in enumerate(layers):
+            driver = "zarr3" if (layer.folder / layer.path / "zarr.json").exists() else "zarr2"
+            place = f"{number}/{quote(layer.path)}".rstrip("/")
+            urls.append(f"{neuroglancer.server.get_server_url()}{root}/{place}/|{driver}:")
+            handlers.append((rf"{root}/{number}/(.*)", ZarrFiles, {"path": str(layer.folder)}))
+        # The application that neuroglancer started has no handler for files.
+        neuroglancer.server.global_server.app.add_handlers(HOSTS, handlers)
+        ready(neuroglancer.to_url(state_of(layers, urls), f"{neuroglancer.server.get_server_url()}/v/{viewer.token}/"))
         with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "oocpatch", ""
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing: a viewer asks for thousands of files, and many of them need not be there."""
-
-    def _answer(self, *, body: bool) -> None:
-        host = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host")
-        parts = urlsplit(self.path).path.split("/", 3)
-        what, token, rest = (unquote(part) for part in [*parts[1:], "", "", ""][:3])
-        if host not in HOSTS or not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            self._refuse(HTTPStatus.NOT_FOUND)
-        elif what == "events":
-            self._wait()
-        elif what == "v":
-            self._send(file_in(self.server.client, rest or "index.html"), body=body)
-        else:
-            layer, _, path = rest.partition("/")
-            folder = self.server.folders.get(layer) if what == "data" else None
-            self._send(None if folder is None else file_in(folder, path), body=body)
-
-    def _send(self, file: Path | None, *, body: bool) -> None:
-        if file is None:
-            self._refuse(HTTPStatus.NOT_FOUND)
-            return
-        try:
-            opened = file.open("rb")
-        except OSError:
-            self._refuse(HTTPStatus.NOT_FOUND)
-            return
-        with opened:
-            size = os.fstat(opened.fileno()).st_size
-            try:
-                part = part_of(self.headers.get("Range"), size)
-            except ValueError:
-                self._refuse(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, {"Content-Range": f"bytes */{size}"})
-                return
-            first, last = part or (0, size - 1)
-            self.send_response(HTTPStatus.OK if part is None else HTTPStatus.PARTIAL_CONTENT)
-            self.send_header("Content-Type", TYPES.get(posixpath.splitext(file.name)[1], "application/octet-stream"))
-            self.send_header("Content-Length", str(last - first + 1))
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Cache-Control", "no-cache")  # a run may still be writing
-            if part is not None:
-                self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-            self.end_headers()
-            if body:
-                self._copy(opened, first, last - first + 1)
-
-    def _copy(self, file: BinaryIO, first: int, count: int) -> None:
-        try:
-            file.seek(first)
-            if count < 1 << 20:
-                self.wfile.write(file.read(count))
-            else:
-                while count > 0 and (piece := file.read(min(count, 1 << 20))):
-                    self.wfile.write(piece)
-                    count -= len(piece)
-        except ConnectionError:  # the viewer has scrolled on
-            self.close_connection = True
-
-    def _wait(self) -> None:
-        """Keep a stream of events open that has none."""
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.close_connection = True
-        try:
-            self.wfile.write(b":\n\n")
-            while not self.server.stopped.wait(ALIVE_SECONDS):
-                self.wfile.write(b":\n\n")
-        except ConnectionError:
-            return
-
-    def _refuse(self, status: HTTPStatus, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+            threading.Event().wait()
+    finally:
+        neuroglancer.stop()

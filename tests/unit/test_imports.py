@@ -54,6 +54,7 @@ LIBRARIES = {
     "verification": ON_DISK + " torch",
     "visualization": ON_DISK,
     "visualization/canvas": "PIL",
+    "visualization/neuroglancer": "neuroglancer tornado",
     "xarray": "xarray",
     "__init__": "lazy_loader",
     "cli": "click numpy",
