@@ -18,8 +18,8 @@ from oocpatch.engine.device_transfer import is_staged
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
-from oocpatch.models.predictor import Probe
 from oocpatch.models.preprocessing import NamedPreprocess, preprocess_name
+from oocpatch.models.probe import Probe, probe_model
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import is_metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
@@ -74,7 +74,7 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     volume = config.volume
     predictor = config.pipeline.predictor(torch_threads=threads)
     with predictor.ready():
-        return predictor.probe(volume.channels, config.patch_size, torch_dtype(str(volume.dtype)))
+        return probe_model(predictor, volume.channels, config.patch_size, torch_dtype(str(volume.dtype)))
 
 
 def _planned(config: RunConfig) -> Plan:

@@ -14,8 +14,7 @@ import torch
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.models.postprocessing import POSTPROCESSES, Postprocess, postprocess_of
-from oocpatch.models.predictor import Probe
-from oocpatch.models.probe import Geometry
+from oocpatch.models.probe import Geometry, Probe
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale

@@ -25,6 +25,7 @@ from oocpatch.execution.dask_clients import check_versions, versions_here
 from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import RunInputs
 from oocpatch.models.options import ModelOptions
+from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.sources import Source, open_source
@@ -92,6 +93,7 @@ class WorkerPayload:
         volume: where the volume lies.
         mask: where the mask lies, if there is one.
         output: where the result is written.
+        fingerprint: the fingerprint of the model as a worker reads it.
     """
 
     plan: str
@@ -99,6 +101,7 @@ class WorkerPayload:
     volume: VolumeRef
     mask: VolumeRef | None
     output: StoragePath
+    fingerprint: Any
 
 
 def check_cluster(options: ModelOptions, client: Any) -> None:
@@ -170,6 +173,7 @@ def published_payload(
             volume=_volume_ref(inputs.volume, folder, "volume", free_disk),
             mask=None if inputs.mask is None else _volume_ref(inputs.mask.volume, folder, "mask", free_disk),
             output=output,
+            fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
         )
         data = pickled(payload)
         (folder / PAYLOAD).write_plain(data)

@@ -40,7 +40,7 @@ from oocpatch.execution.task_context import RunExecutor, RunInputs, open_task_co
 from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
-from oocpatch.planning.plan import Plan, differences
+from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.retries import transient
@@ -197,7 +197,7 @@ def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
     options = payload.options.on_device(device_of_rank(place, payload.options.device, torch.cuda.device_count()))
     models = load(options)
-    if differences({"model": fingerprint_of(options, models)}, plan.parameters):
+    if fingerprint_of(options, models, sources=False) != payload.fingerprint:
         raise ValueError("the model that is loaded here is not the one that the client has")
     mask = None if payload.mask is None else Mask(payload.mask.open(), volume.shape)
     guard = RunGuard(handle.root / PLAN)

@@ -1,383 +1,192 @@
-"""What makes two models the same: a digest that is equal in every process that loads them.
+"""Fingerprints of models: digests that are equal in every process that loads the same model.
 
-Outputs of two models must never be mixed in one result, so the digest reads everything that a model computes with:
-code, parameters, constants, configuration. It must also not change by itself, or no run could be resumed, so it reads
+Outputs of two models must never be mixed in one result, so a fingerprint reads everything that a model computes with:
+code, parameters, constants, configuration. It must not change by itself either, or no run could be resumed, so it reads
 no memory address, no path of a source file, and nothing that the model writes while it computes (a counter, a log).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import dis
 import enum
 import functools
 import hashlib
-import pathlib
-import re
-import sys
+import itertools
 import types
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.models.input_spec import ModelFile
+from oocpatch.models import source_code
+from oocpatch.models.binary_content import array_parts, script_parts, tensor_parts
 from oocpatch.models.onnx import OnnxSession
-from oocpatch.models.wrappers import Function
+from oocpatch.models.source_code import Parts, package, qualified_name
 
-# Classes and functions of these are named, not read: their versions are recorded with the run.
-_NOT_READ = frozenset({"torch", "numpy", "builtins"}) | sys.stdlib_module_names
-_MUTATORS = frozenset({
-    *("append", "appendleft", "extend", "insert", "add", "update", "setdefault", "sort"),
-    *("pop", "popleft", "popitem", "remove", "discard", "clear"),
-})  # fmt: skip
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-# TorchScript numbers the classes of a process in the order in which they were loaded.
-_MANGLED = re.compile(r"___torch_mangle_\d+\.?")
+# Locks, logs, threads and files: what a model waits for or reports to, and nothing that it computes with.
+_HANDLES = {"threading", "_thread", "logging", "multiprocessing", "concurrent", "queue", "io", "_io", "weakref", "tqdm"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # private, since torch has no public list of them
 _MODULE_STATE = frozenset(vars(nn.Module()))
-_PLAIN: Any = bool | int | float | complex | str | bytes | types.NoneType | types.EllipsisType | range
-_NAMED: Any = torch.dtype | torch.device | torch.layout | torch.memory_format | pathlib.PurePath | bytearray
-_CONTAINERS: Any = list | dict | set | bytearray
-# Kinds that compare by what they hold; every other object is read once, and then referred to.
-_VALUES: Any = (
-    _PLAIN | _NAMED | _CONTAINERS | tuple | frozenset | slice | Mapping | torch.Tensor | np.ndarray | np.generic
-)
+_PLAIN: Any = bool | int | float | complex | str | bytes | bytearray | types.NoneType | types.EllipsisType | range
+_VALUES: Any = _PLAIN | tuple | list | set | frozenset | Mapping | torch.Tensor | np.ndarray | np.generic
+_UNREAD = "unread"
 
 
-def model_fingerprint(model: Callable[..., Any]) -> str:
-    """Digest that says whether two models are the same, stable across processes and places.
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The fingerprint of a model.
 
-    For a module, it reads the classes and code of all submodules, the `repr`, plain attributes, parameters and buffers;
-    for TorchScript and exported programs, code, constants and state; for functions, code, defaults, closure and, of the
-    globals they use, plain values, tensors and what can be called; for callable objects, the class's code and the
-    attributes. What the code itself assigns during a call is state and not read; nor are lists, dicts and sets where
-    the code changes any in place.
+    Attributes:
+        digest: the same for two models that compute the same.
+        unread: places of values that cannot be read, such as `model.config.handle`: one cannot be told from another.
+    """
 
-    >>> model_fingerprint(nn.ReLU()) == model_fingerprint(nn.ReLU())
-    True
+    digest: str
+    unread: tuple[str, ...]
+
+
+def model_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> str:
+    """Return the digest of a model's fingerprint; see `read_fingerprint`.
+
     >>> model_fingerprint(nn.Softplus(1.0)) == model_fingerprint(nn.Softplus(2.0))
     False
     """
-    return _digest_of(model)
+    return read_fingerprint(model, sources=sources).digest
 
 
-def _digest_of(value: object) -> str:
-    digest = _Digest()
-    digest.feed(value)
-    return digest.hexdigest()
+def read_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> Fingerprint:
+    """Read everything that a model computes with.
+
+    Modules are read with their submodules, parameters, buffers, hooks and attributes; functions with their code,
+    defaults, closures and the globals that they use; files by their content; other objects as `pickle` takes them
+    apart. Attributes and variables that the code writes during a call are state, and not read.
+
+    Args:
+        model: a module or a function.
+        sources: whether code is read from its source where that is at hand, so that versions of Python agree; else
+            from its bytecode, so that processes agree of which not all have the source.
+
+    >>> read_fingerprint(functools.partial(max, key=(letter for letter in "ab"))).unread
+    ("model.keywords['key']",)
+    """
+    walk = _Walk(sources=sources)
+    return Fingerprint(walk.hexdigest("model", model), tuple(walk.unread))
 
 
-class _Digest:
-    """A hash over values of many kinds, each fed with its kind and length, so that no two sequences collide."""
+class _Walk:
+    """A walk over a value and all that it is made of, which hashes the token of each part."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sources: bool) -> None:
+        self.unread: list[str] = []
+        self._sources = sources
         self._hash = hashlib.sha256()
+        self._numbers = itertools.count()
         # The objects are kept alive: a freed one's id would be given to another.
         self._seen: dict[int, tuple[int, object]] = {}
 
-    def hexdigest(self) -> str:
+    def hexdigest(self, path: str, value: object) -> str:
+        self._read(path, value)
         return self._hash.hexdigest()
 
-    def feed(self, value: object) -> None:
-        """Feed any value; what cannot be read is fed as its type's name."""
-        if isinstance(value, _VALUES):
-            self._read(value)
-        elif id(value) in self._seen:
-            self._token("again", str(self._seen[id(value)][0]))
-        else:
-            self._see(value)
-            self._read(value)
+    def _read(self, path: str, value: object) -> None:
+        if id(value) in self._seen:
+            self._hash_token("again", str(self._seen[id(value)][0]))
+            return
+        self._seen[id(value)] = next(self._numbers), value
+        token, parts = _parts(value, self._sources)
+        if token == _UNREAD:
+            self.unread.append(path)
+        self._hash_token(type(value).__name__, f"{len(parts)} {token}")
+        for name, part in parts:
+            self._hash_token("part", name)
+            self._read(f"{path}{name}" if name.startswith("[") else f"{path}.{name}", part)
+        if isinstance(value, _VALUES):  # compared by content: a copy in its place is the same
+            del self._seen[id(value)]
 
-    def _see(self, value: object) -> None:
-        self._seen.setdefault(id(value), (len(self._seen), value))
-
-    def _token(self, kind: str, text: str) -> None:
+    def _hash_token(self, kind: str, text: str) -> None:
         data = text.encode("utf-8", "surrogatepass")
         self._hash.update(f"{kind}:{len(data)}:".encode() + data)
 
-    def _items(self, kind: str, values: Iterable[object]) -> None:
-        values = list(values)
-        self._token(kind, str(len(values)))
-        for value in values:
-            self.feed(value)
 
-    # One reader per kind of value. Most specific class wins.
-
-    @functools.singledispatchmethod
-    def _read(self, value: object) -> None:
-        """An object of no kind below."""
-        compiled = getattr(value, "_torchdynamo_orig_callable", None)
-        if compiled is not None:
-            self._items("compiled", (compiled,))
-        elif _is_read(type(value)) and (callable(value) or dataclasses.is_dataclass(value)):
-            self.feed(type(value))
-            self._attributes(value)
-        elif callable(value) and hasattr(value, "__wrapped__"):
-            self._items(_name(type(value)), (value.__wrapped__,))
-        else:
-            self._token("object", _name(value if hasattr(value, "__qualname__") else type(value)))
-
-    @_read.register(_PLAIN)
-    def _(self, value: object) -> None:
-        self._token(type(value).__name__, _ADDRESS.sub("", repr(value)))
-
-    @_read.register(_NAMED)
-    def _(self, value: object) -> None:
-        self._token(type(value).__name__, str(value))
-
-    @_read.register(tuple | list)
-    def _(self, value: Iterable[object]) -> None:
-        self._items(type(value).__name__, value)
-
-    @_read.register(set | frozenset)
-    def _(self, value: Iterable[object]) -> None:
-        # The order of a set of strings differs from process to process.
-        self._items(type(value).__name__, sorted(_digest_of(item) for item in value))
-
-    @_read.register
-    def _(self, value: Mapping) -> None:  # type: ignore[type-arg]  # dispatch takes the bare class
-        self._items(type(value).__name__, [part for item in value.items() for part in item])
-
-    @_read.register
-    def _(self, value: slice) -> None:
-        self._items("slice", (value.start, value.stop, value.step))
-
-    @_read.register
-    def _(self, value: enum.Enum) -> None:
-        self._token("enum", f"{_name(type(value))}.{value.name}")
-
-    @_read.register
-    def _(self, value: types.ModuleType) -> None:
-        self._token("import", value.__name__)
-
-    @_read.register
-    def _(self, value: types.MethodType) -> None:
-        self._items("method", (value.__func__, value.__self__))
-
-    @_read.register
-    def _(self, value: functools.partial) -> None:  # type: ignore[type-arg]  # dispatch takes the bare class
-        self._items("partial", (value.func, value.args, value.keywords))
-
-    @_read.register(staticmethod | classmethod)
-    def _(self, value: object) -> None:
-        self._items(type(value).__name__, (getattr(value, "__func__", None),))
-
-    @_read.register
-    def _(self, value: property) -> None:
-        self._items("property", (value.fget,))
-
-    @_read.register
-    def _(self, value: torch.Tensor) -> None:
-        if nn.parameter.is_lazy(value):
-            self._token("tensor", "not initialized")
-            return
-        self._token("tensor", f"{value.dtype} {tuple(value.shape)} {value.layout}")
-        tensor = value.detach()
-        if tensor.is_sparse:
-            tensor = tensor.coalesce()
-            self._items("sparse", (tensor.indices(), tensor.values()))
-        elif tensor.layout is not torch.strided:
-            self.feed(tensor.to_sparse(layout=torch.sparse_coo))
-        elif tensor.is_quantized:
-            self._items("quantized", (str(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()))
-        elif not tensor.is_meta:
-            plain = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            self._checksum(plain.view(torch.uint8).numpy())
-
-    @_read.register(np.ndarray | np.generic)
-    def _(self, value: object) -> None:
-        array = np.asarray(value)
-        self._token("array", f"{array.dtype.str} {array.shape}")
-        if array.dtype.hasobject:
-            self.feed(array.tolist())
-        else:
-            self._checksum(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-    def _checksum(self, data: np.ndarray[Any, Any]) -> None:
-        data = data.view()
-        data.flags.writeable = False  # google_crc32c takes only what cannot change under it
-        self._token("crc32c", f"{google_crc32c.value(data):08x}")
-
-    @_read.register
-    def _(self, value: type) -> None:
-        """The name, and the code of the class and its bases as far as they are the user's."""
-        self._token("class", _name(value))
-        for base in filter(_is_read, value.__mro__):
-            self._token("base", _name(base))
-            for name, member in sorted(vars(base).items()):
-                code = isinstance(member, (types.FunctionType, staticmethod, classmethod, property))
-                setting = isinstance(member, _PLAIN | tuple | frozenset) and not name.startswith("__")
-                if code or setting:
-                    self._items("member", (name, member))
-
-    @_read.register
-    def _(self, value: types.FunctionType) -> None:
-        self._token("function", _name(value))
-        if not _is_read(value):
-            return
-        code = value.__code__
-        usage = _Usage.of(code)
-        documented = value.__doc__ is not None and code.co_consts[:1] == (value.__doc__,)
-        self._code(code, code.co_consts[1:] if documented else code.co_consts)
-        self._items("defaults", (value.__defaults__, value.__kwdefaults__))
-        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
-            content = _content(cell)
-            if name != "__class__" and not usage.is_state(name, content):  # super() closes over __class__
-                self._items("closure", (name, content))
-        for name in sorted(usage.globals & value.__globals__.keys()):
-            content = value.__globals__[name]
-            if isinstance(content, (type, types.FunctionType)) and _package(content) != _package(value):
-                self._token("global", f"{name}={_name(content)}")
-            elif isinstance(content, _VALUES) or callable(content):
-                if not usage.is_state(name, content):
-                    self._items("global", (name, content))
-            else:
-                # What a script was told, where it logs, what it waits for: records and handles, not computation.
-                self._token("global", f"{name}: {_name(type(content))}")
-
-    @_read.register
-    def _(self, value: types.CodeType) -> None:
-        self._code(value, value.co_consts)
-
-    def _code(self, code: types.CodeType, constants: tuple[object, ...]) -> None:
-        """What the code does: neither where it was written nor how it is described."""
-        names = (code.co_names, code.co_freevars, code.co_cellvars)
-        self._items("code", (code.co_code, code.co_exceptiontable, code.co_argcount, code.co_flags, names, constants))
-
-    def _attributes(self, value: object, skip: frozenset[str] = frozenset()) -> None:
-        usage = _Usage.of_class(type(value))
-        attributes = dict(getattr(value, "__dict__", {}))
-        for base in type(value).__mro__:
-            slots = base.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
-        for name, attribute in sorted(attributes.items()):
-            if name not in skip and not usage.is_state(name, attribute):
-                self._items("attribute", (name, attribute))
-
-    @_read.register
-    def _(self, value: nn.Module) -> None:
-        """A tree of submodules: what each is, then the state of all."""
-        self._token("repr", _ADDRESS.sub("", repr(value)))
-        for name, submodule in value.named_modules(remove_duplicate=False):
-            self._token("module", name)
-            self._see(submodule)
-            if isinstance(submodule, ModelFile | OnnxSession | Function):
-                self.feed(submodule.described)  # ours: its own code is no part of the model
-            elif isinstance(submodule, torch.jit.ScriptModule):
-                self._script(submodule)
-            elif isinstance(submodule, torch.fx.GraphModule):
-                # Its other attributes are the compiler's notes: places in sources, symbols, empty hooks.
-                self._token("graph", submodule.code)
-                tensors = {key: item for key, item in vars(submodule).items() if isinstance(item, torch.Tensor)}
-                self.feed(tensors)
-            else:
-                self.feed(type(submodule))
-                self._attributes(submodule, skip=_MODULE_STATE)
-                for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-                    self._items(hooks, getattr(submodule, hooks).values())
-        state: dict[str, object] = dict(value.state_dict())
-        for name, buffer in value.named_buffers(remove_duplicate=False):
-            state.setdefault(name, buffer)  # state_dict leaves out what is not persistent
-        self.feed(state)
-
-    def _script(self, module: torch.jit.ScriptModule) -> None:
-        """Code, constants (the weights, where frozen) and the attributes that the code reads."""
-        self._token("script", str(getattr(module, "original_name", "")))
-        native = module._c  # noqa: SLF001  # nothing public lists the methods
-        for name in sorted(native._method_names()):  # noqa: SLF001
-            text, constants = native._get_method(name).code_with_constants  # noqa: SLF001
-            code = _MANGLED.sub("", text)
-            self._items("code", (code, constants))
-            for read in sorted(set(re.findall(r"\.([A-Za-z_]\w*)", code))):
-                attribute = getattr(module, read, None)
-                if attribute is not None and isinstance(attribute, _VALUES):
-                    self._items("attribute", (read, attribute))
-
-    @_read.register(torch.jit.ScriptFunction)
-    def _(self, value: Any) -> None:  # its class does not say what it has
-        self._token("code", _MANGLED.sub("", value.code))
-        graph = value.inlined_graph  # held: its nodes do not keep it alive
-        constants = graph.findAllNodes("prim::Constant")
-        tensors = [node.t("value") for node in constants if node.hasAttribute("value") and node.kindOf("value") == "t"]
-        self._items("constants", tensors)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Usage:
-    """What code reads and writes, by name."""
-
-    named: frozenset[str] = frozenset()
-    """Every global and attribute."""
-    globals: frozenset[str] = frozenset()
-    written: frozenset[str] = frozenset()
-    """Globals, closure variables and attributes that are assigned."""
-    mutates: bool = False
-    """Whether any container is changed in place."""
-
-    @classmethod
-    def of(cls, code: types.CodeType) -> _Usage:
-        """Usage of a code object and of those nested in it."""
-        read, written = set(), set()
-        mutates = not _MUTATORS.isdisjoint(code.co_names)
-        for instruction in dis.get_instructions(code):
-            operation, name = instruction.opname, instruction.argval
-            if operation in {"LOAD_GLOBAL", "LOAD_NAME"}:
-                read.add(name)
-            elif operation in {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR"}:
-                written.add(name)
-            elif operation in {"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"}:
-                mutates = True
-        usage = cls(frozenset(code.co_names), frozenset(read), frozenset(written), mutates)
-        return cls._union([usage, *(cls.of(item) for item in code.co_consts if isinstance(item, types.CodeType))])
-
-    @classmethod
-    def of_class(cls, owner: type) -> _Usage:
-        """Usage of what a call of an object can run: `forward`, `__call__` and the methods they name."""
-        codes: dict[str, list[types.CodeType]] = {}
-        for base in filter(_is_read, owner.__mro__):
-            for name, member in vars(base).items():
-                if isinstance(member, types.FunctionType):
-                    codes.setdefault(name, []).append(member.__code__)
-        reached, waiting = list[_Usage](), ["forward", "__call__"]
-        while waiting:
-            for code in codes.pop(waiting.pop(), ()):
-                reached.append(cls.of(code))
-                waiting.extend(reached[-1].named)
-        return cls._union(reached)
-
-    @classmethod
-    def _union(cls, parts: list[_Usage]) -> _Usage:
-        return cls(
-            frozenset().union(*(part.named for part in parts)),
-            frozenset().union(*(part.globals for part in parts)),
-            frozenset().union(*(part.written for part in parts)),
-            any(part.mutates for part in parts),
-        )
-
-    def is_state(self, name: str, value: object) -> bool:
-        """Whether this code changes the value while it runs, so that it says nothing about the model."""
-        return name in self.written or (self.mutates and isinstance(value, _CONTAINERS))
-
-
-def _content(cell: types.CellType) -> object:
+@functools.singledispatch
+def _parts(value: object, sources: bool) -> Parts:
+    """Return what an object is made of, as `pickle` takes it apart."""
+    kind = type(value)
+    if hasattr(value, "__wrapped__"):  # a function in a cache
+        return qualified_name(kind), [("__wrapped__", value.__wrapped__)]
+    if package(kind) in _HANDLES:
+        return qualified_name(kind), []
     try:
-        return cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return None
+        reduced: Any = () if kind.__module__.startswith("torch._") else value.__reduce_ex__(4)
+    except Exception:  # noqa: BLE001 - whatever it raises, the value cannot be taken apart
+        reduced = ()
+    if not reduced:
+        return _UNREAD, [("class", kind)]
+    if isinstance(reduced, str):
+        return f"{qualified_name(kind)} {getattr(value, '__module__', None)}.{reduced}", []
+    function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with slots
+        state = {**(state[0] or {}), **state[1]}
+    attributes = _attributes(kind, state, sources) if isinstance(state, dict) else [("state", state)]
+    return "", [("class", kind), *_indexed((function, *arguments, *(items or ()), *(pairs or ()))), *attributes]
 
 
-def _is_read(value: Any) -> bool:  # a class or a function
-    """Whether the code of a class or function is the user's, and so part of the model."""
-    return _package(value) not in _NOT_READ
+def _indexed(values: Iterable[object]) -> list[tuple[str, object]]:
+    return [(f"[{index}]", value) for index, value in enumerate(values)]
 
 
-def _package(value: Any) -> str:  # a class or a function
-    return (getattr(value, "__module__", None) or "").partition(".")[0]
+def _attributes(kind: type, state: Mapping[Any, object], sources: bool) -> list[tuple[str, object]]:
+    written = source_code.written_by_calls(kind, sources=sources)
+    return sorted((str(name), value) for name, value in state.items() if name not in written)
 
 
-def _name(value: Any) -> str:  # a class or a function
-    return f"{getattr(value, '__module__', None)}.{value.__qualname__}"
+def _mapping(value: Mapping[Any, Any], _: bool) -> Parts:
+    return "", [part for key, item in value.items() for part in (("key", key), (f"[{key!r:.80}]", item))]
+
+
+def _set(value: Iterable[Any], sources: bool) -> Parts:
+    # The order of a set of strings differs from process to process.
+    return "", _indexed(sorted(_Walk(sources=sources).hexdigest("", item) for item in value))
+
+
+def _module(module: nn.Module, sources: bool) -> Parts:
+    members = [(name, child) for name, child in module.named_modules(remove_duplicate=False)][1:]
+    children: list[tuple[str, object]] = [(name, child) for name, child in members if "." not in name]
+    if [name for name, _ in children] == ["_orig_mod"]:  # of torch.compile: the rest is the compiler's
+        return "compiled", children
+    # state_dict leaves out buffers that are not persistent
+    state = {n: v for n, v in module.state_dict().items() if "." not in n} | dict(module.named_buffers(recurse=False))
+    attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
+    if isinstance(module, torch.fx.GraphModule):  # the rest is the compiler's: places in sources, symbols, empty hooks
+        own: list[tuple[str, object]] = [("code", module.code)]
+        attributes = {name: item for name, item in attributes.items() if isinstance(item, torch.Tensor)}
+    else:
+        own = [("class", type(module)), *((name, list(vars(module)[name].values())) for name in _HOOKS)]
+    return "", [*own, *_attributes(type(module), attributes, sources), *children, *state.items()]
+
+
+_READERS: tuple[tuple[Any, Callable[[Any, bool], Parts]], ...] = (
+    (_PLAIN, lambda value, _: (repr(value), [])),
+    (tuple | list, lambda value, _: ("", _indexed(value))),
+    (set | frozenset, _set),
+    (Mapping, _mapping),
+    (enum.Enum, lambda value, _: (qualified_name(type(value)), [(str(value.name), value.value)])),
+    (np.ndarray | np.generic, array_parts),
+    (torch.Tensor, tensor_parts),
+    (torch.utils.hooks.RemovableHandle, lambda _, __: ("", [])),  # numbered by a process's hooks
+    (types.ModuleType, lambda value, _: (value.__name__, [])),
+    (types.MethodType, lambda value, _: ("", [("__func__", value.__func__), ("__self__", value.__self__)])),
+    (functools.partial, lambda p, _: ("", [("func", p.func), ("args", p.args), ("keywords", p.keywords)])),
+    (staticmethod | classmethod, lambda value, _: ("", [("__func__", value.__func__)])),
+    (property, lambda value, _: ("", [("fget", value.fget)])),
+    (types.CodeType, lambda value, _: ("", _indexed(source_code.bytecode(value)))),
+    (types.FunctionType, lambda value, sources: source_code.function_parts(value, sources=sources)),
+    (type, lambda value, sources: source_code.class_parts(value, sources=sources)),
+    (nn.Module, _module),
+    (OnnxSession, lambda session, _: (session.digest, [])),
+    (torch.jit.ScriptModule | torch.jit.ScriptFunction, script_parts),
+)
+for _kinds, _reader in _READERS:
+    _parts.register(_kinds, _reader)

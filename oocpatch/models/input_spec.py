@@ -157,11 +157,6 @@ class ModelFile(nn.Module):
         self.program = program
         self.accepts = accepts
 
-    @property
-    def described(self) -> tuple[object, ...]:
-        """What says which model it is, besides its program."""
-        return ("file",)
-
     def forward(self, patches: torch.Tensor) -> Any:
         """Outputs for any number of patches `(B, C, *patch)`."""
         least, most = self.accepts.least_batch, self.accepts.most_batch or len(patches)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from oocpatch.errors import error_line
+from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import InputSpec, ModelFile
-from oocpatch.models.probe import Footprint
 from oocpatch.storage.paths import spec_file
 
 DTYPES = {
@@ -86,11 +86,6 @@ class OnnxSession(nn.Module):
         self._provider = provider
         self._threads = torch.get_num_threads()
         self.opened = self._open()
-
-    @property
-    def described(self) -> tuple[object, ...]:
-        """What says which model it is."""
-        return ("onnx", self.digest)
 
     def forward(self, patches: torch.Tensor) -> Any:
         """Outputs of a batch: a tensor, or a dict of tensors by the model's names for its outputs."""

@@ -34,11 +34,23 @@ def load(options: ModelOptions) -> tuple[Model, ...]:
     )
 
 
-def fingerprint_of(options: ModelOptions, models: Sequence[Model]) -> Any:
-    """Return what identifies the model of a run: `model_id`, else a digest per model."""
+def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: bool = True) -> Any:
+    """Return what identifies the model of a run: `model_id`, else a digest per model.
+
+    Args:
+        options: the options.
+        models: as `load` returns them.
+        sources: whether the code of models that were given as objects is read from its source, which does not travel
+            to other processes with them; else from its bytecode.
+    """
     if options.model_id is not None:
         return options.model_id
-    digests = [model_fingerprint(model) for model in models]
+    specs = list(options.model) if isinstance(options.model, (list, tuple)) else [options.model]
+    specs *= len(models) // len(specs)  # one spec may be loaded with several weights
+    digests = [
+        model_fingerprint(model, sources=sources or isinstance(spec, str))
+        for model, spec in zip(models, specs, strict=True)
+    ]
     return digests[0] if len(digests) == 1 else digests
 
 

@@ -1,4 +1,4 @@
-"""The predictor: a batch function around the user's model, and the probe that learns what the model gives.
+"""The predictor: the user's model as a function of batches.
 
 Blocks take turns: one at a time calls the model, with all of torch's threads, while the others add up, read and write
 with one thread each. So a model need not be thread-safe, results do not depend on the number of workers, and cores are
@@ -13,45 +13,16 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from oocpatch.models.compilation import OptimizedModel
-from oocpatch.models.input_spec import as_input, input_dtype, input_spec_of, joined
-from oocpatch.models.probe import Footprint, Geometry, measure
-from oocpatch.models.wrappers import DEFAULT_HEAD, writes_unseen
-from oocpatch.planning.box import Ints
+from oocpatch.models.input_spec import as_input, input_dtype, joined
+from oocpatch.models.wrappers import DEFAULT_HEAD
 
 Model = Callable[[torch.Tensor], Any]
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one call of the model with one patch of zeros showed.
-
-    Attributes:
-        outputs: the model's outputs by name, `(1, C, *spatial)`, looped axes included.
-        geometry: how the spatial size of each follows from the patch's.
-        copies_input: whether the model must be given copies of patches, because it writes to its input.
-        aliased: names of the outputs that are the input's memory.
-        bytes: memory that the call added at its peak, outputs included, input not.
-        least_batch: patches that the model takes at least: those of a call that is given fewer are made up.
-    """
-
-    outputs: Mapping[str, torch.Tensor]
-    geometry: Mapping[str, Geometry]
-    copies_input: bool
-    aliased: frozenset[str]
-    bytes: int
-    least_batch: int = 1
-
-    def model_bytes(self, batch: int) -> int:
-        """Memory that a call with so many patches adds."""
-        return self.bytes * -(-batch // self.least_batch)
 
 
 class Predictor:
@@ -85,9 +56,9 @@ class Predictor:
         self.device = _numbered(device)
         self.copies_input = copies_input
         self._autocast = autocast
-        self._looped = looped
+        self.looped = looped
         self._threads = torch_threads or torch.get_num_threads()
-        self._dtype = input_dtype(model)
+        self.dtype = input_dtype(model)
         self.halving = Halving(model)
         self._turn = threading.Lock()
         self._own_thread = own_thread
@@ -123,7 +94,7 @@ class Predictor:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether patches of a dtype reach the model as they are."""
-        return self._dtype is None or self._dtype == dtype
+        return self.dtype is None or self.dtype == dtype
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model on `(B, C, *patch)`; its outputs by name, `(B, C', *spatial)`.
@@ -131,7 +102,7 @@ class Predictor:
         Raises:
             ValueError: when it does not return tensors of real numbers with as many axes.
         """
-        looped = tuple(range(2, 2 + self._looped))  # patches have one index of each
+        looped = tuple(range(2, 2 + self.looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
         with self._turn:
@@ -152,7 +123,7 @@ class Predictor:
             use_threads(1)
 
     def _run(self, inputs: torch.Tensor) -> Any:
-        inputs = as_input(inputs, self._dtype)
+        inputs = as_input(inputs, self.dtype)
         kind = torch.device(self.device).type
         # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
         with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
@@ -183,88 +154,6 @@ class Predictor:
             raise ValueError(f"the model must return real numbers{which}, got {result.dtype}")
         output: torch.Tensor = result.detach() if result.requires_grad else result
         return output
-
-    def probe(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
-        """Call the model once, with one patch of zeros.
-
-        Raises:
-            ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
-        """
-        patch = torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device)
-        known = list(_tensors(self.model))
-        footprint = Footprint([patch, *known])
-        before = version(patch)
-
-        try:
-            with footprint:
-                outputs = self(patch)
-        except ValueError as error:
-            if str(error).startswith("the model must return"):
-                raise
-            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
-        except Exception as error:
-            if out_of_memory(error):
-                told = f"one patch of {_sides(patch_size[self._looped :])} is too much for the model: {error}"
-                raise ValueError(f"{told}; lower patch_size") from error
-            raise ValueError(self._rejection(channels, patch_size, dtype, error)) from error
-        writes = version(patch) != before or writes_unseen(self.model)
-        extra = 0 if self.takes(dtype) else patch.numel() * (self._dtype or dtype).itemsize
-        memory = patch.untyped_storage().data_ptr()
-        aliased = frozenset(n for n, o in outputs.items() if o.untyped_storage().data_ptr() == memory)
-        loops = self._looped
-        geometry = measure(
-            patch_size[loops:],
-            {name: tuple(o.shape[2 + loops :]) for name, o in outputs.items()},
-            lambda size: self._given(channels, (*patch_size[:loops], *size), dtype),
-        )
-        peak = max(footprint.peak, extra)
-        return Probe(outputs, geometry, writes, aliased, peak, input_spec_of(self.model).least_batch)
-
-    def _given(self, channels: int, patch_size: Ints, dtype: torch.dtype) -> dict[str, Ints] | None:
-        """What the model gives for patches of another size; None: it does not take them."""
-        try:
-            outputs = self(torch.zeros((1, channels, *patch_size), dtype=dtype, device=self.device))
-        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
-            return None
-        return {name: tuple(output.shape[2 + self._looped :]) for name, output in outputs.items()}
-
-    def _rejection(self, channels: int, patch_size: Ints, dtype: torch.dtype, error: Exception) -> str:
-        spatial = patch_size[self._looped :]
-        shape = (1, channels, *spatial)
-        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
-        for multiple in TRIED_MULTIPLES:
-            if all(n % multiple == 0 for n in spatial):
-                continue
-            below = tuple(max(multiple, n // multiple * multiple) for n in spatial)
-            above = tuple(-(-n // multiple) * multiple for n in spatial)
-            # an odd multiple: an even one would also pass a model that needs twice as much
-            tried = tuple(n if n // multiple % 2 else m for n, m in zip(below, above, strict=True))
-            tried = tuple(n if n // multiple % 2 else n + multiple for n in tried)
-            if self._accepts(channels, tried, dtype):
-                return (
-                    f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
-                    f"nearest: {_sides(below)}, {_sides(above)}"
-                )
-        return f"the model rejects patches of shape {shape}: {type(error).__name__}: {reason.strip()[:300]}"
-
-    def _accepts(self, channels: int, spatial: Ints, dtype: torch.dtype) -> bool:
-        patch = torch.zeros((1, channels, *spatial), dtype=dtype, device=self.device)
-        try:
-            self._checked(self._run(patch), patch)
-        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
-            return False
-        return True
-
-
-def _sides(shape: Ints) -> str:
-    """`96` for a cube, `32 x 96 x 96` else."""
-    return str(shape[0]) if len(set(shape)) == 1 else " x ".join(map(str, shape))
-
-
-def _tensors(model: Model) -> Iterator[torch.Tensor]:
-    if isinstance(model, torch.nn.Module):
-        yield from model.parameters()
-        yield from model.buffers()
 
 
 def version(tensor: torch.Tensor) -> int:

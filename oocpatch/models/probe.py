@@ -1,140 +1,140 @@
-"""The memory that a call adds, counted and not measured: the same number on every run, so that plans do not vary."""
+"""The probe: one call of the model with a patch of zeros, before anything is planned.
+
+It shows the outputs, how their sizes follow from the patch's, and the memory that a call takes.
+"""
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from oocpatch.models.footprint import Footprint
+from oocpatch.models.input_spec import input_spec_of
+from oocpatch.models.predictor import Predictor, out_of_memory, version
+from oocpatch.models.wrappers import writes_unseen
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import Scale
 
-SCRATCH = ("conv", "mm", "linear", "attention")
-"""Operators whose kernels reorder their operands into buffers of their own, which no tensor shows."""
-
-
-_ACTIVE: ContextVar[Footprint | None] = ContextVar("_ACTIVE", default=None)
-
-
-class _Watching:
-    """Sees the result of each operator.
-
-    Torch keeps its compiler out of a handler that stands in the mode's own class, and imports the compiler for that:
-    1.2 seconds of each start. One that is inherited from elsewhere is called as it is.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._see(str(func), args, result)
-        return result
-
-    def _see(self, operator: str, operands: Any, result: Any) -> None:
-        raise NotImplementedError
-
-
-class Footprint(_Watching, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
-    """Counts the bytes of the tensors that live while it is active.
-
-    Args:
-        known: tensors that were there before, and do not count.
-
-    Attributes:
-        peak: most bytes that lived at a time, with what kernels need besides.
-
-    >>> with Footprint([]) as footprint:
-    ...     _ = torch.zeros(1024) + 1
-    >>> footprint.peak
-    8192
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._known = [t.untyped_storage() for t in known]
-        self._pointers = {s.data_ptr() for s in self._known}
-        # by object: an address is used again as soon as it is free
-        self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-        self.peak = 0
-
-    @classmethod
-    def active(cls) -> Footprint | None:
-        """The one that counts what this thread does, if there is one."""
-        return _ACTIVE.get()
-
-    def __enter__(self) -> Self:
-        self._token = _ACTIVE.set(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        _ACTIVE.reset(self._token)
-
-    def count(self, other_bytes: int) -> None:
-        """Count memory that is not torch's, as living now and no longer."""
-        self.peak = max(self.peak, sum(self._live.values()) + other_bytes)
-
-    def _see(self, operator: str, operands: Any, result: Any) -> None:
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        for tensor in tensors:
-            self._track(tensor.untyped_storage())
-        scratch = 0
-        if any(word in operator for word in SCRATCH):
-            inputs = [t for t in tree_leaves(operands) if isinstance(t, torch.Tensor)]
-            scratch = sum(t.numel() * t.element_size() for t in (*inputs, *tensors))
-            if "conv" in operator and len(inputs) > 1 and len(tensors) == 1:
-                scratch = max(scratch, convolution_scratch(inputs[0], inputs[1], tensors[0]))
-        self.peak = max(self.peak, sum(self._live.values()) + scratch)
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        if storage.data_ptr() not in self._pointers and storage.nbytes():
-            self._live[storage] = storage.nbytes()
-
-
-FEW = 5
-"""Channels up to which a convolution in three dimensions is done as one product of matrices."""
-
-
-def convolution_scratch(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> int:
-    """Bytes that a convolution on a CPU takes besides its operands and its result.
-
-    oneDNN copies both into a layout of 8 or 16 channels at a time, filled up with zeros. With few channels in three
-    dimensions, and in float64 always, each voxel's neighbourhood is laid out instead, one sample at a time. Both were
-    found by measuring 44 shapes: this was never less than what they took, but up to four times as much.
-
-    >>> volume = torch.zeros(1, 1, 64, 64, 64)
-    >>> convolution_scratch(volume, torch.zeros(8, 1, 3, 3, 3), volume.expand(1, 8, 64, 64, 64)) >> 20
-    27
-    """
-    axes = weight.ndim - 2
-    kernel = math.prod(weight.shape[2:])
-    group = 8 if axes == 3 and kernel > 1 else 16
-    filled = sum(
-        t.numel() // max(1, t.shape[-axes - 1]) * -(-t.shape[-axes - 1] // group) * group * t.element_size()
-        for t in (source, result)
-        if t.ndim > axes
-    )
-    laid_out = math.prod(result.shape[-axes:]) * weight.shape[1] * kernel * weight.element_size()
-    if weight.dtype == torch.float64:
-        return max(filled, laid_out)
-    if axes == 3 and weight.shape[1] <= FEW and 1 < kernel <= 27:
-        return laid_out if source.shape[0] == 1 and weight.dtype == torch.float32 else max(filled, laid_out)
-    return filled
-
-
+TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
 MORE = (32, 64)
 """Voxels by which the second patch is larger; else it is twice as large: what most networks accept."""
-
-
 SIMPLE = 32
 """Largest denominator of a scale that is believed when a model takes no other size of patch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The results of one call of the model with one patch of zeros.
+
+    Attributes:
+        outputs: the model's outputs by name, `(1, C, *spatial)`, looped axes included.
+        geometry: how the spatial size of each follows from the patch's.
+        copies_input: whether the model must get copies of patches, because it writes to its input.
+        aliased: names of the outputs that are the input's memory.
+        bytes: memory that the call added at its peak, outputs included, input not.
+        least_batch: fewest patches that the model is called with: smaller batches are filled up.
+    """
+
+    outputs: Mapping[str, torch.Tensor]
+    geometry: Mapping[str, Geometry]
+    copies_input: bool
+    aliased: frozenset[str]
+    bytes: int
+    least_batch: int = 1
+
+    def model_bytes(self, batch: int) -> int:
+        """Return the memory that a call with so many patches adds."""
+        return self.bytes * -(-batch // self.least_batch)
+
+
+def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
+    """Call a model once, with one patch of zeros; again with other sizes, where the sizes of its outputs differ.
+
+    Args:
+        predictor: the model.
+        channels: channels of the volume.
+        patch_size: with one voxel per looped axis in front of the spatial ones.
+        dtype: dtype of the volume.
+
+    Raises:
+        ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
+    """
+    looped, spatial = patch_size[: predictor.looped], patch_size[predictor.looped :]
+
+    def zeros(size: Ints) -> torch.Tensor:
+        return torch.zeros((1, channels, *looped, *size), dtype=dtype, device=predictor.device)
+
+    def output_sizes(size: Ints) -> dict[str, Ints] | None:
+        try:
+            return _sizes(predictor(zeros(size)), predictor.looped)
+        except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
+            return None
+
+    patch = zeros(spatial)
+    footprint = Footprint([patch, *_weights(predictor.model)])
+    before = version(patch)
+    try:
+        with footprint:
+            outputs = predictor(patch)
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("the model must return"):
+            raise
+        if not isinstance(error, ValueError) and out_of_memory(error):
+            raise ValueError(
+                f"one patch of {_sides(spatial)} is too much for the model: {error}; lower patch_size"
+            ) from error
+        raise ValueError(_rejection(channels, spatial, error, output_sizes)) from error
+    cast_bytes = 0 if predictor.takes(dtype) else patch.numel() * (predictor.dtype or dtype).itemsize
+    memory = patch.untyped_storage().data_ptr()
+    return Probe(
+        outputs,
+        geometry=measure(spatial, _sizes(outputs, predictor.looped), output_sizes),
+        copies_input=version(patch) != before or writes_unseen(predictor.model),
+        aliased=frozenset(n for n, output in outputs.items() if output.untyped_storage().data_ptr() == memory),
+        bytes=max(footprint.peak, cast_bytes),
+        least_batch=input_spec_of(predictor.model).least_batch,
+    )
+
+
+def _sizes(outputs: Mapping[str, torch.Tensor], looped: int) -> dict[str, Ints]:
+    return {name: tuple(output.shape[2 + looped :]) for name, output in outputs.items()}
+
+
+def _rejection(
+    channels: int, spatial: Ints, error: Exception, output_sizes: Callable[[Ints], Mapping[str, Ints] | None]
+) -> str:
+    """Return a message with the nearest sizes that the model takes, or with its own error."""
+    for multiple in TRIED_MULTIPLES:
+        if all(n % multiple == 0 for n in spatial):
+            continue
+        below = tuple(max(multiple, n // multiple * multiple) for n in spatial)
+        above = tuple(-(-n // multiple) * multiple for n in spatial)
+        # an odd multiple: an even one would also pass a model that needs twice as much
+        tried = tuple(n if n // multiple % 2 else m for n, m in zip(below, above, strict=True))
+        tried = tuple(n if n // multiple % 2 else n + multiple for n in tried)
+        if output_sizes(tried) is not None:
+            return (
+                f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
+                f"nearest: {_sides(below)}, {_sides(above)}"
+            )
+    reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
+    shape = (1, channels, *spatial)
+    return f"the model rejects patches of shape {shape}: {type(error).__name__}: {reason.strip()[:300]}"
+
+
+def _sides(shape: Ints) -> str:
+    """Return `96` for a cube, else `32 x 96 x 96`."""
+    return str(shape[0]) if len(set(shape)) == 1 else " x ".join(map(str, shape))
+
+
+def _weights(model: Any) -> Iterator[torch.Tensor]:
+    if isinstance(model, torch.nn.Module):
+        yield from model.parameters()
+        yield from model.buffers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +148,12 @@ class Geometry:
 def measure(
     patch: Ints, shapes: Mapping[str, Ints], other: Callable[[Ints], Mapping[str, Ints] | None]
 ) -> dict[str, Geometry]:
-    """Scale and border of each output.
+    """Return scale and border of each output.
 
     Args:
-        patch: what the model was given, in voxels per axis.
-        shapes: what it gave, by name of the output.
-        other: calls the model with another size; None: it does not take it.
+        patch: size of the patch that the model was called with.
+        shapes: sizes of the outputs, by name.
+        other: returns the sizes of the outputs for another size of patch; None if the model rejects it.
 
     Raises:
         ValueError: when the sizes follow from no scale and border.
@@ -164,30 +164,32 @@ def measure(
     ones = tuple((1, 1) for _ in patch)
     if all(shape == patch for shape in shapes.values()):
         return {name: Geometry(ones, (0,) * len(patch)) for name in shapes}
-    larger, seen = None, None
+    larger, larger_shapes = None, None
     for larger in (*(tuple(n + m for n in patch) for m in MORE), tuple(2 * n for n in patch)):
-        seen = other(larger)
-        if seen is not None:
+        larger_shapes = other(larger)
+        if larger_shapes is not None:
             break
-    found = {}
+    geometries = {}
     for name, shape in shapes.items():
         axes = [
-            _simple(n, m) if seen is None or larger is None else _exact(n, m, larger[a], seen[name][a])
+            _simple(n, m)
+            if larger_shapes is None or larger is None
+            else _exact(n, m, larger[a], larger_shapes[name][a])
             for a, (n, m) in enumerate(zip(patch, shape, strict=True))
         ]
         if any(axis is None for axis in axes):
-            told = f", and {seen[name]} for {larger}" if seen is not None else ""
+            second = f", and {larger_shapes[name]} for {larger}" if larger_shapes is not None else ""
             raise ValueError(
                 f"the model's output {name!r} must be a multiple or a fraction of its input, or smaller by a border, "
-                f"got {shape} for patches of {patch}{told}; try patches whose sides are multiples of 32"
+                f"got {shape} for patches of {patch}{second}; try patches whose sides are multiples of 32"
             )
         known = [axis for axis in axes if axis is not None]
-        found[name] = Geometry(tuple(s for s, _ in known), tuple(b for _, b in known))
-    return found
+        geometries[name] = Geometry(tuple(s for s, _ in known), tuple(b for _, b in known))
+    return geometries
 
 
 def _exact(n: int, m: int, larger: int, more: int) -> tuple[Scale, int] | None:
-    """Scale and border of an axis that gives `m` voxels for `n`, and `more` for `larger`."""
+    """Return scale and border of an axis with `m` voxels for `n`, and `more` for `larger`."""
     scale = Fraction(more - m, larger - n)
     if scale <= 0:
         return None
@@ -196,7 +198,7 @@ def _exact(n: int, m: int, larger: int, more: int) -> tuple[Scale, int] | None:
 
 
 def _simple(n: int, m: int) -> tuple[Scale, int] | None:
-    """Scale and border of an axis of which only one size is known: a simple scale, else a border."""
+    """Return scale and border of an axis of which only one size is known: a simple scale, else a border."""
     scale = Fraction(m, n)
     if scale.denominator <= SIMPLE and scale.numerator <= SIMPLE:
         return _pair(scale), 0

@@ -26,11 +26,6 @@ class Function(nn.Module):
             raise TypeError(f"function must be callable, got {type(function).__name__}")
         self.function = function
 
-    @property
-    def described(self) -> tuple[object, ...]:
-        """What says which model it is."""
-        return (type(self).__name__, self.function)
-
     def forward(self, patches: torch.Tensor) -> Any:
         """The function's output for a batch."""
         return self.function(patches)

@@ -56,6 +56,10 @@ class Job:
     file_size_limit: int | None = None
     """Writing a longer file fails, as it does on a full disk."""
 
+    def __reduce__(self) -> str:
+        """Stand for the process's job, whichever it is: the model is told by it, and stays the same."""
+        return "JOB"
+
 
 @dataclass(frozen=True)
 class Report:

@@ -205,7 +205,7 @@ def test_what_a_shell_waits_for_does_not_load_the_heavy_libraries(module: str) -
 def test_counting_the_memory_of_a_model_does_not_import_the_compiler_of_torch():
     code = (
         "import sys, torch\n"
-        "from oocpatch.models.probe import Footprint\n"
+        "from oocpatch.models.footprint import Footprint\n"
         "with torch.inference_mode(), Footprint([]) as footprint:\n"
         "    torch.zeros(1024).add(1)\n"
         "print(footprint.peak, 'torch._dynamo' in sys.modules)\n"
