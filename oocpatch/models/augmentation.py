@@ -1,4 +1,4 @@
-"""Turns: flips and right-angle rotations of patches, and the way back for what the model makes of them.
+"""Augmentation: flips and right-angle rotations of patches, and their inverses for the outputs.
 
 ```text
       patch         flipped along x        exchanged y, x and flipped: a quarter turn
@@ -6,8 +6,8 @@
      c d               d c                     a c
 ```
 
-A turn exchanges axes first, and then flips. Axes are exchanged only if patches are as long along both, so that a turned
-patch has the shape of a patch.
+A transform exchanges axes first, and then flips. Axes are exchanged only if patches are as long along both, so that a
+transformed patch has the shape of a patch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ AUGMENTATIONS = ("flips", "rotations", "all")
 
 @dataclass(frozen=True, slots=True)
 class FlipRotate:
-    """One way to turn a patch.
+    """A flip, a rotation, or both.
 
     Attributes:
-        order: for each spatial axis of the turned patch, the axis it comes from.
-        flipped: spatial axes of the turned patch that run backwards.
+        order: for each spatial axis of the transformed patch, the axis it comes from.
+        flipped: spatial axes of the transformed patch that run backwards.
 
     >>> quarter = FlipRotate((1, 0), (0,))
-    >>> quarter.of(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
+    >>> quarter.apply(torch.tensor([[[[1, 2], [3, 4]]]])).tolist()
     [[[[2, 4], [1, 3]]]]
     """
 
@@ -44,27 +44,27 @@ class FlipRotate:
     flipped: Ints
 
     @property
-    def identity(self) -> bool:
+    def is_identity(self) -> bool:
         return not self.flipped and self.order == tuple(range(len(self.order)))
 
-    def of(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches `(B, C, *patch)`, turned; the same tensor if the turn changes nothing."""
-        if self.identity:
+    def apply(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return transformed patches `(B, C, *patch)`; the same tensor for the identity."""
+        if self.is_identity:
             return patches
-        turned = patches.permute(0, 1, *(2 + axis for axis in self.order))
+        permuted = patches.permute(0, 1, *(2 + axis for axis in self.order))
         # contiguous, as every other batch is: a network may compute otherwise with strides
-        return _flipped(turned, self.flipped).contiguous()
+        return _flipped(permuted, self.flipped).contiguous()
 
-    def back(self, outputs: torch.Tensor) -> torch.Tensor:
-        """What a model made of turned patches, as if of the patches; outputs may have another scale."""
-        if self.identity:
+    def invert(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs for transformed patches as those for the patches; they may have another scale."""
+        if self.is_identity:
             return outputs
         origin = sorted(range(len(self.order)), key=lambda axis: self.order[axis])
         return _flipped(outputs, self.flipped).permute(0, 1, *(2 + axis for axis in origin))
 
 
 def _flipped(patches: torch.Tensor, axes: Ints) -> torch.Tensor:
-    """Patches that run backwards along spatial axes."""
+    """Return patches that run backwards along spatial axes."""
     signed = SIGNED.get(patches.dtype, patches.dtype)
     return patches.view(signed).flip([2 + axis for axis in axes]).view(patches.dtype)
 
@@ -124,7 +124,7 @@ def checked_augmentation(
 def flips_and_rotations(
     augmentation: Augmentation | None, axes: Sequence[str], patch_size: Ints
 ) -> tuple[FlipRotate, ...]:
-    """The turns of an augmentation, the one that changes nothing first.
+    """Return the transforms of an augmentation, the identity first.
 
     Args:
         augmentation: the checked argument.
@@ -147,24 +147,26 @@ def flips_and_rotations(
     used = [axis for axis in order if axes[axis] in augmentation.axes]
     orders = [order]
     if augmentation.name != "flips":
-        orders = [found for found in itertools.permutations(order) if _exchanges(found, used, patch_size)]
+        orders = [other for other in itertools.permutations(order) if _is_allowed(other, used, patch_size)]
     if augmentation.name == "rotations" and len(orders) == 1:
         raise ValueError(
             "rotations exchange axes along which patches are equally long, and there are none: "
             f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augmentation.axes)}"
         )
-    found = [FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)]
+    transforms = [
+        FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)
+    ]
     if augmentation.name == "rotations":
-        found = [turn for turn in found if _keeps_hand(turn)]
-    return tuple(found)
+        transforms = [transform for transform in transforms if _is_rotation(transform)]
+    return tuple(transforms)
 
 
-def _exchanges(order: Ints, used: Sequence[int], patch_size: Ints) -> bool:
-    """Whether an order exchanges nothing but used axes of equal size."""
+def _is_allowed(order: Ints, used: Sequence[int], patch_size: Ints) -> bool:
+    """Return True if an order exchanges nothing but used axes of equal size."""
     return all(a == b or (a in used and b in used and patch_size[a] == patch_size[b]) for a, b in enumerate(order))
 
 
-def _keeps_hand(turn: FlipRotate) -> bool:
-    """Whether a turn is a rotation, and no mirror image: the determinant of its matrix is 1."""
-    exchanges = sum(a > b for a, b in itertools.combinations(turn.order, 2))
-    return (exchanges + len(turn.flipped)) % 2 == 0
+def _is_rotation(transform: FlipRotate) -> bool:
+    """Return True for a rotation, whose matrix has the determinant 1, and False for a mirror image."""
+    exchanges = sum(a > b for a, b in itertools.combinations(transform.order, 2))
+    return (exchanges + len(transform.flipped)) % 2 == 0

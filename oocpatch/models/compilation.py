@@ -1,4 +1,4 @@
-"""A model prepared for the device it runs on: in another memory format, compiled by torch, or both.
+"""Compilation: a model in another memory format, compiled by torch, or both.
 
 ```text
  patches --> cast --> channels last --> compiled model --> outputs
@@ -75,17 +75,17 @@ def check_compilation(
         raise ValueError(f"channels_last must be False for patches of {axes} spatial axes: torch has it for 2 and 3")
     if compile_mode is None:
         return
-    for module in (found for model in models for found in as_module(model).modules()):
-        kind = next((told for kinds, told in _NOT_COMPILED if isinstance(module, kinds)), None)
+    for module in (member for model in models for member in as_module(model).modules()):
+        kind = next((name for kinds, name in _NOT_COMPILED if isinstance(module, kinds)), None)
         if kind is not None:
             raise ValueError(f"compile must be False for {kind}, which torch does not compile")
     _refuse_without_compiler(torch.device(device).type)
 
 
 _NOT_COMPILED: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (OnnxSession, "a model of ONNX"),
+    (OnnxSession, "an ONNX model"),
     (NumpyModel, "a function of numpy arrays"),
-    ((torch.jit.ScriptModule, torch.jit.ScriptFunction), "a model of TorchScript"),
+    ((torch.jit.ScriptModule, torch.jit.ScriptFunction), "a TorchScript model"),
 )
 
 
@@ -94,11 +94,11 @@ def _refuse_without_compiler(kind: str) -> None:
         raise ValueError("compile needs triton on a CUDA device, and it is not installed: pip install triton")
     names = ["g++"] if kind == "cpu" else ["gcc", "clang", "g++"]
     variable = "CXX" if kind == "cpu" else "CC"
-    if given := os.environ.get(variable):
-        names = [given]
+    if compiler := os.environ.get(variable):
+        names = [compiler]
     if not any(map(shutil.which, names)):
         raise ValueError(
-            f"compile needs a compiler of C++ ({' or '.join(names)}), and there is none: install it, or name one in "
+            f"compile needs a C++ compiler ({' or '.join(names)}), and none is installed: install one, name one in "
             f"the environment variable {variable}, or leave compile out"
         )
 
@@ -148,11 +148,11 @@ class OptimizedModel(nn.Module):
         # A module of our own is compiled: torch leaves a mark on it, which would make the user's another model.
         call = self.model if mode is None else _compiled(nn.Sequential(self.model), mode)
         self._calls = (call,)  # in a tuple: not a second submodule
-        if isinstance(accepts := getattr(model, "accepts", None), InputSpec):
-            self.accepts = accepts
+        if isinstance(spec := getattr(model, "input_spec", None), InputSpec):
+            self.input_spec = spec
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """The model's outputs for a batch."""
+        """Return the model's outputs for a batch."""
         if self._format is not None:
             patches = patches.contiguous(memory_format=self._format)
         if not self._graphs:
@@ -164,18 +164,18 @@ class OptimizedModel(nn.Module):
     def ready(self) -> Iterator[None]:
         """Put the model's weights into the memory format, and back afterwards."""
         form = self._format or torch.contiguous_format
-        turned = [] if self._format is None else list(_other_format(self.model, form))
-        for tensor in turned:
+        tensors = [] if self._format is None else list(_other_format(self.model, form))
+        for tensor in tensors:
             tensor.data = tensor.data.contiguous(memory_format=form)
         try:
             yield
         finally:
-            for tensor in turned:
+            for tensor in tensors:
                 tensor.data = tensor.data.contiguous()
 
 
 def _other_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[torch.Tensor]:
-    """Parameters and buffers that have as many axes as a memory format, and lie in another one."""
+    """Yield parameters and buffers with as many axes as a memory format, which lie in another one."""
     axes = {form: spatial + 2 for spatial, form in FORMATS.items()}[memory_format]
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == axes and not tensor.is_contiguous(memory_format=memory_format):
@@ -183,11 +183,12 @@ def _other_format(model: nn.Module, memory_format: torch.memory_format) -> Itera
 
 
 def _compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
-    """A model that is compiled when it is first called.
+    """Return a model that is compiled when it is first called.
 
     Where torch lets it, kernels are not chosen by timing them, which would choose others, and round otherwise, in the
     process that goes on with a run. `max-autotune` is nothing but that.
     """
+    # Private, but the one that torch's documentation names: torch.compile takes either a mode or options.
     from torch import _inductor  # noqa: PLC0415 - a second of imports, for models that are compiled only
 
     options: dict[str, Any] = dict(_inductor.list_mode_options(mode))

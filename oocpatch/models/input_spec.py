@@ -1,8 +1,8 @@
-"""What a model takes: as its file says, or as its parameters let one guess.
+"""Specifications of a model's input: read from its file, or inferred from its parameters.
 
 Files of torch.export and ONNX fix what was fixed when they were written: the number of patches in a batch, channels,
-sides, a dtype. Knowing it before the first call gives a clear refusal instead of the model's own words, and lets sizes
-be chosen.
+sides, a dtype. Knowing it before the first call gives a clear error instead of the model's own, and lets sizes be
+chosen.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class InputSpec:
     Attributes:
         least_batch: fewest patches of a call.
         most_batch: most patches of a call; None: any number.
-        channels: channels; None: not said.
-        sides: voxels of a patch per axis, None where they are free; None: not said, not even the number of axes.
-        dtype: dtype of the patches; None: not said.
+        channels: channels; None: unknown.
+        sides: voxels of a patch per axis, None where they are free; None: unknown, even their number.
+        dtype: dtype of the patches; None: unknown.
 
     >>> InputSpec(sides=(64, None)).validate(1, (96, 96))
     Traceback (most recent call last):
@@ -44,7 +44,7 @@ class InputSpec:
         """Refuse patches of other channels or sides than these.
 
         Raises:
-            ValueError: naming what is taken.
+            ValueError: naming the channels or sides that the model takes.
         """
         if self.sides is not None and len(self.sides) != len(patch_size):
             raise ValueError(
@@ -58,11 +58,11 @@ class InputSpec:
         if self.channels not in (None, channels):
             raise ValueError(f"the model takes {self.channels} channel(s), and the volume has {channels}")
 
-    def and_also(self, other: InputSpec) -> InputSpec:
-        """What two models both take.
+    def intersection(self, other: InputSpec) -> InputSpec:
+        """Return the batches that two models both take.
 
         Raises:
-            ValueError: when there is nothing of the kind.
+            ValueError: when there are none.
         """
         return InputSpec(
             least_batch=max(self.least_batch, other.least_batch),
@@ -74,28 +74,28 @@ class InputSpec:
 
 
 def input_spec_of(model: Any) -> InputSpec:
-    """What a model takes, all of an ensemble together.
+    """Return the batches that a model takes; of an ensemble, those that all its models take.
 
     >>> input_spec_of(nn.Identity())
     InputSpec(least_batch=1, most_batch=None, channels=None, sides=None, dtype=None)
     """
-    found = InputSpec()
+    common = InputSpec()
     if isinstance(model, nn.Module):
-        told = (getattr(module, "accepts", None) for module in model.modules())
-        for accepts in (item for item in told if isinstance(item, InputSpec)):
-            found = accepts if found == InputSpec() else found.and_also(accepts)
-    return found
+        specs = (getattr(module, "input_spec", None) for module in model.modules())
+        for spec in (item for item in specs if isinstance(item, InputSpec)):
+            common = spec if common == InputSpec() else common.intersection(spec)
+    return common
 
 
 def input_dtype(model: Any) -> torch.dtype | None:
-    """The dtype that patches are cast to: as the model's file says, else that of parameters that are floating point.
+    """Return the dtype that patches are cast to: that of the model's file, else of its floating point parameters.
 
     >>> input_dtype(nn.Conv2d(1, 1, 3).half())
     torch.float16
     """
-    accepts = getattr(model, "accepts", None)
-    if isinstance(accepts, InputSpec):
-        return accepts.dtype
+    spec = getattr(model, "input_spec", None)
+    if isinstance(spec, InputSpec):
+        return spec.dtype
     if isinstance(model, nn.Module):
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -104,7 +104,7 @@ def input_dtype(model: Any) -> torch.dtype | None:
 
 
 def as_input(patches: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Patches cast to what a model takes.
+    """Return patches cast to the dtype that a model takes.
 
     Raises:
         ValueError: when they do not fit: floats or larger integers for a model that takes integers.
@@ -112,7 +112,10 @@ def as_input(patches: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is None or patches.dtype == dtype:
         return patches
     if not dtype.is_floating_point and torch.promote_types(patches.dtype, dtype) != dtype:
-        raise ValueError(f"the model takes patches of {_name(dtype)}, which do not hold {_name(patches.dtype)}")
+        raise ValueError(
+            f"the model takes patches of {_name(dtype)}, which do not hold {_name(patches.dtype)}; "
+            "convert the volume, or export the model for floats"
+        )
     return patches.to(dtype)
 
 
@@ -141,25 +144,25 @@ def _sides(sides: tuple[int | None, ...]) -> str:
 
 
 class ModelFile(nn.Module):
-    """A model that was loaded from a file which says what it takes.
+    """A model of a file with an input specification; it is called with as many patches as it takes.
 
     Args:
         program: the model.
-        accepts: what it takes.
+        input_spec: the batches that it takes.
 
     >>> two_at_a_time = ModelFile(nn.Identity(), InputSpec(least_batch=2, most_batch=2))
     >>> two_at_a_time(torch.arange(3)[:, None]).tolist()
     [[0], [1], [2]]
     """
 
-    def __init__(self, program: nn.Module, accepts: InputSpec) -> None:
+    def __init__(self, program: nn.Module, input_spec: InputSpec) -> None:
         super().__init__()
         self.program = program
-        self.accepts = accepts
+        self.input_spec = input_spec
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """Outputs for any number of patches `(B, C, *patch)`."""
-        least, most = self.accepts.least_batch, self.accepts.most_batch or len(patches)
+        """Return the outputs for any number of patches `(B, C, *patch)`."""
+        least, most = self.input_spec.least_batch, self.input_spec.most_batch or len(patches)
         outputs = []
         for part in torch.split(patches, most):
             missing = max(0, least - len(part))
@@ -169,7 +172,7 @@ class ModelFile(nn.Module):
 
 
 def joined(outputs: Sequence[Any]) -> Any:
-    """The outputs of parts of a batch, tensors or dicts of them, as those of the batch."""
+    """Return the outputs of parts of a batch, tensors or dicts of them, as those of the batch."""
     if len(outputs) == 1:
         return outputs[0]
     if isinstance(outputs[0], dict):
@@ -178,7 +181,7 @@ def joined(outputs: Sequence[Any]) -> Any:
 
 
 def first(output: Any, count: int) -> Any:
-    """What a batch's output, a tensor or a dict of them, has for its first patches; anything else stays as it is."""
+    """Return the output for the first patches of a batch, a tensor or a dict of them; anything else as it is."""
     if isinstance(output, dict):
         return {name: first(value, count) for name, value in output.items()}
     return output[:count] if isinstance(output, torch.Tensor) else output

@@ -1,7 +1,7 @@
-"""Models by name, and what makes two models the same.
+"""Loading of models by specs.
 
 A model object often cannot travel between processes, so a run names its model by a *spec* and every process loads its
-own. `load_model` turns a spec into a model. `model_identity` turns a model into a digest that is the same in every
+own. `load_model` turns a spec into a model. `model_fingerprint` turns a model into a digest that is the same in every
 process, so that a resumed run never mixes the outputs of two models.
 
 ```text
@@ -51,7 +51,7 @@ def load_models(
     trust_pickle: bool = False,
     device: str = "cpu",
 ) -> tuple[Model, ...]:
-    """The models that a user gave: one, or the members of an ensemble; specs are loaded.
+    """Return the models of a call: one, or the members of an ensemble; specs are loaded.
 
     Args:
         specs: a model or a spec, or a list of them.
@@ -67,17 +67,17 @@ def load_models(
     >>> len(load_models(["identity", nn.ReLU()]))
     2
     """
-    given = list(specs) if isinstance(specs, (list, tuple)) else [specs]
+    members = list(specs) if isinstance(specs, (list, tuple)) else [specs]
     files = [weights] if weights is None or isinstance(weights, (str, pathlib.Path)) else list(weights)
-    if not given or not files:
+    if not members or not files:
         raise ValueError("model and weights must not be empty lists")
-    if len(given) == 1:
-        given *= len(files)
+    if len(members) == 1:
+        members *= len(files)
     if len(files) == 1 and files[0] is None:
-        files *= len(given)
-    if len(files) != len(given):
-        raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(given)} models")
-    if (weights is not None or model_args) and not all(isinstance(item, str) for item in given):
+        files *= len(members)
+    if len(files) != len(members):
+        raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(members)} models")
+    if (weights is not None or model_args) and not all(isinstance(item, str) for item in members):
         raise ValueError("weights and model_args are for models given as specs, such as 'file.py:name'; got a model")
     models = tuple(
         load_model(
@@ -89,14 +89,14 @@ def load_models(
         )
         if isinstance(item, str)
         else item
-        for item, file in zip(given, files, strict=True)
+        for item, file in zip(members, files, strict=True)
     )
     for model in models:
         if not callable(model):
             raise TypeError(f"model must be a torch.nn.Module, a callable or a model spec, got {type(model).__name__}")
     if weights is not None and len({id(model) for model in models}) < len(models):
         raise ValueError(
-            f"models with weights of their own must be made anew each time, got {given[0]!r} twice; name a factory"
+            f"models with weights of their own must be made anew each time, got {members[0]!r} twice; name a factory"
         )
     return models
 
@@ -123,7 +123,7 @@ def load_model(
         device: where the model is put; `auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        ValueError: the spec, its arguments, the weights or the device cannot be used; the message says what would do.
+        ValueError: the spec, its arguments, the weights or the device cannot be used, with what to change.
 
     >>> load_model("identity")(torch.ones(1, 1, 4)).sum()
     tensor(4.)
@@ -276,10 +276,10 @@ Model = nn.Module | Callable[..., Any]
 
 
 def load_named(path: str, name: str, spec: str, arguments: Mapping[str, Any]) -> Model:
-    """What `name` is in a module or file, ready to be called with patches.
+    """Load the model that has a name in a module or file.
 
     A factory is a class, or a function that requires nothing or gets all it requires from `arguments`. A function that
-    still requires one argument, or that does not error_line, is the model itself.
+    still requires one argument, or that does not list its arguments, is the model itself.
 
     Args:
         path: `package.module`, or a file that ends in `.py`.
@@ -361,7 +361,7 @@ def _member(module: types.ModuleType, name: str, spec: str) -> object:
 
 
 def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Model:
-    """A module or callable as it is; a factory called."""
+    """Return a module or callable as it is; of a factory, its result."""
     if not callable(value):
         raise ValueError(  # what is wrong is the spec's value
             f"a model spec must name a module, a callable or a factory of one, got {spec!r}, a {type(value).__name__}"
@@ -379,24 +379,24 @@ def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Mode
     if not is_class and (required is None or len(required) == 1):
         return functools.partial(value, **arguments) if arguments else value
     if required:
-        given = " ".join(f"--model-args {name}=..." for name in required)
+        options = " ".join(f"--model-args {name}=..." for name in required)
         raise ValueError(
             f"a factory must get all arguments that it requires, but {spec!r} requires {', '.join(required)}; give "
-            f"model_args ({given}), or write a function without arguments that returns the model, and name that"
+            f"model_args ({options}), or write a function without arguments that returns the model, and name that"
         )
     try:
-        made: object = value(**arguments)
+        model: object = value(**arguments)
     except Exception as error:
         raise ValueError(f"calling the factory {spec!r} failed: {error_line(error)}; correct it") from error
-    if not callable(made):
+    if not callable(model):
         raise ValueError(  # what is wrong is the spec's value
-            f"the factory {spec!r} must return a module or a callable, got a {type(made).__name__}; return the model"
+            f"the factory {spec!r} must return a module or a callable, got a {type(model).__name__}; return the model"
         )
-    return made
+    return model
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """What a call takes; None for a builtin that does not error_line."""
+    """Return the parameters of a call; None for a builtin that does not list them."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):

@@ -36,7 +36,7 @@ DTYPES = {
 
 
 def load_onnx(spec: str, device: torch.device) -> ModelFile:
-    """The model of an `.onnx` file.
+    """Load the model of an `.onnx` file.
 
     Raises:
         ValueError: when onnxruntime is not installed, the file is no model, or it does not take one tensor.
@@ -60,19 +60,19 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
         raise ValueError(f"{spec!r} cannot be loaded as an ONNX model: {error_line(error)}") from error
     inputs = session.opened.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in DTYPES or len(inputs[0].shape) < 3:
-        told = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        raise ValueError(f"the model of {spec!r} must take one tensor (B, C, *patch), got {told}")
+        listed = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise ValueError(f"the model of {spec!r} must take one tensor (B, C, *patch), got {listed}; export it again")
     batch, channels, *sides = (n if isinstance(n, int) else None for n in inputs[0].shape)
     return ModelFile(session, InputSpec(batch or 1, batch, channels, tuple(sides), DTYPES[inputs[0].type]))
 
 
 class OnnxSession(nn.Module):
-    """An ONNX model as a module without parameters that torch could see.
+    """An ONNX model as a module, without parameters that torch could see.
 
     Args:
         runtime: the library.
         file: the model.
-        provider: the library's name of what runs it, and the number of the device.
+        provider: name of the execution provider, and the number of the device.
 
     Attributes:
         digest: of the file, and of those beside it that hold its weights.
@@ -88,33 +88,33 @@ class OnnxSession(nn.Module):
         self.opened = self._open()
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """Outputs of a batch: a tensor, or a dict of tensors by the model's names for its outputs."""
+        """Return the outputs of a batch: a tensor, or a dict of tensors by the names of the outputs."""
         if self._threads != torch.get_num_threads():  # results may depend on it, and it is part of the plan
             self._threads = torch.get_num_threads()
             self.opened = self._open()
         names = [output.name for output in self.opened.get_outputs()]
-        given = {self.opened.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
+        inputs = {self.opened.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
         footprint = Footprint.active()
         if footprint is not None:
             footprint.count(self._footprint(patches))
-        arrays = self.opened.run(names, given)
+        arrays = self.opened.run(names, inputs)
         tensors = [torch.from_numpy(np.asarray(array)).to(patches.device) for array in arrays]
         return tensors[0] if len(tensors) == 1 else dict(zip(names, tensors, strict=True))
 
     def _footprint(self, patches: torch.Tensor) -> int:
-        """Bytes that a run with such a batch adds, as onnxruntime's allocator counts them.
+        """Return the bytes that a run with such a batch adds, as onnxruntime's allocator counts them.
 
         Its tensors are not torch's, so they are counted in a session of its own that keeps a profile.
         """
         with tempfile.TemporaryDirectory(prefix="oocpatch-onnx-") as folder:
             session = self._open(profile=f"{folder}/profile")
-            given = {session.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
-            session.run(None, given)
+            inputs = {session.get_inputs()[0].name: patches.contiguous().numpy(force=True)}
+            session.run(None, inputs)
             events = json.loads(pathlib.Path(session.end_profiling()).read_text())
-        told = [event.get("args", {}) for event in events]
-        held = max((int(args.get("mem_arena_held", 0)) for args in told), default=0)
-        # what is not counted is every tensor of a run, as if none made room for another
-        return held or sum(int(args.get("output_size", 0)) for args in told)
+        arguments = [event.get("args", {}) for event in events]
+        arena = max((int(args.get("mem_arena_held", 0)) for args in arguments), default=0)
+        # without an arena, the sum of all tensors, as if none made room for another
+        return arena or sum(int(args.get("output_size", 0)) for args in arguments)
 
     def _open(self, profile: str | None = None) -> Any:
         options = self._runtime.SessionOptions()
@@ -132,13 +132,13 @@ class OnnxSession(nn.Module):
 
 
 def _digest(file: pathlib.Path) -> str:
-    """Digest of a model's file and of the files beside it that it names as those of its weights."""
+    """Return the digest of a model's file and of the files beside it that hold its weights."""
     digest = hashlib.sha256()
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest.update(data)
-        # a tensor kept elsewhere has the entry `location`: protobuf's tag, length and text, twice
-        found = {data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12([\x01-\x7f])", data)}
-    for name in sorted(found):
+        # a tensor in another file has the entry `location`: protobuf's tag, length and text, twice
+        names = {data[m.end() : m.end() + m[1][0]] for m in re.finditer(rb"\n\x08location\x12([\x01-\x7f])", data)}
+    for name in sorted(names):
         beside = file.parent / name.decode(errors="replace")
         if beside.is_file():
             with beside.open("rb") as stream:

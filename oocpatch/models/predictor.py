@@ -35,7 +35,7 @@ class Predictor:
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
         torch_threads: threads of torch, since results depend on it.
-        own_thread: whether all calls are made by one thread, whichever asks for them; see `prepared`.
+        own_thread: whether all calls are made by one thread, whichever asks for them; see `compilation`.
 
     Attributes:
         halving: counts the batches that did not fit into memory.
@@ -60,7 +60,7 @@ class Predictor:
         self._threads = torch_threads or torch.get_num_threads()
         self.dtype = input_dtype(model)
         self.halving = Halving(model)
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._own_thread = own_thread
         self._thread: ThreadPoolExecutor | None = None
 
@@ -93,11 +93,11 @@ class Predictor:
                 module.training = True
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether patches of a dtype reach the model as they are."""
+        """Return True if patches of a dtype reach the model without a cast."""
         return self.dtype is None or self.dtype == dtype
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the model on `(B, C, *patch)`; its outputs by name, `(B, C', *spatial)`.
+        """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)`.
 
         Raises:
             ValueError: when it does not return tensors of real numbers with as many axes.
@@ -105,9 +105,11 @@ class Predictor:
         looped = tuple(range(2, 2 + self.looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
-        with self._turn:
+        with self._lock:
             thread = self._thread
-            result = self._in_turn(inputs) if thread is None else thread.submit(self._in_turn, inputs).result()
+            result = (
+                self._with_threads(inputs) if thread is None else thread.submit(self._with_threads, inputs).result()
+            )
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
         outputs = self._checked(result, inputs)
@@ -115,7 +117,7 @@ class Predictor:
             outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
         return outputs
 
-    def _in_turn(self, inputs: torch.Tensor) -> Any:
+    def _with_threads(self, inputs: torch.Tensor) -> Any:
         use_threads(self._threads)
         try:
             return self._run(inputs)
@@ -157,12 +159,12 @@ class Predictor:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place."""
+    """Return how often a tensor was written to in place."""
     return int(tensor._version)  # noqa: SLF001 - torch documents the counter, but has no public name for it
 
 
 def resolve_device(device: str) -> str:
-    """The device meant by `"auto"`: an accelerator when there is one.
+    """Return the device that `"auto"` stands for, an accelerator if there is one; any other name as it is.
 
     Raises:
         ValueError: for a device that is not there.
@@ -177,7 +179,7 @@ def resolve_device(device: str) -> str:
 
 
 def _numbered(device: str) -> str:
-    """A device with its number, where it is CUDA's current one: each thread has its own idea of which that is."""
+    """Return a device with its number: each thread has a current CUDA device of its own."""
     return f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
 
 
@@ -226,7 +228,7 @@ class Halving:
         self.count = 0
 
     def __call__(self, batch: torch.Tensor) -> Any:
-        """The model's output for a batch `(B, C, *patch)`.
+        """Return the model's output for a batch `(B, C, *patch)`.
 
         Raises:
             Exception: what the model raises; out of memory, only for a single patch.
@@ -257,7 +259,7 @@ class Halving:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out.
+    """Return True for an error that means that memory ran out.
 
     >>> out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")), out_of_memory(RuntimeError("no"))
     (True, False)

@@ -1,7 +1,7 @@
-"""Models of torch.export: `.pt2` files, which say what they take, and which are looked at before they are loaded.
+"""Models of torch.export: `.pt2` files, which are inspected before they are loaded.
 
 torch loads such a file with whatever is in it: pickles, compiled libraries, formulas that are evaluated. Here a file
-that could run code of its own is refused unless it is trusted. That closes the doors that are known; it is no sandbox.
+that could run code of its own is refused unless it is trusted. This closes the known ways; it is no sandbox.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from oocpatch.errors import error_line
 from oocpatch.models.input_spec import InputSpec, ModelFile
 from oocpatch.storage.paths import spec_file
 
-# Members of the archive that torch hands to pickle or to the dynamic linker whatever it is told.
+# Members of the archive that torch hands to pickle or to the dynamic linker, whatever its arguments.
 _RUNNABLE = re.compile(r"(^|/)data/(aotinductor/|constants/(?!tensor_|[^/]*\.(?:json|pt)$))")
 # Formulas over sizes are evaluated as Python. What they need is numbers, names, arithmetic, and functions of sympy and
 # torch, which begin with a capital; a builtin does not. Texts are the names of symbols.
@@ -35,7 +35,7 @@ _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ON
 
 
 def load_exported(spec: str, device: torch.device, *, trust_pickle: bool) -> ModelFile:
-    """The program of a `.pt2` file, on a device.
+    """Load the program of a `.pt2` file on a device.
 
     Raises:
         ValueError: when the file holds something else, or could run code and is not trusted.
@@ -52,11 +52,11 @@ def load_exported(spec: str, device: torch.device, *, trust_pickle: bool) -> Mod
         raise ValueError(
             f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
         ) from error
-    accepts = _accepts(program, spec)
+    input_spec = _input_spec(program, spec)
     if device.type != "cpu":
         # Devices are written into the graph, where Module.to does not reach.
         program = move_to_device_pass(program, device)
-    return ModelFile(program.module(), accepts)
+    return ModelFile(program.module(), input_spec)
 
 
 def _refuse_code(file: pathlib.Path, spec: str) -> None:
@@ -77,7 +77,7 @@ def _refuse_code(file: pathlib.Path, spec: str) -> None:
 
 
 def _formulas(value: Any) -> Iterator[str]:
-    """All texts of a program that torch evaluates."""
+    """Yield all texts of a program that torch evaluates."""
     if isinstance(value, dict):
         if isinstance(value.get("expr_str"), str):
             yield value["expr_str"]
@@ -89,7 +89,7 @@ def _formulas(value: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _no_code() -> Iterator[None]:
-    """Every `torch.load` in here loads weights only: torch itself would fall back to unpickling anything."""
+    """Let every `torch.load` within load weights only: torch itself would fall back to unpickling anything."""
     before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
     os.environ[_FORCE] = "1"
     torch_log = logging.getLogger("torch.export")
@@ -103,8 +103,8 @@ def _no_code() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _accepts(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
-    """What a program takes, from the one input that it was exported with.
+def _input_spec(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
+    """Return the batches that a program takes, from the one input that it was exported with.
 
     Raises:
         ValueError: when it has other inputs.
@@ -114,8 +114,8 @@ def _accepts(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
         node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in set(inputs)
     ]
     if len(inputs) != 1 or not isinstance(values[0], torch.Tensor) or values[0].ndim < 3:
-        told = ", ".join(str(getattr(v, "shape", v)) for v in values) or "none"
-        raise ValueError(f"the program of {spec!r} must take one tensor (B, C, *patch), got {told}")
+        listed = ", ".join(str(getattr(v, "shape", v)) for v in values) or "none"
+        raise ValueError(f"the program of {spec!r} must take one tensor (B, C, *patch), got {listed}; export it again")
     batch, channels, *sides = values[0].shape
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     bounds = ranges.get(str(batch))
@@ -130,11 +130,11 @@ def _accepts(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
 
 
 def _fixed(size: Any) -> int | None:
-    """A size that the program is made for; None: it is free."""
+    """Return a size that is fixed in the program; None: it is free."""
     return size if isinstance(size, int) else None
 
 
 def _bound(limit: Any) -> int | None:
-    """A limit of a size; None: there is none, which torch calls infinity."""
+    """Return a limit of a size; None for no limit, which torch calls infinity."""
     text = str(limit)
     return int(text) if text.isdigit() else None

@@ -1,4 +1,4 @@
-"""Functions as modules: what is no `torch.nn.Module` gets a place in one, and functions of numpy arrays get arrays."""
+"""Modules around models: functions as modules, functions of numpy arrays, and ensembles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """The function's output for a batch."""
+        """Return the function's output for a batch."""
         return self.function(patches)
 
 
@@ -44,7 +44,7 @@ class NumpyModel(Function):
     """
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """The function's output for a batch, on the batch's device."""
+        """Return the function's output for a batch, on the batch's device."""
         result = self.function(patches.numpy(force=True))
         if isinstance(result, dict):
             return {name: _tensor(value, patches.device) for name, value in result.items()}
@@ -52,7 +52,7 @@ class NumpyModel(Function):
 
 
 def _tensor(value: Any, device: torch.device) -> Any:
-    """An array as a tensor; what is no array stays what it is, for the caller to refuse."""
+    """Return an array as a tensor; anything else as it is, for the caller to refuse."""
     if not isinstance(value, (np.ndarray, np.generic)):
         return value
     array = np.asarray(value)
@@ -61,80 +61,80 @@ def _tensor(value: Any, device: torch.device) -> Any:
 
 
 def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
-    """A model as a module."""
+    """Return a model as a module."""
     return model if isinstance(model, nn.Module) else Function(model)
 
 
 def writes_unseen(model: Any) -> bool:
-    """Whether a model might write to its input without torch noticing: any code that is not a module's."""
+    """Return True if a model might write to its input without torch noticing: any code that is not a module's."""
     if not isinstance(model, nn.Module):
         return True
     return any(isinstance(module, Function) for module in model.modules())
 
 
 DEFAULT_HEAD = "prediction"
-"""Name of the output of a model that gives one tensor."""
+"""Name of the output of a model that returns one tensor."""
 
 
 def ensemble(
     models: Sequence[nn.Module | Callable[..., Any]],
     preprocess: nn.Module | Callable[..., Any] | None = None,
-    turns: Sequence[FlipRotate] = (),
+    transforms: Sequence[FlipRotate] = (),
 ) -> nn.Module | Callable[..., Any]:
-    """One model of several and what is around them; the model itself if it is alone and nothing is around it."""
-    if len(models) == 1 and preprocess is None and len(turns) <= 1:
+    """Return models with preprocessing and augmentation as one model; a single model without either as it is."""
+    if len(models) == 1 and preprocess is None and len(transforms) <= 1:
         return models[0]
-    return EnsembleModel(models, preprocess, turns)
+    return EnsembleModel(models, preprocess, transforms)
 
 
 class EnsembleModel(nn.Module):
-    """Several models, and what is around them, as one model.
+    """Several models, with preprocessing and augmentation, as one model.
 
-    It takes patches in the volume's dtype, and casts what it gives each model to that model's.
+    It takes patches in the volume's dtype, and casts them to the dtype of each model.
 
     Args:
         models: whose outputs are averaged.
         preprocess: function of patches `(B, C, *patch)`.
-        turns: ways to turn patches; see `oocpatch.models.augmentation`.
+        transforms: flips and rotations of patches, over which outputs are averaged.
 
     >>> doubled, tripled = (lambda x: 2 * x), (lambda x: 3 * x)
     >>> EnsembleModel([doubled, tripled], preprocess=lambda x: x + 1)(torch.ones(1, 1, 2)).tolist()
     [[[5.0, 5.0]]]
     """
 
-    accepts = InputSpec()
+    input_spec = InputSpec()
     """Patches of any dtype: it casts them itself."""
 
     def __init__(
         self,
         models: Sequence[nn.Module | Callable[..., Any]],
         preprocess: nn.Module | Callable[..., Any] | None = None,
-        turns: Sequence[FlipRotate] = (),
+        transforms: Sequence[FlipRotate] = (),
     ) -> None:
         super().__init__()
         self.models = nn.ModuleList([as_module(model) for model in models])
         self.preprocess = None if preprocess is None else as_module(preprocess)
-        self.turns = tuple(turns)
+        self.transforms = tuple(transforms)
 
     def forward(self, patches: torch.Tensor) -> Any:
-        """The mean of all models over all turns; the model's own output if there is only one of both.
+        """Return the mean of all models over all transforms; with one of both, the model's own output.
 
         Raises:
             ValueError: when outputs cannot be averaged.
         """
         if self.preprocess is not None:
             patches = self.preprocess(patches)
-        calls = len(self.models) * max(1, len(self.turns))
-        if calls == 1 and all(turn.identity for turn in self.turns):
+        calls = len(self.models) * max(1, len(self.transforms))
+        if calls == 1 and all(transform.is_identity for transform in self.transforms):
             return _called(self.models[0], patches)
         sums: dict[str, torch.Tensor] = {}
         named = False
-        for turn in self.turns or (None,):
-            turned = patches if turn is None else turn.of(patches)
+        for transform in self.transforms or (None,):
+            transformed = patches if transform is None else transform.apply(patches)
             for model in self.models:
-                outputs = _called(model, turned)
+                outputs = _called(model, transformed)
                 named = isinstance(outputs, dict)
-                _add(sums, outputs if named else {DEFAULT_HEAD: outputs}, turn, patches)
+                _add(sums, outputs if named else {DEFAULT_HEAD: outputs}, transform, patches)
         means = {name: values.div_(calls) for name, values in sums.items()}
         return means if named else means[DEFAULT_HEAD]
 
@@ -144,7 +144,7 @@ def _called(model: nn.Module, patches: torch.Tensor) -> Any:
 
 
 def _add(
-    sums: dict[str, torch.Tensor], outputs: dict[str, Any], turn: FlipRotate | None, patches: torch.Tensor
+    sums: dict[str, torch.Tensor], outputs: dict[str, Any], transform: FlipRotate | None, patches: torch.Tensor
 ) -> None:
     if sums and outputs.keys() != sums.keys():
         raise ValueError(
@@ -153,8 +153,8 @@ def _add(
         )
     for name, value in outputs.items():
         values = _scores(name, value, patches)
-        if turn is not None:
-            values = turn.back(values)
+        if transform is not None:
+            values = transform.invert(values)
         if name not in sums:
             kind = torch.float64 if values.dtype == torch.float64 else torch.float32
             sums[name] = values.to(kind, copy=True, memory_format=torch.contiguous_format)
@@ -169,7 +169,7 @@ def _add(
 
 
 def _scores(name: str, value: Any, patches: torch.Tensor) -> torch.Tensor:
-    """An output that can be averaged, as a tensor."""
+    """Return an output that can be averaged, as a tensor."""
     if value is None or isinstance(value, (str, list, tuple, dict)):
         raise ValueError(f"the model must return a tensor or a dict of tensors, got {type(value).__name__}")
     values = torch.as_tensor(value, device=patches.device)

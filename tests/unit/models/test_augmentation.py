@@ -15,7 +15,9 @@ from oocpatch.models.augmentation import checked_augmentation, flips_and_rotatio
 def images(name: str, shape: tuple[int, ...], axes: str = "zyx") -> list[np.ndarray[Any, Any]]:
     used = axes[-len(shape) :]
     patch = torch.arange(np.prod(shape), dtype=torch.float64).reshape(1, 1, *shape)
-    return [turn.of(patch).numpy()[0, 0] for turn in flips_and_rotations(checked_augmentation(name, used), used, shape)]
+    return [
+        turn.apply(patch).numpy()[0, 0] for turn in flips_and_rotations(checked_augmentation(name, used), used, shape)
+    ]
 
 
 def test_rotations_of_a_square_are_numpys() -> None:
@@ -68,24 +70,24 @@ def test_each_turn_has_its_way_back_at_any_scale(name: str, shape: tuple[int, ..
     for factor in (1, 2):
         patch = torch.randn(2, 3, *(factor * n for n in shape))
         for turn in flips_and_rotations(checked_augmentation(name, axes), axes, shape):
-            assert torch.equal(turn.back(turn.of(patch)), patch)
+            assert torch.equal(turn.invert(turn.apply(patch)), patch)
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int64", "float16", "float64"])
 def test_patches_of_any_dtype_can_be_turned(dtype: str) -> None:
     values = np.random.default_rng(0).integers(0, 2, 32, dtype=np.uint8).astype(dtype).reshape(1, 2, 4, 4)
     for turn in flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4)):
-        turned = turn.of(torch.from_numpy(values))
+        turned = turn.apply(torch.from_numpy(values))
         expected = np.flip(values.transpose(0, 1, *(2 + a for a in turn.order)), [2 + a for a in turn.flipped])
         np.testing.assert_array_equal(turned.numpy(), expected)
-        np.testing.assert_array_equal(turn.back(turned).numpy(), values)
+        np.testing.assert_array_equal(turn.invert(turned).numpy(), values)
 
 
 def test_the_first_turn_changes_nothing() -> None:
     first = flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4))[0]
     patch = torch.randn(1, 1, 4, 4)
-    assert first.of(patch) is patch
-    assert first.back(patch) is patch
+    assert first.apply(patch) is patch
+    assert first.invert(patch) is patch
 
 
 def test_axes_that_are_not_named_stay_as_they_are() -> None:

@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "a mode there is not": ({"compile": "fast"}, Net, r"compile must be True, False or one of default.*'fast'"),
     "a number": ({"compile": 3}, Net, r"compile must be True, False or one of default.*3"),
     "a text for a switch": ({"channels_last": "yes"}, Net, r"channels_last must be True or False, got 'yes'"),
-    "TorchScript": ({"compile": True}, script, r"compile must be False for a model of TorchScript"),
+    "TorchScript": ({"compile": True}, script, r"compile must be False for a TorchScript model"),
     "numpy": ({"compile": True}, lambda: "numpy:numpy:negative", r"compile must be False for a function of numpy"),
     "one axis": ({"channels_last": True, "axes": "cty", "patch_size": 8}, Net, r"channels_last must be False.* 1 spat"),
 }

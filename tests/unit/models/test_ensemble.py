@@ -32,7 +32,7 @@ def numpy_ramp(patches: Array) -> Array:
 
 def test_the_mean_over_rotations_is_numpys() -> None:
     patches = torch.randn(3, 2, 4, 4)
-    model = EnsembleModel([ramp], turns=flips_and_rotations(checked_augmentation("rotations", "yx"), "yx", (4, 4)))
+    model = EnsembleModel([ramp], transforms=flips_and_rotations(checked_augmentation("rotations", "yx"), "yx", (4, 4)))
     data = patches.numpy().astype(np.float64)
     expected = np.mean([np.rot90(numpy_ramp(np.rot90(data, k, (2, 3))), -k, (2, 3)) for k in range(4)], axis=0)
     np.testing.assert_allclose(model(patches), expected, rtol=1e-5, atol=1e-5)
@@ -40,7 +40,7 @@ def test_the_mean_over_rotations_is_numpys() -> None:
 
 def test_the_mean_over_all_turns_of_a_cube_is_numpys() -> None:
     patches = torch.randn(1, 1, 3, 3, 3)
-    model = EnsembleModel([ramp], turns=flips_and_rotations(checked_augmentation("all", "zyx"), "zyx", (3, 3, 3)))
+    model = EnsembleModel([ramp], transforms=flips_and_rotations(checked_augmentation("all", "zyx"), "zyx", (3, 3, 3)))
     data = patches.numpy().astype(np.float64)
     total, count = np.zeros((1, 2, 3, 3, 3)), 0
     for z in range(4):  # every orientation: which face is up, how it is turned, mirrored or not
@@ -65,7 +65,9 @@ def test_turns_of_dicts_and_scaled_outputs_come_back() -> None:
         }
 
     patches = torch.randn(2, 1, 4, 4)
-    found = EnsembleModel([heads], turns=flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4)))(patches)
+    found = EnsembleModel([heads], transforms=flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4)))(
+        patches
+    )
     for name, values in heads(patches).items():  # they turn as patches do, so the mean is the output itself
         np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6)
 
@@ -129,7 +131,7 @@ def test_outputs_that_cannot_be_averaged_are_refused(models: list[Any], message:
 def test_axes_of_another_scale_cannot_be_exchanged() -> None:
     model = EnsembleModel(
         [lambda x: x.repeat_interleave(2, 2)],
-        turns=flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4)),
+        transforms=flips_and_rotations(checked_augmentation("all", "yx"), "yx", (4, 4)),
     )
     with pytest.raises(ValueError, match="axes that augment exchanges must have one scale"):
         model(torch.ones(1, 1, 4, 4))
