@@ -151,7 +151,8 @@ def flips_and_rotations(
     if augmentation.name == "rotations" and len(orders) == 1:
         raise ValueError(
             "rotations exchange axes along which patches are equally long, and there are none: "
-            f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use {', '.join(augmentation.axes)}"
+            f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use "
+            f"{', '.join(augmentation.axes)}; make patch_size equal along two of them, or use augment='flips'"
         )
     transforms = [
         FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)

@@ -30,7 +30,7 @@ FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 """Memory formats with the channels last, by number of spatial axes."""
 
 COMPILER_BYTES = 256 << 20
-"""What torch's compiler may add to a process: on a CPU 140 MiB for three layers, 180 for a U-Net of 18 convolutions."""
+"""Bytes that torch's compiler may add to a process: on a CPU 140 MiB for three layers, 180 for 18 convolutions."""
 
 
 def checked_compile_mode(value: Any) -> str | None:

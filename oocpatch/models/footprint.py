@@ -20,7 +20,7 @@ _ACTIVE: ContextVar[Footprint | None] = ContextVar("_ACTIVE", default=None)
 
 
 class _OperatorHandler:
-    """Passes the result of each operator on.
+    """Handler that passes on the result of each operator.
 
     Torch keeps its compiler out of a handler that is defined in the mode's own class, and imports the compiler for
     that: 1.2 seconds of each start. An inherited one is called as it is.
@@ -36,7 +36,7 @@ class _OperatorHandler:
 
 
 class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
-    """Counts the bytes of the tensors that live while it is active.
+    """Counter of the bytes of the tensors that live while it is active.
 
     Args:
         known: tensors that were there before, and do not count.

@@ -48,7 +48,8 @@ class InputSpec:
         """
         if self.sides is not None and len(self.sides) != len(patch_size):
             raise ValueError(
-                f"the model takes patches of {len(self.sides)} axes, got {len(patch_size)}: {_sides(patch_size)}"
+                f"the model takes patches of {len(self.sides)} axes, got {len(patch_size)}: {_sides(patch_size)}; "
+                "say with axes which axes of the volume are spatial"
             )
         if self.sides is not None and any(s not in (None, n) for s, n in zip(self.sides, patch_size, strict=True)):
             raise ValueError(
@@ -56,7 +57,10 @@ class InputSpec:
                 'patch_size="auto" chooses what it takes'
             )
         if self.channels not in (None, channels):
-            raise ValueError(f"the model takes {self.channels} channel(s), and the volume has {channels}")
+            raise ValueError(
+                f"the model takes {self.channels} channel(s), and the volume has {channels}; "
+                "give it a volume of as many channels, or select them with a preprocess"
+            )
 
     def intersection(self, other: InputSpec) -> InputSpec:
         """Return the batches that two models both take.

@@ -1,15 +1,14 @@
 """Loading of models by specs.
 
 A model object often cannot travel between processes, so a run names its model by a *spec* and every process loads its
-own. `load_model` turns a spec into a model. `model_fingerprint` turns a model into a digest that is the same in every
-process, so that a resumed run never mixes the outputs of two models.
+own.
 
 ```text
- package.module:name, file.py:name    Python code, which is run       named.py
- numpy:package.module:name            the same, of numpy arrays       functions.py
- model.pt2                            torch.export                    exported.py
+ package.module:name, file.py:name    Python code, which is run
+ numpy:package.module:name            the same, of numpy arrays
+ model.pt2                            torch.export
  model.pt .pth .ts .torchscript       TorchScript
- model.onnx                           ONNX, by onnxruntime            onnx_model.py
+ model.onnx                           ONNX, by onnxruntime
 ```
 """
 
@@ -147,7 +146,9 @@ def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_p
     if spec.startswith(_NUMPY) and path and path != _NUMPY.rstrip(":"):
         function = _load(spec.removeprefix(_NUMPY), device, arguments, trust_pickle=trust_pickle)
         if isinstance(function, nn.Module):
-            raise ValueError(f"numpy: is for functions of numpy arrays, but {spec!r} is a torch module; leave it out")
+            raise ValueError(
+                f"numpy: is for functions of numpy arrays, but {spec!r} is a torch module; leave numpy: out"
+            )
         return NumpyModel(function)
     if colon and path and name:
         return load_named(path, name, spec, arguments)

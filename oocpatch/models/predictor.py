@@ -111,7 +111,7 @@ class Predictor:
                 self._with_threads(inputs) if thread is None else thread.submit(self._with_threads, inputs).result()
             )
         if version(inputs) != before and not self.copies_input:
-            raise RuntimeError("the model wrote to its input, which it did not do for the probe; give it x.clone()")
+            raise RuntimeError("the model wrote to its input, but not when it was probed; let it work on x.clone()")
         outputs = self._checked(result, inputs)
         for axis in looped:
             outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
@@ -211,7 +211,7 @@ OUT_OF_MEMORY = (
 
 
 class Halving:
-    """Calls a model, and halves the batch when memory runs out.
+    """Function that calls a model, and halves the batch when memory runs out.
 
     Halves may round differently than the whole, so it is counted how many batches were halved.
 

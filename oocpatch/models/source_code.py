@@ -133,7 +133,7 @@ def qualified_name(value: Any) -> str:  # a class or a function
 
 @dataclass(frozen=True, slots=True)
 class CodeUsage:
-    """What a function does, and with which names.
+    """The source of a function, and the names that it uses.
 
     Attributes:
         source: without comments, documentation and annotations; empty: not at hand, or not that of the code that runs.

@@ -162,7 +162,7 @@ def _add(
             raise ValueError(
                 f"the model must return one shape for all that is averaged, got {tuple(sums[name].shape)} and "
                 f"{tuple(values.shape)} of {name}: models of an ensemble must agree, and axes that augment exchanges "
-                "must have one scale"
+                "must have one scale; average models of one kind, or use augment='flips'"
             )
         else:
             sums[name] += values
