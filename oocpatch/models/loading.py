@@ -302,6 +302,9 @@ def load_named(path: str, name: str, spec: str, arguments: Mapping[str, Any]) ->
 def _importable(folder: pathlib.Path) -> Iterator[None]:
     """Let imports find `folder`, after everything else, so that it never shadows what is installed."""
     entry = str(folder.absolute())
+    if entry in sys.path:  # to be left where it is
+        yield
+        return
     sys.path.append(entry)
     try:
         yield

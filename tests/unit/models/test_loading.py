@@ -151,6 +151,14 @@ def test_siblings_of_a_file_are_importable_and_the_path_is_left_as_it_was(tmp_pa
     del sys.modules["sibling_layers"]
 
 
+@pytest.mark.usefixtures("networks")
+def test_a_folder_that_is_on_the_path_already_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(sys.path)
+    load_model("networks:Doubling")
+    assert sys.path == before
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """The same small network in every file format."""
