@@ -55,7 +55,8 @@ def function_parts(function: types.FunctionType, *, sources: bool) -> Parts:
             with contextlib.suppress(ValueError):  # a name that is not bound yet
                 parts.append((name, cell.cell_contents))
     for name in sorted((usage.globals & function.__globals__.keys()) - usage.written):
-        parts += _global(name, function.__globals__[name], usage.names, package(function))
+        members = usage.names - usage.written_attributes
+        parts += _global(name, function.__globals__[name], members, package(function))
     return "", parts
 
 
@@ -107,7 +108,7 @@ def written_by_calls(kind: type, *, sources: bool) -> set[str]:
     while names:
         for function in methods.pop(names.pop(), ()):
             usage = code_usage(function.__code__, sources=sources)
-            written |= usage.written
+            written |= usage.written_attributes
             names.extend(usage.names)
     return written
 
@@ -139,14 +140,16 @@ class CodeUsage:
         source: without comments, documentation and annotations; empty: not at hand, or not that of the code that runs.
         names: every global and attribute.
         globals: globals that are read.
-        written: globals, closure variables and attributes that are assigned, or, where there is a source, whose
-            contents are changed.
+        written: globals and closure variables that are assigned, or, where there is a source, whose contents are
+            changed.
+        written_attributes: attributes, likewise.
     """
 
     source: str
     names: frozenset[str]
     globals: frozenset[str]
     written: frozenset[str]
+    written_attributes: frozenset[str]
 
 
 @functools.lru_cache(1024)
@@ -158,16 +161,17 @@ def code_usage(code: types.CodeType, *, sources: bool = True) -> CodeUsage:
     ('lambda key, value: cache.update({key: abs(value)})', ['abs', 'cache'], ['cache'])
     """
     parts = list(_nested(code))
-    steps = [step for part in parts for step in dis.get_instructions(part)]
+    steps = [(step.opname, step.argval) for part in parts for step in dis.get_instructions(part)]
     node, is_current = _definition(code) if sources else (None, False)
+    changed = [] if node is None else list(_changed_in_place(node))
+    variables = [target.id for target in changed if isinstance(target, ast.Name)]
+    attributes = [target.attr for target in changed if isinstance(target, ast.Attribute)]
     return CodeUsage(
         source=ast.unparse(node) if node is not None and is_current else "",
         names=frozenset(name for part in parts for name in part.co_names),
-        globals=frozenset(step.argval for step in steps if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"}),
-        written=frozenset(
-            [step.argval for step in steps if step.opname in {"STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR"}]
-            + ([] if node is None else [*_changed_in_place(node)])
-        ),
+        globals=frozenset(name for step, name in steps if step in {"LOAD_GLOBAL", "LOAD_NAME"}),
+        written=frozenset([name for step, name in steps if step in {"STORE_GLOBAL", "STORE_DEREF"}] + variables),
+        written_attributes=frozenset([name for step, name in steps if step == "STORE_ATTR"] + attributes),
     )
 
 
@@ -224,15 +228,15 @@ def _parsed(text: str, flags: int) -> tuple[list[Any], frozenset[types.CodeType]
     ], compiled
 
 
-def _changed_in_place(function: ast.AST) -> Iterator[str]:
+def _changed_in_place(function: ast.AST) -> Iterator[ast.expr]:
     """Yield the variables and attributes whose contents a function changes."""
     for node in ast.walk(function):
-        target: ast.expr | None = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATORS:
             target = node.func.value
         elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
             target = node.value
+        else:
+            continue
         while isinstance(target, ast.Subscript):
             target = target.value
-        if isinstance(target, ast.Attribute | ast.Name):
-            yield target.attr if isinstance(target, ast.Attribute) else target.id
+        yield target

@@ -214,6 +214,24 @@ def test_what_a_call_writes_does_not_count() -> None:
     assert not before.unread
 
 
+class Levels(nn.Module):
+    """A module with a variable of the name of an attribute."""
+
+    def __init__(self, levels: list[float]) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        levels = []
+        for level in self.levels:
+            levels.append((patches > level).float())  # noqa: PERF401 - as people write it
+        return torch.cat(levels, 1)
+
+
+def test_a_variable_that_changes_is_not_taken_for_an_attribute() -> None:
+    assert model_fingerprint(Levels([0.1])) != model_fingerprint(Levels([0.2]))
+
+
 def test_what_cannot_be_read_is_named() -> None:
     held = Holding({"settings": [(letter for letter in "ab")]})
     held.add_module("inner", Holding(torch.Generator()))
