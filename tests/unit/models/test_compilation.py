@@ -262,7 +262,7 @@ def test_what_cannot_be_prepared_is_refused_before_anything_is_written(
 
 def test_without_a_compiler_compile_is_refused(volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with unchanged(tmp_path), pytest.raises(ValueError, match=r"needs a compiler of C\+\+ \(no-such-compiler\)"):
+    with unchanged(tmp_path), pytest.raises(ValueError, match=r"needs a C\+\+ compiler \(no-such-compiler\)"):
         oocpatch.predict(volume, Net(), tmp_path / "out", compile=True, **SETTINGS)
 
 
@@ -282,7 +282,7 @@ def test_the_calls_of_graphs_are_made_by_one_thread_and_their_outputs_are_copies
         return call
 
     monkeypatch.setattr(prepared, "_compiled", as_graphs)
-    for module in ("oocpatch.configuration.run_config", "oocpatch.models.compilation"):
+    for module in ("oocpatch.models.pipeline", "oocpatch.models.compilation"):
         monkeypatch.setattr(f"{module}.uses_graphs", lambda mode, device: mode == "reduce-overhead")
     settings = {**SETTINGS, "compile": "reduce-overhead", "workers": 3}
     result = oocpatch.predict(volume, nn.Identity(), tmp_path / "out", **settings)
