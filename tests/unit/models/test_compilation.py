@@ -238,8 +238,9 @@ def test_the_command_line_has_both_and_a_report_repeats_them(volume: Path, tmp_p
     assert (parameters["channels_last"], parameters["compile"]) == (True, "reduce-overhead")
     told = {"volume": "a", "output": "b", "model": "identity", "patch_size": 8, "autocast": False}
     assert "compile" not in command_of({**told, "compile": False, "channels_last": False})
-    words = command_of({**told, "compile": True, "channels_last": True}).split()
-    assert words[-3:] == ["--compile", "default", "--channels-last"]
+    words = command_of({**told, "compile": True, "channels_last": True})
+    assert "--compile default" in words
+    assert "--channels-last" in words.split()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {

@@ -112,7 +112,7 @@ def test_a_plan_reads_no_voxel_though_statistics_are_asked_for(
 ) -> None:
     monkeypatch.setattr(statistics.VolumeStatistics, "_pass", None)
     plan = oocpatch.plan(volume, nn.Identity(), tmp_path / "out", preprocess="percentile", augment="flips", **SETTINGS)
-    assert "mean of 4 turns, preprocess percentile" in str(plan)
+    assert "mean of 4 flips and rotations, preprocess percentile" in str(plan)
     assert plan.statistics == ()
 
 
@@ -282,19 +282,20 @@ def test_a_model_that_takes_no_size_is_refused_in_its_own_words(tmp_path: Path) 
 def test_the_same_call_with_open_sizes_resumes_its_run_whatever_the_memory(
     volume: Path, data: Array, tmp_path: Path
 ) -> None:
-    failing = [True]
+    failing = threading.Event()  # a handle, which is no part of the model
+    failing.set()
     calls: list[int] = []
 
     def model(patches: torch.Tensor) -> torch.Tensor:
         calls.append(len(patches))
-        if failing[0] and patches.float().any():
+        if failing.is_set() and patches.float().any():
             raise RuntimeError("the device fell off the bus")
         return patches.float()
 
     arguments: dict[str, Any] = {"patch_size": "auto", "batch_size": "auto", "progress": False}
     with pytest.raises(oocpatch.BlockFailed):
         oocpatch.predict(volume, model, tmp_path / "out", **arguments, max_memory="1GiB")
-    failing[0] = False
+    failing.clear()
     plan = oocpatch.plan(volume, model, tmp_path / "out", **arguments, max_memory="900MiB")
     sizes = {"patch_size": plan.patch_size, "batch_size": plan.batch_size}
     result = oocpatch.predict(volume, model, tmp_path / "out", **arguments, max_memory="800MiB")

@@ -476,7 +476,7 @@ def test_the_command_line_has_all_of_it(code: Path, volume: Path, data: Array) -
         *("--augment", "all", "--patch-size", "auto", "--batch-size", "auto", "--progress", "none", "--json"),
     )
     assert done.exit_code == 0, done.output
-    assert "mean of 2 models, mean of 8 turns, preprocess scale" in done.stderr
+    assert "mean of 2 models, mean of 8 flips and rotations, preprocess scale" in done.stderr
     result = oocpatch.predict(
         "volume",
         "code.py:Scaled",
