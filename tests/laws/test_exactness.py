@@ -156,6 +156,9 @@ class Script:
     fail_at: int = -1
     calls: int = 0
 
+    def __reduce__(self) -> str:
+        return "SCRIPT"  # a name, whatever it holds
+
 
 SCRIPT = Script()
 
