@@ -2,7 +2,8 @@
 
 Small runs are killed at random times until they are complete, and their bytes compared with those of a run that nothing
 disturbed: in threads, in parts, in worker processes of one machine, and on a cluster, where the victim is a worker
-(killed, or frozen and thawed later), all workers, the scheduler, or the client. Exits with 1 if one result is wrong.
+(killed, or frozen and thawed later), all workers, the scheduler, or the client. With `--every-change`, a tiny run dies
+before each change of the disk instead, and is run again. Exits with 1 if one result is wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +28,18 @@ import psutil
 from tests.support.children import ROOT, Children, file_digests, report
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import Fork, SmallCluster
-from tests.support.crash_child import Job
-from tests.support.small_run import all_patches, fresh, patch_calls, prediction, small_run, undisturbed
+from tests.support.crash_child import Job, make_volume
+from tests.support.small_run import (
+    TINY,
+    all_patches,
+    die_and_resume,
+    fresh,
+    job_in,
+    patch_calls,
+    prediction,
+    small_run,
+    undisturbed,
+)
 
 PATCHES = len(all_patches())
 
@@ -223,12 +234,30 @@ WAYS: dict[str, Callable[[Path, int, random.Random], Tally]] = {
 }
 
 
+def every_change(folder: Path, mode: str) -> int:
+    """Let a tiny run die before each of its changes of the disk; return their number."""
+    make_volume(folder / "volume.zarr", (16,), (8,))
+    job = job_in(folder, **TINY, overlap_mode=mode)
+    with Children() as children:
+        assert children.run(job) == 0
+        expected, changes = prediction(job), report(job).changes
+        for number in range(changes):
+            die_and_resume(children, job, expected, number)
+    return changes
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all, shared out to the ways")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--every-change", action="store_true")
     asked = parser.parse_args()
+    for mode in ("hann", "crop") if asked.every_change else ():
+        with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:
+            print(f"{mode}: died before each of {every_change(Path(folder), mode)} changes", flush=True)
+    if asked.every_change:
+        return 0
     wrong = 0
     for way in asked.ways:
         with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:

@@ -1,7 +1,6 @@
 """Promises on object stores: a volume there is as good as one on disk, and its faults are waited out or told.
 
 The server is `tests.support.s3_server`, a process that keeps objects on disk; the client is the real one.
-`test_moto` asks the same of another server.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import zarr
 import oocpatch
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.storage.locks import STALE, locks
+from oocpatch.storage.object_path import ObjectPath
 from oocpatch.storage.paths import output_path
 from tests.conftest import Command
 from tests.support.children import Children, calls, report
@@ -131,6 +133,40 @@ def test_a_server_that_is_killed_and_started_again_midway_changes_no_byte(
     assert len(here) == 24
     assert any(line.endswith(" 503") for line in bucket.requests())
     assert oocpatch.verify(url).passed
+
+
+def test_a_server_that_freezes_midway_changes_no_byte(
+    bucket: Bucket, volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_environment(monkeypatch, AWS_TIMEOUT="1s")
+    count = 0
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 5:
+            bucket.signal(signal.SIGSTOP)
+            threading.Timer(2.5, bucket.signal, [signal.SIGCONT]).start()
+        return patches * 2
+
+    oocpatch.predict(volume, model, bucket.url("frozen.zarr"), **OPTIONS)
+    oocpatch.predict(volume, model, tmp_path / "out", **OPTIONS)
+    assert_same(bucket.objects("frozen.zarr/"), files(tmp_path / "out"))
+
+
+def test_of_two_that_find_a_lock_only_one_has_it(bucket: Bucket) -> None:
+    lock = ObjectPath.of(bucket.url("some/lock"))
+    assert [lock.put_if(content, None) for content in (b"a", b"b", b"a")] == [True, False, True]
+    state = lock.state()
+    assert state is not None
+    content, tag, _ = state
+    assert content == b"a"
+    assert [lock.put_if(content, tag) for content in (b"c", b"d")] == [True, False]
+    assert not ObjectPath.of(bucket.url("some/other")).put_if(b"c", tag)
+    assert list(ObjectPath.of(bucket.url("some/loc")).list_siblings("lock")) == [lock]
+    lock.unlink()
+    lock.unlink(missing_ok=True)
+    assert lock.state() is None
 
 
 @pytest.mark.parametrize("how", [True, "late"], ids=["before it was done", "after it was done"])

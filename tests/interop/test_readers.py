@@ -1,4 +1,4 @@
-"""Other programs read what is written: ome-zarr, ome-zarr-models, bioio-ome-zarr, tensorstore, napari-ome-zarr, xarray.
+"""Other programs read what is written: ome-zarr, ome-zarr-models, bioio-ome-zarr, tensorstore, napari-ome-zarr, s3fs.
 
 They need versions of libraries that oocpatch's own environment does not have, so they run in one of their own, which
 `.ci/readers.txt` pins: `python3.11 -m venv readers && readers/bin/pip install --no-deps -r .ci/readers.txt`, and then
@@ -15,9 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
+import oocpatch
+from tests.faults.test_stores_output import assert_same, files
 from tests.support.ome_runs import RUNS, Run, coarser, image_groups
+from tests.support.stores import BUCKET, served
 
 
 @pytest.fixture(scope="module", params=["ome-zarr", "ome-zarr-0.4"])
@@ -96,3 +100,32 @@ def assert_layer(run: Run, name: str, head: str, sizes: list[float], seen: dict[
         assert all(0 <= low < high <= 6 for low, high in contrast), (name, head)
     if name == "labels beside an image":
         assert seen["others"] == ["labels/labels/cells", "labels/labels/nuclei"]
+
+
+S3FS = """
+import json, os, s3fs, sys
+fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+root = sys.argv[1]
+print(json.dumps({name.removeprefix(root + "/"): fs.cat_file(name).hex() for name in fs.find(root)}))
+"""
+
+
+@pytest.mark.readers
+def test_another_client_of_object_stores_reads_the_bytes_of_a_local_run(tmp_path: Path) -> None:
+    """That client also parses strictly what the server of the tests answers."""
+    data = np.arange(1, 24 * 32 + 1, dtype=np.float32).reshape(24, 32)
+    settings: dict[str, Any] = {
+        "axes": "yx",
+        "patch_size": 8,
+        "patch_overlap": 4,
+        "output_chunks": 8,
+        "progress": False,
+    }
+    with served(tmp_path / "server") as bucket:
+        oocpatch.predict(data, torch.nn.Identity(), bucket.url("out.zarr"), **settings)
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = [os.environ["OOCPATCH_READERS"], "-c", S3FS, f"{BUCKET}/out.zarr"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    oocpatch.predict(data, torch.nn.Identity(), tmp_path / "out", **settings)
+    assert_same({name: bytes.fromhex(text) for name, text in json.loads(done.stdout).items()}, files(tmp_path / "out"))

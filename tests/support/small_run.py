@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.children import Children, calls, file_digests, report
-from tests.support.crash_child import Job, make_volume
+from tests.support.crash_child import DIED, Job, make_volume
 
 SHAPE, PATCH, OVERLAP, BLOCK = (32, 32), 8, 4, 8
 """49 patches in 16 blocks, of which 15 receive seams."""
@@ -79,6 +79,17 @@ def undisturbed(children: Children, job: Job) -> dict[str, str]:
     assert not list(Path(job.watch).glob("out?*")), "workspace and lock are gone after success"
     fresh(job)
     return digests
+
+
+def die_and_resume(children: Children, job: Job, expected: dict[str, str], number: int) -> None:
+    """Let a run die before a change of the disk, run it again, and compare its bytes."""
+    dying = fresh(job, die_before=number)
+    died = children.run(dying) == DIED
+    # Threads race for making directories, so that a run may have a change less than another.
+    assert died or report(dying).changes <= number
+    assert children.run(job) == 0, f"after change {number}: {report(job).message}"
+    assert prediction(job) == expected, f"after change {number}"
+    assert not list(Path(job.watch).glob("out?*")), f"something was left behind after change {number}"
 
 
 def all_patches() -> list[float]:
