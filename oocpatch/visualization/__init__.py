@@ -1,1 +1,1 @@
-"""Pictures, reports and browser views of volumes and results, by reads of bounded memory."""
+"""Pictures, reports and browser views of volumes and results, read in bounded memory."""

@@ -1,4 +1,4 @@
-"""A sheet of panels with captions, as a PNG. Pillow is not a requirement of oocpatch: install `oocpatch[view]`."""
+"""Draw panels with captions as a PNG. Pillow is optional: install `oocpatch[view]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GAP, TOP, CAPTION, FOOT = 24, 76, 26, 34
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture and what it shows.
+    """A picture with its caption.
 
     Attributes:
         picture: `(H, W, 3)` of 0 to 1.
@@ -43,7 +43,7 @@ class Figure:
     legend: tuple[tuple[tuple[int, int, int], str], ...] = ()
 
     def png(self) -> bytes:
-        """The sheet, drawn.
+        """Return the figure as a PNG.
 
         Raises:
             ValueError: without Pillow.
@@ -59,13 +59,13 @@ class Figure:
         width = max(least, sum(widths) + GAP * (len(widths) - 1)) + 2 * GAP
         lines = self._legend_lines(fonts[14], width - 2 * GAP)
         height = TOP + sum(h + CAPTION + 12 for h in heights) + (FOOT * len(lines) if lines else 0) + GAP // 2
-        sheet = image.new("RGB", (width, height), PAPER)
-        pen = draw.Draw(sheet)
+        canvas = image.new("RGB", (width, height), PAPER)
+        pen = draw.Draw(canvas)
         pen.text((GAP, 16), self.title, INK, fonts[22])
         pen.text((GAP, 46), self.subtitle, MUTED, fonts[14])
         for (x, y), panel in self.corners():
             pen.text((x, y - 6), panel.caption, INK, fonts[16], anchor="ls")
-            sheet.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (x, y))
+            canvas.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (x, y))
         y = TOP + sum(h + CAPTION + 12 for h in heights)
         for line in lines:
             x = GAP
@@ -75,19 +75,19 @@ class Figure:
                 x += 44 + int(fonts[14].getlength(text))
             y += FOOT
         stream = io.BytesIO()
-        sheet.save(stream, "PNG", optimize=True)
+        canvas.save(stream, "PNG", optimize=True)
         return stream.getvalue()
 
     def corners(self) -> list[tuple[tuple[int, int], Panel]]:
-        """Where the panels lie: x and y of their upper left corners in the PNG."""
-        found, y = [], TOP
+        """Return x and y of the panels' upper left corners in the PNG, each with its panel."""
+        corners, y = [], TOP
         for row in self.rows:
             x = GAP
             for panel, width in zip(row, self._columns(), strict=False):
-                found.append(((x, y + CAPTION), panel))
+                corners.append(((x, y + CAPTION), panel))
                 x += width + GAP
             y += max(p.picture.shape[0] for p in row) + CAPTION + 12
-        return found
+        return corners
 
     def _columns(self) -> list[int]:
         count = max(map(len, self.rows))

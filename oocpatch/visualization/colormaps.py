@@ -1,4 +1,4 @@
-"""Values to colours: greys for what was measured, heat for scores, a colour of its own for each label."""
+"""Map values to colours: greys for intensities, heat for scores, one colour per label."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW_LABELS = 64
 
 
 def label_colour(label: int) -> tuple[int, int, int]:
-    """The colour of a label; 0 is background.
+    """Return the colour of a label; 0 is background.
 
     >>> label_colour(1), label_colour(0)
     ((63, 185, 130), (0, 0, 0))
@@ -41,14 +41,14 @@ def label_colour(label: int) -> tuple[int, int, int]:
 
 
 def labels_to_rgb(labels: Array) -> Array:
-    """`(H, W)` integers to `(H, W, 3)` of 0 to 1."""
+    """Map integers `(H, W)` to colours `(H, W, 3)` of 0 to 1."""
     values, index = np.unique(labels, return_inverse=True)
     table = np.array([label_colour(int(v)) for v in values], np.float64) / 255
     return np.asarray(table[index.reshape(labels.shape)])
 
 
 def window_of(planes: list[Array]) -> tuple[float, float]:
-    """The values that are shown as black and white: all but the darkest hundredth and the brightest half percent."""
+    """Return the values shown as black and white: the darkest hundredth and the brightest half percent lie outside."""
     values = np.concatenate([p[np.isfinite(p)].astype(np.float64).reshape(-1) for p in planes])
     if not values.size:
         return 0.0, 1.0
@@ -59,13 +59,13 @@ def window_of(planes: list[Array]) -> tuple[float, float]:
 
 
 def scaled(values: Array, window: tuple[float, float]) -> Array:
-    """Values to 0 to 1."""
+    """Scale the values of a window to 0 to 1."""
     low, high = window
     return np.asarray(np.clip((np.nan_to_num(values.astype(np.float64)) - low) / (high - low), 0, 1))
 
 
 def grey(values: Array, windows: list[tuple[float, float]]) -> Array:
-    """`(C, H, W)` to greys, and of several channels to a mix of colours, `(H, W, 3)`; a window each, or one."""
+    """Map `(C, H, W)` to greys, several channels to a mix of colours, `(H, W, 3)`; with a window each, or one."""
     each = windows * len(values) if len(windows) == 1 else windows
     level = np.stack([scaled(v, window) for v, window in zip(values, each, strict=True)])
     if len(level) == 1:
@@ -74,17 +74,17 @@ def grey(values: Array, windows: list[tuple[float, float]]) -> Array:
 
 
 def mixed(levels: Array) -> Array:
-    """Channels of 0 to 1 as one picture, each in a colour."""
+    """Mix channels of 0 to 1 into one picture, each in a colour."""
     colours = np.array([label_colour(c + 1) for c in range(len(levels))], np.float64) / 255
     return np.asarray(np.clip(np.einsum("chw,cd->hwd", levels, colours), 0, 1))
 
 
 def heat(level: Array, *, bright: bool = False) -> Array:
-    """`(H, W)` of 0 to 1 as colours from dark to bright; over something bright, from yellow to dark green."""
+    """Map `(H, W)` of 0 to 1 to colours from dark to bright; over a bright picture, from yellow to dark green."""
     places, colours = GREENS if bright else HEAT
     return np.stack([np.interp(level, places, np.array(c) / 255) for c in zip(*colours, strict=True)], axis=-1)
 
 
 def laid_over(below: Array, above: Array, opacity: Array) -> Array:
-    """A picture over another one, `(H, W, 3)` each."""
+    """Blend a picture over another one, `(H, W, 3)` each."""
     return np.asarray(below * (1 - opacity[..., None]) + above * opacity[..., None])

@@ -1,4 +1,4 @@
-"""What to look at: a volume at the smallest level of its pyramid that still fills the picture."""
+"""Open volumes and results for display: at the smallest level of a pyramid that still fills the picture."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from oocpatch.volumes.volume import Volume
 
 @dataclass(frozen=True)
 class DisplaySource:
-    """Something to look at.
+    """A volume or a result to display.
 
     Attributes:
-        volume: at the level that serves.
+        volume: the volume at the level that is shown.
         spacing: size of a voxel per looped and spatial axis, at that level; only ratios matter.
-        level: which one it is.
-        record: what the output of a run says of itself; None: it is no such output.
+        level: number of the level; 0 is the finest.
+        record: the record in the output of a run; None for other volumes.
         head: name of the array in that output.
     """
 
@@ -38,12 +38,12 @@ class DisplaySource:
 
     @property
     def is_labels(self) -> bool | None:
-        """Whether the run says that these are labels; None: nobody says."""
+        """True when the run's settings give labels; None where they do not say."""
         if self.record is None or self.head is None:
             return None
-        said = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
-        said = [value.get(self.head) if isinstance(value, dict) else value for value in said]
-        return True if "argmax" in said or "vote" in said else None
+        settings = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
+        settings = [value.get(self.head) if isinstance(value, dict) else value for value in settings]
+        return True if "argmax" in settings or "vote" in settings else None
 
 
 def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> DisplaySource:
@@ -69,16 +69,16 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
     if head is not None:
         raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
     best: DisplaySource | None = None
-    for sight in _levels(source, axes):
-        if best is not None and max(sight.volume.shape[-sight.volume.spatial_ndim :]) < pixels:
+    for source_level in _levels(source, axes):
+        if best is not None and max(source_level.volume.shape[-source_level.volume.spatial_ndim :]) < pixels:
             break
-        best = sight
+        best = source_level
     assert best is not None
     return best
 
 
 def record_of(source: Any) -> OutputRecord | None:
-    """What the output of a run says of itself; None for anything else."""
+    """Return the record in the output of a run; None for anything else."""
     path = folder_of(source)
     try:
         return None if path is None else inspect_output(path)
@@ -87,7 +87,7 @@ def record_of(source: Any) -> OutputRecord | None:
 
 
 def folder_of(source: Any) -> StoragePath | None:
-    """The directory, or what is like one in an object store, that a source is; None for anything else."""
+    """Return the directory or prefix in an object store that a source names; None for anything else."""
     if not isinstance(source, (str, os.PathLike)):
         return None
     try:
@@ -98,7 +98,7 @@ def folder_of(source: Any) -> StoragePath | None:
 
 
 def local_name(output: str | os.PathLike[str]) -> str:
-    """How names of files about an output begin: they lie beside it, or where that is a URL in the current directory.
+    """Return the path that names of files about an output begin with: beside it, or for a URL in the current directory.
 
     >>> local_name("results/out.zarr/"), local_name("s3://bucket/results/out.zarr")
     ('results/out.zarr', 'out.zarr')
@@ -108,7 +108,7 @@ def local_name(output: str | os.PathLike[str]) -> str:
 
 
 def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
-    """The levels of a pyramid, the largest first; just one where there is no pyramid."""
+    """Yield the levels of a pyramid, the finest first; one where there is no pyramid."""
     if isinstance(source, (str, os.PathLike)):
         spec = parse_address(str(source))
         if spec is not None and spec.format in ("tiff", "slide", "precomputed") and "level=" not in str(source):
@@ -121,15 +121,15 @@ def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
                     return
                 yield DisplaySource(volume, spacing_of(volume), level)
         folder = folder_of(source) if spec is None else None
-        if folder is not None and (found := _multiscale(folder)):
-            yield from found
+        if folder is not None and (levels := _multiscale(folder)):
+            yield from levels
             return
     volume = source if isinstance(source, Volume) else Volume(source, axes)
     yield DisplaySource(volume, spacing_of(volume))
 
 
 def _multiscale(path: StoragePath) -> list[DisplaySource]:
-    """The levels of an OME-Zarr; none where it is none."""
+    """Return the levels of an OME-Zarr; none where it is not one."""
     try:
         group = zarr.open_group(path.store(), mode="r")
     except (OSError, ValueError):
@@ -139,18 +139,18 @@ def _multiscale(path: StoragePath) -> list[DisplaySource]:
     multiscales = multiscales.get("multiscales") if isinstance(multiscales, dict) else None
     if not multiscales:
         return []
-    found = []
+    levels = []
     names = [a["name"] if isinstance(a, dict) else str(a) for a in multiscales[0].get("axes", ())]
     for level, dataset in enumerate(multiscales[0]["datasets"]):
         scales = [t["scale"] for t in dataset.get("coordinateTransformations", ()) if t.get("type") == "scale"]
         volume = Volume(zarr.open_array(path.store(), path=dataset["path"], mode="r"), names or None)
         scale = dict(zip(names, scales[0], strict=True)) if scales else {}
-        found.append(DisplaySource(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
-    return found
+        levels.append(DisplaySource(volume, tuple(float(scale.get(n, 1)) or 1.0 for n in volume.names), level))
+    return levels
 
 
 def spacing_of(volume: Volume) -> tuple[float, ...]:
-    """Voxel sizes by the coordinates; ones where some spatial axis has none."""
+    """Return voxel sizes by the coordinates; ones where some spatial axis has none."""
     steps = []
     for name in volume.names:
         coordinate = volume.source.coords.get(name)

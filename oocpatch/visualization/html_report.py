@@ -1,4 +1,4 @@
-"""One HTML file about a run, with everything in it: it can be mailed, and opened in ten years."""
+"""Write one self-contained HTML file about a run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
     settings, versions, and the command that repeats it. A run that is not finished has a report as well.
 
     Args:
-        output: what `predict` wrote.
+        output: output of `predict`.
         page: the file; default: beside the output.
 
     Returns:
@@ -70,7 +70,7 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
 
 
 def _plan_of(record: OutputRecord) -> Plan | None:
-    """The plan: noted in the output when the run is done, before that in the workspace."""
+    """Return the plan: from the output of a complete run, before that from the workspace."""
     noted = record.details.get("plan")
     if noted is not None:
         return Plan.from_json(json.dumps(noted))
@@ -78,27 +78,27 @@ def _plan_of(record: OutputRecord) -> Plan | None:
     return None if workspace is None else workspace.plan
 
 
-def _page(output: str, record: OutputRecord, plan: Plan | None, found: RunStatus) -> str:
+def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus) -> str:
     pictures = [figure_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
     settings = record.details.get("settings", {})
     parts = [
-        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(_state(found))}</p>",
+        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(_state(state))}</p>",
         _tiles(_figures(record, plan)),
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
     if plan is not None:
         parts.append(f"<h2>Plan</h2><section class='card'><pre>{_text(plan)}</pre>{plan.draw()}</section>")
-    if found.failed:
-        parts.append(f"<h2>Failed blocks</h2>{_table({str(b): m for b, m in found.failed.items()})}")
+    if state.failed:
+        parts.append(f"<h2>Failed blocks</h2>{_table({str(b): m for b, m in state.failed.items()})}")
     if settings:
         parts.append(f"<h2>Repeat it</h2><section class='card'><pre>{_text(command_of(settings))}</pre></section>")
         parts.append(f"<h2>Settings</h2>{_table(settings)}")
-    about = {"run": record.run_id, "output": found.output, **record.details.get("versions", {})}
+    about = {"run": record.run_id, "output": state.output, **record.details.get("versions", {})}
     if "metadata_crc" in record.details:
         about["checksums"] = (
-            f"kept for every file; metadata {record.details['metadata_crc']}; `oocpatch check {found.output}` reads all"
+            f"kept for every file; metadata {record.details['metadata_crc']}; `oocpatch check {state.output}` reads all"
         )
     parts.append(f"<h2>Made by</h2>{_table(about)}")
     title = f"<title>{_text(Path(output).name)}</title>"
@@ -107,31 +107,31 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, found: RunStatus
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>\n'
 
 
-def _state(found: RunStatus) -> str:
-    if found.state == "complete":
-        return f"complete: {found.output}"
-    return f"{found.state}, {found.predict_done} of {found.predict_total} blocks computed: {found.output}"
+def _state(state: RunStatus) -> str:
+    if state.state == "complete":
+        return f"complete: {state.output}"
+    return f"{state.state}, {state.predict_done} of {state.predict_total} blocks computed: {state.output}"
 
 
 def _figures(record: OutputRecord, plan: Plan | None) -> dict[str, str]:
-    """The numbers that a reader looks for first."""
-    details, found = record.details, {}
+    """Return the main numbers of a run."""
+    details, figures = record.details, {}
     if "seconds" in details:
         seconds = float(details["seconds"])
-        found["time"] = f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min"
+        figures["time"] = f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min"
     if plan is not None:
-        found["patches"] = f"{plan.patches:,}"
-        found["blocks"] = f"{plan.blocks:,}"
+        figures["patches"] = f"{plan.patches:,}"
+        figures["blocks"] = f"{plan.blocks:,}"
         if "seconds" in details and details["seconds"] > 0:
             size = math.prod(plan.shape) * plan.in_channels * np.dtype(plan.in_dtype).itemsize
-            found["patches per second"] = f"{plan.patches / details['seconds']:,.1f}"
-            found["of the volume per second"] = human(size / details["seconds"])
+            figures["patches per second"] = f"{plan.patches / details['seconds']:,.1f}"
+            figures["of the volume per second"] = human(size / details["seconds"])
         if "uncovered_voxels" in details:
-            found["voxels that no patch covers"] = f"{details['uncovered_voxels']:,}"
-        found["memory, projected"] = human(plan.projected_memory)
+            figures["voxels that no patch covers"] = f"{details['uncovered_voxels']:,}"
+        figures["memory, projected"] = human(plan.projected_memory)
     if "process_peak_memory" in details:
-        found["memory, whole process at its peak"] = human(details["process_peak_memory"])
-    return found
+        figures["memory, whole process at its peak"] = human(details["process_peak_memory"])
+    return figures
 
 
 def command_of(settings: Mapping[str, Any]) -> str:
@@ -190,10 +190,10 @@ def _tiles(figures: Mapping[str, str]) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    def told(value: Any) -> str:
+    def text(value: Any) -> str:
         return value if isinstance(value, str) else json.dumps(value)
 
-    body = "".join(f"<tr><td>{_text(name)}</td><td>{_text(told(value))}</td></tr>" for name, value in rows.items())
+    body = "".join(f"<tr><td>{_text(name)}</td><td>{_text(text(value))}</td></tr>" for name, value in rows.items())
     return f"<section class='card'><table>{body}</table></section>"
 
 

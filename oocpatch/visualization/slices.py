@@ -1,4 +1,4 @@
-"""Planes and projections of a volume, sampled for a picture: chunk by chunk, never more than a few in memory."""
+"""Sample slices and projections of a volume for a picture: chunk by chunk, with few chunks in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROJECTED = 1 << 30
 
 
 def places(pixels: int, length: int) -> npt.NDArray[np.int64]:
-    """The voxels that the pixels of one axis show: those at their centres.
+    """Return the voxels at the centres of the pixels of one axis.
 
     >>> places(3, 9).tolist(), places(4, 2).tolist()
     ([1, 4, 7], [0, 0, 1, 1])
@@ -30,7 +30,7 @@ def places(pixels: int, length: int) -> npt.NDArray[np.int64]:
 
 
 def sample(volume: Volume, at: Sequence[npt.NDArray[np.int64]]) -> Array:
-    """The voxels at the product of these places, `(C, *lengths)`; places ascend on each axis."""
+    """Read the voxels at the product of positions per axis, `(C, *lengths)`; positions ascend on each axis."""
     unique = [np.unique(p, return_inverse=True) for p in at]
     wanted = [u for u, _ in unique]
     spread = tuple(max(1, int(w[-1]) + 1 - int(w[0])) for w in wanted)
@@ -48,19 +48,19 @@ def sample(volume: Volume, at: Sequence[npt.NDArray[np.int64]]) -> Array:
 
 
 def _groups(wanted: npt.NDArray[np.int64], step: int) -> list[slice]:
-    """Runs of places that lie in the same step."""
+    """Return runs of positions that lie in the same step."""
     borders = np.flatnonzero(np.diff(wanted // step)) + 1
     return [slice(int(a), int(b)) for a, b in itertools.pairwise([0, *borders, len(wanted)])]
 
 
 def plane(volume: Volume, axes: tuple[int, int], size: tuple[int, int], position: Sequence[float]) -> Array:
-    """A plane as `(C, height, width)`.
+    """Read a slice as `(C, height, width)`.
 
     Args:
-        volume: what to look at.
+        volume: the volume.
         axes: the axes that run down and across, by number.
         size: height and width in pixels.
-        position: where the plane lies on the other axes, as a fraction.
+        position: of the slice on the other axes, as a fraction of their lengths.
     """
     at = []
     for axis, (length, fraction) in enumerate(zip(volume.shape, position, strict=True)):
@@ -68,14 +68,14 @@ def plane(volume: Volume, axes: tuple[int, int], size: tuple[int, int], position
             at.append(places(size[axes.index(axis)], length))
         else:
             at.append(np.array([min(length - 1, int(fraction * length))]))
-    found = sample(volume, at).reshape(volume.channels, *(len(at[a]) for a in sorted(axes)))
-    return found if axes[0] < axes[1] else found.transpose(0, 2, 1)
+    values = sample(volume, at).reshape(volume.channels, *(len(at[a]) for a in sorted(axes)))
+    return values if axes[0] < axes[1] else values.transpose(0, 2, 1)
 
 
 def projection(
     volume: Volume, axis: int, axes: tuple[int, int], size: tuple[int, int], position: Sequence[float]
 ) -> tuple[Array, float]:
-    """The largest values along an axis as `(C, height, width)`, and the share of the volume that was looked at."""
+    """Return the largest values along an axis as `(C, height, width)`, and the share of the volume that was read."""
     length, chunk = volume.shape[axis], max(1, volume.chunks[axis]) if volume.source.chunked else 16
     layers = -(-length // chunk)
     bytes_each = math.prod(volume.shape) / length * chunk * volume.channels * volume.dtype.itemsize
@@ -91,8 +91,8 @@ def projection(
                     at.append(np.arange(first, min(n, first + 16, (int(layer) + 1) * chunk)))
                 else:
                     at.append(np.array([min(n - 1, int(fraction * n))]))
-            found = sample(volume, at).max(axis=axis + 1)
-            highest = found if highest is None else np.maximum(highest, found)
+            values = sample(volume, at).max(axis=axis + 1)
+            highest = values if highest is None else np.maximum(highest, values)
     assert highest is not None
     picture = highest.reshape(volume.channels, *(size[axes.index(a)] for a in sorted(axes)))
     return (picture if axes[0] < axes[1] else picture.transpose(0, 2, 1)), len(seen) / layers
