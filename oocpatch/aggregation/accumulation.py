@@ -1,393 +1,492 @@
-"""Patches added up in any order, within a limit on memory: the sums of all heads, and what is known of the patches.
+"""Accumulation of patches in any order within a limit on memory: the tiles of all heads.
 
-All that is in memory can be made from commits: `restore` does it after a crash, and after an interruption that tore a
-patch apart. A commit holds whole patches, so a patch is either in all sums or in none. What is not committed yet is
-added again by whoever goes on, and what is, is known to be there.
+```text
+            patches                        a patch of no known lattice
+               |                                     |
+ nothing --> in memory --complete--> final ----------+--> in memory again: values times their known weights
+               |   ^
+               v   |  least recently used first
+            a file in the store
+```
+
+A tile takes each patch once and knows its patches, so tiles need not agree with each other at any moment: a patch that
+is in some of its tiles only is added again, and goes to the others. That makes interruptions and damage cheap: a tile
+that an interruption tore, or whose file is damaged, is dropped, and the patches in it count as not added. A patch is
+durable once a commit counts it in each of its tiles, after their files are written.
+
+A tile is complete when it has all patches of the lattice that all patches so far are of: a grid with the overlap that
+the user gives and the size of the first patch, in the padded or the unpadded frame, as other patches show.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import zarr
 
-from oocpatch.aggregation.commits import Body, Commits
-from oocpatch.aggregation.grid_guess import GridGuess, whole_grid
-from oocpatch.aggregation.head_spec import HeadSpec, memory_needed, tile_set_bytes
-from oocpatch.aggregation.head_sums import DURABLE, OPEN, WRITTEN, HeadSums, Visit
-from oocpatch.aggregation.locations import BYTES_EACH, Locations
+from oocpatch.aggregation.batches import HeadSpec, memory_needed
+from oocpatch.aggregation.placement import Lattice, Patch
+from oocpatch.aggregation.tile_store import TileStore
+from oocpatch.aggregation.tiles import Tile, patch_window
+from oocpatch.engine.buffers import torch_dtype
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.plan import human
 
 logger = logging.getLogger("oocpatch")
+FILE_BYTES = 250
+"""Bytes that are kept in memory of each tile that is in a file, besides its table of patches."""
+FINAL, NONE = -1, 0
+"""In a commit, in place of the number of patches in a tile: its final values are in the output; it has no patches."""
+
+
+class Contents:
+    """The patches in the tiles of a head, at one moment.
+
+    Attributes:
+        final: per tile, whether the output has its final values, with all patches of the home lattice.
+        tables: tables of patches, `(n, 2, axes)`, of other tiles.
+        nbytes: bytes that are kept here.
+    """
+
+    def __init__(self, counts: Ints) -> None:
+        self.final = np.zeros(counts, bool)
+        self.tables: dict[Ints, npt.NDArray[np.signedinteger]] = {}
+        self.nbytes = self.final.nbytes
+
+    def set(self, position: Ints, patches: Collection[Patch] = (), *, final: bool = False) -> None:
+        """Replace what a tile has."""
+        before = self.tables.pop(position, None)
+        self.nbytes -= 0 if before is None else FILE_BYTES + before.nbytes
+        self.final[position] = final
+        if len(patches):
+            table = np.array(list(patches))
+            table = table.astype(np.min_scalar_type(-int(np.abs(table).max()) - 1))
+            self.tables[position] = table
+            self.nbytes += FILE_BYTES + table.nbytes
+
+    def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
+        """Return whether a patch is in a tile."""
+        if self.final[position]:
+            return home is not None and patch in home
+        table = self.tables.get(position)
+        return table is not None and bool((table == patch).all((1, 2)).any())
+
+
+class HeadTiles:
+    """The tiles of one head.
+
+    Attributes:
+        given: size of a patch's output, by size of the patch.
+        array: the output's array; None while there is none.
+        open: tiles in memory, the least recently used one first.
+        stored: the tiles in files and in the output.
+        durable: the same as commits have it.
+        changed: tiles that no commit describes as they are.
+        shown: tiles whose values so far are in the output.
+    """
+
+    def __init__(self, number: int, spec: HeadSpec) -> None:
+        self.number, self.spec, self.placement = number, spec, spec.placement
+        self.dtype = torch_dtype(spec.dtype)
+        self.given: dict[Ints, Ints] = {}
+        self.array: zarr.Array[Any] | None = None
+        self.open: OrderedDict[Ints, Tile] = OrderedDict()
+        self.stored, self.durable = Contents(self.placement.counts), Contents(self.placement.counts)
+        self.changed: set[Ints] = set()
+        self.shown: set[Ints] = set()
+
+    def positions(self, patch: Patch) -> Sequence[Ints]:
+        """Return the tiles that a patch lies in."""
+        return list(self.placement.tiles(self.placement.extent(patch, self.given[patch[1]])))
+
+    def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
+        """Return whether a patch is in a tile, in memory or not."""
+        tile = self.open.get(position)
+        return self.stored.has(position, patch, home) if tile is None else patch in tile.patches
+
+    def is_complete(self, position: Ints, lattice: Lattice) -> bool:
+        """Return whether a tile has all patches of a lattice, if it has no others."""
+        tile, starts = self.open.get(position), self.starts(lattice, position)
+        if tile is None and self.stored.final[position]:
+            return True
+        patches = self.stored.tables.get(position, ()) if tile is None else tile.patches
+        return len(patches) == math.prod(map(len, starts))
+
+    def starts(self, lattice: Lattice, position: Ints) -> tuple[Ints, ...]:
+        """Return the starts along each axis of the patches of a lattice that lie in a tile."""
+        return self.placement.lattice_starts(lattice, self.given[lattice.size], position)
+
+    def describe_changes(self) -> list[list[int]]:
+        """Return position and number of patches of each tile that changed, or `FINAL` or `NONE`."""
+        tables = self.stored.tables
+        return [[*p, FINAL if self.stored.final[p] else len(tables.get(p, ()))] for p in sorted(self.changed)]
+
+    def span(self, patch: Patch) -> tuple[Ints, Ints]:
+        """Return start and size of a patch's output."""
+        given = self.given[patch[1]]
+        return self.placement.start(patch, given), given
 
 
 class Accumulation:
-    """The sums of all heads.
+    """The tiles of all heads, by the heads' names in `heads`.
 
     Args:
         shape: spatial shape of the volume.
-        overlap: what adjacent patches of the user's grid share.
-        mode: how overlapping patches become one.
+        overlap: overlap of adjacent patches, as the user gives it.
+        mode: the overlap mode.
         specs: the heads.
-        limit: bytes to stay under.
-        on_full: called when memory is full and there is no workspace; it must `attach` one.
-
-    Attributes:
-        commits: the workspace; None while there is none.
-        heads: the sums, by name.
+        limit: bytes of memory to stay under.
+        on_full: called when memory is full and there is no store; it must `attach` one.
     """
 
     def __init__(
         self,
         shape: Ints,
         overlap: Ints,
-        *,
         mode: str,
-        specs: list[HeadSpec],
+        specs: Sequence[HeadSpec],
+        *,
         limit: int,
         on_full: Callable[[], None],
     ) -> None:
-        self.commits: Commits | None = None
         self._shape, self._overlap, self._mode = shape, overlap, mode
-        self._limit, self._on_full = limit, on_full
-        self._specs = specs
-        self._reserve = 0
-        self._torn = False
-        self._all_written = False
-        self.heads: dict[str, HeadSums] = {}
-        self._reset()
+        self._limit, self._on_full, self._reserve = limit, on_full, 0
+        self._store: TileStore | None = None
+        self._durable = False
+        self.specs = specs
+        self.heads = {spec.name: HeadTiles(number, spec) for number, spec in enumerate(specs)}
+        self._window: tuple[Ints, torch.Tensor] = (), torch.empty(0)
+        self._candidates: list[Lattice] = []
+        self._home: Lattice | None = None
+        self._durable_home: Lattice | None = None
+        self._starts: dict[Ints, list[set[int]]] = {}
+        self._stale: list[tuple[HeadTiles, Ints]] = []
+        self._torn: tuple[HeadTiles, Ints] | None = None
 
-    def _reset(self) -> None:
-        """Nothing was added; what is known of the model and of the output stays."""
-        self.locations = Locations(self._shape)
-        self.guess = GridGuess(self._shape, self._overlap)
-        before = self.heads
-        self.heads = {spec.name: HeadSums(spec, self._mode, self.locations, self.guess) for spec in self._specs}
-        for name, head in before.items():
-            self.heads[name].array = head.array
-            self.heads[name].given = head.given
-        self.generation = 0
-        self._room = self._limit - self._reserve
-
-    def attach(self, arrays: Mapping[str, Any], commits: Commits) -> None:
-        """From now on there is an output to write to, and a workspace, which holds nothing of what was added so far."""
-        if self.commits is None:
-            self.locations.unfold()
-        self.commits = commits
-        for name, array in arrays.items():
-            self.heads[name].array = array
-
-    # Patches
+    def attach(self, arrays: Mapping[str, zarr.Array[Any]], store: TileStore, *, durable: bool) -> None:
+        """Write to an output from now on, and to a store, with a journal if what is there must survive a crash."""
+        self._store, self._durable = store, durable
+        for name, head in self.heads.items():
+            head.array = arrays[name]
 
     def expect(self, size: Ints, given: Mapping[str, Ints]) -> None:
-        """Make sure that what patches of a size give has its place in memory.
+        """Prepare for patches of a size, and the sizes of their outputs by head.
 
         Raises:
             PlanTooLarge: when even one patch is too much for the limit.
         """
-        for name, head in self.heads.items():
-            head.given.setdefault(size, given[name])
-        needed = memory_needed(self._specs, given)
-        if needed > self._limit:
+        tiles, reserve = memory_needed(self.specs, given)
+        if tiles + reserve > self._limit:
+            shapes = ", ".join(f"{human(s.tile_bytes)} each for shape {s.tile}" for s in self.specs)
             raise PlanTooLarge(
-                f"one patch needs {human(needed, up=True)} (the tiles it lies in, {self._tiles_told()}, and the "
+                f"one patch needs {human(tiles + reserve, up=True)} (the tiles it lies in, {shapes}, and the "
                 f"writing of one) but max_memory is {human(self._limit)}; lower output_chunks or raise max_memory"
             )
-        self._reserve = max(self._reserve, needed - sum(tile_set_bytes(s, given[s.name]) for s in self._specs))
-        self._measure_room()
+        self._reserve = max(self._reserve, reserve)
+        for name, head in self.heads.items():
+            head.given.setdefault(size, given[name])
 
-    def _tiles_told(self) -> str:
-        return ", ".join(f"{human(s.tile_bytes)} each for shape {s.tile}" for s in self._specs)
+    def has(self, patch: Patch) -> bool:
+        """Return whether a patch was added; where there is a journal, whether that survives a crash."""
+        self._mend()
+        for head in self.heads.values():
+            if patch[1] not in head.given:
+                return False
+            for position in head.positions(patch):
+                durable = self._durable and head.durable.has(position, patch, self._durable_home)
+                if not durable and (self._durable or not head.has(position, patch, self._home)):
+                    return False
+        return True
 
-    def _measure_room(self) -> None:
-        """What open tiles may take: the limit, less what writing takes, and what is kept on earlier generations."""
-        books = self.locations.before(self.generation) * BYTES_EACH
-        books += sum(head.book_bytes(self.generation) for head in self.heads.values())
-        self._room = self._limit - self._reserve - books
-
-    def has(self, start: Ints, size: Ints, *, durable: bool = False) -> bool:
-        """Whether a patch was added; with `durable`, whether it will be there after a crash."""
-        self.mend()
-        if (self.locations.folded(start, size)) if durable else ((start, size) in self.locations):
-            return True
-        least = DURABLE if durable else WRITTEN
-        at_home = self.guess.at_home(start, size)
-        return at_home and all(head.covered(start, size, least) for head in self.heads.values())
-
-    def add(self, start: Ints, size: Ints, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Add what a patch gave that was not added before, `(C, *given)` per head.
+    def add(self, patch: Patch, outputs: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
+        """Add the outputs of a patch, `(C, *given)` per head; return False if it was added before.
 
         Raises:
-            CorruptData: when a part of the output is complete, but what the workspace holds of it is damaged.
+            CorruptData: when the file of a tile is damaged; the patches in it must be added again.
         """
-        self.mend()
-        self.guess.see(start, size)
-        at_home = self.guess.at_home(start, size)
-        visits = {name: head.visit(start, size, at_home=at_home) for name, head in self.heads.items()}
-        self._make_room(visits)
-        self._torn = True
-        for name, head in self.heads.items():
-            head.add(visits[name], outputs[name], self.generation)
-        self.locations.add(start, size)
-        self._torn = False
-        if self.commits is not None:
-            for name, head in self.heads.items():
-                self._write_complete(head, visits[name].tiles)
+        self._mend()
+        self._narrow(patch)
+        positions = {
+            name: [p for p in head.positions(patch) if not head.has(p, patch, self._home)]
+            for name, head in self.heads.items()
+        }
+        if not any(positions.values()):
+            return False
+        self._make_room(positions)
+        for name, values in outputs().items():
+            self._add_to(self.heads[name], positions[name], patch, values)
+        self._write_complete(positions)
+        return True
 
-    def _write_complete(self, head: HeadSums, tiles: tuple[int, ...]) -> None:
-        for tile in tiles:
-            if head.complete(tile):
-                self._write(head, tile)
-                head.written(tile)
+    def _narrow(self, patch: Patch) -> None:
+        """Keep the lattices that a patch is of, too."""
+        start, size = patch
+        if not self._starts:
+            padded = (False, True) if any(o // 2 for o in self._overlap) else (False,)
+            grids = [PatchGrid.of(self._shape, size, self._overlap, padded=p) for p in padded]
+            self._candidates = [Lattice.of_grid(grid) for grid in grids]
+        self._candidates = [lattice for lattice in self._candidates if patch in lattice]
+        self._home = self._candidates[0] if self._candidates else self._home
+        for starts, at in zip(self._starts.setdefault(size, [set() for _ in size]), start, strict=True):
+            starts.add(at)
 
-    def _write(self, head: HeadSums, tile: int) -> None:
-        assert self.commits is not None
-        with self._repairable():
-            head.write(tile, self.commits, self.generation)
+    def _add_to(self, head: HeadTiles, positions: Sequence[Ints], patch: Patch, values: torch.Tensor) -> None:
+        start, given = head.span(patch)
+        extent, claims = head.placement.extent(patch, given), head.placement.claims(patch, given)
+        if self._mode != "crop":
+            values = values.to(torch.float32)
+            if self._window[0] != given:
+                self._window = given, patch_window(self._mode, given)
+        for position in positions:
+            if position not in head.open:
+                head.open[position] = self._load(head, position)
+            tile = head.open[position]
+            head.open.move_to_end(position)
+            self._torn = head, position
+            tile.changed = True
+            head.shown.discard(position)
+            if self._mode != "crop":
+                tile.add(start, values, self._window[1], extent)
+            else:
+                for key, box in claims:
+                    tile.claim(key, box, start, values)
+            tile.patches[patch] = None
+            self._torn = None
 
-    def _make_room(self, visits: Mapping[str, Visit]) -> None:
-        needed = self._needed(visits)
-        if self._open_bytes + needed <= self._room:
-            return
-        if self.commits is None:
-            self._on_full()
-            for head in self.heads.values():
-                self._write_complete(head, tuple(head.open))
-            if self._open_bytes + needed <= self._room:
-                return
-        self.commit()
-        self.generation += 1
-        for head in self.heads.values():
-            head.end_generation()
-        self._measure_room()
-        if self._limit - self._reserve - self._room > self._limit // 8:
-            self._merge_pieces()
-        if self._needed(visits) > self._room:
-            raise PlanTooLarge(
-                f"what is kept on patches in the workspace leaves {human(max(0, self._room))} of max_memory, which is "
-                f"{human(self._limit)}, and one patch needs {human(needed, up=True)}; raise max_memory"
-            )
+    def _load(self, head: HeadTiles, position: Ints) -> Tile:
+        """Return a tile as its file has it, else with the values of the output if these are final, else empty."""
+        tile = Tile(head.placement.box(position), head.spec.channels, head.dtype)
+        if (table := head.stored.tables.get(position)) is not None:
+            assert self._store is not None
+            try:
+                patches = self._store.read_tile(head.number, position, len(table), tile.data.numpy())
+            except CorruptData as error:
+                head.stored.set(position)
+                head.durable.set(position)
+                head.changed.add(position)
+                raise CorruptData(f"{error}; add the patches that are not in `done` again, and all is well") from error
+            tile.patches = dict.fromkeys(patches)
+        elif head.stored.final[position] and self._home is not None and head.array is not None:
+            starts = itertools.product(*head.starts(self._home, position))
+            tile.patches = dict.fromkeys((start, self._home.size) for start in starts)
+            tile.data.copy_(torch.from_numpy(np.asarray(head.array[(slice(None), *tile.box.slices())])))
+            if self._mode != "crop":
+                tile.data *= tile.weights(self._mode, head.span)
+        if self._mode == "crop":
+            claims = [c for patch in tile.patches for c in head.placement.claims(patch, head.given[patch[1]])]
+            tile.claims = [(key, box & tile.box) for key, box in claims]
+        return tile
 
-    def _needed(self, visits: Mapping[str, Visit]) -> int:
+    # Room
+
+    def _make_room(self, positions: Mapping[str, Sequence[Ints]]) -> None:
+        """Close tiles until there is room for some."""
         heads = self.heads.items()
-        return sum(head.spec.tile_bytes * sum(t not in head.open for t in visits[name].tiles) for name, head in heads)
+        while True:
+            needed = sum(
+                h.spec.tile_bytes * (len(h.open) + sum(p not in h.open for p in positions[n])) for n, h in heads
+            )
+            if needed <= (room := self._room()):
+                return
+            if self._store is None:
+                self._on_full()
+                self._write_complete({name: list(head.open) for name, head in heads})
+            elif not self._close_one(positions):
+                raise PlanTooLarge(
+                    f"what is kept on patches in the workspace leaves {human(max(0, room))} of max_memory, which is "
+                    f"{human(self._limit)}, and one patch needs {human(needed, up=True)}; raise max_memory"
+                )
 
-    @property
-    def _open_bytes(self) -> int:
-        return sum(head.spec.tile_bytes * len(head.open) for head in self.heads.values())
+    def _room(self) -> int:
+        """Return the bytes for open tiles: the limit without a quarter for all else, or what writing takes."""
+        books = sum(head.stored.nbytes + head.durable.final.nbytes for head in self.heads.values())
+        return self._limit - max(self._reserve, self._limit // 4) - books
+
+    def _close_one(self, keep: Mapping[str, Sequence[Ints]]) -> bool:
+        """Close the least recently used tile of the largest head that is none of some; return False if all are."""
+        for head in sorted(self.heads.values(), key=lambda head: -head.spec.tile_bytes * len(head.open)):
+            for position in head.open:
+                if position not in keep[head.spec.name]:
+                    self._save(head, position)
+                    del head.open[position]
+                    return True
+        return False
+
+    def _save(self, head: HeadTiles, position: Ints) -> None:
+        """Write the file of an open tile, if it changed."""
+        tile = head.open[position]
+        if tile.changed:
+            assert self._store is not None
+            self._store.write(head.number, position, tile.patches, tile.data.numpy())
+            head.stored.set(position, tile.patches)
+            head.changed.add(position)
+            tile.changed = False  # last: an interruption before it costs one more write
 
     # Output
 
-    def finish(self) -> bool:
-        """Bring all that was added into the output. Whether it is complete: all patches of a grid, and no tile left.
+    def _write_complete(self, positions: Mapping[str, Sequence[Ints]]) -> None:
+        for head in self.heads.values() if self._store is not None and self._candidates else ():
+            for position in positions[head.spec.name]:
+                if position in head.open and all(head.is_complete(position, c) for c in self._candidates):
+                    self._write(head, position)
+                    self._finalize(head, position)
+
+    def _write(self, head: HeadTiles, position: Ints) -> None:
+        """Write a tile's values to the output: whole write units that no other tile has."""
+        assert head.array is not None
+        tile = head.open.get(position) or self._load(head, position)
+        head.array[(slice(None), *tile.box.slices())] = self._values(head, tile).numpy()
+        head.shown.add(position)
+
+    def _values(self, head: HeadTiles, tile: Tile) -> torch.Tensor:
+        return tile.data if self._mode == "crop" else tile.normalized(self._mode, head.span)
+
+    def _finalize(self, head: HeadTiles, position: Ints) -> None:
+        """Drop the sums of a tile whose final values are in the output."""
+        if position in head.stored.tables:
+            self._stale.append((head, position))
+        head.stored.set(position, final=True)
+        head.changed.add(position)
+        head.open.pop(position, None)
+        if not self._durable:
+            self._delete_stale()
+
+    def finish(self) -> Lattice | None:
+        """Bring all that was added into the output; return the lattice over the volume that it is, if it is one.
 
         Raises:
-            CorruptData: when what the workspace holds is damaged.
+            CorruptData: when the file of a tile is damaged; the patches in it must be added again.
         """
-        self.mend()
         self.commit()
-        grid = whole_grid(self._shape, self.locations)
-        final = []
+        whole = self._whole()
         for head in self.heads.values():
-            for tile in head.unwritten():
-                if not head.shown(tile):
-                    self._write(head, tile)
-                if grid is not None or head.complete(tile):
-                    final.append((head, tile))
-        # All at once, for what is final is so by the grid: damage to a later tile must not come in between.
-        self._torn = True
-        for head, tile in final:
-            head.written(tile)
-        if grid is not None:
-            self.guess.settle(grid)
+            for position in sorted({*head.open, *head.stored.tables}):
+                if position not in head.shown:
+                    self._write(head, position)
+        if whole is not None:
+            self._home, self._candidates = whole, [lattice for lattice in self._candidates if lattice == whole]
             for head in self.heads.values():
-                head.state[head.state == OPEN] = WRITTEN  # what no patch touches is complete, too
-        self._torn = False
-        self.commit()
-        return all(bool((head.state == DURABLE).all()) for head in self.heads.values())
+                for position in sorted({*head.open, *head.stored.tables}):
+                    self._finalize(head, position)
+                head.stored.final[:] = True  # where no patch lies, too
+            self.commit()
+        return whole
+
+    def _whole(self) -> Lattice | None:
+        """Return the lattice over the volume of which all tiles have all patches, if there is one."""
+        lattices = self._candidates if any(self._overlap) else []
+        if not lattices and len(self._starts) == 1:
+            ((size, starts),) = self._starts.items()
+            lattice = Lattice(size, tuple(tuple(sorted(column)) for column in starts))
+            finals = any(head.stored.final.any() for head in self.heads.values())
+            lattices = [lattice] if lattice.covers(self._shape) and (lattice == self._home or not finals) else []
+        for lattice in lattices:
+            if all(h.is_complete(p, lattice) for h in self.heads.values() for p in np.ndindex(h.placement.counts)):
+                return lattice
+        return None
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A head's output from what is in memory, `(C, *spatial)`."""
-        self.mend()
-        self.commit()
+        """Return a head's output from what is in memory, `(C, *spatial)`."""
+        self._mend()
         head = self.heads[name]
-        spec = head.spec
-        out = torch.from_numpy(np.zeros((spec.channels, *head.placement.shape), spec.dtype))
-        for tile in head.unwritten():
-            out[(slice(None), *head.placement.box(tile).slices())] = head.values(tile, None, self.generation)
+        out = torch.from_numpy(np.zeros((head.spec.channels, *head.placement.shape), head.spec.dtype))
+        for tile in head.open.values():
+            out[(slice(None), *tile.box.slices())] = self._values(head, tile)
         return out
 
-    # Commits
-
-    @property
-    def has_commits(self) -> bool:
-        """Whether the workspace holds anything."""
-        return self.commits is not None and self.commits.number > 0
-
-    def commit(self) -> None:
-        """Make all that was added durable, where there is a workspace."""
-        self.mend()
-        if self.commits is None:
-            self.locations.fold(self.generation)
-            return
-        if self.changed:
-            new = [[list(size), starts.tolist()] for size, starts in self.locations.new()]
-            self._commit(new)
+    # Commits, interruptions and damage
 
     @property
     def changed(self) -> bool:
-        """Whether there is something that no commit says."""
-        written = any(bool((head.state == WRITTEN).any()) for head in self.heads.values())
-        return written or self.locations.has_new
+        """Whether there is something that no commit describes."""
+        return any(h.changed or any(tile.changed for tile in h.open.values()) for h in self.heads.values())
 
-    def _commit(self, new: list[Any], *, forget: bool = False, merge: bool = False) -> None:
-        """Make a commit of what is in memory, and take it into account.
-
-        Args:
-            new: the patches that were added since the last one.
-            forget: what was committed before, and is not written, counts no more.
-            merge: the pieces of all generations become one per tile, of this generation, which ends with that.
-        """
-        assert self.commits is not None
-        number = self.commits.number
-        with self.commits.pieces() as pieces:
-            if merge:
-                heads = {n: h.save_merged(pieces, self.commits, self.generation) for n, h in self.heads.items()}
-            else:
-                heads = {name: head.save(pieces) for name, head in self.heads.items()}
-        body = {
-            "generation": self.generation,
-            "forget": forget,
-            "merge": merge,
-            "all_written": self._all_written,
-            "grid": self.guess.to_json(),
-            "locations": new,
-            "heads": heads,
-        }
-        self._torn = True
-        self.commits.commit(body)
-        self.locations.fold(self.generation)
-        self._apply(body, number)
-        self._all_written = False
-        self._torn = False
-        self.commits.keep_pieces(self._numbers())
-
-    def _apply(self, body: Body, number: int) -> None:
-        generation = body["generation"]
-        if body["merge"]:
-            self.locations.restart(generation)
-        for name, head in self.heads.items():
-            if body["merge"]:
-                head.restart(generation)
-            head.apply(body["heads"][name], number, generation)
-        self.generation = generation + body["merge"]
-
-    def _merge_pieces(self) -> None:
-        """Where tiles have many pieces, make one of them, so that less is kept on them."""
-        if sum(h.num_pieces - MANY * len(h.pieces) for h in self.heads.values()) >= 0:
-            with self._repairable():
-                self._commit([], merge=True)
-            self._measure_room()
-
-    def _numbers(self) -> set[int]:
-        rows = [found["number"] for head in self.heads.values() for found in head.pieces.values()]
-        return set(np.unique(np.concatenate(rows)).tolist()) if rows else set()
-
-    def start_complete(self, grid: PatchGrid | None) -> None:
-        """The output holds all patches of a grid, and there are no commits any more: the next one says so."""
-        if grid is not None:
-            self.guess.settle(grid)
-        self._all_written = True
+    def commit(self) -> bool:
+        """Make all that was added durable, where there is a journal; return whether there was anything."""
+        self._mend()
+        if self._store is None or not self._durable or not self.changed:
+            return False
         for head in self.heads.values():
-            head.state[:] = DURABLE
+            for position in list(head.open):
+                self._save(head, position)
+        lattices = [astuple(lattice) for lattice in (*self._candidates, self._home) if lattice is not None]
+        heads = [{"given": list(h.given.items()), "tiles": h.describe_changes()} for h in self.heads.values()]
+        self._store.commit({"lattices": lattices, "heads": heads})
+        self.settle()
+        return True
 
-    def mend(self) -> None:
-        """Take back what an interruption in the middle of a patch, or of a commit, left."""
-        if self._torn:
+    def settle(self, *, complete: bool = False) -> None:
+        """Take note that a commit describes all that was added, or the record of an output that is complete."""
+        self._durable_home = self._home
+        for head in self.heads.values():
+            for position in head.changed:
+                head.durable.set(position, final=bool(head.stored.final[position]))
+                if position in head.stored.tables:
+                    head.durable.tables[position] = head.stored.tables[position]
+            head.durable.final |= complete
+            head.changed.clear()
+        self._delete_stale()
+
+    def _delete_stale(self) -> None:
+        """Delete the files of tiles that are final."""
+        assert self._store is not None
+        while self._stale:
+            head, position = self._stale.pop()
+            if position not in head.stored.tables:
+                self._store.path(head.number, position).unlink(missing_ok=True)
+
+    def restore(self, base: Lattice | None, commits: Sequence[Any]) -> None:
+        """Begin with the lattice of a complete output and the commits after that."""
+        assert self._store is not None
+        self._home = base
+        heads, tiles = list(self.heads.values()), dict[tuple[int, Ints], int]()
+        for head in heads:
+            head.stored.final |= base is not None
+        for body in commits:
+            lattices = list(map(Lattice.from_json, body["lattices"]))  # the candidates, and home
+            self._candidates, self._home = lattices[:-1], lattices[-1] if lattices else None
+            for head, state in zip(heads, body["heads"], strict=True):
+                head.given |= {tuple(size): tuple(given) for size, given in state["given"]}
+                tiles |= {(head.number, tuple(position)): count for *position, count in state["tiles"]}
+        if self._home is not None and (base is not None or FINAL in tiles.values()):
+            self._starts[self._home.size] = list(map(set, self._home.starts))
+        known, errors = set(), []
+        for (number, position), count in tiles.items():
+            heads[number].stored.set(position, final=count == FINAL)
+            if count > NONE:
+                try:
+                    patches = self._store.read_tile(number, position, count, None)
+                except CorruptData as error:
+                    errors.append(error)
+                    heads[number].changed.add(position)
+                    continue
+                known.add(self._store.path(number, position))
+                heads[number].stored.set(position, patches)
+                for patch in patches:
+                    self._narrow(patch)
+        if errors:
+            logger.warning("%s (%d tiles in all): the patches in them must be added again", errors[0], len(errors))
+        self._store.sweep(known)
+        for head in heads:
+            head.durable = copy.deepcopy(head.stored)
+        self._durable_home = self._home
+
+    def _mend(self) -> None:
+        """Drop a tile that an interruption tore; what its file has stays."""
+        if self._torn is not None:
             logger.warning("an interruption in the middle of a patch: what was not durable must be added again")
-            self.restore()
-
-    def restore(self) -> None:
-        """Make all that is in memory from the commits."""
-        complete = self._all_written, self.guess.home
-        self._torn = True
-        self._reset()
-        if complete[0]:
-            self.start_complete(complete[1])
-        for number, body in enumerate(self._read()):
-            self._replay(body, number)
-        self._measure_room()
-        self._torn = False
-        if self.commits is not None:
-            self._load()
-
-    def _read(self) -> list[Body]:
-        if self.commits is None:
-            return []
-        try:
-            return self.commits.read()
-        except CorruptData as error:
-            logger.warning("%s: everything is computed again", error)
-            self.commits.clear()
-            return []
-
-    def _replay(self, body: Body, number: int) -> None:
-        if body["forget"]:
-            self._clear()
-        if body["all_written"]:
-            for head in self.heads.values():
-                head.state[:] = DURABLE
-        self.guess.read_json(body["grid"])
-        for size, starts in body["locations"]:
-            self.locations.extend(np.array(starts, np.int64), tuple(size), body["generation"])
-        self._apply(body, number)
-
-    def _load(self) -> None:
-        """Bring the sums of the last generation back; where that is too much, it has ended."""
-        assert self.commits is not None
-        held = sum(
-            head.spec.tile_bytes * sum((rows["generation"] == self.generation).any() for rows in head.pieces.values())
-            for head in self.heads.values()
-        )
-        try:
-            self.commits.check_pieces(self._numbers())
-            if held > self._room:
-                self.generation += 1
-                self._measure_room()
-                return
-            for head in self.heads.values():
-                head.load(self.commits, self.generation)
-        except CorruptData as error:
-            logger.warning("%s: the patches behind what was not written yet are computed again", error)
-            self._forget()
-
-    @contextlib.contextmanager
-    def _repairable(self) -> Iterator[None]:
-        try:
-            yield
-        except CorruptData as error:
-            self._forget()
-            raise CorruptData(f"{error}; add the patches that are not in `done` again, and all is well") from error
-
-    def _forget(self) -> None:
-        """Pieces are damaged: what is written stays, all other patches must be added again."""
-        self._clear()
-        self.generation += 1
-        self._commit([], forget=True)
-        self._measure_room()
-
-    def _clear(self) -> None:
-        self.locations.clear()
-        for head in self.heads.values():
-            head.clear()
-
-
-MANY = 4
-"""Pieces per tile, on average, from which on merging them is worth reading and writing them once more."""
+            head, position = self._torn
+            head.open.pop(position, None)
+            self._torn = None

@@ -14,12 +14,13 @@ early, where it is known: when patches come from the grid that `patch_overlap` t
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,11 +29,11 @@ import torch
 import zarr
 
 from oocpatch.aggregation.accumulation import Accumulation
-from oocpatch.aggregation.aggregated import AggregatedOutput, ArraySpec
-from oocpatch.aggregation.aggregator_batch import Batch, head_specs, read_batch
-from oocpatch.aggregation.grid_guess import GridGuess
-from oocpatch.aggregation.head_spec import HeadSpec
+from oocpatch.aggregation.aggregated_output import AggregatedOutput
+from oocpatch.aggregation.batches import Batch, HeadSpec, head_specs, read_batch
+from oocpatch.aggregation.placement import Lattice
 from oocpatch.engine.buffers import lean_heap
+from oocpatch.errors import CorruptData
 from oocpatch.planning.arguments import memory_limit, per_axis
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.storage.paths import local_path
@@ -129,28 +130,26 @@ class PatchAggregator:
         Raises:
             ValueError: when they do not fit each other, or what was added before. Nothing is added then.
             PlanTooLarge: when `max_memory` is too small for even one patch.
-            CorruptData: when what the workspace holds of earlier patches is damaged; `done` says what is lost.
+            CorruptData: when the workspace is damaged; the patches that are not in `done` must be added again.
         """
         if self._closed:
             raise ValueError("a closed aggregator takes no more patches; make a new one with the same store to go on")
         if self._output is not None:
             self._output.check_held()
-        read = read_batch(batch, locations, self._shape, self._overlap)
-        if not read.places:
+        checked = read_batch(batch, locations, self._shape, self._overlap)
+        if not checked.patches:
             return
         if self._sums is None:
-            self._begin(read)
+            self._begin(checked)
         sums = self._sums
         assert sums is not None
-        read.check(sums.heads, single=self._single)
-        for size, given in read.given().items():
-            sums.expect(size, given)
+        heads = {name: (head.spec, head.given) for name, head in sums.heads.items()}
+        checked.check(heads, single=self._single, blended=self._mode != "crop")
+        for size in {size for _, size in checked.patches}:
+            sums.expect(size, checked.all_given())
         repeats = 0
-        for i, (start, size) in enumerate(read.places):
-            if self._final or sums.has(start, size):
-                repeats += 1
-            else:
-                sums.add(start, size, read.patch(i))
+        for i, patch in enumerate(checked.patches):
+            repeats += self._final or not sums.add(patch, functools.partial(checked.patch, i))
         if repeats:
             self._repeats += repeats
             logger.info("%d patches were added before, and are left out", repeats)
@@ -164,16 +163,7 @@ class PatchAggregator:
     # Results
 
     def get_output(self, key: str | None = None) -> torch.Tensor:
-        """The output as a tensor `(C, *spatial)`, in memory as a whole; voxels that no patch covers are zero.
-
-        Patches may still be added afterwards.
-
-        Args:
-            key: which of the outputs, when batches are dicts.
-
-        Raises:
-            KeyError: for an unknown key, or before the first batch.
-        """
+        """Return an output as a tensor `(C, *spatial)`, in memory as a whole; see `get_array`."""
         name = self._name(key)
         assert self._sums is not None
         if self._output is None:
@@ -182,38 +172,37 @@ class PatchAggregator:
         return torch.from_numpy(np.asarray(self._output.array(name)[...]))
 
     def get_array(self, key: str | None = None) -> zarr.Array[Any]:
-        """The output as a Zarr array `(C, *spatial)` on disk; voxels that no patch covers are zero.
+        """Return an output as a Zarr array `(C, *spatial)` on disk; voxels that no patch covers are zero.
 
         Patches may still be added afterwards. Once all patches of a grid are there, the workspace is deleted.
 
         Args:
-            key: which of the outputs, when batches are dicts.
+            key: the output's key, when batches are dicts.
 
         Raises:
             KeyError: for an unknown key, or before the first batch.
-            CorruptData: when what the workspace holds is damaged; `done` says what is lost.
+            CorruptData: when the workspace is damaged; the patches that are not in `done` must be added again.
         """
         name = self._name(key)
         if self._output is None:
-            self._attach_temporary()
+            self._spill()
         assert self._output is not None
         self._finish()
         return self._output.array(name)
 
     def flush(self) -> None:
         """Make all that was added durable, where there is a store: another process can go on from here."""
-        if self._sums is not None and not self._closed:
-            if self._output is not None:
-                self._output.check_held()
+        if not self._closed and self._output is not None:
+            self._output.check_held()
             self._commit()
 
     def close(self) -> None:
-        """Finish the output as it is, with what was added, and delete the workspace: no patch can be added any more."""
-        if self._closed:
-            return
-        if self._sums is not None and self._output is not None:
-            self._finish()
-            self._complete(final=True)
+        """Finish the output with what was added and delete the workspace: no patch can be added any more."""
+        self._finish()
+        record = None if self._closed or self._output is None else self._output.record
+        if record is not None and not record.complete:
+            self._final = True
+            self._complete(None)
         self._leave()
 
     def __enter__(self) -> Self:
@@ -223,105 +212,83 @@ class PatchAggregator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave everything durable, and the output as finished as it can be; a new aggregator can go on from here."""
-        if self._closed:
-            return
-        if self._sums is not None and self._output is not None:
-            if error is None:
-                self._finish()
-            else:
-                self._commit()
+        if not self._closed:
+            self._finish() if error is None else self._commit()
         self._leave()
 
-    # How it goes on disk
+    # The output on disk
 
     def _open(self, store: str | os.PathLike[str]) -> None:
         path = local_path("store", store)
         path.check_writable("store")
-        asked = {
+        parameters = {
             "spatial_shape": self._shape,
             "overlap_mode": self._mode,
             "patch_overlap": self._overlap,
             "output_shape": self._output_shape,
             "output_chunks": self._chunks,
         }
-        self._output = AggregatedOutput(path, asked)
-        record = self._output.record
-        if record is None:
+        self._output = output = AggregatedOutput(path, parameters)
+        if output.record is None:
             return
-        self._output.hold()
-        self._single = record.details["single"]
-        self._start([HeadSpec.from_json(value) for value in record.details["heads"]])
-        sums = self._sums
-        assert sums is not None
-        arrays, there = self._output.arrays(_array_specs(sums))
-        commits = self._output.commits()
-        if not there:
-            commits.clear()  # a crash came before the arrays, or they were deleted: nothing is done
-        sums.attach(arrays, commits)
-        if there and record.complete:
-            self._output.complete({})
-            self._final = record.details["final"]
-            for name, known in record.details["given"].items():
-                sums.heads[name].given = {tuple(size): tuple(given) for size, given in known}
-            guess = GridGuess(self._shape, self._overlap)
-            guess.read_json(record.details["grid"])
-            sums.start_complete(guess.home)
-        else:
-            self._output.incomplete()
-        sums.restore()
+        output.hold()
+        self._single = output.record.details["single"]
+        self._sums = sums = self._accumulation([HeadSpec.from_json(spec) for spec in output.record.details["heads"]])
+        arrays, is_there = output.arrays(sums.specs)
+        sums.attach(arrays, output.store, durable=True)
+        details = output.record.details
+        for name, sizes in details.get("given", {}).items():
+            sums.heads[name].given = {tuple(size): tuple(given) for size, given in sizes}
+        if is_there and output.record.complete:
+            output.update(complete=True)  # a crash may have come before the workspace was deleted
+            self._final = details["final"]
+        base, commits = details.get("lattice"), []
+        try:
+            commits = output.store.read() if is_there else []
+        except CorruptData as error:
+            logger.warning("%s: all patches must be added again", error)
+        if not is_there or not (commits or output.record.complete):  # the arrays were deleted, or all commits are lost
+            base, commits = None, []
+            output.store.clear()
+            output.update(complete=False, lattice=None)
+        sums.restore(base and Lattice.from_json(base), commits)
 
     def _begin(self, first: Batch) -> None:
-        """Learn from the first batch what the heads are, and make the output."""
-        specs = head_specs(
-            first,
-            shape=self._shape,
-            output_shape=self._output_shape,
-            trim=tuple(o // 2 for o in self._overlap) if self._mode == "crop" else None,
-            blended=self._mode != "crop",
-            chunks=self._chunks,
-            limit=self._limit,
-        )
+        """Make the sums, and the output, for the heads that the first batch shows."""
+        trims = [o // 2 if self._mode == "crop" else None for o in self._overlap]
+        specs = head_specs(first, self._shape, self._output_shape, trims)
+        specs = [spec.cut(first.given(spec.name), self._chunks, self._limit // len(specs)) for spec in specs]
         self._single = first.single
-        self._start(specs)
-        assert self._sums is not None
+        self._sums = self._accumulation(specs)
         try:
-            self._sums.expect(*next(iter(first.given().items())))
+            self._sums.expect(first.patches[0][1], first.all_given())
             if self._output is not None:
                 self._output.hold()
-                self._attach()
+                self._attach(self._output)
         except BaseException:
             self._sums = None
             raise
 
-    def _start(self, specs: list[HeadSpec]) -> None:
+    def _accumulation(self, specs: Sequence[HeadSpec]) -> Accumulation:
         lean_heap()
-        self._sums = Accumulation(
-            self._shape,
-            self._overlap,
-            mode=self._mode,
-            specs=specs,
-            limit=self._limit,
-            on_full=self._attach_temporary,
-        )
+        return Accumulation(self._shape, self._overlap, self._mode, specs, limit=self._limit, on_full=self._spill)
 
-    def _attach_temporary(self) -> None:
+    def _spill(self) -> None:
+        """Go on in a temporary output."""
         self._output = AggregatedOutput.temporary()
-        self._attach()
+        self._attach(self._output)
 
-    def _attach(self) -> None:
-        assert self._output is not None
+    def _attach(self, output: AggregatedOutput) -> None:
         assert self._sums is not None
-        heads = [asdict(head.spec) for head in self._sums.heads.values()]
-        self._output.create({"heads": heads, "single": self._single, "arrays": list(self._sums.heads)})
-        arrays, _ = self._output.arrays(_array_specs(self._sums))
-        self._sums.attach(arrays, self._output.commits())
+        output.create(self._sums.specs, single=self._single)
+        self._sums.attach(output.arrays(self._sums.specs)[0], output.store, durable=self._durable)
 
     def _commit(self) -> None:
-        assert self._sums is not None
+        if self._sums is None or self._output is None:
+            return
         started = time.monotonic()
-        self._sums.commit()
-        if self._output is not None and self._sums.has_commits:
-            self._output.incomplete()
+        if self._sums.commit():
+            self._output.update(complete=False)
         self._committed_at = time.monotonic()
         self._commit_cost = self._committed_at - started
 
@@ -331,25 +298,27 @@ class PatchAggregator:
             self._commit()
 
     def _finish(self) -> None:
-        """Bring all that was added into the output; when that is complete, say so."""
-        assert self._sums is not None
-        assert self._output is not None
-        assert self._output.record is not None
-        if self._closed or (self._output.record.complete and not self._sums.changed):
+        """Bring all that was added into the output; when that is complete, record it."""
+        if self._closed or self._sums is None or self._output is None:
+            return
+        is_complete = self._output.record is not None and self._output.record.complete
+        if is_complete and not self._sums.changed:
             return
         self._output.check_held()
         self._commit()
-        if self._sums.finish():
-            self._complete(final=self._final)
+        if (lattice := self._sums.finish()) is not None:
+            self._complete(lattice)
 
-    def _complete(self, *, final: bool) -> None:
-        assert self._sums is not None
+    def _complete(self, lattice: Lattice | None) -> None:
         assert self._output is not None
-        given = {name: list(head.given.items()) for name, head in self._sums.heads.items()}
-        details = {"given": given, "grid": self._sums.guess.to_json(), "final": final}
-        self._output.complete({**details, "patches": len(self._sums.locations)})
-        self._sums.attach({}, self._output.commits())
-        self._sums.start_complete(None)
+        assert self._sums is not None
+        self._output.update(
+            complete=True,
+            given={name: list(head.given.items()) for name, head in self._sums.heads.items()},
+            lattice=None if lattice is None else astuple(lattice),
+            final=self._final,
+        )
+        self._sums.settle(complete=True)
 
     def _leave(self) -> None:
         self._closed = True
@@ -365,34 +334,17 @@ class PatchAggregator:
 
 
 class Done:
-    """The locations that an aggregator need not be given again.
-
-    With a store: those that will be there after a crash. Without one: all that were added.
-
-    Args:
-        aggregator: the aggregator.
-    """
+    """The locations that need not be added again: all that were added; with a store, those that survive a crash."""
 
     def __init__(self, aggregator: PatchAggregator) -> None:
         self._aggregator = aggregator
 
     def __contains__(self, location: object) -> bool:
-        sums = self._aggregator._sums  # noqa: SLF001 - a view of it
-        axes = len(self._aggregator._shape)  # noqa: SLF001
-        if (
-            sums is None
-            or not isinstance(location, PatchLocation)
-            or not len(location.index) == len(location.size) == axes
-        ):
+        aggregator = self._aggregator
+        sums, axes = aggregator._sums, len(aggregator._shape)  # noqa: SLF001 - a view of it
+        if not (sums and isinstance(location, PatchLocation) and len(location.index) == len(location.size) == axes):
             return False
-        durable = self._aggregator._durable  # noqa: SLF001
-        final = self._aggregator._final  # noqa: SLF001
-        return final or sums.has(location.index, location.size, durable=durable)
-
-
-def _array_specs(sums: Accumulation) -> list[ArraySpec]:
-    specs: Iterable[HeadSpec] = (head.spec for head in sums.heads.values())
-    return [ArraySpec(s.name, (s.channels, *s.placement.shape), (1, *s.chunks), s.dtype) for s in specs]
+        return aggregator._final or sums.has((location.index, location.size))  # noqa: SLF001
 
 
 MODES = ("crop", "average", "hann", "gaussian")

@@ -36,7 +36,7 @@ def loop(shape: tuple[int, ...], patch: int, overlap: int, seed: int | None) -> 
 
 
 def memory(store: str, options: dict[str, Any]) -> None:
-    """Print `{"added", "pieces"}`: bytes at the peak, and the most commits that had sums in the workspace at a time."""
+    """Print `{"added", "files"}`: bytes at the peak, and the most tiles that had files in the workspace at a time."""
     shape, patch, overlap = tuple(options["shape"]), options["patch"], options["overlap"]
     tensor = torch.ones(1, 1, *[patch] * len(shape))
     with tempfile.TemporaryDirectory() as warm_up:
@@ -46,7 +46,7 @@ def memory(store: str, options: dict[str, Any]) -> None:
             small.add_batch(tensor[(..., *[slice(32)] * len(shape))], [location])
         small.get_array()
     before = psutil.Process().memory_info().rss
-    pieces = 0
+    files = 0
     with PeakSampler() as sampler:
         aggregator = PatchAggregator(
             shape,
@@ -58,12 +58,12 @@ def memory(store: str, options: dict[str, Any]) -> None:
         for i, location in enumerate(loop(shape, patch, overlap, options["seed"])):
             aggregator.add_batch(tensor, [location])
             if i % 16 == 0:
-                pieces = max(pieces, len(list(Path(f"{store}.oocpatch").glob("*/pieces/*"))))
+                files = max(files, len(list(Path(f"{store}.oocpatch").glob("*/tiles/*"))))
         array = aggregator.get_array()
     probes = [array[(0, *(slice(int(f * (n - 8)), int(f * (n - 8)) + 8) for n in shape))] for f in (0, 0.5, 1)]
     answer = {
         "added": sampler.peak - before,
-        "pieces": pieces,
+        "files": files,
         "lowest": float(np.min(probes)),
         "highest": float(np.max(probes)),
     }

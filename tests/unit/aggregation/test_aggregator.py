@@ -105,7 +105,7 @@ def test_a_tight_limit_changes_no_value(mode: str, order: str, known: bool, tmp_
     loop = Loop((160, 192), mode, told, patches, (8, 8))
     aggregator = loop.aggregator(store=tmp_path / "out.zarr", max_memory="128KiB")
     add(aggregator, patches, 3)
-    spilled = list((tmp_path / "out.zarr.oocpatch").glob("*/pieces/*"))
+    spilled = list((tmp_path / "out.zarr.oocpatch").glob("*/tiles/*"))
     assert spilled or (order == "grid" and told == (8, 8)), "the limit was not tight enough to test anything"
     assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
     assert not (tmp_path / "out.zarr.oocpatch").exists()

@@ -22,7 +22,7 @@ import zarr
 
 import oocpatch
 from oocpatch import PatchAggregator, PatchLocation
-from oocpatch.aggregation.tile_sums import TileSums
+from oocpatch.aggregation.tiles import Tile
 from tests.support import aggregation
 from tests.support.aggregation import Loop, add, assert_as_expected
 from tests.support.cases import MODES
@@ -97,7 +97,7 @@ def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, 
     assert answer["lowest"] == pytest.approx(1, rel=1e-5)
     assert answer["highest"] == pytest.approx(1, rel=1e-5)
     assert answer["added"] <= 64 * MIB, f"{answer['added'] / MIB:.0f} MiB were added"
-    assert answer["pieces"] > 0 or (seed is None and known), "the limit was not tight enough to test anything"
+    assert answer["files"] > 0 or (seed is None and known), "the limit was not tight enough to test anything"
 
 
 # Crashes
@@ -158,14 +158,15 @@ LARGE = {**OPTIONS, "shape": (192, 160), "patch": 24, "overlap": 12}
 
 
 def spilled(root: Path, mode: str, seed: int = 2) -> tuple[Loop, Path]:
-    """A loop that stopped at two thirds, with most of its sums in pieces of several commits."""
+    """A loop that stopped at two thirds, with most of its sums in files, and a journal of several commits."""
     loop = loop_of({**LARGE, "mode": mode})
     random.Random(seed).shuffle(loop.patches)
     aggregator = PatchAggregator(**arguments(loop, root / "out.zarr"), max_memory="128KiB")
-    add(aggregator, loop.patches[: 2 * len(loop.patches) // 3])
-    aggregator.flush()
+    for first in range(0, 2 * len(loop.patches) // 3, 20):
+        add(aggregator, loop.patches[first : min(first + 20, 2 * len(loop.patches) // 3)])
+        aggregator.flush()
     (run,) = (root / "out.zarr.oocpatch").iterdir()
-    assert len(list((run / "pieces").iterdir())) > 2
+    assert len(list((run / "tiles").iterdir())) > 2
     return loop, run
 
 
@@ -189,24 +190,26 @@ def go_on(loop: Loop, root: Path, **options: Any) -> PatchAggregator:
 )
 def test_damage_to_the_workspace_never_reaches_the_output(mode: str, limit: str, damage: str, tmp_path: Path) -> None:
     loop, run = spilled(tmp_path, mode)
-    pieces, commits = sorted((run / "pieces").iterdir()), sorted((run / "commits").iterdir())
-    piece, commit = pieces[len(pieces) // 2], commits[len(commits) // 2]
+    tiles, journal = sorted((run / "tiles").iterdir()), run / "journal"
+    tile, commits = tiles[len(tiles) // 2], journal.read_bytes().splitlines(keepends=True)
+    assert len(commits) > 2
     if damage == "delete":
-        piece.unlink()
+        tile.unlink()
     elif damage == "flip":
-        flip(piece)
+        flip(tile)
     elif damage == "truncate":
-        os.truncate(piece, piece.stat().st_size // 2)
+        os.truncate(tile, tile.stat().st_size // 2)
     elif damage == "swap":
-        piece.write_bytes(pieces[0].read_bytes())
+        tile.write_bytes(tiles[0].read_bytes())
     elif damage == "commit-flip":
-        flip(commit)
+        flip(journal)
     elif damage == "commit-delete":
-        commits[-1].unlink()
+        journal.write_bytes(b"".join(commits[:-1]))
     elif damage == "commit-delete-first":
-        commits[0].unlink()
+        journal.write_bytes(b"".join(commits[1:]))
     else:
-        commit.with_name("00009999.json.1-2.partial").write_text(commit.read_text()[:100])
+        journal.write_bytes(b"".join(commits) + commits[0][:100])
+        tile.with_name(f"{tile.name}.partial").write_bytes(tile.read_bytes()[:100])
     aggregator = go_on(loop, tmp_path, max_memory=limit)
     assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
     assert not (tmp_path / "out.zarr.oocpatch").exists()
@@ -225,7 +228,7 @@ def test_damage_found_at_the_end_is_told_and_repaired_by_adding_again(tmp_path: 
     add(aggregator, loop.patches)
     aggregator.flush()
     assert all(aggregation.location(p) in aggregator.done for p in loop.patches)
-    flip(min((tmp_path / "out.zarr.oocpatch").glob("*/pieces/*")))
+    flip(min((tmp_path / "out.zarr.oocpatch").glob("*/tiles/*")))
     with pytest.raises(oocpatch.CorruptData, match="not what was written; add the patches that are not in `done`"):
         aggregator.get_array()
     left = [p for p in loop.patches if aggregation.location(p) not in aggregator.done]
@@ -246,7 +249,7 @@ def test_an_interruption_in_the_middle_of_a_patch_tears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C between two tiles of a patch, with and without a store: what is not done is added again."""
-    real = TileSums.add
+    real = Tile.add
     for store in (None, tmp_path / "out.zarr"):
         loop = loop_of({**OPTIONS, "mode": "hann"})
         aggregator = PatchAggregator(**{**arguments(loop, tmp_path), "store": store})
@@ -255,15 +258,15 @@ def test_an_interruption_in_the_middle_of_a_patch_tears_nothing(
         add(aggregator, loop.patches[20:23])
         calls = iter(range(100))
 
-        def interrupted(self: TileSums, *values: Any, calls: Any = calls) -> None:
+        def interrupted(self: Tile, *values: Any, calls: Any = calls) -> None:
             if next(calls) == 2:
                 raise KeyboardInterrupt
             real(self, *values)
 
-        monkeypatch.setattr(TileSums, "add", interrupted)
+        monkeypatch.setattr(Tile, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             add(aggregator, loop.patches[23:26])
-        monkeypatch.setattr(TileSums, "add", real)
+        monkeypatch.setattr(Tile, "add", real)
         done = [aggregation.location(p) in aggregator.done for p in loop.patches]
         assert done == [store is not None] * 20 + [False] * (len(loop.patches) - 20)
         add(aggregator, [p for p, there in zip(loop.patches, done, strict=True) if not there])
