@@ -114,7 +114,7 @@ class RunConfig:
         Raises:
             ValueError: naming the arguments that do not go together.
         """
-        patches, outputs = self.patches, self.outputs
+        patches = self.patches
         if patches.patch_size:
             PatchGrid.of(self.volume.shape, self.patch_size, self.patch_overlap)
         check_compilation(
@@ -126,10 +126,6 @@ class RunConfig:
         )
         if patches.padding_mode == "constant":
             check_fits("fill", patches.fill, str(self.volume.dtype))
-        if outputs.output_format == "ome-zarr-0.4" and outputs.output_shards is not None:
-            raise ValueError(
-                "output_shards must be None for output_format 'ome-zarr-0.4', which is Zarr 2 and has no shards"
-            )
         if self.execution.part is not None and self.execution.client is not None:
             raise ValueError("part must be None with a client: parts are for jobs without a scheduler")
         if self.execution.part is not None and self.execution.overwrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +21,7 @@ from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.volume import Volume
 
 
-def write_coords(
-    path: StoragePath, coords: Mapping[str, Any], attributes: Mapping[str, Any], zarr_format: int = 3
-) -> None:
+def write_coords(path: StoragePath, coords: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
     """Write coordinates into a group; `attributes` replace those of the group."""
     if not coords:
         return
@@ -30,22 +29,16 @@ def write_coords(
         # Zarr v3 has no final specification of a dtype for text, and no other way to store it.
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         dataset = xarray.Dataset(coords=coords, attrs=attributes)
-        dataset.to_zarr(path.store(), mode="a", consolidated=False, zarr_format=3 if zarr_format == 3 else 2)
+        dataset.to_zarr(path.store(), mode="a", consolidated=False, zarr_format=3)
 
 
 def json_attributes(volume: Volume) -> dict[str, Any]:
     """Return the volume's attributes that JSON can store."""
     attributes = {}
     for key, value in volume.source.attrs.items():
-        with contextlib.suppress(TypeError):
-            attributes[str(key)] = json.loads(json.dumps(value, default=_json))
+        with contextlib.suppress(TypeError, AttributeError):  # arrays and numbers of numpy have a method tolist
+            attributes[str(key)] = json.loads(json.dumps(value, default=operator.methodcaller("tolist")))
     return attributes
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,7 @@ class ParentImage:
 
     Attributes:
         path: directory of the image.
-        version: `"0.5"`, in Zarr 3, or `"0.4"`, in Zarr 2.
+        version: `"0.5"`, in Zarr 3, or `"0.4"`, in Zarr 2, which is read only.
         levels: number of its levels.
     """
 
@@ -61,18 +60,17 @@ def format_in_parent(output: StoragePath, requested: str) -> str:
     """Return the `output_format` of an output: that of its image if it belongs to the labels of one.
 
     Raises:
-        ValueError: if another format is requested.
+        ValueError: if the image has a version that oocpatch does not write.
     """
     image = parent_image(output)
-    if image is None or requested == "zarr":
+    if image is None or requested not in ("auto", "ome-zarr"):
         return requested
-    required = "ome-zarr" if image.version == "0.5" else "ome-zarr-0.4"
-    if requested not in ("auto", required):
+    if image.version != "0.5":
         raise ValueError(
-            f"labels must have the format of their image, {image.path} is an OME-Zarr {image.version}, got "
-            f"output_format={requested!r}; write output_format={required!r}, or leave it out"
+            f"labels must have the format of their image, {image.path} is an OME-Zarr {image.version}, got labels in "
+            "0.5; write them to a path of their own, or to an image in 0.5"
         )
-    return required
+    return "ome-zarr"
 
 
 def register_label(output: StoragePath) -> None:
@@ -81,37 +79,27 @@ def register_label(output: StoragePath) -> None:
     Idempotent. Other entries stay, and nothing is written if nothing changes.
     """
     image = parent_image(output)
-    if image is None:
+    if image is None or image.version != "0.5":
         return
-    file = "zarr.json" if image.version == "0.5" else ".zattrs"
     try:
-        own = json.loads((output / file).read_text())
+        own = json.loads((output / "zarr.json").read_text())
     except (OSError, ValueError):
         return
-    if "image-label" not in ome_attributes(own.get("attributes", {}) if image.version == "0.5" else own):
-        return
-    folder = output.parent
-    with locked_in_turn(folder.with_name(f"{LABELS}.oocpatch.lock"), str(folder), output.name):
-        if image.version == "0.5":
-            _register_v3(image.path, output.name)
-        else:
-            _register_v2(image.path, output.name)
+    if "image-label" in ome_attributes(own.get("attributes", {})):
+        folder = output.parent
+        with locked_in_turn(folder.with_name(f"{LABELS}.oocpatch.lock"), str(folder), output.name):
+            _register(image.path, output.name)
 
 
-def _with_label(ome: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the metadata of a list of labels with one more name."""
-    names = ome.get(LABELS)
-    names = list(names) if isinstance(names, list) else []
-    return {**ome, LABELS: names if name in names else [*names, name]}
-
-
-def _register_v3(image: StoragePath, name: str) -> None:
-    """Register a label in an image of Zarr 3."""
+def _register(image: StoragePath, name: str) -> None:
+    """Add a label to the list and to the consolidated metadata of an image."""
     file = image / LABELS / "zarr.json"
     metadata: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
     metadata = json.loads(file.read_text()) if file.exists() else metadata
     attributes = metadata.get("attributes") or {}
-    ome = _with_label({"version": "0.5", **(attributes.get("ome") or {})}, name)
+    ome = {"version": "0.5", **(attributes.get("ome") or {})}
+    names = ome[LABELS] if isinstance(ome.get(LABELS), list) else []
+    ome[LABELS] = names if name in names else [*names, name]
     labels = {**metadata, "attributes": {**attributes, "ome": ome}}
     text = json.dumps(labels, indent=2)
     root = json.loads((image / "zarr.json").read_text())
@@ -155,26 +143,3 @@ def _with_checksums(new_root: dict[str, Any], root: dict[str, Any], file: Storag
     metadata = {**new_root, "attributes": attributes}
     new_details[METADATA_CRC] = metadata_checksum(metadata, RECORD)
     return metadata
-
-
-def _register_v2(image: StoragePath, name: str) -> None:
-    """Register a label in an image of Zarr 2, whose consolidated metadata are a file of their own."""
-    folder = image / LABELS
-    file = folder / ".zattrs"
-    old = json.loads(file.read_text()) if file.exists() else {}
-    attributes = _with_label(old, name)
-    if not (folder / ".zgroup").exists():
-        (folder / ".zgroup").write_atomic(json.dumps({"zarr_format": 2}))
-    if attributes != old:
-        file.write_atomic(json.dumps(attributes, indent=2))
-    try:
-        root = json.loads((image / ".zmetadata").read_text())
-        nodes = json.loads((image / LABELS / name / ".zmetadata").read_text())["metadata"]
-    except (OSError, ValueError):
-        return
-    path = f"{LABELS}/{name}/"
-    others = {n: m for n, m in root["metadata"].items() if not n.startswith(path)}
-    group = {f"{LABELS}/.zgroup": {"zarr_format": 2}, f"{LABELS}/.zattrs": attributes}
-    new_root = {**root, "metadata": {**others, **group, **{f"{path}{n}": m for n, m in nodes.items()}}}
-    if new_root != root:
-        (image / ".zmetadata").write_atomic(json.dumps(new_root, indent=2))

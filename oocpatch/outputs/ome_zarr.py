@@ -15,14 +15,13 @@ metadata are written before, so that only voxels are missing after a crash.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray
 import zarr
-from zarr.abc.store import Store
 
 from oocpatch.outputs.coordinates import at_centres, json_attributes, scaled_coords, write_coords
 from oocpatch.planning.arguments import one_of
@@ -38,15 +37,13 @@ from oocpatch.volumes.volume import Volume
 ARRAY = "image"
 """Name of the array of each level."""
 
-ZARR_FORMATS: dict[str, Literal[2, 3]] = {"0.4": 2, "0.5": 3}
-
 RESERVED = frozenset({"OME"})
 """Names that a series of images uses itself."""
 
 
-def ome_version(plan: Plan) -> str | None:
-    """Return the OME-Zarr version of a plan's output; None if it is not an OME-Zarr."""
-    return {"ome-zarr": "0.5", "ome-zarr-0.4": "0.4"}.get(plan.parameters.get("output_format", "zarr"))
+def is_ome_zarr(plan: Plan) -> bool:
+    """Return whether the output of a plan is an OME-Zarr."""
+    return plan.parameters.get("output_format") == "ome-zarr"
 
 
 def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
@@ -103,38 +100,31 @@ class Image:
 def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Image, ...]:
     """Return the images of a plan's output; `levels` is that of the existing image whose labels the output is."""
     groups = image_groups(plan.heads)
-    first = next((h for h in plan.heads if not groups[h.name]), None)
-    own = levels if first is not None and first.labels else None
-    images = {} if first is None else {first.name: _image(plan, volume, first, "", own)}
-    levels = len(images[first.name].shapes) if first is not None else None
-    for head in plan.heads:
-        if head is not first:
-            # Labels must have as many levels as their image.
-            count = levels if groups[head.name].startswith("labels/") else None
-            images[head.name] = _image(plan, volume, head, groups[head.name], count)
-    return tuple(images[head.name] for head in plan.heads)
+    images: dict[str, Image] = {}
+    for head in sorted(plan.heads, key=lambda h: groups[h.name] != ""):  # the image before its labels
+        if (group := groups[head.name]).startswith("labels/"):
+            count: int | None = len(images[""].shapes)  # labels must have as many levels as their image
+        else:
+            count = None if group or not head.labels else levels
+        images[group] = _image(plan, volume, head, group, count)
+    return tuple(images[groups[head.name]] for head in plan.heads)
 
 
-def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | None = None) -> Image:
+def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | None) -> Image:
     """Return the image of a head, with a number of levels if one is given."""
-    looped = len(plan.axes) - plan.spatial
-    axes, scales, starts = [], [], []
-    for name, ratio in zip(plan.axes, head.scale, strict=True):
+    rows: list[tuple[OmeAxis, float, float, int, int, int]] = []
+    frame = plan.frames[plan.heads.index(head)].grid
+    for name, (times, per), n, chunk, size in zip(
+        plan.axes, head.scale, frame.shape, head.chunks, head.unit, strict=True
+    ):
         axis, scale, start = axis_transform(volume, name)
-        axes.append(axis)
-        scales.append(scale * ratio[1] / ratio[0])
-        starts.append(start + (ratio[1] / ratio[0] - 1) / 2 * scale)
-    shape = [-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True)]
-    chunks, unit = list(head.chunks), list(head.unit)
+        rows.append((axis, scale * per / times, start + (per / times - 1) / 2 * scale, n, chunk, size))
     if head.channel_axis is not None:  # NGFF wants time before channels
-        axes.insert(looped, OmeAxis(head.channel_axis, "channel"))
-        scales.insert(looped, 1.0)
-        starts.insert(looped, 0.0)
-        shape.insert(looped, head.out_channels)
-        chunks.insert(looped, 1)
-        unit.insert(looped, 1)
-    steps = halvings(tuple(shape), tuple(chunks), _comparable(axes, scales), plan.spatial, levels)
-    shapes, pyramid_levels = [tuple(shape)], [OmeLevel(f"scale0/{ARRAY}", tuple(scales), tuple(starts))]
+        channel = (OmeAxis(head.channel_axis, "channel"), 1.0, 0.0, head.out_channels, 1, 1)
+        rows.insert(len(plan.axes) - plan.spatial, channel)
+    axes, scales, starts, shape, chunks, unit = zip(*rows, strict=True)
+    steps = halvings(shape, chunks, _comparable(axes, scales), plan.spatial, levels)
+    shapes, pyramid_levels = [shape], [OmeLevel(f"scale0/{ARRAY}", scales, starts)]
     for number, step in enumerate(steps, 1):
         above = pyramid_levels[-1]
         shapes.append(level_shape(shapes[-1], step))
@@ -142,8 +132,8 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
         axis_values = zip(above.translation, above.scale, step, strict=True)
         centre = tuple(t + s * (f - 1) / 2 for t, s, f in axis_values)  # of the voxels that become the first one
         pyramid_levels.append(OmeLevel(f"scale{number}/{ARRAY}", larger, centre))
-    pyramid = Multiscale(tuple(axes), tuple(pyramid_levels), group.rpartition("/")[2] or head.name)
-    return Image(head, group, pyramid, tuple(shapes), steps, tuple(chunks), tuple(unit))
+    pyramid = Multiscale(axes, tuple(pyramid_levels), group.rpartition("/")[2] or head.name)
+    return Image(head, group, pyramid, tuple(shapes), steps, chunks, unit)
 
 
 def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
@@ -180,7 +170,7 @@ def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
     return OmeAxis(name, kind, unit), step, float(values[0])
 
 
-def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
+def _comparable(axes: Sequence[OmeAxis], scales: Sequence[float]) -> Sequence[float]:
     """Return the voxel sizes in a common unit; all equal if their units cannot be compared."""
     space = {axis.unit for axis in axes if axis.kind == "space"}
     if len(space) == 1:
@@ -190,53 +180,46 @@ def _comparable(axes: list[OmeAxis], scales: list[float]) -> list[float]:
     return [s * 10.0 ** METERS.get(axis.unit or "", 0) for axis, s in zip(axes, scales, strict=True)]
 
 
-def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[Image, ...], version: str) -> None:
+def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[Image, ...]) -> None:
     """Create groups, arrays of all levels, coordinates and metadata in the existing group of an output."""
-    store, zarr_format = path.store(), ZARR_FORMATS[version]
-    settings = {"fill_value": plan.parameters["output_fill"], "zarr_format": zarr_format}
+    store = path.store()
     for image in images:
         if image.group:
-            attributes = image_attributes(image, version)
-            zarr.create_group(store, path=image.group, zarr_format=zarr_format, attributes=attributes)
+            zarr.create_group(store, path=image.group, zarr_format=3, attributes=image_attributes(image))
         coords = _level_coords(image, scaled_coords(volume, plan, image.head))
         for level, shape, of_level in zip(image.paths, image.shapes, coords, strict=True):
             parent = level.removesuffix(f"/{ARRAY}")
-            zarr.create_group(store, path=parent, zarr_format=zarr_format)
-            write_coords(path / parent, of_level, {}, zarr_format)
-            _create_level(store, level, shape, image, {**settings, "attributes": json_attributes(volume)})
+            zarr.create_group(store, path=parent, zarr_format=3)
+            write_coords(path / parent, of_level, {})
+            chunks, unit = level_chunks(shape, image.chunks, image.unit)
+            zarr.create_array(
+                store,
+                name=level,
+                shape=shape,
+                chunks=chunks,
+                shards=unit if image.unit != image.chunks else None,
+                dtype=image.head.out_dtype,
+                zarr_format=3,
+                fill_value=plan.parameters["output_fill"],
+                dimension_names=[axis.name for axis in image.pyramid.axes],
+                attributes=json_attributes(volume),
+            )
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:
-        zarr.open_group(store, path="labels", zarr_format=zarr_format, mode="r+").attrs.update(
-            versioned_attributes({"labels": labels}, version)
-        )
+        zarr.open_group(store, path="labels", mode="r+").attrs.update(ome_attribute({"labels": labels}))
     if all(image.group for image in images):
-        series = versioned_attributes({"series": [image.group for image in images]}, version)
-        zarr.create_group(store, path="OME", zarr_format=zarr_format, attributes=series)
+        series = [image.group for image in images]
+        zarr.create_group(store, path="OME", zarr_format=3, attributes=ome_attribute({"series": series}))
 
 
-def root_attributes(images: tuple[Image, ...], version: str | None, *, in_parent: bool = False) -> dict[str, Any]:
+def root_attributes(images: tuple[Image, ...], *, in_parent: bool = False) -> dict[str, Any]:
     """Return the OME metadata of the output's group; with `in_parent`, it is labels of an existing image."""
-    if version is None:
+    if not images:
         return {}
     first = next((image for image in images if not image.group), None)
-    if first is None:
-        return versioned_attributes({"bioformats2raw.layout": 3}, version)
-    return image_attributes(first, version, in_parent=in_parent)
-
-
-def _create_level(store: Store, path: str, shape: Ints, image: Image, settings: dict[str, Any]) -> None:
-    """Create the array of a level."""
-    names = [axis.name for axis in image.pyramid.axes]
-    chunks, unit = level_chunks(shape, image.chunks, image.unit)
-    if settings["zarr_format"] == 3:
-        settings = {**settings, "dimension_names": names, "shards": unit if image.unit != image.chunks else None}
-    else:
-        attributes = {**settings["attributes"], "_ARRAY_DIMENSIONS": names}
-        keys = {"name": "v2", "separator": "/"}
-        # All readers take None for zero; with 0, xarray would interpret zeros as missing.
-        fill = settings["fill_value"] or None
-        settings = {**settings, "attributes": attributes, "chunk_key_encoding": keys, "fill_value": fill}
-    zarr.create_array(store, name=path, shape=shape, chunks=chunks, dtype=image.head.out_dtype, **settings)
+    return (
+        ome_attribute({"bioformats2raw.layout": 3}) if first is None else image_attributes(first, in_parent=in_parent)
+    )
 
 
 def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[dict[str, xarray.Variable]]:
@@ -264,7 +247,7 @@ def _level_coords(image: Image, finest: Mapping[str, xarray.Variable]) -> list[d
     return every
 
 
-def image_attributes(image: Image, version: str, *, in_parent: bool = False) -> dict[str, Any]:
+def image_attributes(image: Image, *, in_parent: bool = False) -> dict[str, Any]:
     """Return the OME metadata of an image as attributes of its group.
 
     Raises:
@@ -284,7 +267,7 @@ def image_attributes(image: Image, version: str, *, in_parent: bool = False) -> 
         }
         for level in image.pyramid.levels
     ]
-    multiscale: dict[str, Any] = {
+    multiscale = {
         "name": image.pyramid.name,
         "axes": axes,
         "datasets": datasets,
@@ -293,35 +276,23 @@ def image_attributes(image: Image, version: str, *, in_parent: bool = False) -> 
     }
     metadata: dict[str, Any] = {"multiscales": [multiscale]}
     if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
-        label: dict[str, Any] = (
-            {"source": {"image": "../../"}} if in_parent or image.group.startswith("labels/") else {}
-        )
-        metadata["image-label"] = label if version == "0.5" else {"version": version, **label}
-    if version == "0.4":
-        multiscale["version"] = version
-    attributes = versioned_attributes(metadata, version)
-    _validate(attributes, version)
+        has_source = in_parent or image.group.startswith("labels/")
+        metadata["image-label"] = {"source": {"image": "../../"}} if has_source else {}
+    attributes = ome_attribute(metadata)
+    if importlib.util.find_spec("yaozarrs") is not None:
+        from yaozarrs import v05  # noqa: PLC0415 - optional, and slow to import
+
+        v05.OMEAttributes.model_validate(attributes)
     return attributes
 
 
-def versioned_attributes(metadata: dict[str, Any], version: str) -> dict[str, Any]:
-    """Return OME metadata as attributes of a group.
+def ome_attribute(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return OME metadata as the attribute of a group.
 
-    >>> versioned_attributes({"labels": ["nuclei"]}, "0.5")
+    >>> ome_attribute({"labels": ["nuclei"]})
     {'ome': {'version': '0.5', 'labels': ['nuclei']}}
     """
-    return {"ome": {"version": version, **metadata}} if version == "0.5" else metadata
-
-
-def _validate(attributes: dict[str, Any], version: str) -> None:
-    if importlib.util.find_spec("yaozarrs") is None:
-        return
-    from yaozarrs import v04, v05  # noqa: PLC0415 - optional, and slow to import
-
-    if version == "0.5":
-        v05.OMEAttributes.model_validate(attributes)
-    else:
-        v04.Image.model_validate(attributes)
+    return {"ome": {"version": "0.5", **metadata}}
 
 
 def checked_output_format(value: str, volume: Volume) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,8 @@ def channel_settings(path: StoragePath, details: Mapping[str, Any], parameters: 
 def _image(path: StoragePath, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
     """Return the `omero` metadata of one image."""
     store = path.store()
-    attributes = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
-    ome: Any = attributes.get("ome", attributes)
-    axes = ome["multiscales"][0]["axes"]
+    attributes: Any = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
+    axes = attributes["ome"]["multiscales"][0]["axes"]
     channel = next((a for a, axis in enumerate(axes) if axis["type"] == "channel"), None)
     arrays = [zarr.open_array(store, path=level, mode="r") for level in levels]
     count = 1 if channel is None else arrays[0].shape[channel]
@@ -140,13 +139,6 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def with_omero(metadata: dict[str, Any], omero: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of an image's group with `omero`."""
-    if "ome" in metadata:
-        return {**metadata, "ome": {**metadata["ome"], "omero": omero}}
-    return {**metadata, "omero": omero}
-
-
 def write_channel_settings(
     path: StoragePath,
     settings: Mapping[str, Any],
@@ -163,27 +155,17 @@ def write_channel_settings(
         details: details of its record.
         update_details: replaces the details of the record.
     """
-    files = dict(_new_files(path, settings))
-    new_crcs = {name: text_checksum(text) for name, text in files.items()}
-    crcs = details.get("files")  # none in Zarr 2
-    if files and crcs is not None:
-        verify_files(path, details, files)
-        update_details({**details, DESCRIBED: new_crcs})
-    for name, text in files.items():
+    omero_of = {f"{group}/zarr.json": omero for group, omero in settings.items() if group}
+    verify_files(path, details, omero_of)
+    texts = {}
+    for name, omero in omero_of.items():
+        metadata = json.loads((path / name).read_text())
+        metadata["attributes"]["ome"]["omero"] = omero
+        texts[name] = json.dumps(metadata, indent=2)
+    crcs = {name: text_checksum(text) for name, text in texts.items()}
+    if texts:
+        update_details({**details, DESCRIBED: crcs})
+    for name, text in texts.items():
         (path / name).write_atomic(text)
     new_details = {name: value for name, value in details.items() if name != DESCRIBED}
-    return new_details if crcs is None else {**new_details, "files": {**crcs, **new_crcs}}
-
-
-def _new_files(path: StoragePath, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield path and new content of the metadata files of images in groups."""
-    for group, omero in settings.items():
-        if not group:
-            continue
-        if (path / group / "zarr.json").exists():
-            metadata = json.loads((path / group / "zarr.json").read_text())
-            metadata["attributes"] = with_omero(metadata["attributes"], omero)
-            yield f"{group}/zarr.json", json.dumps(metadata, indent=2)
-        else:
-            attributes = json.loads((path / group / ".zattrs").read_text())
-            yield f"{group}/.zattrs", json.dumps(with_omero(attributes, omero), indent=2)
+    return {**new_details, "files": {**details["files"], **crcs}}

@@ -23,16 +23,9 @@ from oocpatch.errors import CorruptData
 from oocpatch.outputs.coordinates import json_attributes, scaled_coords, write_coords
 from oocpatch.outputs.integrity import LEDGER, copy_ledger, other_files, verify_files
 from oocpatch.outputs.ome_labels import parent_image
-from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, ome_version, root_attributes
+from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, is_ome_zarr, root_attributes
 from oocpatch.outputs.omero import channel_settings, write_channel_settings
-from oocpatch.outputs.record import (
-    ATTRIBUTE,
-    METADATA,
-    OutputRecord,
-    group_format,
-    require_output,
-    write_record,
-)
+from oocpatch.outputs.record import ATTRIBUTE, METADATA, OutputRecord, require_output, write_record
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, unit_positions, worthwhile
 from oocpatch.planning.heads import Head
@@ -42,16 +35,14 @@ from oocpatch.storage.paths import LocalPath, StoragePath, consolidate
 from oocpatch.storage.zarrs_codec import StagedArray, sweep_aside
 from oocpatch.volumes.volume import Volume
 
-OME_ATTRIBUTES = frozenset({"ome", "multiscales", "image-label", "omero", "bioformats2raw.layout"})
-
 
 def create_output(
     path: StoragePath, plan: Plan, volume: Volume, workspace: StoragePath, previous: OutputRecord | None
 ) -> None:
     """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced."""
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
-    version, split, parent = ome_version(plan), is_tree(plan.heads), parent_image(path)
-    images = images_of(plan, volume, parent.levels if parent else None) if version else ()
+    split, parent = is_tree(plan.heads), parent_image(path)
+    images = images_of(plan, volume, parent.levels if parent else None) if is_ome_zarr(plan) else ()
     heads = tuple(h.name for h in plan.heads)
     members = heads if split else (*heads, *(str(n) for n in coords[0]))
     if images:
@@ -69,15 +60,15 @@ def create_output(
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
-    store, zarr_format = path.store(), 2 if version == "0.4" else 3
+    store = path.store()
     # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
-    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, version, in_parent=parent is not None)}
+    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, in_parent=parent is not None)}
     if previous is not None:
-        _replace(path, previous, attributes, zarr_format)
+        _replace(path, previous, attributes)
     else:
-        zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3 if zarr_format == 3 else 2)
-    if version:
-        create_images(path, plan, volume, images, version)
+        zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3)
+    if images:
+        create_images(path, plan, volume, images)
     else:
         if not split:
             write_coords(path, coords[0], attributes)
@@ -86,29 +77,18 @@ def create_output(
                 zarr.create_group(store, path=head.name)
                 write_coords(path / head.name, of_head, {})
             _create_array(store, head, plan, volume)
-    if zarr_format == 3:
-        files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
-        write_record(path, replace(record, details={**details, "files": files}))
+    files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
+    write_record(path, replace(record, details={**details, "files": files}))
 
 
-def _replace(path: StoragePath, previous: OutputRecord, attributes: Mapping[str, Any], zarr_format: int) -> None:
+def _replace(path: StoragePath, previous: OutputRecord, attributes: Mapping[str, Any]) -> None:
     """Delete what a previous run wrote, and replace its attributes."""
-    old_format = group_format(path)
-    store = path.store()
-    group = zarr.open_group(store, mode="r+", zarr_format=3 if old_format == 3 else 2, use_consolidated=False)
+    group = zarr.open_group(path.store(), mode="r+", zarr_format=3, use_consolidated=False)
     for name in previous.arrays:
         with contextlib.suppress(KeyError):
             del group[name]
-    foreign = {k: v for k, v in dict(group.attrs).items() if k not in {ATTRIBUTE, *OME_ATTRIBUTES}}
-    merged = {**foreign, **attributes}
-    if zarr_format == 3:
-        (path / METADATA).write_atomic(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": merged}))
-    else:
-        (path / ".zattrs").write_atomic(json.dumps(merged))
-        (path / ".zgroup").write_atomic(json.dumps({"zarr_format": 2}))
-    stale = (".zgroup", ".zattrs", ".zmetadata") if zarr_format == 3 else (METADATA, ".zmetadata")
-    for name in stale:
-        (path / name).unlink(missing_ok=True)
+    merged = {**{k: v for k, v in dict(group.attrs).items() if k not in {ATTRIBUTE, "ome"}}, **attributes}
+    (path / METADATA).write_atomic(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": merged}))
 
 
 def is_tree(heads: Sequence[Head]) -> bool:
@@ -118,7 +98,7 @@ def is_tree(heads: Sequence[Head]) -> bool:
 
 def array_paths(plan: Plan) -> list[str]:
     """Return the paths of the heads' arrays in the output."""
-    if ome_version(plan):
+    if is_ome_zarr(plan):
         groups = image_groups(plan.heads)
         return [f"{groups[head.name]}/scale0/{ARRAY}".strip("/") for head in plan.heads]
     return [f"{head.name}/{head.name}" if is_tree(plan.heads) else head.name for head in plan.heads]
@@ -126,7 +106,7 @@ def array_paths(plan: Plan) -> list[str]:
 
 def channel_position(plan: Plan) -> int:
     """Return the position of the channel axis in the arrays, if there is one: first, but in an OME-Zarr after time."""
-    return len(plan.axes) - plan.spatial if ome_version(plan) else 0
+    return len(plan.axes) - plan.spatial if is_ome_zarr(plan) else 0
 
 
 def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
@@ -234,9 +214,7 @@ class Output:
             self.path, settings, incomplete.details, lambda d: write_record(self.path, replace(incomplete, details=d))
         )
         record = replace(incomplete, details=recorded)
-        details = {**details, "plan": json.loads(self._plan.to_json())}
-        if group_format(self.path) == 3:  # Zarr 2 has no place for them
-            details["files"] = self._files(record, ledger)
+        details = {**details, "plan": json.loads(self._plan.to_json()), "files": self._files(record, ledger)}
         self.path.flush()
         consolidate(self.path)
         done = replace(record, complete=True, details={**record.details, **details})
@@ -271,7 +249,10 @@ def open_result(path: StoragePath) -> Result:
     consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
     result: Result
     if record.details.get("pyramids"):
-        arrays = {n: _finest(path, p).rename(n) for n, p in zip(heads, record.details["arrays"], strict=True)}
+        arrays = {}
+        for head, array in zip(heads, record.details["arrays"], strict=True):
+            group, _, name = array.rpartition("/")
+            arrays[head] = xarray.open_zarr((path / group).xarray_source(), consolidated=False)[name].rename(head)
         if record.details["tree"]:
             result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in arrays.items()})
         else:
@@ -285,14 +266,3 @@ def open_result(path: StoragePath) -> Result:
         if count := record.details.get(name, 0):
             result.attrs[name] = count
     return result
-
-
-def _finest(path: StoragePath, array: str) -> xarray.DataArray:
-    """Open the finest level of an image."""
-    parent, _, name = array.rpartition("/")
-    # In Zarr 2, xarray interprets the fill value as missing data.
-    dataset = xarray.open_zarr(
-        (path / parent).xarray_source(), consolidated=False, mask_and_scale=group_format(path) == 3
-    )
-    level: xarray.DataArray = dataset[name]
-    return level

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import zarr
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.outputs.ome_zarr import ome_version
+from oocpatch.outputs.ome_zarr import is_ome_zarr
 from oocpatch.outputs.record import require_output
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
@@ -278,7 +278,7 @@ def with_pyramids(plan: Plan, max_memory: int) -> Plan:
     Raises:
         PlanTooLarge: if that exceeds the limit.
     """
-    if ome_version(plan) is None:
+    if not is_ome_zarr(plan):
         return plan
     needed = OVERHEAD + max(_task_memory(plan, number) for number in range(len(plan.heads)))
     if needed > max_memory:

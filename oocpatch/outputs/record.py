@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import zarr
 
 from oocpatch.errors import CorruptData, OutputExists
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
-from oocpatch.outputs.omero import with_omero
 from oocpatch.storage.paths import LocalPath, StoragePath
 
 ATTRIBUTE = "oocpatch"
@@ -59,7 +57,7 @@ def inspect_output(path: StoragePath) -> OutputRecord | None:
         return None  # an empty directory, or a crash before its first file was renamed
     foreign = f"output must be a new path or an output of oocpatch, but {path} holds other data; choose another path"
     try:
-        group = zarr.open_group(path.store(), mode="r", zarr_format=group_format(path), use_consolidated=False)
+        group = zarr.open_group(path.store(), mode="r", zarr_format=3, use_consolidated=False)
         record: Any = group.attrs[ATTRIBUTE]
         return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
     except Exception as error:
@@ -92,11 +90,6 @@ def require_output(path: StoragePath) -> OutputRecord:
     return record
 
 
-def group_format(path: StoragePath) -> Literal[2, 3]:
-    """Return the Zarr format of a group; the newer one if a crash left metadata of both."""
-    return 2 if (path / ".zgroup").is_file() and not (path / METADATA).is_file() else 3
-
-
 def array_path(record: OutputRecord, head: str) -> str:
     """Return the path of a head's array in the output."""
     details = record.details
@@ -116,14 +109,11 @@ def write_record(path: StoragePath, record: OutputRecord, *, consolidated: bool 
         CorruptData: if the metadata were changed after they were written.
     """
     try:
-        if group_format(path) == 2:
-            _write_record_v2(path, record, omero)
-            return
         file = path / METADATA
         metadata = json.loads(file.read_text())
         metadata.setdefault("attributes", {})[ATTRIBUTE] = record.to_dict()
         if omero:
-            metadata["attributes"] = with_omero(metadata["attributes"], omero)
+            metadata["attributes"]["ome"]["omero"] = omero
         members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(
@@ -132,25 +122,9 @@ def write_record(path: StoragePath, record: OutputRecord, *, consolidated: bool 
         ) from error
     metadata.pop("consolidated_metadata", None)
     if consolidated:
-        _keep_listed(members, record)
+        # labels of an image may have been written by other programs
+        listed = {*record.arrays, *(("labels",) if record.details.get("pyramids") else ())}
+        members = {name: member for name, member in members.items() if name.split("/")[0] in listed}
         metadata["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
         metadata["attributes"][ATTRIBUTE]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
     file.write_atomic(json.dumps(metadata, indent=2))
-
-
-def _write_record_v2(path: StoragePath, record: OutputRecord, omero: Any) -> None:
-    """Replace the record of a group of Zarr 2, whose consolidated metadata are a file of their own."""
-    consolidated = json.loads((path / ".zmetadata").read_text())
-    _keep_listed(consolidated["metadata"], record, {".zattrs", ".zgroup"})
-    attributes = {**json.loads((path / ".zattrs").read_text()), ATTRIBUTE: record.to_dict()}
-    attributes = with_omero(attributes, omero) if omero else attributes
-    consolidated["metadata"][".zattrs"] = attributes
-    (path / ".zmetadata").write_atomic(json.dumps(consolidated, indent=2))
-    (path / ".zattrs").write_atomic(json.dumps(attributes, indent=2))
-
-
-def _keep_listed(members: dict[str, Any], record: OutputRecord, others: AbstractSet[str] = frozenset()) -> None:
-    """Drop members that the record does not list, except labels of its image, which other programs may have written."""
-    labels = {"labels"} if record.details.get("pyramids") else set()
-    for name in [n for n in members if n.split("/")[0] not in {*record.arrays, *others, *labels}]:
-        del members[name]

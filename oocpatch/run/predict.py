@@ -135,8 +135,7 @@ def predict(
         output_chunks: chunks of the output, spatial; default: those of the volume, if reasonable.
         output_shards: shards of the output, spatial; multiples of its chunks.
         output_fill: value of voxels that no patch covers.
-        output_format: `"zarr"`; `"ome-zarr"` with a pyramid, as NGFF 0.5, or `"ome-zarr-0.4"`; `"auto"`: an OME-Zarr
-            where the volume is one.
+        output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
 
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.

@@ -176,10 +176,6 @@ def _record(path: StoragePath) -> tuple[dict[str, Any], OutputRecord | None, lis
         record = find_output(path)
         if record is None:
             raise ValueError(f"there is no output at {path}: it is an empty directory")
-        if (path / ".zgroup").is_file():
-            raise ValueError(
-                f"{path} keeps no checksums: Zarr 2, that is output_format='ome-zarr-0.4', has no place for them"
-            )
         metadata: dict[str, Any] = json.loads((path / "zarr.json").read_text())
     except OutputExists:
         if not _keeps_ledger(path):

@@ -22,18 +22,16 @@ SETTINGS = {"patch_size": 8, "output_chunks": 8, "postprocess": "threshold:2.5",
 
 
 def listed(image: Path) -> Any:
-    if (image / "labels/zarr.json").exists():
-        return json.loads((image / "labels/zarr.json").read_text())["attributes"]["ome"]["labels"]
-    return json.loads((image / "labels/.zattrs").read_text())["labels"]
+    return json.loads((image / "labels/zarr.json").read_text())["attributes"]["ome"]["labels"]
 
 
 def label(image: Path, name: str, **more: Any) -> Any:
     return oocpatch.predict(image, torch.nn.Identity(), image / "labels" / name, **{**SETTINGS, **more})
 
 
-@pytest.fixture(params=["ome-zarr", "ome-zarr-0.4"])
-def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    RUNS["2-D"].predict(tmp_path / "in.zarr", output_format=request.param)
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    RUNS["2-D"].predict(tmp_path / "in.zarr")
     return tmp_path / "in.zarr"
 
 
@@ -48,39 +46,35 @@ def test_labels_of_an_image_are_listed_and_found(image: Path) -> None:
     tree = xarray.open_datatree(image, engine="zarr")  # by consolidated metadata
     assert_array_equal(tree["labels/nuclei/scale0/image"], values)
     assert_array_equal(zarr.open_group(image, mode="r")["labels/nuclei/scale0/image"], values)
-    if (image / "zarr.json").exists():
-        assert oocpatch.verify(image).passed
-        assert oocpatch.verify(image / "labels/nuclei").passed
+    assert oocpatch.verify(image).passed
+    assert oocpatch.verify(image / "labels/nuclei").passed
     assert sorted(p.name for p in image.rglob("*oocpatch.lock*")) == []
 
 
 def test_what_others_wrote_stays(image: Path) -> None:
-    old = 2 if (image / ".zgroup").exists() else 3
-    theirs = {"labels": ["theirs"], "note": 5}
-    attributes = {"ome": {"version": "0.5", **theirs}, "own": 1} if old == 3 else {**theirs, "own": 1}
-    group = zarr.create_group(image / "labels", zarr_format=old, attributes=attributes)
+    attributes = {"ome": {"version": "0.5", "labels": ["theirs"], "note": 5}, "own": 1}
+    group = zarr.create_group(image / "labels", zarr_format=3, attributes=attributes)
     group.create_array("theirs", data=np.arange(5))
-    before = (image / "zarr.json").read_bytes() if old == 3 else (image / ".zattrs").read_bytes()
+    before = (image / "zarr.json").read_bytes()
     label(image, "nuclei")
     assert listed(image) == ["theirs", "nuclei"]
     found = dict(zarr.open_group(image / "labels", mode="r", use_consolidated=False).attrs)
     assert found["own"] == 1
-    assert found.get("ome", found)["note"] == 5
+    assert found["ome"]["note"] == 5
     assert zarr.open_array(image / "labels/theirs", mode="r")[...].tolist() == [0, 1, 2, 3, 4]
     label(image, "nuclei", postprocess="threshold:2", overwrite=True)
     assert listed(image) == ["theirs", "nuclei"]
-    after = (image / "zarr.json").read_bytes() if old == 3 else (image / ".zattrs").read_bytes()
-    told = [json.loads(text) for text in (before, after)]
+    told = [json.loads(text) for text in (before, (image / "zarr.json").read_bytes())]
     for one in told:
         one.pop("consolidated_metadata", None)
-        one.get("attributes", one)["oocpatch"]["details"].pop("metadata_crc", None)
+        one["attributes"]["oocpatch"]["details"].pop("metadata_crc", None)
     assert told[0] == told[1]
 
 
 def test_the_same_call_again_lists_labels_that_a_crash_left_out(image: Path) -> None:
     label(image, "nuclei")
     shutil.copytree(image, image.with_name("whole.zarr"))
-    lists = image / "labels" / ("zarr.json" if (image / "zarr.json").exists() else ".zattrs")
+    lists = image / "labels/zarr.json"
     lists.unlink()
     label(image, "nuclei")
     assert listed(image) == ["nuclei"]
@@ -92,8 +86,7 @@ def test_the_same_call_again_lists_labels_that_a_crash_left_out(image: Path) -> 
 
 def test_an_image_that_is_replaced_still_lists_the_labels_beside_it(image: Path) -> None:
     label(image, "nuclei")
-    version = "ome-zarr" if (image / "zarr.json").exists() else "ome-zarr-0.4"
-    RUNS["2-D"].predict(image, output_format=version, overwrite=True)
+    RUNS["2-D"].predict(image, overwrite=True)
     still_listed(image)
 
 
@@ -122,11 +115,18 @@ def test_labels_beside_heads_that_a_run_wrote_keep_its_checksums_right(tmp_path:
     assert ome_faults(tmp_path / "in.zarr") == []
 
 
-def test_scores_among_labels_are_not_listed_and_another_format_is_refused(image: Path) -> None:
+def test_scores_among_labels_are_not_listed(image: Path) -> None:
     label(image, "scores", postprocess=None)
     assert not (image / "labels/zarr.json").exists()
-    assert not (image / "labels/.zattrs").exists()
-    other = "ome-zarr-0.4" if (image / "zarr.json").exists() else "ome-zarr"
-    with pytest.raises(ValueError, match=r"labels must have the format of their image, .* is an OME-Zarr 0"):
-        label(image, "nuclei", output_format=other)
-    assert not (image / "labels/nuclei").exists()
+
+
+@pytest.mark.parametrize("output_format", ["auto", "ome-zarr"])
+def test_labels_of_an_image_in_0_4_are_refused(output_format: str, tmp_path: Path) -> None:
+    image = tmp_path / "image.zarr"
+    axes = [{"name": name, "type": "space"} for name in "yx"]
+    levels = {"axes": axes, "datasets": [{"path": "0"}], "version": "0.4"}
+    group = zarr.create_group(image, zarr_format=2, attributes={"multiscales": [levels]})
+    group.create_array("0", data=np.ones((16, 16), np.float32))
+    with pytest.raises(ValueError, match=r"labels must have the format of their image, .* is an OME-Zarr 0\.4, got"):
+        label(image, "nuclei", output_format=output_format)
+    assert not (image / "labels").exists()
