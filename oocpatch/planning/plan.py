@@ -27,7 +27,7 @@ from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.sweep import axis_totals
 
 FORMAT = 3
-"""Version of the plan's JSON and of the workspace's layout: no other version is read."""
+"""Version of the plan's JSON and of the workspace's layout."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,12 @@ class Plan:
         return json.dumps({**derived, **record}, indent=1, default=list)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str, *, older: bool = False) -> Plan:
         """Return the plan that `to_json` wrote.
+
+        Args:
+            text: the JSON.
+            older: accept a plan of format 2, as complete outputs have it; its runs cannot be continued.
 
         Raises:
             ValueError: when the text is not the JSON of a plan.
@@ -231,13 +235,15 @@ class Plan:
         record = json.loads(text)
         if "format" not in record:
             raise ValueError("the JSON of a plan must have a 'format', as Plan.to_json() writes it")
-        if record["format"] != FORMAT:
+        if record["format"] == 2 and older:
+            record = _upgraded(record)
+        elif record["format"] != FORMAT:
             raise RunMismatch(
                 f"the plan must have format {FORMAT}, got {record['format']!r} of another version of oocpatch; "
                 "finish the run with that version, or start afresh with overwrite=True",
                 ("format",),
             )
-        values = {f.name: _tuples(record[f.name]) for f in fields(cls)}
+        values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name in record}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["io_strategy"] = IoStrategy(**record["io_strategy"])
@@ -284,6 +290,17 @@ class Plan:
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }
         return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+
+def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON of a plan of format 2 with the names of format 3."""
+    aligned, ahead, threads = (record["way"][name] for name in ("aligned", "ahead", "io_threads"))
+    return {
+        **record,
+        "io_strategy": {"aligned_reads": aligned, "prefetch": ahead, "threads": threads},
+        "may_skip": record["skips"],
+        "model_note": record["note"],
+    }
 
 
 def _scales(scale: tuple[Scale, ...]) -> str:

@@ -200,7 +200,7 @@ def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[Sto
         workspace = Workspace.find(workspace_root(record))
         return None if workspace is None else (workspace.plan, segments(workspace.root))
     try:
-        plan = Plan.from_json(json.dumps(record.details["plan"]))
+        plan = Plan.from_json(json.dumps(record.details["plan"]), older=True)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} keeps no checksums that this version can read; only outputs of predict() do "

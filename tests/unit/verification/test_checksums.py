@@ -20,6 +20,9 @@ import xarray as xr
 import zarr
 
 import oocpatch
+from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
+from oocpatch.outputs.record import ATTRIBUTE
+from oocpatch.planning.plan import Plan
 from tests.support import crash_child
 from tests.support.children import file_digests
 from tests.support.crash_child import Job, scripted_model
@@ -424,3 +427,25 @@ def test_a_check_of_something_else_is_refused_in_one_message(
     assert (ended, out) == (code, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_outputs_of_the_format_before_are_verified_and_its_unfinished_runs_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    oocpatch.predict(np.ones((24, 24), np.float32), "identity", path, patch_size=8, progress=False)
+    metadata = json.loads((path / "zarr.json").read_text())
+    details = metadata["attributes"]["oocpatch"]["details"]
+    plan = details["plan"]
+    strategy = plan.pop("io_strategy")
+    plan |= {
+        "format": 2,
+        "way": {"aligned": strategy["aligned_reads"], "ahead": strategy["prefetch"], "io_threads": strategy["threads"]},
+        "skips": plan.pop("may_skip"),
+        "note": plan.pop("model_note"),
+    }
+    for name in ("box", "skip_value", "output_fill", "allow_nonfinite"):
+        del plan[name]
+    details[METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    assert oocpatch.verify(path).passed
+    with pytest.raises(oocpatch.RunMismatch, match="must have format 3, got 2 of another version of oocpatch"):
+        Plan.from_json(json.dumps(plan))
