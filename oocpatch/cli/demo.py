@@ -33,6 +33,8 @@ from oocpatch.errors import OutputExists
 from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import human
+from oocpatch.visualization.canvas import Figure, Panel
+from oocpatch.visualization.colormaps import heat
 
 PATCH, OVERLAP, CHUNK = 96, 32, 64
 PITCH = 17
@@ -46,9 +48,7 @@ GAIN, OFFSET, READ_NOISE = 12.0, 100.0, 600.0
 """The camera: counts per photon, counts of no light, variance of its own noise."""
 
 MARK = "oocpatch_demo"
-PAPER, INK, MUTED = (13, 17, 23), (230, 237, 243), (139, 148, 158)
 GREEN, PINK, AMBER = (63, 185, 130), (247, 90, 160), (250, 180, 60)
-HEAT = ((0, 0.25, 0.5, 0.75, 1), ((8, 8, 24), (84, 22, 109), (187, 55, 84), (249, 140, 10), (252, 253, 190)))
 
 Array = npt.NDArray[Any]
 Zarr = zarr.Array[Any]
@@ -287,9 +287,9 @@ def run_demo(
     png = stem.with_name(stem.name + ".png")
     picture: Path | None = png
     try:
-        draw(png, volume, prediction, truth, score=score, footer=footer)
+        png.write_bytes(figure(volume, prediction, truth, score=score, footer=footer).png())
         log(f"picture: {png}")
-    except ImportError:
+    except ValueError:
         picture = None
         log("no picture: Pillow is not installed; pip install 'oocpatch[demo]'")
     if keep:
@@ -354,45 +354,32 @@ def dice(prediction: Zarr, truth: Zarr) -> float:
     return 2 * common / total if total else 1.0
 
 
-def draw(path: Path, volume: Zarr, prediction: Zarr, truth: Zarr, *, score: float, footer: str) -> None:
-    """Draw the middle slice, and a part of it magnified, as a PNG.
-
-    Raises:
-        ImportError: without Pillow.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
+def figure(volume: Zarr, prediction: Zarr, truth: Zarr, *, score: float, footer: str) -> Figure:
+    """Return the middle slice of volume, prediction and verdict, whole and magnified."""
     middle, size = volume.shape[0] // 2, volume.shape[1]
     counts, scores, truths = (np.asarray(a[middle], np.float32) for a in (volume, prediction, truth))
     low, high = np.percentile(counts, (1, 99.8))
-    grey = np.clip((counts - low) / (high - low), 0, 1) ** 0.7
+    shown = np.repeat(np.clip((counts - low) / (high - low), 0, 1)[..., None] ** 0.7, 3, axis=-1)
     hit, true = scores > 0.5, truths > 0
-    verdict = np.repeat(0.45 * grey[..., None], 3, axis=-1)
+    verdict = 0.45 * shown
     for where, colour in ((hit & true, GREEN), (hit & ~true, PINK), (~hit & true, AMBER)):
-        verdict[where] = 0.35 * grey[where][:, None] + 0.65 * np.array(colour) / 255
-    heat = np.stack([np.interp(scores, HEAT[0], np.array(c) / 255) for c in zip(*HEAT[1], strict=True)], axis=-1)
-    columns = (
-        (np.repeat(grey[..., None], 3, axis=-1), [("volume", INK), ("uneven light, haze, noise", MUTED)]),
-        (heat, [("prediction", INK), ("probability of nucleus, blended", MUTED)]),
-        (verdict, [(f"truth: Dice {score:.3f}", INK), ("found", GREEN), ("missed", AMBER), ("invented", PINK)]),
-    )
-    edge, gap, top = 480, 24, 96
+        verdict[where] = 0.35 * shown[where] + 0.65 * np.array(colour) / 255
+    columns = {"volume": shown, "prediction: probability of nucleus": heat(scores), "truth and prediction": verdict}
     zoom = min(size, max(64, size // 4))
-    corner = (size - zoom) // 2, max(0, size // 4 - zoom // 2)  # tissue on the lit side
-    canvas = Image.new("RGB", (3 * edge + 4 * gap, top + 2 * (edge + gap) + 40), PAPER)
-    pen, fonts = ImageDraw.Draw(canvas), {n: ImageFont.load_default(n) for n in (15, 18, 24)}
-    title = f"oocpatch demo: slice {middle} of {' x '.join(map(str, volume.shape))} voxels, whole and magnified"
-    pen.text((gap, 18), title, INK, fonts[24])
-    for k, (values, captions) in enumerate(columns):
-        at = gap + k * (edge + gap)
-        picture = Image.fromarray(np.uint8(255 * np.clip(values, 0, 1)))
-        part = picture.crop((corner[1], corner[0], corner[1] + zoom, corner[0] + zoom))
-        canvas.paste(picture.resize((edge, edge), Image.Resampling.LANCZOS), (at, top))
-        canvas.paste(part.resize((edge, edge), Image.Resampling.BICUBIC), (at, top + edge + gap))
-        x, y = at + corner[1] * edge / size, top + corner[0] * edge / size
-        pen.rectangle((x, y, x + zoom * edge / size, y + zoom * edge / size), outline=INK, width=2)
-        for text, colour in captions:
-            pen.text((at, top - 10), text, colour, fonts[18], anchor="ls")
-            at += 14 + round(pen.textlength(text, fonts[18]))
-    pen.text((gap, top + 2 * (edge + gap)), footer, MUTED, fonts[15])
-    canvas.save(path)
+    top, left = max(0, size // 4 - zoom // 2), (size - zoom) // 2  # tissue on the lit side
+    part = np.s_[top : top + zoom, left : left + zoom]
+    return Figure(
+        rows=(
+            tuple(Panel(_resized(values), name) for name, values in columns.items()),
+            tuple(Panel(_resized(values[part]), "magnified") for values in columns.values()),
+        ),
+        title=f"oocpatch demo: slice {middle} of {' x '.join(map(str, volume.shape))} voxels, Dice {score:.3f}",
+        subtitle=footer,
+        legend=((GREEN, "found"), (AMBER, "missed"), (PINK, "invented")),
+    )
+
+
+def _resized(picture: Array, edge: int = 480) -> Array:
+    """Return a square picture `(n, n, 3)` with another number of pixels, the nearest ones."""
+    at = np.arange(edge) * len(picture) // edge
+    return np.asarray(picture[at][:, at])

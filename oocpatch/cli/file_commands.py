@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from oocpatch.cli.types import SIZE
+from oocpatch.cli.types import size
 
 _option = functools.partial(click.option, show_default=True)
 KINDS = ("auto", "labels", "scores", "image", "rgb")
@@ -24,8 +24,8 @@ _json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("output", metavar="OUT.zarr")
 @_option("--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names.")
 @_option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
-@_option("--chunks", type=SIZE, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
-@_option("--shards", type=SIZE, help="Shards in voxels, multiples of the chunks; default: none.")
+@_option("--chunks", type=size, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
+@_option("--shards", type=size, help="Shards in voxels, multiples of the chunks; default: none.")
 @_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
 @_option(
     "--progress",

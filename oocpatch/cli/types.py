@@ -139,23 +139,9 @@ def per_head(allowed: Collection[str] = ()) -> Callable[[Any], str | dict[str, s
     return read
 
 
-class Reader(click.ParamType[Any]):
-    """A type of click that reads a value by a function, from text and from TOML alike."""
-
-    def __init__(self, name: str, read: Callable[[Any], Any]) -> None:
-        self.name = name
-        self._read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._read(value)
-        except click.BadParameter as error:
-            self.fail(error.message, param, ctx)
-        except (TypeError, ValueError, AttributeError):
-            self.fail(f"got {value!r}.", param, ctx)
-
-
-READERS: dict[str, Callable[[Any], Any]] = {
+READERS: dict[str, Any] = {
+    "int": int,
+    "float": float,
     "size": size,
     "size_or_auto": size_or_auto,
     "box": box,
@@ -164,7 +150,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "number": number,
     "names": names,
 }
-SIZE = Reader("size", size)
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -212,10 +197,8 @@ def _run_option(field: dataclasses.Field[Any], *, required: bool) -> Callable[[C
     elif kind == "choice":
         settings |= {"type": click.Choice(facts["choices"]), "default": field.default or None}
     elif kind == "per_head":
-        settings["type"] = Reader("per_head", per_head(facts["choices"]))
+        settings["type"] = per_head(facts["choices"])
         settings["metavar"] = facts["metavar"] or f"[{'|'.join(facts['choices'])}]"
     else:
-        settings["type"] = (
-            Reader(kind, READERS[kind]) if kind in READERS else {"int": int, "float": float}.get(kind, str)
-        )
+        settings["type"] = READERS.get(kind, str)
     return click.option(flag, field.name, **settings)

@@ -58,7 +58,7 @@ LIBRARIES = {
     "xarray": "xarray",
     "__init__": "lazy_loader",
     "cli": "click numpy",
-    "cli/demo": "torch zarr PIL tqdm psutil",
+    "cli/demo": "torch zarr psutil",
     "cli/doctor": "torch zarr psutil",
 }
 """The outside libraries of a package, and what one module of it may import besides."""

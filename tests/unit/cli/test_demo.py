@@ -20,6 +20,7 @@ from oocpatch.cli import demo
 from oocpatch.cli.demo import DemoReport, NucleusNet, Specimen, dice, make_volume, peak_memory, run_demo
 from oocpatch.errors import OutputExists
 from oocpatch.planning.box import Box
+from oocpatch.visualization.canvas import CAPTION, GAP, TOP
 from tests.support import oracle
 
 Array = np.ndarray[Any, Any]
@@ -169,7 +170,8 @@ def test_without_keep_only_the_picture_stays(tmp_path: Path) -> None:
 
 
 def test_without_pillow_there_is_a_line_instead_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
     said: list[str] = []
     report = run_demo(tmp_path, size=64, max_memory="96MiB", progress="none", log=said.append)
     assert report.picture is None
@@ -179,7 +181,7 @@ def test_without_pillow_there_is_a_line_instead_of_a_picture(tmp_path: Path, mon
 
 def test_the_picture_shows_volume_prediction_and_verdict_side_by_side(shown: Shown) -> None:
     assert shown.report.picture is not None
-    edge, gap, top, middle = 480, 24, 96, SIZE // 2
+    edge, gap, top, middle = 480, GAP, TOP + CAPTION, SIZE // 2
     with Image.open(shown.report.picture) as picture:
         panels = [
             np.asarray(picture.crop((at, top, at + edge, top + edge)).resize((SIZE, SIZE), Image.Resampling.BOX), float)
