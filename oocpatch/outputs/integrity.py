@@ -30,13 +30,7 @@ METADATA_CRC = "metadata_crc"
 
 
 def copy_ledger(source: StoragePath, target: StoragePath, blocks: int) -> int:
-    """Write the latest record of each stage of each block to a new file, atomically, and return its CRC.
-
-    Args:
-        source: a ledger.
-        target: the new file.
-        blocks: number of blocks.
-    """
+    """Write the latest record of each stage of each block in a ledger to a file, atomically, and return its CRC."""
     crc = 0
 
     def lines() -> Iterator[bytes]:
@@ -52,10 +46,10 @@ def copy_ledger(source: StoragePath, target: StoragePath, blocks: int) -> int:
 def latest_lines(
     source: StoragePath, blocks: int, *, without: frozenset[tuple[str, int]] = frozenset(), plain: bool = True
 ) -> Iterator[bytes]:
-    """Yield the latest record of each stage of each block as lines of a journal.
+    """Yield the latest record of each stage of each block in a ledger as lines of a journal.
 
     Args:
-        source: a ledger.
+        source: the ledger.
         blocks: number of blocks.
         without: stages and blocks whose records are left out.
         plain: whether to leave out times and notes, so that equal runs have equal files.
@@ -69,10 +63,7 @@ def latest_lines(
 def other_files(path: StoragePath, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:
     """Yield the paths in the output of files that are neither write units nor the metadata of its group.
 
-    Args:
-        path: the output.
-        members: names of the arrays and groups that the run wrote.
-        arrays: paths of the arrays with the write units.
+    `members` are the names of arrays and groups that the run wrote, `arrays` the paths of those with write units.
     """
     units = {f"{array}/c" for array in arrays}
     for member in members:

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
+from oocpatch.outputs.record import ATTRIBUTE
 from oocpatch.storage.checksums import file_checksum, text_checksum
 from oocpatch.storage.locks import locked_in_turn
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.ome_metadata import ome_attributes
 
 LABELS = "labels"
-RECORD = "oocpatch"
-"""The attribute with the record of an image that oocpatch wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +130,15 @@ def _node(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _with_checksums(new_root: dict[str, Any], root: dict[str, Any], file: StoragePath, text: str) -> dict[str, Any]:
     """Return the new metadata of an image with updated checksums, if oocpatch wrote it and the old ones were right."""
-    record = (root.get("attributes") or {}).get(RECORD)
+    record: Any = (root.get("attributes") or {}).get(ATTRIBUTE)
     details = record.get("details") if isinstance(record, dict) else None
-    if record is None or not isinstance(details, dict) or details.get(METADATA_CRC) != metadata_checksum(root, RECORD):
+    if not isinstance(details, dict) or details.get(METADATA_CRC) != metadata_checksum(root, ATTRIBUTE):
         return new_root
     files, name = dict(details.get("files") or {}), f"{LABELS}/zarr.json"
     if name in files and file.exists() and files[name] == file_checksum(file):
         files[name] = text_checksum(text)
     new_details = {**details, "files": files} if files else dict(details)
-    attributes = {**new_root["attributes"], RECORD: {**record, "details": new_details}}
+    attributes = {**new_root["attributes"], ATTRIBUTE: {**record, "details": new_details}}
     metadata = {**new_root, "attributes": attributes}
-    new_details[METADATA_CRC] = metadata_checksum(metadata, RECORD)
+    new_details[METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
     return metadata

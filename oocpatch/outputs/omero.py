@@ -39,10 +39,7 @@ FRACTIONS = frozenset({"softmax", "sigmoid"})
 def channel_settings(path: StoragePath, details: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `omero` metadata of the images of an output by their groups; labels have none.
 
-    Args:
-        path: the output; all its levels are complete.
-        details: details of its record.
-        parameters: parameters of its record.
+    All levels of the output must be complete; `details` and `parameters` are those of its record.
     """
     settings = {}
     for head, pyramid in zip(details["heads"], details.get("pyramids") or (), strict=False):
@@ -149,11 +146,8 @@ def write_channel_settings(
 
     The new CRCs are recorded before, so that after a crash each file has one of its two recorded CRCs.
 
-    Args:
-        path: the output.
-        settings: `omero` of the images by their groups; that of the output's own group is written by `write_record`.
-        details: details of its record.
-        update_details: replaces the details of the record.
+    `settings` are those of `channel_settings`; that of the output's own group is written by `write_record`. The details
+    of the output's record are replaced by `update_details`.
     """
     omero_of = {f"{group}/zarr.json": omero for group, omero in settings.items() if group}
     verify_files(path, details, omero_of)

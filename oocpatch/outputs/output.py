@@ -72,11 +72,11 @@ def create_output(
     else:
         if not split:
             write_coords(path, coords[0], attributes)
-        for head, of_head in zip(plan.heads, coords, strict=True):
+        for number, head in enumerate(plan.heads):
             if split:
                 zarr.create_group(store, path=head.name)
-                write_coords(path / head.name, of_head, {})
-            _create_array(store, head, plan, volume)
+                write_coords(path / head.name, coords[number], {})
+            _create_array(store, number, plan, volume)
     files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
     write_record(path, replace(record, details={**details, "files": files}))
 
@@ -109,15 +109,14 @@ def channel_position(plan: Plan) -> int:
     return len(plan.axes) - plan.spatial if is_ome_zarr(plan) else 0
 
 
-def _create_array(store: Store, head: Head, plan: Plan, volume: Volume) -> None:
+def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None:
+    head = plan.heads[number]
     channel = () if head.channel_axis is None else (head.channel_axis,)
-    channels = () if head.channel_axis is None else (head.out_channels,)
-    ones = tuple(1 for _ in channels)
-    shape = tuple(-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True))
+    ones = (1,) * len(channel)
     zarr.create_array(
         store,
-        name=array_paths(plan)[plan.heads.index(head)],
-        shape=(*channels, *shape),
+        name=array_paths(plan)[number],
+        shape=(*(head.out_channels for _ in channel), *plan.frames[number].grid.shape),
         chunks=(*ones, *head.chunks),
         shards=(*ones, *head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
@@ -185,19 +184,15 @@ class Output:
         values = np.moveaxis(values, 0, self._channel) if channels else values[0]
         staged = self._staged[head]
         if staged is None:
-            self._arrays[head][selection] = values
-            crcs = [self._store.pop(key) for key in self._keys(head, selection)]
+            array = self._arrays[head]
+            array[selection] = values
+            keys = map(array.metadata.encode_chunk_key, unit_positions(array.shards or array.chunks, selection))
+            crcs = [self._store.pop(f"{self._paths[head]}/{key}") for key in keys]
         else:
             crcs = staged.write(selection, values)
         units = units_of(box, self._heads[head].unit).shape
         grid = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
         written.add(head, box, np.moveaxis(grid, self._channel, 0))
-
-    def _keys(self, head: int, selection: tuple[slice, ...]) -> Iterator[str]:
-        """Yield the keys of the write units of a selection, in C order."""
-        array = self._arrays[head]
-        for position in unit_positions(array.shards or array.chunks, selection):
-            yield f"{self._paths[head]}/{array.metadata.encode_chunk_key(position)}"
 
     def complete(self, details: Mapping[str, Any], ledger: StoragePath) -> None:
         """Flush the output to disk, consolidate its metadata, and mark it complete in its record.
@@ -214,19 +209,15 @@ class Output:
             self.path, settings, incomplete.details, lambda d: write_record(self.path, replace(incomplete, details=d))
         )
         record = replace(incomplete, details=recorded)
-        details = {**details, "plan": json.loads(self._plan.to_json()), "files": self._files(record, ledger)}
+        verify_files(self.path, record.details)
+        copy = f"{self._paths[0]}/{LEDGER}"
+        files = {**record.details["files"], copy: copy_ledger(ledger, self.path / copy, self._plan.blocks)}
+        details = {**record.details, **details, "plan": json.loads(self._plan.to_json()), "files": files}
         self.path.flush()
         consolidate(self.path)
-        done = replace(record, complete=True, details={**record.details, **details})
+        done = replace(record, complete=True, details=details)
         write_record(self.path, done, consolidated=True, omero=settings.get(""))
         self.path.flush()  # before anything deletes what a resume would need
-
-    def _files(self, record: OutputRecord, ledger: StoragePath) -> dict[str, int]:
-        """Store the ledger in the output, and return the CRCs of all files that are not write units."""
-        verify_files(self.path, record.details)
-        name = f"{self._paths[0]}/{LEDGER}"
-        crc = copy_ledger(ledger, self.path / name, self._plan.blocks)
-        return {**record.details["files"], name: crc}
 
     def _sweep(self, record: OutputRecord) -> None:
         """Delete the temporary files of a crash in the middle of a chunk."""

@@ -13,7 +13,6 @@ pyramids are.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -141,11 +140,8 @@ class Level:
 
     def build(self, region: Box) -> None:
         """Compute and write one region. Idempotent: writes only its own, whole write units."""
-        out = self._compute(region)
-        if self.writer is None:
-            self.array[region.slices()] = out
-        else:
-            self.writer.write(region.slices(), out)
+        write = self.array.__setitem__ if self.writer is None else self.writer.write
+        write(region.slices(), self._compute(region))
 
     def compare(self, region: Box) -> Iterator[tuple[Box, str]]:
         """Yield the write units of a region, each with its problem; an empty text if there is none."""
@@ -168,15 +164,13 @@ class Level:
         for piece in region.split(pieces(self.region, tuple(self.above.chunks), self.step)):
             starts = (a * f for a, f in zip(piece.start, self.step, strict=True))
             stops = (min(b * f, n) for b, f, n in zip(piece.stop, self.step, self.above.shape, strict=True))
-            values = self._read(tuple(slice(a, b) for a, b in zip(starts, stops, strict=True)))
+            source = Box(tuple(starts), tuple(stops))
+            if self.reader is None:
+                values = np.asarray(self.above[source.slices()])
+            else:
+                values = np.empty(source.shape, self.above.dtype)
+                self.reader.read_into(values, source.slices())
             out[piece.slices(region.start)] = METHODS[self.method](values, self.step)
-        return out
-
-    def _read(self, selection: tuple[slice, ...]) -> Array:
-        if self.reader is None:
-            return np.asarray(self.above[selection])
-        out = np.empty([s.stop - s.start for s in selection], self.above.dtype)
-        self.reader.read_into(out, selection)
         return out
 
     @contextlib.contextmanager
@@ -225,14 +219,9 @@ def build_pyramids(
     workers: int,
     progress: str | bool | OnProgress = "none",
 ) -> None:
-    """Build the missing part of an output's pyramids, if it has any.
+    """Build the missing part of the pyramids of an output whose finest levels are complete, if it has any.
 
-    Args:
-        output: the output; its finest levels are complete.
-        workspace: the workspace, which records the progress.
-        max_memory: limit in bytes.
-        workers: number of regions at a time, if the memory suffices.
-        progress: display of the progress.
+    As many regions are built at a time as there are workers, if `max_memory` bytes suffice. The workspace records them.
     """
     levels = list(coarser_levels(output))
     recorded: dict[str, int] = dict(read_journal(workspace / JOURNAL))
@@ -249,27 +238,21 @@ def build_pyramids(
         for name, level in levels:
             if done[name] < level.num_regions:
                 at_a_time = max(1, min(workers, MOST_WORKERS, max_memory // level.memory))
-                _build(level, done[name], at_a_time, functools.partial(_record, journal, name), advance)
+                for written in _build(level, done[name], at_a_time):
+                    done[name] += written
+                    journal.append([name, done[name]])
+                    journal.commit(if_due=True)
+                    advance(written)
 
 
-def _record(journal: Journal, name: str, done: int) -> None:
-    """Record that the first `done` regions of a level are written."""
-    journal.append([name, done])
-    journal.commit(if_due=True)
-
-
-def _build(
-    level: Level, done: int, at_a_time: int, record: Callable[[int], None], advance: Callable[[int], None]
-) -> None:
-    """Build the regions of one level from number `done` on."""
-    boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), done, None)
+def _build(level: Level, first: int, at_a_time: int) -> Iterator[int]:
+    """Build the regions of one level from a number on, and yield how many are written each time."""
+    boxes = itertools.islice(Box.of_shape(level.array.shape).split(level.region), first, None)
     with level.with_zarrs(at_a_time) as coded, ThreadPoolExecutor(at_a_time, "oocpatch-pyramid") as pool:
         build = with_retries(coded.build)
         while group := list(itertools.islice(boxes, at_a_time)):
             list(pool.map(build, group))
-            done += len(group)
-            record(done)
-            advance(len(group))
+            yield len(group)
 
 
 def with_pyramids(plan: Plan, max_memory: int) -> Plan:
@@ -292,14 +275,10 @@ def with_pyramids(plan: Plan, max_memory: int) -> Plan:
 def _task_memory(plan: Plan, number: int) -> int:
     """Return the bytes that a task of the finest coarser level of a head needs."""
     head, looped = plan.heads[number], len(plan.axes) - plan.spatial
-    shape = tuple(-(-n * times // per) for n, (times, per) in zip(plan.shape, head.scale, strict=True))
-    channel = () if head.channel_axis is None else (1,)
 
-    def with_channel(sizes: Ints, channels: Ints = channel) -> Ints:
-        return (*sizes[:looped], *channels, *sizes[looped:])
+    def insert(channels: int, sizes: Ints) -> Ints:
+        return sizes if head.channel_axis is None else (*sizes[:looped], channels, *sizes[looped:])
 
-    step = with_channel((1,) * looped + (2,) * plan.spatial)
-    full = with_channel(shape, (head.out_channels,) if channel else ())
-    return task_memory(
-        full, with_channel(head.chunks), with_channel(head.unit), step, np.dtype(head.out_dtype).itemsize
-    )
+    shape = insert(head.out_channels, plan.frames[number].grid.shape)
+    step = insert(1, (1,) * looped + (2,) * plan.spatial)
+    return task_memory(shape, insert(1, head.chunks), insert(1, head.unit), step, np.dtype(head.out_dtype).itemsize)

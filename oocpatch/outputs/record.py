@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import zarr
@@ -39,8 +39,7 @@ class OutputRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON stores it."""
-        names = ("run_id", "complete", "parameters", "workspace", "arrays", "details")
-        return {n: list(v) if isinstance(v := getattr(self, n), tuple) else v for n in names}
+        return {**asdict(self), "arrays": list(self.arrays)}
 
 
 def inspect_output(path: StoragePath) -> OutputRecord | None:

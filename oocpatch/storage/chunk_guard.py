@@ -76,6 +76,9 @@ class ChunkGuard:
         except ValueError as error:
             raise ValueError(f"{folder} cannot be read: {error}") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChunkGuard.of, (self.array,)  # functions made here cannot be pickled
+
     def check(self, selection: tuple[slice, ...]) -> None:
         """Check the chunks of a selection.
 
