@@ -13,6 +13,8 @@ from .models.wrappers import NumpyModel as NumpyModel
 from .planning.grid import PatchGrid as PatchGrid
 from .planning.grid import PatchLocation as PatchLocation
 from .planning.plan import Plan as Plan
+from .progress import TaskDone as TaskDone
+from .run.predict import PlannedRun as PlannedRun
 from .run.predict import plan as plan
 from .run.predict import predict as predict
 from .run.status import RunStatus as RunStatus

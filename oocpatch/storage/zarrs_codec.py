@@ -170,7 +170,7 @@ class StagedArray:
 
     @property
     def by_unit(self) -> bool:
-        """Whether write units should be written a few at a time, by several callers."""
+        """Return whether write units should be written a few at a time, by several callers."""
         return self._plain is not None or self._array.shards is not None
 
     def write(self, selection: Selection, values: npt.NDArray[Any]) -> list[int]:
