@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from oocpatch.cli.main import main
-from tests.support.children import Children
-from tests.support.crash_child import Job, make_volume
-from tests.support.small_run import TINY, job_in, small_run
+pytest.register_assert_rewrite("tests.support")  # their asserts hold under `python -O`, too
+
+from oocpatch.cli.main import main  # noqa: E402 - rewritten
+from tests.support.children import Children  # noqa: E402 - rewritten
+from tests.support.crash_child import Job, make_volume  # noqa: E402 - rewritten
+from tests.support.small_run import TINY, job_in, small_run  # noqa: E402 - rewritten
 
 # A shell starts background jobs with Ctrl-C ignored. Children inherit that, and tests interrupt their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
