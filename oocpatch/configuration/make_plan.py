@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 
 import torch
 
@@ -219,7 +220,7 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
-    return plan.with_concurrency(workers, needed)
+    return replace(plan, concurrency=workers, projected_memory=needed)
 
 
 def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSizes:

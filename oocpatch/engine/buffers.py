@@ -1,8 +1,7 @@
 """Memory of a block: buffers that return to the operating system when they are dropped, and groups of their users.
 
 A heap retains freed memory, in one arena per thread, so that a process grows beyond its use. Buffers of a block are
-mapped instead: they have the size that the plan projects, and are zero without being touched. How large they must be is
-computed by `planning.memory`.
+mapped instead: they have the size that the plan projects, and are zero without being touched.
 """
 
 from __future__ import annotations
@@ -22,11 +21,7 @@ from oocpatch.planning.memory import HEAP_LIMIT
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype for the name of a numpy dtype.
-
-    >>> torch_dtype("uint8")
-    torch.uint8
-    """
+    """Return torch's dtype for the name of a numpy dtype."""
     return torch.from_numpy(np.empty(0, name)).dtype
 
 
@@ -39,11 +34,7 @@ of the CPU time of a run. Smaller buffers would be resident to the last page, an
 
 
 def buffer(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
-    """Return a tensor of zeros, mapped if it is large and in main memory.
-
-    >>> buffer((2, 3), torch.float32, "cpu").sum()
-    tensor(0.)
-    """
+    """Return a tensor of zeros, mapped if it is large and in main memory."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < SMALL:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
@@ -88,9 +79,6 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
 
 class FutureGroup:
     """Calls in progress on the threads of a pool, to be waited for together.
-
-    Args:
-        pool: the threads.
 
     >>> from concurrent.futures import ThreadPoolExecutor
     >>> results = []

@@ -12,7 +12,7 @@ direction, so that copies and the model's kernels overlap:
 
 Two rules make it correct. A copy waits on the device for all kernels launched before it was requested: they may still
 use the planes that it replaces, or compute the values that it downloads. And a thread waits for its copy, so that
-whatever is launched afterwards sees the copy. Rings and slabs do not know which device they are on.
+whatever is launched afterwards sees the copy.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ CopyDone = Callable[[], None]
 
 
 def is_staged(device: str) -> bool:
-    """Return whether input and results go through buffers in main memory: where the device has memory of its own.
-
-    >>> is_staged("cpu"), is_staged("cuda:1")
-    (False, True)
-    """
+    """Return whether input and results go through buffers in main memory: where the device has memory of its own."""
     return torch.device(device).type != "cpu"
 
 
@@ -131,12 +127,7 @@ class Transfer:
 
 
 class HostStaging:
-    """Main memory for the pieces of one slab at a time: the next slab replaces it.
-
-    Args:
-        transfer: copies from the device.
-        size: bytes of the largest slab.
-    """
+    """Main memory for the pieces of one slab at a time, of at most `size` bytes: the next slab replaces it."""
 
     def __init__(self, transfer: Transfer, size: int) -> None:
         self._transfer = transfer
@@ -150,8 +141,10 @@ class HostStaging:
         """
         if not self._transfer.staged:
             return [tensor.numpy() for tensor in tensors], _no_wait
-        offsets = _offsets(tensors)
-        needed = offsets.pop()
+        offsets, needed = [], 0
+        for tensor in tensors:
+            offsets.append(ceil_to(needed, ALIGNMENT))
+            needed = offsets[-1] + _size(tensor)
         if self._memory is None or self._memory.numel() < needed:
             self._memory = None  # free it before more is allocated
             self._memory = self._transfer.allocate(max(needed, self._size))
@@ -159,17 +152,7 @@ class HostStaging:
         return [copy.numpy() for copy in copies], self._transfer.download(zip(copies, tensors, strict=True))
 
 
-def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Return the offset of each tensor in common memory, aligned for its dtype, and the end of the last one."""
-    starts, end = [], 0
-    for tensor in tensors:
-        starts.append(ceil_to(end, ALIGNMENT))
-        end = starts[-1] + _size(tensor)
-    return [*starts, end]
-
-
 def _size(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -5,8 +5,7 @@
               [==== ring ==========================]
 ```
 
-Patches are views of the ring, or copies of it. How the volume is padded and decoded is the volume's affair, copies to
-the model's device those of `device_transfer`.
+Patches are views of the ring, or copies of it.
 """
 
 from __future__ import annotations
@@ -28,16 +27,12 @@ class InputReader:
     """Reads the layers of a block into a ring.
 
     Args:
-        volume: the volume.
         region: bounding box of the block's patches; voxels outside the volume are padded.
         axis: the swept axis.
-        capacity: planes of the ring.
-        dtype: dtype of the ring.
-        device: device of the ring, where the model takes its patches.
+        capacity, dtype, device: of the ring, in planes, and where the model takes its patches.
         transfer: copies to that device.
         pool: threads that read chunks.
-        padding_mode: rule for voxels outside the volume.
-        fill: value of voxels outside the volume, for `constant`.
+        padding_mode, fill: rule for voxels outside the volume, and their value for `constant`.
 
     Attributes:
         pending: the reads that are under way.
@@ -73,11 +68,7 @@ class InputReader:
         return group.read_stop - in_use <= self._ring.capacity
 
     def request(self, group: Group, in_use: int) -> None:
-        """Begin to read the planes of a group that were not requested before.
-
-        Args:
-            group: the group.
-            in_use: first plane that must not be replaced.
+        """Begin to read the planes of a group that were not requested before; those from `in_use` on are not replaced.
 
         Raises:
             RuntimeError: when the ring is too small, which the plan's capacity excludes.
@@ -118,7 +109,6 @@ class InputReader:
         return self._batch if full else self._batch[: len(boxes)]
 
     def is_constant(self, value: float, box: Box) -> bool:
-        """Return whether all voxels of a patch have a value."""
         return all(bool((view == value).all()) for _, view in self._ring.parts(box))
 
     def _read(self, box: Box, view: torch.Tensor, after: torch.cuda.Event | None) -> None:

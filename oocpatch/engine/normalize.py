@@ -5,7 +5,7 @@
 ```
 
 Weights are those of a full grid, as one 1-D array per axis, or the last channel of the sums where patches may be
-skipped. This module has no part in where sums come from or values go.
+skipped.
 """
 
 from __future__ import annotations
@@ -74,17 +74,13 @@ class Normalizer:
         return replace(self, weights=weights, tile=tile)
 
     def normalize(self, sums: torch.Tensor, box: Box, out: torch.Tensor) -> Counts:
-        """Write the values of a box into `out`, and return the counts of its voxels.
-
-        Args:
-            sums: `(C, *box.shape)`, and one more channel if `dense`.
-            box: the box of the sums, in voxels of the output.
-            out: `(C', *box.shape)` of the output's dtype.
+        """Write the values of a box into `out`, `(C', *box.shape)`, and return the counts of its voxels.
 
         Raises:
             ValueError: when the postprocess returns another shape than it did for the probe.
         """
-        factors, size = self._factors(box), min(self.tile, box.size)
+        factors = [w[part] for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
+        size = min(self.tile, box.size)
         scratch = sums.new_empty(size if len(factors) > 1 else 0, dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
         rounds = self.postprocess is None and rounds_in_place(out.dtype)
@@ -134,31 +130,19 @@ class Normalizer:
         return counts
 
     def _store(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Postprocess and cast the values of a tile."""
+        """Postprocess the values of a tile, without its looped axes, and cast them."""
         if self.postprocess is not None:
-            values = self._postprocess(self.postprocess, values, target.shape)
+            looped = tuple(range(1, 1 + self.looped))  # tiles have one index of each
+            result = torch.as_tensor(self.postprocess(values.squeeze(looped) if looped else values))
+            for axis in looped:
+                result = result.unsqueeze(axis)
+            if result.shape != target.shape:
+                raise ValueError(
+                    f"postprocess must keep the spatial shape and give {target.shape[0]} channel(s), as it did for the "
+                    f"probe: got {tuple(result.shape)} for {tuple(values.shape)}"
+                )
+            values = result
         target.copy_(cast(values, target.dtype))
-
-    def _factors(self, box: Box) -> list[torch.Tensor]:
-        """Return the weights of a box as factors of an outer product, one per axis; none where none are needed."""
-        return [w[part] for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
-
-    def _postprocess(self, postprocess: Postprocess, values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Apply a postprocess to a tile without its looped axes.
-
-        Raises:
-            ValueError: when it does not return the shape `(C', *spatial)` of the output.
-        """
-        looped = tuple(range(1, 1 + self.looped))  # tiles have one index of each
-        result = torch.as_tensor(postprocess(values.squeeze(looped) if looped else values))
-        for axis in looped:
-            result = result.unsqueeze(axis)
-        if result.shape != shape:
-            raise ValueError(
-                f"postprocess must keep the spatial shape and give {shape[0]} channel(s), as it did for the probe: "
-                f"got {tuple(result.shape)} for {tuple(values.shape)}"
-            )
-        return result
 
 
 Tile = tuple[slice, ...]
@@ -211,20 +195,20 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     >>> cast(torch.tensor([0.5, 1.5, 300.0, -1.0]), torch.uint8).tolist()
     [0, 2, 255, 0]
     """
-    if values.dtype == dtype or dtype.is_floating_point:
+    if values.dtype in (dtype, torch.bool) or dtype.is_floating_point:
         return values.to(dtype)
     if dtype == torch.bool:
         return values != 0
     info = torch.iinfo(dtype)
     if not values.dtype.is_floating_point:
-        if values.dtype == torch.bool or _fits(values.dtype, dtype):
+        source = torch.iinfo(values.dtype)
+        if info.min <= source.min and source.max <= info.max:
             return values.to(dtype)
         return values.to(torch.int64).clamp(info.min, min(info.max, 2**63 - 1)).to(dtype)
     return _round(values, dtype)
 
 
 def _round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return floats as integers; see `cast`."""
     if rounds_in_place(dtype) and values.dtype == torch.float32:
         return round_in_place(values.clone(), dtype).to(dtype)
     info = torch.iinfo(dtype)
@@ -238,33 +222,16 @@ def _round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounds_in_place(dtype: torch.dtype) -> bool:
-    """Return whether `round_in_place` is exact: float32 represents every limit of 16 bits.
-
-    >>> rounds_in_place(torch.uint16), rounds_in_place(torch.int32)
-    (True, False)
-    """
+    """Return whether `round_in_place` is exact: float32 represents every limit of 16 bits."""
     return not (dtype.is_floating_point or dtype.is_complex) and dtype != torch.bool and dtype.itemsize <= 2
 
 
 def round_in_place(values: torch.Tensor, dtype: torch.dtype, *, nan: bool = True) -> torch.Tensor:
     """Round float32 values in place to the range of a small integer dtype, as floats or int16; see `cast`.
 
-    A conversion of float32 directly to uint8 takes torch five times as long.
-
-    Args:
-        values: float32, overwritten.
-        dtype: a dtype for which `rounds_in_place` holds.
-        nan: whether there may be NaNs.
-
-    >>> round_in_place(torch.tensor([0.5, 1.5, -3.0]), torch.uint8)
-    tensor([0, 2, 0], dtype=torch.int16)
+    A conversion of float32 directly to uint8 takes torch five times as long. With `nan` there may be NaNs.
     """
     info = torch.iinfo(dtype)
     rounded = values.round_().clamp_(info.min, info.max)
     rounded = rounded.nan_to_num_(0.0) if nan else rounded
     return rounded.to(torch.int16) if dtype.itemsize == 1 else rounded
-
-
-def _fits(source: torch.dtype, target: torch.dtype) -> bool:
-    a, b = torch.iinfo(source), torch.iinfo(target)
-    return bool(b.min <= a.min and a.max <= b.max)

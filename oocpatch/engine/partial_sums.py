@@ -12,9 +12,6 @@ slab. A slab is as long as a step of the sweep, and each piece of it has one des
             +-----------+-------------+-----------+
                                       ^ everything before has left the ring
 ```
-
-`SlabSums` is the counterpart in the normalize stage: the open sums of one slab, and the seams that are added to them.
-Writing belongs to `stages`, the stored form of sums to `workspace.partials`.
 """
 
 from __future__ import annotations
@@ -41,8 +38,7 @@ class SlabPiece:
     Attributes:
         name: name of the array of sums in the workspace; None: the values go to the output.
         whole: the box of that array.
-        box: the box of this piece.
-        head: position of the head that it belongs to.
+        head: position of the head in the plan.
     """
 
     name: str | None
@@ -60,20 +56,12 @@ class FilledPiece:
 
 
 def seam_name(offset: tuple[int, ...]) -> str:
-    """Return the name of the seam for the neighbour at an offset.
-
-    >>> seam_name((0, 1))
-    'seam-01'
-    """
+    """Return the name of the seam for the neighbour at an offset, such as `seam-01`."""
     return "seam-" + "".join(map(str, offset))
 
 
 def open_name(axis: int) -> str:
-    """Return the name of the sums over the box of the core that is open on an axis.
-
-    >>> open_name(0)
-    'open-0'
-    """
+    """Return the name of the sums over the box of the core that is open on an axis."""
     return f"open-{axis}"
 
 
@@ -116,11 +104,9 @@ class PartialSums:
         blocks: the blocks in the head's frame.
         index: the block.
         number: position of the head in the plan.
-        head: the head.
         capacity: planes of the ring.
         window: `(1, *patch)` on the device; None where values are not weighed.
         normalizer: conversion of complete sums to output values.
-        device: device of the sums.
         flush_slab: takes the pieces of a complete slab, and returns earlier ones that are written, whose memory is
             used again.
         check_finite: whether to raise on NaN and infinities.
@@ -159,16 +145,11 @@ class PartialSums:
         self._free: list[torch.Tensor] = []
         self._position = self._touched = block.reach.start[blocks.sweep]
         self.counts = Counts()
-        if head.mode == "max":
+        if head.takes_maximum:
             self._clear(self._ring.data)
 
     def add(self, start: tuple[int, ...], inside: Box, values: torch.Tensor) -> None:
-        """Add one patch.
-
-        Args:
-            start: corner of the patch.
-            inside: the voxels of the patch to add: inside the output, and for `crop` those that the patch decides.
-            values: the model's output, `(C, *patch)`.
+        """Add the voxels `inside` of the patch whose corner is `start`; its `values` are `(C, *patch)`.
 
         Raises:
             ValueError: when maxima are taken and a value is not finite.
@@ -182,7 +163,7 @@ class PartialSums:
             if self._window is not None:
                 window = self._window[inner]
                 sums.addcmul_(new, window)
-            elif self._head.mode == "max":
+            elif self._head.takes_maximum:
                 if self._check and not torch.isfinite(new).all():
                     self._raise_nonfinite(new, part)
                 torch.maximum(sums, new, out=sums)
@@ -223,7 +204,7 @@ class PartialSums:
 
     def _clear(self, sums: torch.Tensor) -> None:
         """Set sums to the neutral element of adding a patch."""
-        if self._head.mode == "max":
+        if self._head.takes_maximum:
             sums[: self._head.channels].fill_(-math.inf)
             sums[self._head.channels :].zero_()
         else:
@@ -252,7 +233,7 @@ class PartialSums:
                 target.copy_(sums)
 
     def _check_finite(self, planes: Box) -> None:
-        if not self._check or self._head.mode == "max":
+        if not self._check or self._head.takes_maximum:
             return
         for part, sums in self._ring.parts(planes):
             # The sum is not finite if a value is not. It may overflow, too: only then is each value examined.
@@ -270,9 +251,6 @@ class PartialSums:
 
 class SlabSums:
     """Sums over the open boxes of one slab: those of the block itself, and the seams that are added in turn.
-
-    Args:
-        head: the head of the sums.
 
     Attributes:
         boxes: the open boxes, each with its sums `(C, *box)`; None: no patch has a voxel in it.
@@ -297,19 +275,16 @@ class SlabSums:
                 continue
             if data is None:
                 data = torch.zeros((self.head.stored_channels, *open_box.shape), dtype=seam.dtype)  # noqa: PLW2901
-                if self.head.mode == "max":
+                if self.head.takes_maximum:
                     data[: self.head.channels] = -torch.inf
                 self.boxes[i] = open_box, data
             target = data[(slice(None), *common.slices(open_box.start))]
-            self._merge(target, seam[(slice(None), *common.slices(box.start))])
-
-    def _merge(self, target: torch.Tensor, seam: torch.Tensor) -> None:
-        head = self.head
-        if head.blended:
-            target.add_(seam)
-        elif head.mode == "max":
-            torch.maximum(target, seam, out=target)  # of the last channel, too, which marks the voxels of patches
-        elif head.dense:
-            target.copy_(torch.where(seam[-1:] != 0, seam, target))
-        else:
-            target.copy_(seam)
+            source = seam[(slice(None), *common.slices(box.start))]
+            if self.head.blended:
+                target.add_(source)
+            elif self.head.takes_maximum:
+                torch.maximum(target, source, out=target)  # of the last channel, too, which marks the voxels of patches
+            elif self.head.dense:
+                target.copy_(torch.where(source[-1:] != 0, source, target))
+            else:
+                target.copy_(source)

@@ -1,6 +1,6 @@
 """Selection of the patches to compute: all, those with foreground in a mask, or those that meet a box.
 
-The selection depends on metadata and the mask alone; patches of one value are skipped later, when they are read.
+Patches of one value are skipped later, when they are read.
 """
 
 from __future__ import annotations

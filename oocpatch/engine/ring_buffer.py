@@ -9,8 +9,6 @@ box that wraps around the end is seen as two parts:
                        | 6 | 7 | 8 | 9 | 4 | 5 |      box 5 to 8: planes 5, and 6 to 7
                        +---+---+---+---+---+---+
 ```
-
-A ring does not know which of its planes are in use: readers and sums do.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ class RingBuffer:
     """Planes of a region, in a tensor `(C, *region)` of `capacity` planes.
 
     Attributes:
-        data: the memory.
         region: box of all planes that pass through the ring.
         axis: the swept axis.
 
@@ -43,16 +40,7 @@ class RingBuffer:
     axis: int
 
     @classmethod
-    def of(
-        cls,
-        region: Box,
-        *,
-        channels: int,
-        capacity: int,
-        axis: int,
-        dtype: torch.dtype,
-        device: str,
-    ) -> RingBuffer:
+    def of(cls, region: Box, *, channels: int, capacity: int, axis: int, dtype: torch.dtype, device: str) -> RingBuffer:
         """Return a ring of zeros of the given capacity, at most the region."""
         shape = list(region.shape)
         shape[axis] = min(capacity, shape[axis])

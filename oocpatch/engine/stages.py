@@ -10,8 +10,7 @@ sums of each head, and writes what is final, all at the same time:
 ```
 
 `normalize_block` completes the part of a core that neighbours spill into. Both stages are idempotent: they write only
-whole write units of their own block, and may run twice, or halfway and again. Schedulers and the ledger are not known
-here: `execution` decides when a task runs, and records its result.
+whole write units of their own block, and may run twice, or halfway and again.
 """
 
 from __future__ import annotations
@@ -58,18 +57,11 @@ class TaskContext:
     """Everything that the tasks of one process share.
 
     Attributes:
-        plan: the plan.
-        volume: the volume to read.
         selection: the patches to compute.
-        predictor: the model.
         transfer: copies to and from the model's device.
-        workspace: the workspace for partial sums.
-        windows: per head, the blending weights of a patch, `(1, *patch)` on the model's device; None: values are not
-            weighed.
-        output: the output to write.
+        windows: per head, the result of `patch_window`.
         normalizers: per head, the conversion of sums to output values.
-        read_pool: threads that read chunks.
-        write_pool: threads that write chunks; separate, since input that is late costs more than output that is.
+        read_pool, write_pool: threads for chunks; two pools, since late input costs more than late output.
         allow_nonfinite: keep NaN and infinities instead of failing.
         skip_value: patches of this value alone are skipped; None: no patch is.
         on_progress: receives an event for patches that were computed or skipped.

@@ -1,8 +1,8 @@
 """Checks of arguments: numbers, switches, choices, dtypes, sizes per axis, limits in bytes.
 
-Each function takes the parameter's name for its messages, which state the rule and then the value, and returns the
-value in the one form that the rest of the package uses. Checks that need a volume or a model are made where these are
-known.
+Each function takes the parameter's name for its messages, and returns the value in the one form that the rest of the
+package uses. It raises TypeError or ValueError, with the rule and then the value. Checks that need a volume or a model
+are made where these are known.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
     """Return a value that is None or in a list.
 
-    Raises:
-        ValueError: for any other value.
-
     >>> one_of("device", "cpu", ("cpu", "cuda"))
     'cpu'
     """
@@ -39,11 +36,7 @@ def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
 
 
 def checked_overlap_mode(value: str) -> str:
-    """Return a checked `overlap_mode`.
-
-    Raises:
-        ValueError: when it is no such mode.
-    """
+    """Return a checked `overlap_mode`."""
     if value not in OVERLAP_MODES:
         raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got {value!r}")
     return str(value)
@@ -68,12 +61,7 @@ def of_head(value: Any, name: str, default: Any) -> Any:
 
 
 def positive(name: str, value: int) -> int:
-    """Return a positive integer.
-
-    Raises:
-        TypeError: when it is not an integer.
-        ValueError: when it is below 1.
-    """
+    """Return a positive integer."""
     if not _is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
@@ -82,14 +70,7 @@ def positive(name: str, value: int) -> int:
 
 
 def checked_part(value: Any) -> tuple[int, int]:
-    """Check a part of a run, `(i, n)`: the i-th of n, counted from 1.
-
-    >>> checked_part((3, 16))
-    (3, 16)
-
-    Raises:
-        ValueError, TypeError: when there is no such part.
-    """
+    """Return a checked part of a run, `(i, n)`: the i-th of n, counted from 1."""
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(f"part must be two numbers (i, n), such as (3, 16), got {value!r}")
     number, count = (positive("part", item) for item in value)
@@ -99,17 +80,9 @@ def checked_part(value: Any) -> tuple[int, int]:
 
 
 def per_axis(name: str, value: int | Sequence[int] | Mapping[str, int], axes: Sequence[str], *, least: int = 0) -> Ints:
-    """Return one size per spatial axis, in voxels.
+    """Return one size per spatial axis, in voxels, at least `least`.
 
-    Args:
-        name: the parameter's name, for messages.
-        value: one size for all axes, one per axis in order, or a dict by the axes' names.
-        axes: names of the spatial axes.
-        least: smallest size that is allowed.
-
-    Raises:
-        TypeError: when it is neither an `int` nor a sequence or dict of them.
-        ValueError: for a wrong number of sizes, other names than the axes', or a size that is too small.
+    Sizes are given as one for all axes, one per axis in order, or a dict by the axes' names.
 
     >>> per_axis("patch_size", 64, "zyx"), per_axis("patch_size", {"x": 32, "y": 16}, "yx")
     ((64, 64, 64), (16, 32))
@@ -131,9 +104,6 @@ def per_axis(name: str, value: int | Sequence[int] | Mapping[str, int], axes: Se
 def real_number(name: str, value: float) -> float:
     """Return a number as Python's, which JSON can store; integers stay integers.
 
-    Raises:
-        TypeError: when it is not a number.
-
     >>> real_number("fill", np.float32(0.5)), real_number("fill", 3)
     (0.5, 3)
     """
@@ -144,11 +114,7 @@ def real_number(name: str, value: float) -> float:
 
 
 def switch(name: str, value: Any) -> bool:
-    """Return True or False; a text such as "no" would count as True.
-
-    Raises:
-        TypeError: when it is neither True nor False.
-    """
+    """Return True or False, and refuse anything else: a text such as "no" would count as True."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
@@ -156,9 +122,6 @@ def switch(name: str, value: Any) -> bool:
 
 def num_bytes(name: str, value: int | float | str) -> int:
     """Return a limit in bytes, from a number or a text such as `"2GiB"`.
-
-    Raises:
-        ValueError: when it is not a positive number of bytes.
 
     >>> num_bytes("max_memory", "2GiB")
     2147483648
@@ -177,9 +140,6 @@ def memory_limit(value: int | float | str) -> int:
 
     The limit depends on the total and not on what is free: with the latter the plan, and with it the bytes of the
     result, would change from one moment to the next.
-
-    Raises:
-        ValueError: when it is not a positive number of bytes.
     """
     if value != "auto":
         return num_bytes("max_memory", value)
@@ -190,10 +150,7 @@ def memory_limit(value: int | float | str) -> int:
 
 
 def dtype_name(name: str, value: Any) -> str | None:
-    """Return the numpy name of an output's dtype, or None for None.
-
-    Raises:
-        ValueError: when there is no such dtype, or its values are not real numbers.
+    """Return the numpy name of an output's dtype, of real numbers; None for None.
 
     >>> dtype_name("output_dtype", "torch.float16"), dtype_name("output_dtype", np.uint8)
     ('float16', 'uint8')
@@ -211,9 +168,6 @@ def dtype_name(name: str, value: Any) -> str | None:
 
 def check_fits(name: str, value: float, dtype: str) -> None:
     """Refuse a number that a dtype cannot represent.
-
-    Raises:
-        ValueError: in that case.
 
     >>> check_fits("fill", 255.0, "uint8"), check_fits("fill", 0.5, "float32")
     (None, None)
@@ -237,9 +191,6 @@ def clipped_chunks(chunks: Ints, shape: Ints) -> Ints:
 
 def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
     """Return the output's write unit: the shard if there is one, else the chunk, not longer than the volume needs.
-
-    Raises:
-        ValueError: when a shard is not a multiple of a chunk.
 
     >>> write_unit((32, 32), (128, 128), (100, 300)), write_unit((32, 32), None, (100, 30))
     ((128, 128), (32, 30))
@@ -265,5 +216,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _plain_number(value: Any) -> Any:
-    """Return a number of numpy as one of Python."""
     return value.item() if isinstance(value, np.number) else value

@@ -27,8 +27,7 @@ remainder of the core waits in the workspace for the seams, as at most one box p
            +------+--------+------+
 ```
 
-A core is never shorter than `patch_size - 1`, so that a block has at most `2**d - 1` neighbours on either side. Blocks
-are arithmetic as the grid is: this module reads and stores nothing.
+A core is never shorter than `patch_size - 1`, so that a block has at most `2**d - 1` neighbours on either side.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oocpatch.planning.box import Box, Ints, ceil_to
+from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 
 Offset = Ints
@@ -49,9 +48,7 @@ class BlockAxis:
     """The cores of one axis, in voxels.
 
     Attributes:
-        grid: the patches of the axis.
-        size: core length, a multiple of `unit`; a remainder too small to be a block joins the last core.
-        unit: write unit of the output.
+        size: core length, a multiple of `unit`, the output's write unit; too small a remainder joins the last core.
         crop: whether patches are cropped (a halo then ends where the next patch decides).
         step: granularity of `open`; at least `unit`, more on the swept axis.
         blocks: number of cores; None: it follows from the rest.
@@ -76,12 +73,10 @@ class BlockAxis:
         return max(1, full + _is_block(rest, self.size, self.grid))
 
     def core(self, index: int) -> tuple[int, int]:
-        """Return start and stop of a core."""
         start = index * self.size
         return start, self.grid.length if index == self.count - 1 else start + self.size
 
     def patches(self, index: int) -> range:
-        """Return the grid indices of the patches that a core owns."""
         return self.grid.indices(*self.core(index))
 
     def spill(self, index: int) -> int:
@@ -103,14 +98,9 @@ class BlockAxis:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block: its core, the parts of it, and its halo.
+    """One block: the box that it owns, and per axis the lengths of its halo and open part, in voxels.
 
-    Attributes:
-        index: position in the order of execution (C order of `position`).
-        position: index per axis.
-        core: the box that the block owns.
-        halo: length of the halo per axis, in voxels.
-        open: length of the open part per axis, in voxels.
+    `index` is its place in the order of execution, C order of `position`.
     """
 
     index: int
@@ -165,7 +155,6 @@ class BlockGrid:
     """All blocks of a run. The cores of all blocks cover the volume exactly once.
 
     Attributes:
-        axes: one per axis of the volume.
         sweep: the axis along which a block is swept.
 
     >>> from oocpatch.planning.grid import PatchGrid
@@ -223,8 +212,8 @@ class BlockGrid:
     @property
     def num_open(self) -> int:
         """Number of blocks that seams enter: those with a spilling block before them on some axis."""
-        closed = math.prod(1 + sum(a.open(i) == 0 for i in range(1, a.count)) for a in self.axes)
-        return self.num_blocks - closed
+        direct = math.prod(1 + sum(a.open(i) == 0 for i in range(1, a.count)) for a in self.axes)
+        return self.num_blocks - direct
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -232,11 +221,7 @@ class BlockGrid:
     def __getitem__(self, index: int) -> Block:
         if not 0 <= index < self.num_blocks:
             raise IndexError(f"block index must be in [0, {self.num_blocks}), got {index}")
-        rest, reversed_position = index, []
-        for count in reversed(self.counts):
-            rest, p = divmod(rest, count)
-            reversed_position.append(p)
-        position = tuple(reversed(reversed_position))
+        position = unravel(index, self.counts)
         spans = [a.core(p) for a, p in zip(self.axes, position, strict=True)]
         return Block(
             index,
@@ -247,7 +232,6 @@ class BlockGrid:
         )
 
     def patches(self, block: Block) -> tuple[range, ...]:
-        """Return the grid indices of the block's patches, per axis."""
         return tuple(a.patches(p) for a, p in zip(self.axes, block.position, strict=True))
 
     def steps(self, box: Box) -> Iterator[Box]:
@@ -294,9 +278,6 @@ def sweep_step(axis: GridAxis, unit: int) -> int:
 
 class Neighbours:
     """Indices of the blocks that exchange seams, each in the time of a few additions.
-
-    Args:
-        blocks: the block grid.
 
     >>> from oocpatch.planning.grid import PatchGrid
     >>> grid = BlockGrid.of(PatchGrid.of((24, 24), (4, 4), (2, 2)), core=(8, 8), unit=(4, 4), sweep=0, crop=False)

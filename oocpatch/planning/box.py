@@ -73,11 +73,7 @@ class Box:
         return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True))
 
     def along(self, axis: int, start: int, stop: int) -> Box:
-        """Return this box with another extent on one axis.
-
-        >>> Box((0, 0), (4, 4)).along(1, 2, 3)
-        Box(start=(0, 2), stop=(4, 3))
-        """
+        """Return this box with another extent on one axis."""
         return Box(
             (*self.start[:axis], start, *self.start[axis + 1 :]),
             (*self.stop[:axis], stop, *self.stop[axis + 1 :]),
@@ -107,12 +103,21 @@ def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         a = b
 
 
-def ceil_to(value: int, unit: int) -> int:
-    """Return the smallest multiple of `unit` that is not below `value`.
+def unravel(index: int, counts: Ints) -> Ints:
+    """Return the position of an index in C order, for any number of cells.
 
-    >>> ceil_to(9, 4), ceil_to(8, 4), ceil_to(-1, 4)
-    (12, 8, 0)
+    >>> unravel(5, (2, 3))
+    (1, 2)
     """
+    position = []
+    for count in reversed(counts):
+        index, p = divmod(index, count)
+        position.append(p)
+    return tuple(reversed(position))
+
+
+def ceil_to(value: int, unit: int) -> int:
+    """Return the smallest multiple of `unit` that is not below `value`."""
     return -(-value // unit) * unit
 
 

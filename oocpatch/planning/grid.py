@@ -29,8 +29,6 @@ the products are whole voxels; the last patch then reaches beyond the border:
  patches     [=======|=======|=======]    starts 0, 4, 8: the last one ends at 12
  scale 1/4   |  0|  1|  2|                3 voxels, patches of 1 at 0, 1, 2
 ```
-
-The grid does not know blocks, windows or heads, which build on it.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oocpatch.planning.box import Box, Ints, ceil_to
-from oocpatch.planning.svg import draw_grid
+from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 
 Scale = tuple[int, int]
 """Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""
@@ -52,11 +49,8 @@ class GridAxis:
     """The patch starts of one axis, in voxels of the unpadded volume.
 
     Attributes:
-        length: extent of the volume.
-        patch: length of a patch.
-        overlap: voxels that adjacent patches share; `patch - overlap` is a multiple of `snap`.
         padded: whether the frame grows by `overlap // 2` on each side.
-        snap: divisor of all starts.
+        snap: divisor of all starts, and of the stride.
         begin: start of the first patch; None: it follows from the rest.
         end: start of the last patch; None: it follows from the rest.
 
@@ -180,7 +174,6 @@ class PatchLocation:
 
     Attributes:
         index: the corner with the lowest coordinates, in voxels of the unpadded volume.
-        size: the patch's size in voxels.
         subject_index: position of the patch's subject, when there are several.
 
     >>> PatchLocation((0, 8), (4, 4)).index_fin
@@ -193,7 +186,6 @@ class PatchLocation:
 
     @property
     def index_ini(self) -> Ints:
-        """First voxel of the patch."""
         return self.index
 
     @property
@@ -263,7 +255,8 @@ class PatchGrid:
         return cls(tuple(GridAxis(n, p, o, padded) for n, p, o in zip(shape, patch_size, patch_overlap, strict=True)))
 
     def _repr_html_(self) -> str:
-        """Draw the patches in a notebook."""
+        from oocpatch.planning.svg import draw_grid  # noqa: PLC0415 - drawings are made of grids
+
         return draw_grid(self)
 
     @property
@@ -277,7 +270,6 @@ class PatchGrid:
 
     @property
     def counts(self) -> Ints:
-        """Number of patches per axis."""
         return tuple(a.count for a in self.axes)
 
     @property
@@ -286,11 +278,7 @@ class PatchGrid:
         return math.prod(self.counts)
 
     def box(self, indices: Ints) -> Box:
-        """Return the box of the patch with the given index on each axis.
-
-        >>> PatchGrid.of((10, 10), (4, 4), (2, 2)).box((1, 3))
-        Box(start=(2, 6), stop=(6, 10))
-        """
+        """Return the box of the patch with the given index on each axis."""
         start = tuple(a.start(i) for a, i in zip(self.axes, indices, strict=True))
         return Box(start, tuple(s + a.patch for a, s in zip(self.axes, start, strict=True)))
 
@@ -306,11 +294,7 @@ class PatchGrid:
         total = self.num_patches
         if not -total <= index < total:
             raise IndexError(f"patch index must be in [-{total}, {total}), got {index}")
-        rest, corner = index % total, []
-        for axis in reversed(self.axes):
-            rest, i = divmod(rest, axis.count)
-            corner.append(axis.start(i))
-        return PatchLocation(tuple(reversed(corner)), self.patch_size)
+        return PatchLocation(self.box(unravel(index % total, self.counts)).start, self.patch_size)
 
     def __iter__(self) -> Iterator[PatchLocation]:
         for corner in itertools.product(*([a.start(i) for i in range(a.count)] for a in self.axes)):

@@ -16,7 +16,7 @@ patches of the grid are those of the outputs, and the model's input patches are 
  output                    [===========================]
 ```
 
-`configuration.output_heads` infers heads from a probe of the model; this module holds them and makes their grid.
+`configuration.output_heads` infers heads from a probe of the model.
 """
 
 from __future__ import annotations
@@ -41,14 +41,11 @@ class Head:
         mode: `overlap_mode`, by which overlapping patches become one.
         scale: voxels of the output per voxel of the volume, per axis.
         trim: unused voxels at each side of the model's output.
-        channels: channels of the sums.
-        dtype: dtype of the sums (`crop`: that of the model's output; else float32).
+        channels, dtype: of the sums; in `crop` mode the dtype is that of the model's output, else float32.
         dense: whether the weights are one more channel of the sums, voxel by voxel, since patches may be skipped.
-        out_channels: channels after the postprocess.
-        out_dtype: dtype of the output array.
+        out_channels, out_dtype: of the output array, after the postprocess.
         channel_axis: name of the output's channel axis; None: it has none.
-        chunks: chunks of the output.
-        unit: write unit of the output.
+        chunks, unit: chunks and write unit of the output.
         labels: whether the values are labels, which must not be averaged.
     """
 
@@ -73,7 +70,11 @@ class Head:
     @property
     def blended(self) -> bool:
         """True where patches are added, in float32, and divided by weights."""
-        return self.mode not in ("crop", "max")
+        return not (self.crop or self.takes_maximum)
+
+    @property
+    def takes_maximum(self) -> bool:
+        return self.mode == "max"
 
     @property
     def votes(self) -> bool:
@@ -118,15 +119,10 @@ def _itemsize(dtype: str) -> int:
 def patch_grid(
     shape: Ints, patch_size: Ints, patch_overlap: Ints, context: Ints, snap: Ints, *, padded: bool = False
 ) -> PatchGrid:
-    """Return the grid of the model's output patches, in the volume's frame; all sizes in voxels per axis.
+    """Return the grid of the model's output patches, in the frame of a volume; all sizes in voxels per axis.
 
-    Args:
-        shape: shape of the volume.
-        patch_size: size of the model's input patches.
-        patch_overlap: overlap of the model's input patches.
-        context: input beyond the output, on each side.
-        snap: divisor of all starts.
-        padded: whether the frame grows by half an overlap on each side.
+    `patch_size` and `patch_overlap` are those of the model's input, which is larger by `context` on each side. `snap`
+    divides all starts; a `padded` frame grows by half an overlap on each side.
 
     Raises:
         ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.

@@ -9,8 +9,7 @@ needs what its tasks share and, for each concurrent task, the buffers of the sta
  normalize   sums, a seam and its bytes | values being written | tile
 ```
 
-The constants below that sizes of buffers follow from are those that the engine allocates with. `planner` compares
-projections; nothing here chooses.
+The engine allocates its buffers with the constants below. `planner` compares projections; nothing here chooses.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
 from oocpatch.planning.heads import Head
-from oocpatch.planning.sweep import EXAMINED_BLOCKS, AxisTotals, Frame, capacity
+from oocpatch.planning.sweep import EXAMINED_BLOCKS, Frame, capacity
 
 TILE = 1 << 16
 """Values that are normalized at a time on the CPU: 256 KiB of float32, which stay in a core's cache."""
@@ -42,19 +40,20 @@ PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bytes in the workspace besides sums: of the plan and its metadata, a ledger record, the metadata of a piece."""
 
 
+Parts = tuple[tuple[str, int], ...]
+"""Bytes by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class ByteSizes:
     """Bytes of voxels, chunks and batches.
 
     Attributes:
         in_voxel_bytes: bytes of one voxel of the volume, all channels.
-        in_chunks: chunks of the volume, in voxels per axis.
-        in_chunk_bytes: bytes of one decoded chunk of the volume.
+        in_chunks, in_chunk_bytes: chunks of the volume, in voxels per axis, and bytes of one when it is decoded.
         context: input of the model beyond its output, in voxels on each side.
-        heads: the outputs.
         mask_voxel_bytes: bytes of the mask per voxel of the volume, while it is examined.
         window_bytes: bytes of the windows of all heads.
-        batch_size: patches per batch.
         model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
         staged: whether input and results go through buffers, since the model's device has memory of its own.
@@ -94,73 +93,52 @@ class IoStrategy:
 
 
 @dataclass(frozen=True, slots=True)
-class Projection:
-    """Memory, disk and traffic of a run, in bytes.
+class Traffic:
+    """The part of a projection that takes little time to compute, in bytes.
 
     Attributes:
-        task_memory: memory of one task.
-        shared_memory: memory that the tasks of one process share.
         disk: size of the workspace at its fullest.
         bytes_read: decoded bytes read from the volume and the workspace.
         bytes_written: uncompressed bytes written to the output and the workspace.
-        parts: shares of the memory by name, for messages.
     """
 
-    task_memory: int
-    shared_memory: int
     disk: int
     bytes_read: int
     bytes_written: int
-    parts: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection(Traffic):
+    """Traffic, memory of one task, memory that the tasks of a process share, and its parts by name for messages."""
+
+    task_memory: int
+    shared_memory: int
+    parts: Parts
 
     def memory(self, concurrency: int) -> int:
         """Return the bytes that a process adds with so many concurrent tasks."""
         return self.shared_memory + concurrency * self.task_memory
 
 
-def layers_per_group(blocks: BlockGrid, totals: tuple[AxisTotals, ...], batch_size: int) -> int:
+def layers_per_group(frame: Frame, batch_size: int) -> int:
     """Return the layers per group: just enough patches for a batch, in the blocks with most patches."""
-    per_layer = math.prod(max(s.layers for s in t.spans) for a, t in enumerate(totals) if a != blocks.sweep)
-    return max(1, -(-batch_size // max(1, per_layer)))
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """The part of a projection that takes little time to compute.
-
-    Attributes:
-        disk: bytes of the workspace at its fullest.
-        bytes_read: decoded bytes read from the volume and the workspace.
-        bytes_written: uncompressed bytes written to the output and the workspace.
-    """
-
-    disk: int
-    bytes_read: int
-    bytes_written: int
+    totals = (t for a, t in enumerate(frame.totals) if a != frame.blocks.sweep)
+    return max(1, -(-batch_size // max(1, math.prod(max(s.patch_count for s in t.spans) for t in totals))))
 
 
 def traffic(
     frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, concurrency: int, *, aligned_reads: bool
 ) -> Traffic:
-    """Return disk and traffic of a run with the given blocks.
+    """Return disk and traffic of a run whose blocks are given in the frames of the volume and of each head.
 
-    Args:
-        frame: the blocks in the volume's frame.
-        heads: the blocks in the frame of each head.
-        sizes: bytes of voxels, chunks and batches.
-        concurrency: blocks computed at a time, on which the number of stored partials depends.
-        aligned_reads: as in `IoStrategy`.
+    The number of partials that are stored at a time depends on `concurrency`, the blocks computed at a time.
     """
-    blocks, totals, sweep = frame.blocks, frame.totals, frame.blocks.sweep
+    totals, sweep = frame.totals, frame.blocks.sweep
     stored = sum((f.seam_voxels + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
-    swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(blocks, totals[sweep], sizes)
+    swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(frame, sizes.in_chunks[sweep])
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel_bytes + stored, written + stored)
-
-
-Parts = tuple[tuple[str, int], ...]
-"""Bytes by name."""
 
 
 def _total(parts: Parts) -> int:
@@ -169,41 +147,35 @@ def _total(parts: Parts) -> int:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory of the tasks of a run with given blocks.
+    """Needs of a run with given blocks, in the frames of the volume and of each head; computed when they are asked for.
 
     Attributes:
-        frame: the blocks in the volume's frame.
-        heads: the blocks in the frame of each head.
-        sizes: bytes of voxels, chunks and batches.
-        io_strategy: reads and writes of a task beside its computation.
+        moved: disk and traffic.
     """
 
     frame: Frame
     heads: tuple[Frame, ...]
     sizes: ByteSizes
     io_strategy: IoStrategy
+    moved: Traffic
 
-    def project(self, moved: Traffic) -> Projection:
-        """Return all that the run needs; `moved` is the traffic of the same blocks."""
+    @cached_property
+    def projection(self) -> Projection:
+        """All that the run needs."""
         every_block = itertools.product(*(range(len(t.spans)) for t in self.frame.totals))
         parts, shared = max(map(self._task, every_block), key=_total), self._shared()
-        return Projection(
-            task_memory=_total(parts),
-            shared_memory=_total(shared),
-            disk=moved.disk,
-            bytes_read=moved.bytes_read,
-            bytes_written=moved.bytes_written,
-            parts=(*parts, *shared),
-        )
+        moved = (self.moved.disk, self.moved.bytes_read, self.moved.bytes_written)
+        return Projection(*moved, _total(parts), _total(shared), (*parts, *shared))
 
-    def lower_bound(self) -> int:
-        """Return a lower bound of `Projection.memory(1)`, from one block amid others: a fraction of the time."""
+    @cached_property
+    def least_memory(self) -> int:
+        """A lower bound of `projection.memory(1)`, from one block amid others: a fraction of the time."""
         amid = tuple(len(t.spans) // 2 for t in self.frame.totals)
         return _total(self._shared()) + _total(self._task(amid))
 
     @cached_property
     def _group(self) -> int:
-        return layers_per_group(self.frame.blocks, self.frame.totals, self.sizes.batch_size)
+        return layers_per_group(self.frame, self.sizes.batch_size)
 
     def _shared(self) -> Parts:
         """Return the bytes that the tasks of a process share."""
@@ -220,30 +192,28 @@ class MemoryUse:
         return (*shared, ("uploads", reader_threads(threads) * 2 * read_buffer_bytes(sizes.in_chunk_bytes)))
 
     def _task(self, which: Ints) -> Parts:
-        """Return the bytes of the buffers of one task, in the stage that needs more.
-
-        Args:
-            which: per axis, the position of the block's span in the totals.
-        """
+        """Return the buffers of a task in the stage that needs more, by the positions of its spans in the totals."""
         sizes, sweep = self.sizes, self.frame.blocks.sweep
         axis = self.frame.blocks.axes[sweep]
         spans = [t.spans[i] for t, i in zip(self.frame.totals, which, strict=True)]
         chunk = sizes.in_chunks[sweep] if self.io_strategy.aligned_reads else 1
         grid, layers = axis.grid.grown(sizes.context[sweep]), spans[sweep].members
         in_planes, _ = capacity(grid, layers, self._group, chunk, prefetch=self.io_strategy.prefetch)
-        section = math.prod(s.patches for a, s in enumerate(spans) if a != sweep)
+        section = math.prod(s.extent for a, s in enumerate(spans) if a != sweep)
         planes = self.frame.blocks.grid.patch_size[sweep] + (self._group - 1) * axis.grid.stride
         heads = [self._head(f, h, which) for f, h in zip(self.heads, sizes.heads, strict=True)]
         sums, staged, tile = (sum(column) for column in zip(*(predict for predict, _ in heads), strict=True))
-        predict = (
+        predict: Parts = (
             ("input", in_planes * section * sizes.in_voxel_bytes),
             ("sums", sums),
             ("staged", staged),
             ("tile", tile),
             ("batch", sizes.batch_bytes),
             ("mask", math.ceil(planes * section * sizes.mask_voxel_bytes)),
-            *((("downloads", self._downloads()),) if sizes.staged else ()),
         )
+        if sizes.staged:
+            slabs = (pinned_bytes(slab_bytes(f, h)) for f, h in zip(self.heads, sizes.heads, strict=True))
+            predict = (*predict, ("downloads", sum(slabs)))
         # one head after the other
         sums, staged, tile = (max(column) for column in zip(*(normalize for _, normalize in heads), strict=True))
         normalize = (("sums", sums), ("staged", staged), ("tile", tile))
@@ -259,7 +229,7 @@ class MemoryUse:
         reach = math.prod(s.reach for s in cross)
         step = min(frame.blocks.step, swept.reach)
         mixed = math.prod(s.direct for s in cross) * out_bytes
-        mixed += (reach - math.prod(s.closed for s in cross)) * sum_bytes
+        mixed += (reach - math.prod(s.shortest_direct for s in cross)) * sum_bytes
         whole = reach * sum_bytes if swept.halo or swept.open else 0
         voxels = min(tile_voxels(head.max_channels, staged=self.sizes.staged), step * reach)
         tile = voxels * (4 + 2 * sum_bytes + out_bytes)
@@ -270,20 +240,13 @@ class MemoryUse:
             (received * 3 * sum_bytes, (1 + prefetch) * received * out_bytes, tile),
         )
 
-    def _downloads(self) -> int:
-        """Return the bytes of the buffers in main memory that slabs of a device are copied to."""
-        return sum(
-            pinned_bytes(slab_bytes(f.blocks, f.totals, max(h.sum_voxel_bytes, h.out_voxel_bytes)))
-            for f, h in zip(self.heads, self.sizes.heads, strict=True)
-        )
 
-
-def _decoded_unaligned(blocks: BlockGrid, totals: AxisTotals, sizes: ByteSizes) -> int:
+def _decoded_unaligned(frame: Frame, chunk: int) -> int:
     """Return the voxels decoded along the swept axis when layers are read to the voxel: shared chunks count twice."""
-    axis, chunk = blocks.axes[blocks.sweep].grid, sizes.in_chunks[blocks.sweep]
+    axis = frame.blocks.axes[frame.blocks.sweep].grid
     period = min(math.lcm(axis.stride, chunk) // axis.stride, EXAMINED_BLOCKS)
     spans = [chunk_span(s, s + axis.stride, chunk, axis.length) for s in range(0, period * axis.stride, axis.stride)]
-    return max(totals.decoded, round(sum(spans) / len(spans) * axis.count))
+    return max(frame.totals[frame.blocks.sweep].decoded, round(sum(spans) / len(spans) * axis.count))
 
 
 def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: int) -> int:
@@ -302,8 +265,8 @@ def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: 
     partials = 0
     for frame, head in zip(heads, sizes.heads, strict=True):
         reach = math.prod(max(s.reach for s in t.spans) for t in frame.totals)
-        closed = math.prod(min(s.closed for s in t.spans) for t in frame.totals)
-        partials += alive * (reach - closed) * head.sum_voxel_bytes
+        direct = math.prod(min(s.shortest_direct for s in t.spans) for t in frame.totals)
+        partials += alive * (reach - direct) * head.sum_voxel_bytes
     return min(stored, partials) + pieces + bookkeeping
 
 
@@ -316,11 +279,11 @@ def tile_voxels(channels: int, *, staged: bool = False) -> int:
     return max(1, TILE // channels) * (DEVICE_TILE // TILE if staged else 1)
 
 
-def slab_bytes(blocks: BlockGrid, totals: tuple[AxisTotals, ...], voxel: int) -> int:
-    """Return the largest slab of any block, in bytes, at `voxel` bytes per voxel."""
-    reach = [max(span.reach for span in axis.spans) for axis in totals]
-    cross = math.prod(n for axis, n in enumerate(reach) if axis != blocks.sweep)
-    return min(blocks.step, reach[blocks.sweep]) * cross * voxel
+def slab_bytes(frame: Frame, head: Head) -> int:
+    """Return the most bytes of a slab of any block, sums or values."""
+    reach = [max(span.reach for span in axis.spans) for axis in frame.totals]
+    reach[frame.blocks.sweep] = min(frame.blocks.step, reach[frame.blocks.sweep])
+    return math.prod(reach) * max(head.sum_voxel_bytes, head.out_voxel_bytes)
 
 
 def read_buffer_bytes(chunk: int) -> int:
@@ -329,11 +292,7 @@ def read_buffer_bytes(chunk: int) -> int:
 
 
 def pinned_bytes(size: int) -> int:
-    """Return the bytes that torch allocates for so many bytes of pinned memory: a power of two.
-
-    >>> pinned_bytes(1 << 20), pinned_bytes((1 << 20) + 1) >> 20
-    (1048576, 2)
-    """
+    """Return the bytes that torch allocates for so many bytes of pinned memory: a power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 

@@ -1,7 +1,6 @@
 """The plan: all decisions of a run, frozen, as JSON, with a digest of everything that the result depends on.
 
-A plan holds integers and names. It reads nothing, opens nothing and does not choose: `configuration.make_plan` makes it
-from arguments, `planner` chooses its blocks, and workers rebuild it from JSON.
+`configuration.make_plan` makes it from arguments, `planner` chooses its blocks, and workers rebuild it from JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import html
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +23,7 @@ from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
 from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
 from oocpatch.planning.svg import draw_plan
-from oocpatch.planning.sweep import axis_totals
+from oocpatch.planning.sweep import Frame
 
 FORMAT = 3
 """Version of the plan's JSON and of the workspace's layout."""
@@ -41,31 +40,22 @@ class Plan:
             different runs.
         axes: names of the looped and the spatial axes, in the output's order.
         spatial: number of spatial axes.
-        shape: the volume's extent on `axes`.
-        in_channels: channels of the volume.
-        in_dtype: dtype of the volume.
-        in_chunks: chunks of the volume.
-        patch_size: size of the model's input patches, per axis.
-        patch_overlap: voxels that adjacent patches share, per axis.
+        shape, in_channels, in_dtype, in_chunks: of the volume.
+        patch_size, patch_overlap: of the model's input patches.
         padding_mode: rule for the voxels outside the volume; None: the frame is not padded.
         fill: value outside the volume, for `constant`.
         context: input of the model beyond its output, on each side.
         snap: divisor of all patch starts.
         heads: outputs of the model; one, or several from a dict.
         copies_input: whether the model gets copies of the input, because it writes to them.
-        may_skip: whether patches may be skipped.
         core: shape of a block's core.
         sweep: the axis along which blocks are computed.
-        io_strategy: reads and writes of a task beside its computation.
         concurrency: blocks computed at a time.
-        batch_size: patches per batch.
         torch_threads: threads of torch, set in every process, since results depend on it.
         projected_memory: most bytes that the run adds to its process.
         projected_disk: bytes of the workspace at its fullest.
-        bytes_read: decoded bytes read from the volume and the workspace.
-        bytes_written: uncompressed bytes written to the output and the workspace.
-        task_memory: the share of `projected_memory` of each concurrent block.
-        memory_parts: shares of the memory by name.
+        bytes_read, bytes_written: traffic with the volume, the workspace and the output, not compressed.
+        task_memory, memory_parts: shares of `projected_memory` of each concurrent block, and by name.
         model_note: preprocessing, ensembles and compilation around the model, in words.
         statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet computed.
         box: start and stop of the box whose patches are computed; None: all are.
@@ -138,8 +128,7 @@ class Plan:
     @cached_property
     def layers_per_group(self) -> int:
         """Layers of patches that are computed together."""
-        totals = tuple(axis_totals(a, c) for a, c in zip(self.block_grid.axes, self.in_chunks, strict=True))
-        return layers_per_group(self.block_grid, totals, self.batch_size)
+        return layers_per_group(Frame.of(self.block_grid, self.in_chunks), self.batch_size)
 
     @property
     def fills_batches(self) -> bool:
@@ -149,11 +138,7 @@ class Plan:
     @cached_property
     def slab_bytes(self) -> tuple[int, ...]:
         """Most bytes of one slab of each head, sums or values, in any block."""
-        sizes = []
-        for frame, head in zip(self.frames, self.heads, strict=True):
-            totals = tuple(axis_totals(axis, 1) for axis in frame.axes)
-            sizes.append(slab_bytes(frame, totals, max(head.sum_voxel_bytes, head.out_voxel_bytes)))
-        return tuple(sizes)
+        return tuple(slab_bytes(Frame.of(f), h) for f, h in zip(self.frames, self.heads, strict=True))
 
     @property
     def bytes_per_patch(self) -> float:
@@ -163,12 +148,10 @@ class Plan:
 
     @property
     def patches(self) -> int:
-        """Number of patches."""
         return self.grid.num_patches
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
         return self.block_grid.num_blocks
 
     def patches_in(self, blocks: Collection[int]) -> int:
@@ -187,46 +170,20 @@ class Plan:
     @property
     def run_id(self) -> str:
         """Digest of everything the bytes of the result depend on."""
-        fields_of_result = {
-            "format": FORMAT,
-            "parameters": self.parameters,
-            "core": self.core,
-            "sweep": self.sweep,
-            "context": self.context,
-            "snap": self.snap,
-            "heads": [asdict(h) for h in self.heads],
-            "torch_threads": self.torch_threads,
-        }
-        return digest(fields_of_result)
-
-    def with_concurrency(self, concurrency: int, projected_memory: int) -> Plan:
-        """Return the plan with another number of blocks at a time; no byte of the result depends on it."""
-        return replace(self, concurrency=concurrency, projected_memory=projected_memory)
-
-    def with_statistics(self, statistics: tuple[tuple[float, float], ...]) -> Plan:
-        """Return the plan with statistics of the volume; the fingerprint has the parameters that ask for them."""
-        return replace(self, statistics=statistics)
+        names = ("parameters", "core", "sweep", "context", "snap", "torch_threads")
+        values = {name: getattr(self, name) for name in names}
+        return digest({"format": FORMAT, "heads": [asdict(h) for h in self.heads], **values})
 
     def to_json(self) -> str:
         """Return the plan as JSON, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
+        derived = {name: getattr(self, name) for name in ("run_id", "patches", "blocks", "block_shape")}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
-        derived = {
-            "format": FORMAT,
-            "run_id": self.run_id,
-            "patches": self.patches,
-            "blocks": self.blocks,
-            "block_shape": self.block_shape,
-        }
-        return json.dumps({**derived, **record}, indent=1, default=list)
+        return json.dumps({"format": FORMAT, **derived, **record}, indent=1, default=list)
 
     @classmethod
     def from_json(cls, text: str, *, older: bool = False) -> Plan:
-        """Return the plan that `to_json` wrote.
-
-        Args:
-            text: the JSON.
-            older: accept a plan of format 2, as complete outputs have it; its runs cannot be continued.
+        """Return the plan that `to_json` wrote; `older`: or the format before, whose runs cannot be continued.
 
         Raises:
             ValueError: when the text is not the JSON of a plan.
@@ -250,15 +207,13 @@ class Plan:
         return cls(**values)
 
     def draw(self) -> str:
-        """Draw sections through blocks, seams and patches, as the text of an SVG file."""
+        """Return sections through blocks, seams and patches, as the text of an SVG file."""
         return draw_plan(self.block_grid, self.axes, self.spatial)
 
     def _repr_html_(self) -> str:
-        """Return the numbers and the picture of the plan for a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>{self.draw()}"
 
     def __repr__(self) -> str:
-        """Return the numbers of the plan for a console."""
         return str(self)
 
     def __str__(self) -> str:
@@ -344,5 +299,4 @@ def human(size: float, *, up: bool = False) -> str:
 
 
 def _tuples(value: Any) -> Any:
-    """Return lists of JSON as tuples."""
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -2,16 +2,13 @@
 
 Among the block shapes that fit the limits the planner takes the one with the least projected traffic. Seams are
 thinnest where a core is a multiple of the stride, and each chunk is decoded least often where cores and chunks meet;
-both show in the traffic, so that no rule for them is needed. The choice depends on volume, grid and limits, and not on
-the number of workers or on timing: the same call plans the same blocks, and the bytes of a result follow from the
-blocks.
+both show in the traffic, so that no rule for them is needed. The bytes of a result follow from the blocks; these depend
+on volume, grid and limits, and not on the number of workers or on timing.
 
 ```text
  grid --> block shapes x sweep axes --> x I/O strategies --> cheapest that fits --> tasks at a time
           (about 12 lengths per axis)       (4 each)          (memory, disk)
 ```
-
-The cost of a candidate comes from `memory`; the model is probed by `configuration`.
 """
 
 from __future__ import annotations
@@ -20,24 +17,15 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
+from oocpatch.planning.blocks import BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
-from oocpatch.planning.memory import (
-    ByteSizes,
-    IoStrategy,
-    MemoryUse,
-    Projection,
-    Traffic,
-    io_threads,
-    traffic,
-)
+from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Projection, io_threads, traffic
 from oocpatch.planning.plan import human
-from oocpatch.planning.sweep import AxisTotals, Frame, axis_totals
+from oocpatch.planning.sweep import Frame
 
 WORK = 1 << 30
 """Voxels of patches that a block should not exceed: a crash costs a block, ten seconds on a GPU, minutes on a CPU."""
@@ -91,21 +79,25 @@ def choose(
         best = _best(candidates, max_memory, max_disk)
         if best is not None:
             candidate, concurrency = best
-            blocks, projection = candidate.blocks, candidate.projection
-            concurrency = _with_workers(concurrency, workers, blocks.num_blocks, projection, max_memory)
-            return BlockChoice(blocks, candidate.memory.io_strategy, concurrency, projection)
+            blocks, projection = candidate.frame.blocks, candidate.projection
+            if workers is None:
+                concurrency = min(concurrency, blocks.num_blocks)
+            else:
+                concurrency = next((n for n in range(workers, 1, -1) if projection.memory(n) <= max_memory), 1)
+            return BlockChoice(blocks, candidate.io_strategy, concurrency, projection)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
 
 def _with_io(grids: list[BlockGrid], sizes: ByteSizes, threads: int) -> list[_Candidate]:
     """Return each block grid with each strategy for I/O, with so many threads for chunks."""
-    frames, candidates = Frames(sizes), []
+    candidates = []
     for blocks in grids:
-        frame, heads = frames.of(blocks)
+        frame = Frame.of(blocks, sizes.in_chunks, sizes.context)
+        heads = tuple(Frame.of(blocks.scaled(h.scale, h.unit, crop=h.crop)) for h in sizes.heads)
         for aligned_reads in (True, False):
             moved = traffic(frame, heads, sizes, NOMINAL[0], aligned_reads=aligned_reads)
             strategies = (IoStrategy(aligned_reads, prefetch, threads) for prefetch in (True, False))
-            candidates += [_Candidate(MemoryUse(frame, heads, sizes, strategy), moved) for strategy in strategies]
+            candidates += [_Candidate(frame, heads, sizes, strategy, moved) for strategy in strategies]
     return candidates
 
 
@@ -123,25 +115,8 @@ def _best(candidates: list[_Candidate], max_memory: int, max_disk: int | None) -
     return None if best is None else best[1:]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Blocks with a strategy for I/O; their projection is computed only for candidates that may be chosen."""
-
-    memory: MemoryUse
-    moved: Traffic
-
-    @property
-    def blocks(self) -> BlockGrid:
-        return self.memory.frame.blocks
-
-    @cached_property
-    def projection(self) -> Projection:
-        return self.memory.project(self.moved)
-
-    @cached_property
-    def least_memory(self) -> int:
-        """Lower bound of the memory of one task at a time."""
-        return self.memory.lower_bound()
+class _Candidate(MemoryUse):
+    """Blocks with a strategy for I/O, to be compared with others."""
 
     def concurrency(self, max_memory: int) -> int:
         """Return the largest of the nominal numbers of concurrent tasks that fits; 0: none does."""
@@ -151,54 +126,14 @@ class _Candidate:
 
     def cost(self, concurrency: int) -> float:
         """Return the projected traffic in bytes, weighed by what makes it slower or dearer to lose."""
-        blocks = self.blocks
+        blocks = self.frame.blocks
         cost = float(self.moved.bytes_read + self.moved.bytes_written)
-        cost *= 1.0 if self.memory.io_strategy.prefetch else NO_PREFETCH
+        cost *= 1.0 if self.io_strategy.prefetch else NO_PREFETCH
         cost *= SINGLE_TASK if concurrency == 1 or blocks.num_blocks == 1 else 1.0
         cost *= 1.0 + 0.01 * blocks.sweep  # rows of memory stay long when an early axis is swept
         work = blocks.grid.num_patches * math.prod(blocks.grid.patch_size) / blocks.num_blocks
         cost *= max(1.0, work / WORK)
         return cost + 20_000.0 * blocks.num_blocks  # the overhead of a task
-
-
-class Frames:
-    """Cache of the totals of axes, which many block grids share.
-
-    Args:
-        sizes: the heads, and the chunks and context of the volume.
-    """
-
-    def __init__(self, sizes: ByteSizes) -> None:
-        self._sizes = sizes
-        self._totals: dict[tuple[int, int, BlockAxis], AxisTotals] = {}
-
-    def of(self, blocks: BlockGrid) -> tuple[Frame, tuple[Frame, ...]]:
-        """Return the blocks in the frame of the volume and in the frame of each head."""
-        sizes = self._sizes
-        heads = (blocks.scaled(h.scale, h.unit, crop=h.crop) for h in sizes.heads)
-        none = (0,) * len(blocks.axes)
-        return self._frame(blocks, -1, sizes.context), tuple(self._frame(b, i, none) for i, b in enumerate(heads))
-
-    def _frame(self, blocks: BlockGrid, head: int, context: Ints) -> Frame:
-        totals = []
-        for a, axis in enumerate(blocks.axes):
-            key = (head, a, axis)
-            if key not in self._totals:
-                chunk = self._sizes.in_chunks[a] if head < 0 else 1
-                self._totals[key] = axis_totals(axis, chunk, context[a])
-            totals.append(self._totals[key])
-        return Frame(blocks, tuple(totals))
-
-
-def _with_workers(
-    concurrency: int, workers: int | None, num_blocks: int, projection: Projection, max_memory: int
-) -> int:
-    """Return the requested concurrency as far as memory allows, or else the nominal one."""
-    if workers is None:
-        return max(1, min(concurrency, num_blocks))
-    while workers > 1 and projection.memory(workers) > max_memory:
-        workers -= 1
-    return max(1, workers)
 
 
 def _block_grids(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop: bool) -> Iterator[BlockGrid]:
@@ -276,19 +211,12 @@ LARGEST_BATCH = 64
 
 
 def patch_sizes(shape: Ints, chunks: Ints, fixed: tuple[int | None, ...] | None = None) -> Iterator[Ints]:
-    """Return patch sizes to try, the largest first.
+    """Return patch sizes to try, the largest first; `fixed`: the sides that the model fixes, None for the others.
 
     Sides are whole chunks where possible, and no longer than the volume needs.
 
-    Args:
-        shape: spatial shape of the volume, in voxels.
-        chunks: chunks of the volume on these axes, in voxels.
-        fixed: sides that the model fixes; None where it does not.
-
     >>> list(patch_sizes((4000, 3000), (256, 256)))[:3]
     [(512, 512), (256, 256), (192, 192)]
-    >>> next(patch_sizes((20, 300, 300), (48, 48, 48), (None, 64, 64)))
-    (32, 64, 64)
     """
     seen = None
     largest = LARGEST.get(len(shape), SMALL_MULTIPLE * 2)
@@ -314,15 +242,9 @@ def _side(length: int, chunk: int, limit: int) -> int:
 def batch_size(
     voxels: int, patch_bytes: int, max_memory: int, *, patches: int, least: int = 1, most: int | None = None
 ) -> int:
-    """Return the number of patches per call of the model, a power of two within the model's limits.
+    """Return the number of patches per call of the model, a power of two within its limits, `least` and `most`.
 
-    Args:
-        voxels: voxels of a patch.
-        patch_bytes: memory of the model and a batch per patch.
-        max_memory: memory limit of the run, in bytes.
-        patches: number of patches of the volume.
-        least: smallest batch that the model accepts.
-        most: largest batch that the model accepts; None: any.
+    A patch has so many voxels, and takes `patch_bytes` of the model and a batch; the volume has so many patches.
 
     >>> batch_size(64**3, 40 << 20, 1 << 30, patches=500), batch_size(64**3, 0, 1 << 30, patches=500, most=3)
     (2, 3)

@@ -6,8 +6,6 @@ A level has `ceil(n / 2)` voxels where the one above has `n`, so that no voxel a
  level 0   | 0 | 1 | 2 | 3 | 4 |
  level 1   |   0   |   1   |   2   :      the last voxel stands for the one above it alone
 ```
-
-This module computes with shapes only; `outputs.pyramid` reads, averages and writes.
 """
 
 from __future__ import annotations
@@ -31,14 +29,9 @@ def halvings(
     """Return the steps from each level to the next, per axis: 2 for an axis that is halved, else 1.
 
     Axes whose voxels are twice as long as the shortest, or longer, wait until the others have caught up. Only the last
-    `spatial` axes are halved, and no axis that is one voxel long.
-
-    Args:
-        shape: shape of the finest level, in voxels.
-        chunks: chunks of the finest level, in voxels.
-        sizes: lengths of its voxels per axis, in one unit.
-        spatial: number of spatial axes, the last ones.
-        levels: number of levels, the finest included; None: until a level has no more voxels than a chunk.
+    `spatial` axes are halved, and no axis that is one voxel long. Shape, chunks and `sizes`, the lengths of a voxel in
+    one unit, are those of the finest level; `levels` counts it, too. Without it, the last level is the first
+    that has no more voxels than a chunk.
 
     >>> halvings((100, 1000, 1000), (64, 64, 64), (2.0, 0.5, 0.5), 3)
     ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -58,11 +51,7 @@ def halvings(
 
 
 def level_shape(shape: Ints, step: Ints) -> Ints:
-    """Return the shape of a level, given the shape of the level above and the step between them.
-
-    >>> level_shape((5, 4, 1), (2, 2, 1))
-    (3, 2, 1)
-    """
+    """Return the shape of a level, given the shape of the level above and the step between them."""
     return tuple(-(-n // f) for n, f in zip(shape, step, strict=True))
 
 
@@ -106,8 +95,6 @@ def task_memory(shape: Ints, chunks: Ints, unit: Ints, step: Ints, itemsize: int
         step: per axis, 2 where the level above is halved.
         itemsize: bytes of a value.
 
-    >>> task_memory((512, 512), (64, 64), (64, 64), (2, 2), 1)
-    4722688
     """
     region = regions(shape, unit, sharded=unit != chunks)
     piece = pieces(region, chunks, step)

@@ -1,7 +1,6 @@
 """Drawings of plans and grids as SVG: blocks, seams and patches in sections through the volume.
 
-Everything is drawn from the arithmetic of the grid, without data. Of many blocks the first ones are drawn. Pictures of
-results are made by `visualization`.
+Of many blocks the first ones are drawn. Pictures of results are made by `visualization`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 import html
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # grids know how to draw themselves
-    from oocpatch.planning.blocks import BlockGrid
-    from oocpatch.planning.grid import GridAxis, PatchGrid
+from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.grid import GridAxis, PatchGrid
 
 SIDE = 300
 """Longest side of a section, in pixels."""
@@ -33,15 +30,8 @@ STYLE = """\
 
 
 def draw_plan(blocks: BlockGrid, names: Sequence[str], spatial: int) -> str:
-    """Draw sections through the last three axes: cores, the seams between them, and the patches of one block.
+    """Draw sections through the last three of the spatial axes: cores, their seams, and the patches of one block.
 
-    Args:
-        blocks: the blocks, with their patches.
-        names: names of the axes.
-        spatial: number of spatial axes, the last ones.
-
-    >>> from oocpatch.planning.blocks import BlockGrid
-    >>> from oocpatch.planning.grid import PatchGrid
     >>> grid = PatchGrid.of((64, 64), (16, 16), (8, 8))
     >>> svg = draw_plan(BlockGrid.of(grid, (32, 32), (8, 8), 0, crop=False), "yx", 2)
     >>> svg.count('class="core'), svg.count('class="patch')
@@ -54,12 +44,7 @@ def draw_plan(blocks: BlockGrid, names: Sequence[str], spatial: int) -> str:
 
 
 def draw_grid(grid: PatchGrid) -> str:
-    """Draw sections through the last three axes with the patches.
-
-    >>> from oocpatch.planning.grid import PatchGrid
-    >>> draw_grid(PatchGrid.of((10,), (4,), (2,))).count('class="patch')
-    4
-    """
+    """Draw sections through the last three axes with the patches."""
     ndim = len(grid.axes)
     names = [f"axis {a}" for a in range(ndim)]
     return _figure([_patches(grid, pair, names) for pair in _pairs(ndim, ndim)], (("patch first", "patch"),))
@@ -76,11 +61,9 @@ Section = tuple[float, float, str]
 
 
 class _Viewport:
-    """The scale of a section, from voxels to pixels; a section of one axis is drawn as a band.
+    """The scale of a section, from voxels to pixels: its axes, down and across, and the span of voxels drawn of each.
 
-    Args:
-        axes: the axes, down and across.
-        spans: per axis, start and stop of the voxels that are drawn.
+    A section of one axis is drawn as a band.
     """
 
     def __init__(self, axes: tuple[int, ...], spans: dict[int, tuple[int, int]]) -> None:

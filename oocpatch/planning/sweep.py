@@ -1,13 +1,13 @@
 """The sweep of a block: the order in which its layers of patches are read, computed and written.
 
 ```text
-   sweep ->      done and written | rolling partial | not yet read
+   sweep ->       final, written  |    sums ring    | not yet read
                  =================|  [ layer n  ]   |
                                   |     [ layer n+1 ]
 ```
 
 A layer holds the patches of a block that share one start on the swept axis. Layers are taken in groups of just enough
-patches to fill a batch. When a group is done, the voxels before the next group's start are final and leave the partial:
+patches to fill a batch. Once a group is computed, the voxels before the next one's start are final and leave the ring:
 
 ```text
  group 0     [=====]
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from oocpatch.planning.blocks import BlockAxis, BlockGrid
-from oocpatch.planning.box import ceil_to
+from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, chunk_span
 
 
@@ -37,17 +37,14 @@ class Group:
 
     Attributes:
         layers: grid indices of the layers.
-        start: first voxel of the group's patches on the swept axis.
-        stop: end of the group's patches.
+        start, stop: span of the group's patches on the swept axis.
         read_stop: end of the planes that the group needs; `stop`, or beyond it up to a chunk border of the input.
-        done: end of the voxels that are final once the group is computed.
     """
 
     layers: range
     start: int
     stop: int
     read_stop: int
-    done: int
 
 
 def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end: int | None = None) -> list[Group]:
@@ -56,7 +53,7 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end
     Args:
         axis: the swept axis.
         layers: grid indices of the block's layers.
-        layers_per_group: number of layers that are computed together.
+        layers_per_group: layers that are computed together.
         chunk: divisor of the ends of reads, in voxels.
         end: end of the block's last layer; default: that of the last of `layers`.
 
@@ -69,12 +66,10 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end
     reach_stop = axis.start(layers[-1]) + axis.patch if end is None else end
     for i in range(0, len(layers), layers_per_group):
         members = layers[i : i + layers_per_group]
-        following = i + layers_per_group
-        done = axis.start(layers[following]) if following < len(layers) else reach_stop
         stop = axis.start(members[-1]) + axis.patch
         # Beyond the border there are no chunks: padding is read to the voxel.
         aligned = max(stop, min(ceil_to(stop, chunk), reach_stop, max(axis.length, stop)))
-        schedule.append(Group(members, axis.start(members[0]), stop, aligned, done))
+        schedule.append(Group(members, axis.start(members[0]), stop, aligned))
     return schedule
 
 
@@ -114,16 +109,12 @@ EXAMINED_BLOCKS = 64
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A bound on some blocks' lengths along one axis, in voxels: first block, last block, or all between.
+    """Largest sizes of some blocks along one axis, in voxels: of the first block, the last one, or all between.
 
     Attributes:
         members: grid indices of the patches of one such block.
-        core: longest core.
-        halo: longest halo.
-        open: longest open part.
-        direct: longest direct part.
-        patches: longest extent of a block's patches, padding included.
-        layers: largest number of patches of a block.
+        extent: length of a block's patches together, padding included.
+        patch_count: number of patches of a block.
     """
 
     members: range
@@ -131,28 +122,24 @@ class Span:
     halo: int
     open: int
     direct: int
-    patches: int
-    layers: int
+    extent: int
+    patch_count: int
 
     @property
     def reach(self) -> int:
         return self.core + self.halo
 
     @property
-    def closed(self) -> int:
-        """Shortest direct part."""
+    def shortest_direct(self) -> int:
         return self.core - self.open
 
 
 @dataclass(frozen=True, slots=True)
 class AxisTotals:
-    """Sums over the blocks of one axis, in voxels, and bounds on single blocks.
+    """Sums over the blocks of one axis, in voxels, and bounds on the first block, those between, and the last one.
 
     Attributes:
         decoded: voxels that are decoded, in whole chunks of the volume.
-        halo: length of all halos.
-        open: length of all open parts.
-        spans: bounds on the first block, those between, and the last one.
     """
 
     decoded: int
@@ -168,6 +155,13 @@ class Frame:
     blocks: BlockGrid
     totals: tuple[AxisTotals, ...]
 
+    @classmethod
+    def of(cls, blocks: BlockGrid, chunks: Ints | None = None, context: Ints | None = None) -> Frame:
+        """Return the blocks with their totals; chunks and context are those of the volume, in its own frame."""
+        ndim = len(blocks.axes)
+        per_axis = zip(blocks.axes, chunks or (1,) * ndim, context or (0,) * ndim, strict=True)
+        return cls(blocks, tuple(axis_totals(*values) for values in per_axis))
+
     @property
     def seam_voxels(self) -> int:
         """Voxels of all halos."""
@@ -181,13 +175,9 @@ class Frame:
         return math.prod(shape) - math.prod(n - t.open for n, t in zip(shape, self.totals, strict=True))
 
 
+@lru_cache(maxsize=4096)  # block grids that a planner compares share their axes
 def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
     """Return the totals of one axis, from all its blocks or, of many, from one period of their pattern.
-
-    Args:
-        axis: the blocks of the axis.
-        chunk: length of the volume's chunks, in voxels.
-        context: voxels that are read beyond the patches, on each side.
 
     >>> totals = axis_totals(BlockAxis(GridAxis(20, 4, 2), size=8, unit=4, crop=False, step=4), chunk=8)
     >>> totals.decoded, totals.halo, totals.open
@@ -213,7 +203,6 @@ def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
 
 
 def _extent(axis: BlockAxis, index: int, context: int) -> tuple[int, int]:
-    """Return start and stop of the voxels that a block's patches read."""
     patches = axis.patches(index)
     if not patches:
         return 0, 0
@@ -229,6 +218,6 @@ def _span(axis: BlockAxis, indices: list[int], context: int) -> Span:
         halo=max(axis.spill(i) for i in indices),
         open=max(opens),
         direct=max(c - o for c, o in zip(cores, opens, strict=True)),
-        patches=max(stop - start for start, stop in (_extent(axis, i, context) for i in indices)),
-        layers=max(len(axis.patches(i)) for i in indices),
+        extent=max(stop - start for start, stop in (_extent(axis, i, context) for i in indices)),
+        patch_count=max(len(axis.patches(i)) for i in indices),
     )

@@ -1,8 +1,7 @@
 """Windows: the blending weights of a patch, and their sums over a full grid, as one 1-D array per axis.
 
-A window is the outer product of one 1-D array per axis. On a full grid the weights (the sums of all windows) are an
-outer product, too, so that the dense array is never needed. On a grid with skipped patches the engine sums windows
-voxel by voxel instead.
+Windows are outer products of these, and so are their sums on a full grid: the dense array is never needed. On a grid
+with skipped patches the engine sums windows voxel by voxel instead.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Container, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from oocpatch.configuration.run_config import RunConfig
@@ -45,7 +46,7 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
     statistics = preprocess_statistics(
         config.model.preprocess, config.volume, config.limits.max_memory, progress=config.execution.progress
     )
-    plan = plan.with_statistics(statistics)
+    plan = replace(plan, statistics=statistics)
     create_output(config.output, plan, config.volume, config.workspace, record)
     return Workspace.create(config.workspace / plan.run_id, plan)
 
