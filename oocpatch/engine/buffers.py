@@ -78,17 +78,7 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
 
 
 class FutureGroup:
-    """Calls in progress on the threads of a pool, to be waited for together.
-
-    >>> from concurrent.futures import ThreadPoolExecutor
-    >>> results = []
-    >>> with ThreadPoolExecutor(2) as pool:
-    ...     group = FutureGroup(pool)
-    ...     group.submit(results.append, 1)
-    ...     group.wait()
-    >>> results
-    [1]
-    """
+    """Calls in progress on the threads of a pool, to be waited for together."""
 
     def __init__(self, pool: Executor) -> None:
         self._pool = pool

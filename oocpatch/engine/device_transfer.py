@@ -76,11 +76,9 @@ class Transfer:
 
     @contextlib.contextmanager
     def upload(self, view: torch.Tensor, after: torch.cuda.Event | None) -> Iterator[Array]:
-        """Yield an array to fill, whose values are in a tensor of the device when the block is left.
+        """Yield an array to fill, whose values are in `view`, of any strides, when the context is left.
 
-        Args:
-            view: the tensor, with any strides; the array has its shape and dtype.
-            after: the event from `queued` at a time when no later kernel needs the old values.
+        `after` is the event from `queued` at a time when no later kernel needs the old values.
         """
         if not self.staged:
             yield view.numpy()

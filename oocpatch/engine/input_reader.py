@@ -86,13 +86,10 @@ class InputReader:
                 self.pending.submit(self._read, request, view[inner], after)
 
     def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
-        """Return patches as `(B, C, *patch_size)`, valid until the next call.
+        """Return patches as `(B, C, *patch_size)`, at most `size` of them, valid until the next call.
 
-        Args:
-            boxes: the patches.
-            size: most patches of a batch.
-            copy: whether the model may write to the patches; if not, a single patch that does not wrap is a view.
-            full: whether to fill up a smaller batch with copies of its last patch.
+        With `copy` the model may write to them; without, a single patch that does not wrap is a view. With `full`, a
+        smaller batch is filled up with copies of its last patch.
         """
         if len(boxes) == 1 and not copy:
             views = [view for _, view in self._ring.parts(boxes[0])]

@@ -39,8 +39,7 @@ class Mask:
     @property
     def voxel_bytes(self) -> float:
         """Bytes per voxel of the volume while a layer is examined: as read, as booleans, and two running counts."""
-        lacking = len(self.shape) - len(self.volume.shape)
-        share = math.prod(self.volume.shape) / math.prod(self.shape[lacking:])
+        share = math.prod(self.volume.shape) / math.prod(self.shape[-len(self.volume.shape) :])
         return share * (self.volume.channels * (self.volume.dtype.itemsize + 1) + 1 + 2 * 4)
 
     def foreground(self, grid: PatchGrid, ranges: Sequence[range]) -> npt.NDArray[np.bool_]:

@@ -92,7 +92,6 @@ class TaskResult:
     """The result of one task, for the ledger.
 
     Attributes:
-        partials_ref: reference to the partial sums that the task stored.
         uncovered: voxels of the first head's output without a patch, among those that the task wrote.
         nonfinite: voxels of all heads that are NaN or infinite, among those that the task wrote.
         unit_checksums: packed CRCs of the write units that the task wrote; see `outputs.write_units`.
@@ -127,11 +126,7 @@ def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
 class SlabWriter:
     """Writes the slabs of one head on threads while the next slab is computed; at most one slab at a time.
 
-    Args:
-        context: what tasks share.
-        staging: main memory for slabs of a device.
-        checksums: collects the CRCs of write units of the output.
-        partials: stores sums; None in the normalize stage, which writes values only.
+    Without `partials`, as in the normalize stage, it writes values only.
     """
 
     def __init__(
@@ -341,12 +336,8 @@ def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
 def normalize_block(context: TaskContext, index: int, partials_refs: Mapping[int, PartialsRef]) -> TaskResult:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
-    Idempotent: writes only the open part of its own core, whole write units.
-
-    Args:
-        context: what tasks share.
-        index: the block.
-        partials_refs: references from the ledger, for the block and those whose seams enter it.
+    Idempotent: writes only the open part of its own core, whole write units. The references from the ledger are those
+    of the block and of the blocks whose seams enter it.
 
     Raises:
         CorruptPartial: when a partial is not what the ledger refers to.

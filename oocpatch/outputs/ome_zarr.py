@@ -24,12 +24,12 @@ import xarray
 import zarr
 
 from oocpatch.outputs.coordinates import at_centres, json_attributes, scaled_coords, write_coords
-from oocpatch.planning.arguments import one_of
+from oocpatch.planning.arguments import clipped_chunks, one_of, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
-from oocpatch.planning.pyramid_levels import halvings, level_chunks, level_shape
+from oocpatch.planning.pyramid_levels import halvings, level_shape
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.ome_metadata import METERS, Multiscale, OmeAxis, OmeLevel, coordinate, long_unit
 from oocpatch.volumes.volume import Volume
@@ -191,7 +191,7 @@ def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[I
             parent = level.removesuffix(f"/{ARRAY}")
             zarr.create_group(store, path=parent, zarr_format=3)
             write_coords(path / parent, of_level, {})
-            chunks, unit = level_chunks(shape, image.chunks, image.unit)
+            chunks, unit = clipped_chunks(image.chunks, shape), write_unit(image.chunks, image.unit, shape)
             zarr.create_array(
                 store,
                 name=level,

@@ -25,11 +25,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
-    """Return a value that is None or in a list.
-
-    >>> one_of("device", "cpu", ("cpu", "cuda"))
-    'cpu'
-    """
+    """Return a value that is None or in a list."""
     if value is not None and value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
@@ -167,11 +163,7 @@ def dtype_name(name: str, value: Any) -> str | None:
 
 
 def check_fits(name: str, value: float, dtype: str) -> None:
-    """Refuse a number that a dtype cannot represent.
-
-    >>> check_fits("fill", 255.0, "uint8"), check_fits("fill", 0.5, "float32")
-    (None, None)
-    """
+    """Refuse a number that a dtype cannot represent."""
     kind = np.dtype(dtype)
     if kind.kind == "f":
         return
@@ -181,11 +173,7 @@ def check_fits(name: str, value: float, dtype: str) -> None:
 
 
 def clipped_chunks(chunks: Ints, shape: Ints) -> Ints:
-    """Return chunks that are not longer than the volume.
-
-    >>> clipped_chunks((64, 64), (100, 30))
-    (64, 30)
-    """
+    """Return chunks that are not longer than the volume."""
     return tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
 
 
@@ -203,11 +191,7 @@ def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
 
 
 def json_number(value: float) -> float | str:
-    """Return a number that JSON can compare: NaN, which is not equal to itself, becomes its name.
-
-    >>> json_number(math.nan), json_number(0.5)
-    ('nan', 0.5)
-    """
+    """Return a number that JSON can compare: NaN, which is not equal to itself, becomes its name."""
     return "nan" if math.isnan(value) else value
 
 

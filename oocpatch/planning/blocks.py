@@ -48,19 +48,18 @@ class BlockAxis:
     """The cores of one axis, in voxels.
 
     Attributes:
-        size: core length, a multiple of `unit`, the output's write unit; too small a remainder joins the last core.
+        size: core length, in whole write units of the output; too small a remainder joins the last core.
         crop: whether patches are cropped (a halo then ends where the next patch decides).
-        step: granularity of `open`; at least `unit`, more on the swept axis.
+        step: granularity of `open`: a write unit, or more on the swept axis.
         blocks: number of cores; None: it follows from the rest.
 
-    >>> axis = BlockAxis(GridAxis(20, 4, 2), size=8, unit=4, crop=False, step=4)
+    >>> axis = BlockAxis(GridAxis(20, 4, 2), size=8, crop=False, step=4)
     >>> [(axis.core(i), axis.patches(i), axis.open(i), axis.spill(i)) for i in range(axis.count)]
     [((0, 8), range(0, 4), 0, 2), ((8, 16), range(4, 8), 4, 2), ((16, 20), range(8, 9), 4, 0)]
     """
 
     grid: GridAxis
     size: int
-    unit: int
     crop: bool
     step: int
     blocks: int | None = None
@@ -122,13 +121,10 @@ class Block:
     @property
     def open_boxes(self) -> tuple[Box, ...]:
         """The core without `direct`, as disjoint boxes; box `a` is open on axis `a` and direct on the axes before."""
-        boxes = []
-        for axis, length in enumerate(self.open):
-            first = self.core.start[axis]
-            box = self.core.along(axis, first, first + length)
-            for before in range(axis):
-                box = box.along(before, self.direct.start[before], self.core.stop[before])
-            boxes.append(box)
+        boxes, rest = [], self.core
+        for axis, direct in enumerate(self.direct.start):
+            boxes.append(rest.along(axis, self.core.start[axis], direct))
+            rest = rest.along(axis, direct, self.core.stop[axis])
         return tuple(boxes)
 
     def seam(self, offset: Offset) -> Box:
@@ -171,7 +167,7 @@ class BlockGrid:
         """Return blocks with the given core, rounded up to whole write units and to at least `patch_size - 1`."""
         return cls(
             tuple(
-                BlockAxis(g, core_length(g, c, u), u, crop, sweep_step(g, u) if a == sweep else u)
+                BlockAxis(g, core_length(g, c, u), crop, sweep_step(g, u) if a == sweep else u)
                 for a, (g, c, u) in enumerate(zip(grid.axes, core, unit, strict=True))
             ),
             sweep,
@@ -183,7 +179,7 @@ class BlockGrid:
         for a, (axis, s, u) in enumerate(zip(self.axes, scale, unit, strict=True)):
             grid = axis.grid.scaled(s)
             step = sweep_step(grid, u) if a == self.sweep else u
-            axes.append(BlockAxis(grid, axis.size * s[0] // s[1], u, crop, step, axis.count))
+            axes.append(BlockAxis(grid, axis.size * s[0] // s[1], crop, step, axis.count))
         return BlockGrid(tuple(axes), self.sweep)
 
     @property
@@ -277,14 +273,7 @@ def sweep_step(axis: GridAxis, unit: int) -> int:
 
 
 class Neighbours:
-    """Indices of the blocks that exchange seams, each in the time of a few additions.
-
-    >>> from oocpatch.planning.grid import PatchGrid
-    >>> grid = BlockGrid.of(PatchGrid.of((24, 24), (4, 4), (2, 2)), core=(8, 8), unit=(4, 4), sweep=0, crop=False)
-    >>> neighbours = Neighbours(grid)
-    >>> neighbours.sources(4), neighbours.readers(4)
-    ([3, 1, 0], [4, 5, 7, 8])
-    """
+    """Indices of the blocks that exchange seams, each in the time of a few additions."""
 
     def __init__(self, blocks: BlockGrid) -> None:
         self._counts = blocks.counts

@@ -80,11 +80,7 @@ class Box:
         )
 
     def split(self, step: Ints) -> Iterator[Box]:
-        """Cut at the multiples of `step`: the pieces cover the box exactly once, each within one cell of the lattice.
-
-        >>> [b.start for b in Box((3,), (9,)).split((4,))]
-        [(3,), (4,), (8,)]
-        """
+        """Cut at the multiples of `step`: the pieces cover the box exactly once, each in one cell of the lattice."""
         ranges = [list(cut(a, b, s)) for a, b, s in zip(self.start, self.stop, step, strict=True)]
         for spans in itertools.product(*ranges):
             yield Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
@@ -145,9 +141,5 @@ def selected(selection: tuple[slice, ...], shape: Ints) -> Box:
 
 
 def unit_positions(unit: Sequence[int], selection: tuple[slice, ...]) -> Iterator[Ints]:
-    """Return the positions, in write units and in C order, of the units that a selection of voxels meets.
-
-    >>> list(unit_positions((4, 4), (slice(0, 4), slice(2, 9))))
-    [(0, 0), (0, 1), (0, 2)]
-    """
+    """Return the positions, in write units and in C order, of the units that a selection of voxels meets."""
     return itertools.product(*(range(s.start // n, -(-s.stop // n)) for s, n in zip(selection, unit, strict=True)))

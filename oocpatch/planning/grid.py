@@ -116,13 +116,8 @@ class GridAxis:
         """Return the same patches, larger by `context` voxels on each side."""
         if not context:
             return self
-        return GridAxis(
-            self.length,
-            self.patch + 2 * context,
-            self.overlap + 2 * context,
-            begin=self.first - context,
-            end=self.last - context,
-        )
+        patch, overlap = self.patch + 2 * context, self.overlap + 2 * context
+        return GridAxis(self.length, patch, overlap, begin=self.first - context, end=self.last - context)
 
     def indices(self, start: int, stop: int) -> range:
         """Return the patches that the span `[start, stop)` of the volume owns: those that start in it.
@@ -175,9 +170,6 @@ class PatchLocation:
     Attributes:
         index: the corner with the lowest coordinates, in voxels of the unpadded volume.
         subject_index: position of the patch's subject, when there are several.
-
-    >>> PatchLocation((0, 8), (4, 4)).index_fin
-    (4, 12)
     """
 
     index: Ints

@@ -98,12 +98,10 @@ class Head:
 
     @property
     def sum_voxel_bytes(self) -> int:
-        """Bytes of one voxel of the sums, all channels."""
         return self.stored_channels * _itemsize(self.dtype)
 
     @property
     def out_voxel_bytes(self) -> int:
-        """Bytes of one voxel of the output, all channels."""
         return self.out_channels * _itemsize(self.out_dtype)
 
     @property
@@ -142,12 +140,8 @@ def patch_grid(
 
 def common_unit(heads: Sequence[Head]) -> Ints:
     """Return the divisor of all cores, in the volume's voxels: a whole number of write units in every head's frame."""
-
-    def unit_of(head: Head, axis: int) -> int:
-        times, per = head.scale[axis]
-        return head.unit[axis] * per // math.gcd(head.unit[axis] * per, times)
-
-    return tuple(math.lcm(*(unit_of(head, axis) for head in heads)) for axis in range(len(heads[0].unit)))
+    per_axis = zip(*(zip(head.unit, head.scale, strict=True) for head in heads), strict=True)
+    return tuple(math.lcm(*(n * per // math.gcd(n * per, times) for n, (times, per) in axis)) for axis in per_axis)
 
 
 def crops(heads: Sequence[Head]) -> bool:

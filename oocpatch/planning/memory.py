@@ -271,11 +271,7 @@ def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: 
 
 
 def tile_voxels(channels: int, *, staged: bool = False) -> int:
-    """Return the voxels of so many channels that are normalized at a time.
-
-    >>> tile_voxels(4), tile_voxels(4, staged=True)
-    (16384, 262144)
-    """
+    """Return the voxels of so many channels that are normalized at a time."""
     return max(1, TILE // channels) * (DEVICE_TILE // TILE if staged else 1)
 
 

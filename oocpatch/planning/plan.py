@@ -39,7 +39,6 @@ class Plan:
         parameters: the fingerprint, by the names of the parameters of `predict`: two plans with other values in it are
             different runs.
         axes: names of the looped and the spatial axes, in the output's order.
-        spatial: number of spatial axes.
         shape, in_channels, in_dtype, in_chunks: of the volume.
         patch_size, patch_overlap: of the model's input patches.
         padding_mode: rule for the voxels outside the volume; None: the frame is not padded.

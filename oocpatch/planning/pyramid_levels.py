@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from oocpatch.planning.arguments import clipped_chunks, write_unit
 from oocpatch.planning.box import Ints, worthwhile
 
 LARGEST = 256
@@ -30,8 +29,8 @@ def halvings(
 
     Axes whose voxels are twice as long as the shortest, or longer, wait until the others have caught up. Only the last
     `spatial` axes are halved, and no axis that is one voxel long. Shape, chunks and `sizes`, the lengths of a voxel in
-    one unit, are those of the finest level; `levels` counts it, too. Without it, the last level is the first
-    that has no more voxels than a chunk.
+    one unit, are those of the finest level; `levels` counts it, too. Without `levels`, the last one is the first that
+    has no more voxels than a chunk.
 
     >>> halvings((100, 1000, 1000), (64, 64, 64), (2.0, 0.5, 0.5), 3)
     ((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
@@ -55,15 +54,6 @@ def level_shape(shape: Ints, step: Ints) -> Ints:
     return tuple(-(-n // f) for n, f in zip(shape, step, strict=True))
 
 
-def level_chunks(shape: Ints, chunks: Ints, unit: Ints) -> tuple[Ints, Ints]:
-    """Return chunks and write unit of a level: those of the finest level, but not longer than this one needs.
-
-    >>> level_chunks((100, 30), (32, 32), (64, 64)), level_chunks((20, 30), (32, 32), (64, 64))
-    (((32, 30), (64, 30)), ((20, 30), (20, 30)))
-    """
-    return clipped_chunks(chunks, shape), write_unit(chunks, unit, shape)
-
-
 def regions(shape: Ints, unit: Ints, *, sharded: bool) -> Ints:
     """Return the shape that one task writes, in whole write units: a shard, or as many chunks as repay a task.
 
@@ -84,17 +74,10 @@ def pieces(region: Ints, above: Ints, step: Ints) -> Ints:
 
 
 def task_memory(shape: Ints, chunks: Ints, unit: Ints, step: Ints, itemsize: int) -> int:
-    """Return the bytes that one task needs at most.
+    """Return the bytes that one task needs at most, for a level of the given shape and write unit.
 
-    These are its output and the encoded copy, its input and the decoded chunks, and sums in float64.
-
-    Args:
-        shape: shape of the level, in voxels.
-        chunks: chunks of the level above, in voxels.
-        unit: write unit of the level, in voxels.
-        step: per axis, 2 where the level above is halved.
-        itemsize: bytes of a value.
-
+    These are its output and the encoded copy, its input and the decoded `chunks` of the level above, and sums in
+    float64.
     """
     region = regions(shape, unit, sharded=unit != chunks)
     piece = pieces(region, chunks, step)

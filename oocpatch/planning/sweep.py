@@ -48,14 +48,9 @@ class Group:
 
 
 def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end: int | None = None) -> list[Group]:
-    """Return the groups of a block's layers, in order.
+    """Return the groups of a block's layers, in order. Reads end at multiples of `chunk` voxels.
 
-    Args:
-        axis: the swept axis.
-        layers: grid indices of the block's layers.
-        layers_per_group: layers that are computed together.
-        chunk: divisor of the ends of reads, in voxels.
-        end: end of the block's last layer; default: that of the last of `layers`.
+    The layers may be some of the block's, whose last one then ends at `end`.
 
     >>> [g.read_stop for g in groups(GridAxis(10, 4, 2), range(0, 4), 1, 3)]
     [6, 6, 9, 10]
@@ -179,7 +174,7 @@ class Frame:
 def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
     """Return the totals of one axis, from all its blocks or, of many, from one period of their pattern.
 
-    >>> totals = axis_totals(BlockAxis(GridAxis(20, 4, 2), size=8, unit=4, crop=False, step=4), chunk=8)
+    >>> totals = axis_totals(BlockAxis(GridAxis(20, 4, 2), size=8, crop=False, step=4), chunk=8)
     >>> totals.decoded, totals.halo, totals.open
     (32, 4, 8)
     """

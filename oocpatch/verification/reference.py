@@ -99,7 +99,9 @@ def _window(mode: str, size: int) -> Array:
     if mode == "gaussian":
         position = np.arange(size) - (size - 1) / 2
         return np.asarray(np.exp(-((position / (size / 8)) ** 2) / 2))
-    return np.ones(size)
+    if mode in ("average", "crop"):
+        return np.ones(size)
+    raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, got {mode!r}")
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:

@@ -38,7 +38,9 @@ def window_of(mode, n):
         return np.sin(np.pi * (i + 1) / (n + 1)) ** 2
     if mode == "gaussian":
         return np.exp(-(((i - (n - 1) / 2) / (n / 8)) ** 2) / 2)
-    return np.ones(n)
+    if mode in ("average", "max"):
+        return np.ones(n)
+    raise ValueError(f"no such mode: {mode!r}")
 
 
 def oracle(data, model, *, patch, overlap, mode, scale, snap, context=0, skip=None, padding="edge", padded=False):
