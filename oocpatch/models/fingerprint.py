@@ -3,28 +3,38 @@
 Outputs of two models must never be mixed in one result, so a fingerprint reads everything that a model computes with:
 code, parameters, constants, configuration. It must not change by itself either, or no run could be resumed, so it reads
 no memory address, no path of a source file, and nothing that the model writes while it computes (a counter, a log).
+Of installed libraries it takes names and versions, not code.
 """
 
 from __future__ import annotations
 
-import enum
+import contextlib
 import functools
 import hashlib
-import itertools
+import io
+import pathlib
+import pickletools
+import re
+import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 from torch import nn
 
-from oocpatch.models import source_code
-from oocpatch.models.binary_content import array_parts, script_parts, tensor_parts
 from oocpatch.models.onnx import OnnxSession
-from oocpatch.models.source_code import Parts, package, qualified_name
+from oocpatch.models.source_code import bytecode, code_usage
 
+Parts = tuple[str, list[tuple[str, object]]]
+"""A token that tells one value from another, and the values that it is made of, by name."""
+
+# Named, not read, and without their versions, which are recorded with the run.
+_LIBRARIES = frozenset({"torch", "numpy", "builtins", "oocpatch"}) | sys.stdlib_module_names
 # Locks, logs, threads and files: what a model waits for or reports to, and nothing that it computes with.
 _HANDLES = {"threading", "_thread", "logging", "multiprocessing", "concurrent", "queue", "io", "_io", "weakref", "tqdm"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # private, since torch has no public list of them
@@ -47,7 +57,7 @@ class Fingerprint:
     unread: tuple[str, ...]
 
 
-def model_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> str:
+def model_fingerprint(model: object, *, sources: bool = True) -> str:
     """Return the digest of a model's fingerprint; see `read_fingerprint`.
 
     >>> model_fingerprint(nn.Softplus(1.0)) == model_fingerprint(nn.Softplus(2.0))
@@ -56,7 +66,7 @@ def model_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> str
     return read_fingerprint(model, sources=sources).digest
 
 
-def read_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> Fingerprint:
+def read_fingerprint(model: object, *, sources: bool = True) -> Fingerprint:
     """Read everything that a model computes with.
 
     Modules are read with their submodules, parameters, buffers, hooks and attributes; functions with their code,
@@ -64,60 +74,56 @@ def read_fingerprint(model: Callable[..., Any], *, sources: bool = True) -> Fing
     apart. Attributes and variables that the code writes during a call are state, and not read.
 
     Args:
-        model: a module or a function.
+        model: a module, a function, or a part of one.
         sources: whether code is read from its source where that is at hand, so that versions of Python agree; else
             from its bytecode, so that processes agree of which not all have the source.
 
     >>> read_fingerprint(functools.partial(max, key=(letter for letter in "ab"))).unread
     ("model.keywords['key']",)
     """
-    walk = _Walk(sources=sources)
-    return Fingerprint(walk.hexdigest("model", model), tuple(walk.unread))
+    walk = _Walk(sources)
+    walk.read("model", model)
+    return Fingerprint(walk.hash.hexdigest(), tuple(walk.unread))
 
 
 class _Walk:
     """A walk over a value and all that it is made of, which hashes the token of each part."""
 
-    def __init__(self, *, sources: bool) -> None:
+    def __init__(self, sources: bool) -> None:
         self.unread: list[str] = []
+        self.hash = hashlib.sha256()
         self._sources = sources
-        self._hash = hashlib.sha256()
-        self._numbers = itertools.count()
         # The objects are kept alive: a freed one's id would be given to another.
-        self._seen: dict[int, tuple[int, object]] = {}
+        self._seen: dict[int, tuple[str, object]] = {}
 
-    def hexdigest(self, path: str, value: object) -> str:
-        self._read(path, value)
-        return self._hash.hexdigest()
-
-    def _read(self, path: str, value: object) -> None:
+    def read(self, path: str, value: object) -> None:
         if id(value) in self._seen:
-            self._hash_token("again", str(self._seen[id(value)][0]))
+            self._hash_token("again", self._seen[id(value)][0])
             return
-        self._seen[id(value)] = next(self._numbers), value
+        self._seen[id(value)] = path, value
         token, parts = _parts(value, self._sources)
         if token == _UNREAD:
             self.unread.append(path)
         self._hash_token(type(value).__name__, f"{len(parts)} {token}")
         for name, part in parts:
             self._hash_token("part", name)
-            self._read(f"{path}{name}" if name.startswith("[") else f"{path}.{name}", part)
+            self.read(f"{path}{name}" if name.startswith("[") else f"{path}.{name}", part)
         if isinstance(value, _VALUES):  # compared by content: a copy in its place is the same
             del self._seen[id(value)]
 
     def _hash_token(self, kind: str, text: str) -> None:
         data = text.encode("utf-8", "surrogatepass")
-        self._hash.update(f"{kind}:{len(data)}:".encode() + data)
+        self.hash.update(f"{kind}:{len(data)}:".encode() + data)
 
 
 @functools.singledispatch
 def _parts(value: object, sources: bool) -> Parts:
     """Return what an object is made of, as `pickle` takes it apart."""
     kind = type(value)
-    if hasattr(value, "__wrapped__"):  # a function in a cache
-        return qualified_name(kind), [("__wrapped__", value.__wrapped__)]
-    if package(kind) in _HANDLES:
-        return qualified_name(kind), []
+    if hasattr(value, "__wrapped__"):  # a function in a cache, a static method
+        return _name(kind), [("__wrapped__", value.__wrapped__)]
+    if kind.__module__.split(".")[0] in _HANDLES:
+        return _name(kind), []
     try:
         reduced: Any = () if kind.__module__.startswith("torch._") else value.__reduce_ex__(4)
     except Exception:  # noqa: BLE001 - whatever it raises, the value cannot be taken apart
@@ -125,7 +131,7 @@ def _parts(value: object, sources: bool) -> Parts:
     if not reduced:
         return _UNREAD, [("class", kind)]
     if isinstance(reduced, str):
-        return f"{qualified_name(kind)} {getattr(value, '__module__', None)}.{reduced}", []
+        return f"{_name(kind)} {getattr(value, '__module__', None)}.{reduced}", []
     function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
     if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with slots
         state = {**(state[0] or {}), **state[1]}
@@ -138,55 +144,167 @@ def _indexed(values: Iterable[object]) -> list[tuple[str, object]]:
 
 
 def _attributes(kind: type, state: Mapping[Any, object], sources: bool) -> list[tuple[str, object]]:
-    written = source_code.written_by_calls(kind, sources=sources)
+    """Return the attributes that no call writes: not `forward`, `__call__`, nor a method that they name."""
+    names, written = ["forward", "__call__"], set[str]()
+    methods = [vars(base) for base in kind.__mro__ if _version(base.__module__) != ""]
+    for name in names:
+        for member in (members[name] for members in methods if name in members):
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if isinstance(function, types.FunctionType):
+                usage = code_usage(function.__code__, sources=sources)
+                written |= usage.written_attributes
+                names += usage.names - set(names)
     return sorted((str(name), value) for name, value in state.items() if name not in written)
-
-
-def _mapping(value: Mapping[Any, Any], _: bool) -> Parts:
-    return "", [part for key, item in value.items() for part in (("key", key), (f"[{key!r:.80}]", item))]
 
 
 def _set(value: Iterable[Any], sources: bool) -> Parts:
     # The order of a set of strings differs from process to process.
-    return "", _indexed(sorted(_Walk(sources=sources).hexdigest("", item) for item in value))
+    return "", _indexed(sorted(value, key=lambda item: model_fingerprint(item, sources=sources)))
 
 
 def _module(module: nn.Module, sources: bool) -> Parts:
-    members = [(name, child) for name, child in module.named_modules(remove_duplicate=False)][1:]
-    children: list[tuple[str, object]] = [(name, child) for name, child in members if "." not in name]
+    members = module.named_modules(remove_duplicate=False)
+    children: list[tuple[str, object]] = [(name, child) for name, child in members if name and "." not in name]
     if [name for name, _ in children] == ["_orig_mod"]:  # of torch.compile: the rest is the compiler's
         return "compiled", children
-    # state_dict leaves out buffers that are not persistent
-    state = {n: v for n, v in module.state_dict().items() if "." not in n} | dict(module.named_buffers(recurse=False))
     attributes = {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
+    own: list[tuple[str, object]] = [("class", type(module)), *((n, [*vars(module)[n].values()]) for n in _HOOKS)]
     if isinstance(module, torch.fx.GraphModule):  # the rest is the compiler's: places in sources, symbols, empty hooks
-        own: list[tuple[str, object]] = [("code", module.code)]
         attributes = {name: item for name, item in attributes.items() if isinstance(item, torch.Tensor)}
-    else:
-        own = [("class", type(module)), *((name, list(vars(module)[name].values())) for name in _HOOKS)]
-    return "", [*own, *_attributes(type(module), attributes, sources), *children, *state.items()]
+        own = [("code", module.code)]
+    tensors = (module.named_parameters, module.named_buffers)
+    state = [item for named in tensors for item in named(recurse=False, remove_duplicate=False)]
+    return "", [*own, *_attributes(type(module), attributes, sources), *children, *state]
+
+
+def _tensor(tensor: torch.Tensor, _: bool) -> Parts:
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return f"{tensor.dtype}", []
+    token, tensor = f"{tensor.dtype} {tensor.layout} {tuple(tensor.shape)}", tensor.detach()
+    if tensor.is_quantized:
+        return f"{token} {tensor.qscheme()}", [("values", tensor.dequantize())]
+    if tensor.layout is not torch.strided:
+        coordinates: torch.Tensor = tensor.to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]  # as torch has it
+        return token, [("indices", coordinates.indices()), ("values", coordinates.values())]
+    plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+    return token, [("values", plain.reshape(-1).view(torch.uint8).numpy())]
+
+
+def _array(value: Any, _: bool) -> Parts:
+    array = np.ascontiguousarray(value)
+    token = f"{array.dtype.str} {np.shape(value)}"
+    if array.dtype.hasobject:
+        return token, [("items", array.tolist())]
+    data = array.reshape(-1).view(np.uint8)
+    data.flags.writeable = False  # google_crc32c takes only what cannot change under it
+    return f"{token} {google_crc32c.value(data):08x}", [("mask", getattr(value, "mask", None))]
+
+
+def _script(model: Any, _: bool) -> Parts:
+    """Return code, constants and state of TorchScript, as they would be saved."""
+    texts: list[tuple[str, object]] = []
+    with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
+        for name in filter(_SCRIPT.match, archive.namelist()):
+            text = archive.read(name).decode("latin-1")
+            if name.endswith(".pkl"):
+                text = "\n".join(
+                    f"{step.name} {argument}" for step, argument, _ in pickletools.genops(archive.read(name))
+                )
+            texts.append((_NUMBERED.sub("", name), _NUMBERED.sub("", text)))
+    return "", sorted(texts, key=str)
+
+
+_SCRIPT = re.compile(r"[^/]+/(code/.*\.py|(data|constants)(\.pkl|/.*))$")
+_NUMBERED = re.compile(r"___torch_mangle_\d+\.?|cuda:\d+")  # classes by the order of their loading, and devices
+
+
+def _function(function: types.FunctionType, sources: bool) -> Parts:
+    """Return what a function computes with: code, defaults, closure, and the globals that it uses."""
+    version = _version(function.__globals__.get("__name__"))  # a wrapper has the __module__ of what it wraps
+    if version is not None:
+        wrapped = getattr(function, "__wrapped__", None)
+        cells = () if wrapped is not None else function.__closure__ or ()
+        return f"{_name(function)} {version}", [("__wrapped__", wrapped), *(("cell", c.cell_contents) for c in cells)]
+    code = function.__code__
+    usage = code_usage(code, sources=sources)
+    parts: list[tuple[str, object]] = [
+        ("code", usage.source or bytecode(code, function.__doc__)),
+        ("defaults", function.__defaults__),
+        ("kwdefaults", function.__kwdefaults__),
+        *sorted(vars(function).items()),
+    ]
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if name not in usage.written | {"__class__"}:  # super() closes over __class__
+            with contextlib.suppress(ValueError):  # a name that is not bound yet
+                parts.append((name, cell.cell_contents))
+    for name in sorted((usage.globals & function.__globals__.keys()) - usage.written):
+        parts += _global(name, function.__globals__[name], usage.names - usage.written_attributes)
+    return "", parts
+
+
+def _global(name: str, value: Any, used: frozenset[str]) -> Iterator[tuple[str, object]]:
+    """Yield a global of a function; for a module of the user's, the members too that the function names."""
+    yield name, value
+    if isinstance(value, types.ModuleType) and _version(value.__name__) is None:
+        for member in sorted(used & vars(value).keys()):
+            yield from _global(f"{name}.{member}", vars(value)[member], used - {member})
+
+
+def _class(kind: type, _: bool) -> Parts:
+    """Return the members of a class and of its bases, as far as they are the user's; else its name."""
+    libraries = [
+        f"{_name(base)} {version}" for base in kind.__mro__ if (version := _version(base.__module__)) is not None
+    ]
+    own = [base for base in kind.__mro__ if _version(base.__module__) is None]
+    members = [(f"{base.__name__}.{name}", value) for base in own for name, value in sorted(vars(base).items())]
+    parts = [(name, value) for name, value in members if _is_member(name.split(".")[1], value)]
+    return kind.__name__ if own else "", [("bases", libraries), *parts]
+
+
+def _is_member(name: str, value: object) -> bool:
+    """Return True for what a class defines, and False for what Python adds to it."""
+    if isinstance(value, types.FunctionType):  # those that a dataclass generates follow from its fields
+        return name not in _GENERATED or value.__code__.co_filename != "<string>"
+    is_method = isinstance(value, staticmethod | classmethod | property)
+    return is_method or not (name.startswith("__") or name == "_abc_impl")
+
+
+_GENERATED = {"__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__replace__"}
+
+
+def _version(module: str | None) -> str | None:
+    """Return the version of a module's library; empty where the run records it; None: the module is the user's own."""
+    package = (module or "").split(".")[0]
+    if package in _LIBRARIES:
+        return ""
+    folders = pathlib.PurePath(getattr(sys.modules.get(module or ""), "__file__", None) or "").parts
+    # __main__ is, in another process, the script that started it
+    if module == "__main__" or {"site-packages", "dist-packages"}.isdisjoint(folders):
+        return None
+    return str(getattr(sys.modules.get(package), "__version__", "unknown"))
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 _READERS: tuple[tuple[Any, Callable[[Any, bool], Parts]], ...] = (
     (_PLAIN, lambda value, _: (repr(value), [])),
     (tuple | list, lambda value, _: ("", _indexed(value))),
     (set | frozenset, _set),
-    (Mapping, _mapping),
-    (enum.Enum, lambda value, _: (qualified_name(type(value)), [(str(value.name), value.value)])),
-    (np.ndarray | np.generic, array_parts),
-    (torch.Tensor, tensor_parts),
+    (Mapping, lambda m, _: ("", [part for k in m for part in (("key", k), (f"[{k!r:.80}]", m[k]))])),
+    (np.ndarray | np.generic, _array),
+    (torch.Tensor, _tensor),
     (torch.utils.hooks.RemovableHandle, lambda _, __: ("", [])),  # numbered by a process's hooks
     (types.ModuleType, lambda value, _: (value.__name__, [])),
-    (types.MethodType, lambda value, _: ("", [("__func__", value.__func__), ("__self__", value.__self__)])),
     (functools.partial, lambda p, _: ("", [("func", p.func), ("args", p.args), ("keywords", p.keywords)])),
-    (staticmethod | classmethod, lambda value, _: ("", [("__func__", value.__func__)])),
     (property, lambda value, _: ("", [("fget", value.fget)])),
-    (types.CodeType, lambda value, _: ("", _indexed(source_code.bytecode(value)))),
-    (types.FunctionType, lambda value, sources: source_code.function_parts(value, sources=sources)),
-    (type, lambda value, sources: source_code.class_parts(value, sources=sources)),
+    (types.CodeType, lambda value, _: ("", _indexed(bytecode(value)))),
+    (types.FunctionType, _function),
+    (type, _class),
     (nn.Module, _module),
     (OnnxSession, lambda session, _: (session.digest, [])),
-    (torch.jit.ScriptModule | torch.jit.ScriptFunction, script_parts),
+    (torch.jit.ScriptModule | torch.jit.ScriptFunction, _script),
 )
 for _kinds, _reader in _READERS:
     _parts.register(_kinds, _reader)
