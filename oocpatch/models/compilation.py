@@ -51,11 +51,6 @@ def checked_compile_mode(value: Any) -> str | None:
     return str(value)
 
 
-def compilation_fingerprint(*, channels_last: bool, compile_mode: str | None) -> dict[str, Any]:
-    """Return the entries of the run's fingerprint; parameters that are off have none, as in runs of older versions."""
-    return {name: value for name, value in (("channels_last", channels_last), ("compile", compile_mode)) if value}
-
-
 def check_compilation(
     models: Sequence[Any], axes: int, *, channels_last: bool, compile_mode: str | None, device: str
 ) -> None:

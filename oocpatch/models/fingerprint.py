@@ -296,7 +296,7 @@ _READERS: tuple[tuple[Any, Callable[[Any, bool], Parts]], ...] = (
     (np.ndarray | np.generic, _array),
     (torch.Tensor, _tensor),
     (torch.utils.hooks.RemovableHandle, lambda _, __: ("", [])),  # numbered by a process's hooks
-    (types.ModuleType, lambda value, _: (value.__name__, [])),
+    (types.ModuleType, lambda value, _: (f"{value.__name__} {_version(value.__name__) or ''}", [])),
     (functools.partial, lambda p, _: ("", [("func", p.func), ("args", p.args), ("keywords", p.keywords)])),
     (property, lambda value, _: ("", [("fget", value.fget)])),
     (types.CodeType, lambda value, _: ("", _indexed(bytecode(value)))),

@@ -34,6 +34,7 @@ from torch import nn
 from oocpatch.errors import error_line
 from oocpatch.models.input_spec import ModelFile
 from oocpatch.models.onnx import load_onnx
+from oocpatch.models.predictor import resolve_device
 from oocpatch.models.torch_export import load_exported
 from oocpatch.models.wrappers import NumpyModel
 from oocpatch.storage.paths import spec_file
@@ -50,12 +51,12 @@ def load_models(
     trust_pickle: bool = False,
     device: str = "cpu",
 ) -> tuple[Model, ...]:
-    """Return the models of a call: one, or the members of an ensemble; specs are loaded.
+    """Return the models of a call: one, or the members of an ensemble; specs are loaded, as `load_model` does.
 
     Args:
         specs: a model or a spec, or a list of them.
         weights: file with the weights of each model; one spec and several files are as many models.
-        model_args: arguments for the factories that specs name.
+        model_args: as for `load_model`.
         trust_pickle: as for `load_model`.
         device: as for `load_model`.
 
@@ -78,16 +79,9 @@ def load_models(
         raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(members)} models")
     if (weights is not None or model_args) and not all(isinstance(item, str) for item in members):
         raise ValueError("weights and model_args are for models given as specs, such as 'file.py:name'; got a model")
+    options: dict[str, Any] = {"model_args": model_args, "trust_pickle": trust_pickle, "device": device}
     models = tuple(
-        load_model(
-            item,
-            weights=None if file is None else str(file),
-            model_args=model_args,
-            trust_pickle=trust_pickle,
-            device=device,
-        )
-        if isinstance(item, str)
-        else item
+        load_model(item, weights=None if file is None else str(file), **options) if isinstance(item, str) else item
         for item, file in zip(members, files, strict=True)
     )
     for model in models:
@@ -129,7 +123,7 @@ def load_model(
     >>> load_model("torch.nn:LeakyReLU", model_args={"negative_slope": 0.5})(torch.tensor(-1.0))
     tensor(-0.5000)
     """
-    target = _device(device)
+    target = torch.device(resolve_device(device))
     model = _load(spec, target, dict(model_args or {}), trust_pickle=trust_pickle)
     if weights is not None:
         _load_weights(model, spec, weights, trust_pickle=trust_pickle)
@@ -151,7 +145,8 @@ def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_p
             )
         return NumpyModel(function)
     if colon and path and name:
-        return load_named(path, name, spec, arguments)
+        module = _import_file(path, spec) if path.endswith(".py") else _import_module(path, spec)
+        return _instantiate(_member(module, name, spec), spec, arguments)
     if arguments:
         raise ValueError(f"model_args are for a factory, such as file.py:name, and {spec!r} names none; leave them out")
     suffix = pathlib.PurePath(spec).suffix.lower()
@@ -166,19 +161,6 @@ def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_p
     if suffix == ".py":
         raise ValueError(f"a Python file needs the name of what is in it, got {spec!r}; write {spec}:NAME")
     raise ValueError(f"{SPEC_RULE}, got {spec!r}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device must be one torch can use here, such as cpu or cuda:0, got {name!r}: {error}"
-        ) from error
-    return device
 
 
 def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
@@ -209,11 +191,10 @@ def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) 
     file = pathlib.Path(weights)
     if not file.is_file():
         raise ValueError(f"the weights file does not exist: {str(file.absolute())!r}; check the path")
-    if file.suffix.lower() == ".safetensors":
-        state: object = _read_safetensors(file)
-    else:
-        state = _read_pickle(file, trust_pickle=trust_pickle)
-    tensors = _state_dict(state, weights)
+    is_safe = file.suffix.lower() == ".safetensors"
+    tensors = _state_dict(
+        _read_safetensors(file) if is_safe else _read_pickle(file, trust_pickle=trust_pickle), weights
+    )
     prefix = "module."  # written by DataParallel, which wrapped the network
     if all(key.startswith(prefix) for key in tensors) and not any(key.startswith(prefix) for key in model.state_dict()):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -276,40 +257,17 @@ SPEC_RULE = (
 Model = nn.Module | Callable[..., Any]
 
 
-def load_named(path: str, name: str, spec: str, arguments: Mapping[str, Any]) -> Model:
-    """Load the model that has a name in a module or file.
-
-    A factory is a class, or a function that requires nothing or gets all it requires from `arguments`. A function that
-    still requires one argument, or that does not list its arguments, is the model itself.
-
-    Args:
-        path: `package.module`, or a file that ends in `.py`.
-        name: where it is in there; dots are attributes.
-        spec: what the user wrote, for messages.
-        arguments: for the factory, or for the function besides the patches.
-
-    Raises:
-        ValueError: when there is no such thing, or it fails.
-
-    >>> load_named("torch.nn", "LeakyReLU", "torch.nn:LeakyReLU", {"negative_slope": 0.5})
-    LeakyReLU(negative_slope=0.5)
-    """
-    module = _import_file(path, spec) if path.endswith(".py") else _import_module(path, spec)
-    return _instantiate(_member(module, name, spec), spec, arguments)
-
-
 @contextlib.contextmanager
 def _importable(folder: pathlib.Path) -> Iterator[None]:
     """Let imports find `folder`, after everything else, so that it never shadows what is installed."""
     entry = str(folder.absolute())
-    if entry in sys.path:  # to be left where it is
-        yield
-        return
-    sys.path.append(entry)
+    is_added = entry not in sys.path
+    if is_added:
+        sys.path.append(entry)
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
+        if is_added and entry in sys.path:
             sys.path.remove(entry)
 
 
@@ -319,18 +277,16 @@ def _import_module(path: str, spec: str) -> types.ModuleType:
     try:
         with _importable(pathlib.Path.cwd()):
             return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (path == error.name or path.startswith(error.name + ".")):
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{path}.".startswith(f"{missing}."):
             raise ValueError(
-                f"there is no module {error.name!r} for model spec {spec!r}; install it, run in the directory that "
+                f"there is no module {missing!r} for model spec {spec!r}; install it, run in the directory that "
                 "holds it, or name its file (file.py:name)"
             ) from error
         raise ValueError(
-            f"importing {path!r} for model spec {spec!r} failed: {error_line(error)}; install it"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"importing {path!r} for model spec {spec!r} failed: {error_line(error)}; correct it"
+            f"importing {path!r} for model spec {spec!r} failed: {error_line(error)}; "
+            f"{'correct' if missing is None else 'install'} it"
         ) from error
 
 
@@ -365,7 +321,11 @@ def _member(module: types.ModuleType, name: str, spec: str) -> object:
 
 
 def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Model:
-    """Return a module or callable as it is; of a factory, its result."""
+    """Return a module or callable as it is; of a factory, its result.
+
+    A factory is a class, or a function that requires nothing or gets all it requires from `arguments`. A function that
+    still requires one argument, or that does not list its arguments, is the model itself.
+    """
     if not callable(value):
         raise ValueError(  # what is wrong is the spec's value
             f"a model spec must name a module, a callable or a factory of one, got {spec!r}, a {type(value).__name__}"
@@ -376,10 +336,7 @@ def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Mode
         if arguments:  # an object with __call__, or a TorchScript function
             raise ValueError(f"model_args are for a factory, but {spec!r} is a {type(value).__name__}; leave them out")
         return value
-    parameters = _parameters(value)
-    if arguments and parameters is not None:
-        _refuse_unknown(parameters, spec, arguments)
-    required = None if parameters is None else [p.name for p in parameters if _required(p) and p.name not in arguments]
+    required = _missing_arguments(value, spec, arguments)
     if not is_class and (required is None or len(required) == 1):
         return functools.partial(value, **arguments) if arguments else value
     if required:
@@ -399,25 +356,18 @@ def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Mode
     return model
 
 
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """Return the parameters of a call; None for a builtin that does not list them."""
+def _missing_arguments(function: Callable[..., Any], spec: str, arguments: Mapping[str, Any]) -> list[str] | None:
+    """Return the parameters that still require an argument; None for a builtin that does not list them."""
     try:
-        return list(inspect.signature(function).parameters.values())
+        parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):
         return None
-
-
-def _required(parameter: inspect.Parameter) -> bool:
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return parameter.default is parameter.empty and parameter.kind not in variable
-
-
-def _refuse_unknown(parameters: list[inspect.Parameter], spec: str, arguments: Mapping[str, Any]) -> None:
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     unknown = sorted(arguments.keys() - set(names))
-    if unknown:
+    if unknown and not takes_any:
         raise ValueError(
             f"model_args must be arguments of {spec!r} ({', '.join(names) or 'it has none'}), got {', '.join(unknown)}"
         )
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable and p.name not in arguments]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
 from oocpatch.models.compilation import optimized_model, uses_graphs
-from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.fingerprint import read_fingerprint
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.options import ModelOptions
@@ -17,6 +18,8 @@ from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocessing import Statistics, preprocess_function
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Ints
+
+logger = logging.getLogger("oocpatch")
 
 
 def load(options: ModelOptions) -> tuple[Model, ...]:
@@ -35,7 +38,7 @@ def load(options: ModelOptions) -> tuple[Model, ...]:
 
 
 def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: bool = True) -> Any:
-    """Return what identifies the model of a run: `model_id`, else a digest per model.
+    """Return what identifies the model of a run: `model_id`, else a digest per model; warn of what no digest covers.
 
     Args:
         options: the options.
@@ -47,10 +50,17 @@ def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: b
         return options.model_id
     specs = list(options.model) if isinstance(options.model, (list, tuple)) else [options.model]
     specs *= len(models) // len(specs)  # one spec may be loaded with several weights
-    digests = [
-        model_fingerprint(model, sources=sources or isinstance(spec, str))
+    fingerprints = [
+        read_fingerprint(model, sources=sources or isinstance(spec, str))
         for model, spec in zip(models, specs, strict=True)
     ]
+    unread = [part for fingerprint in fingerprints for part in fingerprint.unread]
+    if unread and sources:  # once, not in each process again
+        message = (
+            "%s cannot be read, so that another value there counts as the same model: pass model_id= to identify it"
+        )
+        logger.warning(message, ", ".join(unread))
+    digests = [fingerprint.digest for fingerprint in fingerprints]
     return digests[0] if len(digests) == 1 else digests
 
 

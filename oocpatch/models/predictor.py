@@ -8,6 +8,7 @@ not fought over. There is no thread of the model's own: handing a batch over cos
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import threading
@@ -17,9 +18,12 @@ from typing import Any
 
 import torch
 
+from oocpatch.errors import error_line
 from oocpatch.models.compilation import OptimizedModel
 from oocpatch.models.input_spec import as_input, input_dtype, joined
 from oocpatch.models.wrappers import DEFAULT_HEAD
+
+logger = logging.getLogger("oocpatch")
 
 Model = Callable[[torch.Tensor], Any]
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -53,7 +57,9 @@ class Predictor:
         own_thread: bool = False,
     ) -> None:
         self.model = model
-        self.device = _numbered(device)
+        # with its number: each thread has a current CUDA device of its own
+        self.device = f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
+        self._is_cuda = torch.device(device).type == "cuda"
         self.copies_input = copies_input
         self._autocast = autocast
         self.looped = looped
@@ -78,8 +84,9 @@ class Predictor:
                 if isinstance(module, OptimizedModel):
                     stack.enter_context(module.ready())
         if self._own_thread:
-            self._thread = ThreadPoolExecutor(1, "oocpatch-model", _use_device, (self.device,))
-        if torch.device(self.device).type == "cuda":
+            use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
+            self._thread = ThreadPoolExecutor(1, "oocpatch-model", use_device)
+        if self._is_cuda:
             torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
         try:
             yield
@@ -92,10 +99,6 @@ class Predictor:
             for module in training:
                 module.training = True
 
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Return True if patches of a dtype reach the model without a cast."""
-        return self.dtype is None or self.dtype == dtype
-
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)`.
 
@@ -106,10 +109,7 @@ class Predictor:
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
         with self._lock:
-            thread = self._thread
-            result = (
-                self._with_threads(inputs) if thread is None else thread.submit(self._with_threads, inputs).result()
-            )
+            result = self._thread.submit(self._run, inputs).result() if self._thread else self._run(inputs)
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, but not when it was probed; let it work on x.clone()")
         outputs = self._checked(result, inputs)
@@ -117,19 +117,14 @@ class Predictor:
             outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
         return outputs
 
-    def _with_threads(self, inputs: torch.Tensor) -> Any:
+    def _run(self, inputs: torch.Tensor) -> Any:
         use_threads(self._threads)
         try:
-            return self._run(inputs)
+            # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
+            with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=self._autocast):
+                return self.halving(as_input(inputs, self.dtype))
         finally:
             use_threads(1)
-
-    def _run(self, inputs: torch.Tensor) -> Any:
-        inputs = as_input(inputs, self.dtype)
-        kind = torch.device(self.device).type
-        # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
-        with torch.no_grad(), torch.autocast(kind, enabled=self._autocast):
-            return self.halving(inputs)
 
     def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         if not isinstance(result, Mapping):
@@ -164,7 +159,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device that `"auto"` stands for, an accelerator if there is one; any other name as it is.
+    """Return the device that `"auto"` stands for, a CUDA device if there is one; any other name as it is.
 
     Raises:
         ValueError: for a device that is not there.
@@ -174,19 +169,10 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except Exception as error:
-        raise ValueError(f"device must be one that torch can use here, got {device!r} ({error})") from error
+        raise ValueError(
+            f"device must be one that torch can use here, such as cpu or cuda:0, got {device!r}: {error_line(error)}"
+        ) from error
     return device
-
-
-def _numbered(device: str) -> str:
-    """Return a device with its number: each thread has a current CUDA device of its own."""
-    return f"cuda:{torch.cuda.current_device()}" if torch.device(device) == torch.device("cuda") else device
-
-
-def _use_device(device: str) -> None:
-    """Make a device the current one of the calling thread."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def use_threads(count: int) -> None:
@@ -197,9 +183,6 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
     torch.get_num_threads()
     torch.set_num_threads(count)
-
-
-logger = logging.getLogger("oocpatch")
 
 
 OUT_OF_MEMORY = (
@@ -240,22 +223,14 @@ class Halving:
                 if not out_of_memory(error) or len(batch) == 1:
                     raise
                 self._most = len(batch) // 2
-                logger.warning(
-                    "memory ran out with %d patches in a batch; going on with %d: lower batch_size",
-                    len(batch),
-                    self._most,
-                )
+                message = "memory ran out with %d patches in a batch; going on with %d: lower batch_size"
+                logger.warning(message, len(batch), self._most)
             if batch.device.type == "cuda":
                 torch.cuda.empty_cache()
-        self.count += 1
-        return joined([self._parts(part) for part in torch.split(batch, self._most)])
-
-    def _parts(self, part: torch.Tensor) -> Any:
         count = self.count
-        try:
-            return self(part)
-        finally:
-            self.count = count  # a batch that is halved twice is still one batch
+        outputs = [self(part) for part in torch.split(batch, self._most)]
+        self.count = count + 1  # a batch that is halved twice is still one batch
+        return joined(outputs)
 
 
 def out_of_memory(error: BaseException) -> bool:

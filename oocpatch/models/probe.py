@@ -88,14 +88,14 @@ def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: to
                 f"one patch of {_sides(spatial)} is too much for the model: {error}; lower patch_size"
             ) from error
         raise ValueError(_rejection(channels, spatial, error, output_sizes)) from error
-    cast_bytes = 0 if predictor.takes(dtype) else patch.numel() * (predictor.dtype or dtype).itemsize
+    cast = None if predictor.dtype == dtype else predictor.dtype
     memory = patch.untyped_storage().data_ptr()
     return Probe(
         outputs,
         geometry=measure(spatial, _sizes(outputs, predictor.looped), output_sizes),
         copies_input=version(patch) != before or writes_unseen(predictor.model),
         aliased=frozenset(n for n, output in outputs.items() if output.untyped_storage().data_ptr() == memory),
-        bytes=max(footprint.peak, cast_bytes),
+        bytes=max(footprint.peak, 0 if cast is None else patch.numel() * cast.itemsize),
         least_batch=input_spec_of(predictor.model).least_batch,
     )
 

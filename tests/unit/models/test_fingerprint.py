@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import linecache
+import logging
 import sys
 import textwrap
 import threading
@@ -20,6 +21,8 @@ import torch
 from torch import nn
 
 from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
+from oocpatch.models.options import ModelOptions
+from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.models.source_code import code_usage
 
 
@@ -236,6 +239,35 @@ def test_what_cannot_be_read_is_named() -> None:
     held = Holding({"settings": [(letter for letter in "ab")]})
     held.add_module("inner", Holding(torch.Generator()))
     assert read_fingerprint(held).unread == ("model.item['settings'][0]", "model.inner.item")
+
+
+@pytest.mark.parametrize("model_id", [None, "mine"])
+def test_a_run_warns_once_of_what_cannot_be_read(model_id: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    models = [Holding(torch.Generator()), Holding({"letters": (letter for letter in "ab")})]
+    options = ModelOptions(model=models, model_id=model_id)
+    with caplog.at_level(logging.WARNING, "oocpatch"):
+        fingerprint_of(options, models)
+        fingerprint_of(options, models, sources=False)  # as the processes of the run do
+    assert len(caplog.messages) == (model_id is None)
+    for message in caplog.messages:
+        assert message.startswith("model.item, model.item['letters'] cannot be read")
+        assert "pass model_id=" in message
+
+
+def test_installed_libraries_are_told_by_their_version(folder: Path) -> None:
+    """Their code is not read: a release is one model, whatever its files look like in another process."""
+
+    def digest(version: str, factor: int) -> str:
+        installed = folder / "site-packages"
+        installed.mkdir(exist_ok=True)
+        sys.path.append(str(installed))
+        imported(installed, "released", f"__version__ = {version!r}\ndef step(x): return x * {factor}")
+        sys.path.remove(str(installed))
+        return model_fingerprint(
+            imported(folder, "using", "import released\ndef model(x): return released.step(x)").model
+        )
+
+    assert digest("1.0", 2) == digest("1.0", 2) != digest("1.1", 2)
 
 
 def test_containers_that_contain_themselves_are_read() -> None:

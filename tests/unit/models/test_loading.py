@@ -234,7 +234,7 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(networks: Path, spec:
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"device must be one torch can use here.*got 'abacus'"):
+    with pytest.raises(ValueError, match=r"device must be one that torch can use here.*got 'abacus'"):
         load_model("identity", device="abacus")
 
 
