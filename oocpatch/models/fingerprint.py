@@ -3,7 +3,6 @@
 Outputs of two models must never be mixed in one result, so a fingerprint reads everything that a model computes with:
 code, parameters, constants, configuration. It must not change by itself either, or no run could be resumed, so it reads
 no memory address, no path of a source file, and nothing that the model writes while it computes (a counter, a log).
-Of installed libraries it takes names and versions, not code.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -33,7 +31,7 @@ from oocpatch.models.source_code import bytecode, code_usage
 Parts = tuple[str, list[tuple[str, object]]]
 """A token that tells one value from another, and the values that it is made of, by name."""
 
-# Named, not read, and without their versions, which are recorded with the run.
+# Named, not read: their versions are recorded with the run.
 _LIBRARIES = frozenset({"torch", "numpy", "builtins", "oocpatch"}) | sys.stdlib_module_names
 # Locks, logs, threads and files: what a model waits for or reports to, and nothing that it computes with.
 _HANDLES = {"threading", "_thread", "logging", "multiprocessing", "concurrent", "queue", "io", "_io", "weakref", "tqdm"}
@@ -44,17 +42,11 @@ _VALUES: Any = _PLAIN | tuple | list | set | frozenset | Mapping | torch.Tensor 
 _UNREAD = "unread"
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """The fingerprint of a model.
+class Fingerprint(NamedTuple):
+    """The fingerprint of a model."""
 
-    Attributes:
-        digest: the same for two models that compute the same.
-        unread: places of values that cannot be read, such as `model.config.handle`: one cannot be told from another.
-    """
-
-    digest: str
-    unread: tuple[str, ...]
+    digest: str  # the same for two models that compute the same
+    unread: tuple[str, ...]  # places of values that cannot be read, such as `model.config.handle`
 
 
 def model_fingerprint(model: object, *, sources: bool = True) -> str:
@@ -122,7 +114,7 @@ def _parts(value: object, sources: bool) -> Parts:
     kind = type(value)
     if hasattr(value, "__wrapped__"):  # a function in a cache, a static method
         return _name(kind), [("__wrapped__", value.__wrapped__)]
-    if kind.__module__.split(".")[0] in _HANDLES:
+    if _package(kind) in _HANDLES:
         return _name(kind), []
     try:
         reduced: Any = () if kind.__module__.startswith("torch._") else value.__reduce_ex__(4)
@@ -146,7 +138,7 @@ def _indexed(values: Iterable[object]) -> list[tuple[str, object]]:
 def _attributes(kind: type, state: Mapping[Any, object], sources: bool) -> list[tuple[str, object]]:
     """Return the attributes that no call writes: not `forward`, `__call__`, nor a method that they name."""
     names, written = ["forward", "__call__"], set[str]()
-    methods = [vars(base) for base in kind.__mro__ if _version(base.__module__) != ""]
+    methods = [vars(base) for base in kind.__mro__ if _package(base) not in _LIBRARIES]
     for name in names:
         for member in (members[name] for members in methods if name in members):
             function = getattr(member, "__func__", getattr(member, "fget", member))
@@ -220,11 +212,11 @@ _NUMBERED = re.compile(r"___torch_mangle_\d+\.?|cuda:\d+")  # classes by the ord
 
 def _function(function: types.FunctionType, sources: bool) -> Parts:
     """Return what a function computes with: code, defaults, closure, and the globals that it uses."""
-    version = _version(function.__globals__.get("__name__"))  # a wrapper has the __module__ of what it wraps
-    if version is not None:
+    package = _package(function)
+    if package in _LIBRARIES:
         wrapped = getattr(function, "__wrapped__", None)
         cells = () if wrapped is not None else function.__closure__ or ()
-        return f"{_name(function)} {version}", [("__wrapped__", wrapped), *(("cell", c.cell_contents) for c in cells)]
+        return _name(function), [("__wrapped__", wrapped), *(("cell", c.cell_contents) for c in cells)]
     code = function.__code__
     usage = code_usage(code, sources=sources)
     parts: list[tuple[str, object]] = [
@@ -238,27 +230,26 @@ def _function(function: types.FunctionType, sources: bool) -> Parts:
             with contextlib.suppress(ValueError):  # a name that is not bound yet
                 parts.append((name, cell.cell_contents))
     for name in sorted((usage.globals & function.__globals__.keys()) - usage.written):
-        parts += _global(name, function.__globals__[name], usage.names - usage.written_attributes)
+        parts += _global(name, function.__globals__[name], usage.names - usage.written_attributes, package)
     return "", parts
 
 
-def _global(name: str, value: Any, used: frozenset[str]) -> Iterator[tuple[str, object]]:
+def _global(name: str, value: Any, used: frozenset[str], reader: str) -> Iterator[tuple[str, object]]:
     """Yield a global of a function; for a module of the user's, the members too that the function names."""
-    yield name, value
-    if isinstance(value, types.ModuleType) and _version(value.__name__) is None:
+    is_foreign = isinstance(value, type | types.FunctionType) and _package(value) != reader
+    yield name, _name(value) if is_foreign and not _is_own(value.__module__) else value
+    if isinstance(value, types.ModuleType) and _is_own(value.__name__):
         for member in sorted(used & vars(value).keys()):
-            yield from _global(f"{name}.{member}", vars(value)[member], used - {member})
+            yield from _global(f"{name}.{member}", vars(value)[member], used - {member}, reader)
 
 
 def _class(kind: type, _: bool) -> Parts:
     """Return the members of a class and of its bases, as far as they are the user's; else its name."""
-    libraries = [
-        f"{_name(base)} {version}" for base in kind.__mro__ if (version := _version(base.__module__)) is not None
-    ]
-    own = [base for base in kind.__mro__ if _version(base.__module__) is None]
-    members = [(f"{base.__name__}.{name}", value) for base in own for name, value in sorted(vars(base).items())]
-    parts = [(name, value) for name, value in members if _is_member(name.split(".")[1], value)]
-    return kind.__name__ if own else "", [("bases", libraries), *parts]
+    own = [base for base in kind.__mro__ if _package(base) not in _LIBRARIES]
+    members = [(base, name, value) for base in own for name, value in sorted(vars(base).items())]
+    parts = [(f"{base.__name__}.{name}", value) for base, name, value in members if _is_member(name, value)]
+    libraries = [_name(base) for base in kind.__mro__ if base not in own]
+    return kind.__name__ if own else _name(kind), [("bases", libraries), *parts]
 
 
 def _is_member(name: str, value: object) -> bool:
@@ -272,16 +263,17 @@ def _is_member(name: str, value: object) -> bool:
 _GENERATED = {"__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__replace__"}
 
 
-def _version(module: str | None) -> str | None:
-    """Return the version of a module's library; empty where the run records it; None: the module is the user's own."""
-    package = (module or "").split(".")[0]
-    if package in _LIBRARIES:
-        return ""
+def _is_own(module: str | None) -> bool:
+    """Return True for modules of the user's own: no package manager installed them."""
     folders = pathlib.PurePath(getattr(sys.modules.get(module or ""), "__file__", None) or "").parts
-    # __main__ is, in another process, the script that started it
-    if module == "__main__" or {"site-packages", "dist-packages"}.isdisjoint(folders):
-        return None
-    return str(getattr(sys.modules.get(package), "__version__", "unknown"))
+    is_installed = (module or "").split(".")[0] in _LIBRARIES or {"site-packages", "dist-packages"} & {*folders}
+    return module == "__main__" or not is_installed  # in another process, __main__ is the script that started it
+
+
+def _package(value: Any) -> str:
+    """Return the package that a class or a function comes from; for a wrapper, that of the wrapper."""
+    name = value.__globals__.get("__name__") if isinstance(value, types.FunctionType) else value.__module__
+    return (name or "").split(".")[0]
 
 
 def _name(value: Any) -> str:
@@ -296,7 +288,7 @@ _READERS: tuple[tuple[Any, Callable[[Any, bool], Parts]], ...] = (
     (np.ndarray | np.generic, _array),
     (torch.Tensor, _tensor),
     (torch.utils.hooks.RemovableHandle, lambda _, __: ("", [])),  # numbered by a process's hooks
-    (types.ModuleType, lambda value, _: (f"{value.__name__} {_version(value.__name__) or ''}", [])),
+    (types.ModuleType, lambda value, _: (value.__name__, [])),
     (functools.partial, lambda p, _: ("", [("func", p.func), ("args", p.args), ("keywords", p.keywords)])),
     (property, lambda value, _: ("", [("fget", value.fget)])),
     (types.CodeType, lambda value, _: ("", _indexed(bytecode(value)))),

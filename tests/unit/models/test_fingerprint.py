@@ -254,22 +254,6 @@ def test_a_run_warns_once_of_what_cannot_be_read(model_id: str | None, caplog: p
         assert "pass model_id=" in message
 
 
-def test_installed_libraries_are_told_by_their_version(folder: Path) -> None:
-    """Their code is not read: a release is one model, whatever its files look like in another process."""
-
-    def digest(version: str, factor: int) -> str:
-        installed = folder / "site-packages"
-        installed.mkdir(exist_ok=True)
-        sys.path.append(str(installed))
-        imported(installed, "released", f"__version__ = {version!r}\ndef step(x): return x * {factor}")
-        sys.path.remove(str(installed))
-        return model_fingerprint(
-            imported(folder, "using", "import released\ndef model(x): return released.step(x)").model
-        )
-
-    assert digest("1.0", 2) == digest("1.0", 2) != digest("1.1", 2)
-
-
 def test_containers_that_contain_themselves_are_read() -> None:
     cycle: list[Any] = [1]
     cycle.append(cycle)
