@@ -19,7 +19,7 @@ from oocpatch.engine.device_transfer import is_staged
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
-from oocpatch.models.preprocessing import NamedPreprocess, preprocess_name
+from oocpatch.models.preprocessing import NamedPreprocess
 from oocpatch.models.probe import Probe, probe_model
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import is_metadata_damaged
@@ -169,7 +169,7 @@ def _note(config: RunConfig) -> str:
     if len(transforms) > 1:
         notes.append(f"mean of {len(transforms)} flips and rotations")
     if isinstance(model.preprocess, NamedPreprocess):
-        notes.append(f"preprocess {preprocess_name(model.preprocess)}")
+        notes.append(f"preprocess {model.preprocess.name}")
     elif model.preprocess is not None:
         notes.append("preprocess by a function")
     if model.channels_last:

@@ -154,12 +154,9 @@ def flips_and_rotations(
             f"got patch_size {patch_size} along {', '.join(axes)}, and augment may use "
             f"{', '.join(augmentation.axes)}; make patch_size equal along two of them, or use augment='flips'"
         )
-    transforms = [
-        FlipRotate(o, f) for o in orders for n in range(len(used) + 1) for f in itertools.combinations(used, n)
-    ]
-    if augmentation.name == "rotations":
-        transforms = [transform for transform in transforms if _is_rotation(transform)]
-    return tuple(transforms)
+    flips = [axes for count in range(len(used) + 1) for axes in itertools.combinations(used, count)]
+    transforms = [FlipRotate(order, flipped) for order in orders for flipped in flips]
+    return tuple(t for t in transforms if augmentation.name != "rotations" or _is_rotation(t))
 
 
 def _is_allowed(order: Ints, used: Sequence[int], patch_size: Ints) -> bool:

@@ -70,9 +70,9 @@ def check_compilation(
         raise ValueError(f"channels_last must be False for patches of {axes} spatial axes: torch has it for 2 and 3")
     if compile_mode is None:
         return
-    for module in (member for model in models for member in as_module(model).modules()):
-        kind = next((name for kinds, name in _NOT_COMPILED if isinstance(module, kinds)), None)
-        if kind is not None:
+    modules = [module for model in models for module in as_module(model).modules()]
+    for kinds, kind in _NOT_COMPILED:
+        if any(isinstance(module, kinds) for module in modules):
             raise ValueError(f"compile must be False for {kind}, which torch does not compile")
     _refuse_without_compiler(torch.device(device).type)
 
@@ -87,8 +87,7 @@ _NOT_COMPILED: tuple[tuple[type | tuple[type, ...], str], ...] = (
 def _refuse_without_compiler(kind: str) -> None:
     if kind == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("compile needs triton on a CUDA device, and it is not installed: pip install triton")
-    names = ["g++"] if kind == "cpu" else ["gcc", "clang", "g++"]
-    variable = "CXX" if kind == "cpu" else "CC"
+    variable, names = ("CXX", ["g++"]) if kind == "cpu" else ("CC", ["gcc", "clang", "g++"])
     if compiler := os.environ.get(variable):
         names = [compiler]
     if not any(map(shutil.which, names)):
@@ -109,15 +108,7 @@ def uses_graphs(compile_mode: str | None, device: str) -> bool:
 
 
 def optimized_model(model: Any, axes: int, *, channels_last: bool, compile_mode: str | None, device: str) -> Any:
-    """Return a model that is called compiled, in another memory format, or both; the model itself for neither.
-
-    Args:
-        model: the loaded model.
-        axes: number of spatial axes.
-        channels_last: whether to put the channels last in memory.
-        compile_mode: mode of the compiler; None: not compiled.
-        device: the device that it runs on.
-    """
+    """Return a model as `OptimizedModel`, for patches of so many spatial axes; as it is if nothing is to be done."""
     form = FORMATS[axes] if channels_last else None
     return model if form is None and compile_mode is None else OptimizedModel(model, form, compile_mode, device)
 
@@ -159,7 +150,9 @@ class OptimizedModel(nn.Module):
     def ready(self) -> Iterator[None]:
         """Put the model's weights into the memory format, and back afterwards."""
         form = self._format or torch.contiguous_format
-        tensors = [] if self._format is None else list(_other_format(self.model, form))
+        axes = {form: spatial + 2 for spatial, form in FORMATS.items()}.get(form)
+        weights = (*self.model.parameters(), *self.model.buffers())
+        tensors = [t for t in weights if t.ndim == axes and not t.is_contiguous(memory_format=form)]
         for tensor in tensors:
             tensor.data = tensor.data.contiguous(memory_format=form)
         try:
@@ -167,14 +160,6 @@ class OptimizedModel(nn.Module):
         finally:
             for tensor in tensors:
                 tensor.data = tensor.data.contiguous()
-
-
-def _other_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[torch.Tensor]:
-    """Yield parameters and buffers with as many axes as a memory format, which lie in another one."""
-    axes = {form: spatial + 2 for spatial, form in FORMATS.items()}[memory_format]
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.ndim == axes and not tensor.is_contiguous(memory_format=memory_format):
-            yield tensor
 
 
 def _compiled(model: nn.Module, mode: str) -> Callable[..., Any]:

@@ -46,14 +46,15 @@ class InputSpec:
         Raises:
             ValueError: naming the channels or sides that the model takes.
         """
-        if self.sides is not None and len(self.sides) != len(patch_size):
+        sides = patch_size if self.sides is None else self.sides
+        if len(sides) != len(patch_size):
             raise ValueError(
-                f"the model takes patches of {len(self.sides)} axes, got {len(patch_size)}: {_sides(patch_size)}; "
+                f"the model takes patches of {len(sides)} axes, got {len(patch_size)}: {_sides(patch_size)}; "
                 "say with axes which axes of the volume are spatial"
             )
-        if self.sides is not None and any(s not in (None, n) for s, n in zip(self.sides, patch_size, strict=True)):
+        if any(side not in (None, n) for side, n in zip(sides, patch_size, strict=True)):
             raise ValueError(
-                f"the model takes patches of {_sides(self.sides)} only, got {_sides(patch_size)}; "
+                f"the model takes patches of {_sides(sides)} only, got {_sides(patch_size)}; "
                 'patch_size="auto" chooses what it takes'
             )
         if self.channels not in (None, channels):
@@ -97,14 +98,10 @@ def input_dtype(model: Any) -> torch.dtype | None:
     >>> input_dtype(nn.Conv2d(1, 1, 3).half())
     torch.float16
     """
-    spec = getattr(model, "input_spec", None)
-    if isinstance(spec, InputSpec):
+    if isinstance(spec := getattr(model, "input_spec", None), InputSpec):
         return spec.dtype
-    if isinstance(model, nn.Module):
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return None
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
 
 
 def as_input(patches: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
 class ZScore:
     """Subtract the mean of the volume's channel and divide by its standard deviation."""
 
+    name: ClassVar[str] = "zscore"
+
 
 @dataclass(frozen=True, slots=True)
 class Percentile:
@@ -42,6 +44,7 @@ class Percentile:
         clip: whether values below 0 become 0, and those above 1 become 1.
     """
 
+    name: ClassVar[str] = "percentile"
     low: float = 0.5
     high: float = 99.5
     clip: bool = True
@@ -60,6 +63,7 @@ class Scale:
         clip: whether values below 0 become 0, and those above 1 become 1.
     """
 
+    name: ClassVar[str] = "scale"
     subtract: tuple[float, ...] = (0.0,)
     divide: tuple[float, ...] = (1.0,)
     clip: bool = False
@@ -71,16 +75,7 @@ class Scale:
 
 NamedPreprocess = ZScore | Percentile | Scale
 PatchFunction = Callable[..., Any]
-NAMED: dict[str, type[NamedPreprocess]] = {"zscore": ZScore, "percentile": Percentile, "scale": Scale}
-
-
-def preprocess_name(preprocess: NamedPreprocess) -> str:
-    """Return the name by which users ask for a preprocess.
-
-    >>> preprocess_name(Percentile())
-    'percentile'
-    """
-    return next(name for name, kind in NAMED.items() if isinstance(preprocess, kind))
+NAMED: dict[str, type[NamedPreprocess]] = {kind.name: kind for kind in (ZScore, Percentile, Scale)}
 
 
 def preprocess_json(preprocess: NamedPreprocess) -> dict[str, Any]:
@@ -90,7 +85,7 @@ def preprocess_json(preprocess: NamedPreprocess) -> dict[str, Any]:
     {'name': 'percentile', 'low': 1, 'high': 99, 'clip': True}
     """
     arguments = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(preprocess).items()}
-    return {"name": preprocess_name(preprocess), **arguments}
+    return {"name": preprocess.name, **arguments}
 
 
 def checked_preprocess(
@@ -157,7 +152,7 @@ def preprocess_function(
 
     Args:
         preprocess: the checked argument.
-        statistics: result of `preprocess_statistics` for it; empty as long as only shapes and memory matter.
+        statistics: as `scale_of` takes them; empty as long as only shapes and memory matter.
     """
     return Preprocess(scale_of(preprocess, statistics)) if isinstance(preprocess, NamedPreprocess) else preprocess
 

@@ -5,17 +5,16 @@ It shows the outputs, how their sizes follow from the patch's, and the memory th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import torch
 
 from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.predictor import Predictor, out_of_memory, version
-from oocpatch.models.wrappers import writes_unseen
+from oocpatch.models.wrappers import as_module, writes_unseen
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import Scale
 
@@ -75,7 +74,8 @@ def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: to
             return None
 
     patch = zeros(spatial)
-    footprint = Footprint([patch, *_weights(predictor.model)])
+    module = as_module(predictor.model)
+    footprint = Footprint([patch, *module.parameters(), *module.buffers()])
     before = version(patch)
     try:
         with footprint:
@@ -131,12 +131,6 @@ def _sides(shape: Ints) -> str:
     return str(shape[0]) if len(set(shape)) == 1 else " x ".join(map(str, shape))
 
 
-def _weights(model: Any) -> Iterator[torch.Tensor]:
-    if isinstance(model, torch.nn.Module):
-        yield from model.parameters()
-        yield from model.buffers()
-
-
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Scale and border of one output, per axis; the border in voxels of the volume."""
@@ -164,26 +158,25 @@ def measure(
     ones = tuple((1, 1) for _ in patch)
     if all(shape == patch for shape in shapes.values()):
         return {name: Geometry(ones, (0,) * len(patch)) for name in shapes}
-    larger, larger_shapes = None, None
-    for larger in (*(tuple(n + m for n in patch) for m in MORE), tuple(2 * n for n in patch)):
-        larger_shapes = other(larger)
-        if larger_shapes is not None:
-            break
+    sizes = (*(tuple(n + m for n in patch) for m in MORE), tuple(2 * n for n in patch))
+    second = next(((size, larger) for size in sizes if (larger := other(size)) is not None), None)
     geometries = {}
     for name, shape in shapes.items():
-        axes = [
-            _simple(n, m)
-            if larger_shapes is None or larger is None
-            else _exact(n, m, larger[a], larger_shapes[name][a])
-            for a, (n, m) in enumerate(zip(patch, shape, strict=True))
-        ]
-        if any(axis is None for axis in axes):
-            second = f", and {larger_shapes[name]} for {larger}" if larger_shapes is not None else ""
+        pairs = list(zip(patch, shape, strict=True))
+        if second is None:
+            axes = [_simple(n, m) for n, m in pairs]
+        else:
+            axes = [
+                _exact(*pair, *more)
+                for pair, more in zip(pairs, zip(second[0], second[1][name], strict=True), strict=True)
+            ]
+        known = [axis for axis in axes if axis is not None]
+        if len(known) < len(axes):
+            larger_text = "" if second is None else f", and {second[1][name]} for {second[0]}"
             raise ValueError(
                 f"the model's output {name!r} must be a multiple or a fraction of its input, or smaller by a border, "
-                f"got {shape} for patches of {patch}{second}; try patches whose sides are multiples of 32"
+                f"got {shape} for patches of {patch}{larger_text}; try patches whose sides are multiples of 32"
             )
-        known = [axis for axis in axes if axis is not None]
         geometries[name] = Geometry(tuple(s for s, _ in known), tuple(b for _, b in known))
     return geometries
 
@@ -194,16 +187,12 @@ def _exact(n: int, m: int, larger: int, more: int) -> tuple[Scale, int] | None:
     if scale <= 0:
         return None
     border = (n - m / scale) / 2
-    return None if border < 0 or border.denominator != 1 else (_pair(scale), int(border))
+    return None if border < 0 or border.denominator != 1 else (scale.as_integer_ratio(), int(border))
 
 
 def _simple(n: int, m: int) -> tuple[Scale, int] | None:
     """Return scale and border of an axis of which only one size is known: a simple scale, else a border."""
     scale = Fraction(m, n)
     if scale.denominator <= SIMPLE and scale.numerator <= SIMPLE:
-        return _pair(scale), 0
+        return scale.as_integer_ratio(), 0
     return ((1, 1), (n - m) // 2) if m < n and (n - m) % 2 == 0 else None
-
-
-def _pair(scale: Fraction) -> Scale:
-    return scale.numerator, scale.denominator

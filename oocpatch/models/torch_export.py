@@ -49,14 +49,18 @@ def load_exported(spec: str, device: torch.device, *, trust_pickle: bool) -> Mod
     except pickle.UnpicklingError as error:
         raise ValueError(f"{spec!r} needs code of its own to be unpickled, which is not run; {_TRUST}") from error
     except Exception as error:
-        raise ValueError(
-            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
-        ) from error
+        raise _not_a_program(spec, error) from error
     input_spec = _input_spec(program, spec)
     if device.type != "cpu":
         # Devices are written into the graph, where Module.to does not reach.
         program = move_to_device_pass(program, device)
     return ModelFile(program.module(), input_spec)
+
+
+def _not_a_program(spec: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
+    )
 
 
 def _refuse_code(file: pathlib.Path, spec: str) -> None:
@@ -71,9 +75,7 @@ def _refuse_code(file: pathlib.Path, spec: str) -> None:
                         if _UNSAFE.search(_NAME.sub("name", formula)):
                             raise ValueError(f"{spec!r} holds code in place of a size ({formula[:60]!r}); {_TRUST}")
     except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"a .pt2 file must hold a program written by torch.export.save, got {spec!r}: {error_line(error)}"
-        ) from error
+        raise _not_a_program(spec, error) from error
 
 
 def _formulas(value: Any) -> Iterator[str]:
@@ -116,22 +118,17 @@ def _input_spec(program: torch.export.ExportedProgram, spec: str) -> InputSpec:
     if len(inputs) != 1 or not isinstance(values[0], torch.Tensor) or values[0].ndim < 3:
         listed = ", ".join(str(getattr(v, "shape", v)) for v in values) or "none"
         raise ValueError(f"the program of {spec!r} must take one tensor (B, C, *patch), got {listed}; export it again")
-    batch, channels, *sides = values[0].shape
+    sizes: tuple[Any, ...] = tuple(values[0].shape)
+    fixed, channels, *sides = (size if isinstance(size, int) else None for size in sizes)  # None: free
     ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
-    bounds = ranges.get(str(batch))
-    fixed = _fixed(batch)
+    bounds = ranges.get(str(sizes[0]))
     return InputSpec(
-        least_batch=fixed or max(1, _bound(bounds.lower if bounds is not None else 1) or 1),
+        least_batch=fixed or (_bound(bounds.lower) if bounds is not None else None) or 1,
         most_batch=fixed or (_bound(bounds.upper) if bounds is not None else None),
-        channels=_fixed(channels),
-        sides=tuple(map(_fixed, sides)),
+        channels=channels,
+        sides=tuple(sides),
         dtype=values[0].dtype,
     )
-
-
-def _fixed(size: Any) -> int | None:
-    """Return a size that is fixed in the program; None: it is free."""
-    return size if isinstance(size, int) else None
 
 
 def _bound(limit: Any) -> int | None:

@@ -45,19 +45,16 @@ class NumpyModel(Function):
 
     def forward(self, patches: torch.Tensor) -> Any:
         """Return the function's output for a batch, on the batch's device."""
-        result = self.function(patches.numpy(force=True))
-        if isinstance(result, dict):
-            return {name: _tensor(value, patches.device) for name, value in result.items()}
-        return _tensor(result, patches.device)
+        return _as_tensors(self.function(patches.numpy(force=True)), patches.device)
 
 
-def _tensor(value: Any, device: torch.device) -> Any:
-    """Return an array as a tensor; anything else as it is, for the caller to refuse."""
+def _as_tensors(value: Any, device: torch.device) -> Any:
+    """Return arrays as tensors; anything else as it is, for the caller to refuse."""
+    if isinstance(value, dict):
+        return {name: _as_tensors(item, device) for name, item in value.items()}
     if not isinstance(value, (np.ndarray, np.generic)):
         return value
-    array = np.asarray(value)
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(np.ascontiguousarray(native)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("="))).to(device)
 
 
 def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
@@ -67,9 +64,7 @@ def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
 
 def writes_unseen(model: Any) -> bool:
     """Return True if a model might write to its input without torch noticing: any code that is not a module's."""
-    if not isinstance(model, nn.Module):
-        return True
-    return any(isinstance(module, Function) for module in model.modules())
+    return any(isinstance(module, Function) for module in as_module(model).modules())
 
 
 DEFAULT_HEAD = "prediction"
