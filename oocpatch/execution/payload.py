@@ -111,9 +111,10 @@ def check_cluster(options: ModelOptions, client: Any) -> None:
         ValueError: naming the parameter and what to pass instead.
     """
     check_versions(client, versions_here())
-    for name, value in _with_absolute_paths(options).callables():
+    options = _with_absolute_paths(options)
+    for name in ("model", "preprocess", "postprocess"):
         try:
-            pickled(value)
+            pickled(getattr(options, name))
         except Exception as error:
             kind = (
                 "a model spec, such as 'file.py:name' or 'model.pt2'" if name == "model" else "an importable function"

@@ -195,7 +195,8 @@ def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack
     stored = volume.source.location in (None, handle.folder / "volume")
     if not stored and volume.fingerprint != plan.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
-    options = payload.options.on_device(device_of_rank(place, payload.options.device, torch.cuda.device_count()))
+    device = device_of_rank(place, payload.options.device, torch.cuda.device_count())
+    options = replace(payload.options, device=device)
     models = load(options)
     if fingerprint_of(options, models, sources=False) != payload.fingerprint:
         raise ValueError("the model that is loaded here is not the one that the client has")

@@ -78,19 +78,16 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
 
     def _count(self, operator: str, operands: Any, result: Any) -> None:
         tensors = list(_tensors(result))
-        for tensor in tensors:
-            self._track(tensor.untyped_storage())
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            if storage.data_ptr() not in self._pointers and storage.nbytes():
+                self._live[storage] = storage.nbytes()
         scratch = 0
         if any(word in operator for word in SCRATCH):
             inputs = list(_tensors(operands))
             scratch = sum(t.numel() * t.element_size() for t in (*inputs, *tensors))
             if "conv" in operator and len(inputs) > 1 and len(tensors) == 1:
                 scratch = max(scratch, convolution_scratch(inputs[0], inputs[1], tensors[0]))
-        self.peak = max(self.peak, sum(self._live.values()) + scratch)
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        if storage.data_ptr() not in self._pointers and storage.nbytes():
-            self._live[storage] = storage.nbytes()
+        self.count(scratch)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -19,6 +19,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import operator
 import pathlib
 import pickle
 import sys
@@ -309,15 +310,13 @@ def _import_file(path: str, spec: str) -> types.ModuleType:
 
 
 def _member(module: types.ModuleType, name: str, spec: str) -> object:
-    value: object = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            names = sorted(key for key, item in vars(module).items() if callable(item) and not key.startswith("_"))
-            raise ValueError(
-                f"model spec {spec!r} names nothing that is there; choose from {', '.join(names) or 'none'}"
-            )
-        value = getattr(value, part)
-    return value
+    try:
+        return operator.attrgetter(name)(module)
+    except AttributeError as error:
+        names = sorted(key for key, item in vars(module).items() if callable(item) and not key.startswith("_"))
+        raise ValueError(
+            f"model spec {spec!r} names nothing that is there; choose from {', '.join(names) or 'none'}"
+        ) from error
 
 
 def _instantiate(value: object, spec: str, arguments: Mapping[str, Any]) -> Model:

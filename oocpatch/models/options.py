@@ -6,8 +6,8 @@ no heavy library, since the command line makes its options of these fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oocpatch.planning.choices import COMPILE_MODES, POSTPROCESSES
@@ -97,11 +97,3 @@ class ModelOptions:
         choices=COMPILE_MODES,
         help="Compile the model with torch.compile in this mode.",
     )
-
-    def on_device(self, device: str) -> ModelOptions:
-        """Return the same options on another device."""
-        return replace(self, device=device)
-
-    def callables(self) -> Iterator[tuple[str, Any]]:
-        """Yield what must be importable or picklable in other processes, with the names of the parameters."""
-        yield from ((name, getattr(self, name)) for name in ("model", "preprocess", "postprocess"))

@@ -73,31 +73,23 @@ class Predictor:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Put the module on its device and in evaluation mode, and put everything back afterwards."""
-        threads = torch.get_num_threads()
-        training, stack = [], contextlib.ExitStack()
-        if isinstance(self.model, torch.nn.Module):
-            training = [m for m in self.model.modules() if m.training]
-            self.model.to(self.device)
-            for module in training:
-                module.training = False
-            for module in self.model.modules():
-                if isinstance(module, OptimizedModel):
-                    stack.enter_context(module.ready())
-        if self._own_thread:
-            use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
-            self._thread = ThreadPoolExecutor(1, "oocpatch-model", use_device)
-        if self._is_cuda:
-            torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            if isinstance(self.model, torch.nn.Module):
+                self.model.to(self.device)
+                for module in self.model.modules():
+                    if module.training:
+                        module.training = False
+                        stack.callback(setattr, module, "training", True)
+                    if isinstance(module, OptimizedModel):
+                        stack.enter_context(module.ready())
+            if self._own_thread:
+                use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
+                self._thread = stack.enter_context(ThreadPoolExecutor(1, "oocpatch-model", use_device))
+                stack.callback(setattr, self, "_thread", None)
+            if self._is_cuda:
+                torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
             yield
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-                self._thread = None
-            stack.close()
-            torch.set_num_threads(threads)
-            for module in training:
-                module.training = True
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)`.
