@@ -20,18 +20,8 @@ from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import InputSpec, ModelFile
 from oocpatch.storage.paths import spec_file
 
-DTYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-    "tensor(uint8)": torch.uint8,
-    "tensor(int8)": torch.int8,
-    "tensor(uint16)": torch.uint16,
-    "tensor(int16)": torch.int16,
-    "tensor(int32)": torch.int32,
-    "tensor(int64)": torch.int64,
-    "tensor(bool)": torch.bool,
-}
+_NAMES = ("float", "double", "float16", "bool", "uint8", "uint16", "int8", "int16", "int32", "int64")
+DTYPES: dict[str, torch.dtype] = {f"tensor({name})": getattr(torch, name) for name in _NAMES}
 """Torch's dtypes by onnxruntime's names."""
 
 

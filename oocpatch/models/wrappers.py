@@ -124,8 +124,9 @@ class EnsembleModel(nn.Module):
             return _called(self.models[0], patches)
         sums: dict[str, torch.Tensor] = {}
         named = False
-        for transform in self.transforms or (None,):
-            transformed = patches if transform is None else transform.apply(patches)
+        identity = FlipRotate(tuple(range(patches.ndim - 2)), ())
+        for transform in self.transforms or (identity,):
+            transformed = transform.apply(patches)
             for model in self.models:
                 outputs = _called(model, transformed)
                 named = isinstance(outputs, dict)
@@ -138,18 +139,14 @@ def _called(model: nn.Module, patches: torch.Tensor) -> Any:
     return model(as_input(patches, input_dtype(model)))
 
 
-def _add(
-    sums: dict[str, torch.Tensor], outputs: dict[str, Any], transform: FlipRotate | None, patches: torch.Tensor
-) -> None:
+def _add(sums: dict[str, torch.Tensor], outputs: dict[str, Any], transform: FlipRotate, patches: torch.Tensor) -> None:
     if sums and outputs.keys() != sums.keys():
         raise ValueError(
             "the model must return the same outputs each time to be averaged, "
             f"got {', '.join(sorted(sums))} and {', '.join(sorted(map(str, outputs)))}"
         )
     for name, value in outputs.items():
-        values = _scores(name, value, patches)
-        if transform is not None:
-            values = transform.invert(values)
+        values = transform.invert(_scores(name, value, patches))
         if name not in sums:
             kind = torch.float64 if values.dtype == torch.float64 else torch.float32
             sums[name] = values.to(kind, copy=True, memory_format=torch.contiguous_format)
