@@ -8,9 +8,11 @@ no memory address, no path of a source file, and nothing that the model writes w
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import hashlib
 import io
+import operator
 import pathlib
 import pickletools
 import re
@@ -114,10 +116,11 @@ def _parts(value: object, sources: bool) -> Parts:
     kind = type(value)
     if hasattr(value, "__wrapped__"):  # a function in a cache, a static method
         return _name(kind), [("__wrapped__", value.__wrapped__)]
-    if _package(kind) in _HANDLES:
+    if _package(kind) in _HANDLES or kind.__module__.startswith("torch._dynamo"):  # the latter: the compiler's
         return _name(kind), []
     try:
-        reduced: Any = () if kind.__module__.startswith("torch._") else value.__reduce_ex__(4)
+        reducer = copyreg.dispatch_table.get(kind, operator.methodcaller("__reduce_ex__", 4))
+        reduced: Any = () if kind.__module__.startswith("torch._") else reducer(value)
     except Exception:  # noqa: BLE001 - whatever it raises, the value cannot be taken apart
         reduced = ()
     if not reduced:
@@ -198,6 +201,7 @@ def _script(model: Any, _: bool) -> Parts:
     with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
         for name in filter(_SCRIPT.match, archive.namelist()):
             text = archive.read(name).decode("latin-1")
+            text = _CONSTANTS.sub(lambda lines: "".join(sorted(lines[0].splitlines(keepends=True))), text)
             if name.endswith(".pkl"):
                 text = "\n".join(
                     f"{step.name} {argument}" for step, argument, _ in pickletools.genops(archive.read(name))
@@ -207,6 +211,7 @@ def _script(model: Any, _: bool) -> Parts:
 
 
 _SCRIPT = re.compile(r"[^/]+/(code/.*\.py|(data|constants)(\.pkl|/.*))$")
+_CONSTANTS = re.compile(r"(?:.* : Final\[.*\n)+")  # in the order of a set, which differs from process to process
 _NUMBERED = re.compile(r"___torch_mangle_\d+\.?|cuda:\d+")  # classes by the order of their loading, and devices
 
 
@@ -216,7 +221,8 @@ def _function(function: types.FunctionType, sources: bool) -> Parts:
     if package in _LIBRARIES:
         wrapped = getattr(function, "__wrapped__", None)
         cells = () if wrapped is not None else function.__closure__ or ()
-        return _name(function), [("__wrapped__", wrapped), *(("cell", c.cell_contents) for c in cells)]
+        name = function.__code__.co_qualname  # a wrapper has the __qualname__ of what it wraps
+        return f"{package}.{name}", [("__wrapped__", wrapped), *(("cell", c.cell_contents) for c in cells)]
     code = function.__code__
     usage = code_usage(code, sources=sources)
     parts: list[tuple[str, object]] = [

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from oocpatch.models.fingerprint import model_fingerprint
+from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
 from oocpatch.models.loading import load_model
 
 Model = Any  # a module or a function
@@ -545,8 +545,9 @@ def test_comments_documentation_and_place_do_not_make_another_model() -> None:
 def test_model_files_have_one_identity_each_however_often_they_are_loaded(saved: Saved) -> None:
     files = ["scripted.pt", "frozen.ts", "traced.torchscript", "net.pt2"]
     identities = [model_fingerprint(load_model(str(saved[0] / file))) for file in files]
-    again = [model_fingerprint(load_model(str(saved[0] / file))) for file in files]
-    assert identities == again
+    again = [read_fingerprint(load_model(str(saved[0] / file))) for file in files]
+    assert identities == [fingerprint.digest for fingerprint in again]
+    assert not any(fingerprint.unread for fingerprint in again)
     assert len(set(identities)) == len(files)
 
 
