@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import importlib
 import linecache
 import logging
+import re
 import sys
 import textwrap
 import threading
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,6 +45,11 @@ class Slotted:
 class Settings:
     gain: float
     levels: tuple[float, ...] = (0.5,)
+
+
+class Mode(enum.Enum):
+    ONE = 1
+    THREE = 3
 
 
 class Holding(nn.Module):
@@ -99,6 +107,9 @@ ITEMS: dict[str, Callable[[float], Any]] = {
     "sparse": lambda gain: torch.eye(3).mul(gain).to_sparse(),
     "device": lambda gain: torch.device("cpu" if gain == 1 else "meta"),
     "type": lambda gain: Config if gain == 1 else Slotted,
+    "enum": lambda gain: Mode.ONE if gain == 1 else Mode.THREE,
+    "ufunc": lambda gain: np.sin if gain == 1 else np.cos,
+    "pattern": lambda gain: re.compile(str(gain)),
 }
 
 
@@ -116,6 +127,12 @@ def test_whatever_a_model_holds_tells_it_from_another(name: str, hold: Callable[
 def test_wrapped_functions_are_told_apart(make: Callable[[float], Any]) -> None:
     assert model_fingerprint(make(1.0)) == model_fingerprint(make(1.0))
     assert model_fingerprint(make(1.0)) != model_fingerprint(make(3.0))
+
+
+def test_functions_around_a_function_are_told_apart() -> None:
+    model = closing_over(1)
+    around = [model, torch.vmap(model), torch.no_grad()(model), functools.lru_cache(model)]
+    assert len({model_fingerprint(function) for function in around}) == len(around)
 
 
 def test_lambdas_of_one_line_are_told_apart() -> None:

@@ -590,6 +590,8 @@ def test_identity_is_the_same_in_another_process_and_another_place(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "networks.py").write_text(NETWORKS)
+    for folder in (networks, elsewhere):
+        (folder / "scripts.py").write_text("import torch\npool = torch.jit.script(torch.nn.AvgPool2d(2))")
     names = ["Doubling", "build", "instance", "partial_factory", "triple", "Adding"]
     files = [str(saved[0] / name) for name in ("scripted.pt", "frozen.ts", "traced.torchscript", "net.pt2")]
 
@@ -604,7 +606,7 @@ def test_identity_is_the_same_in_another_process_and_another_place(
         )
         return run.stdout.split()
 
-    specs = [f"networks.py:{name}" for name in names]
+    specs = [*(f"networks.py:{name}" for name in names), "scripts.py:pool"]
     first = identities("1", networks, [*specs, *files])
     # Other order, other directory, other hashing: the same models.
     second = identities("2", elsewhere, [*files[::-1], *specs[::-1]])
