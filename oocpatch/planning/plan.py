@@ -182,7 +182,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, *, older: bool = False) -> Plan:
-        """Return the plan that `to_json` wrote; `older`: or the format before, whose runs cannot be continued.
+        """Return the plan that `to_json` wrote; with `older` also one of format 2, whose run cannot be continued.
 
         Raises:
             ValueError: when the text is not the JSON of a plan.
