@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Self, overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from oocpatch.planning.arguments import per_axis
+from oocpatch.planning.arguments import one_of, per_axis
+from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.grid import PatchGrid, PatchLocation
 from oocpatch.sampling.subject import Subject, read_patches
-from oocpatch.volumes.volume import checked_padding_mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,9 +51,6 @@ class Locations(Sequence[PatchLocation]):
         if not -len(self) <= position < len(self):
             raise IndexError(f"patch index must be in [-{len(self)}, {len(self)}), got {position}")
         return self.grid[int(self.numbers[position])]
-
-    def __iter__(self) -> Iterator[PatchLocation]:
-        return (self.grid[int(number)] for number in self.numbers)
 
 
 class GridSampler(Dataset[Subject]):
@@ -94,7 +91,7 @@ class GridSampler(Dataset[Subject]):
         self.subject = subject
         self.patch_size = per_axis("patch_size", patch_size, axes, least=1)
         self.patch_overlap = per_axis("patch_overlap", patch_overlap, axes)
-        self.padding_mode = checked_padding_mode(padding_mode)
+        self.padding_mode = one_of("padding_mode", padding_mode, PADDING_MODES)
         self.fill = fill
         grid = PatchGrid.of(shape, self.patch_size, self.patch_overlap, padded=padding_mode is not None)
         if any(overlap % 2 for overlap in self.patch_overlap):

@@ -140,8 +140,7 @@ def coordinate(name: str, n: int, step: float, start: float = 0.0, unit: str | N
     >>> coordinate("x", 3, 0.5, unit="um").values.tolist(), coordinate("x", 3, 0.5, unit="um").attrs
     ([0.0, 0.5, 1.0], {'units': 'micrometer'})
     """
-    name_of_unit = long_unit(unit)
-    attrs = {"units": name_of_unit} if name_of_unit else {}
+    attrs = {"units": name_of_unit} if (name_of_unit := long_unit(unit)) else {}
     return xarray.Variable((name,), np.arange(n) * float(step) + float(start), attrs)
 
 

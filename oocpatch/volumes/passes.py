@@ -35,15 +35,8 @@ def run_pass(
 ) -> Iterator[Result]:
     """Run a task over items by Dask's threads, and yield the results in the order of the items.
 
-    Args:
-        task: an idempotent function that only reads.
-        items: its arguments.
-        threads: number of threads.
-        name: name of the pass in the progress.
-        unit: name of the units, in the plural.
-        size: number of units in an item.
-        total: number of units in all items.
-        progress: how progress is shown; see `oocpatch.progress`.
+    A task must be idempotent and only read. Progress is counted in units, named in the plural: `size` returns their
+    number in an item, `total` is that in all items.
 
     >>> list(run_pass(abs, [-1, 2], threads=2, name="absolutes", unit="numbers", size=lambda _: 1, total=2))
     [1, 2]

@@ -7,6 +7,7 @@ to other processes: data on disk by its address, data in memory by value.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,7 +26,7 @@ from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
-from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, parse_address, read_metadata
+from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
 ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
@@ -37,9 +38,9 @@ class Source:
 
     Attributes:
         shape, dtype, chunks: those of the array, with one entry per axis.
-        names: dimension names, if there are any.
         load: reads a selection of slices as a numpy array.
         compute_fingerprint: computes `fingerprint`; reads data in memory.
+        names: dimension names, if there are any.
         chunked: whether reading part of a chunk costs as much as the chunk.
         location: address of the array on the local file system or in an object store, if it has one.
         array: the Zarr array, if it is one.
@@ -53,9 +54,9 @@ class Source:
     shape: tuple[int, ...]
     dtype: Any
     chunks: tuple[int, ...]
-    names: tuple[str | None, ...] | None
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
     compute_fingerprint: Callable[[], str]
+    names: tuple[str | None, ...] | None = None
     chunked: bool = True
     location: StoragePath | None = None
     array: zarr.Array[Any] | None = None
@@ -91,7 +92,8 @@ def open_source(source: Any, level: int | str = 0) -> Source:
             return _from_file(spec if level == 0 else parse_address(f"{address}::level={level}") or spec)
         source = _open_zarr(address)
     if isinstance(source, zarr.Group):
-        return _from_group(source, _group_address(source), level)
+        root = path_of(source.store)
+        return _from_group(source, str(source.store_path if root is None else root / source.path), level)
     if level != 0:
         raise ValueError(f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r}")
     if isinstance(source, zarr.Array):
@@ -147,12 +149,6 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
         raise ValueError(f"volume cannot be read: {describe_error(error)}; {advice}") from error
 
 
-def _group_address(group: zarr.Group) -> str:
-    """Return the address of a group as a user would write it."""
-    root = path_of(group.store)
-    return str(group.store_path) if root is None else str(root / group.path)
-
-
 def _from_file(spec: FileSpec) -> Source:
     """Return the source of an array in a file of another format, which each process opens for itself."""
     local = LocalPath(spec.address) if "://" not in spec.address else None
@@ -160,22 +156,17 @@ def _from_file(spec: FileSpec) -> Source:
         raise ValueError(f"volume not found: {local} does not exist")
     if local is None and spec.format not in ("n5", "precomputed"):
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
-    metadata = read_metadata(spec)
+    with contextlib.closing(open_file(spec)) as file:
+        metadata = file.metadata
     address = str(local.resolve()) if local is not None else spec.address
-    content = {
-        "address": address,
-        "part": spec.part,
-        "shape": metadata.shape,
-        "dtype": str(metadata.dtype),
-        **metadata.content,
-    }
+    content = {"address": address, "part": spec.part, "shape": metadata.shape, "dtype": str(metadata.dtype)}
     return Source(
         shape=metadata.shape,
         dtype=metadata.dtype,
         chunks=metadata.chunks,
         names=metadata.names,
         load=FileReader(replace(spec, address=address)),  # a process with another working directory may open it
-        compute_fingerprint=functools.partial(_digest, content),
+        compute_fingerprint=functools.partial(_digest, {**content, **metadata.content}),
         chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
         coords=metadata.coords,
@@ -233,8 +224,8 @@ def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: in
     array = arrays[multiscale.levels.index(chosen)]
     if not axes:  # metadata before 0.4
         return _from_zarr(array)
-    source = _from_zarr(array, names=axes, coords=multiscale.coords(chosen, array.shape))
-    return replace(source, roles=multiscale.roles(), image=replace(multiscale, levels=(chosen,)))
+    coords, image = multiscale.coords(chosen, array.shape), replace(multiscale, levels=(chosen,))
+    return _from_zarr(array, names=axes, coords=coords, roles=multiscale.roles(), image=image)
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
@@ -243,28 +234,23 @@ def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
     return tuple(names) if names else None
 
 
-def _from_zarr(
-    array: zarr.Array[Any],
-    names: tuple[str | None, ...] | None = None,
-    coords: Mapping[str, Any] | None = None,
-) -> Source:
-    """Return the source of a Zarr array."""
+def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
+    """Return the source of a Zarr array; other fields replace those that the array has."""
     root = path_of(array.store)
-    location = root / array.path if root is not None else None
-    location = location.resolve() if location is not None else None
-    return Source(
+    location = (root / array.path).resolve() if root is not None else None
+    source = Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=array.chunks,
-        names=names or _dimension_names(array),
+        names=_dimension_names(array),
         load=functools.partial(_load, array),
         compute_fingerprint=functools.partial(_zarr_fingerprint, array, str(location or array.store_path)),
         location=location,
         array=array,
         files=location if isinstance(location, LocalPath) else None,
-        coords=coords or {},
         attrs=_user_attributes(array),
     )
+    return replace(source, **others)
 
 
 def _user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
@@ -308,15 +294,10 @@ def _from_lazy(array: xarray.DataArray) -> Source:
         shape=array.shape,
         dtype=array.dtype,
         chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
-        names=None,
-        load=functools.partial(_load_lazy, array.variable),
+        load=functools.partial(_load, array.variable),
         compute_fingerprint=functools.partial(_digest, content),
         location=LocalPath(address).resolve() if address and "://" not in address else None,
     )
-
-
-def _load_lazy(variable: xarray.Variable, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-    return np.asarray(variable[selection].values)
 
 
 def _from_numpy(array: npt.NDArray[Any]) -> Source:
@@ -324,7 +305,6 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
         shape=array.shape,
         dtype=array.dtype,
         chunks=(1,) * array.ndim,
-        names=None,
         load=functools.partial(_load, array),
         compute_fingerprint=functools.partial(_numpy_fingerprint, array),
         chunked=False,
@@ -332,18 +312,15 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
 
 
 def _numpy_fingerprint(array: npt.NDArray[Any]) -> str:
-    return _digest({"shape": array.shape, "dtype": str(array.dtype), "content": _content(array)})
-
-
-def _content(array: npt.NDArray[Any]) -> Any:
-    """Return a CRC of an array in memory; a memory map is identified by its file instead."""
+    """Return the digest of an array in memory by a CRC of its bytes; a memory map is identified by its file."""
+    content: Any = 0
     if isinstance(array, np.memmap) and array.filename is not None:
         status = Path(array.filename).stat()
-        return [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
-    crc = 0
-    for part in array:  # one slice at a time: a contiguous copy would double the memory
-        crc = checksum(part, crc)
-    return crc
+        content = [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
+    else:
+        for part in array:  # one slice at a time: a contiguous copy would double the memory
+            content = checksum(part, content)
+    return _digest({"shape": array.shape, "dtype": str(array.dtype), "content": content})
 
 
 def _from_dask(array: Any) -> Source:
@@ -352,7 +329,6 @@ def _from_dask(array: Any) -> Source:
         shape=tuple(int(n) for n in array.shape),
         dtype=array.dtype,
         chunks=tuple(int(n) for n in array.chunksize),
-        names=None,
         load=functools.partial(_load_dask, array),
         compute_fingerprint=functools.partial(_digest, content),
     )

@@ -97,7 +97,11 @@ class VolumeStatistics:
             if not wanted:
                 totals = counts.sum(axis=(1, 2))
                 self._refuse_empty(totals)
-                wanted = [[_OrderStatistic(0, index) for index in _neighbours(int(n), ranks)] for n in totals]
+                positions = [[(int(n) - 1) * Fraction(rank) / 100 for rank in ranks] for n in totals]
+                wanted = [  # the two neighbours of each position in sorted order
+                    [_OrderStatistic(0, min(math.floor(p) + i, int(n) - 1)) for p in of_channel for i in (0, 1)]
+                    for of_channel, n in zip(positions, totals, strict=True)
+                ]
             wanted = [
                 [w.refine(counts[channel, prefixes[channel].index(w.prefix)]) for w in of_channel]
                 for channel, of_channel in enumerate(wanted)
@@ -105,10 +109,10 @@ class VolumeStatistics:
         values = [_values(np.array([w.prefix for w in channel], np.uint64), self.volume.dtype) for channel in wanted]
         return tuple(
             tuple(
-                float(low) + (float(high) - float(low)) * float(_position(int(n), rank) % 1)
-                for low, high, rank in zip(v[::2], v[1::2], ranks, strict=True)
+                float(low) + (float(high) - float(low)) * float(position % 1)
+                for low, high, position in zip(v[::2], v[1::2], of_channel, strict=True)
             )
-            for v, n in zip(values, totals, strict=True)
+            for v, of_channel in zip(values, positions, strict=True)
         )
 
     def _refuse_empty(self, totals: Array) -> None:
@@ -238,15 +242,3 @@ def _values(keys: Array, dtype: np.dtype[Any]) -> Array:
         bits = np.where(bits & sign, bits ^ sign, ~bits)
     values: Array = bits.view(dtype)
     return values
-
-
-def _neighbours(total: int, ranks: Sequence[float]) -> Iterator[int]:
-    """Yield the two indices in sorted order between which each percentile lies."""
-    for rank in ranks:
-        low = math.floor(_position(total, rank))
-        yield from (low, min(low + 1, total - 1))
-
-
-def _position(total: int, rank: float) -> Fraction:
-    """Return the fractional index of a percentile in sorted order."""
-    return (total - 1) * Fraction(rank) / 100

@@ -124,9 +124,7 @@ class Volume:
     def split_reads(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
         """Cut a box at chunk borders into reads large enough to be worth their overhead; they cover it exactly once.
 
-        Args:
-            box: the box to read.
-            out: array to read into. None: each read has its own buffer, and is one chunk or at most `READ_BYTES` bytes.
+        Without an array `out` to read into, each read has its own buffer, and is one chunk or at most `READ_BYTES`.
         """
         if isinstance(self.chunk_reader, ZarrsArray) and out is not None and self._target(out) is not None:
             yield box
@@ -150,13 +148,13 @@ class Volume:
             ValueError: for an unknown padding mode.
         """
         if box in Box.of_shape(self.shape):
-            target = self._target(out)
+            selection, target = self._selection(box), self._target(out)
+            if self._guard is not None and not isinstance(self.chunk_reader, PlainArray):  # which checks sizes itself
+                self._guard.check(selection)
             if target is not None and self.chunk_reader is not None:
-                if not isinstance(self.chunk_reader, PlainArray):  # which checks sizes itself
-                    self._check_sizes(box)
-                self.chunk_reader.read_into(target, self._selection(box))
+                self.chunk_reader.read_into(target, selection)
             else:
-                out[...] = self._load(box)
+                out[...] = self.source.load(selection).transpose(self._positions)
             return
         one_of("padding_mode", padding_mode, PADDING_MODES)
         spans = [list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)]
@@ -170,7 +168,10 @@ class Volume:
                 _source_index(np.arange(a, b), n, padding_mode) for (a, b), n in zip(parts, self.shape, strict=True)
             ]
             inner = Box(tuple(int(i.min()) for i in indices), tuple(int(i.max()) + 1 for i in indices))
-            data = self._load(inner)
+            if not any(outside):
+                self.read_into(target, inner)
+                continue
+            data = self.read(inner)
             for axis, (index, is_outside) in enumerate(zip(indices, outside, strict=True)):
                 if is_outside:
                     data = np.take(data, index - inner.start[axis], axis=axis + 1)
@@ -187,21 +188,6 @@ class Volume:
     def _positions(self) -> Ints:
         """Positions in the source of the axes of `(C, *axes)`, without C if the source has no channel axis."""
         return (() if self.axes.channel is None else (self.axes.channel,)) + self.axes.order
-
-    def _load(self, box: Box) -> npt.NDArray[Any]:
-        """Read a box inside the volume as `(C, *box.shape)`."""
-        if isinstance(self.chunk_reader, PlainArray):
-            out = np.empty((self.channels, *box.shape), self.dtype)
-            self.read_into(out, box)
-            return out
-        self._check_sizes(box)
-        data = self.source.load(self._selection(box)).transpose(self._positions)
-        return data[None] if self.axes.channel is None else data
-
-    def _check_sizes(self, box: Box) -> None:
-        """Refuse chunks that decode to more than their size, before they are read."""
-        if self._guard is not None:
-            self._guard.check(self._selection(box))
 
     def _target(self, out: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """Return `out`, `(C, *shape)`, in the axis order of the source; None if the chunk reader cannot fill it."""
@@ -240,9 +226,7 @@ def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
     """Return chunks for an output: those of the volume if their size is reasonable, else 64^3, 512^2 and the like."""
     chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
     size = out_itemsize * int(np.prod(chunks, dtype=object))
-    if volume.source.chunked and (
-        CHUNK_BYTES[0] <= size <= CHUNK_BYTES[1] or (chunks == volume.shape and size <= CHUNK_BYTES[1])
-    ):
+    if volume.source.chunked and size <= CHUNK_BYTES[1] and (size >= CHUNK_BYTES[0] or chunks == volume.shape):
         return chunks
     looped = len(volume.shape) - volume.spatial_ndim
     side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)
@@ -259,11 +243,6 @@ def spatial_sizes(name: str, value: Any, volume: Volume, *, least: int = 0) -> I
     return per_axis(name, value, volume.names[-volume.spatial_ndim :], least=least)
 
 
-def checked_padding_mode(value: str | None) -> str | None:
-    """Check and return a `padding_mode`."""
-    return one_of("padding_mode", value, PADDING_MODES)
-
-
 def refuse_overlap(name: str, path: StoragePath, volume: Volume) -> None:
     """Refuse to write to the input volume, to a parent of it, or inside it.
 
@@ -271,9 +250,7 @@ def refuse_overlap(name: str, path: StoragePath, volume: Volume) -> None:
         ValueError: in that case.
     """
     location, target = volume.source.location, path.resolve()
-    if location is None:
-        return
-    if location == target or target in location.parents or location in target.parents:
+    if location is not None and (location == target or target in location.parents or location in target.parents):
         raise ValueError(
             f"{name} must not be the input volume, contain it, or be inside it, got {path} for the volume at {location}"
         )

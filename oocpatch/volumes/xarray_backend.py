@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray
 import zarr
 from xarray.backends import BackendArray, BackendEntrypoint
@@ -34,10 +33,7 @@ class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray expo
         self.dtype = np.dtype(source.dtype)
 
     def __getitem__(self, key: Any) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._read)
-
-    def _read(self, key: tuple[Any, ...]) -> npt.NDArray[Any]:
-        return self.source.load(key)
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self.source.load)
 
 
 class OmeZarrBackend(BackendEntrypoint):

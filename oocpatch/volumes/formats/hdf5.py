@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, require_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
 
 CACHE = 1 << 20
 """Bytes of h5py's cache of chunks."""
@@ -26,14 +25,11 @@ class Hdf5File:
     """A dataset of an HDF5 file: the named one, else the only one with at least two axes."""
 
     def __init__(self, spec: FileSpec) -> None:
-        with require_extra("hdf5", spec):
-            h5py: Any = importlib.import_module("h5py")
+        h5py = import_extra("h5py", "hdf5", spec)
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:
-            self._data = _dataset(h5py, self._file, spec)
-            data = self._data
-            labels = [d.label for d in data.dims]
-            labelled = [label or next(iter(d.keys()), "") for label, d in zip(labels, data.dims, strict=True)]
+            self._data = data = _dataset(h5py, self._file, spec)
+            labelled = [d.label or next(iter(d.keys()), "") for d in data.dims]
             names = tuple(str(n) for n in labelled) if all(labelled) else None
             self.metadata = FileMetadata(
                 shape=data.shape,
@@ -41,7 +37,7 @@ class Hdf5File:
                 chunks=data.chunks or (1,) * data.ndim,
                 names=names,
                 coords=_coords(data, names or ()),
-                attrs={str(k): to_json(v) for k, v in data.attrs.items() if k not in INTERNAL},
+                attrs=_attrs(data),
                 chunked=data.chunks is not None,
                 content={"dataset": data.name, **file_digest(Path(spec.address))},
             )
@@ -80,9 +76,11 @@ def _coords(data: Any, names: tuple[str, ...]) -> dict[str, xarray.Variable]:
     """Return the dimension scales that have one value per voxel."""
     coords = {}
     for name, dimension, size in zip(names, data.dims, data.shape, strict=False):
-        for scale in dimension.values():
-            if scale.shape == (size,) and scale.dtype.kind in "iuf":
-                attrs = {str(k): to_json(v) for k, v in scale.attrs.items() if k not in INTERNAL}
-                coords[name] = xarray.Variable((name,), scale[:], attrs)
-                break
+        fitting = [s for s in dimension.values() if s.shape == (size,) and s.dtype.kind in "iuf"]
+        for scale in fitting[:1]:
+            coords[name] = xarray.Variable((name,), scale[:], _attrs(scale))
     return coords
+
+
+def _attrs(node: Any) -> dict[str, Any]:
+    return {str(k): to_json(v) for k, v in node.attrs.items() if k not in INTERNAL}

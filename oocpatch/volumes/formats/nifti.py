@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import tempfile
@@ -15,14 +14,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
-from oocpatch.volumes.formats.spec import (
-    FileMetadata,
-    FileSpec,
-    UnreadableError,
-    file_digest,
-    require_extra,
-    to_json,
-)
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
 logger = logging.getLogger("oocpatch")
@@ -35,14 +27,11 @@ class NiftiFile:
     """A NIfTI file, with the axes of nibabel: `x`, `y`, `z`, and `t` and `c` where the file has them.
 
     A compressed file cannot be read in parts: it is unpacked to a temporary file, piece by piece, when it is first
-    read. The temporary file has no name and disappears with the process.
-
-    Values that the header scales are float32.
+    read. The temporary file has no name and disappears with the process. Values that the header scales are float32.
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with require_extra("nifti", spec):
-            nibabel: Any = importlib.import_module("nibabel")
+        nibabel = import_extra("nibabel", "nifti", spec)
         image = nibabel.load(spec.address)
         data = image.dataobj
         if not hasattr(data, "offset") or data.order != "F":
@@ -137,8 +126,7 @@ def _shortest(value: float) -> float:
 
 
 def _attrs(image: Any) -> dict[str, Any]:
-    attrs: dict[str, Any] = {"affine": np.asarray(image.affine, np.float64).tolist()}
-    for name in ("descrip", "intent_name"):
-        if name in image.header and (text := to_json(image.header[name].tobytes())):
-            attrs[name] = text
-    return attrs
+    names = [name for name in ("descrip", "intent_name") if name in image.header]
+    texts = {name: to_json(image.header[name].tobytes()) for name in names}
+    affine = np.asarray(image.affine, np.float64).tolist()
+    return {"affine": affine, **{name: text for name, text in texts.items() if text}}

@@ -25,29 +25,22 @@ def read_box(
         OSError: if the file ends too early.
     """
     item = np.dtype(dtype)
-    spans = [range(*s.indices(n)[:2]) for s, n in zip(selection, shape, strict=True)]
+    shape = (1, 1, *shape)  # so that there are rows, and several of them
+    spans = [range(1), range(1), *(range(*s.indices(n)[:2]) for s, n in zip(selection, shape[2:], strict=True))]
     out = np.empty([len(s) for s in spans], item)
-    if not out.size:
-        return out
     # Axes from `whole` on are selected entirely, so a contiguous run covers a span of the axis before them.
     whole = len(shape)
-    while whole > 0 and len(spans[whole - 1]) == shape[whole - 1]:
+    while whole > 2 and len(spans[whole - 1]) == shape[whole - 1]:
         whole -= 1
-    if whole == 0:
-        _fill(file, offset, out)
-        return out
     inner = math.prod(shape[whole:])
-    row = shape[whole - 1] * inner
     strides = [math.prod(shape[a + 1 :]) for a in range(whole)]
     columns = slice(spans[whole - 1].start * inner, spans[whole - 1].stop * inner)
-    flat = out.reshape(*out.shape[: whole - 1], -1)
-    rows = spans[whole - 2] if whole > 1 else range(1)
-    for index in np.ndindex(*out.shape[: max(0, whole - 2)]):
-        first = sum((spans[a].start + i) * strides[a] for a, i in enumerate(index))
-        first += rows.start * row if whole > 1 else 0
-        target = flat[index] if whole > 1 else flat[None]
-        _fill_rows(file, offset + first * item.itemsize, target, row, columns)
-    return out
+    for index in np.ndindex(*out.shape[: whole - 2]) if out.size else ():
+        corner = (*(spans[a].start + i for a, i in enumerate(index)), spans[whole - 2].start)
+        first = sum(i * stride for i, stride in zip(corner, strides, strict=False))
+        target = out[index].reshape(len(spans[whole - 2]), -1)
+        _fill_rows(file, offset + first * item.itemsize, target, shape[whole - 1] * inner, columns)
+    return out.reshape(out.shape[2:])
 
 
 def _fill_rows(file: int, offset: int, target: npt.NDArray[Any], row: int, columns: slice) -> None:

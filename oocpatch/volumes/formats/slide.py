@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box
-from oocpatch.volumes.formats.spec import (
-    FileMetadata,
-    FileSpec,
-    UnreadableError,
-    file_digest,
-    require_extra,
-)
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
 TILE = 512
@@ -31,8 +24,7 @@ class SlideFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with require_extra("slide", spec):
-            openslide: Any = importlib.import_module("openslide")
+        openslide = import_extra("openslide", "slide", spec)
         self._slide = openslide.OpenSlide(spec.address)
         # The plan accounts for all memory, and neighbouring reads share no tile that is worth caching.
         self._slide.set_cache(openslide.OpenSlideCache(0))
@@ -74,14 +66,12 @@ class SlideFile:
         out = np.empty((*box.shape, 3), np.uint8)
         for part in box.split(self._tile):
             corner = tuple(s // t * t for s, t in zip(part.start, self._tile, strict=True))
-            out[part.slices(box.start)] = self._read_tile(corner)[part.slices(corner)]
+            size = [min(t, n - c) for t, n, c in zip(self._tile, self.metadata.shape, corner, strict=False)]
+            position = [round(c * self._factor) for c in corner]
+            values = np.asarray(self._slide.read_region(tuple(position[::-1]), self._level, tuple(size[::-1])))
+            tile = np.where(values[..., 3:] == 0, self._background, values[..., :3])
+            out[part.slices(box.start)] = tile[part.slices(corner)]
         return out[..., selection[2]]
-
-    def _read_tile(self, corner: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-        size = [min(t, n - c) for t, n, c in zip(self._tile, self.metadata.shape, corner, strict=False)]
-        position = [round(c * self._factor) for c in corner]
-        values = np.asarray(self._slide.read_region(tuple(position[::-1]), self._level, tuple(size[::-1])))
-        return np.where(values[..., 3:] == 0, self._background, values[..., :3])
 
     def close(self) -> None:
         """Close the slide."""

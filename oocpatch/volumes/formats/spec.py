@@ -22,7 +22,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,8 +54,6 @@ READERS = {
     "n5": "tensors.TensorFile",
     "precomputed": "tensors.TensorFile",
 }
-
-SCHEMES = {"n5://": "n5", "precomputed://": "precomputed"}
 
 NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
@@ -94,7 +92,7 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileMetadata:
-    """Metadata of an array in a file, read without reading a voxel.
+    """Metadata of an array in a file.
 
     Attributes:
         shape, dtype, chunks, names, coords, attrs: as in `Source`.
@@ -138,9 +136,9 @@ def parse_address(address: Path | str) -> FileSpec | None:
     (2, None)
     """
     text = str(address)
-    for scheme, name in SCHEMES.items():
-        if text.startswith(scheme):
-            text = f"{text.removeprefix(scheme)}::format={name}"
+    if text.startswith(("n5://", "precomputed://")):
+        name, _, text = text.partition("://")
+        text = f"{text}::format={name}"
     path, separator, rest = text.partition("::") if not Path(text).exists() else (text, "", "")
     options = _options(str(address), rest)
     file_format = options.pop("format", None) or _format(path)
@@ -189,30 +187,17 @@ def open_file(spec: FileSpec) -> OpenFile:
         UnreadableError: if it cannot be read, or its library is missing.
     """
     module, _, name = READERS[spec.format].partition(".")
-    reader = getattr(importlib.import_module(f"oocpatch.volumes.formats.{module}"), name)
+    reader: Callable[[FileSpec], OpenFile] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     try:
-        file: OpenFile = reader(spec)
+        return reader(spec)
     except UnreadableError:
         raise
     except Exception as error:
         raise UnreadableError(f"volume cannot be read: {spec} ({error_line(error)})") from error
-    return file
-
-
-def read_metadata(spec: FileSpec) -> FileMetadata:
-    """Read the metadata of an array in a file."""
-    with contextlib.closing(open_file(spec)) as file:
-        return file.metadata
 
 
 class FileReader:
-    """Reads selections of a file, which it opens once per process, when it is first called.
-
-    Open files do not travel: a reader is pickled as its spec.
-
-    Args:
-        spec: the array to read.
-    """
+    """Reads selections of a file, which it opens once per process, when it is first called; pickled as its spec."""
 
     def __init__(self, spec: FileSpec) -> None:
         self.spec = spec
@@ -220,30 +205,27 @@ class FileReader:
         self._open: tuple[int, OpenFile] | None = None
 
     def __call__(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-        return self._file().read(selection)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FileReader, (self.spec,)
-
-    def _file(self) -> OpenFile:
         with self._lock:
             # A forked process shares the position in the file with its parent.
             if self._open is None or self._open[0] != os.getpid():
                 file = open_file(self.spec)
                 weakref.finalize(self, file.close)
                 self._open = os.getpid(), file
-            return self._open[1]
+            _, file = self._open
+        return file.read(selection)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileReader, (self.spec,)
 
 
-@contextlib.contextmanager
-def require_extra(extra: str, spec: FileSpec) -> Iterator[None]:
+def import_extra(library: str, extra: str, spec: FileSpec) -> Any:
     """Import a library that is installed with an extra.
 
     Raises:
         UnreadableError: if it is not installed; the message names the extra.
     """
     try:
-        yield
+        return importlib.import_module(library)
     except ImportError as error:
         raise UnreadableError(
             f"reading {spec.address} needs {error.name or extra}, which is not installed; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, require_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
 DRIVERS = {"n5": "n5", "precomputed": "neuroglancer_precomputed"}
@@ -24,17 +23,18 @@ class TensorFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        with require_extra("tensorstore", spec):
-            tensorstore: Any = importlib.import_module("tensorstore")
-        description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": _kvstore(spec)}
+        tensorstore = import_extra("tensorstore", "tensorstore", spec)
+        url = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
+        kvstore = url if "://" in spec.address else {"driver": "file", "path": f"{Path(url).absolute()}/"}
+        description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": kvstore}
         if spec.format == "precomputed":
             description["scale_index"] = spec.level
         try:
             store = tensorstore.open(description, read=True).result()
         except ValueError as error:
-            raise UnreadableError(f"volume cannot be read: {spec} ({_reason(error)}){_datasets(spec)}") from error
-        origin, units = store.domain.inclusive_min, store.dimension_units
-        labels = store.domain.labels
+            reason = " ".join(str(error).partition("[")[0].split())[:200]  # locations in the source follow in brackets
+            raise UnreadableError(f"volume cannot be read: {spec} ({reason}){_datasets(spec)}") from error
+        origin, units, labels = store.domain.inclusive_min, store.dimension_units, store.domain.labels
         stored = store.spec(retain_context=False).to_json()
         store = store.T[tensorstore.d[:].translate_to[0]]
         names = tuple(label or "" for label in labels[::-1])
@@ -70,16 +70,6 @@ def _coords(
         if name not in ("", "channel") and (origin, step, unit or None) != (0, 1.0, None):
             coords[name] = coordinate(name, size, step, origin * step, unit)
     return coords
-
-
-def _kvstore(spec: FileSpec) -> Any:
-    url = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
-    return url if "://" in spec.address else {"driver": "file", "path": str(Path(url).absolute()) + "/"}
-
-
-def _reason(error: Exception) -> str:
-    """Return the message of an error of tensorstore without its source locations, which follow in brackets."""
-    return " ".join(str(error).partition("[")[0].split())[:200]
 
 
 def _datasets(spec: FileSpec) -> str:

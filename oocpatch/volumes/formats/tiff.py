@@ -11,14 +11,7 @@ import numpy.typing as npt
 import xarray
 import zarr
 
-from oocpatch.volumes.formats.spec import (
-    FileMetadata,
-    FileSpec,
-    UnreadableError,
-    file_digest,
-    require_extra,
-    to_json,
-)
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
 CENTIMETER = 3
@@ -29,17 +22,13 @@ class TiffFile:
     """A level of a series of a TIFF. Chunks are its tiles or strips."""
 
     def __init__(self, spec: FileSpec) -> None:
-        with require_extra("tiff", spec):
-            tifffile: Any = importlib.import_module("tifffile")
+        tifffile = import_extra("tifffile", "tiff", spec)
         self._tiff = tifffile.TiffFile(spec.address)
         try:
             series = _select(self._tiff.series, spec.series, "series", spec)
             level = _select(series.levels, spec.level, "level", spec)
             self._store = self._tiff.aszarr(series=spec.series, level=spec.level)
-            array = zarr.open(self._store, mode="r")
-            if not isinstance(array, zarr.Array):
-                raise UnreadableError(f"{spec} must be one array, got {type(array).__name__}")  # noqa: TRY301
-            self._array = array
+            self._array = array = zarr.open_array(self._store, mode="r")
             names = axis_names(level.axes) if len(level.axes) == array.ndim else None
             factors = {n: a / b for n, a, b in zip(names or (), series.levels[0].shape, array.shape, strict=False)}
             self.metadata = FileMetadata(
@@ -89,12 +78,11 @@ def _select(items: Any, index: int, name: str, spec: FileSpec) -> Any:
 
 def _coords(tiff: Any, series: int, sizes: dict[str, int], factors: dict[str, float]) -> dict[str, xarray.Variable]:
     """Return coordinates from voxel sizes; a voxel of a level lies at the centre of the voxels it replaces."""
-    coords = {}
-    for name, (step, unit) in _steps(tiff, series).items():
-        if name in sizes and step > 0:
-            factor = factors[name]
-            coords[name] = coordinate(name, sizes[name], step * factor, step * (factor - 1) / 2, unit)
-    return coords
+    return {
+        name: coordinate(name, sizes[name], step * factors[name], step * (factors[name] - 1) / 2, unit)
+        for name, (step, unit) in _steps(tiff, series).items()
+        if name in sizes and step > 0
+    }
 
 
 def _steps(tiff: Any, series: int) -> dict[str, tuple[float, str | None]]:
@@ -130,10 +118,8 @@ def _ome_steps(xml: str, series: int) -> dict[str, tuple[float, str | None]]:
     }
 
 
-def _svs_metadata(tiff: Any) -> dict[str, Any]:
-    tifffile: Any = importlib.import_module("tifffile")
-    metadata: dict[str, Any] = tifffile.tifffile.svs_description_metadata(tiff.pages[0].description)
-    return metadata
+def _svs_metadata(tiff: Any) -> Any:
+    return importlib.import_module("tifffile").tifffile.svs_description_metadata(tiff.pages[0].description)
 
 
 def _attrs(tiff: Any) -> dict[str, Any]:
