@@ -72,10 +72,8 @@ class SubjectsBatch:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and name not in self.__slots__:
-            for store in (self.images, self.metadata):
-                if name in store:
-                    return store[name]
+        if not name.startswith("_") and name not in self.__slots__ and (name in self.images or name in self.metadata):
+            return self[name]
         raise AttributeError(f"the batch has no {name!r}")
 
     def __getitem__(self, name: str) -> Any:
@@ -117,11 +115,7 @@ def _stack(name: str, volumes: Sequence[Any]) -> torch.Tensor:
     return stacked
 
 
-def _collate(subjects: Sequence[Subject], *, collate_fn_map: Any = None) -> SubjectsBatch:  # noqa: ARG001 - torch passes it
-    return SubjectsBatch.of(subjects)
-
-
-default_collate_fn_map[Subject] = _collate
+default_collate_fn_map[Subject] = lambda subjects, **_: SubjectsBatch.of(subjects)
 
 
 class SubjectsLoader(DataLoader[Any]):

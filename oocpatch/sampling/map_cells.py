@@ -66,11 +66,7 @@ class Cells:
 def pick(sums: npt.NDArray[np.float64], u: float) -> int:
     """Return the index selected by `u` from `[0, 1)`, each with a probability proportional to its mass.
 
-    Exact in float64; an index without mass is never selected.
-
-    Args:
-        sums: cumulative sums of the masses, the last one above zero.
-        u: a uniform random number.
+    Masses are given by their cumulative sums. Exact in float64; an index without mass is never selected.
 
     >>> [pick(np.array([0.0, 1.0, 1.0, 4.0, 4.0]), u) for u in (0.0, 0.24, 0.26, 0.999)]
     [1, 1, 3, 3]
@@ -81,11 +77,7 @@ def pick(sums: npt.NDArray[np.float64], u: float) -> int:
 
 
 class RecentCells:
-    """A cache of the voxels of the cells that were read last; safe to use from several threads.
-
-    Args:
-        limit: size in bytes. The last cell is cached even if it is larger.
-    """
+    """A cache of the voxels of the cells that were read last, of `limit` bytes or one cell; safe in several threads."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.sampling.map_cells import Cells
-from oocpatch.sampling.subject import LoadedVolume
+from oocpatch.sampling.subject import LoadedVolume, as_volume
 from oocpatch.storage.paths import LocalPath
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
@@ -58,12 +58,8 @@ COUNTED_AT_ONCE = 1 << 17
 MOST_THREADS = 8
 """Threads of a pass: each has a cell in memory, and Zarr's locks leave no work for more."""
 
-
 FORMAT = 1
 """Version of the stored files."""
-
-HIERARCHY = ("zarr.json", ".zgroup")
-"""Files of which a directory in a Zarr hierarchy has one."""
 
 
 def sum_weights(values: Values) -> tuple[Values, Values]:
@@ -80,8 +76,7 @@ def sum_weights(values: Values) -> tuple[Values, Values]:
         raise ValueError(
             f"a probability map must hold finite values that are not negative, got {lowest if lowest < 0 else highest}"
         )
-    total = values.sum(dtype=np.float64)
-    return np.zeros(1), np.array([total])
+    return np.zeros(1), np.array([values.sum(dtype=np.float64)])
 
 
 def count_labels(values: Values) -> tuple[Values, Values]:
@@ -96,62 +91,47 @@ def count_labels(values: Values) -> tuple[Values, Values]:
     low, high = values.min(), values.max()
     if low == high:
         return values.ravel()[:1].copy(), np.array([float(values.size)])
-    if values.dtype.kind == "f":
-        if np.isnan(low):
-            raise ValueError("a label map must hold numbers, got nan")
+    if np.isnan(low):
+        raise ValueError("a label map must hold numbers, got nan")
+    if values.dtype.kind == "f" or int(high) - int(low) >= MOST_LABELS_COUNTED:
         labels, counts = np.unique(values, return_counts=True)
-    elif int(high) - int(low) < MOST_LABELS_COUNTED:
-        totals = np.zeros(int(high) - int(low) + 1, np.intp)
-        flat = values.ravel()
-        for start in range(0, len(flat), COUNTED_AT_ONCE):  # bincount takes eight bytes a voxel
-            part = flat[start : start + COUNTED_AT_ONCE]
-            wide = part.astype(np.intp) if part.dtype.itemsize < 4 else part
-            offsets = (wide - wide.dtype.type(low)).astype(np.intp, copy=False)
-            totals += np.bincount(offsets, minlength=len(totals))
-        present = np.flatnonzero(totals)
-        labels, counts = present.astype(values.dtype) + low, totals[present]  # wraps around and back for int8
-    else:
-        labels, counts = np.unique(values, return_counts=True)
-    return labels, counts.astype(np.float64)
+        return labels, counts.astype(np.float64)
+    totals = np.zeros(int(high) - int(low) + 1, np.intp)
+    flat = values.ravel()
+    for start in range(0, len(flat), COUNTED_AT_ONCE):  # bincount takes eight bytes a voxel
+        part = flat[start : start + COUNTED_AT_ONCE]
+        wide = part.astype(np.intp) if part.dtype.itemsize < 4 else part
+        offsets = (wide - wide.dtype.type(low)).astype(np.intp, copy=False)
+        totals += np.bincount(offsets, minlength=len(totals))
+    present = np.flatnonzero(totals)
+    return present.astype(values.dtype) + low, totals[present].astype(np.float64)  # wraps around and back for int8
 
 
 def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Masses:
-    """Sum a map cell by cell; each thread has one cell in memory.
-
-    Args:
-        volume: the map, of one channel.
-        cells: cells of the map.
-        summarize: sums the voxels of a cell.
-        name: name of the map, for the progress bar and for messages.
+    """Sum a map of one channel cell by cell; each thread has one cell in memory.
 
     Raises:
         ValueError: if `summarize` refuses a voxel; the message names the map and the cell.
     """
+
+    def summarized(numbers: range) -> Masses:
+        parts = []
+        for number in numbers:
+            box = cells[number]
+            try:
+                values, masses = summarize(volume.read(box)[0])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error} in the box from {box.start} to {box.stop}") from error
+            nonzero = masses > 0
+            parts.append(Masses(np.full(int(nonzero.sum()), number), values[nonzero], masses[nonzero]))
+        return Masses.joined(parts)
+
     per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
     tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
     threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
-    tables = run_pass(
-        lambda numbers: Masses.joined(list(_summaries(volume, cells, summarize, name, numbers))),
-        tasks,
-        threads=threads,
-        name=f"masses of {name}",
-        unit="cells",
-        size=len,
-        total=len(cells),
-    )
-    return Masses.joined(list(tables))
-
-
-def _summaries(volume: Volume, cells: Cells, summarize: Summary, name: str, numbers: range) -> Iterator[Masses]:
-    """Yield the masses of some cells."""
-    for number in numbers:
-        box = cells[number]
-        try:
-            values, masses = summarize(volume.read(box)[0])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} in the box from {box.start} to {box.stop}") from error
-        nonzero = masses > 0
-        yield Masses(np.full(int(nonzero.sum()), number), values[nonzero], masses[nonzero])
+    title, total = f"masses of {name}", len(cells)
+    parts = run_pass(summarized, tasks, threads=threads, name=title, unit="cells", size=len, total=total)
+    return Masses.joined(list(parts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,11 +151,8 @@ class Masses:
     @classmethod
     def joined(cls, parts: Sequence[Masses]) -> Self:
         """Concatenate the masses of consecutive cells."""
-        return cls(
-            np.concatenate([part.cells for part in parts]),
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.masses for part in parts]),
-        )
+        columns = zip(*((part.cells, part.values, part.masses) for part in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
 
 
 Measured = tuple[Cells, Masses, npt.NDArray[np.float64]]
@@ -189,11 +166,11 @@ class MassesOfMaps:
         self._measured: weakref.WeakKeyDictionary[Any, Measured] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def get(self, source: Volume | LoadedVolume, make: Callable[[], Measured]) -> Measured:
+    def get(self, source: Volume | LoadedVolume, make: Callable[[Volume], Measured]) -> Measured:
         """Return the masses of a map, which are measured at the first call, by one thread at a time."""
         with self._lock:
             if source not in self._measured:
-                self._measured[source] = make()
+                self._measured[source] = make(as_volume(source))
             return self._measured[source]
 
     def __getstate__(self) -> list[tuple[Any, Any]]:
@@ -207,19 +184,17 @@ class MassesOfMaps:
 def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[], Masses]) -> Masses:
     """Read the masses of a map from a file beside it; they are measured and stored if there is none.
 
-    A lock lets only one of several processes measure.
-
-    Args:
-        volume: the map.
-        cells: cells of the map; they depend on the patch size.
-        kind: kind of the masses: of probabilities or of labels.
-        measure: measures the masses.
+    A lock lets only one of several processes measure. `kind` is that of the masses: of probabilities or of labels.
     """
     if volume.source.files is None:
         return measure()
-    folder = _outermost(volume.source.files)
-    folder = folder.with_name(f"{folder.name}.oocpatch-masses")
-    file = folder / f"{_key(volume, cells, kind)}.npz"
+    root = volume.source.files
+    # outside the Zarr hierarchy of the array: in it, another directory would look like a member
+    while any((root.parent / name).exists() for name in ("zarr.json", ".zgroup")):
+        root = root.parent
+    folder = root.with_name(f"{root.name}.oocpatch-masses")
+    key = [FORMAT, kind, volume.fingerprint, volume.axes.order, cells.box.start, cells.box.stop, cells.step]
+    file = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.npz"
     with _locked(folder):
         stamp = _stamp(volume.source.files)
         masses = _load(file, stamp)
@@ -228,18 +203,6 @@ def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[],
             if _stamp(volume.source.files) == stamp:
                 _save(file, masses, stamp)
     return masses
-
-
-def _outermost(path: LocalPath) -> LocalPath:
-    """Return the root of the Zarr hierarchy of an array: another directory inside it would look like a member."""
-    while any((path.parent / name).exists() for name in HIERARCHY):
-        path = path.parent
-    return path
-
-
-def _key(volume: Volume, cells: Cells, kind: str) -> str:
-    parts = [FORMAT, kind, volume.fingerprint, volume.axes.order, cells.box.start, cells.box.stop, cells.step]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def _stamp(files: Path) -> str:

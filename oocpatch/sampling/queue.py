@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,19 +39,16 @@ DRAWS, SUBJECTS, PATCHES = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Several patches of one subject that are drawn and read together.
-
-    Attributes:
-        subject: index of the subject.
-        visit: number of subjects before it in the epoch.
-        number: number of the region within the visit.
-        count: number of patches.
-    """
+    """Several patches of one subject that are drawn and read together."""
 
     subject: int
+    """Index of the subject."""
     visit: int
+    """Number of subjects before it in the epoch."""
     number: int
+    """Number of the region within the visit."""
     count: int
+    """Number of patches."""
 
 
 class Queue(IterableDataset[Subject]):
@@ -153,7 +150,14 @@ class Queue(IterableDataset[Subject]):
     @property
     def max_memory(self) -> int:
         """Bytes of a full buffer, before any transform."""
-        return self.max_length * max(map(self._patch_bytes, self.subjects))
+        per_voxel = max(
+            sum(
+                volume.channels * (volume.data if isinstance(volume, LoadedVolume) else volume).dtype.itemsize
+                for volume in subject.images.values()
+            )
+            for subject in self.subjects
+        )
+        return self.max_length * math.prod(self.patch_sampler.patch_size) * per_voxel
 
     @property
     def max_memory_pretty(self) -> str:
@@ -187,37 +191,28 @@ class Queue(IterableDataset[Subject]):
     ) -> Iterator[Subject]:
         """Yield the patches of all regions, with at most `room` of them in memory at any time."""
         buffer: deque[Subject] = deque()
-        in_flight: deque[tuple[int, Callable[[], list[Subject]]]] = deque()
+        in_flight: deque[Callable[[], list[Subject]]] = deque()  # each waits for the patches of a region
         in_memory = 0  # patches in the buffer and in flight
         region = next(regions, None)
         with contextlib.ExitStack() as stack:
-            start = self._starter(read, stack)
+            pool = None
+            if self.num_workers:
+                pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="oocpatch-queue")
+                stack.callback(pool.shutdown, cancel_futures=True)
             while region is not None or in_flight or buffer:
                 fits = region is not None and in_memory + region.count <= room
                 if region is not None and fits and len(in_flight) < self.regions_in_flight:
-                    in_flight.append((region.count, start(region)))
+                    in_flight.append(pool.submit(read, region).result if pool else functools.partial(read, region))
                     in_memory += region.count
                     region = next(regions, None)
                 elif in_flight and (fits or region is None or not buffer):
-                    _, result = in_flight.popleft()
-                    buffer.extend(result())
-                    del result  # it references the patches, too
+                    buffer.extend(in_flight.popleft()())
                 else:
                     if shuffle is not None:
                         chosen = int(shuffle.integers(len(buffer)))
                         buffer[0], buffer[chosen] = buffer[chosen], buffer[0]
                     in_memory -= 1
                     yield buffer.popleft()
-
-    def _starter(
-        self, read: Callable[[Region], list[Subject]], stack: contextlib.ExitStack
-    ) -> Callable[[Region], Callable[[], list[Subject]]]:
-        """Return a function that starts reading a region and returns a function that waits for its patches."""
-        if not self.num_workers:
-            return lambda region: functools.partial(read, region)
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="oocpatch-queue")
-        stack.callback(pool.shutdown, cancel_futures=True)
-        return lambda region: pool.submit(read, region).result
 
     def _regions(self, seed: int, epoch: int) -> Iterator[Region]:
         """Yield all regions of an epoch, in order."""
@@ -235,9 +230,8 @@ class Queue(IterableDataset[Subject]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(random.integers(2**63)))
                 return list(self.subject_sampler)
-        if self.shuffle_subjects:
-            return [int(i) for i in random.permutation(len(self.subjects))]
-        return list(range(len(self.subjects)))
+        every = len(self.subjects)
+        return random.permutation(every).tolist() if self.shuffle_subjects else list(range(every))
 
     def _read(self, seed: int, epoch: int, region: Region) -> list[Subject]:
         """Draw, read and transform the patches of a region."""
@@ -253,10 +247,6 @@ class Queue(IterableDataset[Subject]):
         limit = self.patch_sampler.num_patches
         return self.patches_per_volume if limit is None else min(limit, self.patches_per_volume)
 
-    def _patch_bytes(self, subject: Subject) -> int:
-        voxels = int(np.prod(self.patch_sampler.patch_size))
-        return sum(_voxel_bytes(volume) for volume in subject.images.values()) * voxels
-
     def _check_room(self, room: int) -> None:
         if room < self.patches_per_region:
             worker = get_worker_info()
@@ -265,9 +255,3 @@ class Queue(IterableDataset[Subject]):
                 f"max_length must be at least patches_per_region{share}, "
                 f"got {self.max_length} and {self.patches_per_region}"
             )
-
-
-def _voxel_bytes(volume: Any) -> int:
-    if isinstance(volume, LoadedVolume):
-        return volume.channels * volume.data.element_size()
-    return int(volume.channels * volume.dtype.itemsize)

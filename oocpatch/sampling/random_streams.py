@@ -71,12 +71,15 @@ class EpochCounter:
     ((7, 5), (7, 6))
     """
 
+    _last_set, _process, _passes = -1, 0, 0
+    """Last `set_epoch`, id and passes of this process, which counts for itself."""
+
     def __init__(self, seed: int | None) -> None:
         self.seed = None if seed is None else natural_number("seed", seed)
         self._ranks = Share()
         # the epoch of the last `set_epoch`, and the number of its calls
-        self._shared = _in_shared_memory(torch.zeros(2, dtype=torch.int64))
-        self._last_set, self._process, self._passes = -1, 0, 0
+        self._shared = torch.zeros(2, dtype=torch.int64)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call] # torch gives it no type
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next pass.
@@ -108,11 +111,7 @@ class EpochCounter:
         return self.seed, self._count()
 
     def share(self, *, ranks: bool = True) -> Share:
-        """Return the share of this process in a pass.
-
-        Args:
-            ranks: whether the ranks of `torch.distributed` share the pass, or each makes a pass of its own.
-        """
+        """Return this process' share of a pass that the ranks of `torch.distributed` share, or else make each alone."""
         rank = self._rank() if ranks else Share()
         worker = get_worker_info()
         if worker is None:
@@ -139,12 +138,7 @@ class EpochCounter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shared = _in_shared_memory(self._shared)
-        self._last_set, self._process, self._passes = -1, 0, 0
-
-
-def _in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.share_memory_()  # type: ignore[no-any-return, no-untyped-call] # torch gives it no type
+        self._shared.share_memory_()  # type: ignore[no-untyped-call] # torch gives it no type
 
 
 def natural_number(name: str, value: Any, least: int = 0, *, alternative: str = "") -> int:

@@ -62,11 +62,6 @@ class LoadedVolume:
         """Spatial shape, in voxels."""
         return tuple(self.data.shape[1:])
 
-    @property
-    def volume(self) -> Volume:
-        """The same voxels as a `Volume`, to read boxes of."""
-        return Volume(self.data.numpy(force=True), ("c", *(f"axis{i}" for i in range(self.data.ndim - 1))))
-
 
 class Subject:
     """Named volumes of one spatial shape, lazy, plus metadata.
@@ -132,10 +127,8 @@ class Subject:
 
     def __getattr__(self, name: str) -> Any:
         # No stored name begins with an underscore; pickle looks up such names before `_volumes` exists.
-        if not name.startswith("_"):
-            for store in (self._volumes, self._metadata):
-                if name in store:
-                    return store[name]
+        if not name.startswith("_") and name in self:
+            return self[name]
         raise AttributeError(f"the subject has no {name!r}")
 
     def __getitem__(self, name: str) -> Any:
@@ -187,13 +180,7 @@ def read_patches(
     padding_mode: str | None = None,
     fill: float = 0.0,
 ) -> list[Subject]:
-    """Read the patches of a subject at some locations; their bounding box is read once.
-
-    Args:
-        subject: subject to read from.
-        locations: in voxels of the unpadded volume.
-        padding_mode: padding of voxels outside the volume, see `Volume.read`; None if there are none.
-        fill: their value if the mode is `constant`.
+    """Read the patches of a subject at locations in voxels of the unpadded volume; their bounding box is read once.
 
     Returns:
         One subject per location, with that location as `patch_location`; each owns its memory.
@@ -215,7 +202,9 @@ def read_patches(
 
 def as_volume(volume: Volume | LoadedVolume) -> Volume:
     """Return a volume to read boxes of."""
-    return volume if isinstance(volume, Volume) else volume.volume
+    if isinstance(volume, Volume):
+        return volume
+    return Volume(volume.data.numpy(force=True), ("c", *(f"axis{i}" for i in range(len(volume.shape)))))
 
 
 def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str | None = None, fill: float = 0.0) -> torch.Tensor:

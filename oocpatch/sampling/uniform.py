@@ -107,13 +107,9 @@ class UniformSampler(IterableDataset[Subject]):
             )
 
     def draw(self, subject: Subject, random: np.random.Generator, count: int = 1) -> list[Ints]:
-        """Draw the corners of random patches.
+        """Draw the corners of random patches in one region, so that their patches can be read at once.
 
-        Args:
-            subject: subject to draw from.
-            random: random generator.
-            count: number of corners. They lie in one region, so that their patches can be read at once; each by itself
-                has the distribution of a single draw.
+        Each by itself has the distribution of a single draw.
         """
         shape = subject.spatial_shape
         whole = Box((0,) * len(shape), tuple(n - p + 1 for n, p in zip(shape, self.patch_size, strict=True)))

@@ -99,11 +99,11 @@ class WeightedSampler(UniformSampler):
         return np.ones(len(values))
 
     def draw(self, subject: Subject, random: Generator, count: int = 1) -> list[Ints]:
+        source = subject[self.probability_map]
         cells, masses_of_map, sums = self._masses(subject)
         entry = pick(sums, random.random())
         number, value = int(masses_of_map.cells[entry]), masses_of_map.values[entry]
         cell = cells[number]
-        source = subject[self.probability_map]
         voxels = self._recent.get(source, number, lambda: as_volume(source).read(cell)[0])
         half = tuple(p // 2 for p in self.patch_size)
 
@@ -114,10 +114,8 @@ class WeightedSampler(UniformSampler):
         if count == 1:
             return [first]
         region = self._region(subject, first)
-        centres = cell & Box(
-            tuple(a + h for a, h in zip(region.start, half, strict=True)),
-            tuple(b + h for b, h in zip(region.stop, half, strict=True)),
-        )
+        starts, stops = (tuple(a + h for a, h in zip(s, half, strict=True)) for s in (region.start, region.stop))
+        centres = cell & Box(starts, stops)
         in_region = voxels[centres.slices(cell.start)]
         values, masses = self._summarize(in_region)
         sums = np.cumsum(masses * self._weigh(values))
@@ -133,8 +131,7 @@ class WeightedSampler(UniformSampler):
 
     def _masses(self, subject: Subject) -> tuple[Cells, Masses, Floats]:
         """Return the cells of a subject's map, their masses, and the cumulative sums of the weighted masses."""
-        source = subject[self.probability_map]
-        return self._masses_of_maps.get(source, lambda: self._measure(as_volume(source)))
+        return self._masses_of_maps.get(subject[self.probability_map], self._measure)
 
     def _measure(self, volume: Volume) -> tuple[Cells, Masses, Floats]:
         cells = Cells.of_centres(volume.shape, volume.chunks, self.patch_size)
@@ -220,7 +217,7 @@ class LabelSampler(WeightedSampler):
 
 
 def _unravel(row: int, column: int, shape: Ints) -> Ints:
-    return (*(int(i) for i in np.unravel_index(row, shape[:-1])), column) if len(shape) > 1 else (column,)
+    return (*map(int, np.unravel_index(row, shape[:-1])), column)
 
 
 def _weights(probabilities: Mapping[int, float]) -> dict[int, float]:
