@@ -50,13 +50,7 @@ class ChecksumStore(Wrapper):
 
 
 class WriteChecksums:
-    """CRCs of the write units that one task writes; several threads may add to them.
-
-    Args:
-        plan: the plan.
-        stage: `predict` or `normalize`.
-        block: index of the block.
-    """
+    """CRCs of the write units that the task of a stage of a block writes; several threads may add to them."""
 
     def __init__(self, plan: Plan, stage: str, block: int) -> None:
         self._plan = plan

@@ -13,7 +13,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,10 @@ class Damage:
         stop = (a + n for a, n in zip(self.start, self.shape, strict=True))
         writer = self.stage if self.block is None else f"block {self.block}"
         return f"{text}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {writer}"
+
+
+Checked = tuple[int, int, Damage | None]
+"""Number of write units of a file (0 or 1), bytes read, and its damage, if there is any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +136,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     holder = busy_holder(path, None)
     if holder is not None:
         raise OutputBusy(f"a run is at work on {path} ({holder}); verify it when that is done")
-    metadata, record, damage = _record(path)
-    if record is not None and record.complete and (METADATA_CRC in record.details or _keeps_ledger(path)):
-        damage += _metadata_damage(metadata)
+    record, damage = _record(path)
     if record is None or damage:
         if repair:
             raise CorruptData(f"{path} cannot be repaired: {damage[0]}; delete it, and predict starts afresh")
@@ -142,34 +145,30 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     if stored is None:
         return Verification(str(path), complete=False, units=0, bytes=0, damaged=())
     plan, ledgers = stored
-    size = 0
+    units = size = 0
+
+    def count(files: Iterable[Checked]) -> None:
+        nonlocal units, size
+        for number, read, damaged in files:
+            units, size = units + number, size + read
+            damage.extend([damaged] if damaged else [])
+
     if record.complete:
-        damage, size = _other_damage(path, record)
-    verify_record = functools.partial(_verify_record, path, plan)
-    units = 0
+        count(_check_files(path, record))
     counts = {"predict": 0, "normalize": 0}
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-        files = [stack.enter_context(local_copy(ledger)) for ledger in ledgers]
-        records = itertools.chain.from_iterable(latest_records(file, plan.blocks) for file in files)
-        while batch := list(itertools.islice(records, AT_A_TIME)):
-            for of_block, (number, read, damaged) in zip(batch, pool.map(verify_record, batch), strict=True):
-                units, size = units + number, size + read
-                counts[of_block.kind] += 1
-                damage += damaged
+    count(_check_records(path, plan, ledgers, counts))
     if record.complete and not damage and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
         damage.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
     if record.complete and not damage:
-        number, read, damage = _verify_levels(path)
-        units, size = units + number, size + read
+        count(_check_levels(path))
     result = Verification(str(path), record.complete, units, size, tuple(damage))
     if repair and damage:
         _repair(path, record, plan, result)
     return result
 
 
-def _record(path: StoragePath) -> tuple[dict[str, Any], OutputRecord | None, list[Damage]]:
-    """Return the metadata and the record of an output; neither, and the damage, if its metadata are damaged."""
+def _record(path: StoragePath) -> tuple[OutputRecord | None, list[Damage]]:
+    """Return the record of an output, and the damage of its metadata; no record if they cannot be read."""
     if not path.exists():
         raise ValueError(f"output not found: {path} does not exist")
     try:
@@ -180,18 +179,17 @@ def _record(path: StoragePath) -> tuple[dict[str, Any], OutputRecord | None, lis
     except OutputExists:
         if not _keeps_ledger(path):
             raise
-        return {}, None, [Damage("", "zarr.json", "is missing or damaged; nothing else can be verified without it")]
-    return metadata, record, []
+        return None, [Damage("", "zarr.json", "is missing or damaged; nothing else can be verified without it")]
+    has_checksum = record.complete and (METADATA_CRC in record.details or _keeps_ledger(path))
+    if has_checksum and metadata_checksum(metadata, ATTRIBUTE) != record.details.get(METADATA_CRC):
+        return record, [Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")]
+    return record, []
 
 
 def _keeps_ledger(path: StoragePath) -> bool:
     """Return whether a completed run stored its ledger here, whatever the metadata are."""
-    return any(name.endswith(f"/{LEDGER}") for name in path.list_files(skip=_holds_chunks))
-
-
-def _holds_chunks(folder: str) -> bool:
-    name = folder.rpartition("/")[2]
-    return name == "c" or name.isdigit()
+    names = path.list_files(skip=lambda folder: re.search(r"(^|/)(c|\d+)$", folder) is not None)  # of chunks
+    return any(name.endswith(f"/{LEDGER}") for name in names)
 
 
 def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[StoragePath]] | None:
@@ -209,81 +207,76 @@ def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[Sto
     return plan, [path / array_paths(plan)[0] / LEDGER]
 
 
-def _metadata_damage(metadata: Mapping[str, Any]) -> Iterator[Damage]:
-    """Yield the damage of the group's metadata, if there is any."""
-    expected = metadata["attributes"][ATTRIBUTE]["details"].get(METADATA_CRC)
-    if metadata_checksum(metadata, ATTRIBUTE) != expected:
-        yield Damage("", "zarr.json", "is not what was written; nothing else can be verified without it")
-
-
-def _other_damage(path: StoragePath, record: OutputRecord) -> tuple[list[Damage], int]:
-    """Return the damage of files that are not write units, and the number of bytes read."""
-    damage, size = [], 0
+def _check_files(path: StoragePath, record: OutputRecord) -> Iterator[Checked]:
+    """Verify the files that are not write units."""
     for name, crc in record.details["files"].items():
-        read, problem = _compare(path / name, int(crc))
-        size += read
-        if problem:
-            array, _, key = name.partition("/")
-            damage.append(Damage(array, key, problem))
-    return damage, size
+        array, _, key = name.partition("/")
+        yield _compare(path, Damage(array, key, ""), int(crc))
 
 
-def _verify_record(path: StoragePath, plan: Plan, record: Record) -> tuple[int, int, list[Damage]]:
-    """Verify the units of one record, and return their number, the bytes read and the damage."""
-    number, size, damage = 0, 0, []
+def _check_records(
+    path: StoragePath, plan: Plan, ledgers: Sequence[StoragePath], counts: dict[str, int]
+) -> Iterator[Checked]:
+    """Verify the units of all records, and count the records of each stage."""
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+        copies = [stack.enter_context(local_copy(ledger)) for ledger in ledgers]
+        records = itertools.chain.from_iterable(latest_records(copy, plan.blocks) for copy in copies)
+        while batch := list(itertools.islice(records, AT_A_TIME)):
+            for record in batch:
+                counts[record.kind] += 1
+            yield from itertools.chain.from_iterable(pool.map(functools.partial(_check_record, path, plan), batch))
+
+
+def _check_record(path: StoragePath, plan: Plan, record: Record) -> list[Checked]:
+    """Verify the units of one record."""
+    files: list[Checked] = []
     try:
         for head, position, crc in unpack(plan, record.kind, record.block, record.units):
             key, box = _unit(plan, head, position)
-            array = array_paths(plan)[head]
-            read, problem = _compare(path / array / key, crc, unit=True)
-            number, size = number + 1, size + read
-            if problem:
-                damage.append(Damage(array, key, problem, box.start, box.shape, record.block, record.kind))
+            file = Damage(array_paths(plan)[head], key, "", box.start, box.shape, record.block, record.kind)
+            files.append(_compare(path, file, crc, unit=True))
     except ValueError as error:
-        damage.append(Damage("", LEDGER, f"cannot be used: {error}", block=record.block, stage=record.kind))
-    return number, size, damage
+        damage = Damage("", LEDGER, f"cannot be used: {error}", block=record.block, stage=record.kind)
+        files.append((0, 0, damage))
+    return files
 
 
-def _verify_levels(path: StoragePath) -> tuple[int, int, list[Damage]]:
-    """Verify the coarser levels, and return the number of units, the bytes read and the damage."""
-    number, size, damage = 0, 0, []
+def _check_levels(path: StoragePath) -> Iterator[Checked]:
+    """Verify the coarser levels."""
     for array, key, box, problem in compare_pyramids(path):
-        file = path / array / key
-        number, size = number + 1, size + file.size()
-        if problem:
-            damage.append(Damage(array, key, problem, box.start, box.shape, stage=PYRAMID))
-    return number, size, damage
+        damage = Damage(array, key, problem, box.start, box.shape, stage=PYRAMID)
+        yield 1, (path / array / key).size(), damage if problem else None
 
 
 def _unit(plan: Plan, number: int, position: Ints) -> tuple[str, Box]:
     """Return the key and the box of a unit from its position with the channel first."""
-    head, frame = plan.heads[number], plan.frames[number]
-    channel = position[:1] if head.channel_axis is not None else ()
-    axis = channel_position(plan)
-    start = tuple(p * u for p, u in zip(position[1:], head.unit, strict=True))
-    stop = tuple(min(a + u, axis.grid.length) for a, u, axis in zip(start, head.unit, frame.axes, strict=True))
-    ends = tuple(c + 1 for c in channel)
+    unit, axis = plan.heads[number].unit, channel_position(plan)
+    start = tuple(p * u for p, u in zip(position[1:], unit, strict=True))
+    stop = tuple(min(a + u, n) for a, u, n in zip(start, unit, plan.frames[number].grid.shape, strict=True))
 
-    def with_channel(sizes: Ints, channels: Ints) -> Ints:
-        return (*sizes[:axis], *channels, *sizes[axis:])
+    def insert(channel: int, sizes: Ints) -> Ints:
+        return sizes if plan.heads[number].channel_axis is None else (*sizes[:axis], channel, *sizes[axis:])
 
-    key = "/".join(["c", *map(str, with_channel(position[1:], channel))])
-    return key, Box(with_channel(start, channel), with_channel(stop, ends))
+    channel = position[0]
+    key = "/".join(["c", *map(str, insert(channel, position[1:]))])
+    return key, Box(insert(channel, start), insert(channel + 1, stop))
 
 
-def _compare(file: StoragePath, crc: int, *, unit: bool = False) -> tuple[int, str]:
-    """Return the bytes of a file, and its problem; an empty text if there is none."""
+def _compare(path: StoragePath, file: Damage, crc: int, *, unit: bool = False) -> Checked:
+    """Compare a file with its CRC."""
+    stored, size, problem = path / file.array / file.key, 0, ""
     try:
         if unit and crc == ABSENT:
-            return 0, "is there, though only the fill value was written" if file.exists() else ""
-        size, actual = measured(file)
+            problem = "is there, though only the fill value was written" if stored.exists() else ""
+        else:
+            size, actual = measured(stored)
+            problem = "" if crc == (actual or 1 if unit else actual) else "is not what was written"
     except FileNotFoundError:
-        return 0, "is missing"
+        problem = "is missing"
     except OSError as error:
-        return 0, f"cannot be read ({error.strerror or type(error).__name__})"
-    if (actual or 1 if unit else actual) != crc:
-        return size, "is not what was written"
-    return size, ""
+        problem = f"cannot be read ({error.strerror or type(error).__name__})"
+    return int(unit), size, dataclasses.replace(file, problem=problem) if problem else None
 
 
 def _repair(path: StoragePath, record: OutputRecord, plan: Plan, verification: Verification) -> None:

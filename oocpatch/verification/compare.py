@@ -23,9 +23,10 @@ from oocpatch.models.loading import Model, load_models
 from oocpatch.models.predictor import Predictor, resolve_device
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import PatchGrid
 from oocpatch.run.predict import plan as plan_run
 from oocpatch.verification.reference import reference_scores
-from oocpatch.volumes.volume import Volume
+from oocpatch.volumes.volume import Volume, spatial_sizes
 
 Array = np.ndarray[Any, Any]
 
@@ -108,18 +109,15 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
         settings = _settings(source, _with_sizes(source, models, predict_kwargs, Path(folder)))
-        reports = []
-        for number in range(boxes):
-            box = _draw(source, settings["patch_size"], settings["patch_overlap"], generator)
-            reports.append(_compare(source, box, models, settings, Path(folder) / str(number)))
+        drawn = [_draw(source, settings["patch_size"], settings["patch_overlap"], generator) for _ in range(boxes)]
+        reports = [_compare(source, box, models, settings, Path(folder) / str(n)) for n, box in enumerate(drawn)]
     return CheckReport(tuple(reports))
 
 
 def _with_sizes(source: Volume, models: Sequence[Model], arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the arguments with the sizes that `predict` chooses for the whole volume."""
-    if "auto" not in [
-        value for name, value in arguments.items() if name in ("patch_size", "batch_size") and isinstance(value, str)
-    ]:
+    sizes = [arguments.get(name) for name in ("patch_size", "batch_size")]
+    if not any(isinstance(size, str) and size == "auto" for size in sizes):
         return arguments
     plan = plan_run(source, list(models), folder / "sizes", **arguments)
     return {**arguments, "patch_size": plan.patch_size[-source.spatial_ndim :], "batch_size": plan.batch_size}
@@ -127,18 +125,12 @@ def _with_sizes(source: Volume, models: Sequence[Model], arguments: dict[str, An
 
 def _settings(source: Volume, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `predict` for a box: sizes per spatial axis, smallest blocks, no progress."""
-    ndim = source.spatial_ndim
+    if "patch_size" not in arguments:
+        raise TypeError("check needs patch_size, as predict does")
     settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **arguments}
-    for name in ("patch_size", "patch_overlap"):
-        if name not in settings:
-            raise TypeError(f"check needs {name}, as predict does")
-        value = settings[name]
-        settings[name] = (value,) * ndim if isinstance(value, int) else tuple(value)
-        if len(settings[name]) != ndim:
-            raise ValueError(f"{name} must have one value per spatial axis, got {value} for {ndim} axes")
-    size, overlap = settings["patch_size"], settings["patch_overlap"]
-    if not all(0 <= o < s for s, o in zip(size, overlap, strict=True)):
-        raise ValueError(f"patch_overlap must be smaller than patch_size on every axis, got {overlap} and {size}")
+    size, overlap = (spatial_sizes(name, settings[name], source) for name in ("patch_size", "patch_overlap"))
+    PatchGrid.of(source.shape[-source.spatial_ndim :], size, overlap)  # checks the sizes
+    settings |= {"patch_size": size, "patch_overlap": overlap}
     settings.setdefault("output_chunks", tuple(max(1, -(-s // 2)) for s in size))
     settings.setdefault("block_shape", size)
     return settings
@@ -149,11 +141,11 @@ def _draw(source: Volume, size: Ints, overlap: Ints, generator: np.random.Genera
     loops = len(source.shape) - len(size)
     start, stop = [], []
     longest = int(generator.integers(len(size)))
-    for axis, length in enumerate(source.shape):
+    for axis, length in enumerate(source.shape, -loops):
         extent = 1
-        if axis >= loops:
-            patch, stride = size[axis - loops], size[axis - loops] - overlap[axis - loops]
-            extent = max(patch + stride, 2 * patch if axis - loops == longest else 0) + int(generator.integers(stride))
+        if axis >= 0:
+            patch, stride = size[axis], size[axis] - overlap[axis]
+            extent = max(patch + stride, 2 * patch if axis == longest else 0) + int(generator.integers(stride))
         extent = min(extent, length)
         # Mistakes are most likely at borders: half of the boxes touch one on each axis.
         starts = [0, length - extent, *generator.integers(length - extent + 1, size=2)]

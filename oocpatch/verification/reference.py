@@ -32,18 +32,9 @@ def reference_scores(
     device: str = "auto",
     autocast: bool = False,
 ) -> Array:
-    """Return the blended scores of a model on a volume, before any postprocessing.
+    """Return the blended scores of a model on a volume `(C, *spatial)`, before any postprocessing.
 
-    Args:
-        volume: `(C, *spatial)`.
-        model: maps `(1, C, *patch)` to `(1, C', *patch)`.
-        patch_size: per spatial axis, in voxels.
-        patch_overlap: per spatial axis, in voxels, in total.
-        overlap_mode: how overlapping outputs are blended.
-        padding_mode: how the volume is padded by half an overlap on each side, as in `numpy.pad`; None: not at all.
-        fill: value of the padding `constant`.
-        device: device of the model; `auto` is CUDA if there is one.
-        autocast: whether the model runs in mixed precision.
+    The model maps `(1, C, *patch)` to `(1, C', *patch)`; the other arguments are those of `predict`, sizes per axis.
 
     Returns:
         `(C', *spatial)`: float64, or for `crop` the model's own values and dtype.
@@ -66,7 +57,8 @@ def reference_scores(
         window = window[..., None] * _window(overlap_mode, size)
     weights = np.zeros(frame.shape[1:])
     sums: Array | None = None
-    starts = [_starts(*axis) for axis in zip(frame.shape[1:], patch_size, patch_overlap, strict=True)]
+    sizes = list(zip(frame.shape[1:], patch_size, patch_overlap, strict=True))
+    starts = [[*range(0, n - size, size - overlap), n - size] for n, size, overlap in sizes]
     for corner in itertools.product(*starts):
         box = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
         scores = _run(model, frame[(slice(None), *box)], device=device, autocast=autocast)
@@ -75,10 +67,8 @@ def reference_scores(
             sums = np.zeros((scores.shape[0], *frame.shape[1:]), dtype)
         if overlap_mode == "crop":
             inner = tuple(
-                slice(
-                    start + (overlap // 2 if start > 0 else 0), start + size - (overlap // 2 if start + size < n else 0)
-                )
-                for start, size, overlap, n in zip(corner, patch_size, patch_overlap, frame.shape[1:], strict=True)
+                slice(a + (overlap // 2 if a > 0 else 0), a + size - (overlap // 2 if a + size < n else 0))
+                for a, (n, size, overlap) in zip(corner, sizes, strict=True)
             )
             of_patch = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(inner, box, strict=True))
             sums[(slice(None), *inner)] = scores[(slice(None), *of_patch)]
@@ -102,11 +92,6 @@ def _window(mode: str, size: int) -> Array:
     if mode in ("average", "crop"):
         return np.ones(size)
     raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, got {mode!r}")
-
-
-def _starts(length: int, size: int, overlap: int) -> list[int]:
-    last = length - size
-    return [*range(0, last, size - overlap), last]
 
 
 def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool) -> Array:
