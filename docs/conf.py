@@ -82,6 +82,26 @@ def as_text(_app: Sphinx, what: str, _name: str, _of: Any, _options: Any, lines:
     lines[:] = [re.sub(r"`docs/([\w/-]+)\.md`", r":doc:`\1 </\1>`", line) for line in lines]
     if what in ("attribute", "property"):
         lines[:0] = ["..", ""]  # an empty comment
+    if what == "class":
+        lines[:] = one_attribute_each(lines)
+
+
+def one_attribute_each(lines: list[str]) -> list[str]:
+    """Give each of several attributes that are described together an entry: Sphinx takes all but the last for types."""
+    result: list[str] = []
+    i = 0
+    while i < len(lines):
+        entry = re.match(r"(    )(\w+(?:, \w+)+)(: .*)", lines[i])
+        stop = i + 1
+        while entry and stop < len(lines) and lines[stop].startswith("     "):
+            stop += 1
+        if entry:
+            for name in entry[2].split(", "):
+                result += [f"{entry[1]}{name}{entry[3]}", *lines[i + 1 : stop]]
+        else:
+            result.append(lines[i])
+        i = stop
+    return result
 
 
 def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:

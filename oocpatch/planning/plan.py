@@ -31,7 +31,7 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions of a run. `str(plan)` prints them, `plan.run()` carries them out.
+    """All decisions of a run. `str(plan)` prints them; `PlannedRun.run` carries them out.
 
     Sizes are in voxels, one value per axis of `axes`: looped axes (time) first, with patches of 1, then the spatial.
 
