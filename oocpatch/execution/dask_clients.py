@@ -22,7 +22,7 @@ from typing import Any
 import dask
 import distributed
 import torch
-from distributed.versions import get_versions
+from distributed.versions import get_versions  # not documented; `Client.get_versions` runs it in each worker
 
 from oocpatch.execution.dask_cluster import NO_MORE_WORKERS, call_bounded
 

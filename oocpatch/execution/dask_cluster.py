@@ -34,7 +34,7 @@ import cloudpickle  # type: ignore[import-untyped]  # it has no types of its own
 import dask
 import distributed
 from distributed import KilledWorker
-from distributed.comm.core import CommClosedError
+from distributed.comm.core import CommClosedError  # not documented; `run(on_error="return")` returns it
 from zarr.storage import LocalStore
 
 from oocpatch.engine.stages import TaskResult
@@ -100,7 +100,7 @@ class _Attempt:
 
 
 @dataclass
-class Cluster:
+class ClusterExecutor:
     """An executor on the worker processes of a Dask scheduler.
 
     Attributes:
@@ -142,11 +142,11 @@ class Cluster:
             call_bounded(lambda: self.client.run(self.drop, self.handle.token, on_error="ignore"))
 
     @property
-    def window(self) -> int:
+    def max_in_flight(self) -> int:
         """Number of tasks to keep submitted: one per process."""
         return max(1, min(len(self._processes), self.max_processes or len(self._processes)))
 
-    def everywhere(self, function: Callable[[], None]) -> None:
+    def run_on_all_workers(self, function: Callable[[], None]) -> None:
         """Run a function in every process.
 
         Raises:

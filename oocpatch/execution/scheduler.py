@@ -54,7 +54,7 @@ class Executor(Protocol):
     """Runs tasks, in threads of this process or elsewhere."""
 
     @property
-    def window(self) -> int:
+    def max_in_flight(self) -> int:
         """Number of tasks to keep submitted."""
 
     def submit(self, task: Task) -> Future[TaskResult]:
@@ -68,33 +68,31 @@ class Stopped(Exception):
     """The run was interrupted, and the block in flight is dropped."""
 
 
+@dataclass(frozen=True, slots=True)
 class ThreadExecutor:
     """Dask on the threads of this process; each task is a separate Dask task.
 
-    Args:
+    Attributes:
         pool: the threads.
-        window: their number.
+        max_in_flight: their number.
         run_task: runs a task.
         stopped: set to make tasks raise `Stopped`.
     """
 
-    def __init__(
-        self, pool: ThreadPoolExecutor, window: int, run_task: Callable[[Task], TaskResult], stopped: threading.Event
-    ) -> None:
-        self._pool = pool
-        self.window = window
-        self._run_task = with_retries(run_task)
-        self._stopped = stopped
+    pool: ThreadPoolExecutor
+    max_in_flight: int
+    run_task: Callable[[Task], TaskResult]
+    stopped: threading.Event
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
-        delayed_task = delayed(self._run_task, pure=False, traverse=False)(task)
+        delayed_task = delayed(self.run_task, pure=False, traverse=False)(task)
         # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
-        return self._pool.submit(delayed_task.compute, scheduler=get_sync, optimize_graph=False)
+        return self.pool.submit(delayed_task.compute, scheduler=get_sync, optimize_graph=False)
 
     def stop(self) -> None:
         """Make the tasks in flight raise `Stopped`."""
-        self._stopped.set()
+        self.stopped.set()
 
 
 @contextmanager
@@ -105,7 +103,7 @@ def dask_threads(
     with ThreadPoolExecutor(
         concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
     ) as pool:
-        yield ThreadExecutor(pool, concurrency, run_task, stopped)
+        yield ThreadExecutor(pool, concurrency, with_retries(run_task), stopped)
 
 
 @dataclass
@@ -152,11 +150,11 @@ class Run:
         upcoming = iter(self.to_predict)
         pending: dict[Future[TaskResult], Task] = {}
         self._read_tail()
-        for index in [i for i in self.progress.predicted if i not in self.to_predict]:
+        for index in [i for i in self.progress.partials if i not in self.to_predict]:
             self._queue_readers(index)
         try:
             while True:
-                while len(pending) < executor.window and (task := self._next(upcoming)) is not None:
+                while len(pending) < executor.max_in_flight and (task := self._next(upcoming)) is not None:
                     pending[executor.submit(task)] = task
                 if not pending:
                     break
@@ -187,12 +185,12 @@ class Run:
                 if stage == "predict":
                     return Task(stage, index)
                 if self._is_ready(index) and index not in self.progress.normalized:
-                    return Task(stage, index, {i: self.progress.predicted[i] for i in self._read_by(index)})
+                    return Task(stage, index, {i: self.progress.partials[i] for i in self._read_by(index)})
                 self._queued.discard(index)  # one of its partials was damaged meanwhile, or another part was first
             index = next(upcoming, -1)
             if index < 0:
                 return None
-            if index not in self.progress.predicted:
+            if index not in self.progress.partials:
                 return Task("predict", index)
             self._queue_readers(index)
 
@@ -202,7 +200,7 @@ class Run:
 
     def _is_ready(self, index: int) -> bool:
         """Return True if all partials that the normalize stage of a block reads are present."""
-        return all(i in self.progress.predicted for i in self._read_by(index))
+        return all(i in self.progress.partials for i in self._read_by(index))
 
     def _take_result(self, task: Task, future: Future[TaskResult]) -> None:
         index, error = task.index, future.exception()
@@ -253,7 +251,7 @@ class Run:
         self._queued.discard(task.index)
         if task.index in self.progress.normalized:
             return  # another part was first, and has deleted the partials
-        if self.progress.predicted.get(error.block) != task.partials_refs.get(error.block):
+        if self.progress.partials.get(error.block) != task.partials_refs.get(error.block):
             if self._is_ready(task.index):  # another reader found the damage first, and it is repaired
                 self._queued.add(task.index)
                 self._ready.append(("normalize", task.index))
@@ -262,8 +260,8 @@ class Run:
         if count > REPAIRS:
             raise CorruptData(f"{error}; it was computed again {REPAIRS} times and damaged each time") from error
         logger.warning("%s; computing block %d again", error, error.block)
-        self._earlier_digests[error.block] = self.progress.predicted[error.block].digest
-        self._record(Record("undone", error.block, note=self.progress.predicted[error.block].attempt))
+        self._earlier_digests[error.block] = self.progress.partials[error.block].digest
+        self._record(Record("undone", error.block, note=self.progress.partials[error.block].attempt))
         self._ready.append(("predict", error.block))
 
     def _record(self, record: Record) -> None:
@@ -274,7 +272,7 @@ class Run:
         """Add the records of other parts to the progress."""
         for record in self.ledger_tail() if self.ledger_tail else ():
             self.progress.add(record)
-            if record.kind == "predict" and record.block in self.progress.predicted:
+            if record.kind == "predict" and record.block in self.progress.partials:
                 self._queue_readers(record.block)
             elif record.kind == "normalize":
                 self._mark_unneeded(record.block)

@@ -33,7 +33,7 @@ from oocpatch.engine.patch_selection import Mask
 from oocpatch.engine.stages import TaskContext, TaskResult
 from oocpatch.errors import ClusterLost
 from oocpatch.execution.dask_clients import MUST_AGREE, device_of_rank, disagreement, log_dashboard, versions_here
-from oocpatch.execution.dask_cluster import Cluster
+from oocpatch.execution.dask_cluster import ClusterExecutor
 from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
 from oocpatch.execution.task_context import RunExecutor, RunInputs, open_task_context, run_task
@@ -86,9 +86,9 @@ def cluster_executor(
     log_dashboard(client)
     with (
         published_payload(plan, inputs, workspace, output, max_disk) as handle,
-        Cluster(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
+        ClusterExecutor(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
-        flush_everywhere = functools.partial(cluster.everywhere, output.flush)
+        flush_everywhere = functools.partial(cluster.run_on_all_workers, output.flush)
         yield RunExecutor(cluster, lambda: halved, flush_everywhere)
 
 

@@ -31,7 +31,7 @@ def workspace_root(record: OutputRecord) -> StoragePath:
 
 def all_done(plan: Plan, progress: RunProgress) -> bool:
     """Return whether both stages of all blocks are recorded."""
-    return len(progress.predicted) == plan.blocks and len(progress.normalized) == plan.block_grid.num_open
+    return len(progress.partials) == plan.blocks and len(progress.normalized) == plan.block_grid.num_open
 
 
 def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:

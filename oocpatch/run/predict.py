@@ -386,7 +386,7 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Iterable[int] |
         to_predict = sorted({*to_predict, *(s for block in to_predict for s in neighbours.sources(block))})
     with (
         open_ledger(workspace, WHOLE) as ledger,
-        open_executor(config, workspace, to_predict, progress.predicted) as executor,
+        open_executor(config, workspace, to_predict, progress.partials) as executor,
     ):
         stages = Run(
             plan.block_grid, progress, ledger, workspace.delete, to_predict=to_predict, to_normalize=to_normalize
@@ -422,7 +422,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             plan = workspace.plan
             own, progress = part.blocks_of(plan.blocks), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
-            executor = stack.enter_context(open_executor(config, workspace, own, progress.predicted))
+            executor = stack.enter_context(open_executor(config, workspace, own, progress.partials))
         tail = LedgerTail(workspace.root, part.segment)
         stages = functools.partial(Run, plan.block_grid, progress, ledger, workspace.delete, ledger_tail=tail)
         stages(to_predict=own, to_normalize=own).execute(executor.executor)

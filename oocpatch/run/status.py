@@ -88,23 +88,23 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     if workspace is None:
         return RunStatus(str(path), str(workspace_root(record)), state, 0, 0, 0, 0, {})
     done, grid = workspace.progress(), workspace.plan.block_grid
-    patches = workspace.plan.patches_in(done.predicted)
-    recent = workspace.plan.patches_in(done.since)
+    patches = workspace.plan.patches_in(done.partials)
+    recent = workspace.plan.patches_in(done.recent_blocks)
     # While a run is at work, a block that takes long must slow its speed down.
-    seconds = (max(done.last, time.time()) if running else done.last) - done.begun
-    speed = recent / seconds if done.begun and seconds > 0 else 0.0
+    seconds = (max(done.last_at, time.time()) if running else done.last_at) - done.begun_at
+    speed = recent / seconds if done.begun_at and seconds > 0 else 0.0
     return RunStatus(
         output=str(path),
         workspace=str(workspace.root),
         state=state,
-        predict_done=len(done.predicted),
+        predict_done=len(done.partials),
         predict_total=grid.num_blocks,
         normalize_done=len(done.normalized),
         normalize_total=grid.num_open,
         failed=done.failed,
         patches_done=patches,
         patches_total=workspace.plan.patches,
-        blocks_per_second=len(done.since) / seconds if speed else 0.0,
+        blocks_per_second=len(done.recent_blocks) / seconds if speed else 0.0,
         patches_per_second=speed,
         seconds_left=(workspace.plan.patches - patches) / speed if speed else None,
     )

@@ -31,10 +31,7 @@ from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Ints, unit_positions
 
-FACTOR, SLACK = (
-    8,
-    1 << 20,
-)  # filters may widen what a codec decodes: FACTOR times the chunk and SLACK bytes are accepted
+FACTOR, SLACK = 8, 1 << 20  # filters may widen what a codec decodes: so many times the chunk, and bytes, are accepted
 ABSENT = 2**64 - 1  # both numbers of an inner chunk that is not stored, in the index of a shard
 ZSTD_BLOCK = 1 << 17  # bytes that a block of a zstd frame decodes to at most (RFC 8878, 3.1.1.2.4)
 STEP = 1 << 20  # bytes that are decoded at a time
@@ -47,18 +44,12 @@ DecodedSize = Callable[[Read, int], int]
 
 @dataclass(frozen=True)
 class ChunkGuard:
-    """Refuses chunks of an array that would decode to far more than they should.
-
-    Attributes:
-        array: a Zarr array in a local directory.
-        folder: its directory.
-        decoded_size: of a stored chunk; None where no codec inflates.
-        sharding: the codec of its shards, if it has shards.
-    """
+    """Refuses chunks of an array in a local directory that would decode to far more than they should."""
 
     array: zarr.Array[Any]
     folder: Path
     decoded_size: DecodedSize | None
+    """Of a stored chunk; None where no codec inflates."""
     sharding: ShardingCodec | None
 
     @classmethod
@@ -134,11 +125,7 @@ class ChunkGuard:
     def _inner_chunks(
         self, file: int, size: int, position: Ints, bounds: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[int, int]]:
-        """Yield the first byte and the length of each stored inner chunk within bounds, of the shard at a position.
-
-        Raises:
-            ValueError: when a chunk would lie beyond the shard's end.
-        """
+        """Yield first byte and length of each stored inner chunk within bounds; refuse one beyond the shard's end."""
         sharding, shard, chunk = self.sharding, self.array.shards, self.array.chunks
         if sharding is None or shard is None:
             return
@@ -182,11 +169,7 @@ def _read_part(file: int, first: int, length: int, start: int, count: int) -> by
 
 
 def _sharding_of(array: zarr.Array[Any]) -> ShardingCodec | None:
-    """Return the codec of an array's shards.
-
-    Raises:
-        ValueError: when it hides the sizes of inner chunks.
-    """
+    """Return the codec of an array's shards; refuse one that hides the sizes of inner chunks."""
     if array.shards is None:
         return None
     codecs: Sequence[Any] = getattr(array.metadata, "codecs", ())
@@ -256,10 +239,6 @@ def _zstd(read: Read, limit: int) -> int:
     return total
 
 
-def _number(start: int) -> DecodedSize:
-    return lambda read, _: int.from_bytes(read(start, 4), "little")
-
-
 def _inflated(open_file: Callable[[io.BytesIO], Any], skipped: int = 0, header: bytes = b"") -> DecodedSize:
     """Return a function that decodes piece by piece, until it is above the limit; with another header if need be."""
 
@@ -286,8 +265,8 @@ def _gzip(file: io.BytesIO) -> gzip.GzipFile:
 
 GZIP_HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # a zlib stream has two bytes in its place
 DECODED_SIZES: dict[str, Callable[[Any], DecodedSize]] = {
-    **dict.fromkeys(("blosc", "blosc2"), lambda _: _number(4)),
-    **dict.fromkeys(("lz4", "lzf"), lambda _: _number(0)),
+    **dict.fromkeys(("blosc", "blosc2"), lambda _: lambda read, _: int.from_bytes(read(4, 4), "little")),
+    **dict.fromkeys(("lz4", "lzf"), lambda _: lambda read, _: int.from_bytes(read(0, 4), "little")),
     **dict.fromkeys(("zlib", "zlibng", "deflate"), lambda _: _inflated(_gzip, 2, GZIP_HEADER)),
     "zstd": lambda _: _zstd,
     "gzip": lambda _: _inflated(_gzip),

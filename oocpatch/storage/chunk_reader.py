@@ -1,4 +1,4 @@
-"""Chunks coded here: the plain ones, which nearly all volumes have.
+"""Read and encode plain chunks, which nearly all volumes have.
 
 A chunk is plain when it is a file of its own in a local directory and holds numbers in C order, coded by nothing or by
 one codec of numcodecs, which is what zarr-python codes with: so the bytes are the same. zarr-python passes each chunk
@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ Selection = tuple[slice, ...]
 
 
 class PlainArray:
-    """A Zarr array of plain chunks, to be read and to be coded by any number of threads at a time.
+    """A Zarr array of plain chunks, for any number of threads at a time.
 
     Args:
         array: the array.
         folder: its directory.
         codec: of numcodecs; None: chunks are stored as they are.
-        writes: whether it may be coded, too: whoever reads takes every setting of a codec, but to write the same bytes
-            as zarr-python takes the same settings.
+        writes: encode chunks, too: decoding works with all settings of a codec, but the same bytes as from zarr-python
+            need the same settings.
     """
 
     def __init__(self, array: zarr.Array[Any], folder: Path, codec: Any, *, writes: bool) -> None:
@@ -62,7 +62,7 @@ class PlainArray:
 
     @classmethod
     def of(cls, array: zarr.Array[Any]) -> PlainArray | None:
-        """The same array; None where its chunks are not plain.
+        """Return the array with its chunks read here; None where they are not plain.
 
         >>> PlainArray.of(zarr.ones((4,), store={})) is None  # not in a local directory
         True
@@ -70,10 +70,10 @@ class PlainArray:
         dtype = np.dtype(array.dtype)
         if not isinstance(array.store, LocalStore) or array.shards is not None or not dtype.isnative:
             return None
-        found = _codec_of_2(array) if array.metadata.zarr_format == 2 else _codec_of_3(array)
-        if found is None or dtype.kind not in "buif":
+        plain = _codec_of_2(array) if array.metadata.zarr_format == 2 else _codec_of_3(array)
+        if plain is None or dtype.kind not in "buif":
             return None
-        codec, writes = found
+        codec, writes = plain
         return cls(array, Path(array.store.root, array.path), codec, writes=writes and array.fill_value is not None)
 
     def read_into(self, out: Array, selection: Selection) -> None:
@@ -83,14 +83,14 @@ class PlainArray:
             ValueError: when a chunk is damaged, or would decode to more than it should.
         """
         box, chunks = selected(selection, self._array.shape), self._array.chunks
-        for position in unit_positions(self._array.shards or self._array.chunks, box.slices()):
+        for position in unit_positions(chunks, box.slices()):
             start = tuple(p * n for p, n in zip(position, chunks, strict=True))
             common = Box(start, tuple(a + n for a, n in zip(start, chunks, strict=True))) & box
             chunk = self._chunk(self._array.metadata.encode_chunk_key(position))
             out[common.slices(box.start)] = self._empty if chunk is None else chunk[common.slices(start)]
 
     def _chunk(self, key: str) -> Array | None:
-        """A chunk, valid until the same thread reads the next one; None where none is stored."""
+        """Return a chunk, valid until the same thread reads the next one; None where none is stored."""
         try:
             # Not to wait for what is no file: the guard refuses it.
             file = os.open(self._folder / key, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -109,7 +109,7 @@ class PlainArray:
         return decoded.view(self._dtype).reshape(self._array.chunks)
 
     def _read(self, file: int, size: int) -> memoryview:
-        """A file's bytes, in memory of this thread."""
+        """Read a file into memory of this thread."""
         data = self._memory_of("file", size)[:size].data
         at = 0
         while at < size and (count := os.readv(file, [data[at:]])):
@@ -127,7 +127,7 @@ class PlainArray:
             raise ValueError(f"chunk {key} of {self._folder} cannot be decoded: {error}") from error
 
     def _memory_of(self, use: str, size: int) -> npt.NDArray[np.uint8]:
-        """Memory of this thread, which it uses again and again."""
+        """Return memory of this thread, which it uses again and again."""
         memory: npt.NDArray[np.uint8] | None = getattr(self._memory, use, None)
         if memory is None or memory.size < size:
             memory = np.empty(size, np.uint8)
@@ -135,12 +135,10 @@ class PlainArray:
         return memory
 
     def encoded(self, selection: Selection, values: Array) -> Iterator[tuple[str, bytes | None]]:
-        """The chunks of a selection of whole chunks, in C order: key, and bytes; None: nothing but the fill value."""
+        """Yield key and bytes of a selection's whole chunks in C order; no bytes for nothing but the fill value."""
         box = selected(selection, self._array.shape)
-        parts = box.split(self._array.chunks)
-        for position, part in zip(
-            unit_positions(self._array.shards or self._array.chunks, selection), parts, strict=True
-        ):
+        positions = unit_positions(self._array.chunks, selection)
+        for position, part in zip(positions, box.split(self._array.chunks), strict=True):
             yield self._array.metadata.encode_chunk_key(position), self._encoded(values[part.slices(box.start)])
 
     def _encoded(self, values: Array) -> bytes | None:
@@ -159,27 +157,23 @@ class PlainArray:
 
 
 def _codec_of_3(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
-    """An array of Zarr 3: the codec of numcodecs, and whether it codes the same; None: its chunks are not plain."""
+    """Return the codec of a Zarr 3 in numcodecs, and True if it encodes the same; None where chunks are not plain."""
     bytes_codec, compressors = array.serializer, array.compressors
     if array.filters or len(compressors) > 1 or not isinstance(bytes_codec, BytesCodec):
         return None
-    if _settings(bytes_codec).get("endian", sys.byteorder) != sys.byteorder:
+    codec_settings: list[dict[str, Any]] = [c.to_dict().get("configuration", {}) for c in (bytes_codec, *compressors)]
+    if codec_settings[0].get("endian", sys.byteorder) != sys.byteorder:
         return None
     if not compressors:
         return None, True
-    settings = _settings(compressors[0])
+    settings = codec_settings[1]
     if isinstance(compressors[0], ZstdCodec):
         return numcodecs.Zstd(level=settings["level"], checksum=settings.get("checksum", False)), True
     return (numcodecs.Blosc(), False) if isinstance(compressors[0], BloscCodec) else None
 
 
-def _settings(codec: Any) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = codec.to_dict().get("configuration", {})
-    return found
-
-
 def _codec_of_2(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
-    """The same for an array of Zarr 2."""
+    """Return the same for a Zarr 2."""
     if array.filters or array.order != "C" or len(array.compressors) > 1:
         return None
     if not array.compressors:

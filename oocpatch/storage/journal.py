@@ -94,7 +94,7 @@ class Journal:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to commit."""
+        """True when it is time to commit."""
         late = time.monotonic() - self._committed_at >= COMMIT_SECONDS
         return self._pending >= COMMIT_RECORDS or (self._pending > 0 and late)
 
@@ -130,14 +130,10 @@ class Journal:
 
 
 def read_journal(path: StoragePath, *, strict: bool = False) -> Iterator[Any]:
-    """Read the records of a journal in order; none where there is none.
-
-    Args:
-        path: where it is.
-        strict: refuse damaged records instead of leaving them out; one that was torn by a crash is left out anyway.
+    """Read the records of a journal in order; none where there is none. What a crash has torn is left out.
 
     Raises:
-        CorruptData: when it is strict, and a record is damaged.
+        CorruptData: when a record is damaged; without `strict` it is left out.
     """
     for number, line in enumerate(_lines_at(path).read()):
         value = decode_record(line)
@@ -175,7 +171,7 @@ def remove_journal(path: StoragePath) -> None:
 
 @contextlib.contextmanager
 def local_copy(path: StoragePath) -> Iterator[Path]:
-    """Have a journal on the local disk: the file itself, or a copy of an object, or of the objects of a journal."""
+    """Open a journal on the local disk: the file itself, or a copy of an object, or of the objects of a journal."""
     if isinstance(path, LocalPath):
         yield path
         return
@@ -199,10 +195,8 @@ class _FileLines:
     def open(self) -> None:
         """Open the file to append to it; a torn end is cut off."""
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        with open(self._file, "rb", closefd=False) as file:
-            data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        whole = self._path.read_bytes().rfind(b"\n") + 1
+        if whole < self._path.size():
             os.truncate(self._file, whole)
 
     def append(self, line: bytes) -> None:
@@ -250,7 +244,7 @@ class _ObjectLines:
         names = self._names()
         if len(names) > FEW:
             self._merge(names)
-        self._next = self._after(names)
+        self._next = _number_after(names)
 
     def append(self, line: bytes) -> None:
         self._pending.append(line)
@@ -266,7 +260,7 @@ class _ObjectLines:
         content = b"".join(self._pending)
         try:
             # A name is taken where a process that was frozen had this journal, and is back.
-            while not (self._path / _number(self._next)).put_if_absent(content):
+            while not (self._path / _name(self._next)).put_if_absent(content):
                 self._next += 1
         except OSError as error:
             self._error = error
@@ -281,36 +275,30 @@ class _ObjectLines:
         return self._read(self._names())
 
     def read_after(self, mark: str) -> tuple[list[bytes], str]:
-        names = sorted(self._path.list_files(after=mark))
+        names = self._names(mark)
         return list(self._read(names)), names[-1] if names else mark
 
     def replace(self, lines: Iterable[bytes]) -> None:
         names = self._names()
-        (self._path / _number(self._after(names))).write_atomic(lines)
+        (self._path / _name(_number_after(names))).write_atomic(lines)
         self._path.remove(names)
 
     def remove(self) -> None:
         self._path.remove_tree()
 
-    def _names(self) -> list[str]:
-        return sorted(self._path.list_files())
-
-    @staticmethod
-    def _after(names: Sequence[str]) -> int:
-        return int(names[-1]) + 1 if names else 0
+    def _names(self, after: str = "") -> list[str]:
+        return sorted(self._path.list_files(after=after))
 
     def _read(self, names: list[str]) -> Iterator[bytes]:
         for content in self._contents(names):
             yield from content.splitlines(keepends=True)
 
     def _contents(self, names: list[str]) -> Iterator[bytes]:
-        """Read objects in order, some of them at a time; one that was merged meanwhile has nothing any more."""
+        """Read objects in order, some of them at a time; one that was merged meanwhile is empty."""
 
         def content(name: str) -> bytes:
-            try:
-                return (self._path / name).read_bytes()
-            except FileNotFoundError:
-                return b""
+            state = (self._path / name).state()
+            return b"" if state is None else state.content
 
         with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="oocpatch-journal") as pool:
             for first in range(0, len(names), AT_A_TIME):
@@ -338,5 +326,9 @@ def _lines_at(path: StoragePath) -> _FileLines | _ObjectLines:
     raise TypeError(f"the path of a journal must be a StoragePath, got {type(path).__name__}; convert it on entry")
 
 
-def _number(number: int) -> str:
+def _name(number: int) -> str:
     return f"{number:0{DIGITS}d}"
+
+
+def _number_after(names: Sequence[str]) -> int:
+    return int(names[-1]) + 1 if names else 0

@@ -11,7 +11,6 @@ it, by which parts that take turns know a whole run. And it takes a killed proce
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import socket
@@ -24,7 +23,7 @@ from typing import Any
 import psutil
 
 from oocpatch.errors import OutputBusy
-from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath
+from oocpatch.storage.storage_path import FileState, StoragePath
 
 BEAT, STALE = 3.0, 12.0
 """Seconds between heartbeats, and after which a silent lock of another host is taken over."""
@@ -44,10 +43,8 @@ def locked(path: StoragePath, output: str, part: str = "") -> Iterator[None]:
     Raises:
         OutputBusy: when another run holds it.
     """
-    lock: _FileLock | _ObjectLock = (
-        _ObjectLock(path) if isinstance(path, ObjectPath) else _FileLock(LocalPath(str(path)))
-    )
-    token = _acquire(lock, output, part)
+    lock = _Lock(path, part)
+    lock.acquire(output)
     _sweep(path)
     stopped = threading.Event()
     heartbeat = threading.Thread(target=_beat, args=(lock, stopped), name="oocpatch-heartbeat", daemon=True)
@@ -59,7 +56,7 @@ def locked(path: StoragePath, output: str, part: str = "") -> Iterator[None]:
         heartbeat.join()
         # A store that does not answer must not hide why the run ends: then the lock is one of a dead process.
         with contextlib.suppress(*[] if path.is_local else [ConnectionError]):
-            if _read(path)[0].get("token") == token:
+            if lock.is_ours(path.state()):
                 path.unlink(missing_ok=True)
 
 
@@ -117,81 +114,49 @@ def locks(output: StoragePath) -> list[StoragePath]:
     return [whole, *(p for p in parts if p.name.removeprefix(start).replace("-of-", "").isdigit())]
 
 
-class _FileLock:
-    """A lock that is a file; a heartbeat touches it."""
+class _Lock:
+    """A lock that this process takes; a heartbeat touches the file, or puts the object anew, with another number."""
 
-    def __init__(self, path: LocalPath) -> None:
-        self.path = path
-
-    def put(self, owner: Owner) -> bool:
-        """Put the lock where none is; return whether that was so."""
-        return self.path.put_if_absent(json.dumps(owner).encode())
-
-    def take_over(self, owner: Owner, before: str) -> bool:  # noqa: ARG002 - as of an object
-        """Make room where a dead process left its lock; the owner does not have it yet."""
-        # Renaming is atomic: of two runs that find a stale lock one gets it, and the other sees a lock that is alive.
-        away = self.path.with_name(f"{self.path.name}.{os.getpid()}-{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rename(away)
-            away.unlink()
-        return False
-
-    def beat(self) -> None:
-        """Show that the owner is alive."""
-        os.utime(self.path)
-
-
-class _ObjectLock:
-    """A lock that is an object; a heartbeat puts it anew, with a number, so that its tag is another one."""
-
-    def __init__(self, path: ObjectPath) -> None:
-        self.path = path
-        self._owner: Owner = {}
+    def __init__(self, path: StoragePath, part: str) -> None:
+        self._path = path
         self._beats = 0
+        self._owner: Owner = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "part": part,
+        }
 
-    def put(self, owner: Owner) -> bool:
-        """Put the lock where none is; return whether that was so."""
-        self._owner = owner
-        return self._put(None)
+    def acquire(self, output: str) -> None:
+        """Put the lock where there is none, or in place of one that a dead process left."""
+        for _ in range(100):
+            if self._path.put_if_absent(self._content()):
+                return
+            state = self._path.state()  # before the owner is looked at: whoever takes over meanwhile changes the tag
+            process = holder(self._path)
+            if process is not None:
+                raise OutputBusy(f"another run is at work on {output} ({process}); wait for it, or stop it first")
+            if state is not None and self._path.put_if(self._content(), state.tag):
+                return
+        raise OutputBusy(f"{output} could not be locked: {self._path} keeps coming back")
 
-    def take_over(self, owner: Owner, before: str) -> bool:
-        """Put the lock in place of one that still has this tag; return whether that was so."""
-        self._owner = owner
-        return bool(before) and self._put(before)
+    def is_ours(self, state: FileState | None) -> bool:
+        """Return whether a lock is this one."""
+        return state is not None and _parse(state.content).get("token") == self._owner["token"]
 
     def beat(self) -> None:
         """Show that the owner is alive, unless another one has the lock by now."""
-        state = self.path.state()
-        if state is not None and _parse(state.content).get("token") == self._owner.get("token"):
+        state = self._path.state()
+        if state is not None and self.is_ours(state):
             self._beats += 1
-            self._put(state.tag)
+            self._path.renew(self._content(), state.tag)
 
-    def _put(self, tag: str | None) -> bool:
-        return self.path.put_if(json.dumps({**self._owner, "beat": self._beats}).encode(), tag)
-
-
-def _acquire(lock: _FileLock | _ObjectLock, output: str, part: str) -> str:
-    token = uuid.uuid4().hex
-    owner = {
-        "token": token,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
-        "part": part,
-    }
-    for _ in range(100):
-        if lock.put(owner):
-            return token
-        state = lock.path.state()  # before the owner is looked at: whoever takes over meanwhile changes the tag
-        who = holder(lock.path)
-        if who is not None:
-            raise OutputBusy(f"another run is at work on {output} ({who}); wait for it, or stop it first")
-        if lock.take_over(owner, state.tag if state else ""):
-            return token
-    raise OutputBusy(f"{output} could not be locked: {lock.path} keeps coming back")
+    def _content(self) -> bytes:
+        return json.dumps({**self._owner, **({"beat": self._beats} if self._beats else {})}).encode()
 
 
-def _beat(lock: _FileLock | _ObjectLock, stopped: threading.Event) -> None:
+def _beat(lock: _Lock, stopped: threading.Event) -> None:
     while not stopped.wait(BEAT):
         with contextlib.suppress(OSError):
             lock.beat()
@@ -199,10 +164,10 @@ def _beat(lock: _FileLock | _ObjectLock, stopped: threading.Event) -> None:
 
 def _sweep(path: StoragePath) -> None:
     """Delete what processes that died left next to a lock file."""
-    if isinstance(path, LocalPath):
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*-*"):
-            pid = left.name.removeprefix(f"{path.name}.").split("-")[0]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+    if path.is_local:
+        for left in path.list_siblings(f"{path.name}."):
+            pid, dash, _ = left.name.removeprefix(f"{path.name}.").partition("-")
+            if dash and pid.isdigit() and not psutil.pid_exists(int(pid)):
                 left.unlink(missing_ok=True)
 
 

@@ -75,15 +75,6 @@ class ObjectPath(StoragePath):
         parts = self.key.split("/")
         return [type(self)("/".join([self.root, *parts[:i]])) for i in reversed(range(len(parts)))] if self.key else []
 
-    def with_name(self, name: str) -> Self:
-        return self.parent / name
-
-    def resolve(self) -> Self:
-        return self
-
-    def exists(self) -> bool:
-        return self.is_file() or self.is_dir()
-
     def is_file(self) -> bool:
         return self._head() is not None
 
@@ -95,27 +86,17 @@ class ObjectPath(StoragePath):
         return 0 if head is None else int(head["size"])
 
     def state(self) -> FileState | None:
-        import obstore  # noqa: PLC0415 - optional
-
         try:
             with translated_errors(self.url):
-                answer = obstore.get(client(self.root), self.key)
+                answer = self._bucket.get(self.key)
                 tag, modified = answer.meta["e_tag"], answer.meta["last_modified"]
                 return FileState(bytes(answer.bytes()), str(tag), modified.timestamp())
         except FileNotFoundError:
             return None
 
-    def read_bytes(self) -> bytes:
-        return b"".join(self.read_pieces())
-
-    def read_text(self) -> str:
-        return self.read_bytes().decode()
-
     def read_pieces(self) -> Iterator[bytes]:
-        import obstore  # noqa: PLC0415 - optional
-
         with translated_errors(self.url):
-            for piece in obstore.get(client(self.root), self.key).stream(min_chunk_size=PIECE):
+            for piece in self._bucket.get(self.key).stream(min_chunk_size=PIECE):
                 yield bytes(piece)
 
     def read_array(self, dtype: str, shape: tuple[int, ...]) -> Array | None:
@@ -125,17 +106,10 @@ class ObjectPath(StoragePath):
         return np.frombuffer(data, kind).reshape(shape).copy()
 
     def list_files(self, *, skip: Skip | None = None, after: str = "") -> Iterator[str]:
-        """List the names of all objects below, relative to this address, in order.
-
-        Args:
-            skip: as of every path.
-            after: list only names that come after this one.
-        """
-        import obstore  # noqa: PLC0415 - optional
-
+        """List the relative names of all objects below, in order, that come after one."""
         offset = f"{self.key}/{after}" if after else None
         with translated_errors(self.url):
-            for batch in obstore.list(client(self.root), prefix=self.key or None, offset=offset):
+            for batch in self._bucket.list(prefix=self.key or None, offset=offset):
                 for entry in batch:
                     name = str(entry["path"]).removeprefix(self.key).lstrip("/")
                     folders = itertools.accumulate(name.split("/")[:-1], lambda above, part: f"{above}/{part}")
@@ -143,21 +117,17 @@ class ObjectPath(StoragePath):
                         yield name
 
     def list_folders(self, depth: Literal[1, 2] = 1) -> list[str]:
-        import obstore  # noqa: PLC0415 - optional
-
         if depth == 2:  # one listing of everything instead of one for each of many directories
             return sorted({"/".join(parts[:2]) for name in self.list_files() if len(parts := name.split("/")) > 2})
         with translated_errors(self.url):
-            prefixes = obstore.list_with_delimiter(client(self.root), prefix=self.key or None)["common_prefixes"]
+            prefixes = self._bucket.list_with_delimiter(prefix=self.key or None)["common_prefixes"]
         return sorted(str(prefix).rpartition("/")[2] for prefix in prefixes)
 
     def list_siblings(self, start: str) -> list[Self]:
-        import obstore  # noqa: PLC0415 - optional
-
         siblings: list[Self] = []
         with translated_errors(self.url):
             # After a key, and not a whole folder: a bucket may have millions of neighbours.
-            for batch in obstore.list(client(self.root), prefix=self.parent.key or None, offset=self.key):
+            for batch in self._bucket.list(prefix=self.parent.key or None, offset=self.key):
                 for entry in batch:
                     path = type(self)(f"{self.root}/{entry['path']}")
                     if not path.url.startswith(f"{self.parent}/{start}"):
@@ -169,54 +139,44 @@ class ObjectPath(StoragePath):
         pass
 
     def write_plain(self, data: bytes | memoryview) -> None:
-        import obstore  # noqa: PLC0415 - optional
-
         with translated_errors(self.url):
-            obstore.put(client(self.root), self.key, data, use_multipart=False)
+            self._bucket.put(self.key, data, use_multipart=False)
 
     def write_atomic(self, content: str | bytes | Iterable[bytes]) -> None:
         self.write_plain(b"".join(lines_of(content)))
 
-    def put_if_absent(self, content: bytes) -> bool:
-        return self.put_if(content, None)
-
     def put_if(self, content: bytes, tag: str | None) -> bool:
-        """Put the object only if it has this tag, or with None only if there is none; return whether that was so.
-
-        An answer may be lost, and the request tried again: then the object is there, and it is the caller's.
-        """
-        import obstore  # noqa: PLC0415 - optional
         from obstore.exceptions import AlreadyExistsError, PreconditionError  # noqa: PLC0415 - optional
 
         try:
             with translated_errors(self.url):
                 mode: Any = "create" if tag is None else {"e_tag": tag}
                 try:
-                    obstore.put(client(self.root), self.key, content, mode=mode, use_multipart=False)
+                    self._bucket.put(self.key, content, mode=mode, use_multipart=False)
                 except (AlreadyExistsError, PreconditionError):
+                    # An answer may be lost, and the request tried again: then the object is there.
                     there = self.state()
                     return there is not None and there.content == content
         except FileNotFoundError:  # it had a tag, and is gone
             return False
         return True
 
-    def unlink(self, missing_ok: bool = False) -> None:
-        import obstore  # noqa: PLC0415 - optional
+    def renew(self, content: bytes, tag: str) -> None:
+        self.put_if(content, tag)
 
+    def unlink(self, missing_ok: bool = False) -> None:
         with contextlib.suppress(*[FileNotFoundError] if missing_ok else []), translated_errors(self.url):
-            obstore.delete(client(self.root), self.key)
+            self._bucket.delete(self.key)
 
     def remove_tree(self) -> None:
         self.remove(self.list_files())
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete objects below, many per request."""
-        import obstore  # noqa: PLC0415 - optional
-
         keys = (f"{self.key}/{name}" for name in names)
         with translated_errors(self.url):
             while some := list(itertools.islice(keys, DELETED_AT_A_TIME)):
-                obstore.delete(client(self.root), some)
+                self._bucket.delete(some)
 
     def remove_if_empty(self) -> None:
         pass
@@ -230,37 +190,30 @@ class ObjectPath(StoragePath):
         Raises:
             OSError, ValueError: when it does not, or refuses.
         """
-        import obstore  # noqa: PLC0415 - optional
-
         with contextlib.suppress(FileNotFoundError), translated_errors(self.url):
-            obstore.head(client(self.url, hurried=True), "zarr.json")
+            client(self.url, hurried=True).head("zarr.json")
 
     def check_writable(self, name: str) -> None:
-        import obstore  # noqa: PLC0415 - optional
-
         try:
             store = client(self.url, hurried=True)
             with translated_errors(self.url):
-                obstore.list_with_delimiter(store)
+                store.list_with_delimiter()
         except OSError as error:
             where = "check the address, and AWS_ENDPOINT_URL if it is set"
             raise ValueError(f"{name} cannot be written: {describe_error(error)}; {where}") from error
 
-    def is_outage(self, error: Exception) -> bool:
-        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-
     def store(self, *, read_only: bool = False) -> Store:
         return UrlStore(self.url, read_only=read_only)
 
-    def xarray_source(self) -> Any:
-        return self.store(read_only=True)
+    @property
+    def _bucket(self) -> Any:
+        """The obstore store of the bucket, or of the server."""
+        return client(self.root)
 
     def _head(self) -> Any:
         """Size, tag and time of the object; None where there is none."""
-        import obstore  # noqa: PLC0415 - optional
-
         try:
             with translated_errors(self.url):
-                return obstore.head(client(self.root), self.key)
+                return self._bucket.head(self.key)
         except FileNotFoundError:
             return None

@@ -34,7 +34,6 @@ WEB = ("http", "https")
 RETRIES, HURRIED_RETRIES, RETRY_SECONDS = 10, 3, 60
 """How often a request is tried again, also before anything has begun, and for how long at most."""
 
-
 AT_A_TIME = 16
 """Requests that are under way at a time, where there are many to make."""
 
@@ -57,9 +56,7 @@ def installed() -> bool:
 def client(url: str, *, hurried: bool = False) -> Any:
     """Return the obstore store of what lies below a URL, by the environment's settings.
 
-    Args:
-        url: its address.
-        hurried: give up early, since a user waits to learn that the address is wrong.
+    With `hurried` it gives up early, for a user who waits to learn that the address is wrong.
 
     Raises:
         ValueError: when obstore is missing, or there is no such kind of store.
@@ -115,46 +112,32 @@ def translated_errors(url: str) -> Iterator[None]:
 
 
 def _plain(error: Exception, url: str) -> Exception:
-    text = str(error).partition("\n\nDebug source")[0]
-    found = re.search(r"status code: (\d+) ?([\w ]*)", text)
-    status = int(found[1]) if found else 0
+    """Return the builtin error for one of obstore's; where a setting is the cause, the message names it."""
+    text, kind = str(error).partition("\n\nDebug source")[0], type(error).__name__
+    answer = re.search(r"status code: (\d+) ?([\w ]*)", text)
+    status = int(answer[1]) if answer else 0
     code = re.search(r"<Code>(\w+)</Code>", text)
-    said = ", ".join(filter(None, [f"{status} {found[2]}".strip() if found else "", code[1] if code else ""]))
-    said = said or " ".join(text.rpartition(" - ")[2].split())[:200]
-    return _bad_setting(error, text, said, url) or _fault(error, status, said, url)
-
-
-def _bad_setting(error: Exception, text: str, said: str, url: str) -> Exception | None:
-    """Return an error that names the setting to change; None where no setting is the cause."""
+    reason = ", ".join(filter(None, [f"{status} {answer[2]}".strip() if answer else "", code[1] if code else ""]))
+    reason = reason or " ".join(text.rpartition(" - ")[2].split())[:200]
     if "Missing" in text and "AccessKey" in text:
         return PermissionError(
             errno.EACCES, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must be set, or AWS_SKIP_SIGNATURE=true", url
         )
     if "builder error" in text:
         return ValueError(f"{url} cannot be reached: an endpoint with http:// needs AWS_ALLOW_HTTP=true")
-    kinds = ("InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError")
-    return ValueError(f"{url}: {said}") if type(error).__name__ in kinds or "URL error" in text else None
-
-
-def _fault(error: Exception, status: int, said: str, url: str) -> OSError:
-    """Return the error of a server that refused, or did not answer."""
-    kind = type(error).__name__
+    if kind in ("InvalidPathError", "NotSupportedError", "UnknownConfigurationKeyError") or "URL error" in text:
+        return ValueError(f"{url}: {reason}")
     if isinstance(error, FileNotFoundError) or status == 404:
-        return FileNotFoundError(errno.ENOENT, f"not found ({said})", url)
+        return FileNotFoundError(errno.ENOENT, f"not found ({reason})", url)
     if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in (401, 403):
-        return PermissionError(errno.EACCES, f"access denied ({said})", url)
-    if 300 <= status < 500 and status not in (408, 429):
-        return OSError(errno.EINVAL, f"request refused ({said})", url)
-    return ConnectionError(errno.EIO, f"no answer ({said})", url)
+        return PermissionError(errno.EACCES, f"access denied ({reason})", url)
+    may_pass = status in (408, 429) or not 300 <= status < 500
+    no_answer = ConnectionError(errno.EIO, f"no answer ({reason})", url)
+    return no_answer if may_pass else OSError(errno.EINVAL, f"request refused ({reason})", url)
 
 
 class UrlStore(ObjectStore[Any]):
-    """A store of Zarr's for what lies below a URL; it is pickled as its address.
-
-    Args:
-        url: its address.
-        read_only: whether it refuses to be written to.
-    """
+    """A store of Zarr's for what lies below a URL; it is pickled as its address."""
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         super().__init__(client(url), read_only=read_only)
@@ -191,11 +174,9 @@ class UrlStore(ObjectStore[Any]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Put an object, in one request: what a killed process left of several would stay, unseen, and be paid for."""
-        import obstore  # noqa: PLC0415 - optional
-
         self._check_writable()
         with translated_errors(f"{self.url}/{key}"):
-            await obstore.put_async(self.store, key, value.as_buffer_like(), use_multipart=False)
+            await self.store.put_async(key, value.as_buffer_like(), use_multipart=False)
 
     async def delete(self, key: str) -> None:
         with translated_errors(f"{self.url}/{key}"):

@@ -81,8 +81,7 @@ def local_path(name: str, value: str | os.PathLike[str]) -> LocalPath:
     """Return a checked path on the local file system, absolute.
 
     Raises:
-        ValueError: for a URL of anything else.
-        TypeError: when it is no path.
+        ValueError, TypeError: for a URL of anything else, and for what is no path.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {type(value).__name__}")
@@ -96,8 +95,7 @@ def output_path(name: str, value: str | os.PathLike[str]) -> StoragePath:
     """Return a checked place to write: a path on the local file system, or a URL in an object store.
 
     Raises:
-        ValueError: for a URL of anything else.
-        TypeError: when it is no path.
+        ValueError, TypeError: as of `local_path`.
     """
     if not isinstance(value, str) or "://" not in value or value.startswith("file://"):
         return local_path(name, value)

@@ -1,7 +1,4 @@
-"""`StoragePath`, what paths of the local file system and of object stores have in common; and the local one.
-
-Methods have pathlib's names where pathlib has one.
-"""
+"""`StoragePath`, the common interface of local paths and object stores, with pathlib's names; and the local path."""
 
 from __future__ import annotations
 
@@ -32,17 +29,13 @@ Skip = Callable[[str], bool]
 
 
 class FileState(NamedTuple):
-    """A small file or object as it was at one moment.
-
-    Attributes:
-        content: its bytes.
-        tag: the store's tag of this content; empty for a file.
-        modified: when it was written or touched last, in seconds since 1970.
-    """
+    """A small file or object as it was at one moment."""
 
     content: bytes
     tag: str
+    """The store's tag of this content; empty for a file."""
     modified: float
+    """When it was written or touched last, in seconds since 1970."""
 
 
 class StoragePath(ABC):
@@ -72,17 +65,17 @@ class StoragePath(ABC):
     @abstractmethod
     def __truediv__(self, key: str) -> Self: ...
 
-    @abstractmethod
     def with_name(self, name: str) -> Self:
         """Return the path of another name beside this one."""
+        return self.parent / name
 
-    @abstractmethod
     def resolve(self) -> Self:
         """Return the same place without symbolic links."""
+        return self
 
-    @abstractmethod
     def exists(self) -> bool:
         """Return whether there is a file or an object of this name, or anything below it."""
+        return self.is_file() or self.is_dir()
 
     @abstractmethod
     def is_file(self) -> bool:
@@ -100,13 +93,13 @@ class StoragePath(ABC):
     def state(self) -> FileState | None:
         """Return content, tag and time of the file or object; None where there is none."""
 
-    @abstractmethod
     def read_bytes(self) -> bytes:
         """Read the file or object whole."""
+        return b"".join(self.read_pieces())
 
-    @abstractmethod
     def read_text(self) -> str:
         """Read the file or object as a text."""
+        return self.read_bytes().decode()
 
     @abstractmethod
     def read_pieces(self) -> Iterator[bytes]:
@@ -114,22 +107,11 @@ class StoragePath(ABC):
 
     @abstractmethod
     def read_array(self, dtype: str, shape: tuple[int, ...]) -> Array | None:
-        """Read numbers as they lie in memory, least byte first, into a writable array.
-
-        Returns:
-            The array; None where there are more or fewer numbers than `shape` says.
-
-        Raises:
-            OSError: when they cannot be read.
-        """
+        """Read numbers as they lie in memory, least byte first, into a writable array; None if not as many as fit."""
 
     @abstractmethod
     def list_files(self, *, skip: Skip | None = None) -> Iterator[str]:
-        """List the names of all files or objects below, relative to this path.
-
-        Args:
-            skip: says of the relative name of a directory whether to leave out what lies below it.
-        """
+        """List the relative names of all files or objects below, except in directories whose names `skip` accepts."""
 
     @abstractmethod
     def list_folders(self, depth: Literal[1, 2] = 1) -> list[str]:
@@ -152,8 +134,16 @@ class StoragePath(ABC):
         """Write a file or an object that is there whole or not at all, also after a power cut."""
 
     @abstractmethod
+    def put_if(self, content: bytes, tag: str | None) -> bool:
+        """Write, whole, in place of a file or an object of this tag, or with None of none; return whether it is so."""
+
     def put_if_absent(self, content: bytes) -> bool:
         """Write a file or an object, whole, only if there is none; return whether that was so."""
+        return self.put_if(content, None)
+
+    @abstractmethod
+    def renew(self, content: bytes, tag: str) -> None:
+        """Touch a file; put an object anew with this content, if it has this tag."""
 
     @abstractmethod
     def unlink(self, missing_ok: bool = False) -> None:
@@ -169,10 +159,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Wait until everything that this host wrote to the path's file system is on the disk.
-
-        What another host has written through a shared file system, that host must flush. An object is there for good
-        once it is put.
+        """Wait until everything that this host wrote to the path's file system is on the disk; objects are at once.
 
         Raises:
             OSError: when the disk did not take something that was written before.
@@ -180,26 +167,23 @@ class StoragePath(ABC):
 
     @abstractmethod
     def check_writable(self, name: str) -> None:
-        """Refuse a path that cannot be written to, before anything is written.
-
-        Args:
-            name: the parameter that the path was passed as.
+        """Check that the path can be written to, before anything is written.
 
         Raises:
-            ValueError: in that case.
+            ValueError: when it cannot; the message calls it by the parameter's `name`.
         """
 
-    @abstractmethod
     def is_outage(self, error: Exception) -> bool:
         """Return whether an error says that the store does not answer, or refuses, and nothing about what is there."""
+        return not self.is_local and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
     @abstractmethod
     def store(self, *, read_only: bool = False) -> Store:
         """Return what lies below as a store of Zarr's."""
 
-    @abstractmethod
     def xarray_source(self) -> Any:
         """Return what xarray opens: it notes the path of a directory, which a store has not."""
+        return self if self.is_local else self.store(read_only=True)
 
 
 class LocalPath(pathlib.PosixPath, StoragePath):
@@ -259,8 +243,12 @@ class LocalPath(pathlib.PosixPath, StoragePath):
             os.fsync(file.fileno())
         aside.replace(self)
 
-    def put_if_absent(self, content: bytes) -> bool:
+    def put_if(self, content: bytes, tag: str | None) -> bool:
         aside = self.with_name(f"{self.name}.{os.getpid()}-{secrets.token_hex(16)}")
+        if tag is not None:
+            # Renaming is atomic: of two processes that replace the same file one moves it away.
+            with contextlib.suppress(FileNotFoundError):
+                self.rename(aside)
         aside.write_bytes(content)
         try:
             os.link(aside, self)
@@ -269,6 +257,9 @@ class LocalPath(pathlib.PosixPath, StoragePath):
         finally:
             aside.unlink(missing_ok=True)
         return True
+
+    def renew(self, content: bytes, tag: str) -> None:  # noqa: ARG002 - as of an object store
+        os.utime(self)
 
     def remove_tree(self) -> None:
         shutil.rmtree(self, ignore_errors=True)
@@ -287,14 +278,8 @@ class LocalPath(pathlib.PosixPath, StoragePath):
         if not os.access(above, os.W_OK | os.X_OK):
             raise ValueError(f"{name} must be in a directory that can be written to, got {self}, where {above} cannot")
 
-    def is_outage(self, error: Exception) -> bool:  # noqa: ARG002 - as of an object store
-        return False
-
     def store(self, *, read_only: bool = False) -> Store:
         return LocalStore(self, read_only=read_only)
-
-    def xarray_source(self) -> Any:
-        return self
 
 
 def lines_of(content: str | bytes | Iterable[bytes]) -> Iterable[bytes]:

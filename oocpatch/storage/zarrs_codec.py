@@ -1,8 +1,7 @@
-"""Chunks coded by zarrs, where it is installed: whole boxes at a time, by threads that need no interpreter.
+"""Code chunks by zarrs, where it is installed: whole boxes at a time, by threads that need no interpreter.
 
 zarr-python codes chunk by chunk, and each chunk passes through several threads that take turns with the interpreter;
-beside a model's own Python that costs more than the codec. zarrs is a pipeline for zarr-python, written in Rust. What
-it cannot do (other stores, codecs of one's own) is left to zarr-python.
+beside a model's own Python that costs more than the codec. zarr-python does the rest: other stores and codecs.
 """
 
 from __future__ import annotations
@@ -44,11 +43,7 @@ class ZarrsArray:
     """A Zarr array in a local directory, coded by zarrs.
 
     One box at a time: its threads share out the chunks of a box, so that no more are on their way than it has threads.
-    Not for processes that fork later, which its threads do not survive.
-
-    Args:
-        array: as zarrs codes it; see `open`.
-        threads: how many code it.
+    Not for processes that fork later, which its threads do not survive. `open` makes it.
     """
 
     def __init__(self, array: zarr.Array[Any], threads: int) -> None:
@@ -58,7 +53,7 @@ class ZarrsArray:
 
     @classmethod
     def open(cls, array: zarr.Array[Any], threads: int) -> ZarrsArray | None:
-        """The same array, coded by so many threads; None where zarrs is not installed or cannot do it.
+        """Open an array to be coded by so many threads; None where zarrs is not installed or cannot do it.
 
         >>> ZarrsArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
         True
@@ -91,7 +86,7 @@ class ZarrsArray:
                 out[portion.slices(box.start)] = self._array[portion.slices()]
 
     def _portions(self, box: Box) -> Iterator[Box]:
-        """A box as it is where it holds whole chunks; else cut at their borders, a few chunks at a time.
+        """Yield a box as it is where it holds whole chunks; else cut at their borders, a few chunks at a time.
 
         Whole chunks are decoded in place. Of the others zarrs decodes all that a call touches before it lets go of one.
         """
@@ -122,7 +117,7 @@ class StagedArray:
         folder: its directory.
         aside: directory where units are coded.
         coders: the array in that directory, once for each box that zarrs may code at a time.
-        plain: else, the same array, whose units are plain chunks.
+        plain: the array, where its plain chunks are coded without zarrs.
     """
 
     def __init__(
@@ -145,11 +140,7 @@ class StagedArray:
 
     @classmethod
     def open(cls, array: zarr.Array[Any], threads: int) -> StagedArray | None:
-        """The array; None where it cannot be done.
-
-        So many threads of zarrs code it, for which threads of Python would have to take turns; without zarrs, plain
-        chunks are coded by the calling thread.
-        """
+        """Open an array that so many threads of zarrs code, or the calling thread its plain chunks; None for others."""
         if not isinstance(array.store, LocalStore):
             return None
         folder = LocalPath(array.store.root, array.path)
@@ -170,11 +161,11 @@ class StagedArray:
 
     @property
     def by_unit(self) -> bool:
-        """Return whether write units should be written a few at a time, by several callers."""
+        """True where write units should be written a few at a time, by several callers."""
         return self._plain is not None or self._array.shards is not None
 
     def write(self, selection: Selection, values: npt.NDArray[Any]) -> list[int]:
-        """Write a selection of whole write units; the CRC of each unit's file in C order, 0 where there is none."""
+        """Write a selection of whole write units; return the CRC of each file in C order, `ABSENT` for none."""
         if self._plain is not None:
             return [self._put(key, data) for key, data in self._plain.encoded(selection, values)]
         coder = self._coders.get()
@@ -183,13 +174,10 @@ class StagedArray:
         finally:
             self._coders.put(coder)
         self._refuse_after_end()
-        keys = map(
-            self._array.metadata.encode_chunk_key, unit_positions(self._array.shards or self._array.chunks, selection)
-        )
-        return [self._take(key) for key in keys]
+        positions = unit_positions(self._array.shards or self._array.chunks, selection)
+        return [self._take(self._array.metadata.encode_chunk_key(position)) for position in positions]
 
     def _put(self, key: str, data: bytes | None) -> int:
-        """Store the bytes of a unit."""
         if data is None:
             return self._absent(key)
         source = self._aside / str(threading.get_ident())
@@ -221,16 +209,13 @@ class StagedArray:
         source.replace(target)
 
     def _absent(self, key: str) -> int:
-        """Nothing but the fill value is not stored."""
+        """Delete the file of a unit that has nothing but the fill value."""
         self._refuse_after_end()
         (self._folder / key).unlink(missing_ok=True)
         return ABSENT
 
     def _refuse_after_end(self) -> None:
-        """Refuse to touch the array once the run is over, which whoever was frozen meanwhile does not know.
-
-        Its directory was swept then, and that a unit is missing in there says nothing about the unit.
-        """
+        """Refuse to touch the array once the run is over: its directory was swept, so units are missing in there."""
         if not (self._aside / MARKERS[self._array.metadata.zarr_format]).exists():
             raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._aside))
 
@@ -240,7 +225,7 @@ class StagedArray:
 
 
 MARKERS = {2: ".zarray", 3: "zarr.json"}
-"""In a directory where units are coded for as long as it is in use: the array's metadata, by the version of Zarr."""
+"""The array's metadata by the version of Zarr: a sign that a directory where units are coded is in use."""
 
 
 def sweep_aside(path: Path) -> None:
@@ -252,10 +237,10 @@ def sweep_aside(path: Path) -> None:
 
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
-    """Let faults of the operating system be `OSError`s: zarrs tells them in words only."""
+    """Raise faults of the operating system, which zarrs tells in words only, as `OSError`."""
     try:
         yield
     except RuntimeError as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), str(error)) from error
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), str(error)) from error
         raise

@@ -63,11 +63,11 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
         elif record.complete:
             result = open_result(path)
             volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
-        else:  # coordinates are missing from nothing but an aspect ratio
+        else:  # coordinates come last, and only the aspect ratio needs them
             volume = Volume(zarr.open_array(path.store(), path=array_path(record, chosen), mode="r"))
         return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
-        raise ValueError(f"head must be None for what is no output of a run, got {head!r}")
+        raise ValueError(f"head must be None unless the source is the output of a run, got {head!r}")
     best: DisplaySource | None = None
     for source_level in _levels(source, axes):
         if best is not None and max(source_level.volume.shape[-source_level.volume.spatial_ndim :]) < pixels:

@@ -99,27 +99,27 @@ class RunProgress:
 
     Attributes:
         blocks: number of blocks of the run.
-        predicted: the partials of each block whose predict stage is done.
+        partials: the partials of each block whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
-        begun, last: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
-        since: blocks whose predict stage the last call has done.
+        begun_at, last_at: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
+        recent_blocks: blocks whose predict stage the last call has done.
     """
 
     blocks: int
-    predicted: PartialsIndex = field(init=False)
+    partials: PartialsIndex = field(init=False)
     normalized: BlockSet = field(init=False)
     failed: dict[int, str] = field(default_factory=dict)
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-    begun: float = 0.0
-    last: float = 0.0
-    since: BlockSet = field(init=False)
+    begun_at: float = 0.0
+    last_at: float = 0.0
+    recent_blocks: BlockSet = field(init=False)
     _undone: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.predicted = PartialsIndex(self.blocks)
-        self.normalized, self.since = BlockSet(self.blocks), BlockSet(self.blocks)
+        self.partials = PartialsIndex(self.blocks)
+        self.normalized, self.recent_blocks = BlockSet(self.blocks), BlockSet(self.blocks)
 
     @property
     def uncovered(self) -> int:
@@ -144,24 +144,24 @@ class RunProgress:
         """Take one more record into account; records of blocks that the run does not have are ignored."""
         if not 0 <= record.block < self.blocks:
             return
-        self.last = max(self.last, record.at)
+        self.last_at = max(self.last_at, record.at)
         if record.uncovered or record.nonfinite:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         if record.kind == "predict" and record.note in self._undone:
             return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
-            self.predicted[record.block] = PartialsRef(record.digest, record.note)
-            self.since.add(record.block)
+            self.partials[record.block] = PartialsRef(record.digest, record.note)
+            self.recent_blocks.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "normalize":
             self.normalized.add(record.block)
             self.failed.pop(record.block, None)
         elif record.kind == "undone":
             self._undone.add(record.note)
-            if self.predicted.get(record.block, NO_PARTIALS).attempt == record.note:
-                del self.predicted[record.block]
+            if self.partials.get(record.block, NO_PARTIALS).attempt == record.note:
+                del self.partials[record.block]
         elif record.kind == "begun":
-            self.begun = record.at
-            self.since = BlockSet(self.blocks)
+            self.begun_at = record.at
+            self.recent_blocks = BlockSet(self.blocks)
         else:
             self.failed[record.block] = record.note

@@ -154,7 +154,7 @@ class Workspace:
         blocks = self.root / "blocks"
         gone = set()
         for block, attempt in (name.split("/") for name in blocks.list_folders(depth=2)):
-            kept = progress.predicted.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
+            kept = progress.partials.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
             if attempt != kept:
                 gone.add(f"{block}/{attempt}" if kept else block)
         remove_trees([blocks / name for name in sorted(gone)])

@@ -21,7 +21,7 @@ from torch import nn
 
 import oocpatch
 from oocpatch.execution import dask_cluster as clusters
-from oocpatch.execution import worker as remote
+from oocpatch.execution import worker
 from oocpatch.execution.dask_clients import check_versions, connected, versions_here
 from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush_file_system
@@ -98,7 +98,7 @@ def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: 
         small.predict(client=client)
         watching.set()
         thread.join()
-        until(lambda: client.run(held) == dict.fromkeys(client.nthreads(), None))
+        until(lambda: client.run(open_call) == dict.fromkeys(client.nthreads(), None))
     assert max(seen) == 2, "the scheduler holds a task per process"
     assert Counter(Counter(first for _, first in small.calls()).values()) == {1: 49}
 
@@ -120,14 +120,14 @@ def test_every_worker_flushes_what_it_wrote(small: SmallCluster) -> None:
         client.run(note_flushes)
         small.predict(client=client)
         assert {f"flushed-by-{pid}" for pid in alive} <= {path.name for path in small.folder.glob("flushed-by-*")}
-        gone = clusters.Cluster(client, handle=Any, work=remote.work, drop=remote.drop)
+        gone = clusters.ClusterExecutor(client, handle=Any, work=worker.run_in_worker, drop=worker.close_call)
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            gone.everywhere(LocalPath("/nowhere").flush)
+            gone.run_on_all_workers(LocalPath("/nowhere").flush)
 
 
-def held() -> str | None:
-    """The call whose job a worker process holds."""
-    return remote._held.token if remote._held is not None else None
+def open_call() -> str | None:
+    """Return the call that a worker process has open."""
+    return None if worker._open_call is None else worker._open_call.token
 
 
 def test_a_run_survives_the_death_of_a_worker(small: SmallCluster) -> None:

@@ -89,7 +89,7 @@ def test_a_promise_that_was_taken_back_never_counts_whatever_is_read_first(order
     progress = RunProgress(9)
     for place in order:
         progress.add(records[place])
-    assert progress.predicted[5].attempt == "second"
+    assert progress.partials[5].attempt == "second"
 
 
 def values(factor: float) -> np.ndarray[Any, Any]:

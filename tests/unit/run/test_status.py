@@ -98,7 +98,7 @@ def test_a_record_takes_a_few_dozen_bytes_and_what_stands_is_the_last_of_each(tm
     assert [r.digest for r in found if r.block == 8] == [5, 0]
     assert len(list(read_ledger(LocalPath(tmp_path / "ledger")))) == 2005
     progress = RunProgress.read([LocalPath(tmp_path / "ledger")], 1000)
-    assert (len(progress.predicted), progress.predicted[8].digest, progress.failed) == (999, 5, {9: "again"})
+    assert (len(progress.partials), progress.partials[8].digest, progress.failed) == (999, 5, {9: "again"})
     assert COMMIT_RECORDS <= 1000
 
 
