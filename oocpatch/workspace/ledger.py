@@ -14,13 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from oocpatch.storage.journal import (
-    Journal,
-    decode_record,
-    find_journals,
-    read_journal,
-    read_journal_after,
-)
+from oocpatch.storage.journal import Journal, decode_record, find_journals, read_journal, read_journal_after
 from oocpatch.storage.paths import StoragePath
 
 Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
@@ -29,7 +23,7 @@ WHOLE = "ledger"
 """Name of the segment of a whole run; those of parts begin with it and a dot."""
 
 NEWS_SECONDS, DISTANT_NEWS_SECONDS = 1.0, 10.0
-"""How often drivers look what others recorded: on a disk, and in an object store."""
+"""How often drivers read what others recorded: on a disk, and in an object store, where each request is paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +65,12 @@ class Record:
 
 
 class PartialsRef(NamedTuple):
-    """The partials that a block left.
-
-    Attributes:
-        digest: of their manifest; 0: there are none.
-        attempt: which of the attempts at the block left them.
-    """
+    """The partials that a block left."""
 
     digest: int
+    """Of their manifest; 0: there are none."""
     attempt: str
+    """The attempt at the block that left them."""
 
 
 NO_PARTIALS = PartialsRef(0, "")
@@ -107,14 +98,11 @@ def read_ledger(path: StoragePath) -> Iterator[Record]:
 
 
 class LedgerTail:
-    """Read what other drivers record in segments of their own, as it comes.
+    """Reads what other drivers record in segments of their own, as it comes.
 
     Args:
         root: the directory of all segments.
         own: name of the segment that is left out.
-
-    Attributes:
-        seconds: how often to look; seldom where each look is a request that is paid for.
     """
 
     def __init__(self, root: StoragePath, own: str) -> None:
@@ -134,7 +122,7 @@ class LedgerTail:
 
 
 def latest_records(path: Path, blocks: int) -> Iterator[Record]:
-    """Read the records that stand: the last one of each stage of each block, block by block, but for what was undone.
+    """Read the last record of each stage of each block, block by block, except those that were undone.
 
     Args:
         path: the ledger, a local file.

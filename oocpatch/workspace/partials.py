@@ -44,8 +44,6 @@ WRITE_ALL: Any = {"write_empty_chunks": True}
 def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
     """Create an uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
     store = folder.store()
-    # NaN fill: a chunk that was never written must not look like a zero sum.
-    fill = np.nan if np.dtype(dtype).kind == "f" else 0
     try:
         return zarr.create_array(
             store,
@@ -53,7 +51,7 @@ def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype
             shape=shape,
             chunks=chunks,
             dtype=dtype,
-            fill_value=fill,
+            fill_value=_fill(dtype),
             compressors=None,
             filters=None,
             chunk_key_encoding={"name": "default", "separator": "."},  # no directories
@@ -63,14 +61,19 @@ def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype
         return zarr.open_array(store, path=name, mode="r+", config=WRITE_ALL)
 
 
-class PartialWriter:
-    """Writes the partials of one attempt at a block, and says what it wrote.
+def _fill(dtype: npt.DTypeLike) -> float:
+    # NaN: a chunk that was never written must not look like a zero sum.
+    return np.nan if np.dtype(dtype).kind == "f" else 0
 
-    Idempotent: writes only below an address of its own, whole chunks; safe to call from several threads.
+
+class PartialWriter:
+    """Writes the partials of one attempt at a block, from any number of threads.
+
+    Idempotent: writes only below an address of its own, whole chunks.
 
     Args:
         block: the block's address.
-        frames: how the blocks lie in the frame of each head.
+        frames: the block grid in the frame of each head.
     """
 
     def __init__(self, block: StoragePath, frames: Sequence[BlockGrid]) -> None:
@@ -83,15 +86,7 @@ class PartialWriter:
         self._lock = threading.Lock()
 
     def write(self, head: int, piece: str, box: Box, part: Box, data: Array) -> None:
-        """Write one step of a piece.
-
-        Args:
-            head: number of the head.
-            piece: name of the piece.
-            box: the whole piece.
-            part: the step, a whole chunk of the piece.
-            data: sums over `part`, `(C, *part.shape)`.
-        """
+        """Write `part` of the `box` of a head's piece: one step, a whole chunk, with its sums `(C, *part.shape)`."""
         name, chunk = f"{head}/{piece}", _chunk(self._frames[head], box, len(data))
         with self._lock:
             if name not in self._manifest:
@@ -101,7 +96,7 @@ class PartialWriter:
         whole = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
         crc = checksum(whole)
         if whole.shape != chunk:  # the last step
-            whole = np.full(chunk, np.nan if data.dtype.kind == "f" else 0, whole.dtype)
+            whole = np.full(chunk, _fill(data.dtype), whole.dtype)
             whole[tuple(slice(n) for n in data.shape)] = data
         place = self._folder / name / _chunk_key(box, part, chunk)
         place.write_plain(whole.reshape(-1).view(np.uint8).data)
@@ -109,7 +104,7 @@ class PartialWriter:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
     def close(self) -> PartialsRef:
-        """Write the manifest, and return what the ledger may promise now."""
+        """Write the manifest, and return the reference for the ledger."""
         if not self._manifest:
             return NO_PARTIALS
         manifest = json.dumps(self._manifest, sort_keys=True)
@@ -118,7 +113,7 @@ class PartialWriter:
         return PartialsRef(text_checksum(manifest), self._attempt)
 
     def discard(self) -> None:
-        """Delete what was written, if it is not whole: this attempt failed."""
+        """Delete what was written by an attempt that failed."""
         if not self._closed:
             self._folder.remove_tree()
 
@@ -128,7 +123,7 @@ class PartialReader:
 
     Args:
         folder: the block's directory.
-        frames: how the blocks lie in the frame of each head.
+        frames: the block grid in the frame of each head.
         block: its index.
         ref: the partials that the ledger promises.
     """
@@ -172,7 +167,7 @@ class PartialReader:
         return values
 
     def _unreadable(self, what: str, error: Exception) -> Exception:
-        """Return the error for what cannot be read: damage, but of an object store that does not answer its own."""
+        """Return the error for a file that cannot be read: damage, or the outage of an object store."""
         if self._folder.is_outage(error):
             return error
         return CorruptPartial(self._block, f"{what} cannot be read ({type(error).__name__})")

@@ -20,10 +20,7 @@ ATTEMPT_BYTES = 15
 
 
 class BlockSet(MutableSet[int]):
-    """A set of blocks, one byte for each block that there may be.
-
-    Args:
-        blocks: how many there may be.
+    """A set of blocks, one byte for each of so many that there may be.
 
     >>> blocks = BlockSet(4)
     >>> blocks.add(2), 2 in blocks, 3 in blocks, list(blocks), len(blocks)
@@ -56,11 +53,7 @@ class BlockSet(MutableSet[int]):
 
 
 class PartialsIndex(MutableMapping[int, PartialsRef]):
-    """The partials that each block left.
-
-    Args:
-        blocks: how many there may be.
-    """
+    """The partials that each of so many blocks left."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = BlockSet(blocks)
@@ -79,9 +72,7 @@ class PartialsIndex(MutableMapping[int, PartialsRef]):
         self._attempts[block] = ref.attempt.encode()
 
     def __delitem__(self, block: int) -> None:
-        if block not in self._blocks:
-            raise KeyError(block)
-        self._blocks.discard(block)
+        self._blocks.remove(block)
 
     def __contains__(self, block: object) -> bool:
         return block in self._blocks
@@ -103,7 +94,7 @@ class RunProgress:
         normalized: the blocks whose normalize stage is done.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
-        begun_at, last_at: when the last call went to work, and of the last record, in seconds since 1970; 0: never.
+        begun_at, last_at: times of the last call's start and of the last record, in seconds since 1970; 0: never.
         recent_blocks: blocks whose predict stage the last call has done.
     """
 
@@ -147,9 +138,9 @@ class RunProgress:
         self.last_at = max(self.last_at, record.at)
         if record.uncovered or record.nonfinite:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
-        if record.kind == "predict" and record.note in self._undone:
-            return  # taken back, by a driver whose records were read first
         if record.kind == "predict":
+            if record.note in self._undone:  # by a driver whose records were read first
+                return
             self.partials[record.block] = PartialsRef(record.digest, record.note)
             self.recent_blocks.add(record.block)
             self.failed.pop(record.block, None)

@@ -16,6 +16,7 @@ reads. `workspace/partials.py` has the layout of an attempt.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 
@@ -38,12 +39,7 @@ PLAN = "plan.json"
 
 
 class Workspace:
-    """The workspace of one run.
-
-    Args:
-        root: where the run has it, `<workspace>/<run_id>`.
-        plan: the run's plan.
-    """
+    """The workspace of one run, at `<workspace>/<run_id>`."""
 
     def __init__(self, root: StoragePath, plan: Plan) -> None:
         self.root = root
@@ -71,16 +67,11 @@ class Workspace:
         """
         try:
             stored = json.loads((root / PLAN).read_text())
-            if text_checksum(stored["plan"]) != stored["crc"]:
-                return None
-            return cls(root, Plan.from_json(stored["plan"]))
-        except OSError as error:
-            if root.is_outage(error):
+            is_whole = text_checksum(stored["plan"]) == stored["crc"]
+            return cls(root, Plan.from_json(stored["plan"])) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if root.is_outage(error) or isinstance(error, RunMismatch):
                 raise
-            return None
-        except RunMismatch:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def ledger(self, segment: str = WHOLE) -> Ledger:
@@ -95,11 +86,9 @@ class Workspace:
         """Move the records of all segments into the ledger; only when nobody writes to any of them."""
         parts = [path for path in segments(self.root) if path.name != WHOLE]
         if parts:
-            ledger = self.ledger()
-            for path in parts:
-                for record in read_ledger(path):
+            with self.ledger() as ledger:
+                for record in itertools.chain.from_iterable(map(read_ledger, parts)):
                     ledger.append(record)
-            ledger.close()
             for path in parts:
                 remove_journal(path)
 
@@ -131,11 +120,11 @@ class Workspace:
             ) from error
 
     def writer(self, block: int) -> PartialWriter:
-        """Write the partials of a block."""
+        """Return a writer of the partials of one attempt at a block."""
         return PartialWriter(self._folder(block), self.plan.frames)
 
     def reader(self, block: int, ref: PartialsRef) -> PartialReader:
-        """Read the partials of a block, as the ledger promised them.
+        """Return a reader of the partials that the ledger records of a block.
 
         Raises:
             CorruptPartial: when they are not there, or are others.
@@ -147,16 +136,13 @@ class Workspace:
         remove_trees([self._folder(block) for block in blocks])
 
     def sweep(self, progress: RunProgress) -> None:
-        """Delete the partials that nobody promised: those of attempts that died, or came too late.
-
-        Only where no other process may have promised them since.
-        """
+        """Delete the partials that no record names, of dead and late attempts; only where no other process records."""
         blocks = self.root / "blocks"
         gone = set()
         for block, attempt in (name.split("/") for name in blocks.list_folders(depth=2)):
-            kept = progress.partials.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
-            if attempt != kept:
-                gone.add(f"{block}/{attempt}" if kept else block)
+            recorded = progress.partials.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
+            if attempt != recorded:
+                gone.add(f"{block}/{attempt}" if recorded else block)
         remove_trees([blocks / name for name in sorted(gone)])
 
     def _folder(self, block: int) -> StoragePath:
@@ -164,7 +150,7 @@ class Workspace:
 
 
 def remove_workspace(root: StoragePath) -> None:
-    """Delete a workspace, its plan first, and the directory above it when that is empty then."""
+    """Delete a workspace, its plan first, and the directory above it if that is empty then."""
     (root / PLAN).unlink(missing_ok=True)
     root.remove_tree()
     root.parent.remove_if_empty()
