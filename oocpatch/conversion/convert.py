@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xarray
 
-from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of, remove, replaceable
+from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of, remove_conversions
 from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.arguments import clipped_chunks, memory_limit, write_unit
 from oocpatch.planning.box import Box, Ints
@@ -31,7 +31,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
 from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
-from oocpatch.storage.paths import LocalPath, local_path
+from oocpatch.storage.paths import local_path
 from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
@@ -42,13 +42,7 @@ THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A partition of a volume into boxes for several threads.
-
-    Attributes:
-        box: voxels that a thread reads and writes at a time; whole write units.
-        threads: number of threads.
-        memory: bytes that they need together.
-    """
+    """A partition of a volume into boxes for several threads, which need so many bytes together."""
 
     box: Ints
     threads: int
@@ -116,7 +110,7 @@ def convert(
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.partial.lock"), str(target)):
         if overwrite:
-            _remove(partial, target)
+            remove_conversions(partial, target)
         if not is_complete(target, record):
             conversion = Conversion.open(partial, data, record, chunk, unit)
             voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
@@ -198,7 +192,8 @@ def _stream(volume: Volume, conversion: Conversion, stream: Stream, advance: Cal
             missing = conversion.missing(box)
             if not missing:
                 continue
-            box = _bounding_box(missing)
+            starts, stops = zip(*((part.start, part.stop) for part in missing), strict=True)
+            box = Box(tuple(map(min, zip(*starts, strict=True))), tuple(map(max, zip(*stops, strict=True))))
             data = buffer[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
             for read in volume.split_reads(box, data):
                 volume.read_into(data[(slice(None), *read.slices(box.start))], read)
@@ -212,18 +207,3 @@ def _stream(volume: Volume, conversion: Conversion, stream: Stream, advance: Cal
                 done.result()
         finally:
             stop.set()
-
-
-def _bounding_box(parts: Sequence[Box]) -> Box:
-    """Return the smallest box that contains all parts."""
-    starts, stops = zip(*(part.start for part in parts), strict=True), zip(*(part.stop for part in parts), strict=True)
-    return Box(tuple(map(min, starts)), tuple(map(max, stops)))
-
-
-def _remove(*paths: LocalPath) -> None:
-    """Delete conversions; refuse to delete anything else."""
-    for path in paths:
-        replaceable(path)
-    for path in paths:
-        if path.exists():
-            remove(path)

@@ -42,7 +42,7 @@ FEW = 4
 
 
 def record_of(volume: Volume, level: int | str, chunk: Ints, unit: Ints, address: str | None) -> dict[str, Any]:
-    """Return what a conversion is made of, as JSON has it."""
+    """Return the facts of a conversion, as JSON has them."""
     return {
         "source": address,
         "identity": volume.fingerprint,
@@ -72,24 +72,8 @@ def is_complete(path: LocalPath, record: Mapping[str, Any]) -> bool:
     return True
 
 
-def replaceable(path: LocalPath) -> None:
-    """Refuse to replace what no conversion wrote.
-
-    Raises:
-        OutputExists: in that case.
-    """
-    if path.exists() and not _ours(path):
-        raise OutputExists(f"overwrite replaces only what convert wrote, but {path} holds something else; move it away")
-
-
 class Conversion:
-    """An unfinished conversion, with the write units that are there.
-
-    Args:
-        path: where it grows.
-        array: for the voxels.
-        unit: a write unit, in voxels without channels.
-    """
+    """An unfinished conversion, with the write units that are there."""
 
     def __init__(self, path: LocalPath, array: zarr.Array[Any], unit: Ints, volume: Volume) -> None:
         self._path, self._array, self._unit = path, array, unit
@@ -117,7 +101,7 @@ class Conversion:
                 for left in (path / NAME).rglob("*.partial"):  # of chunks that a killed process was writing
                     left.unlink()
                 return cls(path, zarr.open_array(LocalStore(path), path=NAME, mode="r+"), unit, volume)
-            remove(path)
+            _remove(path)
         return cls(path, _create(path, volume, record, chunk, unit), unit, volume)
 
     def close(self) -> None:
@@ -161,7 +145,22 @@ class Conversion:
         return int(np.ravel_multi_index(place, self._grid))
 
 
-def remove(path: LocalPath) -> None:
+def remove_conversions(*paths: LocalPath) -> None:
+    """Delete conversions, finished or not.
+
+    Raises:
+        OutputExists: when there is anything else; then nothing is deleted.
+    """
+    for path in paths:
+        if path.exists() and not _ours(path):
+            rule = "overwrite replaces only what convert wrote"
+            raise OutputExists(f"{rule}, but {path} holds something else; move it away")
+    for path in paths:
+        if path.exists():
+            _remove(path)
+
+
+def _remove(path: LocalPath) -> None:
     """Delete a conversion, the metadata by which it is known as one last."""
     for left in [left for left in path.iterdir() if left.name != "zarr.json"]:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -172,18 +171,15 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
     attributes = {MARK: dict(record)}
     store = LocalStore(path)
     zarr.create_group(store, attributes=attributes, overwrite=False)
-    channel = () if volume.channel_axis is None else (volume.channel_axis,)
     channels = () if volume.channel_axis is None else (volume.channels,)
     together = tuple(n if n <= FEW else 1 for n in channels)
-    names = {*channel, *volume.names} - {NAME}
-    sizes = dict(zip((*channel, *volume.names), (*channels, *volume.shape), strict=True))
+    names = volume.names if volume.channel_axis is None else (volume.channel_axis, *volume.names)
+    sizes = dict(zip(names, (*channels, *volume.shape), strict=True))
     coords = {
         name: variable
         for name, variable in volume.source.coords.items()
-        if name != NAME
-        and set(map(str, variable.dims)) <= names
-        and all(sizes[str(d)] == n for d, n in variable.sizes.items())
-    }  # fmt: skip
+        if name != NAME and all(sizes.get(str(d)) == n and d != NAME for d, n in variable.sizes.items())
+    }
     for variable in coords.values():
         variable.encoding = {}
     write_coords(path, coords, attributes)
@@ -194,7 +190,7 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
         chunks=(*together, *chunk),
         shards=(*together, *unit) if unit != chunk else None,
         dtype=volume.dtype,
-        dimension_names=(*channel, *volume.names),
+        dimension_names=names,
         attributes=json_attributes(volume),
     )
 

@@ -16,12 +16,7 @@ GAP, TOP, CAPTION, FOOT = 24, 76, 26, 34
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with its caption.
-
-    Attributes:
-        picture: `(H, W, 3)` of 0 to 1.
-        caption: a line above it.
-    """
+    """A picture, `(H, W, 3)` of 0 to 1, with a caption above it."""
 
     picture: npt.NDArray[Any]
     caption: str
@@ -53,20 +48,19 @@ class Figure:
         except ImportError as error:
             raise ValueError("drawing a picture needs Pillow: pip install 'oocpatch[view]'") from error
         fonts = {size: font.load_default(size) for size in (14, 16, 22)}
-        widths, heights = self._columns(), [max(p.picture.shape[0] for p in row) for row in self.rows]
-        texts = (self.title, 22), (self.subtitle, 14)
-        least = max(int(fonts[size].getlength(text)) for text, size in texts)
-        width = max(least, sum(widths) + GAP * (len(widths) - 1)) + 2 * GAP
+        widths = self._columns()
+        text_width = max(int(fonts[size].getlength(text)) for text, size in ((self.title, 22), (self.subtitle, 14)))
+        width = max(text_width, sum(widths) + GAP * (len(widths) - 1)) + 2 * GAP
         lines = self._legend_lines(fonts[14], width - 2 * GAP)
-        height = TOP + sum(h + CAPTION + 12 for h in heights) + (FOOT * len(lines) if lines else 0) + GAP // 2
+        y = TOP + sum(max(p.picture.shape[0] for p in row) + CAPTION + 12 for row in self.rows)
+        height = y + FOOT * len(lines) + GAP // 2
         canvas = image.new("RGB", (width, height), PAPER)
         pen = draw.Draw(canvas)
         pen.text((GAP, 16), self.title, INK, fonts[22])
         pen.text((GAP, 46), self.subtitle, MUTED, fonts[14])
-        for (x, y), panel in self.corners():
-            pen.text((x, y - 6), panel.caption, INK, fonts[16], anchor="ls")
-            canvas.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (x, y))
-        y = TOP + sum(h + CAPTION + 12 for h in heights)
+        for (left, top), panel in self.corners():
+            pen.text((left, top - 6), panel.caption, INK, fonts[16], anchor="ls")
+            canvas.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (left, top))
         for line in lines:
             x = GAP
             for colour, text in line:

@@ -68,9 +68,7 @@ def grey(values: Array, windows: list[tuple[float, float]]) -> Array:
     """Map `(C, H, W)` to greys, several channels to a mix of colours, `(H, W, 3)`; with a window each, or one."""
     each = windows * len(values) if len(windows) == 1 else windows
     level = np.stack([scaled(v, window) for v, window in zip(values, each, strict=True)])
-    if len(level) == 1:
-        return np.repeat(level[0][..., None], 3, axis=-1)
-    return mixed(level)
+    return np.repeat(level[0][..., None], 3, axis=-1) if len(level) == 1 else mixed(level)
 
 
 def mixed(levels: Array) -> Array:

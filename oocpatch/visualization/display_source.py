@@ -15,19 +15,20 @@ from oocpatch.outputs.output import open_result
 from oocpatch.outputs.record import OutputRecord, array_path, inspect_output
 from oocpatch.storage.paths import StoragePath, output_path
 from oocpatch.volumes.formats.spec import UnreadableError, parse_address
+from oocpatch.volumes.ome_metadata import ome_attributes
 from oocpatch.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
 class DisplaySource:
-    """A volume or a result to display.
+    """A volume, or a head of the output of a run, to display.
 
     Attributes:
         volume: the volume at the level that is shown.
         spacing: size of a voxel per looped and spatial axis, at that level; only ratios matter.
         level: number of the level; 0 is the finest.
-        record: the record in the output of a run; None for other volumes.
-        head: name of the array in that output.
+        record: the record in the output; None for other volumes.
+        head: name of the head; None for other volumes.
     """
 
     volume: Volume
@@ -38,7 +39,7 @@ class DisplaySource:
 
     @property
     def is_labels(self) -> bool | None:
-        """True when the run's settings give labels; None where they do not say."""
+        """True when the run's settings give labels; None where they leave it open."""
         if self.record is None or self.head is None:
             return None
         settings = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
@@ -68,12 +69,12 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
         return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
     if head is not None:
         raise ValueError(f"head must be None unless the source is the output of a run, got {head!r}")
-    best: DisplaySource | None = None
-    for source_level in _levels(source, axes):
-        if best is not None and max(source_level.volume.shape[-source_level.volume.spatial_ndim :]) < pixels:
+    levels = _levels(source, axes)
+    best = next(levels)
+    for level in levels:
+        if max(level.volume.shape[-level.volume.spatial_ndim :]) < pixels:
             break
-        best = source_level
-    assert best is not None
+        best = level
     return best
 
 
@@ -134,9 +135,7 @@ def _multiscale(path: StoragePath) -> list[DisplaySource]:
         group = zarr.open_group(path.store(), mode="r")
     except (OSError, ValueError):
         return []
-    attributes = group.attrs.asdict()
-    multiscales: Any = attributes.get("ome", attributes)
-    multiscales = multiscales.get("multiscales") if isinstance(multiscales, dict) else None
+    multiscales: Any = ome_attributes(group.attrs.asdict()).get("multiscales")
     if not multiscales:
         return []
     levels = []

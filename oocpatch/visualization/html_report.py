@@ -82,10 +82,13 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
     pictures = [figure_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
+    figures = _figures(record, plan).items()
+    tiles = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in figures)
     settings = record.details.get("settings", {})
+    count = "" if state.state == "complete" else f", {state.predict_done} of {state.predict_total} blocks computed"
     parts = [
-        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(_state(state))}</p>",
-        _tiles(_figures(record, plan)),
+        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(f'{state.state}{count}: {state.output}')}</p>",
+        f"<div class='facts'>{tiles}</div>",
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
     if plan is not None:
@@ -105,12 +108,6 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
     head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{title}"
     body = f"<body><main>{''.join(parts)}</main></body>"
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>\n'
-
-
-def _state(state: RunStatus) -> str:
-    if state.state == "complete":
-        return f"complete: {state.output}"
-    return f"{state.state}, {state.predict_done} of {state.predict_total} blocks computed: {state.output}"
 
 
 def _figures(record: OutputRecord, plan: Plan | None) -> dict[str, str]:
@@ -184,16 +181,9 @@ def _text_of(kind: str, value: Any) -> str:
     return ("/" if kind == "part" else ",").join(map(str, _listed(value)))
 
 
-def _tiles(figures: Mapping[str, str]) -> str:
-    tiles = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in figures.items())
-    return f"<div class='facts'>{tiles}</div>"
-
-
 def _table(rows: Mapping[str, Any]) -> str:
-    def text(value: Any) -> str:
-        return value if isinstance(value, str) else json.dumps(value)
-
-    body = "".join(f"<tr><td>{_text(name)}</td><td>{_text(text(value))}</td></tr>" for name, value in rows.items())
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rows.items()}
+    body = "".join(f"<tr><td>{_text(name)}</td><td>{_text(text)}</td></tr>" for name, text in texts.items())
     return f"<section class='card'><table>{body}</table></section>"
 
 

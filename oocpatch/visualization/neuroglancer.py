@@ -55,10 +55,8 @@ class Layer:
     """A volume or an output to show.
 
     Attributes:
-        name: of the layer.
         folder: directory whose files are served.
         path: of the image or array in it.
-        source: the volume.
         kind: `"labels"`, `"scores"`, `"image"` or `"rgb"`.
         is_ome: OME-Zarr metadata give the positions of its voxels.
         windows: values shown as black and white, per channel.
@@ -100,11 +98,7 @@ def layers_of(
 
 
 def _layer(name: str, address: Any, source: DisplaySource, kind: str) -> Layer:
-    """Return a layer.
-
-    Raises:
-        ValueError: when the viewer cannot read it.
-    """
+    """Return a layer; refuse one that the viewer cannot read."""
     volume = source.volume
     if str(volume.dtype) not in DTYPES:
         raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {volume.dtype}")
@@ -240,13 +234,7 @@ class ZarrFiles(tornado.web.StaticFileHandler):
 
 
 def serve(layers: list[Layer], port: int, ready: Callable[[str], None]) -> None:
-    """Serve layers until Ctrl-C.
-
-    Args:
-        layers: what to show.
-        port: to listen on; 0: any that is free.
-        ready: called with the address.
-    """
+    """Serve layers until Ctrl-C on a port, with 0 on any that is free; `ready` is called with the address."""
     neuroglancer.set_server_bind_address("127.0.0.1", port)
     viewer = neuroglancer.UnsynchronizedViewer(allow_credentials=False)
     try:

@@ -30,15 +30,11 @@ SHOWN = 24
 
 @dataclass(frozen=True)
 class SlicePlane:
-    """A plane to draw.
-
-    Attributes:
-        axes: the axes that run down and across, by number.
-        along: the axis of a projection; None: a slice.
-    """
+    """A plane to draw, by the numbers of the axes that run down and across."""
 
     axes: tuple[int, int]
     along: int | None = None
+    """The axis of a projection; None: a slice."""
 
 
 def view(
@@ -107,19 +103,20 @@ def figure_of(
         ground_kind = "rgb" if is_rgb(below) else "image"
         light = _windows(ground_kind, grounds)
         pictures = [_picture(v, ground_kind, light) for v in grounds]
-        rows.append(tuple(Panel(p, f"input, {c}") for p, c in zip(pictures, captions, strict=True)))
-        if chosen in ("labels", "scores"):
-            bright = float(np.mean([p.mean() for p in pictures])) > BRIGHT
-            over = [_over(p, v, chosen, windows, bright=bright) for p, v in zip(pictures, values, strict=True)]
-            rows.append(tuple(Panel(p, f"{chosen} over it, {c}") for p, c in zip(over, captions, strict=True)))
-        else:  # one image over another shows neither
-            shown = [_picture(v, chosen, windows) for v in values]
-            rows.append(tuple(Panel(p, f"result, {c}") for p, c in zip(shown, captions, strict=True)))
-    else:
+        rows.append(_row(pictures, "input, ", captions))
+    if below is not None and chosen in ("labels", "scores"):
+        bright = float(np.mean([p.mean() for p in pictures])) > BRIGHT
+        over = [_over(p, v, chosen, windows, bright=bright) for p, v in zip(pictures, values, strict=True)]
+        rows.append(_row(over, f"{chosen} over it, ", captions))
+    else:  # one image over another shows neither
         shown = [_picture(v, chosen, windows) for v in values]
-        rows.append(tuple(Panel(p, c) for p, c in zip(shown, captions, strict=True)))
+        rows.append(_row(shown, "" if below is None else "result, ", captions))
     name = Path(os.fspath(output)).name if isinstance(output, (str, os.PathLike)) else "volume"
     return Figure(tuple(rows), name, _subtitle(source), _legend(source, chosen, values, windows, bright=bright))
+
+
+def _row(pictures: list[Array], start: str, captions: list[str]) -> tuple[Panel, ...]:
+    return tuple(Panel(p, f"{start}{caption}") for p, caption in zip(pictures, captions, strict=True))
 
 
 def noted_volume(source: DisplaySource) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,24 @@ def plane(volume: Volume, axes: tuple[int, int], size: tuple[int, int], position
         size: height and width in pixels.
         position: of the slice on the other axes, as a fraction of their lengths.
     """
-    at = []
-    for axis, (length, fraction) in enumerate(zip(volume.shape, position, strict=True)):
-        if axis in axes:
-            at.append(places(size[axes.index(axis)], length))
-        else:
-            at.append(np.array([min(length - 1, int(fraction * length))]))
-    values = sample(volume, at).reshape(volume.channels, *(len(at[a]) for a in sorted(axes)))
-    return values if axes[0] < axes[1] else values.transpose(0, 2, 1)
+    return _as_picture(sample(volume, _positions(volume, axes, size, position)), axes, size)
+
+
+def _positions(
+    volume: Volume, axes: tuple[int, int], size: tuple[int, int], position: Sequence[float]
+) -> list[npt.NDArray[np.int64]]:
+    """Return the voxels of a slice per axis."""
+    positions = [np.array([min(n - 1, int(part * n))]) for n, part in zip(volume.shape, position, strict=True)]
+    for axis, pixels in zip(axes, size, strict=True):
+        positions[axis] = places(pixels, volume.shape[axis])
+    return positions
+
+
+def _as_picture(values: Array, axes: tuple[int, int], size: tuple[int, int]) -> Array:
+    """Return the values of a slice as `(C, height, width)`."""
+    if axes[0] < axes[1]:
+        return values.reshape(len(values), *size)
+    return values.reshape(len(values), *reversed(size)).transpose(0, 2, 1)
 
 
 def projection(
@@ -80,19 +91,13 @@ def projection(
     layers = -(-length // chunk)
     bytes_each = math.prod(volume.shape) / length * chunk * volume.channels * volume.dtype.itemsize
     seen = np.unique(places(int(min(layers, max(1, PROJECTED // max(1, int(bytes_each))))), layers))
-    highest: Array | None = None
-    for layer in seen:
-        for first in range(int(layer) * chunk, min(length, (int(layer) + 1) * chunk), 16):
-            at = []
-            for a, (n, fraction) in enumerate(zip(volume.shape, position, strict=True)):
-                if a in axes:
-                    at.append(places(size[axes.index(a)], n))
-                elif a == axis:
-                    at.append(np.arange(first, min(n, first + 16, (int(layer) + 1) * chunk)))
-                else:
-                    at.append(np.array([min(n - 1, int(fraction * n))]))
-            values = sample(volume, at).max(axis=axis + 1)
-            highest = values if highest is None else np.maximum(highest, values)
-    assert highest is not None
-    picture = highest.reshape(volume.channels, *(size[axes.index(a)] for a in sorted(axes)))
-    return (picture if axes[0] < axes[1] else picture.transpose(0, 2, 1)), len(seen) / layers
+    positions = _positions(volume, axes, size, position)
+
+    def maxima() -> Iterator[Array]:
+        for layer in seen:
+            stop = min(length, (int(layer) + 1) * chunk)
+            for first in range(int(layer) * chunk, stop, 16):
+                positions[axis] = np.arange(first, min(stop, first + 16))
+                yield sample(volume, positions).max(axis=axis + 1)
+
+    return _as_picture(functools.reduce(np.maximum, maxima()), axes, size), len(seen) / layers
