@@ -52,12 +52,10 @@ def connected(scheduler: str | None, processes: int, device: str = "cpu") -> Ite
     """
     kind, _, rest = (scheduler or "").partition(":")
     if scheduler is None:
-        opened = _local(processes, device)
-    elif kind == "slurm":
-        opened = _slurm(rest, processes)
+        connection = _local(processes, device)
     else:
-        opened = _remote(scheduler, kind, rest)
-    with opened as client:
+        connection = _slurm(rest, processes) if kind == "slurm" else _remote(scheduler, kind, rest)
+    with connection as client:
         yield client
 
 
@@ -188,12 +186,7 @@ def _no_more_jobs(jobs: set[str]) -> str:
 
 
 def visible_devices(number: int, count: int, inherited: str | None) -> str:
-    """Return `CUDA_VISIBLE_DEVICES` for a process of this machine.
-
-    Args:
-        number: of the process, from 0.
-        count: of the devices that can be used.
-        inherited: `CUDA_VISIBLE_DEVICES` of this process, if it is set.
+    """Return `CUDA_VISIBLE_DEVICES` for process `number` of this machine, where the variable may be set already.
 
     >>> [visible_devices(number, 2, None) for number in range(3)], visible_devices(1, 2, "4,GPU-5f2c")
     (['0', '1', '0'], 'GPU-5f2c')
@@ -229,12 +222,12 @@ def check_client(client: Any) -> None:
 
 
 def versions_here() -> dict[str, str | None]:
-    """Return the versions in this process of the packages that have to do with the bytes of a result."""
+    """Return the versions in this process of the packages that the bytes of a result depend on."""
     return _relevant(get_versions([*MUST_AGREE, *SHOULD_AGREE]))
 
 
 def _relevant(versions: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-    """Pick the relevant packages of one process's versions; a build such as `+cpu` is no version."""
+    """Pick the relevant packages of one process's versions, without builds such as `+cpu`."""
     packages = versions["packages"]
     return {name: str(packages[name]).split("+")[0] for name in (*MUST_AGREE, *SHOULD_AGREE)}
 

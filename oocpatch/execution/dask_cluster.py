@@ -79,8 +79,7 @@ class _Attempt:
     """A task that is waiting or in flight, and its history.
 
     Attributes:
-        task: the task.
-        result: completed with its result or error.
+        result: completed with the task's result or error.
         tries: number of times that it failed.
         deaths: number of processes that died while they worked on it.
         alone: run it only while nothing else is in flight.
@@ -107,7 +106,7 @@ class ClusterExecutor:
         client: the user's client; it stays open.
         handle: reference to the run, passed to `work`.
         work: runs a task in a worker process; its third argument is the rank of the process on its host.
-        drop: makes a worker process close a run, by its token.
+        drop: closes a run in a worker process, by its token.
         max_processes: number of processes to use; None: all.
         on_done: called with each finished task and its result.
     """
@@ -218,15 +217,9 @@ class ClusterExecutor:
         if self._processes:
             self._workers_seen_at = now
         elif now - self._workers_seen_at > (seconds := _wait_seconds()):
-            reason = (
-                NO_MORE_WORKERS[self.client]()
-                if self.client in NO_MORE_WORKERS
-                else (
-                    f"there were no workers for {seconds:.0f} s; start workers, or set the time to wait "
-                    "(dask.config: oocpatch.wait-for-workers)"
-                )
-            )
-            if reason:
+            setting = "start workers, or set the time to wait (dask.config: oocpatch.wait-for-workers)"
+            timed_out = f"there were no workers for {seconds:.0f} s; {setting}"
+            if reason := NO_MORE_WORKERS.get(self.client, lambda: timed_out)():
                 raise ClusterLost(f"{reason}; {RESUME}")
             self._workers_seen_at = now
         for attempt in [a for a in self._in_flight if a.address not in self._processes]:
@@ -343,10 +336,6 @@ def call_bounded(function: Callable[[], Any], seconds: float = CLOSE_SECONDS) ->
 
 def host_rank(address: str, ranks: Mapping[str, int]) -> int:
     """Return the rank of a worker process on its host: the smallest number that no other process there has.
-
-    Args:
-        address: of the process, such as `tcp://10.0.0.2:41234`.
-        ranks: of the other processes, by address.
 
     >>> host_rank("tcp://b:3", {"tcp://a:1": 0, "tcp://b:1": 0, "tcp://b:2": 2})
     1

@@ -1,7 +1,7 @@
-"""The payload of a call on a cluster: what its workers make the context of their tasks of.
+"""The payload of a call on a cluster, from which workers make the context of their tasks.
 
-Addresses, the plan, the model's spec or the pickled module; never an open array, a session or a device. It lies in the
-workspace, which every worker must see under the same address; a task carries its address and SHA-256.
+It has addresses, the plan, the model's spec or the pickled module; never an open array, a session or a device. It lies
+in the workspace, which every worker must see under the same address; a task carries its address and SHA-256.
 """
 
 from __future__ import annotations
@@ -78,21 +78,18 @@ class VolumeRef:
     roles: tuple[str, ...] | None
 
     def open(self) -> Volume:
-        """The volume."""
+        """Open the volume."""
         source = self.source if isinstance(self.source, Source) else open_source(str(self.source))
         return Volume(replace(source, roles=self.roles), self.names)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerPayload:
-    """The parts that a worker makes its tasks' context of.
+    """The parts of a task's context.
 
     Attributes:
         plan: the plan as JSON.
         options: the model's options, with absolute paths.
-        volume: where the volume lies.
-        mask: where the mask lies, if there is one.
-        output: where the result is written.
         fingerprint: the fingerprint of the model as a worker reads it.
     """
 
@@ -116,9 +113,8 @@ def check_cluster(options: ModelOptions, client: Any) -> None:
         try:
             pickled(getattr(options, name))
         except Exception as error:
-            kind = (
-                "a model spec, such as 'file.py:name' or 'model.pt2'" if name == "model" else "an importable function"
-            )
+            spec = "a model spec, such as 'file.py:name' or 'model.pt2'"
+            kind = spec if name == "model" else "an importable function"
             raise ValueError(
                 f"{name} must be {kind}, to run on a cluster: what was given cannot be sent to other processes "
                 f"({type(error).__name__}: {str(error)[:200]}); pass {kind}"
@@ -135,7 +131,7 @@ def _with_absolute_paths(options: ModelOptions) -> ModelOptions:
 
 
 def absolute_spec(spec: Any) -> Any:
-    """A model spec with the absolute path of its file; what names no file as it is.
+    """Return a model spec with the absolute path of its file; unchanged if it names none.
 
     >>> absolute_spec("torch.nn:ReLU"), Path(absolute_spec("net.py:net")).is_absolute()
     ('torch.nn:ReLU', True)

@@ -25,11 +25,10 @@ from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
 from oocpatch.models.predictor import use_threads
 from oocpatch.planning.blocks import BlockGrid, Neighbours
 from oocpatch.storage.retries import hopeless, with_retries
-from oocpatch.workspace.ledger import Ledger, LedgerTail, PartialsRef, Record
+from oocpatch.workspace.ledger import Kind, Ledger, LedgerTail, PartialsRef, Record
 from oocpatch.workspace.run_progress import BlockSet, RunProgress
 
 logger = logging.getLogger("oocpatch")
-
 
 REPAIRS = 3
 """Number of times that a block is computed again because its partials were damaged."""
@@ -207,9 +206,7 @@ class Run:
         if error is None and task.stage == "predict":
             self._record_predicted(index, future.result())
         elif error is None:
-            result = future.result()
-            uncovered, nonfinite, units = result.uncovered, result.nonfinite, result.unit_checksums
-            self._record(Record("normalize", index, uncovered=uncovered, nonfinite=nonfinite, units=units))
+            self._record(_record_of("normalize", index, future.result()))
             self._mark_unneeded(index)
         elif isinstance(error, CorruptPartial):
             self._repair(task, error)
@@ -224,10 +221,9 @@ class Run:
             self._record(Record("failed", index, note=message[:500]))
 
     def _record_predicted(self, index: int, result: TaskResult) -> None:
-        partials, units = result.partials_ref, result.unit_checksums
+        partials = result.partials_ref
         before = self._earlier_digests.pop(index, partials.digest)
-        record = Record("predict", index, partials.digest, result.uncovered, partials.attempt, units)
-        self._record(replace(record, nonfinite=result.nonfinite))
+        self._record(replace(_record_of("predict", index, result), digest=partials.digest, note=partials.attempt))
         if before != partials.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
@@ -240,10 +236,13 @@ class Run:
         for reader in self._neighbours.readers(index):
             if reader in self._queued or reader in self.progress.normalized or reader not in self.to_normalize:
                 continue
-            if self._is_ready(reader):
-                self._queued.add(reader)
-                self._ready.append(("normalize", reader))
+            self._queue_if_ready(reader)
         self._mark_unneeded(index)
+
+    def _queue_if_ready(self, index: int) -> None:
+        if self._is_ready(index):
+            self._queued.add(index)
+            self._ready.append(("normalize", index))
 
     def _repair(self, task: Task, error: CorruptPartial) -> None:
         """Compute a block again whose partials are damaged; its reader is queued again when they are present."""
@@ -252,16 +251,14 @@ class Run:
         if task.index in self.progress.normalized:
             return  # another part was first, and has deleted the partials
         if self.progress.partials.get(error.block) != task.partials_refs.get(error.block):
-            if self._is_ready(task.index):  # another reader found the damage first, and it is repaired
-                self._queued.add(task.index)
-                self._ready.append(("normalize", task.index))
+            self._queue_if_ready(task.index)  # another reader found the damage first, and it may be repaired by now
             return
         count = self._repairs[error.block] = self._repairs.get(error.block, 0) + 1
         if count > REPAIRS:
             raise CorruptData(f"{error}; it was computed again {REPAIRS} times and damaged each time") from error
         logger.warning("%s; computing block %d again", error, error.block)
-        self._earlier_digests[error.block] = self.progress.partials[error.block].digest
-        self._record(Record("undone", error.block, note=self.progress.partials[error.block].attempt))
+        self._earlier_digests[error.block], attempt = self.progress.partials[error.block]
+        self._record(Record("undone", error.block, note=attempt))
         self._ready.append(("predict", error.block))
 
     def _record(self, record: Record) -> None:
@@ -291,6 +288,11 @@ class Run:
             self.ledger.commit()
             released, self._unneeded = self._unneeded, []
             self.delete_partials(released)
+
+
+def _record_of(kind: Kind, index: int, result: TaskResult) -> Record:
+    uncovered, nonfinite, units = result.uncovered, result.nonfinite, result.unit_checksums
+    return Record(kind, index, uncovered=uncovered, nonfinite=nonfinite, units=units)
 
 
 def _failure_message(failed: dict[int, str]) -> str:

@@ -37,14 +37,7 @@ from oocpatch.workspace.workspace import Workspace
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """Volume, mask and models of a run.
-
-    Attributes:
-        options: the model's options.
-        volume: the volume.
-        mask: the mask of patches to compute, if there is one.
-        models: the loaded models.
-    """
+    """Volume, mask of patches to compute, loaded models and their options."""
 
     options: ModelOptions
     volume: Volume
@@ -102,12 +95,7 @@ def open_task_context(
 ) -> Iterator[TaskContext]:
     """Open what tasks share: the model on its device, arrays, threads that read and write.
 
-    Args:
-        plan: the plan.
-        inputs: volume, mask, the loaded models and their options.
-        workspace: where partials are stored.
-        output: where values are written.
-        on_progress: called with an event for patches that are done.
+    `on_progress` is called with an event for patches that are done.
     """
     chunk_bytes = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in plan.heads]
     unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
@@ -119,6 +107,7 @@ def open_task_context(
     predictor = pipeline.predictor(
         copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
     )
+    device = predictor.device
     with contextlib.ExitStack() as stack:
         stack.enter_context(predictor.ready())
         reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
@@ -129,15 +118,11 @@ def open_task_context(
             volume=volume.with_chunk_reader(reader_threads(threads)),
             selection=Selection(inputs.mask, None if plan.box is None else Box(*plan.box)),
             predictor=predictor,
-            transfer=Transfer(
-                predictor.device, staged=is_staged(predictor.device), read_bytes=read_buffer_bytes(volume.chunk_bytes)
-            ),
+            transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),
             workspace=workspace,
-            windows=tuple(patch_window(plan, head, predictor.device) for head in plan.heads),
+            windows=tuple(patch_window(plan, head, device) for head in plan.heads),
             output=output,
-            normalizers=tuple(
-                _normalizer(plan, inputs.options, workspace, number) for number in range(len(plan.heads))
-            ),
+            normalizers=tuple(_normalizer(plan, inputs.options, workspace, n) for n in range(len(plan.heads))),
             read_pool=reads,
             write_pool=writes,
             allow_nonfinite=plan.allow_nonfinite,

@@ -1,4 +1,4 @@
-"""Tasks in other processes: what a worker of a cluster does, and the executor that sends it tasks.
+"""Run tasks in the worker processes of a cluster.
 
 ```text
   driver:  plan, options --> calls/<token>/payload  <--read once-- worker process: task context
@@ -13,7 +13,6 @@ arrives.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import math
 import os
@@ -62,17 +61,10 @@ def cluster_executor(
     max_disk: int | None,
     on_progress: OnProgress,
 ) -> Iterator[RunExecutor]:
-    """Run tasks in the worker processes of a Dask client.
+    """Run tasks in the worker processes of a `dask.distributed.Client`, `processes` of them at most, or all.
 
-    Args:
-        plan: the plan.
-        inputs: what workers read and call.
-        workspace: the workspace of the run.
-        output: where the result is written.
-        client: a `dask.distributed.Client`.
-        processes: worker processes to use at most; None: all.
-        max_disk: bound on the workspace in bytes, with the copy of a volume in memory.
-        on_progress: called with an event for each block that is done.
+    `max_disk` bounds the workspace in bytes, with the copy of a volume in memory. `on_progress` is called with an event
+    for each block that is done.
     """
     halved = 0
 
@@ -88,8 +80,7 @@ def cluster_executor(
         published_payload(plan, inputs, workspace, output, max_disk) as handle,
         ClusterExecutor(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
-        flush_everywhere = functools.partial(cluster.run_on_all_workers, output.flush)
-        yield RunExecutor(cluster, lambda: halved, flush_everywhere)
+        yield RunExecutor(cluster, lambda: halved, lambda: cluster.run_on_all_workers(output.flush))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +100,17 @@ _one_block = threading.Lock()
 _closed: deque[str] = deque(maxlen=1000)
 
 
-def run_in_worker(handle: RunHandle, task: Task, place: int) -> TaskResult:
-    """Run one task in a worker process.
+def run_in_worker(handle: RunHandle, task: Task, rank: int) -> TaskResult:
+    """Run one task of a call in a worker process, on the device of its rank on the host.
 
     Idempotent: as the stages are.
-
-    Args:
-        handle: the call it belongs to.
-        task: the task.
-        place: number of this process among those of its host, which decides on the device it uses.
 
     Raises:
         ClusterLost: when this process cannot take part.
         Stopped: when the call is over.
     """
     with _one_block:
-        call = _opened(handle, place)
+        call = _opened(handle, rank)
         threads = torch.get_num_threads()
         use_threads(1)
         try:
@@ -157,7 +143,7 @@ def _close() -> None:
         _open_call = None
 
 
-def _opened(handle: RunHandle, place: int) -> _OpenCall:
+def _opened(handle: RunHandle, rank: int) -> _OpenCall:
     """Return the open call; it is opened when its first task comes."""
     global _open_call  # noqa: PLW0603 - one per process
     if handle.token in _closed:
@@ -172,7 +158,7 @@ def _opened(handle: RunHandle, place: int) -> _OpenCall:
     with contextlib.ExitStack() as stack:
         stopped = threading.Event()
         try:
-            context = _open_context(handle, place, stopped, stack)
+            context = _open_context(handle, rank, stopped, stack)
         except Exception as error:
             if transient(error) and not isinstance(error, ClusterLost):
                 raise
@@ -184,7 +170,7 @@ def _opened(handle: RunHandle, place: int) -> _OpenCall:
     return _open_call
 
 
-def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
+def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
     data = (handle.folder / PAYLOAD).read_bytes()
     if hashlib.sha256(data).hexdigest() != handle.digest:
         raise ValueError("the payload of the run is not the one that the client wrote")
@@ -195,7 +181,7 @@ def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack
     stored = volume.source.location in (None, handle.folder / "volume")
     if not stored and volume.fingerprint != plan.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
-    device = device_of_rank(place, payload.options.device, torch.cuda.device_count())
+    device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())
     options = replace(payload.options, device=device)
     models = load(options)
     if fingerprint_of(options, models, sources=False) != payload.fingerprint:
@@ -215,7 +201,7 @@ def _open_context(handle: RunHandle, place: int, stopped: threading.Event, stack
 
 @contextlib.contextmanager
 def _importable(folders: tuple[str, ...]) -> Iterator[None]:
-    """Look for modules where the client does, too, after everything that is installed here."""
+    """Find the client's modules, too, after everything that is installed here."""
     before = list(sys.path)
     sys.path += folders
     try:
@@ -225,11 +211,7 @@ def _importable(folders: tuple[str, ...]) -> Iterator[None]:
 
 
 class RunGuard:
-    """Stops tasks whose run is gone: a file or an object is there for as long as the run is.
-
-    Args:
-        path: the file or object.
-    """
+    """Stops tasks whose run is gone, with the file or object that is there for as long as the run is."""
 
     def __init__(self, path: StoragePath) -> None:
         self._path = path
@@ -257,11 +239,6 @@ class GuardedOutput(Output):
     """An output that is written to only while its run is there.
 
     A process that was frozen comes back late, perhaps when another run has the output.
-
-    Args:
-        path: the group.
-        plan: the plan it was created with.
-        guard: stops tasks whose run is gone.
     """
 
     def __init__(self, path: StoragePath, plan: Plan, guard: RunGuard) -> None:
