@@ -53,6 +53,9 @@ REFRESH_SECONDS = 0.5
 GATHER_SECONDS, FLUSH_SECONDS, CLOSE_SECONDS = 5.0, 60.0, 5.0
 """Time limits: for the transfer of a result, for a function that every process runs, for a call at the end of a run."""
 
+WAIT = "oocpatch.wait-for-workers"
+"""Setting of Dask: how long a run waits for the first worker, or for another one when all are gone."""
+
 RESUME = "what is finished is kept, the same call goes on where this one stopped"
 
 
@@ -185,7 +188,10 @@ class ClusterExecutor:
             self._fail_all(lost)
         except Exception as error:  # noqa: BLE001 - whatever Dask raises when its scheduler goes away
             self._fail_all(ClusterLost(f"the scheduler is lost ({type(error).__name__}: {error}); {RESUME}"))
-        self._release_all()
+        for attempt in self._in_flight:
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                attempt.future.release()
+        self._in_flight.clear()
 
     def _fail_all(self, lost: ClusterLost) -> None:
         """Fail all tasks, also those that are submitted from now on, until the run stops."""
@@ -196,12 +202,6 @@ class ClusterExecutor:
             self._waiting.clear()
             event = self._inbox.get()
             self._waiting.extend([event] if event is not None else [])
-
-    def _release_all(self) -> None:
-        for attempt in self._in_flight:
-            with contextlib.suppress(Exception):  # the scheduler may be gone
-                attempt.future.release()
-        self._in_flight.clear()
 
     def _refresh_workers(self) -> None:
         """Update the set of processes, and retry tasks whose process is gone.
@@ -216,9 +216,9 @@ class ClusterExecutor:
         self._refreshed_at = now = time.monotonic()
         if self._processes:
             self._workers_seen_at = now
-        elif now - self._workers_seen_at > (seconds := _wait_seconds()):
-            setting = "start workers, or set the time to wait (dask.config: oocpatch.wait-for-workers)"
-            timed_out = f"there were no workers for {seconds:.0f} s; {setting}"
+        elif now - self._workers_seen_at > (seconds := float(dask.utils.parse_timedelta(dask.config.get(WAIT, "60s")))):
+            advice = f"start workers, or set the time to wait (dask.config: {WAIT})"
+            timed_out = f"there were no workers for {seconds:.0f} s; {advice}"
             if reason := NO_MORE_WORKERS.get(self.client, lambda: timed_out)():
                 raise ClusterLost(f"{reason}; {RESUME}")
             self._workers_seen_at = now
@@ -313,11 +313,6 @@ class ClusterExecutor:
         )
         self._in_flight.append(attempt)
         attempt.future.add_done_callback(lambda _: self._inbox.put(None))
-
-
-def _wait_seconds() -> float:
-    """Return how long a run waits for the first worker, or for another one when all are gone."""
-    return float(dask.utils.parse_timedelta(dask.config.get("oocpatch.wait-for-workers", "60s")))
 
 
 def call_bounded(function: Callable[[], Any], seconds: float = CLOSE_SECONDS) -> Any:

@@ -88,21 +88,13 @@ class ChunkGuard:
                         self._check_file(file.fileno(), key, status.st_size, position, bounds)
 
     def check_size(self, key: str, status: os.stat_result, expected: int) -> None:
-        """Check the size of a chunk's file.
-
-        Raises:
-            ValueError: when it is not a file, or far larger than the expected bytes.
-        """
+        """Refuse what is not a file, or far larger than the expected bytes."""
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"chunk {key} of {self.folder} must be a file, and is none")
         self._refuse(key, status.st_size, expected)
 
     def check_bytes(self, key: str, data: memoryview, expected: int) -> None:
-        """Check a chunk that was read, before it is decoded; not for shards.
-
-        Raises:
-            ValueError: when it would decode to far more than the expected bytes.
-        """
+        """Refuse a chunk, not a shard, that was read and would decode to far more than the expected bytes."""
         if self.decoded_size is not None:
             size = self.decoded_size(lambda start, count: bytes(data[start : start + count]), limit(expected))
             self._refuse(key, size, expected)

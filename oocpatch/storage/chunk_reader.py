@@ -70,18 +70,14 @@ class PlainArray:
         dtype = np.dtype(array.dtype)
         if not isinstance(array.store, LocalStore) or array.shards is not None or not dtype.isnative:
             return None
-        plain = _codec_of_2(array) if array.metadata.zarr_format == 2 else _codec_of_3(array)
+        plain = _codec_of(array)
         if plain is None or dtype.kind not in "buif":
             return None
         codec, writes = plain
         return cls(array, Path(array.store.root, array.path), codec, writes=writes and array.fill_value is not None)
 
     def read_into(self, out: Array, selection: Selection) -> None:
-        """Read a selection into an array of its shape, with any strides.
-
-        Raises:
-            ValueError: when a chunk is damaged, or would decode to more than it should.
-        """
+        """Read a selection into an array of its shape, with any strides; raise `ValueError` for damaged chunks."""
         box, chunks = selected(selection, self._array.shape), self._array.chunks
         for position in unit_positions(chunks, box.slices()):
             start = tuple(p * n for p, n in zip(position, chunks, strict=True))
@@ -156,27 +152,22 @@ class PlainArray:
         return bytes(self._codec.encode(chunk))
 
 
-def _codec_of_3(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
-    """Return the codec of a Zarr 3 in numcodecs, and True if it encodes the same; None where chunks are not plain."""
-    bytes_codec, compressors = array.serializer, array.compressors
-    if array.filters or len(compressors) > 1 or not isinstance(bytes_codec, BytesCodec):
+def _codec_of(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
+    """Return the codec in numcodecs, and True if it encodes the same; None where chunks are not plain."""
+    if array.filters or len(array.compressors) > 1:
         return None
-    codec_settings: list[dict[str, Any]] = [c.to_dict().get("configuration", {}) for c in (bytes_codec, *compressors)]
-    if codec_settings[0].get("endian", sys.byteorder) != sys.byteorder:
-        return None
-    if not compressors:
-        return None, True
-    settings = codec_settings[1]
-    if isinstance(compressors[0], ZstdCodec):
-        return numcodecs.Zstd(level=settings["level"], checksum=settings.get("checksum", False)), True
-    return (numcodecs.Blosc(), False) if isinstance(compressors[0], BloscCodec) else None
-
-
-def _codec_of_2(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
-    """Return the same for a Zarr 2."""
-    if array.filters or array.order != "C" or len(array.compressors) > 1:
+    if array.metadata.zarr_format == 2:
+        in_order = array.order == "C"
+    else:
+        endian = getattr(array.serializer, "endian", None)
+        in_order = isinstance(array.serializer, BytesCodec) and (endian is None or endian.value == sys.byteorder)
+    if not in_order:
         return None
     if not array.compressors:
         return None, True
-    codec = array.compressors[0]
+    codec: Any = array.compressors[0]
+    if isinstance(codec, ZstdCodec):
+        return numcodecs.Zstd(level=codec.level, checksum=codec.checksum), True
+    if isinstance(codec, BloscCodec):
+        return numcodecs.Blosc(), False
     return (codec, isinstance(codec, numcodecs.Zstd)) if isinstance(codec, numcodecs.Zstd | numcodecs.Blosc) else None

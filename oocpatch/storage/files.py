@@ -17,13 +17,10 @@ WORTH_STARTING = 1 << 18
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
     """Write a file in place, without waiting for the disk; a crash may leave a part of it."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
+    with path.open("wb", buffering=0) as file:
         rest = memoryview(data)
         while rest:
-            rest = rest[os.write(file, rest) :]
-    finally:
-        os.close(file)
+            rest = rest[file.write(rest) :]
 
 
 def write_file_soon(path: Path, data: bytes | memoryview) -> None:

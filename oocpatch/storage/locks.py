@@ -47,7 +47,7 @@ def locked(path: StoragePath, output: str, part: str = "") -> Iterator[None]:
     lock.acquire(output)
     _sweep(path)
     stopped = threading.Event()
-    heartbeat = threading.Thread(target=_beat, args=(lock, stopped), name="oocpatch-heartbeat", daemon=True)
+    heartbeat = threading.Thread(target=lock.beat, args=(stopped,), name="oocpatch-heartbeat", daemon=True)
     heartbeat.start()
     try:
         yield
@@ -145,21 +145,17 @@ class _Lock:
         """Return whether a lock is this one."""
         return state is not None and _parse(state.content).get("token") == self._owner["token"]
 
-    def beat(self) -> None:
-        """Show that the owner is alive, unless another one has the lock by now."""
-        state = self._path.state()
-        if state is not None and self.is_ours(state):
-            self._beats += 1
-            self._path.renew(self._content(), state.tag)
+    def beat(self, stopped: threading.Event) -> None:
+        """Show that the owner is alive, until it has stopped, and unless another one has the lock by now."""
+        while not stopped.wait(BEAT):
+            with contextlib.suppress(OSError):
+                state = self._path.state()
+                if state is not None and self.is_ours(state):
+                    self._beats += 1
+                    self._path.renew(self._content(), state.tag)
 
     def _content(self) -> bytes:
         return json.dumps({**self._owner, **({"beat": self._beats} if self._beats else {})}).encode()
-
-
-def _beat(lock: _Lock, stopped: threading.Event) -> None:
-    while not stopped.wait(BEAT):
-        with contextlib.suppress(OSError):
-            lock.beat()
 
 
 def _sweep(path: StoragePath) -> None:

@@ -153,7 +153,7 @@ class StagedArray:
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
         staged = zarr.open_array(LocalStore(aside), mode="r+")
         coders = [coder for _ in range(boxes) if (coder := ZarrsArray.open(staged, each)) is not None]
-        plain = PlainArray.of(array) if not coders else None
+        plain = None if coders else PlainArray.of(array)
         if not coders and (plain is None or not plain.writes):
             shutil.rmtree(aside)
             return None

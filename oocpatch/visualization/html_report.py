@@ -81,7 +81,9 @@ def _plan_of(record: OutputRecord) -> Plan | None:
 def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus) -> str:
     pictures = [figure_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
-    images = "".join(f'<img alt="{_text(head)}" src="{_uri(png)}">' for head, png in named)
+    images = "".join(
+        f'<img alt="{_text(head)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for head, png in named
+    )
     figures = _figures(record, plan).items()
     tiles = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in figures)
     settings = record.details.get("settings", {})
@@ -138,7 +140,8 @@ def command_of(settings: Mapping[str, Any]) -> str:
     'oocpatch predict /a.zarr /o.zarr --model net.py:net --patch-size 8,16'
     """
     changed = {n: v for n, v in settings.items() if n not in OPTIONS or str(v) != str(OPTIONS[n].default)}
-    objects = [name for name, value in changed.items() if any(_is_object(v) for v in _listed(value))]
+    # An object is recorded by its description, which has no name on a command line.
+    objects = [name for name, value in changed.items() if any(str(v).startswith("<") for v in _listed(value))]
     if objects:
         lines = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in changed.items())
         return "".join(f"# {n}: {changed[n]}\n" for n in objects) + f"oocpatch.predict(\n{lines})"
@@ -151,11 +154,6 @@ def command_of(settings: Mapping[str, Any]) -> str:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _is_object(value: Any) -> bool:
-    """Return whether a recorded setting describes an object, which has no name on a command line."""
-    return isinstance(value, str) and value.startswith("<")
 
 
 def _typed(option: str, kind: str, value: Any) -> list[str]:
@@ -189,7 +187,3 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
-
-
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

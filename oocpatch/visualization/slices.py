@@ -37,8 +37,7 @@ def sample(volume: Volume, at: Sequence[npt.NDArray[np.int64]]) -> Array:
     spread = tuple(max(1, int(w[-1]) + 1 - int(w[0])) for w in wanted)
     step = worthwhile(volume.chunks, spread, READ_BYTES // max(1, volume.channels * volume.dtype.itemsize))
     out = np.empty((volume.channels, *map(len, wanted)), volume.dtype)
-    groups = [_groups(w, s) for w, s in zip(wanted, step, strict=True)]
-    for parts in itertools.product(*groups):
+    for parts in itertools.product(*map(_groups, wanted, step)):
         index = [w[part] for w, part in zip(wanted, parts, strict=True)]
         box = Box(tuple(int(i[0]) for i in index), tuple(int(i[-1]) + 1 for i in index))
         data = volume.read(box)
