@@ -207,12 +207,7 @@ def device_of_rank(rank: int, device: str, count: int) -> str:
 
 
 def check_client(client: Any) -> None:
-    """Check that a client can be used.
-
-    Raises:
-        TypeError: when it is no client of `dask.distributed`.
-        ValueError: when it is asynchronous or not connected.
-    """
+    """Refuse what is no client of `dask.distributed`, and one that is asynchronous or not connected."""
     if not isinstance(client, distributed.Client):
         raise TypeError(f"client must be a dask.distributed.Client, got {type(client).__name__}")
     if client.asynchronous:
@@ -238,11 +233,7 @@ def disagreement(here: dict[str, str | None], there: dict[str, str | None], name
 
 
 def check_versions(client: distributed.Client, here: dict[str, str | None]) -> None:
-    """Compare the versions of the workers with those of the client.
-
-    Raises:
-        ValueError: when a worker's code may give other bytes.
-    """
+    """Refuse workers whose versions may give other bytes than those of the client."""
     answer = call_bounded(lambda: client.get_versions(packages=[*MUST_AGREE, *SHOULD_AGREE]))
     # A worker that did not answer compares by itself if it takes part.
     for address, versions in (answer["workers"] if answer else {}).items():

@@ -149,11 +149,7 @@ class ClusterExecutor:
         return max(1, min(len(self._processes), self.max_processes or len(self._processes)))
 
     def run_on_all_workers(self, function: Callable[[], None]) -> None:
-        """Run a function in every process.
-
-        Raises:
-            OSError: when it fails in one of them.
-        """
+        """Run a function in every process; raise the `OSError` of one where it fails."""
         answers = call_bounded(lambda: self.client.run(function, on_error="return"), FLUSH_SECONDS)
         if answers is None:
             logger.warning("not all workers answered within %.0f s: the disk may not have all of it yet", FLUSH_SECONDS)
@@ -204,11 +200,7 @@ class ClusterExecutor:
             self._waiting.extend([event] if event is not None else [])
 
     def _refresh_workers(self) -> None:
-        """Update the set of processes, and retry tasks whose process is gone.
-
-        Raises:
-            ClusterLost: when the scheduler is gone, or no worker will come.
-        """
+        """Update the set of processes, and retry tasks whose process is gone; refuse a cluster that is lost."""
         if self.client.status != "running":
             raise ClusterLost(f"the scheduler is lost (the client is {self.client.status}); {RESUME}")
         self._processes = set(self.client.nthreads())  # type: ignore[no-untyped-call]  # so has distributed, in places

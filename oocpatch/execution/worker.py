@@ -219,11 +219,10 @@ class RunGuard:
         self._patience = 0.0 if path.is_local else LOOK_SECONDS
 
     def check(self, seconds: float | None = None) -> None:
-        """Check that the run is there, unless it was so many seconds ago.
+        """Check that the run is there, unless it was so many seconds ago, 0 by default.
 
-        Args:
-            seconds: default: 0; in an object store, where a request takes a while, `LOOK_SECONDS`. A process that was
-                frozen for so long that another one took over has not checked for longer.
+        In an object store, where a request takes a while, the default is `LOOK_SECONDS`: a process that was frozen
+        until another one took over has not checked for longer.
 
         Raises:
             Stopped: when the run is gone.

@@ -54,11 +54,7 @@ class ChunkGuard:
 
     @classmethod
     def of(cls, array: zarr.Array[Any] | None) -> ChunkGuard | None:
-        """Return the guard of an array; None where it is not in a local directory.
-
-        Raises:
-            ValueError: when its codecs hide the sizes of chunks.
-        """
+        """Return the guard of an array in a local directory, else None; refuse codecs that hide the sizes of chunks."""
         if array is None or not isinstance(array.store, LocalStore):
             return None
         folder = Path(array.store.root, array.path)
@@ -71,11 +67,7 @@ class ChunkGuard:
         return ChunkGuard.of, (self.array,)  # functions made here cannot be pickled
 
     def check(self, selection: tuple[slice, ...]) -> None:
-        """Check the chunks of a selection.
-
-        Raises:
-            ValueError: when one would decode to far more than the metadata says.
-        """
+        """Raise `ValueError` if a chunk of a selection would decode to far more than the metadata says."""
         unit = self.array.shards or self.array.chunks
         bounds = [part.indices(n)[:2] for part, n in zip(selection, self.array.shape, strict=True)]
         for position in unit_positions(unit, tuple(slice(*span) for span in bounds)):

@@ -10,11 +10,10 @@ is appended after that. Lines that are torn or damaged count as not written.
                         ...
 ```
 
-Nothing can be appended to an object, so there each commit puts one of its own, only if there is none of its name. A
-record is there when it is committed; in a file already when it is appended, though not yet for good. What was put many
-times a minute for days is read object by object, many at a time; and the next writer puts small ones together, under
-the name of the last of them, before it deletes the others: whoever reads in between reads some records twice, which
-must change nothing.
+Nothing can be appended to an object, so each commit puts one of its own, only if there is none of its name. A record
+is there when it is committed; in a file when it is appended, though not yet for good. Many small objects are read at a
+time, and the next writer merges them under the name of the last one before it deletes the others: whoever reads in
+between reads some records twice, which must change nothing.
 """
 
 from __future__ import annotations
@@ -69,11 +68,7 @@ def decode_record(line: bytes) -> Any:
 
 
 class Journal:
-    """A journal, opened by its one writer. Several threads may append.
-
-    Args:
-        path: where it is; made when it is missing.
-    """
+    """A journal, opened by its one writer, and made if it is missing. Several threads may append."""
 
     def __init__(self, path: StoragePath) -> None:
         self.path = path
@@ -99,10 +94,7 @@ class Journal:
         return self._pending >= COMMIT_RECORDS or (self._pending > 0 and late)
 
     def commit(self, *, if_due: bool = False) -> None:
-        """Make all records durable.
-
-        Args:
-            if_due: do so only when it is time.
+        """Make all records durable, with `if_due` only when it is time.
 
         Raises:
             OSError: when they cannot be stored.

@@ -2,10 +2,9 @@
 
 It spares people from two runs that do the same work; correctness never depends on it, since every task is idempotent.
 
-`filelock.SoftFileLease` is no replacement for the local half. It tells the lock of another host that is alive from one
-that is silent only after it has watched it for the whole lease, so a second call would be refused, a silent lock taken
-over, and `status` answered, after 12 seconds instead of at once. Its file has no room for the part of a run that holds
-it, by which parts that take turns know a whole run. And it takes a killed process for alive until it was waited for.
+`filelock.SoftFileLease` is no replacement for the local half: it watches the lock of another host for the whole lease
+before it takes it over or refuses, 12 seconds instead of none; its file has no room for the part of a run that holds
+it, by which parts know a whole run; and it takes a killed process for alive until it was waited for.
 """
 
 from __future__ import annotations

@@ -185,19 +185,14 @@ class ObjectPath(StoragePath):
         pass
 
     def check_readable(self) -> None:
-        """See whether the store answers to a reader.
-
-        Raises:
-            OSError, ValueError: when it does not, or refuses.
-        """
+        """Raise an `OSError` or a `ValueError` when the store does not answer to a reader, or refuses."""
         with contextlib.suppress(FileNotFoundError), translated_errors(self.url):
             client(self.url, hurried=True).head("zarr.json")
 
     def check_writable(self, name: str) -> None:
         try:
-            store = client(self.url, hurried=True)
             with translated_errors(self.url):
-                store.list_with_delimiter()
+                client(self.url, hurried=True).list_with_delimiter()
         except OSError as error:
             where = "check the address, and AWS_ENDPOINT_URL if it is set"
             raise ValueError(f"{name} cannot be written: {describe_error(error)}; {where}") from error

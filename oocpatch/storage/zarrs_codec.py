@@ -114,24 +114,17 @@ class StagedArray:
 
     Args:
         array: the array, in a local directory.
-        folder: its directory.
         aside: directory where units are coded.
         coders: the array in that directory, once for each box that zarrs may code at a time.
         plain: the array, where its plain chunks are coded without zarrs.
     """
 
     def __init__(
-        self,
-        array: zarr.Array[Any],
-        folder: LocalPath,
-        aside: LocalPath,
-        *,
-        coders: Sequence[ZarrsArray] = (),
-        plain: PlainArray | None = None,
+        self, array: zarr.Array[Any], aside: LocalPath, coders: Sequence[ZarrsArray], plain: PlainArray | None
     ) -> None:
         self._array = array
         self._plain = plain
-        self._folder = folder
+        self._folder = aside.parent
         self._aside = aside
         self._coders: SimpleQueue[ZarrsArray] = SimpleQueue()
         for coder in coders:
@@ -157,7 +150,7 @@ class StagedArray:
         if not coders and (plain is None or not plain.writes):
             shutil.rmtree(aside)
             return None
-        return cls(array, folder, aside, coders=coders, plain=plain)
+        return cls(array, aside, coders, plain)
 
     @property
     def by_unit(self) -> bool:

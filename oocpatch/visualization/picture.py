@@ -158,9 +158,8 @@ def _slice_planes(source: DisplaySource) -> list[SlicePlane]:
 
 def _sizes(source: DisplaySource, pixels: int) -> list[int]:
     """Return the pixels per axis, in proportion to the physical extents."""
-    spatial = source.volume.spatial_ndim
     extents = [n * s for n, s in zip(source.volume.shape, source.spacing, strict=True)]
-    longest = max(extents[-min(3, spatial) :])
+    longest = max(extents[-min(3, source.volume.spatial_ndim) :])
     return [max(1, round(pixels * e / longest)) for e in extents]
 
 
@@ -168,14 +167,13 @@ def _values(source: DisplaySource, slice_planes: list[SlicePlane], sizes: list[i
     position = [0.5] * len(sizes)
     values, shares = [], []
     for slice_plane in slice_planes:
-        size = sizes[slice_plane.axes[0]], sizes[slice_plane.axes[1]]
+        axes, size, share = slice_plane.axes, (sizes[slice_plane.axes[0]], sizes[slice_plane.axes[1]]), 1.0
         if slice_plane.along is None:
-            values.append(plane(source.volume, slice_plane.axes, size, position))
-            shares.append(1.0)
+            picture = plane(source.volume, axes, size, position)
         else:
-            highest, share = projection(source.volume, slice_plane.along, slice_plane.axes, size, position)
-            values.append(highest)
-            shares.append(share)
+            picture, share = projection(source.volume, slice_plane.along, axes, size, position)
+        values.append(picture)
+        shares.append(share)
     return values, shares
 
 

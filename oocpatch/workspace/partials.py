@@ -8,12 +8,12 @@
     manifest.json            dtype, channels and the CRC of each chunk of these pieces, written after them
 ```
 
-Heads go by their numbers. A step of a piece that no patch came near is not there. Every piece is a Zarr array, stored
-at its true width and written by one task, whole chunks at a time, uncompressed: partial sums hardly compress. So a
-chunk is the bytes that lie in memory, and is written and read here, without zarr in between.
+Heads go by their numbers; a step of a piece that no patch came near is not there. Every piece is a Zarr array at its
+true width, written by one task, whole chunks at a time, uncompressed, as partial sums hardly compress. So a chunk is
+the bytes that lie in memory, and is written and read here, without zarr in between.
 
-The CRCs of all chunks go into the manifest, and the manifest's own CRC into the ledger. So partials need no fsync, nor
-names that are only given to whole files: what is lost, torn, flipped, swapped or stale is found before it is used.
+The CRCs of all chunks go into the manifest, and the manifest's own CRC into the ledger. So partials need no fsync or
+renaming: bytes that are lost, torn, flipped, swapped or stale are found before they are used.
 """
 
 from __future__ import annotations
@@ -69,11 +69,7 @@ def _fill(dtype: npt.DTypeLike) -> float:
 class PartialWriter:
     """Writes the partials of one attempt at a block, from any number of threads.
 
-    Idempotent: writes only below an address of its own, whole chunks.
-
-    Args:
-        block: the block's address.
-        frames: the block grid in the frame of each head.
+    Idempotent: writes only below an address of its own, whole chunks. `frames` are the block grids of the heads.
     """
 
     def __init__(self, block: StoragePath, frames: Sequence[BlockGrid]) -> None:
@@ -119,14 +115,7 @@ class PartialWriter:
 
 
 class PartialReader:
-    """Reads the partials of one block, each verified against its CRC before it is handed out.
-
-    Args:
-        folder: the block's directory.
-        frames: the block grid in the frame of each head.
-        block: its index.
-        ref: the partials that the ledger promises.
-    """
+    """Reads the partials of one block that the ledger records, each verified against its CRC."""
 
     def __init__(self, folder: StoragePath, frames: Sequence[BlockGrid], block: int, ref: PartialsRef) -> None:
         self._folder = folder / ref.attempt

@@ -124,11 +124,7 @@ class Workspace:
         return PartialWriter(self._folder(block), self.plan.frames)
 
     def reader(self, block: int, ref: PartialsRef) -> PartialReader:
-        """Return a reader of the partials that the ledger records of a block.
-
-        Raises:
-            CorruptPartial: when they are not there, or are others.
-        """
+        """Return a reader of the partials that the ledger records of a block; `CorruptPartial` if they are others."""
         return PartialReader(self._folder(block), self.plan.frames, block, ref)
 
     def delete(self, blocks: Iterable[int]) -> None:
