@@ -42,11 +42,10 @@ THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A partition of a volume into boxes for several threads, which need so many bytes together."""
+    """A partition of a volume into boxes of whole write units, which several threads read and write."""
 
     box: Ints
     threads: int
-    memory: int
 
 
 def convert(
@@ -155,7 +154,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
         if _decoded(volume, best) >= _decoded(volume, box):
             break
         box = best
-    return Stream(box, threads, threads * needed(box))
+    return Stream(box, threads)
 
 
 def _grown(box: Ints, unit: Ints, shape: Ints) -> Iterator[Ints]:

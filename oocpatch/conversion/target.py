@@ -62,12 +62,12 @@ def is_complete(path: LocalPath, record: Mapping[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    found = _record(path)
-    if found is None:
+    stored = _record(path)
+    if stored is None:
         raise OutputExists(
             f"output must be a new path, but {path} exists and is no conversion; choose another, or delete it first"
         )
-    _compare(path, found, record)
+    _compare(path, stored, record)
     (path / JOURNAL).unlink(missing_ok=True)  # a call that was killed between its last two steps
     return True
 
@@ -86,7 +86,7 @@ class Conversion:
 
     @classmethod
     def open(cls, path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: Ints, unit: Ints) -> Conversion:
-        """Go on with what an interrupted call left, or begin.
+        """Continue what an interrupted call left, or begin.
 
         Raises:
             OutputExists: when something else has that name.
@@ -95,9 +95,9 @@ class Conversion:
         if path.exists():
             if not _ours(path):
                 raise OutputExists(f"unfinished output goes to {path}, which holds something else; move it away")
-            found = _record(path)
-            if found is not None and (path / JOURNAL).is_file():
-                _compare(path, found, record)
+            stored = _record(path)
+            if stored is not None and (path / JOURNAL).is_file():
+                _compare(path, stored, record)
                 for left in (path / NAME).rglob("*.partial"):  # of chunks that a killed process was writing
                     left.unlink()
                 return cls(path, zarr.open_array(LocalStore(path), path=NAME, mode="r+"), unit, volume)
@@ -195,26 +195,27 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
     )
 
 
-def _compare(path: LocalPath, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    differ = [key for key in FIELDS if found.get(key) != record[key]]
-    if differ:
-        message = "; ".join(_describe_difference(key, found, record) for key in differ)
+def _compare(path: LocalPath, stored: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Refuse another conversion, and name what differs."""
+    differences = {}
+    for key, parameter in FIELDS.items():
+        old, new = stored.get(key), record[key]
+        if old != new and key == "identity":
+            old, new = (values.get("source") or "an array in memory" for values in (stored, record))
+            differences[parameter] = f"{old} before, {new}{', which has changed,' if new == old else ''} now"
+        elif old != new:
+            differences[parameter] = f"{old!r} before, {new!r} now"
+    if differences:
+        message = "; ".join(f"{parameter}: {text}" for parameter, text in differences.items())
         raise RunMismatch(
             f"{path} belongs to a conversion with other parameters ({message}); "
             "repeat its call, choose another output, or start afresh with overwrite=True",
-            tuple(FIELDS[key] for key in differ),
+            tuple(differences),
         )
 
 
-def _describe_difference(key: str, found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    if key != "identity":
-        return f"{FIELDS[key]}: {found.get(key)!r} before, {record[key]!r} now"
-    old, new = (values.get("source") or "an array in memory" for values in (found, record))
-    return f"volume: {old} before, {f'{new}, which has changed, now' if new == old else f'{new} now'}"
-
-
 def _ours(path: LocalPath) -> bool:
-    """Return whether a conversion wrote it, or was about to."""
+    """Return whether a conversion wrote a directory, or was about to."""
     if not path.is_dir():
         return False
     return _record(path) is not None or all(left.name.endswith(".partial") for left in path.iterdir())
@@ -222,7 +223,7 @@ def _ours(path: LocalPath) -> bool:
 
 def _record(path: LocalPath) -> dict[str, Any] | None:
     try:
-        found = zarr.open_group(LocalStore(path), mode="r", use_consolidated=False).attrs.get(MARK)
+        record = zarr.open_group(LocalStore(path), mode="r", use_consolidated=False).attrs.get(MARK)
     except (OSError, ValueError, KeyError):
         return None
-    return dict(found) if isinstance(found, dict) else None
+    return dict(record) if isinstance(record, dict) else None

@@ -14,11 +14,11 @@ output. Blocks that two parts both compute have the same bytes (law 2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oocpatch.storage.locks import holder, locks, part_lock
 from oocpatch.storage.paths import StoragePath
+from oocpatch.workspace.run_progress import BlockSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +48,14 @@ class ArrayJobPart:
         """Return the path of the part's lock."""
         return part_lock(output, (self.number, self.count))
 
-    def unattended_blocks(self, output: StoragePath, blocks: int) -> Ranges:
+    def unattended_blocks(self, output: StoragePath, blocks: int) -> BlockSet:
         """Return the blocks that it normalizes at its end: its own, and those of parts that are not running."""
-        parts = [ArrayJobPart(i, self.count) for i in range(1, self.count + 1)]
-        return Ranges([p.blocks_of(blocks) for p in parts if p == self or holder(p.lock(output)) is None])
-
-
-@dataclass(frozen=True, slots=True)
-class Ranges:
-    """Blocks of several ranges."""
-
-    ranges: Sequence[range]
-
-    def __contains__(self, index: object) -> bool:
-        return any(index in r for r in self.ranges)
+        unattended = BlockSet(blocks)
+        for part in (ArrayJobPart(i, self.count) for i in range(1, self.count + 1)):
+            if part == self or holder(part.lock(output)) is None:
+                for index in part.blocks_of(blocks):
+                    unattended.add(index)
+        return unattended
 
 
 def busy_holder(output: StoragePath, part: ArrayJobPart | None) -> str | None:

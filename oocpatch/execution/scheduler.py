@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,7 +21,6 @@ from dask.local import get_sync
 
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import BlockFailed, CorruptData, CorruptPartial
-from oocpatch.models.predictor import use_threads
 from oocpatch.planning.blocks import BlockGrid, Neighbours
 from oocpatch.storage.retries import hopeless, with_retries
 from oocpatch.workspace.ledger import Kind, Ledger, LedgerTail, PartialsRef, Record
@@ -85,24 +83,13 @@ class ThreadExecutor:
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
-        delayed_task = delayed(self.run_task, pure=False, traverse=False)(task)
+        delayed_task = delayed(with_retries(self.run_task), pure=False, traverse=False)(task)
         # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
         return self.pool.submit(delayed_task.compute, scheduler=get_sync, optimize_graph=False)
 
     def stop(self) -> None:
         """Make the tasks in flight raise `Stopped`."""
         self.stopped.set()
-
-
-@contextmanager
-def dask_threads(
-    concurrency: int, run_task: Callable[[Task], TaskResult], stopped: threading.Event
-) -> Iterator[ThreadExecutor]:
-    """Open an executor on threads of this process."""
-    with ThreadPoolExecutor(
-        concurrency, thread_name_prefix="oocpatch-block", initializer=use_threads, initargs=(1,)
-    ) as pool:
-        yield ThreadExecutor(pool, concurrency, with_retries(run_task), stopped)
 
 
 @dataclass

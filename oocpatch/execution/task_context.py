@@ -21,11 +21,12 @@ from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
 from oocpatch.engine.patch_selection import Mask, Selection
 from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, patch_window, predict_block
-from oocpatch.execution.scheduler import Executor, Stopped, Task, dask_threads
+from oocpatch.execution.scheduler import Executor, Stopped, Task, ThreadExecutor
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import Pipeline
 from oocpatch.models.postprocessing import postprocess_of
+from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.box import Box
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
@@ -74,9 +75,10 @@ def thread_executor(
 
     with (
         open_task_context(plan, inputs, workspace, output, check_stopped) as context,
-        dask_threads(plan.concurrency, functools.partial(run_task, context), stop) as threads,
+        ThreadPoolExecutor(plan.concurrency, "oocpatch-block", use_threads, (1,)) as pool,
     ):
-        yield RunExecutor(threads, lambda: context.predictor.halving.count, output.path.flush)
+        executor = ThreadExecutor(pool, plan.concurrency, functools.partial(run_task, context), stop)
+        yield RunExecutor(executor, lambda: context.predictor.halving.count, output.path.flush)
 
 
 def run_task(context: TaskContext, task: Task) -> TaskResult:

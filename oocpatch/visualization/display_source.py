@@ -99,7 +99,7 @@ def folder_of(source: Any) -> StoragePath | None:
 
 
 def local_name(output: str | os.PathLike[str]) -> str:
-    """Return the path that names of files about an output begin with: beside it, or for a URL in the current directory.
+    """Return the start of the names of files about an output: its path, or for a URL its name alone.
 
     >>> local_name("results/out.zarr/"), local_name("s3://bucket/results/out.zarr")
     ('results/out.zarr', 'out.zarr')

@@ -71,9 +71,8 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
 
 def _plan_of(record: OutputRecord) -> Plan | None:
     """Return the plan: from the output of a complete run, before that from the workspace."""
-    noted = record.details.get("plan")
-    if noted is not None:
-        return Plan.from_json(json.dumps(noted), older=True)
+    if (plan := record.details.get("plan")) is not None:
+        return Plan.from_json(json.dumps(plan), older=True)
     workspace = Workspace.find(workspace_root(record))
     return None if workspace is None else workspace.plan
 
