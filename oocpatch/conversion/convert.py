@@ -17,7 +17,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,14 +37,6 @@ COPIES = 3
 """Copies of a chunk that coding it needs at most, including the encoded one."""
 
 THREADS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """A partition of a volume into boxes of whole write units, which several threads read and write."""
-
-    box: Ints
-    threads: int
 
 
 def convert(
@@ -103,7 +94,7 @@ def convert(
         chunk = clipped_chunks((*(1,) * looped, *spatial_sizes("chunks", chunks, data, least=1)), data.shape)
     shard = None if shards is None else (*(1,) * looped, *spatial_sizes("shards", shards, data, least=1))
     unit = write_unit(chunk, shard, data.shape)
-    stream = plan_stream(data, unit, memory_limit(max_memory))
+    box, threads = plan_stream(data, unit, memory_limit(max_memory))
     record = record_of(data, level, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,27 +103,28 @@ def convert(
             remove_conversions(partial, target)
         if not is_complete(target, record):
             conversion = Conversion.open(partial, data, record, chunk, unit)
-            voxel, total = data.channels * data.dtype.itemsize, math.prod(data.shape)
-            resumed = conversion.done
+            voxel, total, done = data.channels * data.dtype.itemsize, math.prod(data.shape), conversion.done
             with (
                 contextlib.closing(conversion),
-                show_progress(progress, "convert", "voxels", total, resumed=resumed, bytes_each=voxel) as advance,
+                show_progress(progress, "convert", "voxels", total, resumed=done, bytes_each=voxel) as advance,
             ):
-                _stream(data, conversion, stream, advance)
+                _stream(data, conversion, box, threads, advance)
             conversion.finish(target)
     array: xarray.DataArray = xarray.open_zarr(target)[NAME]
     return array
 
 
-def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
-    """Choose boxes of whole write units that fit the limit, such that few boxes share a chunk of the volume.
+def plan_stream(volume: Volume, unit: Ints, limit: int) -> tuple[Ints, int]:
+    """Choose the box of whole write units that each thread reads and writes at a time, and the number of threads.
+
+    They fit the limit, and few boxes share a chunk of the volume.
 
     Raises:
         PlanTooLarge: if not even one write unit fits.
 
     >>> import zarr
     >>> planes = Volume(zarr.zeros((100, 128, 128), chunks=(1, 128, 128), dtype="uint8", store={}))
-    >>> plan_stream(planes, (32, 32, 32), 40_000_000).box
+    >>> plan_stream(planes, (32, 32, 32), 40_000_000)[0]
     (32, 128, 128)
     """
 
@@ -154,7 +146,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> Stream:
         if _decoded(volume, best) >= _decoded(volume, box):
             break
         box = best
-    return Stream(box, threads)
+    return box, threads
 
 
 def _grown(box: Ints, unit: Ints, shape: Ints) -> Iterator[Ints]:
@@ -175,10 +167,10 @@ def _decoded(volume: Volume, box: Ints) -> float:
     return times
 
 
-def _stream(volume: Volume, conversion: Conversion, stream: Stream, advance: Callable[[int], None]) -> None:
+def _stream(volume: Volume, conversion: Conversion, size: Ints, threads: int, advance: Callable[[int], None]) -> None:
     """Read and write the missing units of all boxes, each unit by one thread."""
-    boxes, lock, stop = Box.of_shape(volume.shape).split(stream.box), threading.Lock(), threading.Event()
-    voxels = math.prod(min(b, n) for b, n in zip(stream.box, volume.shape, strict=True)) * volume.channels
+    boxes, lock, stop = Box.of_shape(volume.shape).split(size), threading.Lock(), threading.Event()
+    voxels = math.prod(min(b, n) for b, n in zip(size, volume.shape, strict=True)) * volume.channels
 
     def work() -> None:
         # One mapping per thread, reused: the heap would not return the memory of freed buffers.
@@ -200,9 +192,9 @@ def _stream(volume: Volume, conversion: Conversion, stream: Stream, advance: Cal
                 conversion.write(part, data[(slice(None), *part.slices(box.start))])
             advance(sum(math.prod(part.shape) for part in missing))
 
-    with ThreadPoolExecutor(stream.threads, thread_name_prefix="oocpatch-convert") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-convert") as pool:
         try:
-            for done in [pool.submit(work) for _ in range(stream.threads)]:
+            for done in [pool.submit(work) for _ in range(threads)]:
                 done.result()
         finally:
             stop.set()

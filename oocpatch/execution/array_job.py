@@ -59,15 +59,11 @@ class ArrayJobPart:
 
 
 def busy_holder(output: StoragePath, part: ArrayJobPart | None) -> str | None:
-    """Return the process that keeps a call from working on an output, in words, or None.
-
-    That is a whole run, the same part, or a part of another division.
-    """
+    """Describe the whole run, same part, or part of another division that keeps a call off an output, or None."""
     whole, *parts = locks(output)
     for path in parts:
-        if part is None or path == part.lock(output) or not path.name.endswith(f"-of-{part.count}"):
-            process = holder(path)
-            if process is not None:
-                return process
+        blocks_it = part is None or path == part.lock(output) or not path.name.endswith(f"-of-{part.count}")
+        if blocks_it and (process := holder(path)) is not None:
+            return process
     process = holder(whole)
     return None if part is not None and process is not None and " for part " in process else process

@@ -83,17 +83,15 @@ class _Attempt:
 
     Attributes:
         result: completed with the task's result or error.
-        tries: number of times that it failed.
-        deaths: number of processes that died while they worked on it.
+        failures, deaths: number of times that it failed, and that a process died while it worked on it.
         alone: run it only while nothing else is in flight.
         due: earliest time of the next try.
-        address: of the process that works on it.
-        future: of Dask.
+        address, future: of the process that works on it, and of Dask.
     """
 
     task: Task
     result: Future[TaskResult]
-    tries: int = 0
+    failures: int = 0
     deaths: int = 0
     alone: bool = False
     due: float = 0.0
@@ -241,9 +239,9 @@ class ClusterExecutor:
         if isinstance(error, Stopped):
             error = ClusterLost(f"the worker at {attempt.address} does not see the run's workspace; {RESUME}")
         self._remove(attempt)
-        attempt.tries += 1
-        if transient(error) and not hopeless(error) and attempt.tries < ATTEMPTS:
-            pause = random.uniform(0.5, 1.0) * min(5.0, 0.2 * 2**attempt.tries)  # noqa: S311 - not a secret
+        attempt.failures += 1
+        if transient(error) and not hopeless(error) and attempt.failures < ATTEMPTS:
+            pause = random.uniform(0.5, 1.0) * min(5.0, 0.2 * 2**attempt.failures)  # noqa: S311 - not a secret
             attempt.due = time.monotonic() + pause
             self._waiting.append(attempt)
         else:

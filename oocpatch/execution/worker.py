@@ -111,11 +111,10 @@ def run_in_worker(handle: RunHandle, task: Task, rank: int) -> TaskResult:
     """
     with _one_block:
         call = _opened(handle, rank)
-        threads = torch.get_num_threads()
+        halving, threads = call.context.predictor.halving, torch.get_num_threads()
+        before = halving.count
         use_threads(1)
         try:
-            halving = call.context.predictor.halving
-            before = halving.count
             result = run_task(call.context, task)
             return replace(result, halved=halving.count - before)
         finally:

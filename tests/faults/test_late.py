@@ -138,7 +138,7 @@ def test_records_of_all_segments_count_and_are_joined(plan: Plan, workspace: Wor
         ledger.append(Record("predict", block, uncovered=block))
         ledger.close()
     before = dataclasses.asdict(workspace.progress())
-    assert sorted(before["predicted"]) == [0, 1, 3]
+    assert sorted(before["partials"]) == [0, 1, 3]
     workspace.join()
     assert [path.name for path in workspace.root.glob("ledger*")] == ["ledger"]
     assert dataclasses.asdict(workspace.progress()) == before
