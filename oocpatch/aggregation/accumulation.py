@@ -20,7 +20,6 @@ the user gives and the size of the first patch, in the padded or the unpadded fr
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import math
@@ -32,12 +31,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 
-from oocpatch.aggregation.batches import HeadSpec, memory_needed
-from oocpatch.aggregation.placement import Lattice, Patch
-from oocpatch.aggregation.tile_store import TileStore
-from oocpatch.aggregation.tiles import Tile, patch_window
+from oocpatch.aggregation.aggregated_output import AggregatedOutput, table_patches
+from oocpatch.aggregation.placement import HeadSpec, Lattice, Patch, memory_needed
+from oocpatch.aggregation.tiles import Span, Tile, patch_window
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.planning.box import Ints
@@ -51,105 +48,83 @@ FINAL, NONE = -1, 0
 """In a commit, in place of the number of patches in a tile: its final values are in the output; it has no patches."""
 
 
-class Contents:
-    """The patches in the tiles of a head, at one moment.
-
-    Attributes:
-        final: per tile, whether the output has its final values, with all patches of the home lattice.
-        tables: tables of patches, `(n, 2, axes)`, of other tiles.
-        nbytes: bytes that are kept here.
-    """
-
-    def __init__(self, counts: Ints) -> None:
-        self.final = np.zeros(counts, bool)
-        self.tables: dict[Ints, npt.NDArray[np.signedinteger]] = {}
-        self.nbytes = self.final.nbytes
-
-    def set(self, position: Ints, patches: Collection[Patch] = (), *, final: bool = False) -> None:
-        """Replace what a tile has."""
-        before = self.tables.pop(position, None)
-        self.nbytes -= 0 if before is None else FILE_BYTES + before.nbytes
-        self.final[position] = final
-        if len(patches):
-            table = np.array(list(patches))
-            table = table.astype(np.min_scalar_type(-int(np.abs(table).max()) - 1))
-            self.tables[position] = table
-            self.nbytes += FILE_BYTES + table.nbytes
-
-    def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
-        """Return whether a patch is in a tile."""
-        if self.final[position]:
-            return home is not None and patch in home
-        table = self.tables.get(position)
-        return table is not None and bool((table == patch).all((1, 2)).any())
-
-
 class HeadTiles:
     """The tiles of one head.
 
     Attributes:
         given: size of a patch's output, by size of the patch.
-        array: the output's array; None while there is none.
         open: tiles in memory, the least recently used one first.
-        stored: the tiles in files and in the output.
-        durable: the same as commits have it.
+        final: per tile, whether the output has its final values, with all patches of the home lattice.
+        tables: patches of the tiles that have a file, `(n, 2, axes)`, in the order in which they were added.
+        durable: per tile, the number of patches that the last commit counts, or `FINAL`.
+        nbytes: bytes of the three before.
         changed: tiles that no commit describes as they are.
         shown: tiles whose values so far are in the output.
     """
 
     def __init__(self, number: int, spec: HeadSpec) -> None:
-        self.number, self.spec, self.placement = number, spec, spec.placement
-        self.dtype = torch_dtype(spec.dtype)
+        self.number, self.spec = number, spec
         self.given: dict[Ints, Ints] = {}
-        self.array: zarr.Array[Any] | None = None
         self.open: OrderedDict[Ints, Tile] = OrderedDict()
-        self.stored, self.durable = Contents(self.placement.counts), Contents(self.placement.counts)
+        self.final, self.durable = np.zeros(spec.counts, bool), np.zeros(spec.counts, np.int32)
+        self.tables: dict[Ints, npt.NDArray[np.signedinteger]] = {}
+        self.nbytes = self.final.nbytes + self.durable.nbytes
         self.changed: set[Ints] = set()
         self.shown: set[Ints] = set()
 
-    def positions(self, patch: Patch) -> Sequence[Ints]:
+    def set_table(self, position: Ints, patches: Collection[Patch] = ()) -> None:
+        """Replace the patches that the file of a tile has."""
+        if (before := self.tables.pop(position, None)) is not None:
+            self.nbytes -= FILE_BYTES + before.nbytes
+        if patches:
+            table = np.array(list(patches))
+            self.tables[position] = table.astype(np.min_scalar_type(-int(np.abs(table).max()) - 1))
+            self.nbytes += FILE_BYTES + self.tables[position].nbytes
+
+    def count(self, position: Ints) -> int:
+        """Return the number of patches in the file of a tile, or `FINAL`."""
+        return FINAL if self.final[position] else len(self.tables.get(position, ()))
+
+    def unfinished(self) -> list[Ints]:
+        """Return the tiles whose final values are not in the output, and that have patches."""
+        return sorted({*self.open, *(p for p in self.tables if not self.final[p])})
+
+    def positions(self, patch: Patch) -> list[Ints]:
         """Return the tiles that a patch lies in."""
-        return list(self.placement.tiles(self.placement.extent(patch, self.given[patch[1]])))
+        return self.spec.tiles(patch, self.given[patch[1]])
 
     def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
         """Return whether a patch is in a tile, in memory or not."""
         tile = self.open.get(position)
-        return self.stored.has(position, patch, home) if tile is None else patch in tile.patches
+        return self._has_stored(position, patch, home, self.count(position)) if tile is None else patch in tile.patches
+
+    def has_durably(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
+        """Return whether a commit counts a patch in a tile."""
+        return self._has_stored(position, patch, home, int(self.durable[position]))
+
+    def _has_stored(self, position: Ints, patch: Patch, home: Lattice | None, count: int) -> bool:
+        if count == FINAL:
+            return home is not None and patch in home
+        return count > NONE and bool((self.tables[position][:count] == patch).all((1, 2)).any())
 
     def is_complete(self, position: Ints, lattice: Lattice) -> bool:
         """Return whether a tile has all patches of a lattice, if it has no others."""
-        tile, starts = self.open.get(position), self.starts(lattice, position)
-        if tile is None and self.stored.final[position]:
-            return True
-        patches = self.stored.tables.get(position, ()) if tile is None else tile.patches
-        return len(patches) == math.prod(map(len, starts))
+        tile = self.open.get(position)
+        count = self.count(position) if tile is None else len(tile.patches)
+        return count == FINAL or count == math.prod(map(len, self.starts(lattice, position)))
 
     def starts(self, lattice: Lattice, position: Ints) -> tuple[Ints, ...]:
         """Return the starts along each axis of the patches of a lattice that lie in a tile."""
-        return self.placement.lattice_starts(lattice, self.given[lattice.size], position)
+        return self.spec.lattice_starts(lattice, self.given[lattice.size], position)
 
-    def describe_changes(self) -> list[list[int]]:
-        """Return position and number of patches of each tile that changed, or `FINAL` or `NONE`."""
-        tables = self.stored.tables
-        return [[*p, FINAL if self.stored.final[p] else len(tables.get(p, ()))] for p in sorted(self.changed)]
-
-    def span(self, patch: Patch) -> tuple[Ints, Ints]:
+    def span(self, patch: Patch) -> Span:
         """Return start and size of a patch's output."""
         given = self.given[patch[1]]
-        return self.placement.start(patch, given), given
+        return self.spec.start(patch, given), given
 
 
 class Accumulation:
-    """The tiles of all heads, by the heads' names in `heads`.
-
-    Args:
-        shape: spatial shape of the volume.
-        overlap: overlap of adjacent patches, as the user gives it.
-        mode: the overlap mode.
-        specs: the heads.
-        limit: bytes of memory to stay under.
-        on_full: called when memory is full and there is no store; it must `attach` one.
-    """
+    """The tiles of all heads, by name in `heads`; `on_full` must `attach` an output when memory is full."""
 
     def __init__(
         self,
@@ -159,11 +134,11 @@ class Accumulation:
         specs: Sequence[HeadSpec],
         *,
         limit: int,
-        on_full: Callable[[], None],
+        on_full: Callable[[Accumulation], object],
     ) -> None:
         self._shape, self._overlap, self._mode = shape, overlap, mode
         self._limit, self._on_full, self._reserve = limit, on_full, 0
-        self._store: TileStore | None = None
+        self._output: AggregatedOutput | None = None
         self._durable = False
         self.specs = specs
         self.heads = {spec.name: HeadTiles(number, spec) for number, spec in enumerate(specs)}
@@ -172,21 +147,13 @@ class Accumulation:
         self._home: Lattice | None = None
         self._durable_home: Lattice | None = None
         self._starts: dict[Ints, list[set[int]]] = {}
-        self._stale: list[tuple[HeadTiles, Ints]] = []
-        self._torn: tuple[HeadTiles, Ints] | None = None
 
-    def attach(self, arrays: Mapping[str, zarr.Array[Any]], store: TileStore, *, durable: bool) -> None:
-        """Write to an output from now on, and to a store, with a journal if what is there must survive a crash."""
-        self._store, self._durable = store, durable
-        for name, head in self.heads.items():
-            head.array = arrays[name]
+    def attach(self, output: AggregatedOutput, *, durable: bool) -> None:
+        """Write to an output from now on, with a journal if what is there must survive a crash."""
+        self._output, self._durable = output, durable
 
     def expect(self, size: Ints, given: Mapping[str, Ints]) -> None:
-        """Prepare for patches of a size, and the sizes of their outputs by head.
-
-        Raises:
-            PlanTooLarge: when even one patch is too much for the limit.
-        """
+        """Prepare for patches of a size, with outputs of given sizes; raise PlanTooLarge when one is too much."""
         tiles, reserve = memory_needed(self.specs, given)
         if tiles + reserve > self._limit:
             shapes = ", ".join(f"{human(s.tile_bytes)} each for shape {s.tile}" for s in self.specs)
@@ -200,23 +167,15 @@ class Accumulation:
 
     def has(self, patch: Patch) -> bool:
         """Return whether a patch was added; where there is a journal, whether that survives a crash."""
-        self._mend()
-        for head in self.heads.values():
-            if patch[1] not in head.given:
-                return False
-            for position in head.positions(patch):
-                durable = self._durable and head.durable.has(position, patch, self._durable_home)
-                if not durable and (self._durable or not head.has(position, patch, self._home)):
-                    return False
-        return True
+        heads = self.heads.values()
+        if any(patch[1] not in head.given for head in heads):
+            return False
+        if self._durable:
+            return all(h.has_durably(p, patch, self._durable_home) for h in heads for p in h.positions(patch))
+        return all(h.has(p, patch, self._home) for h in heads for p in h.positions(patch))
 
     def add(self, patch: Patch, outputs: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
-        """Add the outputs of a patch, `(C, *given)` per head; return False if it was added before.
-
-        Raises:
-            CorruptData: when the file of a tile is damaged; the patches in it must be added again.
-        """
-        self._mend()
+        """Add the outputs of a patch, `(C, *given)` per head; return False if it was added before."""
         self._narrow(patch)
         positions = {
             name: [p for p in head.positions(patch) if not head.has(p, patch, self._home)]
@@ -244,48 +203,48 @@ class Accumulation:
 
     def _add_to(self, head: HeadTiles, positions: Sequence[Ints], patch: Patch, values: torch.Tensor) -> None:
         start, given = head.span(patch)
-        extent, claims = head.placement.extent(patch, given), head.placement.claims(patch, given)
-        if self._mode != "crop":
+        claims = head.spec.claims(patch, given)
+        if head.spec.blended:
             values = values.to(torch.float32)
             if self._window[0] != given:
                 self._window = given, patch_window(self._mode, given)
         for position in positions:
-            if position not in head.open:
-                head.open[position] = self._load(head, position)
-            tile = head.open[position]
-            head.open.move_to_end(position)
-            self._torn = head, position
+            # A tile that an interruption tears is not among the open ones, and forgotten.
+            tile = head.open.pop(position, None) or self._load(head, position)
             tile.changed = True
             head.shown.discard(position)
-            if self._mode != "crop":
-                tile.add(start, values, self._window[1], extent)
-            else:
-                for key, box in claims:
+            for key, box in claims:
+                if head.spec.blended:
+                    tile.add(start, values, self._window[1], box)
+                else:
                     tile.claim(key, box, start, values)
             tile.patches[patch] = None
-            self._torn = None
+            head.open[position] = tile
 
     def _load(self, head: HeadTiles, position: Ints) -> Tile:
-        """Return a tile as its file has it, else with the values of the output if these are final, else empty."""
-        tile = Tile(head.placement.box(position), head.spec.channels, head.dtype)
-        if (table := head.stored.tables.get(position)) is not None:
-            assert self._store is not None
+        """Return a tile with the values of the output if these are final, else as its file has it, else empty."""
+        tile = Tile(head.spec.box(position), head.spec.channels, torch_dtype(head.spec.dtype))
+        table = head.tables.get(position)
+        if head.final[position] and self._home is not None and self._output is not None:
+            # Patches of a file that is still there come first, in its order, since commits count from the first one.
+            starts = itertools.product(*head.starts(self._home, position))
+            known = [] if table is None else table_patches(table)
+            tile.patches = dict.fromkeys([*known, *((start, self._home.size) for start in starts)])
+            values = self._output.arrays[head.spec.name][(slice(None), *tile.box.slices())]
+            tile.data.copy_(torch.from_numpy(np.asarray(values)))
+            if head.spec.blended:
+                tile.data *= tile.weights(self._mode, head.span)
+        elif table is not None and self._output is not None:
             try:
-                patches = self._store.read_tile(head.number, position, len(table), tile.data.numpy())
+                patches = self._output.read_tile(head.number, position, len(table), tile.data.numpy())
             except CorruptData as error:
-                head.stored.set(position)
-                head.durable.set(position)
+                head.set_table(position)
+                head.durable[position] = NONE
                 head.changed.add(position)
                 raise CorruptData(f"{error}; add the patches that are not in `done` again, and all is well") from error
             tile.patches = dict.fromkeys(patches)
-        elif head.stored.final[position] and self._home is not None and head.array is not None:
-            starts = itertools.product(*head.starts(self._home, position))
-            tile.patches = dict.fromkeys((start, self._home.size) for start in starts)
-            tile.data.copy_(torch.from_numpy(np.asarray(head.array[(slice(None), *tile.box.slices())])))
-            if self._mode != "crop":
-                tile.data *= tile.weights(self._mode, head.span)
-        if self._mode == "crop":
-            claims = [c for patch in tile.patches for c in head.placement.claims(patch, head.given[patch[1]])]
+        if not head.spec.blended:
+            claims = [c for patch in tile.patches for c in head.spec.claims(patch, head.given[patch[1]])]
             tile.claims = [(key, box & tile.box) for key, box in claims]
         return tile
 
@@ -298,21 +257,18 @@ class Accumulation:
             needed = sum(
                 h.spec.tile_bytes * (len(h.open) + sum(p not in h.open for p in positions[n])) for n, h in heads
             )
-            if needed <= (room := self._room()):
+            # A third is for all else, or what writing takes.
+            room = self._limit - max(self._reserve, self._limit // 3) - sum(head.nbytes for _, head in heads)
+            if needed <= room:
                 return
-            if self._store is None:
-                self._on_full()
+            if self._output is None:
+                self._on_full(self)
                 self._write_complete({name: list(head.open) for name, head in heads})
             elif not self._close_one(positions):
                 raise PlanTooLarge(
                     f"what is kept on patches in the workspace leaves {human(max(0, room))} of max_memory, which is "
                     f"{human(self._limit)}, and one patch needs {human(needed, up=True)}; raise max_memory"
                 )
-
-    def _room(self) -> int:
-        """Return the bytes for open tiles: the limit without a quarter for all else, or what writing takes."""
-        books = sum(head.stored.nbytes + head.durable.final.nbytes for head in self.heads.values())
-        return self._limit - max(self._reserve, self._limit // 4) - books
 
     def _close_one(self, keep: Mapping[str, Sequence[Ints]]) -> bool:
         """Close the least recently used tile of the largest head that is none of some; return False if all are."""
@@ -327,17 +283,17 @@ class Accumulation:
     def _save(self, head: HeadTiles, position: Ints) -> None:
         """Write the file of an open tile, if it changed."""
         tile = head.open[position]
-        if tile.changed:
-            assert self._store is not None
-            self._store.write(head.number, position, tile.patches, tile.data.numpy())
-            head.stored.set(position, tile.patches)
+        if tile.changed and self._output is not None:
+            self._output.write_tile(head.number, position, tile.patches, tile.data.numpy())
+            head.set_table(position, tile.patches)
+            head.final[position] = False
             head.changed.add(position)
             tile.changed = False  # last: an interruption before it costs one more write
 
     # Output
 
     def _write_complete(self, positions: Mapping[str, Sequence[Ints]]) -> None:
-        for head in self.heads.values() if self._store is not None and self._candidates else ():
+        for head in self.heads.values() if self._output is not None and self._candidates else ():
             for position in positions[head.spec.name]:
                 if position in head.open and all(head.is_complete(position, c) for c in self._candidates):
                     self._write(head, position)
@@ -345,85 +301,84 @@ class Accumulation:
 
     def _write(self, head: HeadTiles, position: Ints) -> None:
         """Write a tile's values to the output: whole write units that no other tile has."""
-        assert head.array is not None
+        assert self._output is not None
         tile = head.open.get(position) or self._load(head, position)
-        head.array[(slice(None), *tile.box.slices())] = self._values(head, tile).numpy()
+        values = tile.values(self._mode, head.span).numpy()
+        self._output.arrays[head.spec.name][(slice(None), *tile.box.slices())] = values
         head.shown.add(position)
-
-    def _values(self, head: HeadTiles, tile: Tile) -> torch.Tensor:
-        return tile.data if self._mode == "crop" else tile.normalized(self._mode, head.span)
+        head.final[position] = False  # the output may have more than the home lattice
 
     def _finalize(self, head: HeadTiles, position: Ints) -> None:
-        """Drop the sums of a tile whose final values are in the output."""
-        if position in head.stored.tables:
-            self._stale.append((head, position))
-        head.stored.set(position, final=True)
+        """Drop the sums of a tile whose final values are in the output; a commit that counts them needs their file."""
+        head.final[position] = True
         head.changed.add(position)
         head.open.pop(position, None)
         if not self._durable:
-            self._delete_stale()
+            self._drop_file(head, position)
+
+    def _drop_file(self, head: HeadTiles, position: Ints) -> None:
+        if position in head.tables and self._output is not None:
+            self._output.tile_path(head.number, position).unlink(missing_ok=True)
+            head.set_table(position)
 
     def finish(self) -> Lattice | None:
-        """Bring all that was added into the output; return the lattice over the volume that it is, if it is one.
-
-        Raises:
-            CorruptData: when the file of a tile is damaged; the patches in it must be added again.
-        """
+        """Bring all that was added into the output; return the lattice over the volume that it is, if it is one."""
         self.commit()
         whole = self._whole()
         for head in self.heads.values():
-            for position in sorted({*head.open, *head.stored.tables}):
+            for position in head.unfinished():
                 if position not in head.shown:
                     self._write(head, position)
         if whole is not None:
             self._home, self._candidates = whole, [lattice for lattice in self._candidates if lattice == whole]
             for head in self.heads.values():
-                for position in sorted({*head.open, *head.stored.tables}):
+                for position in head.unfinished():
                     self._finalize(head, position)
-                head.stored.final[:] = True  # where no patch lies, too
+                head.final[:] = True  # where no patch lies, too
             self.commit()
         return whole
 
     def _whole(self) -> Lattice | None:
         """Return the lattice over the volume of which all tiles have all patches, if there is one."""
-        lattices = self._candidates if any(self._overlap) else []
+        lattices = self._candidates
         if not lattices and len(self._starts) == 1:
             ((size, starts),) = self._starts.items()
             lattice = Lattice(size, tuple(tuple(sorted(column)) for column in starts))
-            finals = any(head.stored.final.any() for head in self.heads.values())
+            finals = any(head.final.any() for head in self.heads.values())
             lattices = [lattice] if lattice.covers(self._shape) and (lattice == self._home or not finals) else []
         for lattice in lattices:
-            if all(h.is_complete(p, lattice) for h in self.heads.values() for p in np.ndindex(h.placement.counts)):
+            if all(h.is_complete(p, lattice) for h in self.heads.values() for p in np.ndindex(h.spec.counts)):
                 return lattice
         return None
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a head's output from what is in memory, `(C, *spatial)`."""
-        self._mend()
         head = self.heads[name]
-        out = torch.from_numpy(np.zeros((head.spec.channels, *head.placement.shape), head.spec.dtype))
+        out = torch.zeros((head.spec.channels, *head.spec.shape), dtype=torch_dtype(head.spec.dtype))
         for tile in head.open.values():
-            out[(slice(None), *tile.box.slices())] = self._values(head, tile)
+            out[(slice(None), *tile.box.slices())] = tile.values(self._mode, head.span)
         return out
 
     # Commits, interruptions and damage
 
     @property
     def changed(self) -> bool:
-        """Whether there is something that no commit describes."""
+        """True where there is something that no commit describes."""
         return any(h.changed or any(tile.changed for tile in h.open.values()) for h in self.heads.values())
 
     def commit(self) -> bool:
         """Make all that was added durable, where there is a journal; return whether there was anything."""
-        self._mend()
-        if self._store is None or not self._durable or not self.changed:
+        if self._output is None or not self._durable or not self.changed:
             return False
         for head in self.heads.values():
-            for position in list(head.open):
+            for position in head.open:
                 self._save(head, position)
         lattices = [astuple(lattice) for lattice in (*self._candidates, self._home) if lattice is not None]
-        heads = [{"given": list(h.given.items()), "tiles": h.describe_changes()} for h in self.heads.values()]
-        self._store.commit({"lattices": lattices, "heads": heads})
+        heads = [
+            {"given": list(h.given.items()), "tiles": [[*p, h.count(p)] for p in sorted(h.changed)]}
+            for h in self.heads.values()
+        ]
+        self._output.commit({"lattices": lattices, "heads": heads})
         self.settle()
         return True
 
@@ -432,61 +387,45 @@ class Accumulation:
         self._durable_home = self._home
         for head in self.heads.values():
             for position in head.changed:
-                head.durable.set(position, final=bool(head.stored.final[position]))
-                if position in head.stored.tables:
-                    head.durable.tables[position] = head.stored.tables[position]
-            head.durable.final |= complete
+                head.durable[position] = head.count(position)
+                if head.final[position]:
+                    self._drop_file(head, position)
             head.changed.clear()
-        self._delete_stale()
-
-    def _delete_stale(self) -> None:
-        """Delete the files of tiles that are final."""
-        assert self._store is not None
-        while self._stale:
-            head, position = self._stale.pop()
-            if position not in head.stored.tables:
-                self._store.path(head.number, position).unlink(missing_ok=True)
+            if complete:
+                head.durable[:] = FINAL
 
     def restore(self, base: Lattice | None, commits: Sequence[Any]) -> None:
         """Begin with the lattice of a complete output and the commits after that."""
-        assert self._store is not None
+        assert self._output is not None
         self._home = base
-        heads, tiles = list(self.heads.values()), dict[tuple[int, Ints], int]()
+        heads, counts = list(self.heads.values()), dict[tuple[int, Ints], int]()
         for head in heads:
-            head.stored.final |= base is not None
+            head.final[:] = base is not None
         for body in commits:
             lattices = list(map(Lattice.from_json, body["lattices"]))  # the candidates, and home
             self._candidates, self._home = lattices[:-1], lattices[-1] if lattices else None
             for head, state in zip(heads, body["heads"], strict=True):
                 head.given |= {tuple(size): tuple(given) for size, given in state["given"]}
-                tiles |= {(head.number, tuple(position)): count for *position, count in state["tiles"]}
-        if self._home is not None and (base is not None or FINAL in tiles.values()):
+                counts |= {(head.number, tuple(position)): count for *position, count in state["tiles"]}
+        if self._home is not None and (base is not None or FINAL in counts.values()):
             self._starts[self._home.size] = list(map(set, self._home.starts))
-        known, errors = set(), []
-        for (number, position), count in tiles.items():
-            heads[number].stored.set(position, final=count == FINAL)
+        errors = []
+        for (number, position), count in counts.items():
+            heads[number].final[position] = count == FINAL
             if count > NONE:
                 try:
-                    patches = self._store.read_tile(number, position, count, None)
+                    patches = self._output.read_tile(number, position, count, None)
                 except CorruptData as error:
                     errors.append(error)
                     heads[number].changed.add(position)
                     continue
-                known.add(self._store.path(number, position))
-                heads[number].stored.set(position, patches)
+                heads[number].set_table(position, patches)
                 for patch in patches:
                     self._narrow(patch)
         if errors:
             logger.warning("%s (%d tiles in all): the patches in them must be added again", errors[0], len(errors))
-        self._store.sweep(known)
         for head in heads:
-            head.durable = copy.deepcopy(head.stored)
+            head.durable[:] = np.where(head.final, FINAL, NONE)
+            for position, table in head.tables.items():
+                head.durable[position] = len(table)
         self._durable_home = self._home
-
-    def _mend(self) -> None:
-        """Drop a tile that an interruption tore; what its file has stays."""
-        if self._torn is not None:
-            logger.warning("an interruption in the middle of a patch: what was not durable must be added again")
-            head, position = self._torn
-            head.open.pop(position, None)
-            self._torn = None

@@ -1,68 +1,74 @@
-"""The output of an aggregator: an ordinary Zarr v3 group with one array `(C, *spatial)` per head.
+"""The output of an aggregator: a Zarr v3 group with one array `(C, *spatial)` per head, and the workspace beside it.
 
-The record in the group's attributes is that of any output. Beside the group lie a lock and, until the output is
-complete, a workspace. One aggregator holds an output at a time: a later one of the same process takes over at once.
+The record in the group's attributes is that of any output. One aggregator holds an output at a time: a later one of the
+same process takes over at once. Until the output is complete, the workspace has what is not final:
+
+```text
+<output>.oocpatch/<run_id>/
+    journal                    one line per commit: which tiles are final, and how many patches the others have
+    tiles/<head>.<position>    the sums of one tile, and the patches in them; replaced as a whole
+```
+
+A tile's file lists the patches in its sums, so files need not be of one moment: after a crash one may be ahead of the
+journal, and patches that it has already are left out when they are added again. A file begins with a CRC of its name
+and its patches and one of its sums, and must have the patches that the journal counts. So a file that is lost, torn,
+flipped, swapped or stale is found before it is used, and files need no fsync.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
+import struct
 import tempfile
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from oocpatch.aggregation.batches import HeadSpec
-from oocpatch.aggregation.tile_store import TileStore
-from oocpatch.errors import OutputBusy, RunMismatch
-from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, inspect_output
+from oocpatch.aggregation.placement import HeadSpec, Patch
+from oocpatch.errors import CorruptData, OutputBusy, RunMismatch
+from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, inspect_output, write_record
+from oocpatch.planning.box import Ints
 from oocpatch.planning.plan import differences
+from oocpatch.storage.checksums import checksum, text_checksum
+from oocpatch.storage.journal import Journal, read_journal
 from oocpatch.storage.locks import beside, locked
 from oocpatch.storage.paths import LocalPath
 
-MADE_BY = "PatchAggregator"
+Array = npt.NDArray[Any]
+HEADER = struct.Struct("<IIIi")
+"""CRC of the name and the patches, CRC of the sums, number of patches and of axes."""
 
 
 class AggregatedOutput:
-    """The output of an aggregator on disk.
+    """The output of an aggregator on disk; `record` is None while there is none.
 
-    Args:
-        path: the group.
-        parameters: what was asked for, by the names of the aggregator's parameters.
-
-    Attributes:
-        record: the output's record; None while there is no output.
-        store: tiles and journal in the workspace; None while there is no output.
-
-    Raises:
-        OutputExists: when there is something that oocpatch did not write.
-        RunMismatch: when it belongs to a loop with other parameters, which are named.
+    Raises OutputExists for something that oocpatch did not write, and RunMismatch for other parameters.
     """
 
     def __init__(self, path: LocalPath, parameters: Mapping[str, Any]) -> None:
         self.path = path
         self.record = inspect_output(path)
-        self._parameters = {"made_by": MADE_BY, **parameters}
-        self._zarr_store = LocalStore(path)
+        self._parameters = {"made_by": "PatchAggregator", **parameters}
+        self._store = LocalStore(path)
+        self.arrays: dict[str, zarr.Array[Any]] = {}
+        self._commits = 0
         self._lock = contextlib.ExitStack()
         self._taken_over = self._temporary = False
-        if self.record is not None:
-            changes = differences(self._parameters, self.record.parameters)
-            if changes:
-                text = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (new, old) in changes.items())
-                raise RunMismatch(
-                    f"{path} belongs to a loop with other parameters ({text}); repeat them, or choose another store",
-                    tuple(changes),
-                )
-            self.store = TileStore(LocalPath(self.record.workspace) / self.record.run_id)
+        if self.record and (changes := differences(self._parameters, self.record.parameters)):
+            text = "; ".join(f"{name}: {old!r} before, {new!r} now" for name, (new, old) in changes.items())
+            raise RunMismatch(
+                f"{path} belongs to a loop with other parameters ({text}); repeat them, or choose another store",
+                tuple(changes),
+            )
 
     @classmethod
     def temporary(cls) -> Self:
@@ -70,8 +76,10 @@ class AggregatedOutput:
         folder = LocalPath(tempfile.mkdtemp(prefix="oocpatch-"))
         output = cls(folder / "output.zarr", {})
         output._temporary = True
-        weakref.finalize(output._zarr_store, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(output._store, shutil.rmtree, folder, ignore_errors=True)
         return output
+
+    # Lock
 
     def hold(self) -> None:
         """Take the output for this aggregator; raise OutputBusy when another process holds it."""
@@ -96,30 +104,31 @@ class AggregatedOutput:
         if self._taken_over:
             raise OutputBusy(f"a later PatchAggregator of this process has taken over {self.path}; add patches to that")
 
+    # Group and arrays
+
     def create(self, specs: Sequence[HeadSpec], *, single: bool) -> None:
-        """Make the group; `arrays` makes the arrays."""
-        workspace, run_id = self.path.with_name(f"{self.path.name}.oocpatch"), uuid.uuid4().hex
-        shutil.rmtree(workspace, ignore_errors=True)  # of an output that somebody deleted
+        """Create the group and the arrays."""
+        workspace = beside(self.path, "")
+        shutil.rmtree(str(workspace), ignore_errors=True)  # of an output that somebody deleted
         details = {"heads": [asdict(spec) for spec in specs], "single": single}
         names = tuple(spec.name for spec in specs)
-        self._write(OutputRecord(run_id, False, self._parameters, str(workspace), names, details))
-        self.store = TileStore(workspace / run_id)
+        record = OutputRecord(uuid.uuid4().hex, False, self._parameters, str(workspace), names, details)
+        zarr.create_group(self._store, attributes={ATTRIBUTE: record.to_dict()})
+        self.record = inspect_output(self.path)
+        self.open_arrays(specs)
 
-    def arrays(self, specs: Sequence[HeadSpec]) -> tuple[dict[str, zarr.Array[Any]], bool]:
-        """Return the arrays by name, and whether all of them were there; those that were not are made."""
-        arrays: dict[str, zarr.Array[Any]] = {}
-        missing = []
-        for spec in specs:
-            try:
-                arrays[spec.name] = zarr.open_array(self._zarr_store, path=spec.name, mode="r+")
-            except FileNotFoundError:
-                missing.append(spec)
+    def open_arrays(self, specs: Sequence[HeadSpec]) -> bool:
+        """Open the arrays, or create those that are missing; return whether none was."""
+        missing = [spec for spec in specs if not (self.path / spec.name / "zarr.json").exists()]
         for spec in missing:
-            shape, chunks = (spec.channels, *spec.placement.shape), (1, *spec.chunks)
-            arrays[spec.name] = zarr.create_array(
-                self._zarr_store, name=spec.name, shape=shape, chunks=chunks, dtype=spec.dtype, fill_value=0
-            )
-        return arrays, not missing
+            shape, chunks = (spec.channels, *spec.shape), (1, *spec.chunks)
+            zarr.create_array(self._store, name=spec.name, shape=shape, chunks=chunks, dtype=spec.dtype, fill_value=0)
+        self.arrays = {s.name: zarr.open_array(self._store, path=s.name, mode="r+") for s in specs}
+        return not missing
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """Return an array for the user, read-only; one of a temporary output keeps it from being deleted."""
+        return zarr.open_array(self._store, path=name, mode="r+" if self._temporary else "r")
 
     def update(self, *, complete: bool, **details: Any) -> None:
         """Record whether anything is missing; when nothing is, delete the workspace after that."""
@@ -128,21 +137,78 @@ class AggregatedOutput:
         if record != self.record:
             for left in self.path.rglob("*.partial") if complete else ():
                 left.unlink(missing_ok=True)  # of a crash in the middle of a chunk
-            self._write(record)
+            write_record(self.path, record)
+            self.record = inspect_output(self.path)
         if complete:
-            self.store.clear()
+            self.clear()
 
-    def array(self, name: str) -> zarr.Array[Any]:
-        """Return an array for the user, read-only; one of a temporary output keeps it from being deleted."""
-        return zarr.open_array(self._zarr_store, path=name, mode="r+" if self._temporary else "r")
+    # Workspace
 
-    def _write(self, record: OutputRecord) -> None:
-        plain = json.loads(json.dumps(record.to_dict()))
-        if self.record is None:
-            zarr.create_group(self._zarr_store, attributes={ATTRIBUTE: plain}, overwrite=False)
-        else:
-            zarr.open_group(self._zarr_store, mode="r+", use_consolidated=False).attrs[ATTRIBUTE] = plain
-        self.record = OutputRecord(**{**plain, "arrays": tuple(plain["arrays"])})
+    @property
+    def workspace(self) -> LocalPath:
+        """Directory of the run."""
+        assert self.record is not None
+        return LocalPath(self.record.workspace) / self.record.run_id
+
+    def commits(self) -> list[Any]:
+        """Return all commits, but for one that a crash tore; raise CorruptData when one is damaged or missing."""
+        commits = list(read_journal(self.workspace / "journal", strict=True))
+        numbers = sorted({commit["number"] for commit in commits})  # an interrupted commit is made again
+        if numbers != list(range(len(numbers))):
+            raise CorruptData(f"a commit in {self.workspace / 'journal'} is missing")
+        self._commits = len(numbers)
+        return commits
+
+    def commit(self, body: dict[str, Any]) -> None:
+        """Add a commit, when the files of its tiles are written."""
+        self.workspace.make_folder()
+        with Journal(self.workspace / "journal") as journal:
+            journal.append({"number": self._commits, **body})
+        self._commits += 1
+
+    def clear(self) -> None:
+        """Delete the workspace, the journal first."""
+        (self.workspace / "journal").unlink(missing_ok=True)
+        self.workspace.remove_tree()
+        self.workspace.parent.remove_if_empty()
+        self._commits = 0
+
+    def tile_path(self, head: int, position: Ints) -> LocalPath:
+        """Return the path of a tile's file."""
+        return self.workspace / "tiles" / ".".join(map(str, (head, *position)))
+
+    def write_tile(self, head: int, position: Ints, patches: Collection[Patch], sums: Array) -> None:
+        """Write the file of a tile, whole or not at all."""
+        path, table = self.tile_path(head, position), np.array(list(patches), np.int64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.partial")
+        with aside.open("wb") as file:
+            crc = checksum(table, text_checksum(path.name))
+            file.write(HEADER.pack(crc, checksum(sums), len(table), table.shape[-1]) + table.tobytes())
+            file.write(sums.reshape(-1).view(np.uint8).data)
+        aside.replace(path)
+
+    def read_tile(self, head: int, position: Ints, count: int, sums: Array | None) -> list[Patch]:
+        """Return the patches in a tile, at least `count`, and read its sums `(C, *spatial)` into an array, if given."""
+        path = self.tile_path(head, position)
+        try:
+            with path.open("rb") as file:
+                crc, sums_crc, length, axes = HEADER.unpack(file.read(HEADER.size))
+                table = np.frombuffer(file.read(16 * length * axes), np.int64).reshape(length, 2, axes)
+                is_whole = length >= count and checksum(table, text_checksum(path.name)) == crc
+                if is_whole and sums is not None:
+                    is_whole = file.readinto(sums.reshape(-1).view(np.uint8).data) == sums.nbytes
+                    is_whole = is_whole and checksum(sums) == sums_crc
+        except (OSError, ValueError, struct.error) as error:
+            raise CorruptData(f"sums in {path} cannot be read ({type(error).__name__})") from error
+        if not is_whole:
+            raise CorruptData(f"sums in {path} are not what was written")
+        return table_patches(table)
+
+
+def table_patches(table: Array) -> list[Patch]:
+    """Return the patches in a table `(n, 2, axes)` of their starts and sizes."""
+    return [(tuple(start), tuple(size)) for start, size in table.tolist()]
 
 
 def _close(lock: contextlib.ExitStack, process: int) -> None:

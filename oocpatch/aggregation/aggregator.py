@@ -8,8 +8,8 @@
 ```
 
 It is the engine of `predict` with the loop turned inside out: sums in float32 over tiles of whole write units, divided
-once by the weights, `crop` moving values without arithmetic. Memory stays under a limit. What is complete is written
-early, where it is known: when patches come from the grid that `patch_overlap` tells.
+once by the weights, `crop` moving values without arithmetic. Memory stays under a limit. Complete tiles are written
+early where patches come from the grid that `patch_overlap` implies.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -30,8 +29,8 @@ import zarr
 
 from oocpatch.aggregation.accumulation import Accumulation
 from oocpatch.aggregation.aggregated_output import AggregatedOutput
-from oocpatch.aggregation.batches import Batch, HeadSpec, head_specs, read_batch
-from oocpatch.aggregation.placement import Lattice
+from oocpatch.aggregation.batches import Batch, head_specs, read_batch
+from oocpatch.aggregation.placement import HeadSpec, Lattice
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.errors import CorruptData
 from oocpatch.planning.arguments import memory_limit, per_axis
@@ -41,34 +40,41 @@ from oocpatch.storage.paths import local_path
 logger = logging.getLogger("oocpatch")
 
 COMMIT_SECONDS, COMMIT_SHARE = 5.0, 0.1
-"""What was added is made durable every so often, unless that would take more than this share of the time."""
+"""Patches are made durable every so many seconds, unless that would take more than this share of the time."""
+MODES = ("crop", "average", "hann", "gaussian")
+MOST_VOXELS = 1 << 60
+"""More than any disk holds; ranks of patches stay below the largest integer."""
 
 
 class PatchAggregator:
-    """Put patches together to a volume, as TorchIO's class of that name does, on volumes larger than memory.
+    """Assemble patches into a volume that may be larger than memory, with the interface of TorchIO's class.
+
+    Patches may arrive in any order, from any grid or none; a patch that is added twice counts once.
 
     Args:
-        spatial_shape: spatial shape of the volume that the patches are of, any number of axes.
-        overlap_mode: `"crop"` keeps the middle of each patch and moves values without arithmetic; `"average"`, `"hann"`
-            and `"gaussian"` blend in float32.
-        patch_overlap: voxels shared by adjacent patches, in total, per axis, as for the sampler. `crop` trims half of
-            it from each side; the other modes give the same without it, but learn at the end only what is complete.
-        output_shape: spatial shape of the output, where the model gives another number of voxels than its patch has;
-            default: that of the volume, and with a dict what each tensor's size says.
-        store: path of the Zarr group to write; one that an interrupted loop left is resumed. None: the result is kept
-            in memory while it fits, else in a temporary directory.
-        max_memory: bytes to add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's. A tensor that
-            `get_output` gives comes on top.
-        output_chunks: chunks of the output, spatial, in voxels.
+        spatial_shape: shape of the volume in voxels, one size per axis, any number of axes.
+        overlap_mode: `"crop"` keeps the middle of each patch, in its dtype and bit by bit; `"average"`, `"hann"` and
+            `"gaussian"` blend in float32.
+        patch_overlap: voxels that adjacent patches share per axis, both sides together, as for the sampler. `crop`
+            trims half of it from each side. The other modes give the same result without it, but can then write
+            complete parts only at the end.
+        output_shape: spatial shape of the output, for a model that changes the number of voxels. Default: the shape of
+            the volume; with a dict, the scale of each tensor.
+        store: local path of the Zarr group to write. A store that an interrupted loop left is resumed. None keeps the
+            result in memory while it fits, and else in a temporary directory.
+        max_memory: bytes that this process may use in addition, e.g. `"2GiB"`; `"auto"` is a quarter of the machine's
+            memory. The tensor that `get_output` returns is not included.
+        output_chunks: spatial chunks of the output, in voxels.
 
     Attributes:
-        done: the locations that need not be added again, with a fast `in`: what a loop that was stopped has behind it.
+        done: locations that need not be added again, for `location in aggregator.done`; with a store, those that
+            survive a crash.
 
     Raises:
-        ValueError, TypeError: for bad arguments.
-        RunMismatch: when the store belongs to a loop with other parameters.
-        OutputExists: when it holds other data.
-        OutputBusy: when another process is writing to it.
+        ValueError, TypeError: if an argument is invalid.
+        RunMismatch: if the store belongs to a loop with other parameters.
+        OutputExists: if the store contains other data.
+        OutputBusy: if another process is writing to the store.
 
     >>> aggregator = PatchAggregator((4, 4), "average", patch_overlap=(0, 2))
     >>> locations = [PatchLocation((0, 0), (4, 3)), PatchLocation((0, 1), (4, 3))]
@@ -102,13 +108,13 @@ class PatchAggregator:
         self._chunks = None if output_chunks is None else per_axis("output_chunks", output_chunks, axes, least=1)
         self._limit = memory_limit(max_memory)
         self._sums: Accumulation | None = None
-        self._single = True
+        self._output: AggregatedOutput | None = None
+        self._single, self._durable = True, store is not None
         self._closed = self._final = False
-        self._repeats = 0
         self._committed_at, self._commit_cost = time.monotonic(), 0.0
         self.done = Done(self)
-        self._output: AggregatedOutput | None = None
-        self._durable = store is not None
+        self.num_repeated = 0
+        """Number of patches that were left out because they had been added before."""
         if store is not None:
             self._open(store)
 
@@ -121,16 +127,16 @@ class PatchAggregator:
     def add_batch(
         self, batch: torch.Tensor | Mapping[str, torch.Tensor], locations: Sequence[PatchLocation] | PatchLocation
     ) -> None:
-        """Add what the model gave for some patches. A patch that was added before is left out.
+        """Add the model's output for some patches. Patches that were added before are left out.
 
         Args:
-            batch: `(B, C, *spatial)`, or a dict of such tensors, the same keys each time.
-            locations: where the `B` patches lie in the volume; they may start below zero or end beyond it.
+            batch: `(B, C, *spatial)`, or a dict of such tensors, with the same keys each time.
+            locations: locations of the `B` patches in the volume; they may start below zero or end beyond it.
 
         Raises:
-            ValueError: when they do not fit each other, or what was added before. Nothing is added then.
-            PlanTooLarge: when `max_memory` is too small for even one patch.
-            CorruptData: when the workspace is damaged; the patches that are not in `done` must be added again.
+            ValueError: if they do not fit each other, or earlier batches. Nothing is added then.
+            PlanTooLarge: if `max_memory` is too small for one patch.
+            CorruptData: if the workspace is damaged; the patches that are not in `done` must be added again.
         """
         if self._closed:
             raise ValueError("a closed aggregator takes no more patches; make a new one with the same store to go on")
@@ -139,35 +145,33 @@ class PatchAggregator:
         checked = read_batch(batch, locations, self._shape, self._overlap)
         if not checked.patches:
             return
-        if self._sums is None:
-            self._begin(checked)
-        sums = self._sums
-        assert sums is not None
-        heads = {name: (head.spec, head.given) for name, head in sums.heads.items()}
-        checked.check(heads, single=self._single, blended=self._mode != "crop")
+        sums = self._sums or self._begin(checked)
+        checked.check(sums.heads, single=checked.single if self._sums is None else self._single)
         for size in {size for _, size in checked.patches}:
-            sums.expect(size, checked.all_given())
+            sums.expect(size, checked.given)
+        if self._sums is None:
+            self._single = checked.single
+            if self._output is not None:
+                self._output.hold()
+                self._attach(sums, self._output)
+            self._sums = sums
         repeats = 0
         for i, patch in enumerate(checked.patches):
             repeats += self._final or not sums.add(patch, functools.partial(checked.patch, i))
         if repeats:
-            self._repeats += repeats
+            self.num_repeated += repeats
             logger.info("%d patches were added before, and are left out", repeats)
-        self._commit_when_due()
-
-    @property
-    def num_repeated(self) -> int:
-        """Number of patches that were left out because they had been added before."""
-        return self._repeats
+        pause = max(COMMIT_SECONDS, self._commit_cost / COMMIT_SHARE)
+        if self._durable and time.monotonic() - self._committed_at >= pause:
+            self._commit()
 
     # Results
 
     def get_output(self, key: str | None = None) -> torch.Tensor:
         """Return an output as a tensor `(C, *spatial)`, in memory as a whole; see `get_array`."""
-        name = self._name(key)
-        assert self._sums is not None
+        sums, name = self._find(key)
         if self._output is None:
-            return self._sums.tensor(name)
+            return sums.tensor(name)
         self._finish()
         return torch.from_numpy(np.asarray(self._output.array(name)[...]))
 
@@ -181,23 +185,21 @@ class PatchAggregator:
 
         Raises:
             KeyError: for an unknown key, or before the first batch.
-            CorruptData: when the workspace is damaged; the patches that are not in `done` must be added again.
+            CorruptData: if the workspace is damaged; the patches that are not in `done` must be added again.
         """
-        name = self._name(key)
-        if self._output is None:
-            self._spill()
-        assert self._output is not None
+        sums, name = self._find(key)
+        output = self._spill(sums) if self._output is None else self._output
         self._finish()
-        return self._output.array(name)
+        return output.array(name)
 
     def flush(self) -> None:
-        """Make all that was added durable, where there is a store: another process can go on from here."""
+        """Make all patches durable, if there is a store: another process can then resume from here."""
         if not self._closed and self._output is not None:
             self._output.check_held()
             self._commit()
 
     def close(self) -> None:
-        """Finish the output with what was added and delete the workspace: no patch can be added any more."""
+        """Finish the output with the patches so far and delete the workspace: no patch can be added any more."""
         self._finish()
         record = None if self._closed or self._output is None else self._output.record
         if record is not None and not record.complete:
@@ -208,17 +210,16 @@ class PatchAggregator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave everything durable, and the output as finished as it can be; a new aggregator can go on from here."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Make all patches durable, and without an error bring them into the output; a new aggregator can resume."""
         if not self._closed:
-            self._finish() if error is None else self._commit()
+            self._finish() if kind is None else self._commit()
         self._leave()
 
     # The output on disk
 
     def _open(self, store: str | os.PathLike[str]) -> None:
+        """Resume from a store, if it has an output."""
         path = local_path("store", store)
         path.check_writable("store")
         parameters = {
@@ -232,56 +233,47 @@ class PatchAggregator:
         if output.record is None:
             return
         output.hold()
-        self._single = output.record.details["single"]
-        self._sums = sums = self._accumulation([HeadSpec.from_json(spec) for spec in output.record.details["heads"]])
-        arrays, is_there = output.arrays(sums.specs)
-        sums.attach(arrays, output.store, durable=True)
         details = output.record.details
+        self._single = details["single"]
+        self._sums = sums = self._accumulation([HeadSpec.from_json(spec) for spec in details["heads"]])
+        is_whole = output.open_arrays(sums.specs)
+        sums.attach(output, durable=True)
         for name, sizes in details.get("given", {}).items():
             sums.heads[name].given = {tuple(size): tuple(given) for size, given in sizes}
-        if is_there and output.record.complete:
+        if is_whole and output.record.complete:
             output.update(complete=True)  # a crash may have come before the workspace was deleted
             self._final = details["final"]
-        base, commits = details.get("lattice"), []
+        lattice, commits = details.get("lattice"), []
         try:
-            commits = output.store.read() if is_there else []
+            commits = output.commits() if is_whole else []
         except CorruptData as error:
             logger.warning("%s: all patches must be added again", error)
-        if not is_there or not (commits or output.record.complete):  # the arrays were deleted, or all commits are lost
-            base, commits = None, []
-            output.store.clear()
+        if not is_whole or not (commits or output.record.complete):  # arrays were deleted, or all commits are lost
+            lattice, commits = None, []
+            output.clear()
             output.update(complete=False, lattice=None)
-        sums.restore(base and Lattice.from_json(base), commits)
+        sums.restore(lattice and Lattice.from_json(lattice), commits)
 
-    def _begin(self, first: Batch) -> None:
-        """Make the sums, and the output, for the heads that the first batch shows."""
+    def _begin(self, first: Batch) -> Accumulation:
+        """Return empty sums for the heads that the first batch shows."""
         trims = [o // 2 if self._mode == "crop" else None for o in self._overlap]
         specs = head_specs(first, self._shape, self._output_shape, trims)
-        specs = [spec.cut(first.given(spec.name), self._chunks, self._limit // len(specs)) for spec in specs]
-        self._single = first.single
-        self._sums = self._accumulation(specs)
-        try:
-            self._sums.expect(first.patches[0][1], first.all_given())
-            if self._output is not None:
-                self._output.hold()
-                self._attach(self._output)
-        except BaseException:
-            self._sums = None
-            raise
+        limit = self._limit // len(specs)
+        return self._accumulation([spec.cut(first.given[spec.name], self._chunks, limit) for spec in specs])
 
     def _accumulation(self, specs: Sequence[HeadSpec]) -> Accumulation:
         lean_heap()
         return Accumulation(self._shape, self._overlap, self._mode, specs, limit=self._limit, on_full=self._spill)
 
-    def _spill(self) -> None:
-        """Go on in a temporary output."""
+    def _spill(self, sums: Accumulation) -> AggregatedOutput:
+        """Continue in a temporary output."""
         self._output = AggregatedOutput.temporary()
-        self._attach(self._output)
+        self._attach(sums, self._output)
+        return self._output
 
-    def _attach(self, output: AggregatedOutput) -> None:
-        assert self._sums is not None
-        output.create(self._sums.specs, single=self._single)
-        self._sums.attach(output.arrays(self._sums.specs)[0], output.store, durable=self._durable)
+    def _attach(self, sums: Accumulation, output: AggregatedOutput) -> None:
+        output.create(sums.specs, single=self._single)
+        sums.attach(output, durable=self._durable)
 
     def _commit(self) -> None:
         if self._sums is None or self._output is None:
@@ -292,13 +284,8 @@ class PatchAggregator:
         self._committed_at = time.monotonic()
         self._commit_cost = self._committed_at - started
 
-    def _commit_when_due(self) -> None:
-        pause = max(COMMIT_SECONDS, self._commit_cost / COMMIT_SHARE)
-        if self._durable and time.monotonic() - self._committed_at >= pause:
-            self._commit()
-
     def _finish(self) -> None:
-        """Bring all that was added into the output; when that is complete, record it."""
+        """Bring all patches into the output; if that completes a grid, record it."""
         if self._closed or self._sums is None or self._output is None:
             return
         is_complete = self._output.record is not None and self._output.record.complete
@@ -325,12 +312,14 @@ class PatchAggregator:
         if self._output is not None:
             self._output.release()
 
-    def _name(self, key: str | None) -> str:
-        names = [] if self._sums is None else list(self._sums.heads)
-        shown = [] if self._single else names
-        if self._sums is None or (key is None) != self._single or (key is not None and key not in names):
-            raise KeyError(f"no output for key {key!r}; there are {shown}" if names else "no batch was added yet")
-        return names[0] if key is None else key
+    def _find(self, key: str | None) -> tuple[Accumulation, str]:
+        """Return the sums, and the name of the output with a key."""
+        if self._sums is None:
+            raise KeyError("no batch was added yet")
+        names = list(self._sums.heads)
+        if (key is None) != self._single or (key is not None and key not in names):
+            raise KeyError(f"no output for key {key!r}; there are {[] if self._single else names}")
+        return self._sums, names[0] if key is None else key
 
 
 class Done:
@@ -345,8 +334,3 @@ class Done:
         if not (sums and isinstance(location, PatchLocation) and len(location.index) == len(location.size) == axes):
             return False
         return aggregator._final or sums.has((location.index, location.size))  # noqa: SLF001
-
-
-MODES = ("crop", "average", "hann", "gaussian")
-MOST_VOXELS = 1 << 60
-"""More than any disk holds; ranks of patches stay below the largest integer."""

@@ -27,12 +27,23 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from oocpatch.planning.box import Box, Ints, unit_positions
+import numpy as np
+
+from oocpatch.planning.arguments import clipped_chunks
+from oocpatch.planning.box import Box, Ints, unit_positions, worthwhile
 from oocpatch.planning.grid import PatchGrid
+from oocpatch.volumes.volume import DEFAULT_CHUNKS
+
+TILE_BYTES = 1 << 20
+"""Bytes of the sums of one tile, where the limit is large: enough to be worth a write."""
+LEAST_CHUNK = 64
+"""Voxels below which default chunks are not made smaller."""
+WRITING = 6
+"""Tiles' worth of bytes while one is written: its sums, its values, and chunks on their way through zarr."""
 
 Patch = tuple[Ints, Ints]
 """Start and size of a patch, in voxels of the volume."""
@@ -108,11 +119,6 @@ class AxisPlacement:
             spans.insert(0, ((False, start, size), low, min(own, high)))
         return [span for span in spans if span[1] < span[2]]
 
-    def extent(self, start: int, size: int, given: int) -> tuple[int, int]:
-        """Return first voxel and end of all that a patch claims; equal where it claims nothing."""
-        spans = self.claims(start, size, given)
-        return (spans[0][1], spans[-1][2]) if spans else (0, 0)
-
     def _scaled(self, at: int) -> int:
         """Return a position in the output, rounded half up."""
         return (2 * at * self.numerator + self.denominator) // (2 * self.denominator)
@@ -158,25 +164,68 @@ class Lattice:
 @functools.lru_cache(1 << 12)
 def _starts_between(axis: AxisPlacement, starts: Ints, size: int, given: int, span: tuple[int, int]) -> Ints:
     """Return the starts of the patches that claim a voxel of a span along an axis."""
-    extents = ((start, axis.extent(start, size, given)) for start in starts)
-    return tuple(start for start, (a, b) in extents if a < b and a < span[1] and b > span[0])
+    low, high = span
+    return tuple(s for s in starts if any(a < high and b > low for _, a, b in axis.claims(s, size, given)))
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Placement of patches in an output and in its tiles, which go by their positions in the lattice of tiles.
+class HeadSpec:
+    """One output of the model, and the placement of its patches in the array and in tiles, addressed by position.
 
     Attributes:
-        axes: the placement along each axis.
-        tile: shape of a tile, in voxels of the output.
+        name: name of its array.
+        channels: its channels.
+        dtype: dtype of its sums and of its array, as numpy calls it.
+        axes: placement of its patches, per axis.
+        chunks: chunks of the array, spatial.
+        tile: shape of a tile, whole chunks, spatial.
 
-    >>> place = Placement((AxisPlacement(10, 10), AxisPlacement(10, 10)), tile=(4, 8))
-    >>> place.counts, place.box((2, 1)), list(place.tiles(Box((3, 0), (5, 4))))
+    >>> axes = (AxisPlacement(10, 10), AxisPlacement(10, 10))
+    >>> head = HeadSpec("prediction", 1, "float32", axes, chunks=(4, 4), tile=(4, 8))
+    >>> head.counts, head.box((2, 1)), head.tiles(((3, 0), (2, 4)), (2, 4))
     ((3, 2), Box(start=(8, 8), stop=(10, 10)), [(0, 0), (1, 0)])
     """
 
+    name: str
+    channels: int
+    dtype: str
     axes: tuple[AxisPlacement, ...]
-    tile: Ints
+    chunks: Ints = ()
+    tile: Ints = ()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the head that `dataclasses.asdict` made JSON of."""
+        axes = tuple(AxisPlacement(**axis) for axis in value["axes"])
+        return cls(value["name"], value["channels"], value["dtype"], axes, tuple(value["chunks"]), tuple(value["tile"]))
+
+    def cut(self, given: Ints, chunks: Ints | None, limit: int) -> HeadSpec:
+        """Return the head with chunks and tiles: default chunks shrink until a patch takes half of the limit."""
+        side = DEFAULT_CHUNKS.get(len(self.shape), 16)
+        options = [chunks] if chunks is not None else [(side >> k,) * len(self.shape) for k in range(side.bit_length())]
+        for option in options:
+            clipped = clipped_chunks(option, self.shape)
+            voxels = min(TILE_BYTES, limit // 64) // self.voxel_bytes
+            tile = clipped_chunks(worthwhile(clipped, self.shape, voxels), self.shape)
+            spec = replace(self, chunks=clipped, tile=tile)
+            if sum(memory_needed([spec], {spec.name: given})) <= limit // 2 or math.prod(clipped) <= LEAST_CHUNK:
+                break
+        return spec
+
+    @property
+    def blended(self) -> bool:
+        """True where patches are added, in float32, and divided by weights."""
+        return self.axes[0].trim is None
+
+    @property
+    def voxel_bytes(self) -> int:
+        """Bytes of one voxel, all channels."""
+        return self.channels * np.dtype(self.dtype).itemsize
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of the sums of one tile."""
+        return self.voxel_bytes * math.prod(self.tile)
 
     @property
     def shape(self) -> Ints:
@@ -193,36 +242,38 @@ class Placement:
         start = tuple(i * t for i, t in zip(position, self.tile, strict=True))
         return Box(start, tuple(min(a + t, n) for a, t, n in zip(start, self.tile, self.shape, strict=True)))
 
-    def tiles(self, box: Box) -> Iterator[Ints]:
-        """Yield the positions of the tiles that a box lies in, in order."""
-        return iter(()) if box.empty else unit_positions(self.tile, box.slices())
+    def tiles(self, patch: Patch, given: Ints) -> list[Ints]:
+        """Return the positions of the tiles that a patch claims voxels of."""
+        boxes = [box.slices() for _, box in self.claims(patch, given)]
+        return list(dict.fromkeys(itertools.chain.from_iterable(unit_positions(self.tile, box) for box in boxes)))
 
     def start(self, patch: Patch, given: Ints) -> Ints:
         """Return the start of a patch's output."""
         return tuple(a.start(s, p, m) for a, s, p, m in zip(self.axes, *patch, given, strict=True))
 
     def claims(self, patch: Patch, given: Ints) -> list[tuple[Key, Box]]:
-        """Return what a patch claims of the output, as disjoint boxes with their keys."""
+        """Return what a patch claims of the output, as disjoint boxes with their keys; one at most where it blends."""
         spans = (a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, given, strict=True))
         return [
             (tuple(key for key, _, _ in parts), Box(tuple(a for _, a, _ in parts), tuple(b for _, _, b in parts)))
             for parts in itertools.product(*spans)
         ]
 
-    def extent(self, patch: Patch, given: Ints) -> Box:
-        """Return the box of all that a patch claims."""
-        spans = [a.extent(s, p, m) for a, s, p, m in zip(self.axes, *patch, given, strict=True)]
-        return Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
-
     def lattice_starts(self, lattice: Lattice, given: Ints, position: Ints) -> tuple[Ints, ...]:
         """Return the starts along each axis of the patches of a lattice that lie in a tile: they are the product."""
         box = self.box(position)
-        return tuple(
-            map(_starts_between, self.axes, lattice.starts, lattice.size, given, zip(box.start, box.stop, strict=True))
-        )
+        spans = zip(box.start, box.stop, strict=True)
+        return tuple(map(_starts_between, self.axes, lattice.starts, lattice.size, given, spans))
 
     def most_tiles(self, given: Ints) -> int:
         """Return an upper bound of the number of tiles that a patch with an output of `given` voxels lies in."""
         return math.prod(
             min(count, 1 + -(-(m - 1) // t)) for count, m, t in zip(self.counts, given, self.tile, strict=True)
         )
+
+
+def memory_needed(specs: Sequence[HeadSpec], given: Mapping[str, Ints]) -> tuple[int, int]:
+    """Return the bytes that adding one patch takes: for its tiles, and for its values and the writing of one tile."""
+    tiles = sum(s.tile_bytes * s.most_tiles(given[s.name]) for s in specs)
+    patch = sum((2 * s.voxel_bytes + 4) * math.prod(given[s.name]) for s in specs)
+    return tiles, patch + WRITING * max(s.tile_bytes for s in specs)

@@ -1,58 +1,41 @@
 """Tiles: sums over one part of the output, and the patches that are in them.
 
 A tile takes each patch once, in any order. In the blending modes window times values is added to it. In `crop` mode
-values are copied, and where claims overlap the greater key holds the voxel.
-
-A tile stores nothing per voxel besides its sums. The weights follow from its patches. Where these are a product of
-starts, as on a grid, the weights are the outer product of one array per axis, and the engine's `Normalizer` divides.
+values are copied, and where claims overlap the greater key holds the voxel. Weights are not stored: they follow from
+the patches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
-import numpy as np
 import torch
 
 from oocpatch.aggregation.placement import Key, Patch
 from oocpatch.engine.buffers import buffer
-from oocpatch.engine.normalize import Normalizer
 from oocpatch.planning.box import Box, Ints
-from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.windows import axis_window
 
-Span = Callable[[Patch], tuple[Ints, Ints]]
+Span = tuple[Ints, Ints]
 """Start and size of a patch's output, in voxels of the output."""
 
 
 class Tile:
-    """The sums over one tile.
-
-    Args:
-        box: the tile, in voxels of the output.
-        channels: channels of the sums.
-        dtype: dtype of the sums: float32, or the model's for `crop`.
-
-    Attributes:
-        data: the sums, `(C, *box.shape)`.
-        patches: the patches that are in the sums.
-        claims: in `crop` mode, the claims on its voxels.
-        changed: whether a patch was added since the tile was stored.
-    """
+    """Sums `data (C, *box.shape)` over a box of the output, the patches in them, and for `crop` their claims."""
 
     def __init__(self, box: Box, channels: int, dtype: torch.dtype) -> None:
         self.box = box
         self.data = buffer((channels, *box.shape), dtype, "cpu")
         self.patches: dict[Patch, None] = {}
         self.claims: list[tuple[Key, Box]] = []
-        self.changed = False
+        self.changed = False  # since it was stored
 
-    def add(self, start: Ints, values: torch.Tensor, window: torch.Tensor, extent: Box) -> None:
-        """Add window `(1, *given)` times values `(C, *given)` that start somewhere and lie in the output's extent."""
-        part = extent & self.box
-        inner = (slice(None), *part.slices(start))
-        self._view(part).addcmul_(values[inner], window[inner])
+    def add(self, start: Ints, values: torch.Tensor, window: torch.Tensor, box: Box) -> None:
+        """Add window `(*given)` times values `(C, *given)`, from `start` on, in a box."""
+        part = box & self.box
+        inner = part.slices(start)
+        self._view(part).addcmul_(values[(slice(None), *inner)], window[inner])
 
     def claim(self, key: Key, box: Box, start: Ints, values: torch.Tensor) -> None:
         """Copy the values of a claim, `(C, *given)` from `start` on, where no greater claim holds the voxels."""
@@ -71,68 +54,53 @@ class Tile:
     def _view(self, box: Box) -> torch.Tensor:
         return self.data[(slice(None), *box.slices(self.box.start))]
 
-    def normalized(self, mode: str, span: Span) -> torch.Tensor:
-        """Return the sums divided by the weights of the patches where these are above zero, else zero."""
-        out = torch.empty_like(self.data)
-        factors = axis_weights(mode, self.box, self.patches, span)
-        if factors is None:
-            return torch.div(self.data, _above_zero(self.weights(mode, span)), out=out)
-        normalizer = Normalizer(tuple(map(_above_zero, factors)), None, 0, tile_voxels(len(out)))
-        normalizer.normalize(self.data, Box.of_shape(self.box.shape), out)
-        return out
+    def values(self, mode: str, span: Callable[[Patch], Span]) -> torch.Tensor:
+        """Return the sums divided by the weights where these are above zero; in `crop` mode, the data."""
+        if mode == "crop":
+            return self.data
+        weights = self.weights(mode, span)
+        return self.data / weights.masked_fill_(weights <= 0, 1)
 
-    def weights(self, mode: str, span: Span) -> torch.Tensor:
-        """Return the sum of the windows of the patches, float32 `(*box.shape)`."""
-        factors = axis_weights(mode, self.box, self.patches, span)
-        if factors is not None:
-            return outer(factors)
-        total = torch.zeros(self.box.shape, dtype=torch.float32)
-        for start, given in map(span, self.patches):
-            part = Box(start, tuple(a + m for a, m in zip(start, given, strict=True))) & self.box
-            if not part.empty:
-                total[part.slices(self.box.start)] += patch_window(mode, given)[0][part.slices(start)]
-        return total
+    def weights(self, mode: str, span: Callable[[Patch], Span]) -> torch.Tensor:
+        """Return the sum of the windows of the patches, float32 `(*box.shape)`.
+
+        On a grid the starts are a product along the axes, and the sum is an outer product.
+        """
+        spans = set(map(span, self.patches))
+        columns = [set(column) for column in zip(*(start for start, _ in spans), strict=True)]
+        sizes = {given for _, given in spans}
+        if len(sizes) != 1 or not math.prod(map(len, columns)) == len(spans) == len(self.patches):
+            return sum_windows(mode, self.box, list(map(span, self.patches)))
+        bounds = zip(columns, *sizes, self.box.start, self.box.stop, strict=True)
+        return outer([sum_windows(mode, Box((a,), (b,)), [((s,), (m,)) for s in sorted(c)]) for c, m, a, b in bounds])
 
 
-def axis_weights(mode: str, box: Box, patches: Collection[Patch], span: Span) -> list[torch.Tensor] | None:
-    """Return the sum of all windows over a box as one float32 array per axis, when it is their outer product."""
-    if len({size for _, size in patches}) != 1:
-        return None
-    spans = list(map(span, patches))
-    columns = zip(
-        zip(*(start for start, _ in patches), strict=True), zip(*(at for at, _ in spans), strict=True), strict=True
-    )
-    starts = [dict(zip(*pair, strict=True)) for pair in columns]
-    if math.prod(map(len, starts)) != len(patches):
-        return None
-    sums = []
-    for column, m, low, high in zip(starts, spans[0][1], box.start, box.stop, strict=True):
-        window, total = axis_window(mode, m), np.zeros(high - low)
-        for at in sorted(column.values()):
-            a, b = max(low, at), min(high, at + m)
-            if a < b:
-                total[a - low : b - low] += window[a - at : b - at]
-        sums.append(torch.from_numpy(total).to(torch.float32))
-    return sums
+def sum_windows(mode: str, box: Box, spans: Collection[Span]) -> torch.Tensor:
+    """Return the sum over a box of the windows of some outputs of patches, float32 `(*box.shape)`.
+
+    >>> sum_windows("hann", Box((0,), (5,)), [((0,), (3,)), ((2,), (3,))])
+    tensor([0.5000, 1.0000, 1.0000, 1.0000, 0.5000])
+    """
+    total = torch.zeros(box.shape, dtype=torch.float32)
+    for start, given in spans:
+        part = Box(start, tuple(a + m for a, m in zip(start, given, strict=True))) & box
+        if not part.empty:
+            total[part.slices(box.start)] += patch_window(mode, given)[part.slices(start)]
+    return total
 
 
 def patch_window(mode: str, given: Ints) -> torch.Tensor:
-    """Return the blending weights of a patch, float32 `(1, *given)`.
+    """Return the blending weights of a patch, float32 `(*given)`.
 
-    >>> patch_window("hann", (1, 3)).tolist()
-    [[[0.5, 1.0, 0.5]]]
+    >>> patch_window("hann", (1, 3))
+    tensor([[0.5000, 1.0000, 0.5000]])
     """
-    return outer([torch.from_numpy(axis_window(mode, n)).to(torch.float32) for n in given])[None]
+    return outer([torch.from_numpy(axis_window(mode, n)).to(torch.float32) for n in given])
 
 
-def outer(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+def outer(factors: Collection[torch.Tensor]) -> torch.Tensor:
     """Return the outer product of one array per axis."""
     product = torch.ones((), dtype=torch.float32)
-    for factor in reversed(factors):
-        product = factor.reshape(-1, *(1,) * product.ndim) * product
+    for factor in factors:
+        product = product[..., None] * factor
     return product
-
-
-def _above_zero(weights: torch.Tensor) -> torch.Tensor:
-    """Return weights to divide by: one where no patch lies, where the sums are zero."""
-    return torch.where(weights > 0, weights, 1)
