@@ -273,6 +273,30 @@ def test_an_interruption_in_the_middle_of_a_patch_tears_nothing(
         assert_as_expected(aggregator.get_output().numpy(), loop)
 
 
+def test_an_interruption_after_a_written_tile_was_opened_again_leaves_nothing_of_lost_patches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The output then has more than the grid, which must not be taken for the grid alone."""
+    grid = loop_of({**OPTIONS, "mode": "hann"})
+    extra = [((s, s), aggregation.values_at((s, s), (12, 12), 2, "float32")) for s in (1, 4)]
+    loop = Loop(grid.shape, grid.mode, grid.overlap, [*grid.patches, *extra], grid.chunks)
+    aggregator = loop.aggregator()
+    add(aggregator, grid.patches)
+    aggregator.get_array()
+    add(aggregator, extra[:1])
+    aggregator.get_array()
+
+    def interrupted(self: Tile, *values: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tile, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add(aggregator, extra[1:])
+    add(aggregator, [p for p in loop.patches if aggregation.location(p) not in aggregator.done])
+    assert_as_expected(aggregator.get_output().numpy(), loop)
+
+
 # The store
 
 
