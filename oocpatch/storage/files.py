@@ -23,12 +23,6 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
             rest = rest[file.write(rest) :]
 
 
-def write_file_soon(path: Path, data: bytes | memoryview) -> None:
-    """Write a file in place, and have the disk begin with it at once."""
-    write_file(path, data)
-    start_writing(path, len(data))
-
-
 def start_writing(path: Path, size: int) -> None:
     """Have the disk begin with a file of `size` bytes, so that there is little to wait for at the end."""
     if size < WORTH_STARTING or not hasattr(_LIBRARY, "sync_file_range"):

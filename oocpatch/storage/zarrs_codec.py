@@ -30,7 +30,7 @@ from zarr.storage import LocalStore
 from oocpatch.planning.box import Box, selected, unit_positions, worthwhile
 from oocpatch.storage.checksums import ABSENT, bytes_checksum, measured
 from oocpatch.storage.chunk_reader import PlainArray
-from oocpatch.storage.files import start_writing, write_file_soon
+from oocpatch.storage.files import start_writing, write_file
 from oocpatch.storage.paths import LocalPath
 
 Selection = tuple[slice, ...]
@@ -175,7 +175,8 @@ class StagedArray:
             return self._absent(key)
         source = self._aside / str(threading.get_ident())
         try:
-            write_file_soon(source, data)
+            write_file(source, data)
+            start_writing(source, len(data))
             self._rename(source, key)
         except FileNotFoundError:
             self._refuse_after_end()

@@ -83,12 +83,12 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
     images = "".join(
         f'<img alt="{_text(head)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for head, png in named
     )
-    figures = _figures(record, plan).items()
-    tiles = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in figures)
+    figures, name = _figures(record, plan).items(), Path(output).name
+    tiles = "".join(f"<div><b>{_text(value)}</b><span>{_text(label)}</span></div>" for label, value in figures)
     settings = record.details.get("settings", {})
     count = "" if state.state == "complete" else f", {state.predict_done} of {state.predict_total} blocks computed"
     parts = [
-        f"<h1>{_text(Path(output).name)}</h1><p class='state'>{_text(f'{state.state}{count}: {state.output}')}</p>",
+        f"<h1>{_text(name)}</h1><p class='state'>{_text(f'{state.state}{count}: {state.output}')}</p>",
         f"<div class='facts'>{tiles}</div>",
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
@@ -105,8 +105,7 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
             f"kept for every file; metadata {record.details['metadata_crc']}; `oocpatch check {state.output}` reads all"
         )
     parts.append(f"<h2>Made by</h2>{_table(about)}")
-    title = f"<title>{_text(Path(output).name)}</title>"
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'>{title}"
+    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_text(name)}</title>"
     body = f"<body><main>{''.join(parts)}</main></body>"
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>{body}</html>\n'
 
