@@ -40,6 +40,20 @@ def test_the_parameters_of_predict_are_the_fields_with_their_defaults() -> None:
     assert tuple(parameters)[:3] == POSITIONAL
 
 
+def test_predict_passes_every_parameter_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def of(*positional: object, **keywords: object) -> None:
+        assert positional == POSITIONAL
+        assert keywords == {name: name for name in OPTIONS if name not in POSITIONAL}
+        raise Seen
+
+    monkeypatch.setattr(RunConfig, "of", of)
+    with pytest.raises(Seen):
+        oocpatch.predict(*POSITIONAL, **{name: name for name in OPTIONS if name not in POSITIONAL})
+
+
 def test_every_parameter_is_described_in_the_docstring_of_predict() -> None:
     text = inspect.getdoc(oocpatch.predict) or ""
     assert [name for name in OPTIONS if f"\n    {name}: " not in text] == []
