@@ -83,7 +83,7 @@ def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
 class Idle:
     """An executor whose tasks do nothing, and are done at once."""
 
-    window = 2
+    max_in_flight = 2
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Say what a stage would."""
@@ -105,14 +105,14 @@ def drive(directory: str, edge: int) -> dict[str, Any]:
         Run(made.block_grid, done, ledger, lambda _: None, to_predict=every, to_normalize=every).execute(Idle())
         ledger.close()
     size = _ledger(directory).stat().st_size
-    return {**vars(usage), "result": f"{len(done.predicted) + len(done.normalized):,} records, {size / MIB:.0f} MiB"}
+    return {**vars(usage), "result": f"{len(done.partials) + len(done.normalized):,} records, {size / MIB:.0f} MiB"}
 
 
 def read_progress(directory: str, edge: int) -> dict[str, Any]:
     """Read the ledger, as a resume does."""
     with measured() as usage:
         found = RunProgress.read([_ledger(directory)], edge**3)
-    return {**vars(usage), "result": f"{len(found.predicted):,} of {edge**3:,} blocks"}
+    return {**vars(usage), "result": f"{len(found.partials):,} of {edge**3:,} blocks"}
 
 
 def keep(directory: str, edge: int) -> dict[str, Any]:
