@@ -52,7 +52,7 @@ class HeadTiles:
     """The tiles of one head.
 
     Attributes:
-        given: size of a patch's output, by size of the patch.
+        out_size: size of a patch's output, by size of the patch.
         open: tiles in memory, the least recently used one first.
         final: per tile, whether the output has its final values, with all patches of the home lattice.
         tables: patches of the tiles that have a file, `(n, 2, axes)`, in the order in which they were added.
@@ -64,7 +64,7 @@ class HeadTiles:
 
     def __init__(self, number: int, spec: HeadSpec) -> None:
         self.number, self.spec = number, spec
-        self.given: dict[Ints, Ints] = {}
+        self.out_size: dict[Ints, Ints] = {}
         self.open: OrderedDict[Ints, Tile] = OrderedDict()
         self.final, self.durable = np.zeros(spec.counts, bool), np.zeros(spec.counts, np.int32)
         self.tables: dict[Ints, npt.NDArray[np.signedinteger]] = {}
@@ -91,7 +91,7 @@ class HeadTiles:
 
     def positions(self, patch: Patch) -> list[Ints]:
         """Return the tiles that a patch lies in."""
-        return self.spec.tiles(patch, self.given[patch[1]])
+        return self.spec.tiles(patch, self.out_size[patch[1]])
 
     def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
         """Return whether a patch is in a tile, in memory or not."""
@@ -115,12 +115,12 @@ class HeadTiles:
 
     def starts(self, lattice: Lattice, position: Ints) -> tuple[Ints, ...]:
         """Return the starts along each axis of the patches of a lattice that lie in a tile."""
-        return self.spec.lattice_starts(lattice, self.given[lattice.size], position)
+        return self.spec.lattice_starts(lattice, self.out_size[lattice.size], position)
 
     def span(self, patch: Patch) -> Span:
         """Return start and size of a patch's output."""
-        given = self.given[patch[1]]
-        return self.spec.start(patch, given), given
+        out_size = self.out_size[patch[1]]
+        return self.spec.start(patch, out_size), out_size
 
 
 class Accumulation:
@@ -152,9 +152,9 @@ class Accumulation:
         """Write to an output from now on, with a journal if what is there must survive a crash."""
         self._output, self._durable = output, durable
 
-    def expect(self, size: Ints, given: Mapping[str, Ints]) -> None:
-        """Prepare for patches of a size, with outputs of given sizes; raise PlanTooLarge when one is too much."""
-        tiles, reserve = memory_needed(self.specs, given)
+    def expect(self, size: Ints, out_size: Mapping[str, Ints]) -> None:
+        """Prepare for patches of a size, with outputs of these sizes; raise PlanTooLarge when one is too much."""
+        tiles, reserve = memory_needed(self.specs, out_size)
         if tiles + reserve > self._limit:
             shapes = ", ".join(f"{human(s.tile_bytes)} each for shape {s.tile}" for s in self.specs)
             raise PlanTooLarge(
@@ -163,19 +163,19 @@ class Accumulation:
             )
         self._reserve = max(self._reserve, reserve)
         for name, head in self.heads.items():
-            head.given.setdefault(size, given[name])
+            head.out_size.setdefault(size, out_size[name])
 
     def has(self, patch: Patch) -> bool:
         """Return whether a patch was added; where there is a journal, whether that survives a crash."""
         heads = self.heads.values()
-        if any(patch[1] not in head.given for head in heads):
+        if any(patch[1] not in head.out_size for head in heads):
             return False
         if self._durable:
             return all(h.has_durably(p, patch, self._durable_home) for h in heads for p in h.positions(patch))
         return all(h.has(p, patch, self._home) for h in heads for p in h.positions(patch))
 
     def add(self, patch: Patch, outputs: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
-        """Add the outputs of a patch, `(C, *given)` per head; return False if it was added before."""
+        """Add the outputs of a patch, `(C, *out_size)` per head; return False if it was added before."""
         self._narrow(patch)
         positions = {
             name: [p for p in head.positions(patch) if not head.has(p, patch, self._home)]
@@ -202,12 +202,12 @@ class Accumulation:
             starts.add(at)
 
     def _add_to(self, head: HeadTiles, positions: Sequence[Ints], patch: Patch, values: torch.Tensor) -> None:
-        start, given = head.span(patch)
-        claims = head.spec.claims(patch, given)
+        start, out_size = head.span(patch)
+        claims = head.spec.claims(patch, out_size)
         if head.spec.blended:
             values = values.to(torch.float32)
-            if self._window[0] != given:
-                self._window = given, patch_window(self._mode, given)
+            if self._window[0] != out_size:
+                self._window = out_size, patch_window(self._mode, out_size)
         for position in positions:
             # A tile that an interruption tears is not among the open ones, and forgotten.
             tile = head.open.pop(position, None) or self._load(head, position)
@@ -244,7 +244,7 @@ class Accumulation:
                 raise CorruptData(f"{error}; add the patches that are not in `done` again, and all is well") from error
             tile.patches = dict.fromkeys(patches)
         if not head.spec.blended:
-            claims = [c for patch in tile.patches for c in head.spec.claims(patch, head.given[patch[1]])]
+            claims = [c for patch in tile.patches for c in head.spec.claims(patch, head.out_size[patch[1]])]
             tile.claims = [(key, box & tile.box) for key, box in claims]
         return tile
 
@@ -375,7 +375,7 @@ class Accumulation:
                 self._save(head, position)
         lattices = [astuple(lattice) for lattice in (*self._candidates, self._home) if lattice is not None]
         heads = [
-            {"given": list(h.given.items()), "tiles": [[*p, h.count(p)] for p in sorted(h.changed)]}
+            {"out_size": list(h.out_size.items()), "tiles": [[*p, h.count(p)] for p in sorted(h.changed)]}
             for h in self.heads.values()
         ]
         self._output.commit({"lattices": lattices, "heads": heads})
@@ -405,7 +405,7 @@ class Accumulation:
             lattices = list(map(Lattice.from_json, body["lattices"]))  # the candidates, and home
             self._candidates, self._home = lattices[:-1], lattices[-1] if lattices else None
             for head, state in zip(heads, body["heads"], strict=True):
-                head.given |= {tuple(size): tuple(given) for size, given in state["given"]}
+                head.out_size |= {tuple(size): tuple(out_size) for size, out_size in state["out_size"]}
                 counts |= {(head.number, tuple(position)): count for *position, count in state["tiles"]}
         if self._home is not None and (base is not None or FINAL in counts.values()):
             self._starts[self._home.size] = list(map(set, self._home.starts))

@@ -181,15 +181,15 @@ class AggregatedOutput:
         """Write the file of a tile, whole or not at all."""
         path, table = self.tile_path(head, position), np.array(list(patches), np.int64)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.partial")
-        with aside.open("wb") as file:
+        staging = path.with_name(f"{path.name}.partial")
+        with staging.open("wb") as file:
             crc = checksum(table, text_checksum(path.name))
             file.write(HEADER.pack(crc, checksum(sums), len(table), table.shape[-1]) + table.tobytes())
             file.write(sums.reshape(-1).view(np.uint8).data)
-        aside.replace(path)
+        staging.replace(path)
 
     def read_tile(self, head: int, position: Ints, count: int, sums: Array | None) -> list[Patch]:
-        """Return the patches in a tile, at least `count`, and read its sums `(C, *spatial)` into an array, if given."""
+        """Return the patches in a tile, at least `count`, and read its sums `(C, *spatial)` into an array, if any."""
         path = self.tile_path(head, position)
         try:
             with path.open("rb") as file:

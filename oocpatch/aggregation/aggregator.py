@@ -148,7 +148,7 @@ class PatchAggregator:
         sums = self._sums or self._begin(checked)
         checked.check(sums.heads, single=checked.single if self._sums is None else self._single)
         for size in {size for _, size in checked.patches}:
-            sums.expect(size, checked.given)
+            sums.expect(size, checked.out_size)
         if self._sums is None:
             self._single = checked.single
             if self._output is not None:
@@ -238,8 +238,8 @@ class PatchAggregator:
         self._sums = sums = self._accumulation([HeadSpec.from_json(spec) for spec in details["heads"]])
         is_whole = output.open_arrays(sums.specs)
         sums.attach(output, durable=True)
-        for name, sizes in details.get("given", {}).items():
-            sums.heads[name].given = {tuple(size): tuple(given) for size, given in sizes}
+        for name, sizes in details.get("out_size", {}).items():
+            sums.heads[name].out_size = {tuple(size): tuple(out_size) for size, out_size in sizes}
         if is_whole and output.record.complete:
             output.update(complete=True)  # a crash may have come before the workspace was deleted
             self._final = details["final"]
@@ -259,7 +259,7 @@ class PatchAggregator:
         trims = [o // 2 if self._mode == "crop" else None for o in self._overlap]
         specs = head_specs(first, self._shape, self._output_shape, trims)
         limit = self._limit // len(specs)
-        return self._accumulation([spec.cut(first.given[spec.name], self._chunks, limit) for spec in specs])
+        return self._accumulation([spec.cut(first.out_size[spec.name], self._chunks, limit) for spec in specs])
 
     def _accumulation(self, specs: Sequence[HeadSpec]) -> Accumulation:
         lean_heap()
@@ -301,7 +301,7 @@ class PatchAggregator:
         assert self._sums is not None
         self._output.update(
             complete=True,
-            given={name: list(head.given.items()) for name, head in self._sums.heads.items()},
+            out_size={name: list(head.out_size.items()) for name, head in self._sums.heads.items()},
             lattice=None if lattice is None else astuple(lattice),
             final=self._final,
         )

@@ -26,12 +26,12 @@ class Batch:
     single: bool
 
     @property
-    def given(self) -> dict[str, Ints]:
+    def out_size(self) -> dict[str, Ints]:
         """Sizes of the patches' outputs by name."""
         return {name: tuple(tensor.shape[2:]) for name, tensor in self.tensors.items()}
 
     def patch(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the outputs of one patch by name: `(C, *given)` in main memory, in a dtype that an array can have."""
+        """Return the outputs of one patch by name: `(C, *out_size)` in main memory, in a storable dtype."""
         return {name: _storable(tensor[index].detach().cpu()) for name, tensor in self.tensors.items()}
 
     def label(self, name: str) -> str:
@@ -46,18 +46,18 @@ class Batch:
         if self.tensors.keys() != heads.keys():
             raise ValueError(f"batch must have the keys {sorted(heads)}, as before, got {sorted(self.tensors)}")
         for name, tensor in self.tensors.items():
-            label, given, spec, known = self.label(name), self.given[name], heads[name].spec, heads[name].given
+            label, out_size, spec, known = self.label(name), self.out_size[name], heads[name].spec, heads[name].out_size
             if tensor.shape[1] != spec.channels:
                 raise ValueError(f"{label} must have {spec.channels} channels, as before, got {tensor.shape[1]}")
             if not spec.blended and (dtype := _stored_dtype(tensor)) != spec.dtype:
                 raise ValueError(f"{label} must have dtype {spec.dtype}, as before, got {dtype}")
             for size in {size for _, size in self.patches}:
-                if known.get(size, given) != given or not all(map(AxisPlacement.fits, spec.axes, size, given)):
+                if known.get(size, out_size) != out_size or not all(map(AxisPlacement.fits, spec.axes, size, out_size)):
                     scale = tuple(f"{a.numerator}/{a.denominator}" for a in spec.axes)
                     times = "" if set(scale) == {"1/1"} else f" times {scale}"
                     before = f", and was {known[size]} before" if size in known else ""
                     raise ValueError(
-                        f"{label} must have the spatial size of its locations{times}{before}, got {given} for {size}"
+                        f"{label} must have the spatial size of its locations{times}{before}, got {out_size} for {size}"
                     )
 
 
@@ -119,18 +119,18 @@ def _read_location(location: Any, shape: Ints, overlap: Ints) -> Patch:
 def head_specs(first: Batch, shape: Ints, output_shape: Ints | None, trims: Sequence[int | None]) -> list[HeadSpec]:
     """Return the heads that the first batch shows, not cut yet; `trims` are those of `AxisPlacement`."""
     size, specs = first.patches[0][1], []
-    for name, given in first.given.items():
-        if first.single and output_shape is None and given != size:  # as TorchIO: another scale must be asked for
+    for name, out_size in first.out_size.items():
+        if first.single and output_shape is None and out_size != size:  # as TorchIO: another scale must be asked for
             raise ValueError(
-                f"batch must have the spatial size of its locations, got {given} for {size}; "
+                f"batch must have the spatial size of its locations, got {out_size} for {size}; "
                 "pass output_shape when the model gives another number of voxels"
             )
         outs: Sequence[int | None] = output_shape or (shape if first.single else (None,) * len(shape))
-        axes = tuple(map(AxisPlacement.fitted, shape, outs, size, given, trims))
+        axes = tuple(map(AxisPlacement.fitted, shape, outs, size, out_size, trims))
         if None in axes:
             raise ValueError(
                 f"output_shape must be to the volume as {first.label(name)} is to its locations, rounded up or down, "
-                f"got {output_shape} for {shape}, and {given} for {size}"
+                f"got {output_shape} for {shape}, and {out_size} for {size}"
             )
         dtype = "float32" if None in trims else _stored_dtype(first.tensors[name])
         specs.append(HeadSpec(name, first.tensors[name].shape[1], dtype, tuple(a for a in axes if a is not None)))

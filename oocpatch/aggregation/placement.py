@@ -74,41 +74,41 @@ class AxisPlacement:
     trim: int | None = None
 
     @classmethod
-    def fitted(cls, length: int, out: int | None, size: int, given: int, trim: int | None) -> AxisPlacement | None:
-        """Return the placement that follows from a patch of `size` voxels and its output of `given` voxels, or None.
+    def fitted(cls, length: int, out: int | None, size: int, out_size: int, trim: int | None) -> AxisPlacement | None:
+        """Return the placement that follows from a patch of `size` voxels and its output of `out_size` voxels, or None.
 
-        With `out`, the scale is `given / size` where `out` is `length` times that, rounded up or down, else
-        `out / length`; then `given` must be `size` times that, rounded up or down. Without, `out` is rounded up.
+        With `out`, the scale is `out_size / size` where `out` is `length` times that, rounded up or down, else
+        `out / length`; then `out_size` must be `size` times that, rounded up or down. Without, `out` is rounded up.
 
         >>> AxisPlacement.fitted(29, 7, 8, 2, None).denominator, AxisPlacement.fitted(100, 33, 32, 10, None).numerator
         (4, 33)
         """
         if out is None:
-            out = -(-length * given // size)
-        gap = abs(length * given - size * out)  # with a scale of given / size, or of out / length
+            out = -(-length * out_size // size)
+        gap = abs(length * out_size - size * out)  # with a scale of out_size / size, or of out / length
         if gap >= max(size, length):
             return None
-        numerator, denominator = (given, size) if gap < size else (out, length)
+        numerator, denominator = (out_size, size) if gap < size else (out, length)
         common = math.gcd(numerator, denominator)
         return cls(length, out, numerator // common, denominator // common, trim)
 
-    def fits(self, size: int, given: int) -> bool:
-        """Return whether `given` is `size` scaled, rounded up or down."""
-        return abs(given * self.denominator - size * self.numerator) < self.denominator
+    def fits(self, size: int, out_size: int) -> bool:
+        """Return whether `out_size` is `size` scaled, rounded up or down."""
+        return abs(out_size * self.denominator - size * self.numerator) < self.denominator
 
-    def start(self, start: int, size: int, given: int) -> int:
+    def start(self, start: int, size: int, out_size: int) -> int:
         """Return the start of a patch's output, which may lie outside of the output as the patch may of the volume."""
         at = self._scaled(start)
-        return min(at, self.out - given) if start + size < self.length else max(at, self.out - given)
+        return min(at, self.out - out_size) if start + size < self.length else max(at, self.out - out_size)
 
-    def claims(self, start: int, size: int, given: int) -> list[tuple[tuple[bool, int, int], int, int]]:
+    def claims(self, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
         """Return the spans that a patch claims, as key, first voxel and end: at most two adjacent ones, in order.
 
         >>> AxisPlacement(10, 10, trim=1).claims(0, 4, 4)
         [((False, 0, 4), 0, 1), ((True, 0, 4), 1, 3)]
         """
-        at = self.start(start, size, given)
-        low, high = max(at, 0), min(at + given, self.out)
+        at = self.start(start, size, out_size)
+        low, high = max(at, 0), min(at + out_size, self.out)
         if self.trim is None:
             return [((True, start, size), low, high)] if low < high else []
         own = max(low, self._scaled(start + self.trim))
@@ -162,10 +162,10 @@ class Lattice:
 
 
 @functools.lru_cache(1 << 12)
-def _starts_between(axis: AxisPlacement, starts: Ints, size: int, given: int, span: tuple[int, int]) -> Ints:
+def _starts_between(axis: AxisPlacement, starts: Ints, size: int, out_size: int, span: tuple[int, int]) -> Ints:
     """Return the starts of the patches that claim a voxel of a span along an axis."""
     low, high = span
-    return tuple(s for s in starts if any(a < high and b > low for _, a, b in axis.claims(s, size, given)))
+    return tuple(s for s in starts if any(a < high and b > low for _, a, b in axis.claims(s, size, out_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class HeadSpec:
         axes = tuple(AxisPlacement(**axis) for axis in value["axes"])
         return cls(value["name"], value["channels"], value["dtype"], axes, tuple(value["chunks"]), tuple(value["tile"]))
 
-    def cut(self, given: Ints, chunks: Ints | None, limit: int) -> HeadSpec:
+    def cut(self, out_size: Ints, chunks: Ints | None, limit: int) -> HeadSpec:
         """Return the head with chunks and tiles: default chunks shrink until a patch takes half of the limit."""
         side = DEFAULT_CHUNKS.get(len(self.shape), 16)
         options = [chunks] if chunks is not None else [(side >> k,) * len(self.shape) for k in range(side.bit_length())]
@@ -208,7 +208,7 @@ class HeadSpec:
             voxels = min(TILE_BYTES, limit // 64) // self.voxel_bytes
             tile = clipped_chunks(worthwhile(clipped, self.shape, voxels), self.shape)
             spec = replace(self, chunks=clipped, tile=tile)
-            if sum(memory_needed([spec], {spec.name: given})) <= limit // 2 or math.prod(clipped) <= LEAST_CHUNK:
+            if sum(memory_needed([spec], {spec.name: out_size})) <= limit // 2 or math.prod(clipped) <= LEAST_CHUNK:
                 break
         return spec
 
@@ -242,38 +242,38 @@ class HeadSpec:
         start = tuple(i * t for i, t in zip(position, self.tile, strict=True))
         return Box(start, tuple(min(a + t, n) for a, t, n in zip(start, self.tile, self.shape, strict=True)))
 
-    def tiles(self, patch: Patch, given: Ints) -> list[Ints]:
+    def tiles(self, patch: Patch, out_size: Ints) -> list[Ints]:
         """Return the positions of the tiles that a patch claims voxels of."""
-        boxes = [box.slices() for _, box in self.claims(patch, given)]
+        boxes = [box.slices() for _, box in self.claims(patch, out_size)]
         return list(dict.fromkeys(itertools.chain.from_iterable(unit_positions(self.tile, box) for box in boxes)))
 
-    def start(self, patch: Patch, given: Ints) -> Ints:
+    def start(self, patch: Patch, out_size: Ints) -> Ints:
         """Return the start of a patch's output."""
-        return tuple(a.start(s, p, m) for a, s, p, m in zip(self.axes, *patch, given, strict=True))
+        return tuple(a.start(s, p, m) for a, s, p, m in zip(self.axes, *patch, out_size, strict=True))
 
-    def claims(self, patch: Patch, given: Ints) -> list[tuple[Key, Box]]:
+    def claims(self, patch: Patch, out_size: Ints) -> list[tuple[Key, Box]]:
         """Return what a patch claims of the output, as disjoint boxes with their keys; one at most where it blends."""
-        spans = (a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, given, strict=True))
+        spans = (a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, out_size, strict=True))
         return [
             (tuple(key for key, _, _ in parts), Box(tuple(a for _, a, _ in parts), tuple(b for _, _, b in parts)))
             for parts in itertools.product(*spans)
         ]
 
-    def lattice_starts(self, lattice: Lattice, given: Ints, position: Ints) -> tuple[Ints, ...]:
+    def lattice_starts(self, lattice: Lattice, out_size: Ints, position: Ints) -> tuple[Ints, ...]:
         """Return the starts along each axis of the patches of a lattice that lie in a tile: they are the product."""
         box = self.box(position)
         spans = zip(box.start, box.stop, strict=True)
-        return tuple(map(_starts_between, self.axes, lattice.starts, lattice.size, given, spans))
+        return tuple(map(_starts_between, self.axes, lattice.starts, lattice.size, out_size, spans))
 
-    def most_tiles(self, given: Ints) -> int:
-        """Return an upper bound of the number of tiles that a patch with an output of `given` voxels lies in."""
+    def most_tiles(self, out_size: Ints) -> int:
+        """Return an upper bound of the number of tiles that a patch with an output of `out_size` voxels lies in."""
         return math.prod(
-            min(count, 1 + -(-(m - 1) // t)) for count, m, t in zip(self.counts, given, self.tile, strict=True)
+            min(count, 1 + -(-(m - 1) // t)) for count, m, t in zip(self.counts, out_size, self.tile, strict=True)
         )
 
 
-def memory_needed(specs: Sequence[HeadSpec], given: Mapping[str, Ints]) -> tuple[int, int]:
+def memory_needed(specs: Sequence[HeadSpec], out_size: Mapping[str, Ints]) -> tuple[int, int]:
     """Return the bytes that adding one patch takes: for its tiles, and for its values and the writing of one tile."""
-    tiles = sum(s.tile_bytes * s.most_tiles(given[s.name]) for s in specs)
-    patch = sum((2 * s.voxel_bytes + 4) * math.prod(given[s.name]) for s in specs)
+    tiles = sum(s.tile_bytes * s.most_tiles(out_size[s.name]) for s in specs)
+    patch = sum((2 * s.voxel_bytes + 4) * math.prod(out_size[s.name]) for s in specs)
     return tiles, patch + WRITING * max(s.tile_bytes for s in specs)

@@ -32,13 +32,13 @@ class Tile:
         self.changed = False  # since it was stored
 
     def add(self, start: Ints, values: torch.Tensor, window: torch.Tensor, box: Box) -> None:
-        """Add window `(*given)` times values `(C, *given)`, from `start` on, in a box."""
+        """Add window `(*out_size)` times values `(C, *out_size)`, from `start` on, in a box."""
         part = box & self.box
         inner = part.slices(start)
         self._view(part).addcmul_(values[(slice(None), *inner)], window[inner])
 
     def claim(self, key: Key, box: Box, start: Ints, values: torch.Tensor) -> None:
-        """Copy the values of a claim, `(C, *given)` from `start` on, where no greater claim holds the voxels."""
+        """Copy the values of a claim, `(C, *out_size)` from `start` on, where no greater claim holds the voxels."""
         part = box & self.box
         if part.empty:
             return
@@ -68,7 +68,7 @@ class Tile:
         """
         spans = set(map(span, self.patches))
         columns = [set(column) for column in zip(*(start for start, _ in spans), strict=True)]
-        sizes = {given for _, given in spans}
+        sizes = {out_size for _, out_size in spans}
         if len(sizes) != 1 or not math.prod(map(len, columns)) == len(spans) == len(self.patches):
             return sum_windows(mode, self.box, list(map(span, self.patches)))
         bounds = zip(columns, *sizes, self.box.start, self.box.stop, strict=True)
@@ -82,20 +82,20 @@ def sum_windows(mode: str, box: Box, spans: Collection[Span]) -> torch.Tensor:
     tensor([0.5000, 1.0000, 1.0000, 1.0000, 0.5000])
     """
     total = torch.zeros(box.shape, dtype=torch.float32)
-    for start, given in spans:
-        part = Box(start, tuple(a + m for a, m in zip(start, given, strict=True))) & box
+    for start, out_size in spans:
+        part = Box(start, tuple(a + m for a, m in zip(start, out_size, strict=True))) & box
         if not part.empty:
-            total[part.slices(box.start)] += patch_window(mode, given)[part.slices(start)]
+            total[part.slices(box.start)] += patch_window(mode, out_size)[part.slices(start)]
     return total
 
 
-def patch_window(mode: str, given: Ints) -> torch.Tensor:
-    """Return the blending weights of a patch, float32 `(*given)`.
+def patch_window(mode: str, out_size: Ints) -> torch.Tensor:
+    """Return the blending weights of a patch, float32 `(*out_size)`.
 
     >>> patch_window("hann", (1, 3))
     tensor([[0.5000, 1.0000, 0.5000]])
     """
-    return outer([torch.from_numpy(axis_window(mode, n)).to(torch.float32) for n in given])
+    return outer([torch.from_numpy(axis_window(mode, n)).to(torch.float32) for n in out_size])
 
 
 def outer(factors: Collection[torch.Tensor]) -> torch.Tensor:

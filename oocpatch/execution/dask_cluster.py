@@ -56,7 +56,7 @@ GATHER_SECONDS, FLUSH_SECONDS, CLOSE_SECONDS = 5.0, 60.0, 5.0
 WAIT = "oocpatch.wait-for-workers"
 """Setting of Dask: how long a run waits for the first worker, or for another one when all are gone."""
 
-RESUME = "what is finished is kept, the same call goes on where this one stopped"
+RESUME = "finished blocks are kept, and the same call continues"
 
 
 class WorkerDied(OocpatchError, RuntimeError):

@@ -32,7 +32,7 @@ from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.checksums import file_checksum
 from oocpatch.storage.paths import LocalPath, StoragePath, consolidate
-from oocpatch.storage.zarrs_codec import StagedArray, sweep_aside
+from oocpatch.storage.zarrs_codec import StagedArray, sweep_staging
 from oocpatch.volumes.volume import Volume
 
 
@@ -225,7 +225,7 @@ class Output:
         folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, LocalPath)]
         for left in [left for folder in folders for left in folder.rglob("*.partial")]:
             if left.is_dir():
-                sweep_aside(left)
+                sweep_staging(left)
             else:
                 left.unlink(missing_ok=True)
 

@@ -49,7 +49,7 @@ class ChunkGuard:
     array: zarr.Array[Any]
     folder: Path
     decoded_size: DecodedSize | None
-    """Of a stored chunk; None where no codec inflates."""
+    """Size of a stored chunk once decoded; None where no codec inflates."""
     sharding: ShardingCodec | None
 
     @classmethod

@@ -145,7 +145,7 @@ def find_journals(root: StoragePath, name: str) -> list[StoragePath]:
     """List the journals right below a path that have this name, or begin with it and a dot."""
     if isinstance(root, LocalPath):
         return [*root.glob(name), *sorted(root.glob(f"{name}.*"))]
-    return [root / found for found in root.list_folders() if found == name or found.startswith(f"{name}.")]
+    return [root / folder for folder in root.list_folders() if folder == name or folder.startswith(f"{name}.")]
 
 
 def replace_journal(path: StoragePath, lines: Iterable[bytes]) -> None:

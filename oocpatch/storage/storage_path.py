@@ -236,26 +236,26 @@ class LocalPath(pathlib.PosixPath, StoragePath):
         write_file(self, data)
 
     def write_atomic(self, content: str | bytes | Iterable[bytes]) -> None:
-        aside = self.with_name(f"{self.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        with aside.open("wb") as file:
+        staging = self.with_name(f"{self.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        with staging.open("wb") as file:
             file.writelines(lines_of(content))
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(self)
+        staging.replace(self)
 
     def put_if(self, content: bytes, tag: str | None) -> bool:
-        aside = self.with_name(f"{self.name}.{os.getpid()}-{secrets.token_hex(16)}")
+        staging = self.with_name(f"{self.name}.{os.getpid()}-{secrets.token_hex(16)}")
         if tag is not None:
             # Renaming is atomic: of two processes that replace the same file one moves it away.
             with contextlib.suppress(FileNotFoundError):
-                self.rename(aside)
-        aside.write_bytes(content)
+                self.rename(staging)
+        staging.write_bytes(content)
         try:
-            os.link(aside, self)
+            os.link(staging, self)
         except FileExistsError:
             return False
         finally:
-            aside.unlink(missing_ok=True)
+            staging.unlink(missing_ok=True)
         return True
 
     def renew(self, content: bytes, tag: str) -> None:  # noqa: ARG002 - as of an object store

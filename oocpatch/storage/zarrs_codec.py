@@ -114,18 +114,18 @@ class StagedArray:
 
     Args:
         array: the array, in a local directory.
-        aside: directory where units are coded.
+        staging: directory where units are coded.
         coders: the array in that directory, once for each box that zarrs may code at a time.
         plain: the array, where its plain chunks are coded without zarrs.
     """
 
     def __init__(
-        self, array: zarr.Array[Any], aside: LocalPath, coders: Sequence[ZarrsArray], plain: PlainArray | None
+        self, array: zarr.Array[Any], staging: LocalPath, coders: Sequence[ZarrsArray], plain: PlainArray | None
     ) -> None:
         self._array = array
         self._plain = plain
-        self._folder = aside.parent
-        self._aside = aside
+        self._folder = staging.parent
+        self._staging = staging
         self._coders: SimpleQueue[ZarrsArray] = SimpleQueue()
         for coder in coders:
             self._coders.put(coder)
@@ -137,20 +137,20 @@ class StagedArray:
         if not isinstance(array.store, LocalStore):
             return None
         folder = LocalPath(array.store.root, array.path)
-        aside = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
-        aside.mkdir()
+        staging = folder / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
+        staging.mkdir()
         marker = MARKERS[array.metadata.zarr_format]
-        shutil.copyfile(folder / marker, aside / marker)
+        shutil.copyfile(folder / marker, staging / marker)
         # Several threads in one shard put its chunks in the order in which they happen to be done: 207 different files
         # in 400 writes of the same values. So a shard is coded by one thread, and several shards at a time.
         boxes, each = (1, threads) if array.shards is None else (threads, 1)
-        staged = zarr.open_array(LocalStore(aside), mode="r+")
+        staged = zarr.open_array(LocalStore(staging), mode="r+")
         coders = [coder for _ in range(boxes) if (coder := ZarrsArray.open(staged, each)) is not None]
         plain = None if coders else PlainArray.of(array)
         if not coders and (plain is None or not plain.writes):
-            shutil.rmtree(aside)
+            shutil.rmtree(staging)
             return None
-        return cls(array, aside, coders, plain)
+        return cls(array, staging, coders, plain)
 
     @property
     def by_unit(self) -> bool:
@@ -173,7 +173,7 @@ class StagedArray:
     def _put(self, key: str, data: bytes | None) -> int:
         if data is None:
             return self._absent(key)
-        source = self._aside / str(threading.get_ident())
+        source = self._staging / str(threading.get_ident())
         try:
             write_file(source, data)
             start_writing(source, len(data))
@@ -186,11 +186,11 @@ class StagedArray:
     def _take(self, key: str) -> int:
         """Take over the file of a unit that zarrs coded, if it is not nothing but the fill value."""
         try:
-            size, crc = measured(self._aside / key)
-            start_writing(self._aside / key, size)
-            self._rename(self._aside / key, key)
+            size, crc = measured(self._staging / key)
+            start_writing(self._staging / key, size)
+            self._rename(self._staging / key, key)
         except FileNotFoundError:
-            if (self._aside / key).exists():
+            if (self._staging / key).exists():
                 raise
             return self._absent(key)
         return crc or 1
@@ -210,19 +210,19 @@ class StagedArray:
 
     def _refuse_after_end(self) -> None:
         """Refuse to touch the array once the run is over: its directory was swept, so units are missing in there."""
-        if not (self._aside / MARKERS[self._array.metadata.zarr_format]).exists():
-            raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._aside))
+        if not (self._staging / MARKERS[self._array.metadata.zarr_format]).exists():
+            raise FileNotFoundError(errno.ENOENT, "the run that this belonged to is over", str(self._staging))
 
     def close(self) -> None:
         """Delete the directory where units were coded."""
-        sweep_aside(self._aside)
+        sweep_staging(self._staging)
 
 
 MARKERS = {2: ".zarray", 3: "zarr.json"}
 """The array's metadata by the version of Zarr: a sign that a directory where units are coded is in use."""
 
 
-def sweep_aside(path: Path) -> None:
+def sweep_staging(path: Path) -> None:
     """Delete a directory where units were coded, the sign that it is in use first."""
     for marker in MARKERS.values():
         (path / marker).unlink(missing_ok=True)

@@ -68,7 +68,7 @@ class PartialsRef(NamedTuple):
     """The partials that a block left."""
 
     digest: int
-    """Of their manifest; 0: there are none."""
+    """Digest of their manifest; 0: there are none."""
     attempt: str
     """The attempt at the block that left them."""
 
