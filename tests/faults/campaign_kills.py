@@ -122,9 +122,9 @@ def _disturb(fork: Fork, small: SmallCluster, tally: Tally, generator: random.Ra
         if not client:
             client = fork.start("client", str(small.folder / "report"), small.address, small.arguments())
         code = _after(fork, client, small, generator.randint(1, 12))
-        if code == 0:
+        if code == 0 and (small.folder / "report").read_text() == "done":
             break
-        if code is not None:  # it has said that the scheduler is lost
+        if code is not None:  # the scheduler is lost, or one block lost its worker three times: the same call goes on
             client = 0
             continue
         victim = generator.choice(["workers", "workers", "frozen", "all workers", "schedulers", "clients"])
