@@ -46,7 +46,7 @@ class BlockFailed(OocpatchError, RuntimeError):
 
 
 class ClusterLost(OocpatchError, ConnectionError):
-    """The scheduler or the workers are gone, or cannot do the work; the same call goes on where this one stopped."""
+    """The scheduler or the workers are gone, or cannot do the work; the same call continues."""
 
 
 class CorruptData(OocpatchError, RuntimeError):

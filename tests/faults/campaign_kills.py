@@ -124,7 +124,7 @@ def _disturb(fork: Fork, small: SmallCluster, tally: Tally, generator: random.Ra
         code = _after(fork, client, small, generator.randint(1, 12))
         if code == 0 and (small.folder / "report").read_text() == "done":
             break
-        if code is not None:  # the scheduler is lost, or one block lost its worker three times: the same call goes on
+        if code is not None:  # the scheduler is lost, or one block lost its worker three times: the same call continues
             client = 0
             continue
         victim = generator.choice(["workers", "workers", "frozen", "all workers", "schedulers", "clients"])

@@ -158,7 +158,7 @@ def test_when_all_workers_die_the_run_says_so_and_goes_on_with_new_ones(
     )
     with dask.config.set({"oocpatch.wait-for-workers": "1s"}), small.client() as client:
         killer.start()
-        with pytest.raises(oocpatch.ClusterLost, match=r"no workers for 1 s.*the same call goes on"):
+        with pytest.raises(oocpatch.ClusterLost, match=r"no workers for 1 s.*the same call continues"):
             small.predict(client=client)
         killer.join()
         assert oocpatch.status(small.folder / "out").state == "incomplete"
@@ -190,7 +190,7 @@ def test_a_lost_scheduler_is_one_clear_error_and_the_same_call_goes_on(small: Sm
     killer = threading.Thread(target=lambda: (until(lambda: len(small.calls()) > 15), small.fork.kill(small.scheduler)))
     client = small.client()
     killer.start()
-    with pytest.raises(oocpatch.ClusterLost, match=r"the scheduler is lost.*the same call goes on"):
+    with pytest.raises(oocpatch.ClusterLost, match=r"the scheduler is lost.*the same call continues"):
         small.predict(client=client)
     killer.join()
     with contextlib.suppress(Exception):
