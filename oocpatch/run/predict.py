@@ -394,10 +394,10 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Iterable[int] |
         stages.execute(executor.executor)
         if config.execution.client is not None:
             executor.flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
-        if blocks is not None and not all_done(plan, progress):
-            return None
         if not all_done(plan, progress):
-            raise RuntimeError("the stages ended before all blocks were done: a fault of oocpatch, please report it")
+            if blocks is None:
+                raise RuntimeError("the stages ended with blocks left to do: a fault of oocpatch, please report it")
+            return None
         return run_details(config, plan, progress, time.monotonic() - started, executor.halved())
 
 
