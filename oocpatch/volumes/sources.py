@@ -45,6 +45,7 @@ class Source:
         location: address of the array on the local file system or in an object store, if it has one.
         array: the Zarr array, if it is one.
         files: the local directory that contains only the chunks of this array, if there is one.
+        parts: absolute paths of all local files that hold the array, if it is in files of another format than Zarr.
         coords: coordinates of xarray, or from the scale and translation of an OME-Zarr.
         attrs: the user's attributes.
         roles: names that determine the roles of the axes, if `names` do not.
@@ -61,6 +62,7 @@ class Source:
     location: StoragePath | None = None
     array: zarr.Array[Any] | None = None
     files: LocalPath | None = None
+    parts: tuple[str, ...] = ()
     coords: Mapping[str, Any] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     roles: tuple[str, ...] | None = None
@@ -158,6 +160,7 @@ def _from_file(spec: FileSpec) -> Source:
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
     with contextlib.closing(open_file(spec)) as file:
         metadata = file.metadata
+        parts = tuple(sorted({os.path.abspath(path) for path in file.files()}))  # noqa: PTH100 - they are many
     address = str(local.resolve()) if local is not None else spec.address
     content = {"address": address, "part": spec.part, "shape": metadata.shape, "dtype": str(metadata.dtype)}
     return Source(
@@ -169,6 +172,7 @@ def _from_file(spec: FileSpec) -> Source:
         compute_fingerprint=functools.partial(_digest, {**content, **metadata.content}),
         chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
+        parts=parts,
         coords=metadata.coords,
         attrs=metadata.attrs,
     )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from oocpatch.volumes.formats.hdf5_parts import source_files
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
 
 CACHE = 1 << 20
@@ -25,7 +26,7 @@ class Hdf5File:
     """A dataset of an HDF5 file: the named one, else the only one with at least two axes."""
 
     def __init__(self, spec: FileSpec) -> None:
-        h5py = import_extra("h5py", "hdf5", spec)
+        self._h5py = h5py = import_extra("h5py", "hdf5", spec)
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:
             self._data = data = _dataset(h5py, self._file, spec)
@@ -48,6 +49,10 @@ class Hdf5File:
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
         return np.asarray(self._data[selection])
+
+    def files(self) -> set[Path]:
+        """Return the file, with those that hold the targets of links, virtual sources and external storage."""
+        return {Path(self._file.filename), *source_files(self._h5py, self._data)}
 
     def close(self) -> None:
         """Close the file."""

@@ -43,6 +43,7 @@ class NiftiFile:
         self._scaling = float(data.slope), float(data.inter)
         self._offset = int(data.offset)
         self._path = Path(image.file_map["image"].filename)
+        self._files = [str(holder.filename) for holder in image.file_map.values() if holder.filename]
         self._unpack = nibabel.openers.ImageOpener
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
@@ -67,6 +68,10 @@ class NiftiFile:
             return values
         slope, inter = self._scaling
         return np.asarray(values * np.float64(slope) + np.float64(inter), np.float32)
+
+    def files(self) -> list[str]:
+        """Return the file, or the pair of a header and an image."""
+        return self._files
 
     def close(self) -> None:
         """Close the file; an unpacked copy is deleted."""

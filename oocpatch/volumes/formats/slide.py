@@ -25,6 +25,7 @@ class SlideFile:
 
     def __init__(self, spec: FileSpec) -> None:
         openslide = import_extra("openslide", "slide", spec)
+        self._path = Path(spec.address)
         self._slide = openslide.OpenSlide(spec.address)
         # The plan accounts for all memory, and neighbouring reads share no tile that is worth caching.
         self._slide.set_cache(openslide.OpenSlideCache(0))
@@ -72,6 +73,18 @@ class SlideFile:
             tile = np.where(values[..., 3:] == 0, self._background, values[..., :3])
             out[part.slices(box.start)] = tile[part.slices(corner)]
         return out[..., selection[2]]
+
+    def files(self) -> set[Path]:
+        """Return the file, with the directory beside a `.mrxs` and the images that a `.vms` or `.vmu` names."""
+        files = {self._path}
+        suffix = self._path.suffix.lower()
+        if suffix == ".mrxs":
+            files.update(file for file in self._path.with_suffix("").rglob("*") if file.is_file())
+        elif suffix in (".vms", ".vmu"):
+            lines = self._path.read_text(errors="replace").splitlines()
+            named = [self._path.parent / value for line in lines if (value := line.partition("=")[2].strip())]
+            files.update(file for file in named if file.is_file())
+        return files
 
     def close(self) -> None:
         """Close the slide."""

@@ -22,7 +22,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -117,6 +117,10 @@ class OpenFile(Protocol):
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection, one slice per axis."""
+        ...
+
+    def files(self) -> Iterable[str | os.PathLike[str]]:
+        """Yield the local files that hold the array: those of the address, and all that they refer to."""
         ...
 
     def close(self) -> None:

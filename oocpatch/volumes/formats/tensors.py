@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class TensorFile:
         except ValueError as error:
             reason = " ".join(str(error).partition("[")[0].split())[:200]  # locations in the source follow in brackets
             raise UnreadableError(f"volume cannot be read: {spec} ({reason}){_datasets(spec)}") from error
+        self._directory = None if "://" in spec.address else Path(url)
         origin, units, labels = store.domain.inclusive_min, store.dimension_units, store.domain.labels
         stored = store.spec(retain_context=False).to_json()
         store = store.T[tensorstore.d[:].translate_to[0]]
@@ -43,6 +45,8 @@ class TensorFile:
         chunks = tuple(store.chunk_layout.read_chunk.shape)
         if names[0] == "channel" and store.shape[0] == 1:
             store, names, origins, chunks = store[0], names[1:], origins[1:], chunks[1:]
+        if self._directory is not None and spec.format == "precomputed":
+            self._directory /= stored["scale_metadata"]["key"]
         self._store = store
         self.metadata = FileMetadata(
             shape=tuple(store.shape),
@@ -56,6 +60,12 @@ class TensorFile:
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
         return np.asarray(self._store[selection].read().result())
+
+    def files(self) -> list[Path]:
+        """Return the files below the directory of the array, with its metadata."""
+        if self._directory is None:
+            return []
+        return [Path(folder, name) for folder, _, names in os.walk(self._directory) for name in names]
 
     def close(self) -> None:
         """Do nothing: no file is held open."""

@@ -23,10 +23,11 @@ class TiffFile:
 
     def __init__(self, spec: FileSpec) -> None:
         tifffile = import_extra("tifffile", "tiff", spec)
+        self._path = Path(spec.address)
         self._tiff = tifffile.TiffFile(spec.address)
         try:
             series = _select(self._tiff.series, spec.series, "series", spec)
-            level = _select(series.levels, spec.level, "level", spec)
+            self._level = level = _select(series.levels, spec.level, "level", spec)
             self._store = self._tiff.aszarr(series=spec.series, level=spec.level)
             self._array = array = zarr.open_array(self._store, mode="r")
             names = axis_names(level.axes) if len(level.axes) == array.ndim else None
@@ -38,7 +39,7 @@ class TiffFile:
                 names=names,
                 coords=_coords(self._tiff, spec.series, dict(zip(names or (), array.shape, strict=False)), factors),
                 attrs=_attrs(self._tiff),
-                content={"series": spec.series, "level": spec.level, **file_digest(Path(spec.address))},
+                content={"series": spec.series, "level": spec.level, **file_digest(self._path)},
             )
         except BaseException:
             self._tiff.close()
@@ -47,6 +48,11 @@ class TiffFile:
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
         return np.asarray(self._array[selection])
+
+    def files(self) -> set[str]:
+        """Return the file, with those of a set that hold its other planes."""
+        pages = self._level if self._level.is_multifile else ()
+        return {str(self._path), *(str(page.parent.filehandle.path) for page in pages if page is not None)}
 
     def close(self) -> None:
         """Close the file."""
