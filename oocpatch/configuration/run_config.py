@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from oocpatch.configuration.checks import AUTO, CHECKS, IDENTITIES
@@ -37,6 +38,7 @@ from oocpatch.planning.plan import differences
 from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path
+from oocpatch.volumes.cf_decoding import decoded
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
 
@@ -181,7 +183,8 @@ class RunConfig:
             return None
         array = self.volume.source.array
         value = None if array is None else array.fill_value
-        return 0.0 if value is None else float(value)
+        value = np.asarray(0 if value is None else value)
+        return float(decoded(value, packing) if (packing := self.volume.source.packing) else value)
 
     @property
     def skips(self) -> bool:

@@ -20,7 +20,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from oocpatch.errors import OutputExists, RunMismatch
-from oocpatch.outputs.coordinates import json_attributes, write_coords
+from oocpatch.outputs.coordinates import json_attributes, storable_coords, write_coords
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.journal import Journal, read_journal
 from oocpatch.storage.paths import LocalPath, consolidate
@@ -177,11 +177,9 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
     sizes = dict(zip(names, (*channels, *volume.shape), strict=True))
     coords = {
         name: variable
-        for name, variable in volume.source.coords.items()
+        for name, variable in storable_coords(volume.source.coords).items()
         if name != NAME and all(sizes.get(str(d)) == n and d != NAME for d, n in variable.sizes.items())
     }
-    for variable in coords.values():
-        variable.encoding = {}
     write_coords(path, coords, attributes)
     return zarr.create_array(
         store,

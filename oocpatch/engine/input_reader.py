@@ -10,6 +10,7 @@ Patches are views of the ring, or copies of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
@@ -106,7 +107,8 @@ class InputReader:
         return self._batch if full else self._batch[: len(boxes)]
 
     def is_constant(self, value: float, box: Box) -> bool:
-        return all(bool((view == value).all()) for _, view in self._ring.parts(box))
+        views = (view for _, view in self._ring.parts(box))
+        return all(bool((view.isnan() if math.isnan(value) else view == value).all()) for view in views)
 
     def _read(self, box: Box, view: torch.Tensor, after: torch.cuda.Event | None) -> None:
         with self._transfer.upload(view, after) as target:

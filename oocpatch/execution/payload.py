@@ -28,6 +28,7 @@ from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath
+from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.sources import Source, open_source
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
@@ -69,18 +70,16 @@ class VolumeRef:
 
     Attributes:
         source: a directory or a URL; or the source itself, if it can be pickled.
-        names: names of its axes.
-        roles: roles of its axes, where its metadata have them.
+        axes: names, roles and order of its axes.
     """
 
     source: StoragePath | Source
-    names: tuple[str, ...]
-    roles: tuple[str, ...] | None
+    axes: Axes
 
     def open(self) -> Volume:
         """Open the volume."""
         source = self.source if isinstance(self.source, Source) else open_source(str(self.source))
-        return Volume(replace(source, roles=self.roles), self.names)
+        return Volume(source, self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +182,13 @@ def published_payload(
 
 def _volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | None) -> VolumeRef:
     """Return where workers find a volume; one in memory is stored for them."""
-    source, names = volume.source, volume.axes.names
+    source = volume.source
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
     if not in_memory:
-        location = source.location if source.array is not None and source.location else source
-        return VolumeRef(location, names, source.roles)
+        # A packed array, or a level of an image in Zarr 2, may be decoded otherwise if its path alone is known.
+        is_plain = not source.packing and source.image is None
+        location = source.location if source.array is not None and source.location and is_plain else source
+        return VolumeRef(location, volume.axes)
     size = int(np.prod(source.shape, dtype=object)) * volume.dtype.itemsize
     if free_disk is not None and size > free_disk:
         raise PlanTooLarge(
@@ -208,4 +209,4 @@ def _volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int |
     for start in range(0, source.shape[0], side):
         slab = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
         array[slab] = source.load(slab)
-    return VolumeRef(folder / name, names, source.roles)
+    return VolumeRef(folder / name, volume.axes)

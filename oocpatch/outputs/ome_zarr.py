@@ -23,7 +23,7 @@ import numpy as np
 import xarray
 import zarr
 
-from oocpatch.outputs.coordinates import at_centres, json_attributes, scaled_coords, write_coords
+from oocpatch.outputs.coordinates import at_centres, head_attributes, scaled_coords, write_coords
 from oocpatch.planning.arguments import clipped_chunks, one_of, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
@@ -202,7 +202,7 @@ def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[I
                 zarr_format=3,
                 fill_value=plan.parameters["output_fill"],
                 dimension_names=[axis.name for axis in image.pyramid.axes],
-                attributes=json_attributes(volume),
+                attributes=head_attributes(volume, plan, image.head),
             )
     labels = [image.head.name for image in images if image.group.startswith("labels/")]
     if labels:

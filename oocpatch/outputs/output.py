@@ -20,7 +20,7 @@ import zarr
 from zarr.abc.store import Store
 
 from oocpatch.errors import CorruptData
-from oocpatch.outputs.coordinates import json_attributes, scaled_coords, write_coords
+from oocpatch.outputs.coordinates import head_attributes, scaled_coords, write_coords
 from oocpatch.outputs.integrity import LEDGER, copy_ledger, other_files, verify_files
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, is_ome_zarr, root_attributes
@@ -122,7 +122,7 @@ def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
         dimension_names=(*channel, *plan.axes),
-        attributes=json_attributes(volume),
+        attributes=head_attributes(volume, plan, head),
     )
 
 

@@ -26,10 +26,17 @@ from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
+from oocpatch.volumes.cf_decoding import (
+    DECODED,
+    DecodedReader,
+    decoded,
+    decoded_coordinate,
+    warn_if_packed,
+    zarr_attributes,
+    zarr_decoding,
+)
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
-
-ENCODING_ATTRIBUTES = frozenset({"_FillValue", "scale_factor", "add_offset", "_ARRAY_DIMENSIONS", "coordinates"})
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Source:
         attrs: the user's attributes.
         roles: names that determine the roles of the axes, if `names` do not.
         image: metadata of an OME-Zarr, with the one level that this is.
+        packing: attributes by which `load` decodes what the array or file stores; see `cf_decoding`.
     """
 
     shape: tuple[int, ...]
@@ -67,6 +75,7 @@ class Source:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     roles: tuple[str, ...] | None = None
     image: Multiscale | None = None
+    packing: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -163,7 +172,7 @@ def _from_file(spec: FileSpec) -> Source:
         parts = tuple(sorted({os.path.abspath(path) for path in file.files()}))  # noqa: PTH100 - they are many
     address = str(local.resolve()) if local is not None else spec.address
     content = {"address": address, "part": spec.part, "shape": metadata.shape, "dtype": str(metadata.dtype)}
-    return Source(
+    source = Source(
         shape=metadata.shape,
         dtype=metadata.dtype,
         chunks=metadata.chunks,
@@ -176,6 +185,9 @@ def _from_file(spec: FileSpec) -> Source:
         coords=metadata.coords,
         attrs=metadata.attrs,
     )
+    if metadata.packing is None:
+        warn_if_packed(metadata.attrs, metadata.dtype, str(spec), "its axes have no dimension scales")
+    return _unpacked(source, metadata.packing)
 
 
 def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
@@ -188,6 +200,8 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     except Exception as error:
         raise ValueError(f"volume cannot be read: {address} ({error_line(error)})") from error
     names = {n for a in arrays.values() for n in _dimension_names(a) or () if n}
+    for node_attributes in (group.attrs, *(array.attrs for array in arrays.values())):
+        names.update(str(node_attributes.asdict().get("coordinates", "")).split())
     candidates = {k: a for k, a in arrays.items() if k not in names}
     candidates = candidates if len(candidates) == 1 else {k: a for k, a in candidates.items() if a.ndim >= 2}
     if not candidates and (images := images_inside(group)):
@@ -207,7 +221,7 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
-            coords[n] = xarray.Variable((n,), np.asarray(arrays[n][:]), _user_attributes(arrays[n]))
+            coords[n] = decoded_coordinate(n, np.asarray(arrays[n][:]), zarr_attributes(arrays[n]))
     return _from_zarr(array, coords=coords)
 
 
@@ -252,14 +266,30 @@ def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
         location=location,
         array=array,
         files=location if isinstance(location, LocalPath) else None,
-        attrs=_user_attributes(array),
+        attrs={k: v for k, v in array.attrs.asdict().items() if k not in {"_ARRAY_DIMENSIONS", "coordinates"}},
     )
-    return replace(source, **others)
+    packing = zarr_decoding(array, is_named=bool(source.names), is_image="image" in others)
+    return _unpacked(replace(source, **others), packing)
 
 
-def _user_attributes(array: zarr.Array[Any]) -> dict[str, Any]:
-    """Return the attributes without those of xarray's encoding, which it refuses to write again."""
-    return {k: v for k, v in array.attrs.asdict().items() if k not in ENCODING_ATTRIBUTES}
+def _unpacked(source: Source, packing: Mapping[str, Any] | None) -> Source:
+    """Return a source whose values are decoded by the attributes in `packing`; None: attributes have no meaning."""
+    if packing is None:
+        return source
+    source = replace(source, attrs={k: v for k, v in source.attrs.items() if k not in DECODED})
+    if not packing:
+        return source
+    return replace(
+        source,
+        dtype=decoded(np.zeros(1, source.dtype), packing).dtype,
+        load=DecodedReader(source.load, packing),
+        compute_fingerprint=functools.partial(_unpacked_fingerprint, source.compute_fingerprint, packing),
+        packing=packing,
+    )
+
+
+def _unpacked_fingerprint(compute_stored: Callable[[], str], packing: Mapping[str, Any]) -> str:
+    return _digest([compute_stored(), dict(packing)])
 
 
 def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -50,10 +50,12 @@ class Volume:
     [[[16, 17, 17, 17], [22, 23, 23, 23]]]
     """
 
-    def __init__(self, source: Any, axes: str | Sequence[str] | None = None, level: int | str = 0) -> None:
+    def __init__(self, source: Any, axes: str | Sequence[str] | Axes | None = None, level: int | str = 0) -> None:
         self.source: Source = source if isinstance(source, Source) else open_source(source, level)
         data = self.source
-        self.axes: Axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
+        if not isinstance(axes, Axes):
+            axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
+        self.axes: Axes = axes
         self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `with_chunk_reader`
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
@@ -117,7 +119,7 @@ class Volume:
         zarrs must not fork.
         """
         volume = copy.copy(self)
-        if (array := self.source.array) is not None:
+        if (array := self.source.array) is not None and not self.source.packing:
             volume.chunk_reader = PlainArray.of(array) or ZarrsArray.open(array, threads)
         return volume
 

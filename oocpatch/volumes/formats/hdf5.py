@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from oocpatch.volumes.cf_decoding import decoded_coordinate, decoding
 from oocpatch.volumes.formats.hdf5_parts import source_files
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
 
@@ -18,8 +19,10 @@ CACHE = 1 << 20
 SHOWN = 12
 """Datasets that a message lists at most."""
 
-INTERNAL = frozenset({"DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME"})
-"""Attributes by which HDF5 stores its dimension scales."""
+INTERNAL = frozenset(
+    {"DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME", "_Netcdf4Dimid", "_Netcdf4Coordinates"}
+)
+"""Attributes by which HDF5 and netCDF-4 store dimension scales."""
 
 
 class Hdf5File:
@@ -41,6 +44,7 @@ class Hdf5File:
                 attrs=_attrs(data),
                 chunked=data.chunks is not None,
                 content={"dataset": data.name, **file_digest(Path(spec.address))},
+                packing=_packing(data, f"{spec.address}::{data.name}"),
             )
         except BaseException:
             self._file.close()
@@ -83,8 +87,22 @@ def _coords(data: Any, names: tuple[str, ...]) -> dict[str, xarray.Variable]:
     for name, dimension, size in zip(names, data.dims, data.shape, strict=False):
         fitting = [s for s in dimension.values() if s.shape == (size,) and s.dtype.kind in "iuf"]
         for scale in fitting[:1]:
-            coords[name] = xarray.Variable((name,), scale[:], _attrs(scale))
+            coords[name] = decoded_coordinate(name, scale[:], _scalars(scale))
     return coords
+
+
+def _scalars(node: Any) -> dict[str, Any]:
+    """Return attributes with arrays of one value, as netCDF-4 stores numbers, as that value of numpy."""
+    values = {k: np.asarray(v) for k, v in node.attrs.items() if k not in INTERNAL}
+    return {
+        str(k): v.reshape(())[()] if v.size == 1 and v.dtype.kind in "biuf" else to_json(v) for k, v in values.items()
+    }
+
+
+def _packing(data: Any, place: str) -> dict[str, Any] | None:
+    """Return the attributes by which the dataset is decoded; only netCDF-4 says how: its axes have dimension scales."""
+    is_variable = any(len(dimension) for dimension in data.dims)
+    return decoding(_scalars(data), data.dtype, place) if is_variable else None
 
 
 def _attrs(node: Any) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class FileMetadata:
         shape, dtype, chunks, names, coords, attrs: as in `Source`.
         chunked: whether reading part of a chunk costs as much as the chunk.
         content: values that distinguish this array from another one of the same shape.
+        packing: as in `Source`; `read` returns what is stored. None: attributes have no agreed meaning.
     """
 
     shape: tuple[int, ...]
@@ -108,6 +109,7 @@ class FileMetadata:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     chunked: bool = True
     content: Mapping[str, Any] = field(default_factory=dict)
+    packing: Mapping[str, Any] | None = None
 
 
 class OpenFile(Protocol):
