@@ -29,6 +29,7 @@ from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
+from oocpatch.storage.forks import in_new_thread_if_forked
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -75,7 +76,8 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     volume = config.volume
     predictor = config.pipeline.predictor(torch_threads=threads)
     with predictor.ready():
-        return probe_model(predictor, volume.channels, config.patch_size, torch_dtype(str(volume.dtype)))
+        dtype = torch_dtype(str(volume.dtype))
+        return in_new_thread_if_forked(lambda: probe_model(predictor, volume.channels, config.patch_size, dtype))
 
 
 def _planned(config: RunConfig) -> Plan:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import importlib.util
-import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from datetime import timedelta
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from zarr.storage import ObjectStore
+
+from oocpatch.storage.forks import refuse_fork
 
 if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
@@ -86,9 +87,6 @@ def _client(url: str, *, hurried: bool) -> Any:
     )
 
 
-_process: list[int] = []
-
-
 @contextlib.contextmanager
 def translated_errors(url: str) -> Iterator[None]:
     """Raise obstore's errors as an `OSError` of their kind, or a `ValueError`, with the address in it.
@@ -96,13 +94,7 @@ def translated_errors(url: str) -> Iterator[None]:
     Raises:
         RuntimeError: in a process that was forked from one that has used obstore, whose threads are not there.
     """
-    if not _process:
-        _process.append(os.getpid())
-    if _process[0] != os.getpid():
-        raise RuntimeError(
-            f"{url} cannot be read in a process that was forked from one that reads object stores; start processes "
-            "anew, as DataLoader(..., multiprocessing_context='spawn') does"
-        )
+    refuse_fork("obstore", url)
     try:
         yield
     except Exception as error:

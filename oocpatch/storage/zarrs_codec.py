@@ -31,6 +31,7 @@ from oocpatch.planning.box import Box, selected, unit_positions, worthwhile
 from oocpatch.storage.checksums import ABSENT, bytes_checksum, measured
 from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.files import start_writing, write_file
+from oocpatch.storage.forks import threads_lost
 from oocpatch.storage.paths import LocalPath
 
 Selection = tuple[slice, ...]
@@ -43,7 +44,7 @@ class ZarrsArray:
     """A Zarr array in a local directory, coded by zarrs.
 
     One box at a time: its threads share out the chunks of a box, so that no more are on their way than it has threads.
-    Not for processes that fork later, which its threads do not survive. `open` makes it.
+    `open` makes it. Its threads do not survive a fork: a forked process opens none, and reads without one.
     """
 
     def __init__(self, array: zarr.Array[Any], threads: int) -> None:
@@ -53,13 +54,13 @@ class ZarrsArray:
 
     @classmethod
     def open(cls, array: zarr.Array[Any], threads: int) -> ZarrsArray | None:
-        """Open an array to be coded by so many threads; None where zarrs is not installed or cannot do it.
+        """Open an array to be coded by so many threads; None where zarrs is not installed, forked, or cannot do it.
 
         >>> ZarrsArray.open(zarr.ones((4,), store={}), 2) is None  # not in a local directory
         True
         """
         local = isinstance(array.store, LocalStore) and np.dtype(array.dtype).isnative
-        if not local or importlib.util.find_spec("zarrs") is None:
+        if not local or threads_lost("zarrs") or importlib.util.find_spec("zarrs") is None:
             return None
         settings = {
             "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
@@ -76,6 +77,9 @@ class ZarrsArray:
 
     def read_into(self, out: npt.NDArray[Any], selection: Selection) -> None:
         """Read a selection into a C-contiguous array of the array's dtype."""
+        if threads_lost("zarrs"):  # opened before the fork, with a lock that may be held there
+            out[...] = zarr.open_array(self._array.store, path=self._array.path, mode="r")[selection]
+            return
         box = selected(selection, self._array.shape)
         with self._turn, os_errors():
             portions = list(self._portions(box))

@@ -33,6 +33,7 @@ import xarray
 
 from oocpatch.errors import error_line
 from oocpatch.storage.checksums import checksum
+from oocpatch.storage.forks import refuse_fork
 
 SUFFIXES = {
     "tiff": (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".svs", ".lsm", ".stk", ".qptiff"),
@@ -191,7 +192,10 @@ def open_file(spec: FileSpec) -> OpenFile:
 
     Raises:
         UnreadableError: if it cannot be read, or its library is missing.
+        RuntimeError: in a forked process that has lost the library's threads.
     """
+    if spec.format in ("n5", "precomputed"):
+        refuse_fork("tensorstore", spec)
     module, _, name = READERS[spec.format].partition(".")
     reader: Callable[[FileSpec], OpenFile] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     try:
