@@ -6,6 +6,7 @@ Each Markdown file is one story, told in an empty directory:
   under that name, as a reader would save it;
 - a `text` block right after a `python` block is what that block prints;
 - in a `console` block each line after `$ ` is a shell command, and lines below it are what it prints, if there are any;
+  those of the README go to a shell, others that are plain calls of `oocpatch` to a process that has it imported;
 - `...` in printed text stands for anything, and runs of blanks are all alike;
 - other languages are only shown;
 - a picture that the story makes under the name of one that the page shows is that picture.
@@ -18,6 +19,7 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ import pytest
 from PIL import Image
 
 import oocpatch
+from tests.support.children import Children
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -78,19 +81,30 @@ def run_python(block: Block, path: Path, namespace: dict[str, object]) -> str:
     return printed.getvalue()
 
 
-def run_console(block: Block, where: str) -> None:
+def run_command(command: str, environment: dict[str, str], children: Children | None) -> tuple[int, str]:
+    """Exit code of a command and what it printed."""
+    if children is not None and command.startswith("oocpatch ") and not set(command) & set("|&;<>$*`"):
+        code, printed, _ = children.call(
+            "tests.support.command_child", *shlex.split(command)[1:], folder=Path.cwd(), merged=True
+        )
+        return code, printed
+    # The shell is what a reader would type into; the commands are our own.
+    shell = ["/bin/sh", "-c", command]
+    done = subprocess.run(
+        shell, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return done.returncode, done.stdout
+
+
+def run_console(block: Block, where: str, children: Children | None) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for entry in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
         command, _, expected = re.sub(r"\\\n\s*", "", entry).partition("\n")
-        # The shell is what a reader would type into; the commands are our own.
-        shell = ["/bin/sh", "-c", command]
-        done = subprocess.run(
-            shell, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise AssertionError(f"{where}: `{command}` ended with {done.returncode}\n{done.stdout}")
+        code, printed = run_command(command, environment, children)
+        if code != 0:
+            raise AssertionError(f"{where}: `{command}` ended with {code}\n{printed}")
         if expected.strip():
-            assert_prints(expected, done.stdout, f"{where}: `{command}`")
+            assert_prints(expected, printed, f"{where}: `{command}`")
 
 
 def forget_saved_modules() -> None:
@@ -100,7 +114,7 @@ def forget_saved_modules() -> None:
             del sys.modules[name]
 
 
-def run_story(path: Path) -> None:
+def run_story(path: Path, children: Children | None = None) -> None:
     """Run all blocks of a Markdown file, in order, in the current directory."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     printed: str | None = None
@@ -111,7 +125,7 @@ def run_story(path: Path) -> None:
             assert_prints(block.text, printed, where)
         printed = run_python(block, path, namespace) if block.language == "python" else None
         if block.language == "console":
-            run_console(block, where)
+            run_console(block, where, children)
 
 
 def pictures(path: Path) -> list[Path]:
@@ -131,12 +145,12 @@ def assert_same_picture(shown: Path, made: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_the_documentation_shows_runs_and_prints_what_it_says(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     try:
-        run_story(path)
+        run_story(path, None if path.name == "README.md" else children)
     finally:
         forget_saved_modules()
     for shown in pictures(path):

@@ -18,6 +18,7 @@ import torch
 from oocpatch import PatchAggregator, PatchGrid, PatchLocation
 from oocpatch.aggregation import aggregator as module
 from tests.support.aggregation import values_at
+from tests.support.crash_child import import_what_a_run_imports
 from tests.support.memory_child import PeakSampler
 
 
@@ -35,7 +36,7 @@ def loop(shape: tuple[int, ...], patch: int, overlap: int, seed: int | None) -> 
     return locations
 
 
-def memory(store: str, options: dict[str, Any]) -> None:
+def main(store: str, options: dict[str, Any]) -> None:
     """Print `{"added", "files"}`: bytes at the peak, and the most tiles that had files in the workspace at a time."""
     shape, patch, overlap = tuple(options["shape"]), options["patch"], options["overlap"]
     tensor = torch.ones(1, 1, *[patch] * len(shape))
@@ -105,6 +106,7 @@ def killed(store: str, options: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Fork a child for each line, `[store, options]`, and say its process id, and that it has ended when it has."""
+    import_what_a_run_imports()
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
@@ -119,4 +121,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else memory(sys.argv[2], json.loads(sys.argv[3]))
+    serve()

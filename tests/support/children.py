@@ -11,10 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tests.support.crash_child import Job, Report
 
@@ -87,6 +88,24 @@ class Children(Forks):
         self._alive.add(pid)
         return pid
 
+    def call(self, module: str, *arguments: Any, folder: Path = ROOT, merged: bool = False) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of `module.main(*arguments)` in a child; all in stdout if they are merged."""
+        with tempfile.TemporaryDirectory() as aside:
+            outputs = [Path(aside, name) for name in ("stdout", "stdout" if merged else "stderr")]
+            question = [module, arguments, str(folder), list(map(str, outputs))]
+            pid = int(self._ask("call " + json.dumps(question, default=str)))
+            self._alive.add(pid)
+            code = self.wait(pid, 500)
+            stdout, stderr = (path.read_text() for path in outputs)
+        return code, stdout, "" if merged else stderr
+
+    def measure(self, module: str, *arguments: Any) -> dict[str, Any]:
+        """The JSON that `module.main(*arguments)` prints in a child: no memory that was freed before is used again."""
+        code, stdout, stderr = self.call(module, *arguments)
+        assert code == 0, stderr
+        answer: dict[str, Any] = json.loads(stdout)
+        return answer
+
     def poll(self, pid: int, seconds: float = 0.0) -> int | None:
         """Exit code of a child, minus the signal if it was killed; None if it still runs after `seconds`."""
         answer = self._ask(f"wait {pid} {seconds}")
@@ -95,12 +114,12 @@ class Children(Forks):
         self._alive.discard(pid)
         return int(answer)
 
-    def wait(self, pid: int) -> int:
+    def wait(self, pid: int, seconds: float = PATIENCE) -> int:
         """Exit code of a child that is about to end."""
-        code = self.poll(pid, PATIENCE)
+        code = self.poll(pid, seconds)
         if code is None:
             self.kill(pid)
-            raise AssertionError(f"a child still ran after {PATIENCE:.0f} s and was killed")
+            raise AssertionError(f"a child still ran after {seconds:.0f} s and was killed")
         return code
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> int:

@@ -25,7 +25,7 @@ import zarr
 
 import oocpatch
 import oocpatch.execution.worker
-from tests.support.crash_child import reap
+from tests.support.crash_child import import_what_a_run_imports, reap
 
 MODEL = "tests.support.cluster_child:scripted"
 
@@ -131,6 +131,7 @@ def serve() -> None:
 
     Others are `[role, [arguments], log, place]`; a place is a directory and the process that holds a host, or null.
     """
+    import_what_a_run_imports()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:

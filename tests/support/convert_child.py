@@ -1,4 +1,4 @@
-"""A fresh process that converts a volume once and says how much memory that added."""
+"""A call for a fresh process that converts a volume once and says how much memory that added."""
 
 from __future__ import annotations
 
@@ -24,7 +24,3 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
     with PeakSampler() as sampler:
         oocpatch.convert(volume, output, progress=False, **options)
     sys.stdout.write(json.dumps({"added": sampler.peak - before}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

@@ -1,5 +1,7 @@
 """The process that dies: one `predict` in a forked child, killed from outside or at a chosen change of the disk.
 
+Measurements and commands, which need a process that has done nothing before, are forked from the same one.
+
 `serve` runs in a process of its own that has imported everything and done nothing, so that a child costs a fork and not
 seconds of imports. `tests.support.children` is its other end.
 """
@@ -260,10 +262,28 @@ def import_what_a_run_imports() -> None:
             importlib.import_module(name)
 
 
+def call(module: str, arguments: list[Any], folder: str, outputs: list[str]) -> NoReturn:
+    """Leave this process with what `module.main(*arguments)` ends with; two files, or one, take what it prints."""
+    os.chdir(folder)
+    for descriptor, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    code: Any = 1
+    try:
+        importlib.import_module(module).main(*arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001 - a forked child must not go back to where its parent was
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
 def serve() -> None:
     """Say `ready`, then answer each line of stdin: `start <job>` with a pid, `wait <pid> <seconds>` with an exit code.
 
-    A child that has not ended in time is `running`.
+    `call <arguments of call>` is answered with a pid, too. A child that has not ended in time is `running`.
     """
     import_what_a_run_imports()
     sys.stdout.write("ready\n")
@@ -279,6 +299,12 @@ def serve() -> None:
                 os.dup2(quiet, 2)
                 os.close(0)
                 perform(job)
+            answer = str(pid)
+        elif verb == "call":
+            pid = os.fork()
+            if not pid:
+                os.close(0)
+                call(*json.loads(rest))
             answer = str(pid)
         else:
             number, seconds = rest.split()

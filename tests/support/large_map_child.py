@@ -1,4 +1,4 @@
-"""A fresh process that draws from a large map, and says what it drew and how much memory that added."""
+"""A call for a fresh process that draws from a large map, and says what it drew and how much memory that added."""
 
 from __future__ import annotations
 
@@ -22,15 +22,11 @@ def sampler_of(path: Path | np.ndarray, kind: str, patch: int) -> oocpatch.Weigh
     return oocpatch.LabelSampler(subject, patch, "map")
 
 
-def main(path: Path, kind: str) -> None:
+def main(path: str, kind: str) -> None:
     """Print `{"corners", "added"}`."""
     sampler_of(np.ones((8, 8, 8)), kind, 2).prepare()  # imports and thread pools belong to the process
-    sampler = sampler_of(path, kind, 64)
+    sampler = sampler_of(Path(path), kind, 64)
     before = psutil.Process().memory_info().rss
     with PeakSampler() as peak:
         corners = Counter(sampler.draw(sampler.subject, stream(0, i))[0] for i in range(400))
     sys.stdout.write(json.dumps({"corners": list(corners.items()), "added": peak.peak - before}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,4 +1,4 @@
-"""A fresh process that runs `predict` once and says how much memory the run added.
+"""A call for a fresh process that runs `predict` once and says how much memory the run added.
 
 Fresh, because memory that an earlier run freed would be used again unseen.
 """
@@ -98,7 +98,3 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
         "highest": max(float(np.max(probe)) for probe in probes),
     }
     sys.stdout.write(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

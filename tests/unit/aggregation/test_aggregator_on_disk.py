@@ -26,24 +26,24 @@ from oocpatch.aggregation.tiles import Tile
 from tests.support import aggregation
 from tests.support.aggregation import Loop, add, assert_as_expected
 from tests.support.cases import MODES
+from tests.support.children import Children
 
 ROOT = Path(__file__).parents[3]
 MIB = 2**20
-
-
-def child(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.support.aggregator_child", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
 
 
 class Loops:
     """A process that has imported everything and forks a child per loop."""
 
     def __init__(self) -> None:
-        self._server = child("serve")
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.aggregator_child"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        )
 
     def _line(self) -> str:
         assert self._server.stdout is not None
@@ -74,7 +74,7 @@ class Loops:
         self._server.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def processes() -> Iterator[Loops]:
     found = Loops()
     yield found
@@ -89,11 +89,13 @@ def processes() -> Iterator[Loops]:
     [("hann", None, True), ("hann", None, False), ("average", 1, True), ("crop", 1, True)],
     ids=["in-order", "unknown-grid", "shuffled", "shuffled-crop"],
 )
-def test_a_loop_adds_no_more_memory_than_its_limit(mode: str, seed: int | None, *, known: bool, tmp_path: Path) -> None:
+def test_a_loop_adds_no_more_memory_than_its_limit(
+    mode: str, seed: int | None, *, known: bool, children: Children, tmp_path: Path
+) -> None:
     """144 MiB of output under 64 MiB."""
     options = {"shape": (384, 384, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
-    process = child("memory", str(tmp_path / "out.zarr"), json.dumps({**options, "max_memory": "64MiB"}))
-    answer = json.loads(process.communicate(timeout=500)[0])
+    options["max_memory"] = "64MiB"
+    answer = children.measure("tests.support.aggregator_child", tmp_path / "out.zarr", options)
     assert answer["lowest"] == pytest.approx(1, rel=1e-5)
     assert answer["highest"] == pytest.approx(1, rel=1e-5)
     assert answer["added"] <= 64 * MIB, f"{answer['added'] / MIB:.0f} MiB were added"

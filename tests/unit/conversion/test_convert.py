@@ -27,7 +27,7 @@ from oocpatch.conversion import convert as converting
 from oocpatch.conversion import target as conversion
 from oocpatch.storage.journal import encode_record, read_journal
 from oocpatch.storage.paths import LocalPath
-from tests.support.children import file_digests, unchanged
+from tests.support.children import Children, file_digests, unchanged
 from tests.unit.volumes.test_formats import KINDS, SLIDE, STACK, pyramidal_tiff
 
 ROOT = Path(__file__).parents[3]
@@ -84,13 +84,9 @@ def test_a_level_is_chosen(tmp_path: Path) -> None:
         oocpatch.convert(STACK, tmp_path / "other.zarr", level=1)
 
 
-def measured(volume: Path, output: Path, **options: Any) -> int:
+def measured(children: Children, volume: Path, output: Path, **options: Any) -> int:
     """Bytes that a conversion adds to a fresh process."""
-    command = [sys.executable, "-m", "tests.support.convert_child", str(volume), str(output), json.dumps(options)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(json.loads(done.stdout)["added"])
+    return int(children.measure("tests.support.convert_child", volume, output, options)["added"])
 
 
 def big(path: Path, shape: tuple[int, ...]) -> None:
@@ -110,11 +106,11 @@ def big(path: Path, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.h5", "a.tif", "a.nii.gz"])
-def test_converting_takes_no_more_memory_than_it_may(name: str, tmp_path: Path) -> None:
+def test_converting_takes_no_more_memory_than_it_may(name: str, tmp_path: Path, children: Children) -> None:
     """64 MiB under 32 MiB."""
     shape = (128, 512, 512)
     big(tmp_path / name, shape)
-    added = measured(tmp_path / name, tmp_path / "out.zarr", max_memory="32MiB", chunks=64, shards=64)
+    added = measured(children, tmp_path / name, tmp_path / "out.zarr", max_memory="32MiB", chunks=64, shards=64)
     assert added <= 32 * MIB
     array = zarr.open_array(tmp_path / "out.zarr/volume", mode="r")
     axes = (2, 1, 0) if ".nii" in name else (0, 1, 2)

@@ -5,10 +5,6 @@ The map is sparse: chunks that were never written cost no disk, and are read lik
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,31 +12,24 @@ import numpy as np
 import pytest
 import zarr
 
+from tests.support.children import Children
 from tests.support.draws import assert_fits
 
-ROOT = Path(__file__).parents[3]
 MIB = 2**20
 SHAPE, CHUNK = (2048, 1024, 1024), 128
 WEIGHTS = {(0, 0, 0): 200, (700, 401, 402): 2, (1300, 800, 150): 1, (2015, 991, 991): 4, (2016, 992, 992): 7}
 """Voxels of the map that are not zero."""
 
 
-def measured(path: Path, kind: str) -> dict[str, object]:
-    command = [sys.executable, "-m", "tests.support.large_map_child", str(path), kind]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    answer: dict[str, object] = json.loads(process.stdout)
-    return answer
-
-
 @pytest.mark.parametrize("kind", ["weighted", "label"])
-def test_a_map_of_two_to_the_31_voxels_is_drawn_from_exactly_in_bounded_memory(kind: str, tmp_path: Path) -> None:
+def test_a_map_of_two_to_the_31_voxels_is_drawn_from_exactly_in_bounded_memory(
+    kind: str, children: Children, tmp_path: Path
+) -> None:
     voxels = zarr.create_array(tmp_path / "map.zarr", shape=SHAPE, chunks=(CHUNK,) * 3, dtype="uint8")
     for centre, weight in WEIGHTS.items():
         voxels[centre] = weight
     # Patches of 64 have centres from 32 to n - 32: the first voxel cannot be one, the last two can.
-    answer = measured(tmp_path / "map.zarr", kind)
+    answer = children.measure("tests.support.large_map_child", tmp_path / "map.zarr", kind)
     inside = {centre: weight for centre, weight in WEIGHTS.items() if centre != (0, 0, 0)}
     total = sum(inside.values()) if kind == "weighted" else len(inside)
     expected = {
