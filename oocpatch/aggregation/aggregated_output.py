@@ -113,7 +113,7 @@ class AggregatedOutput:
         details = {"heads": [asdict(spec) for spec in specs], "single": single}
         names = tuple(spec.name for spec in specs)
         record = OutputRecord(uuid.uuid4().hex, False, self._parameters, str(workspace), names, details)
-        zarr.create_group(self._store, attributes={ATTRIBUTE: record.to_dict()})
+        zarr.create_group(self._store, attributes={ATTRIBUTE: record.to_dict(self.path)})
         self.record = inspect_output(self.path)
         self.open_arrays(specs)
 

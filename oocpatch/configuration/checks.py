@@ -146,6 +146,6 @@ IDENTITIES: dict[str, Callable[[Any], Any]] = {
     "code_per_head": lambda value: arguments.per_head(value, _code),
     "device_type": lambda value: torch.device(value).type,
     "json_number": arguments.json_number,
-    "mask": lambda mask: None if mask is None else mask.volume.fingerprint,
+    "mask": lambda mask: None if mask is None else mask.volume.signature,
 }
 """Functions of a checked value that return what identifies a run, by the names that fields give them."""

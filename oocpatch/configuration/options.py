@@ -176,6 +176,12 @@ class ExecutionOptions:
     )
     resume: bool = option(True, check="switch", kind="switch", help="Continue an unfinished run.")
     overwrite: bool = option(False, check="switch", kind="flag", help="Replace what oocpatch wrote here before.")
+    update: bool = option(
+        False, check="switch", kind="flag", help="Where the input has changed, compute again what depends on it."
+    )
+    check_input: bool = option(
+        True, check="switch", kind="switch", help="Compare the input with what a complete output was computed from."
+    )
     progress: str | bool | OnProgress = option(
         "auto", check="progress", kind="choice", choices=DISPLAYS, help="Show progress on stderr in this form."
     )

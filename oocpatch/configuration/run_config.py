@@ -130,6 +130,8 @@ class RunConfig:
             check_fits("fill", patches.fill, str(self.volume.dtype))
         if self.execution.part is not None and self.execution.client is not None:
             raise ValueError("part must be None with a client: parts are for jobs without a scheduler")
+        if self.execution.part is not None and self.execution.update:
+            raise ValueError("update must be False with part: update the output in one call, then go on in parts")
         if self.execution.part is not None and self.execution.overwrite:
             raise ValueError(
                 "overwrite must be False with part: each part would delete the others' work; delete the output"
@@ -139,7 +141,7 @@ class RunConfig:
         """Return the values that say whether two runs are the same, by the names of the parameters."""
         box = self.data.box
         values: dict[str, Any] = {
-            "volume": self.volume.fingerprint,
+            "volume": self.volume.signature,
             "axes": list(self.volume.axes.names),
             "model": fingerprint_of(self.model, self.models),
             "patch_size": self.patches.patch_size or AUTO,

@@ -186,7 +186,7 @@ def _stream(volume: Volume, conversion: Conversion, size: Ints, threads: int, ad
             starts, stops = zip(*((part.start, part.stop) for part in missing), strict=True)
             box = Box(tuple(map(min, zip(*starts, strict=True))), tuple(map(max, zip(*stops, strict=True))))
             data = buffer[: volume.channels * math.prod(box.shape)].reshape(volume.channels, *box.shape)
-            for read in volume.split_reads(box, data):
+            for read, _ in volume.split_reads(box, data):
                 volume.read_into(data[(slice(None), *read.slices(box.start))], read)
             for part in missing:
                 conversion.write(part, data[(slice(None), *part.slices(box.start))])

@@ -21,6 +21,7 @@ from oocpatch.engine.device_transfer import Transfer
 from oocpatch.engine.ring_buffer import RingBuffer
 from oocpatch.planning.box import Box
 from oocpatch.planning.sweep import Group
+from oocpatch.volumes.content import VOLUME, InputStamps
 from oocpatch.volumes.volume import Volume
 
 
@@ -34,6 +35,7 @@ class InputReader:
         transfer: copies to that device.
         pool: threads that read chunks.
         padding_mode, fill: rule for voxels outside the volume, and their value for `constant`.
+        stamps: receives the stamps of the parts that are read.
 
     Attributes:
         pending: the reads that are under way.
@@ -52,6 +54,7 @@ class InputReader:
         pool: Executor,
         padding_mode: str,
         fill: float,
+        stamps: InputStamps,
     ) -> None:
         self._volume = volume
         self._axis = axis
@@ -60,6 +63,7 @@ class InputReader:
         )
         self._transfer = transfer
         self._padding = padding_mode, fill
+        self._stamps = stamps
         self._requested = region.start[axis]
         self._batch: torch.Tensor | None = None
         self.pending = FutureGroup(pool)
@@ -82,9 +86,10 @@ class InputReader:
         self._requested = group.read_stop
         after = self._transfer.queued()
         for part, view in self._ring.parts(box):
-            for request in self._volume.split_reads(part, None if self._transfer.staged else view.numpy()):
+            out = None if self._transfer.staged else view.numpy()
+            for request, stamped in self._volume.split_reads(part, out):
                 inner = (slice(None), *request.slices(part.start))
-                self.pending.submit(self._read, request, view[inner], after)
+                self.pending.submit(self._read, request, stamped, view[inner], after)
 
     def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
         """Return patches as `(B, C, *patch_size)`, at most `size` of them, valid until the next call.
@@ -110,6 +115,10 @@ class InputReader:
         views = (view for _, view in self._ring.parts(box))
         return all(bool((view.isnan() if math.isnan(value) else view == value).all()) for view in views)
 
-    def _read(self, box: Box, view: torch.Tensor, after: torch.cuda.Event | None) -> None:
+    def _read(self, box: Box, stamped: list[Box], view: torch.Tensor, after: torch.cuda.Event | None) -> None:
+        units = self._stamps.units
+        tags = [self._volume.tags(part, self._padding[0]) for part in stamped] if units is None else []
         with self._transfer.upload(view, after) as target:
-            self._volume.read_into(target, box, *self._padding)
+            self._volume.read_into(target, box, *self._padding, units)
+            for part, part_tags in zip(stamped, tags, strict=False):  # none where stored units are stamped
+                self._stamps.add(VOLUME, part, target[(slice(None), *part.slices(box.start))], part_tags)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis, PatchGrid
+from oocpatch.volumes.content import MASK, InputStamps
 from oocpatch.volumes.volume import Volume
 
 Voxels = npt.NDArray[np.int64]
@@ -36,14 +37,23 @@ class Mask:
     volume: Volume
     shape: Ints
 
+    def for_run(self) -> Mask:
+        """Return the same mask for one run; see `Volume.for_run`."""
+        return replace(self, volume=self.volume.for_run())
+
     @property
     def voxel_bytes(self) -> float:
         """Bytes per voxel of the volume while a layer is examined: as read, as booleans, and two running counts."""
         share = math.prod(self.volume.shape) / math.prod(self.shape[-len(self.volume.shape) :])
         return share * (self.volume.channels * (self.volume.dtype.itemsize + 1) + 1 + 2 * 4)
 
-    def foreground(self, grid: PatchGrid, ranges: Sequence[range]) -> npt.NDArray[np.bool_]:
-        """Return whether each patch of a product of ranges has foreground, as an array with one axis per range."""
+    def foreground(
+        self, grid: PatchGrid, ranges: Sequence[range], stamps: InputStamps | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Return whether each patch of a product of ranges has foreground, as an array with one axis per range.
+
+        The part of the mask that is read is added to `stamps`.
+        """
         lacking = len(self.shape) - len(self.volume.shape)
         spans = [
             _spans(axis, indices, n, m)
@@ -52,7 +62,10 @@ class Mask:
             )
         ]
         box = Box(tuple(int(a.min()) for a, _ in spans), tuple(int(b.max()) for _, b in spans))
-        nonzero = (self.volume.read(box) != 0).any(axis=0)
+        tags, values = self.volume.tags(box), self.volume.read(box)
+        if stamps is not None:
+            stamps.add(MASK, box, values, tags)
+        nonzero = (values != 0).any(axis=0)
         for axis, (starts, stops) in enumerate(spans):
             # A product of spans has foreground if it does span by span, one axis after the other.
             counts = np.zeros((*nonzero.shape[:axis], nonzero.shape[axis] + 1, *nonzero.shape[axis + 1 :]), np.int32)
@@ -89,8 +102,11 @@ class Selection:
         """Return whether patches may be skipped."""
         return self.mask is not None or self.box is not None
 
-    def of(self, grid: PatchGrid, ranges: Sequence[range]) -> list[Ints]:
-        """Return the patches to compute among a product of ranges of grid indices, in C order."""
+    def of(self, grid: PatchGrid, ranges: Sequence[range], stamps: InputStamps | None = None) -> list[Ints]:
+        """Return the patches to compute among a product of ranges of grid indices, in C order.
+
+        The part of the mask that is read is added to `stamps`.
+        """
         if self.box is not None:
             meeting = (a.meeting(*span) for a, *span in zip(grid.axes, self.box.start, self.box.stop, strict=True))
             ranges = [
@@ -99,5 +115,5 @@ class Selection:
             ]
         if self.mask is None or not all(ranges):
             return list(itertools.product(*ranges))
-        chosen = np.argwhere(self.mask.foreground(grid, ranges)).tolist()
+        chosen = np.argwhere(self.mask.foreground(grid, ranges, stamps)).tolist()
         return [tuple(r[i] for r, i in zip(ranges, index, strict=True)) for index in chosen]

@@ -41,6 +41,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.windows import axis_window
 from oocpatch.progress import OnProgress, TaskDone
+from oocpatch.volumes.content import InputStamps
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 from oocpatch.workspace.partials import PartialReader, PartialWriter
@@ -95,6 +96,7 @@ class TaskResult:
         uncovered: voxels of the first head's output without a patch, among those that the task wrote.
         nonfinite: voxels of all heads that are NaN or infinite, among those that the task wrote.
         unit_checksums: packed CRCs of the write units that the task wrote; see `outputs.write_units`.
+        input_stamps: packed stamps of the input that the task read; see `volumes.content`.
         halved: batches that did not fit into memory and were halved, as reported by other processes.
     """
 
@@ -102,14 +104,21 @@ class TaskResult:
     uncovered: int = 0
     nonfinite: int = 0
     unit_checksums: str = ""
+    input_stamps: str = ""
     halved: int = 0
 
     @classmethod
     def of(
-        cls, counts: Sequence[Counts], checksums: WriteChecksums, partials_ref: PartialsRef = NO_PARTIALS
+        cls,
+        counts: Sequence[Counts],
+        checksums: WriteChecksums,
+        partials_ref: PartialsRef = NO_PARTIALS,
+        stamps: InputStamps | None = None,
     ) -> TaskResult:
-        """Return the result of a task from the counts of each head and the CRCs of its writes."""
-        return cls(partials_ref, counts[0].uncovered, sum(head.nonfinite for head in counts), checksums.pack())
+        """Return the result of a task from the counts of each head, the CRCs of its writes and the stamps of reads."""
+        nonfinite = sum(head.nonfinite for head in counts)
+        packed = "" if stamps is None else stamps.pack()
+        return cls(partials_ref, counts[0].uncovered, nonfinite, checksums.pack(), packed)
 
 
 def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -183,14 +192,15 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     chunk = plan.in_chunks[plan.sweep] if plan.io_strategy.aligned_reads else 1
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, prefetch=prefetch)
     partials = context.workspace.writer(index)
-    checksums = WriteChecksums(plan, "predict", index)
+    checksums, region = WriteChecksums(plan, "predict", index), _input_region(plan, ranges)
+    stamps = InputStamps(context.volume.unit_stamps(region, plan.padding_mode or "edge"))
     writers = [
         SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.slab_bytes
     ]
     sums = [_partial_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
     reader = InputReader(
         context.volume,
-        _input_region(plan, ranges),
+        region,
         axis=plan.sweep,
         capacity=planes,
         dtype=torch_dtype(plan.in_dtype),
@@ -199,8 +209,9 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         pool=context.read_pool,
         padding_mode=plan.padding_mode or "edge",
         fill=plan.fill,
+        stamps=stamps,
     )
-    steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk))
+    steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)
     try:
         step = next(steps, None)
         while step is not None:
@@ -223,7 +234,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         for writer in writers:
             writer.pending.cancel_and_wait()
         partials.discard()
-    return TaskResult.of([head_sums.counts for head_sums in sums], checksums, partials_ref)
+    return TaskResult.of([head_sums.counts for head_sums in sums], checksums, partials_ref, stamps)
 
 
 def _partial_sums(context: TaskContext, index: int, number: int, layers: range, writer: SlabWriter) -> PartialSums:
@@ -255,7 +266,7 @@ def _input_region(plan: Plan, ranges: Sequence[range]) -> Box:
 
 
 def _steps(
-    context: TaskContext, index: int, ranges: Sequence[range], schedule: list[Group]
+    context: TaskContext, index: int, ranges: Sequence[range], schedule: list[Group], stamps: InputStamps
 ) -> Iterator[tuple[Group, list[Ints]]]:
     """Yield the groups that have patches to compute, with these in their one order: by layer, in C order within."""
     sweep = context.plan.sweep
@@ -264,7 +275,7 @@ def _steps(
         members: list[Ints] = []
         for layer in group.layers:
             one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
-            members += context.selection.of(context.plan.grid, one)
+            members += context.selection.of(context.plan.grid, one, stamps)
         skipped = len(group.layers) * per_layer - len(members)
         if skipped:
             context.report(index, skipped)

@@ -30,14 +30,11 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.sources import Source, open_source
-from oocpatch.volumes.volume import Volume
+from oocpatch.volumes.volume import Volume, chunks_in_memory
 from oocpatch.workspace.workspace import Workspace
 
 PAYLOAD = "payload"
 """Name of the file of a call's payload."""
-
-COPIED = 1 << 18
-"""Bytes of a chunk of a volume in memory that is stored for workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +68,17 @@ class VolumeRef:
     Attributes:
         source: a directory or a URL; or the source itself, if it can be pickled.
         axes: names, roles and order of its axes.
+        copied: whether it is a copy of a volume in memory, whose files say nothing about it.
     """
 
     source: StoragePath | Source
     axes: Axes
+    copied: bool = False
 
     def open(self) -> Volume:
         """Open the volume."""
         source = self.source if isinstance(self.source, Source) else open_source(str(self.source))
-        return Volume(source, self.axes)
+        return Volume(replace(source, units=None) if self.copied else source, self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,17 +195,17 @@ def _volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int |
             f"and max_disk leaves {human(max(0, free_disk))}; raise max_disk, or store the {name} as Zarr and pass its "
             "path"
         )
-    side = max(1, int((COPIED / volume.dtype.itemsize) ** (1 / len(source.shape))))
+    chunks = chunks_in_memory(source)
     array = zarr.create_array(
         folder.store(),
         name=name,
         shape=source.shape,
-        chunks=tuple(min(side, n) for n in source.shape),
+        chunks=chunks,
         dtype=volume.dtype,
         compressors=None,
         filters=None,
     )
-    for start in range(0, source.shape[0], side):
-        slab = (slice(start, start + side), *(slice(None) for _ in source.shape[1:]))
+    for start in range(0, source.shape[0], chunks[0]):
+        slab = (slice(start, start + chunks[0]), *(slice(None) for _ in source.shape[1:]))
         array[slab] = source.load(slab)
-    return VolumeRef(folder / name, volume.axes)
+    return VolumeRef(folder / name, volume.axes, copied=True)

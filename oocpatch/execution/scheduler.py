@@ -278,8 +278,14 @@ class Run:
 
 
 def _record_of(kind: Kind, index: int, result: TaskResult) -> Record:
-    uncovered, nonfinite, units = result.uncovered, result.nonfinite, result.unit_checksums
-    return Record(kind, index, uncovered=uncovered, nonfinite=nonfinite, units=units)
+    return Record(
+        kind,
+        index,
+        uncovered=result.uncovered,
+        nonfinite=result.nonfinite,
+        units=result.unit_checksums,
+        stamps=result.input_stamps,
+    )
 
 
 def _failure_message(failed: dict[int, str]) -> str:

@@ -102,6 +102,7 @@ def open_task_context(
     chunk_bytes = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in plan.heads]
     unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
     volume, threads = inputs.volume, plan.io_strategy.threads
+    mask = None if inputs.mask is None else inputs.mask.for_run()
     heap_bytes = heap_chunk_bytes(threads, max(volume.chunk_bytes, *unit_bytes))
     lean_heap(heap_bytes, max(volume.chunk_bytes, *chunk_bytes))
     looped = len(plan.axes) - plan.spatial
@@ -117,8 +118,8 @@ def open_task_context(
         stack.enter_context(output.with_chunk_writers(threads))
         yield TaskContext(
             plan=plan,
-            volume=volume.with_chunk_reader(reader_threads(threads)),
-            selection=Selection(inputs.mask, None if plan.box is None else Box(*plan.box)),
+            volume=volume.for_run(reader_threads(threads)),
+            selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
             predictor=predictor,
             transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),
             workspace=workspace,

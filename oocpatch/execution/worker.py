@@ -177,8 +177,7 @@ def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack:
     payload: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
     plan = Plan.from_json(payload.plan)
     volume = payload.volume.open()
-    stored = volume.source.location in (None, handle.folder / "volume")
-    if not stored and volume.fingerprint != plan.parameters["volume"]:
+    if volume.signature != plan.parameters["volume"]:
         raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
     device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())
     options = replace(payload.options, device=device)

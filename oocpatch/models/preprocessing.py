@@ -129,6 +129,11 @@ def checked_preprocess(
     return NAMED[name](**arguments)
 
 
+def needs_statistics(preprocess: NamedPreprocess | PatchFunction | None) -> bool:
+    """Return whether a preprocess depends on statistics of the whole volume."""
+    return isinstance(preprocess, ZScore | Percentile)
+
+
 def preprocess_statistics(
     preprocess: NamedPreprocess | PatchFunction | None,
     volume: Volume,

@@ -37,9 +37,12 @@ from oocpatch.volumes.volume import Volume
 
 
 def create_output(
-    path: StoragePath, plan: Plan, volume: Volume, workspace: StoragePath, previous: OutputRecord | None
+    path: StoragePath, plan: Plan, volume: Volume, root: StoragePath, previous: OutputRecord | None
 ) -> None:
-    """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced."""
+    """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced.
+
+    `root` is the workspace of the run.
+    """
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     split, parent = is_tree(plan.heads), parent_image(path)
     images = images_of(plan, volume, parent.levels if parent else None) if is_ome_zarr(plan) else ()
@@ -59,10 +62,10 @@ def create_output(
         "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
-    record = OutputRecord(plan.run_id, False, parameters, str(workspace), members, details)
+    record = OutputRecord(root.name, False, parameters, str(root.parent), members, details)
     store = path.store()
     # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
-    attributes = {ATTRIBUTE: record.to_dict(), **root_attributes(images, in_parent=parent is not None)}
+    attributes = {ATTRIBUTE: record.to_dict(path), **root_attributes(images, in_parent=parent is not None)}
     if previous is not None:
         _replace(path, previous, attributes)
     else:

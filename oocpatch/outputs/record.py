@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import zarr
@@ -37,9 +38,13 @@ class OutputRecord:
     arrays: tuple[str, ...]
     details: Mapping[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON stores it."""
-        return {**asdict(self), "arrays": list(self.arrays)}
+    def to_dict(self, path: StoragePath) -> dict[str, Any]:
+        """Return the record of the output at a path as JSON stores it.
+
+        The address of a workspace beside the output is relative, so that both may move.
+        """
+        workspace = self.workspace.removeprefix(f"{path.parent}/")
+        return {**asdict(self), "workspace": workspace, "arrays": list(self.arrays)}
 
 
 def inspect_output(path: StoragePath) -> OutputRecord | None:
@@ -58,7 +63,10 @@ def inspect_output(path: StoragePath) -> OutputRecord | None:
     try:
         group = zarr.open_group(path.store(), mode="r", zarr_format=3, use_consolidated=False)
         record: Any = group.attrs[ATTRIBUTE]
-        return OutputRecord(**{**record, "arrays": tuple(record["arrays"])})
+        workspace = record["workspace"]
+        if "://" not in workspace and not PurePath(workspace).is_absolute():
+            workspace = str(path.parent / workspace)
+        return OutputRecord(**{**record, "workspace": workspace, "arrays": tuple(record["arrays"])})
     except Exception as error:
         if path.is_outage(error):
             raise
@@ -110,7 +118,7 @@ def write_record(path: StoragePath, record: OutputRecord, *, consolidated: bool 
     try:
         file = path / METADATA
         metadata = json.loads(file.read_text())
-        metadata.setdefault("attributes", {})[ATTRIBUTE] = record.to_dict()
+        metadata.setdefault("attributes", {})[ATTRIBUTE] = record.to_dict(path)
         if omero:
             metadata["attributes"]["ome"]["omero"] = omero
         members = metadata.pop("consolidated_metadata")["metadata"] if consolidated else {}

@@ -57,6 +57,7 @@ class Plan:
         task_memory, memory_parts: shares of `projected_memory` of each concurrent block, and by name.
         model_note: preprocessing, ensembles and compilation around the model, in words.
         statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet computed.
+        statistics_of: digest of the content of the volume that the statistics are of.
         box: start and stop of the box whose patches are computed; None: all are.
         skip_value: value of patches to skip that hold nothing else; None: none is skipped for its values.
         output_fill: value of voxels that no patch covers.
@@ -93,6 +94,7 @@ class Plan:
     memory_parts: tuple[tuple[str, int], ...] = ()
     model_note: str = ""
     statistics: tuple[tuple[float, float], ...] = ()
+    statistics_of: str = ""
     box: tuple[Ints, Ints] | None = None
     skip_value: float | None = None
     output_fill: float = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection, Container, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,14 +11,17 @@ from typing import Any
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
-from oocpatch.models.preprocessing import preprocess_statistics
+from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
+from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
 from oocpatch.outputs.ome_labels import register_label
-from oocpatch.outputs.output import Output, create_output
+from oocpatch.outputs.output import Output, array_paths, create_output
 from oocpatch.outputs.pyramid import build_pyramids
-from oocpatch.outputs.record import OutputRecord, inspect_output
-from oocpatch.planning.plan import Plan
+from oocpatch.outputs.record import OutputRecord, inspect_output, write_record
+from oocpatch.planning.plan import Plan, digest
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
+from oocpatch.storage.journal import replace_journal
+from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, storage_path
 from oocpatch.workspace.ledger import WHOLE, Ledger, Record
 from oocpatch.workspace.run_progress import RunProgress
@@ -29,26 +33,64 @@ def workspace_root(record: OutputRecord) -> StoragePath:
     return storage_path(record.workspace) / record.run_id
 
 
+def plan_of(record: OutputRecord) -> Plan | None:
+    """Return the plan of a complete output; None if it was written by a version that stored none."""
+    plan = record.details.get("plan")
+    return None if plan is None else Plan.from_json(json.dumps(plan), older=True)
+
+
 def all_done(plan: Plan, progress: RunProgress) -> bool:
     """Return whether both stages of all blocks are recorded."""
     return len(progress.partials) == plan.blocks and len(progress.normalized) == plan.block_grid.num_open
 
 
+def find_workspace(config: RunConfig, record: OutputRecord) -> Workspace | None:
+    """Return the workspace of an unfinished run: where its record has it, or where this call has workspaces."""
+    roots = dict.fromkeys((workspace_root(record), config.workspace / record.run_id))
+    return next(filter(None, map(Workspace.find, roots)), None)
+
+
 def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
     """Return the workspace to continue, its weights written anew; or a new one, with an output marked incomplete."""
     record = inspect_output(config.output)
-    if resuming and record is not None:
-        workspace = Workspace(workspace_root(record), plan)
+    if resuming and record is not None and (stored := find_workspace(config, record)) is not None:
+        workspace = Workspace(stored.root, plan)
         workspace.write_weights()
+        if workspace.root != workspace_root(record):  # it was moved
+            write_record(config.output, replace(record, workspace=str(workspace.root.parent)))
         return workspace
     if record is not None:
         remove_workspace(workspace_root(record))
+    statistics_of = config.volume.fingerprint if needs_statistics(config.model.preprocess) else ""
     statistics = preprocess_statistics(
         config.model.preprocess, config.volume, config.limits.max_memory, progress=config.execution.progress
     )
-    plan = replace(plan, statistics=statistics)
-    create_output(config.output, plan, config.volume, config.workspace, record)
-    return Workspace.create(config.workspace / plan.run_id, plan)
+    plan = replace(plan, statistics=statistics, statistics_of=statistics_of)
+    root = config.workspace / plan.run_id
+    if config.workspace != beside(config.output, ""):  # which other outputs may share
+        root = config.workspace / digest([plan.run_id, str(config.output)])
+    create_output(config.output, plan, config.volume, root, record)
+    return Workspace.create(root, plan)
+
+
+def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collection[tuple[str, int]]) -> None:
+    """Remove stages of blocks from what is recorded as done; a complete output is incomplete then.
+
+    The next call computes them again. Only with the output's lock. The partials of a complete output are deleted: what
+    reads them must be among the stages.
+    """
+    root = workspace_root(record)
+    if record.complete:
+        Workspace.create(root, plan)
+        ledger = path / array_paths(plan)[0] / LEDGER
+    else:
+        Workspace(root, plan).join()
+        ledger = root / WHOLE
+    replace_journal(root / WHOLE, latest_lines(ledger, plan.blocks, without=frozenset(stages), plain=record.complete))
+    if record.complete:
+        details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
+        details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}
+        write_record(path, replace(record, complete=False, details=details))
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oocpatch.configuration.make_plan import check_same_run, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputBusy, OutputExists
+from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
 from oocpatch.execution.scheduler import Run
 from oocpatch.outputs.ome_labels import register_label
@@ -29,7 +29,19 @@ from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress
-from oocpatch.run.driver import all_done, complete, open_executor, open_ledger, run_details, set_up, workspace_root
+from oocpatch.run.driver import (
+    all_done,
+    complete,
+    find_workspace,
+    open_executor,
+    open_ledger,
+    plan_of,
+    reopen,
+    run_details,
+    set_up,
+    workspace_root,
+)
+from oocpatch.run.input_changes import InputChanges, changes_of_complete, changes_of_unfinished, stages_to_repeat
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail
 from oocpatch.workspace.workspace import Workspace, remove_workspace
@@ -80,6 +92,8 @@ def predict(
     part: Sequence[int] | None = None,
     resume: bool = True,
     overwrite: bool = False,
+    update: bool = False,
+    check_input: bool = True,
     progress: str | bool | OnProgress = "auto",
 ) -> Result:
     """Run a model over a volume that does not fit in memory, patch by patch, and blend its outputs.
@@ -153,6 +167,10 @@ def predict(
             Until then, voxels that are not computed hold `output_fill`, and the result's attribute `complete` is False.
         resume: continue an incomplete output; else it is refused.
         overwrite: start afresh; replaces only what oocpatch wrote.
+        update: where chunks of the volume or the mask have changed since they were read, compute again the blocks that
+            read them and those that share patches with these; the bytes are those of a fresh run.
+        check_input: compare the input with what a complete output was computed from, by size and time of its chunks,
+            and where these differ by its values. False: return the output without looking.
         progress: `"auto"` shows a bar on a terminal, else a line now and then; `"bar"` or True, `"plain"` lines or
             `"json"` always; `"none"` or False nothing. A function receives the events instead, `TaskDone(block,
             patches, bytes)`, from any thread.
@@ -165,7 +183,7 @@ def predict(
     Raises:
         ValueError, TypeError: for bad arguments.
         PlanTooLarge: when the run would need more memory or disk than allowed; nothing is read or written.
-        RunMismatch: when the output belongs to a run with other parameters.
+        RunMismatch: when the output belongs to a run with other parameters, or chunks of its input have changed.
         OutputExists: when the output holds other data.
         OutputBusy: when another run is at work on it.
         BlockFailed: when blocks failed; the others are done, and the same call retries only those.
@@ -220,6 +238,8 @@ def predict(
         part=part,
         resume=resume,
         overwrite=overwrite,
+        update=update,
+        check_input=check_input,
         progress=progress,
     )
     return run(config)
@@ -298,12 +318,18 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         blocks: the only blocks to compute; default: all.
     """
     stored, record = _stored_run(config)
-    if record is not None and record.complete and not config.execution.overwrite:
+    changes = _input_changes(config, stored, record)
+    if changes.other_statistics:  # every block depends on them: a fresh run
+        config = replace(config, execution=replace(config.execution, overwrite=True))
+        stored, changes = None, InputChanges()
+    if record is not None and record.complete and not config.execution.overwrite and not changes:
         remove_workspace(workspace_root(record))  # a crash after success may have left it, and its lock
         for lock in locks(config.output):
             clear_dead(lock)
         register_label(config.output)  # a crash after success may have come before this
         return open_result(config.output)
+    if changes and record is not None and record.complete and (stored := plan_of(record)) is not None:
+        stored = resumed_plan(stored, config)
     plan = stored or planned or make_plan(config)
     config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
     config.output.parent.make_folder()
@@ -313,6 +339,8 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         process = next(filter(None, map(holder, locks(config.output)[1:])), None)
         if process is not None:  # a part that began meanwhile
             raise OutputBusy(_busy(config, process))
+        if changes and record is not None:
+            _reopen(config, plan, record, changes)
         workspace = set_up(config, plan, resuming=stored is not None)
         workspace.join()
         verb = "resumes" if stored is not None else "starts"
@@ -363,13 +391,51 @@ def _stored_run(config: RunConfig) -> tuple[Plan | None, OutputRecord | None]:
     return stored, record
 
 
+def _input_changes(config: RunConfig, stored: Plan | None, record: OutputRecord | None) -> InputChanges:
+    """Compare the input with what the blocks that are done have read.
+
+    Raises:
+        RunMismatch: when it has changed, unless it is to be updated.
+    """
+    execution = config.execution
+    if record is None or execution.overwrite:
+        return InputChanges()
+    if record.complete:
+        plan = plan_of(record)
+        if plan is None or not (execution.check_input or execution.update):
+            return InputChanges()
+        changes = changes_of_complete(config, plan)
+    else:
+        workspace = None if stored is None else find_workspace(config, record)
+        if workspace is None:
+            return InputChanges()
+        changes = changes_of_unfinished(config, workspace, workspace.progress())
+    if changes and not execution.update:
+        raise RunMismatch(
+            f"{config.output} was computed from other input ({changes} since); compute the blocks that depend on it "
+            "again with update=True, choose another output, or start afresh with overwrite=True",
+            changes.names,
+        )
+    return changes
+
+
+def _reopen(config: RunConfig, plan: Plan, record: OutputRecord, changes: InputChanges) -> None:
+    """Mark the stages that depend on changes of the input as not done."""
+    workspace = None if record.complete else find_workspace(config, record)
+    place = config.workspace if workspace is None else workspace.root.parent
+    stages = stages_to_repeat(plan, changes, None if workspace is None else workspace.progress().normalized)
+    again = len({block for stage, block in stages if stage == "predict"})
+    logger.info("%s: %s; %d of %d blocks are computed again", config.output, changes, again, plan.blocks)
+    reopen(config.output, replace(record, workspace=str(place)), plan, stages)
+
+
 def _stored_plan(config: RunConfig, record: OutputRecord) -> Plan | None:
     """Return the stored plan to continue; None where there is none, or nothing is left to do.
 
     Raises:
         RunMismatch: when it is of a run with other parameters. CorruptData: when it only seems so.
     """
-    workspace = None if record.complete else Workspace.find(workspace_root(record))
+    workspace = None if record.complete else find_workspace(config, record)
     check_same_run(config, record, None if workspace is None else workspace.plan)
     return None if workspace is None else resumed_plan(workspace.plan, config)
 

@@ -193,7 +193,16 @@ def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[],
     while any((root.parent / name).exists() for name in ("zarr.json", ".zgroup")):
         root = root.parent
     folder = root.with_name(f"{root.name}.oocpatch-masses")
-    key = [FORMAT, kind, volume.fingerprint, volume.axes.order, cells.box.start, cells.box.stop, cells.step]
+    key = [
+        FORMAT,
+        kind,
+        str(volume.source.location),
+        volume.signature,
+        volume.axes.order,
+        cells.box.start,
+        cells.box.stop,
+        cells.step,
+    ]
     file = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.npz"
     with _locked(folder):
         stamp = _stamp(volume.source.files)

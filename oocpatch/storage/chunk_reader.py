@@ -29,8 +29,9 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from oocpatch.planning.box import Box, selected, unit_positions
+from oocpatch.planning.box import Box, Ints, selected, unit_positions
 from oocpatch.storage.chunk_guard import ChunkGuard, declared_size
+from oocpatch.storage.unit_tags import UnitStamps
 
 Array = npt.NDArray[Any]
 Selection = tuple[slice, ...]
@@ -76,21 +77,27 @@ class PlainArray:
         codec, writes = plain
         return cls(array, Path(array.store.root, array.path), codec, writes=writes and array.fill_value is not None)
 
-    def read_into(self, out: Array, selection: Selection) -> None:
-        """Read a selection into an array of its shape, with any strides; raise `ValueError` for damaged chunks."""
+    def read_into(self, out: Array, selection: Selection, stamps: UnitStamps | None = None) -> None:
+        """Read a selection into an array of its shape, with any strides; raise `ValueError` for damaged chunks.
+
+        The chunks that are read are added to `stamps`.
+        """
         box, chunks = selected(selection, self._array.shape), self._array.chunks
         for position in unit_positions(chunks, box.slices()):
             start = tuple(p * n for p, n in zip(position, chunks, strict=True))
             common = Box(start, tuple(a + n for a, n in zip(start, chunks, strict=True))) & box
-            chunk = self._chunk(self._array.metadata.encode_chunk_key(position))
+            chunk = self._chunk(position, stamps)
             out[common.slices(box.start)] = self._empty if chunk is None else chunk[common.slices(start)]
 
-    def _chunk(self, key: str) -> Array | None:
+    def _chunk(self, position: Ints, stamps: UnitStamps | None) -> Array | None:
         """Return a chunk, valid until the same thread reads the next one; None where none is stored."""
+        key = self._array.metadata.encode_chunk_key(position)
         try:
             # Not to wait for what is no file: the guard refuses it.
             file = os.open(self._folder / key, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
+            if stamps is not None:
+                stamps.add(position, None, b"")
             return None
         try:
             status = os.fstat(file)
@@ -98,6 +105,8 @@ class PlainArray:
             data = self._read(file, status.st_size)
         finally:
             os.close(file)
+        if stamps is not None:
+            stamps.add(position, status, data)
         self._guard.check_bytes(key, data, self._bytes)
         decoded = self._decoded(key, data)
         if decoded.nbytes != self._bytes:

@@ -116,6 +116,14 @@ class ObjectPath(StoragePath):
                     if skip is None or not any(skip(folder) for folder in folders):
                         yield name
 
+    def list_tags(self) -> Iterator[tuple[str, str]]:
+        """List the relative names of all objects below, each with its ETag, or with size and time where it has none."""
+        with translated_errors(self.url):
+            for batch in self._bucket.list(prefix=self.key or None):
+                for entry in batch:
+                    tag = entry["e_tag"] or f"{entry['size']} {entry['last_modified']}"
+                    yield str(entry["path"]).removeprefix(self.key).lstrip("/"), str(tag)
+
     def list_folders(self, depth: Literal[1, 2] = 1) -> list[str]:
         if depth == 2:  # one listing of everything instead of one for each of many directories
             return sorted({"/".join(parts[:2]) for name in self.list_files() if len(parts := name.split("/")) > 2})

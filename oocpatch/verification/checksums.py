@@ -21,19 +21,20 @@ from typing import Any
 
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.execution.array_job import busy_holder
-from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines, metadata_checksum
+from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, metadata_checksum
 from oocpatch.outputs.output import array_paths, channel_position
 from oocpatch.outputs.pyramid import compare_pyramids
-from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output, write_record
+from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output
 from oocpatch.outputs.write_units import unpack
+from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
-from oocpatch.run.driver import workspace_root
+from oocpatch.run.driver import reopen, workspace_root
 from oocpatch.storage.checksums import ABSENT, measured
-from oocpatch.storage.journal import local_copy, replace_journal
+from oocpatch.storage.journal import local_copy
 from oocpatch.storage.locks import beside, locked
 from oocpatch.storage.paths import StoragePath, output_path
-from oocpatch.workspace.ledger import WHOLE, Record, latest_records, segments
+from oocpatch.workspace.ledger import Record, latest_records, segments
 from oocpatch.workspace.workspace import Workspace
 
 THREADS, AT_A_TIME, SHOWN = 4, 256, 20
@@ -289,24 +290,13 @@ def _repair(path: StoragePath, record: OutputRecord, plan: Plan, verification: V
     if others:
         raise CorruptData(f"{path} cannot be repaired: {others[0]}; compute it anew with overwrite=True")
     undone = {(str(d.stage), int(d.block)) for d in verification.damaged if d.block is not None}
-    root = workspace_root(record)
     with locked(beside(path, ".lock"), str(path)):
         if record.complete:
             # The partials are deleted, so those that the normalize stage of a block reads must be computed again, too.
-            grid = plan.block_grid
+            neighbours = Neighbours(plan.block_grid)
             for stage, block in list(undone):
                 if stage == "normalize":
-                    undone |= {("predict", i) for i in (block, *(b.index for _, b in grid.sources(grid[block])))}
-            Workspace.create(root, plan)
-            ledger = path / array_paths(plan)[0] / LEDGER
-        else:
-            Workspace(root, plan).join()
-            ledger = root / WHOLE
+                    undone |= {("predict", i) for i in (block, *neighbours.sources(block))}
         for level in (d for d in verification.damaged if d.stage == PYRAMID):  # the whole pyramid is built again
             (path / level.array / level.key).unlink(missing_ok=True)
-        lines = latest_lines(ledger, plan.blocks, without=frozenset(undone), plain=record.complete)
-        replace_journal(root / WHOLE, lines)
-        if record.complete:
-            details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
-            details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}
-            write_record(path, dataclasses.replace(record, complete=False, details=details))
+        reopen(path, record, plan, undone)

@@ -17,7 +17,7 @@ import numpy as np
 from oocpatch.configuration.options import OPTIONS
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.plan import Plan, human
-from oocpatch.run.driver import workspace_root
+from oocpatch.run.driver import plan_of, workspace_root
 from oocpatch.run.status import RunStatus, status
 from oocpatch.storage.paths import local_path
 from oocpatch.visualization.display_source import local_name, record_of
@@ -71,8 +71,8 @@ def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None =
 
 def _plan_of(record: OutputRecord) -> Plan | None:
     """Return the plan: from the output of a complete run, before that from the workspace."""
-    if (plan := record.details.get("plan")) is not None:
-        return Plan.from_json(json.dumps(plan), older=True)
+    if (plan := plan_of(record)) is not None:
+        return plan
     workspace = Workspace.find(workspace_root(record))
     return None if workspace is None else workspace.plan
 

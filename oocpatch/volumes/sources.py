@@ -1,16 +1,15 @@
 """Sources: a common view of each kind of array that a volume can come from.
 
-A source knows shape, dtype, names, chunks, coordinates, attributes and a fingerprint, and loads a selection. The
-fingerprint of data on disk comes from its address and metadata, that of data in memory from its bytes. A source travels
-to other processes: data on disk by its address, data in memory by value.
+A source knows shape, dtype, names, chunks, coordinates and attributes, and loads a selection. Data on disk has stored
+units, whose tags show without reading that they have not changed. A source travels to other processes: data on disk by
+its address, data in memory by value.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,9 +22,12 @@ import xarray
 import zarr
 
 from oocpatch.errors import error_line
+from oocpatch.planning.box import Box, worthwhile
+from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
+from oocpatch.storage.unit_tags import StoredUnits, WholeFiles, units_of
 from oocpatch.volumes.cf_decoding import (
     DECODED,
     DecodedReader,
@@ -38,6 +40,9 @@ from oocpatch.volumes.cf_decoding import (
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
 from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
+TAGGED = 4096
+"""Stored units whose tags are read at a time."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,13 +51,12 @@ class Source:
     Attributes:
         shape, dtype, chunks: those of the array, with one entry per axis.
         load: reads a selection of slices as a numpy array.
-        compute_fingerprint: computes `fingerprint`; reads data in memory.
         names: dimension names, if there are any.
         chunked: whether reading part of a chunk costs as much as the chunk.
         location: address of the array on the local file system or in an object store, if it has one.
         array: the Zarr array, if it is one.
         files: the local directory that contains only the chunks of this array, if there is one.
-        parts: absolute paths of all local files that hold the array, if it is in files of another format than Zarr.
+        units: the stored units of the array; None: its values alone show that it has changed.
         coords: coordinates of xarray, or from the scale and translation of an OME-Zarr.
         attrs: the user's attributes.
         roles: names that determine the roles of the axes, if `names` do not.
@@ -64,23 +68,35 @@ class Source:
     dtype: Any
     chunks: tuple[int, ...]
     load: Callable[[tuple[slice, ...]], npt.NDArray[Any]]
-    compute_fingerprint: Callable[[], str]
     names: tuple[str | None, ...] | None = None
     chunked: bool = True
     location: StoragePath | None = None
     array: zarr.Array[Any] | None = None
     files: LocalPath | None = None
-    parts: tuple[str, ...] = ()
+    units: StoredUnits | None = None
     coords: Mapping[str, Any] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     roles: tuple[str, ...] | None = None
     image: Multiscale | None = None
     packing: Mapping[str, Any] = field(default_factory=dict)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
-        """Digest that identifies the source: address and metadata of data on disk, the bytes of data in memory."""
-        return self.compute_fingerprint()
+        """Digest of the content: of the tags of its stored units, or of all values where it has none."""
+        whole = Box.of_shape(self.shape)
+        if self.units is not None:
+            read_tags, crc = self.units.reader(), 0
+            for box in whole.split(worthwhile(self.units.unit, self.shape, TAGGED * math.prod(self.units.unit))):
+                crc = checksum(read_tags(box), crc)
+        else:
+            crc = 0
+            for box in whole.split(worthwhile(self.chunks, self.shape, READ_BYTES)) if self.chunked else [whole]:
+                crc = checksum(self.load(box.slices()), crc)
+        return f"{self.dtype} {'x'.join(map(str, self.shape))} {crc:08x}"
+
+    def reopened(self) -> Source:
+        """Return the source with its file opened anew: it may have been replaced."""
+        return replace(self, load=_reopened(self.load))
 
 
 def open_source(source: Any, level: int | str = 0) -> Source:
@@ -169,19 +185,17 @@ def _from_file(spec: FileSpec) -> Source:
         raise ValueError(f"a volume behind a URL must be a Zarr, N5 or precomputed, got {spec.address}; copy the file")
     with contextlib.closing(open_file(spec)) as file:
         metadata = file.metadata
-        parts = tuple(sorted({os.path.abspath(path) for path in file.files()}))  # noqa: PTH100 - they are many
+        files = tuple(sorted({os.path.abspath(path) for path in file.files()}))  # noqa: PTH100 - they are many
     address = str(local.resolve()) if local is not None else spec.address
-    content = {"address": address, "part": spec.part, "shape": metadata.shape, "dtype": str(metadata.dtype)}
     source = Source(
         shape=metadata.shape,
         dtype=metadata.dtype,
         chunks=metadata.chunks,
         names=metadata.names,
         load=FileReader(replace(spec, address=address)),  # a process with another working directory may open it
-        compute_fingerprint=functools.partial(_digest, {**content, **metadata.content}),
+        units=WholeFiles(files, str(replace(spec, address="")), metadata.shape) if files else None,
         chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
-        parts=parts,
         coords=metadata.coords,
         attrs=metadata.attrs,
     )
@@ -262,7 +276,7 @@ def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
         chunks=array.chunks,
         names=_dimension_names(array),
         load=functools.partial(_load, array),
-        compute_fingerprint=functools.partial(_zarr_fingerprint, array, str(location or array.store_path)),
+        units=units_of(array),
         location=location,
         array=array,
         files=location if isinstance(location, LocalPath) else None,
@@ -270,6 +284,12 @@ def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
     )
     packing = zarr_decoding(array, is_named=bool(source.names), is_image="image" in others)
     return _unpacked(replace(source, **others), packing)
+
+
+def _reopened(load: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(load, DecodedReader):
+        return replace(load, load=_reopened(load.load))
+    return FileReader(load.spec) if isinstance(load, FileReader) else load
 
 
 def _unpacked(source: Source, packing: Mapping[str, Any] | None) -> Source:
@@ -283,23 +303,12 @@ def _unpacked(source: Source, packing: Mapping[str, Any] | None) -> Source:
         source,
         dtype=decoded(np.zeros(1, source.dtype), packing).dtype,
         load=DecodedReader(source.load, packing),
-        compute_fingerprint=functools.partial(_unpacked_fingerprint, source.compute_fingerprint, packing),
         packing=packing,
     )
 
 
-def _unpacked_fingerprint(compute_stored: Callable[[], str], packing: Mapping[str, Any]) -> str:
-    return _digest([compute_stored(), dict(packing)])
-
-
 def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
     return np.asarray(array[selection])
-
-
-def _zarr_fingerprint(array: zarr.Array[Any], address: str) -> str:
-    metadata = array.metadata.to_dict()
-    metadata.pop("attributes", None)
-    return _digest({"address": address, "metadata": json.loads(json.dumps(metadata, default=str))})
 
 
 def _from_xarray(array: xarray.DataArray) -> Source:
@@ -323,13 +332,11 @@ def _from_lazy(array: xarray.DataArray) -> Source:
     encoding = array.encoding
     chunks = encoding.get("preferred_chunks") or {}
     address = str(encoding.get("source", ""))
-    content = {"source": address, "name": str(array.name), "shape": array.shape, "dtype": str(array.dtype)}
     return Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
         load=functools.partial(_load, array.variable),
-        compute_fingerprint=functools.partial(_digest, content),
         location=LocalPath(address).resolve() if address and "://" not in address else None,
     )
 
@@ -340,37 +347,18 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
         dtype=array.dtype,
         chunks=(1,) * array.ndim,
         load=functools.partial(_load, array),
-        compute_fingerprint=functools.partial(_numpy_fingerprint, array),
         chunked=False,
     )
 
 
-def _numpy_fingerprint(array: npt.NDArray[Any]) -> str:
-    """Return the digest of an array in memory by a CRC of its bytes; a memory map is identified by its file."""
-    content: Any = 0
-    if isinstance(array, np.memmap) and array.filename is not None:
-        status = Path(array.filename).stat()
-        content = [str(array.filename), int(array.offset), status.st_size, status.st_mtime_ns]
-    else:
-        for part in array:  # one slice at a time: a contiguous copy would double the memory
-            content = checksum(part, content)
-    return _digest({"shape": array.shape, "dtype": str(array.dtype), "content": content})
-
-
 def _from_dask(array: Any) -> Source:
-    content = {"dask": str(array.name), "shape": [int(n) for n in array.shape]}
     return Source(
         shape=tuple(int(n) for n in array.shape),
         dtype=array.dtype,
         chunks=tuple(int(n) for n in array.chunksize),
         load=functools.partial(_load_dask, array),
-        compute_fingerprint=functools.partial(_digest, content),
     )
 
 
 def _load_dask(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
     return np.asarray(array[selection].compute(scheduler="synchronous"))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]

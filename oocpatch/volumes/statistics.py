@@ -146,7 +146,7 @@ class VolumeStatistics:
         box_bytes = voxel * math.prod(min(s, n) for s, n in zip(step, volume.shape, strict=True))
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
-        reader = volume.with_chunk_reader(threads)
+        reader = volume.for_run(threads)
         summaries = run_pass(
             lambda box: summarize(reader.read(box)),
             Box.of_shape(volume.shape).split(step),

@@ -23,9 +23,12 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.paths import StoragePath
+from oocpatch.storage.unit_tags import TagReader, Tags, UnitStamps
 from oocpatch.storage.zarrs_codec import ZarrsArray
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
+
+NO_TAGS: Tags = np.empty(0, np.uint64)
 
 
 class Volume:
@@ -56,7 +59,8 @@ class Volume:
         if not isinstance(axes, Axes):
             axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
         self.axes: Axes = axes
-        self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `with_chunk_reader`
+        self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `for_run`
+        self._tag_reader: TagReader | None = None
         self._guard = ChunkGuard.of(data.array)
         self.dtype: np.dtype[Any] = np.dtype(data.dtype).newbyteorder("=")
         place = f" for {data.location}" if data.location is not None else ""
@@ -109,33 +113,89 @@ class Volume:
 
     @property
     def fingerprint(self) -> str:
-        """Digest that identifies the volume; computed without reading voxels on disk."""
+        """Digest of the volume's content, by the tags of its files or objects; of one in memory, by its values."""
         return self.source.fingerprint
 
-    def with_chunk_reader(self, threads: int) -> Volume:
-        """Return the same volume, with boxes read without zarr-python if possible.
+    @property
+    def signature(self) -> str:
+        """Shape and dtype as a text: two volumes of one signature and the same axes differ in their content alone."""
+        return f"{self.dtype} {'x'.join(map(str, self.source.shape))}"
 
-        Plain chunks are read by the calling thread, others by `threads` threads of zarrs. A process with threads of
-        zarrs must not fork.
+    def for_run(self, threads: int = 0) -> Volume:
+        """Return the same volume for one run: with the tags of its units, and its file opened anew.
+
+        With `threads`, boxes are read without zarr-python if possible: plain chunks by the calling thread, others by so
+        many threads of zarrs. A process with threads of zarrs must not fork.
         """
         volume = copy.copy(self)
-        if (array := self.source.array) is not None and not self.source.packing:
-            volume.chunk_reader = PlainArray.of(array) or ZarrsArray.open(array, threads)
+        volume.source = source = self.source.reopened()
+        volume._tag_reader = None if source.units is None else source.units.reader()  # noqa: SLF001 - its own
+        if threads and source.array is not None and not source.packing:
+            volume.chunk_reader = PlainArray.of(source.array) or ZarrsArray.open(source.array, threads)
         return volume
 
-    def split_reads(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[Box]:
+    def split_reads(self, box: Box, out: npt.NDArray[Any] | None) -> Iterator[tuple[Box, list[Box]]]:
         """Cut a box at chunk borders into reads large enough to be worth their overhead; they cover it exactly once.
 
+        Each comes with its parts that are stamped, see `volumes.content`: the same ones however a volume is read.
         Without an array `out` to read into, each read has its own buffer, and is one chunk or at most `READ_BYTES`.
         """
+        step = self.chunks if self.source.chunked else chunks_in_memory(self.source, self.axes.order)
+        voxels = READ_BYTES // (2 * self.channels * self.dtype.itemsize)
+        parts = box.split(worthwhile(step, box.shape, voxels))
         if isinstance(self.chunk_reader, ZarrsArray) and out is not None and self._target(out) is not None:
-            yield box
+            yield box, list(parts)
             return
-        step = self.chunks
-        if not self.source.chunked and out is not None:
-            step = (max(1, -(-box.shape[0] // 4)), *box.shape[1:])
-        voxel = self.channels * self.dtype.itemsize
-        yield from box.split(worthwhile(step, box.shape, READ_BYTES // (2 * voxel)))
+        yield from ((part, [part]) for part in parts)
+
+    def unit_stamps(self, box: Box, padding_mode: str) -> UnitStamps | None:
+        """Return stamps, still empty, of the stored units that reading a box meets; None where they are not seen.
+
+        They are seen by a chunk reader that reads their bytes.
+        """
+        array, units = self.source.array, self.source.units
+        if array is None or units is None or not isinstance(self.chunk_reader, PlainArray):
+            return None
+        return UnitStamps(array, self._units(box, padding_mode))
+
+    def tags(self, box: Box, padding_mode: str = "edge") -> Tags:
+        """Return the tags of the stored units that reading a box meets; none where the source has no units.
+
+        They are there in a volume that is open for a run.
+        """
+        units = self.source.units
+        if self._tag_reader is None or units is None:
+            return NO_TAGS
+        return self._tag_reader(self._unit_box(box, padding_mode))
+
+    def unit_indices(self, box: Box, padding_mode: str = "edge") -> npt.NDArray[np.int64]:
+        """Return the numbers of the stored units that `tags` has, in its order."""
+        if self.source.units is None:
+            return np.empty(0, np.int64)
+        box = self._units(box, padding_mode)
+        grid = np.meshgrid(*(range(a, b) for a, b in zip(box.start, box.stop, strict=True)), indexing="ij")
+        return np.ravel_multi_index(grid, self.unit_counts).reshape(-1)
+
+    @property
+    def unit_counts(self) -> Ints:
+        """Number of stored units along each axis of the source."""
+        units = self.source.units
+        return () if units is None else tuple(-(-n // u) for n, u in zip(self.source.shape, units.unit, strict=True))
+
+    def _units(self, box: Box, padding_mode: str) -> Box:
+        """Return the positions of the stored units that reading a box meets."""
+        whole, units = self._unit_box(box, padding_mode), self.source.units
+        unit = whole.shape if units is None else units.unit
+        start = tuple(a // n for a, n in zip(whole.start, unit, strict=True))
+        return Box(start, tuple(-(-b // n) for b, n in zip(whole.stop, unit, strict=True)))
+
+    def _unit_box(self, box: Box, padding_mode: str) -> Box:
+        """Return the box of the source that reading a box meets, with all channels."""
+        start, stop = [0] * len(self.source.shape), list(self.source.shape)
+        for position, a, b, n in zip(self.axes.order, box.start, box.stop, self.shape, strict=True):
+            index = (a, b - 1) if a >= 0 and b <= n else _source_index(np.arange(a, b), n, padding_mode)
+            start[position], stop[position] = int(min(index)), int(max(index)) + 1
+        return Box(tuple(start), tuple(stop))
 
     def read(self, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> npt.NDArray[Any]:
         """Read a box as a new array `(C, *box.shape)` of the volume's dtype."""
@@ -143,8 +203,17 @@ class Volume:
         self.read_into(out, box, padding_mode, fill)
         return out
 
-    def read_into(self, out: npt.NDArray[Any], box: Box, padding_mode: str = "edge", fill: float = 0.0) -> None:
+    def read_into(
+        self,
+        out: npt.NDArray[Any],
+        box: Box,
+        padding_mode: str = "edge",
+        fill: float = 0.0,
+        stamps: UnitStamps | None = None,
+    ) -> None:
         """Read a box into `out`, `(C, *box.shape)`; voxels outside the volume are padded as by `numpy.pad`.
+
+        Chunks that are read are added to `stamps`, of `unit_stamps`.
 
         Raises:
             ValueError: for an unknown padding mode.
@@ -153,7 +222,9 @@ class Volume:
             selection, target = self._selection(box), self._target(out)
             if self._guard is not None and not isinstance(self.chunk_reader, PlainArray):  # which checks sizes itself
                 self._guard.check(selection)
-            if target is not None and self.chunk_reader is not None:
+            if target is not None and isinstance(self.chunk_reader, PlainArray):
+                self.chunk_reader.read_into(target, selection, stamps)
+            elif target is not None and self.chunk_reader is not None:
                 self.chunk_reader.read_into(target, selection)
             else:
                 out[...] = self.source.load(selection).transpose(self._positions)
@@ -171,9 +242,10 @@ class Volume:
             ]
             inner = Box(tuple(int(i.min()) for i in indices), tuple(int(i.max()) + 1 for i in indices))
             if not any(outside):
-                self.read_into(target, inner)
+                self.read_into(target, inner, stamps=stamps)
                 continue
-            data = self.read(inner)
+            data = np.empty((self.channels, *inner.shape), self.dtype)
+            self.read_into(data, inner, stamps=stamps)
             for axis, (index, is_outside) in enumerate(zip(indices, outside, strict=True)):
                 if is_outside:
                     data = np.take(data, index - inner.start[axis], axis=axis + 1)
@@ -217,6 +289,16 @@ def _source_index(index: npt.NDArray[np.int64], length: int, mode: str) -> npt.N
     if mode == "wrap":
         return index % length
     return np.clip(index, 0, length - 1)
+
+
+COPIED = 1 << 18
+"""Bytes of a chunk of a volume in memory, as it is stamped and as it is stored for workers."""
+
+
+def chunks_in_memory(source: Source, axes: Sequence[int] | None = None) -> Ints:
+    """Return chunks for a source in memory, which has none; along some axes, or all of them."""
+    side = max(1, int((COPIED / source.dtype.itemsize) ** (1 / len(source.shape))))
+    return tuple(min(side, source.shape[a]) for a in (range(len(source.shape)) if axes is None else axes))
 
 
 DEFAULT_CHUNKS = {1: 1 << 18, 2: 512, 3: 64, 4: 32}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +40,7 @@ class Record:
         units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`).
         at: when it was recorded, in seconds since 1970, for people.
         nonfinite: voxels that are NaN or infinite, among those the stage wrote.
+        stamps: stamps of the parts of the input that the stage read (`predict`).
     """
 
     kind: Kind
@@ -50,10 +51,11 @@ class Record:
     units: str = ""
     at: float = 0.0
     nonfinite: int = 0
+    stamps: str = ""
 
     def values(self) -> list[Any]:
         """Return the record as a journal has it."""
-        return [self.kind, self.block, self.digest, self.uncovered, self.note, self.units, self.at, self.nonfinite]
+        return list(astuple(self))
 
     @classmethod
     def of(cls, values: Any) -> Record | None:

@@ -138,6 +138,8 @@ class RunProgress:
         self.last_at = max(self.last_at, record.at)
         if record.uncovered or record.nonfinite:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
+        elif record.kind in ("predict", "normalize"):  # the input may have changed since it was computed before
+            self.counts.pop((record.kind, record.block), None)
         if record.kind == "predict":
             if record.note in self._undone:  # by a driver whose records were read first
                 return

@@ -11,7 +11,7 @@ import xarray
 
 from oocpatch.volumes.cf_decoding import decoded_coordinate, decoding
 from oocpatch.volumes.formats.hdf5_parts import source_files
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 
 CACHE = 1 << 20
 """Bytes of h5py's cache of chunks."""
@@ -43,7 +43,6 @@ class Hdf5File:
                 coords=_coords(data, names or ()),
                 attrs=_attrs(data),
                 chunked=data.chunks is not None,
-                content={"dataset": data.name, **file_digest(Path(spec.address))},
                 packing=_packing(data, f"{spec.address}::{data.name}"),
             )
         except BaseException:

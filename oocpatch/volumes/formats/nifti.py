@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
 logger = logging.getLogger("oocpatch")
@@ -58,7 +58,6 @@ class NiftiFile:
             coords=_coords(image, names or (), shape),
             attrs=_attrs(image),
             chunked=False,
-            content=file_digest(self._path),
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
 TILE = 512
@@ -56,9 +56,7 @@ class SlideFile:
             names=("y", "x", "c"),
             coords=coords,
             attrs={k.removeprefix("openslide."): properties[k] for k in names if k in properties},
-            content={"level": spec.level, "quickhash": properties.get("openslide.quickhash-1"),
-                   **file_digest(Path(spec.address))},
-        )  # fmt: skip
+        )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""

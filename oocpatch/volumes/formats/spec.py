@@ -32,7 +32,6 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.errors import error_line
-from oocpatch.storage.checksums import checksum
 from oocpatch.storage.forks import refuse_fork
 
 SUFFIXES = {
@@ -58,9 +57,6 @@ READERS = {
 
 NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
-
-END = 1 << 16
-"""Bytes at each end of a file that its digest is made of."""
 
 
 class UnreadableError(ValueError):
@@ -98,7 +94,6 @@ class FileMetadata:
     Attributes:
         shape, dtype, chunks, names, coords, attrs: as in `Source`.
         chunked: whether reading part of a chunk costs as much as the chunk.
-        content: values that distinguish this array from another one of the same shape.
         packing: as in `Source`; `read` returns what is stored. None: attributes have no agreed meaning.
     """
 
@@ -109,7 +104,6 @@ class FileMetadata:
     coords: Mapping[str, xarray.Variable] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
     chunked: bool = True
-    content: Mapping[str, Any] = field(default_factory=dict)
     packing: Mapping[str, Any] | None = None
 
 
@@ -241,18 +235,6 @@ def import_extra(library: str, extra: str, spec: FileSpec) -> Any:
             f"reading {spec.address} needs {error.name or extra}, which is not installed; "
             f"pip install 'oocpatch[{extra}]'"
         ) from error
-
-
-def file_digest(path: Path) -> dict[str, Any]:
-    """Return the size of a file and a CRC of its first and last bytes.
-
-    The modification time does not count: a copy of a file is the same file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(END)
-        file.seek(max(0, size - END))
-        return {"bytes": size, "ends": checksum(np.frombuffer(first + file.read(END), np.uint8))}
 
 
 def to_json(value: Any) -> Any:

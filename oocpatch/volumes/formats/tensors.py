@@ -54,7 +54,6 @@ class TensorFile:
             chunks=tuple(min(c, n) for c, n in zip(chunks, store.shape, strict=True)),
             names=names if all(names) else None,
             coords=_coords(origins, tuple(store.shape)),
-            content={k: stored[k] for k in ("metadata", "scale_metadata", "multiscale_metadata") if k in stored},
         )
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import xarray
 import zarr
 
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, file_digest, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
 CENTIMETER = 3
@@ -39,7 +39,6 @@ class TiffFile:
                 names=names,
                 coords=_coords(self._tiff, spec.series, dict(zip(names or (), array.shape, strict=False)), factors),
                 attrs=_attrs(self._tiff),
-                content={"series": spec.series, "level": spec.level, **file_digest(self._path)},
             )
         except BaseException:
             self._tiff.close()

@@ -45,7 +45,7 @@ def test_boxes_are_read_as_zarr_python_reads_them(coder, options, dtype, tmp_pat
     array[:24] = some((24, 20, 33), dtype)  # the rest was never written
     if coder == "zarrs":
         monkeypatch.setattr(PlainArray, "of", lambda _: None)
-    volume = Volume(array, "zyx").with_chunk_reader(2)
+    volume = Volume(array, "zyx").for_run(2)
     ours = coder == "ours" and options in [p.values[0] for p in PLAIN]
     assert isinstance(volume.chunk_reader, PlainArray if ours else ZarrsArray)
     for box in (Box((0, 0, 0), (37, 20, 33)), Box((5, 3, 9), (31, 19, 10)), Box((30, 0, 0), (37, 20, 33))):
@@ -68,7 +68,7 @@ def test_channels_and_padding_are_the_same_with_and_without(tmp_path_factory, ch
         zarr.create_array(folder, data=some(shape, "int16"), chunks=(3,) * len(shape))
     plain = Volume(folder, axes)
     box = Box(start, tuple(a + 7 for a in start))
-    assert_array_equal(plain.with_chunk_reader(2).read(box, "reflect"), plain.read(box, "reflect"))
+    assert_array_equal(plain.for_run(2).read(box, "reflect"), plain.read(box, "reflect"))
 
 
 def test_arrays_that_zarrs_cannot_read_are_left_to_zarr_python(tmp_path):
@@ -78,7 +78,7 @@ def test_arrays_that_zarrs_cannot_read_are_left_to_zarr_python(tmp_path):
         tmp_path / "delta.zarr", data=np.arange(64.0).reshape(8, 8), zarr_format=2, filters=[numcodecs.Delta("<f8")]
     )
     for array in (swapped, memory, delta):
-        volume = Volume(array, "yx").with_chunk_reader(2)
+        volume = Volume(array, "yx").for_run(2)
         assert_array_equal(volume.read(Box((1, 1), (7, 7)))[0], array[1:7, 1:7])
 
 

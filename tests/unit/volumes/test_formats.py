@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import threading
@@ -279,17 +278,6 @@ def test_precomputed_is_read_behind_a_url(tmp_path: Path) -> None:
         volume = oocpatch.Volume(f"precomputed://http://127.0.0.1:{server.server_port}/segments")
         np.testing.assert_array_equal(volume.read(Box((0, 0, 0), STACK.shape))[0], STACK)
         server.shutdown()
-
-
-def test_a_copy_touched_later_is_the_same_volume_and_a_changed_one_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "a.nii"
-    nifti(path)
-    first = oocpatch.Volume(path).fingerprint
-    shutil.copyfile(path, tmp_path / "copy")
-    (tmp_path / "copy").replace(path)
-    assert oocpatch.Volume(path).fingerprint == first
-    nibabel.save(nibabel.Nifti1Image(STACK.T, np.diag([1.0, 1.0, 2.0, 1.0])), path)
-    assert oocpatch.Volume(path).fingerprint != first
 
 
 @pytest.mark.parametrize(

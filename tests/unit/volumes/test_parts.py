@@ -124,5 +124,5 @@ def test_a_volume_lists_all_files_that_hold_it(kind: str, tmp_path: Path, monkey
     path = make(tmp_path)
     monkeypatch.chdir(tmp_path)
     volume = oocpatch.Volume(path)
-    assert list(volume.source.parts) == [str(tmp_path / name) for name in names]
+    assert list(volume.source.units.files) == [str(tmp_path / name) for name in names]
     assert np.array_equal(volume.read(Box.of_shape(volume.shape))[0], DATA)
