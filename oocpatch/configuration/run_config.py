@@ -156,7 +156,7 @@ class RunConfig:
                 value = getattr(group, f.name)
                 if identity:
                     values[f.name] = value if identity is True else IDENTITIES[identity](value)
-        return {name: value for name, value in values.items() if value or name not in _OMITTED}
+        return {name: value for name, value in values.items() if name not in _OMITTED or value != _OMITTED[name]}
 
     @property
     def looped(self) -> int:
@@ -253,8 +253,8 @@ class RunConfig:
         return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
-_OMITTED = frozenset({"channels_last", "compile"})
-"""Parameters that are left out of the fingerprint where they are off."""
+_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True}
+"""Parameters that are left out of the fingerprint where they have these values."""
 
 
 def _opened(volume: Any, axes: Any, level: int | str) -> Volume:

@@ -15,13 +15,14 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from oocpatch.models.input_spec import InputSpec
+from oocpatch.models.named_outputs import map_outputs
 from oocpatch.models.onnx import OnnxSession
 from oocpatch.models.wrappers import NumpyModel, as_module
 from oocpatch.planning.choices import COMPILE_MODES
@@ -144,7 +145,7 @@ class OptimizedModel(nn.Module):
         if not self._graphs:
             return self._calls[0](patches)
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        return _copied(self._calls[0](patches))
+        return map_outputs(torch.clone, self._calls[0](patches))
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -175,9 +176,3 @@ def _compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
     if mode != "max-autotune" and "deterministic" in _inductor.list_options():
         options["deterministic"] = True
     return torch.compile(model, dynamic=False, options=options)
-
-
-def _copied(outputs: Any) -> Any:
-    if isinstance(outputs, Mapping):
-        return {name: _copied(value) for name, value in outputs.items()}
-    return outputs.clone() if isinstance(outputs, torch.Tensor) else outputs

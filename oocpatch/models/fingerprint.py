@@ -80,6 +80,21 @@ def read_fingerprint(model: object, *, sources: bool = True) -> Fingerprint:
     return Fingerprint(walk.hash.hexdigest(), tuple(walk.unread))
 
 
+def callables_of(model: object) -> list[Any]:
+    """Return the objects that a model may call, networks and others: the model itself and all that it reaches."""
+    reached: dict[int, object] = {}
+    rest, called = [model], [model]
+    while rest:
+        value = rest.pop()
+        if id(value) in reached or isinstance(value, _PLAIN | torch.Tensor | np.ndarray | np.generic):
+            continue
+        reached[id(value)] = value
+        if callable(value) and not isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+            called.append(value)
+        rest += [part for _, part in _parts(value, True)[1]]
+    return called
+
+
 class _Walk:
     """A walk over a value and all that it is made of, which hashes the token of each part."""
 

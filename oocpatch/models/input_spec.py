@@ -7,13 +7,14 @@ chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from oocpatch.models.named_outputs import joined, map_outputs, owned_outputs
 from oocpatch.planning.box import Ints
 
 
@@ -165,24 +166,15 @@ class ModelFile(nn.Module):
         """Return the outputs for any number of patches `(B, C, *patch)`."""
         least, most = self.input_spec.least_batch, self.input_spec.most_batch or len(patches)
         outputs = []
-        for part in torch.split(patches, most):
+        parts = torch.split(patches, most)
+        for part in parts:
             missing = max(0, least - len(part))
             filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
-            outputs.append(first(self.program(filled), len(part)))
+            output = owned_outputs(self.program, filled) if len(parts) > 1 else self.program(filled)
+            outputs.append(map_outputs(functools.partial(_first, count=len(part)), output) if missing else output)
         return joined(outputs)
 
 
-def joined(outputs: Sequence[Any]) -> Any:
-    """Return the outputs of parts of a batch, tensors or dicts of them, as those of the batch."""
-    if len(outputs) == 1:
-        return outputs[0]
-    if isinstance(outputs[0], dict):
-        return {name: joined([output[name] for output in outputs]) for name in outputs[0]}
-    return torch.cat([torch.as_tensor(output) for output in outputs])
-
-
-def first(output: Any, count: int) -> Any:
-    """Return the output for the first patches of a batch, a tensor or a dict of them; anything else as it is."""
-    if isinstance(output, dict):
-        return {name: first(value, count) for name, value in output.items()}
-    return output[:count] if isinstance(output, torch.Tensor) else output
+def _first(output: Any, count: int) -> Any:
+    """Return an output for the first patches of a batch; what is no tensor of patches as it is."""
+    return output[:count] if isinstance(output, torch.Tensor) and output.ndim else output

@@ -51,6 +51,7 @@ def load_models(
     model_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     device: str = "cpu",
+    eval_mode: bool = True,
 ) -> tuple[Model, ...]:
     """Return the models of a call: one, or the members of an ensemble; specs are loaded, as `load_model` does.
 
@@ -60,6 +61,7 @@ def load_models(
         model_args: as for `load_model`.
         trust_pickle: as for `load_model`.
         device: as for `load_model`.
+        eval_mode: as for `load_model`.
 
     Raises:
         TypeError: for what is neither a model nor a spec.
@@ -80,7 +82,12 @@ def load_models(
         raise ValueError(f"weights must be one file for each model, got {len(files)} for {len(members)} models")
     if (weights is not None or model_args) and not all(isinstance(item, str) for item in members):
         raise ValueError("weights and model_args are for models given as specs, such as 'file.py:name'; got a model")
-    options: dict[str, Any] = {"model_args": model_args, "trust_pickle": trust_pickle, "device": device}
+    options: dict[str, Any] = {
+        "model_args": model_args,
+        "trust_pickle": trust_pickle,
+        "device": device,
+        "eval_mode": eval_mode,
+    }
     models = tuple(
         load_model(item, weights=None if file is None else str(file), **options) if isinstance(item, str) else item
         for item, file in zip(members, files, strict=True)
@@ -102,6 +109,7 @@ def load_model(
     model_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     device: str = "cpu",
+    eval_mode: bool = True,
 ) -> Model:
     """Load the model that a spec names, ready for inference.
 
@@ -115,6 +123,7 @@ def load_model(
         model_args: arguments of the factory.
         trust_pickle: allow a file to run code while it is unpickled.
         device: where the model is put; `auto` is the first CUDA device if there is one, else the CPU.
+        eval_mode: whether the model is put in evaluation mode; else it is left as its factory gives it.
 
     Raises:
         ValueError: the spec, its arguments, the weights or the device cannot be used, with what to change.
@@ -131,7 +140,7 @@ def load_model(
     if isinstance(model, nn.Module):
         model = model.to(target)
         # A program in a file is fixed in the mode it was exported in, and refuses eval().
-        if not isinstance(model, (ModelFile, torch.fx.GraphModule)):
+        if eval_mode and not isinstance(model, (ModelFile, torch.fx.GraphModule)):
             model.eval()
     return model
 

@@ -43,6 +43,13 @@ class ModelOptions:
     model_id: str | None = option(
         None, metavar="TEXT", help="Identify the model by this text instead of its fingerprint."
     )
+    eval_mode: bool = option(
+        True,
+        check="switch",
+        identity=True,
+        kind="switch",
+        help="Call networks in evaluation mode; else each layer in the mode that it is in.",
+    )
     preprocess: NamedPreprocess | PatchFunction | None = option(
         None,
         check="preprocess",

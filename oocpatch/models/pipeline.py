@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
 from oocpatch.models.compilation import optimized_model, uses_graphs
-from oocpatch.models.fingerprint import read_fingerprint
+from oocpatch.models.fingerprint import callables_of, model_fingerprint, read_fingerprint
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.options import ModelOptions
@@ -34,6 +36,7 @@ def load(options: ModelOptions) -> tuple[Model, ...]:
         model_args=options.model_args,
         trust_pickle=options.trust_pickle,
         device=options.device,
+        eval_mode=options.eval_mode,
     )
 
 
@@ -61,6 +64,9 @@ def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: b
         )
         logger.warning(message, ", ".join(unread))
     digests = [fingerprint.digest for fingerprint in fingerprints]
+    if not options.eval_mode:
+        modes = [[called.training for called in callables_of(m) if isinstance(called, nn.Module)] for m in models]
+        digests = [model_fingerprint(both) for both in zip(digests, modes, strict=True)]
     return digests[0] if len(digests) == 1 else digests
 
 
@@ -115,6 +121,7 @@ class Pipeline:
             device=options.device,
             autocast=options.autocast,
             looped=self.looped,
+            eval_mode=options.eval_mode,
             own_thread=compiled and uses_graphs(options.compile, options.device),
             **settings,
         )

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,13 +18,13 @@ import torch
 
 from oocpatch.errors import error_line
 from oocpatch.models.compilation import OptimizedModel
-from oocpatch.models.input_spec import as_input, input_dtype, joined
-from oocpatch.models.wrappers import DEFAULT_HEAD
+from oocpatch.models.evaluation_mode import EvaluationMode
+from oocpatch.models.input_spec import as_input, input_dtype
+from oocpatch.models.named_outputs import DEFAULT_HEAD, joined, owned_outputs
 
 logger = logging.getLogger("oocpatch")
 
 Model = Callable[[torch.Tensor], Any]
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Predictor:
@@ -40,6 +38,7 @@ class Predictor:
         copies_input: whether patches must be copied before the model sees them.
         torch_threads: threads of torch, since results depend on it.
         own_thread: whether all calls are made by one thread, whichever asks for them; see `compilation`.
+        eval_mode: whether networks are in evaluation mode; else in the mode that they were in before.
 
     Attributes:
         halving: counts the batches that did not fit into memory.
@@ -55,6 +54,7 @@ class Predictor:
         copies_input: bool = True,
         torch_threads: int | None = None,
         own_thread: bool = False,
+        eval_mode: bool = True,
     ) -> None:
         self.model = model
         # with its number: each thread has a current CUDA device of its own
@@ -66,23 +66,21 @@ class Predictor:
         self._threads = torch_threads or torch.get_num_threads()
         self.dtype = input_dtype(model)
         self.halving = Halving(model)
-        self._lock = threading.Lock()
+        self._mode = EvaluationMode(model, eval_mode=eval_mode)
         self._own_thread = own_thread
         self._thread: ThreadPoolExecutor | None = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Put the module on its device and in evaluation mode, and put everything back afterwards."""
+        """Put the module on its device and in evaluation mode, and its mode and layout back afterwards."""
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             if isinstance(self.model, torch.nn.Module):
                 self.model.to(self.device)
                 for module in self.model.modules():
-                    if module.training:
-                        module.training = False
-                        stack.callback(setattr, module, "training", True)
                     if isinstance(module, OptimizedModel):
                         stack.enter_context(module.ready())
+            stack.enter_context(self._mode.active())
             if self._own_thread:
                 use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
                 self._thread = stack.enter_context(ThreadPoolExecutor(1, "oocpatch-model", use_device))
@@ -100,33 +98,26 @@ class Predictor:
         looped = tuple(range(2, 2 + self.looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
-        with self._lock:
-            result = self._thread.submit(self._run, inputs).result() if self._thread else self._run(inputs)
+        with self._mode.turn():
+            results = self._thread.submit(self._run, inputs).result() if self._thread else self._run(inputs)
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, but not when it was probed; let it work on x.clone()")
-        outputs = self._checked(result, inputs)
+        outputs = {
+            name: self._tensor(result, inputs, "" if name == DEFAULT_HEAD else f" for {name!r}")
+            for name, result in results.items()
+        }
         for axis in looped:
             outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
         return outputs
 
-    def _run(self, inputs: torch.Tensor) -> Any:
+    def _run(self, inputs: torch.Tensor) -> dict[str, Any]:
         use_threads(self._threads)
         try:
             # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
             with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=self._autocast):
-                return self.halving(as_input(inputs, self.dtype))
+                return owned_outputs(self.halving, as_input(inputs, self.dtype))
         finally:
             use_threads(1)
-
-    def _checked(self, result: Any, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not isinstance(result, Mapping):
-            return {DEFAULT_HEAD: self._tensor(result, inputs, "")}
-        if not result:
-            raise ValueError("the model must return a tensor or a dict of tensors, got an empty dict")
-        for name in result:
-            if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-                raise ValueError(f"the model must return a dict whose keys can be names of arrays, got {name!r}")
-        return {name: self._tensor(value, inputs, f" for {name!r}") for name, value in result.items()}
 
     def _tensor(self, result: Any, inputs: torch.Tensor, which: str) -> torch.Tensor:
         if not isinstance(result, torch.Tensor):
@@ -141,7 +132,7 @@ class Predictor:
             result = result.to(torch.float32)
         if result.is_complex():
             raise ValueError(f"the model must return real numbers{which}, got {result.dtype}")
-        output: torch.Tensor = result.detach() if result.requires_grad else result
+        output: torch.Tensor = result
         return output
 
 
@@ -220,7 +211,7 @@ class Halving:
             if batch.device.type == "cuda":
                 torch.cuda.empty_cache()
         count = self.count
-        outputs = [self(part) for part in torch.split(batch, self._most)]
+        outputs = [owned_outputs(self, part) for part in torch.split(batch, self._most)]
         self.count = count + 1  # a batch that is halved twice is still one batch
         return joined(outputs)
 

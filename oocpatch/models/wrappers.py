@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import nn
 
 from oocpatch.models.augmentation import FlipRotate
 from oocpatch.models.input_spec import InputSpec, as_input, input_dtype
+from oocpatch.models.named_outputs import map_outputs, named_outputs, unnamed
 
 
 class Function(nn.Module):
     """A callable of patches as a module.
 
     Args:
-        function: maps a tensor `(B, C, *patch)` to a tensor, an array, or a dict of them.
+        function: maps a tensor `(B, C, *patch)` to a tensor, an array, or what holds several of them.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -36,7 +38,7 @@ class NumpyModel(Function):
 
     Args:
         function: maps an array `(B, C, *patch)` in main memory, of the volume's dtype, to an array
-            `(B, C', *patch)` or a dict of them.
+            `(B, C', *patch)`, or a dict, tuple, list or dataclass of them.
 
     >>> highest = NumpyModel(lambda patches: patches.max(axis=1, keepdims=True))
     >>> highest(torch.tensor([[[1, 5], [3, 2]]])).tolist()
@@ -45,13 +47,12 @@ class NumpyModel(Function):
 
     def forward(self, patches: torch.Tensor) -> Any:
         """Return the function's output for a batch, on the batch's device."""
-        return _as_tensors(self.function(patches.numpy(force=True)), patches.device)
+        result = self.function(patches.numpy(force=True))
+        return map_outputs(functools.partial(_as_tensor, device=patches.device), result)
 
 
-def _as_tensors(value: Any, device: torch.device) -> Any:
-    """Return arrays as tensors; anything else as it is, for the caller to refuse."""
-    if isinstance(value, dict):
-        return {name: _as_tensors(item, device) for name, item in value.items()}
+def _as_tensor(value: Any, device: torch.device) -> Any:
+    """Return an array as a tensor; anything else as it is, for the caller to refuse."""
     if not isinstance(value, (np.ndarray, np.generic)):
         return value
     return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("="))).to(device)
@@ -65,10 +66,6 @@ def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
 def writes_unseen(model: Any) -> bool:
     """Return True if a model might write to its input without torch noticing: any code that is not a module's."""
     return any(isinstance(module, Function) for module in as_module(model).modules())
-
-
-DEFAULT_HEAD = "prediction"
-"""Name of the output of a model that returns one tensor."""
 
 
 def ensemble(
@@ -123,16 +120,12 @@ class EnsembleModel(nn.Module):
         if calls == 1 and all(transform.is_identity for transform in self.transforms):
             return _called(self.models[0], patches)
         sums: dict[str, torch.Tensor] = {}
-        named = False
         identity = FlipRotate(tuple(range(patches.ndim - 2)), ())
         for transform in self.transforms or (identity,):
             transformed = transform.apply(patches)
             for model in self.models:
-                outputs = _called(model, transformed)
-                named = isinstance(outputs, dict)
-                _add(sums, outputs if named else {DEFAULT_HEAD: outputs}, transform, patches)
-        means = {name: values.div_(calls) for name, values in sums.items()}
-        return means if named else means[DEFAULT_HEAD]
+                _add(sums, named_outputs(_called(model, transformed)), transform, patches)
+        return unnamed({name: values.div_(calls) for name, values in sums.items()})
 
 
 def _called(model: nn.Module, patches: torch.Tensor) -> Any:
@@ -162,7 +155,7 @@ def _add(sums: dict[str, torch.Tensor], outputs: dict[str, Any], transform: Flip
 
 def _scores(name: str, value: Any, patches: torch.Tensor) -> torch.Tensor:
     """Return an output that can be averaged, as a tensor."""
-    if value is None or isinstance(value, (str, list, tuple, dict)):
+    if value is None or isinstance(value, str):
         raise ValueError(f"the model must return a tensor or a dict of tensors, got {type(value).__name__}")
     values = torch.as_tensor(value, device=patches.device)
     if values.ndim != patches.ndim:

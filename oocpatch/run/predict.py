@@ -70,6 +70,7 @@ def predict(
     model_args: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     model_id: str | None = None,
+    eval_mode: bool = True,
     preprocess: str | Mapping[str, Any] | Callable[..., Any] | None = None,
     augment: str | Sequence[str] | Mapping[str, Any] | None = None,
     postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
@@ -133,6 +134,8 @@ def predict(
         trust_pickle: let model and weights files run code while they are unpickled.
         model_id: text that identifies the model instead of its fingerprint: two calls with the same text run the same
             model.
+        eval_mode: call networks in evaluation mode, wherever they are in the model; False: in the mode that each layer
+            is in, as for dropout that samples.
         preprocess: normalization of patches: `"zscore"`, `"percentile"`, `"scale"`, a dict of one of these and its
             arguments, or a function of `(B, C, *patch)`.
         augment: flips and rotations over which predictions are averaged: `"flips"`, `"rotations"`, `"all"`, names of
@@ -216,6 +219,7 @@ def predict(
         model_args=model_args,
         trust_pickle=trust_pickle,
         model_id=model_id,
+        eval_mode=eval_mode,
         preprocess=preprocess,
         augment=augment,
         postprocess=postprocess,

@@ -104,6 +104,7 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     loading = {name: predict_kwargs.pop(name, None) for name in ("weights", "model_args")}
     trust = bool(predict_kwargs.pop("trust_pickle", False))
     device = predict_kwargs.get("device", "auto")
+    loading["eval_mode"] = predict_kwargs.get("eval_mode", True)
     models = load_models(model, **loading, trust_pickle=trust, device=device)
     source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
     generator = np.random.default_rng(seed)
@@ -171,7 +172,10 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
     output = np.asarray(plan.run())
     model = _whole_model(models, Volume(folder / "volume", axes), settings)
     device = resolve_device(settings.get("device", "auto"))
-    with _torch_threads(plan.torch_threads), Predictor(model, device=device).ready():
+    with (
+        _torch_threads(plan.torch_threads),
+        Predictor(model, device=device, eval_mode=settings.get("eval_mode", True)).ready(),
+    ):
         scores = reference_scores(
             data,
             model,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from oocpatch.models.input_spec import as_input, input_dtype
+from oocpatch.models.named_outputs import named_outputs
 
 Array = np.ndarray[Any, Any]
 Sizes = tuple[int, ...]
@@ -102,7 +103,8 @@ def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool
         model.to(device)
     batch = as_input(batch, input_dtype(model))
     with torch.inference_mode(), torch.autocast(torch.device(device).type, enabled=autocast):
-        output: torch.Tensor = model(batch)[0].cpu()
+        (output,) = named_outputs(model(batch)).values()
+        output = torch.as_tensor(output)[0].cpu()
     if output.dtype == torch.bfloat16:
         output = output.float()  # numpy has no such type
     return np.asarray(output.numpy())

@@ -42,8 +42,8 @@ def only_one_patch(patches: torch.Tensor) -> torch.Tensor:
     return patches[0]
 
 
-def a_list(patches: torch.Tensor) -> Any:
-    return [patches]
+def words(patches: torch.Tensor) -> Any:
+    return [patches, "words"]
 
 
 def nothing(_: torch.Tensor) -> Any:
@@ -54,14 +54,14 @@ def complex_values(patches: torch.Tensor) -> torch.Tensor:
     return patches.to(torch.complex64)
 
 
-WRONG = (smaller_by_one, without_channels, only_one_patch, a_list, nothing, complex_values)
+WRONG = (smaller_by_one, without_channels, only_one_patch, words, nothing, complex_values)
 
 
 @pytest.mark.parametrize("model", WRONG, ids=[model.__name__ for model in WRONG])
 def test_a_model_that_returns_the_wrong_thing_is_refused_by_the_probe(model: Any, volume: Path, output: Path) -> None:
     with pytest.raises((ValueError, TypeError), match=r"model") as error:
         predict(volume, output, model)
-    got = {"smaller_by_one": "7, 7", "without_channels": "8, 8", "a_list": "list", "nothing": "None"}
+    got = {"smaller_by_one": "7, 7", "without_channels": "8, 8", "words": "for '1', got str", "nothing": "None"}
     assert got.get(model.__name__, "") in str(error.value)
 
 

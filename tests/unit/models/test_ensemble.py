@@ -118,7 +118,7 @@ def test_one_model_with_a_preprocess_gives_its_own_output() -> None:
         ([lambda x: x > 0, lambda x: x > 0], "must return floats to be averaged.*torch.bool"),
         ([lambda x: x, lambda x: {"a": x}], "the same outputs each time"),
         ([lambda x: x, lambda x: x[..., :-1]], "one shape for all"),
-        ([lambda x: [x], lambda x: [x]], "a tensor or a dict of tensors, got list"),
+        ([lambda x: [x, "text"], lambda x: [x, "text"]], "a tensor or a dict of tensors, got str"),
         ([lambda x: x, lambda _: None], "got NoneType"),
         ([lambda x: x[0], lambda x: x[0]], "3 axes"),
     ],

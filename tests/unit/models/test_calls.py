@@ -1,0 +1,478 @@
+"""A model is called as promised: in evaluation mode wherever it hides, and what it answers is its own no longer."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+import oocpatch
+from oocpatch.models.named_outputs import named_outputs, owned_outputs
+from oocpatch.models.predictor import Predictor
+
+DATA = np.random.default_rng(0).random((48, 48), dtype=np.float32)
+SETTINGS: dict[str, Any] = {"patch_size": 16, "patch_overlap": 8, "axes": "yx", "progress": False}
+
+
+class Net(nn.Module):
+    """A network with everything that training mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 1, 1)
+        )
+
+    def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.layers(patches), None
+
+    def scores(self, patches: torch.Tensor) -> torch.Tensor:
+        return self(patches)[0]
+
+
+class Caller:
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.net(patches)[0]
+
+
+class Slotted:
+    __slots__ = ("net",)
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def run(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.net(patches)[0]
+
+
+class Unregistered(nn.Module):
+    """A module that holds networks where torch does not see them."""
+
+    def __init__(self, nets: Any) -> None:
+        super().__init__()
+        self.nets = nets
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.nets["nets"][0](patches)[0]
+
+
+GLOBAL = types.SimpleNamespace(net=None, others=[])
+
+
+def by_global(patches: torch.Tensor) -> torch.Tensor:
+    return GLOBAL.net(patches)[0]
+
+
+def _through_global(net: Net) -> Callable[..., Any]:
+    GLOBAL.net = net
+    return by_global
+
+
+def _in_class(net: Net) -> Any:
+    return type("Model", (), {"net": net, "__call__": lambda self, patches: self.net(patches)[0]})()
+
+
+def _decorated(net: Net) -> Any:
+    @torch.no_grad()
+    @functools.wraps(net.forward)
+    def model(patches: torch.Tensor, *, net: Any = net) -> torch.Tensor:
+        return net(patches)[0]
+
+    return model
+
+
+def _by_cached_property(net: Net) -> Any:
+    class Lazy:
+        @functools.cached_property
+        def net(self) -> Net:
+            return net
+
+        def __call__(self, patches: torch.Tensor) -> torch.Tensor:
+            return self.net(patches)[0]
+
+    return Lazy()
+
+
+def _per_thread(net: Net) -> Any:
+    """A network for each thread, made when it is first needed."""
+    local = threading.local()
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        if not hasattr(local, "net"):
+            local.net = Net()
+        return local.net(patches)[0]
+
+    return model
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda net: net,
+    "lambda": lambda net: lambda patches: net(patches)[0],
+    "object": Caller,
+    "object of objects": lambda net: Caller(Caller(lambda patches: (net(patches), None))),
+    "slots": lambda net: Slotted(net).run,
+    "bound method": lambda net: net.scores,
+    "partial": lambda net: functools.partial(lambda held, patches: held(patches)[0], net),
+    "keyword of a partial": lambda net: functools.partial(lambda patches, held: held(patches)[0], held=net),
+    "numpy model": lambda net: oocpatch.NumpyModel(lambda array: net(torch.from_numpy(array))[0].detach().numpy()),
+    "dict of lists": lambda net: Unregistered({"nets": [net]}),
+    "deque": lambda net: Unregistered({"nets": collections.deque([net])}),
+    "namespace": lambda net: Caller(types.SimpleNamespace(net=net).net),
+    "global": _through_global,
+    "class attribute": _in_class,
+    "decorated": _decorated,
+    "cache": lambda net: Caller(functools.lru_cache(net)),
+    "cached property": _by_cached_property,
+    "made per thread": _per_thread,
+    "preprocessed lambda": lambda net: [lambda patches: net(patches)[0]] * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def right() -> np.ndarray[Any, Any]:
+    """The values of evaluation mode, computed with torch alone, patch by patch."""
+    net, size, stride = Net().eval(), 16, 8
+    total, weights = np.zeros(DATA.shape), np.zeros(DATA.shape)
+    for y in range(0, 33, stride):
+        for x in range(0, 33, stride):
+            box = (slice(y, y + size), slice(x, x + size))
+            with torch.no_grad():
+                total[box] += net(torch.from_numpy(DATA[box])[None, None])[0][0, 0].numpy()
+            weights[box] += 1
+    return total / weights
+
+
+def state_of(net: nn.Module) -> list[Any]:
+    return [module.training for module in net.modules()] + [
+        (name, value.clone().numpy().tolist()) for name, value in net.state_dict().items()
+    ]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_network_is_in_evaluation_mode_wherever_it_hides(
+    name: str, tmp_path: Path, right: np.ndarray[Any, Any]
+) -> None:
+    net = Net()
+    net.layers[2].eval()  # as somebody left it
+    before = state_of(net)
+    model = WRAPPERS[name](net)
+    result = oocpatch.predict(
+        DATA, model, tmp_path / "out", workers=2, block_shape=16, overlap_mode="average", **SETTINGS
+    )
+    np.testing.assert_allclose(result.values, right, atol=1e-5)
+    assert state_of(net) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_mode_is_put_back_after_an_error(error: type[BaseException], tmp_path: Path) -> None:
+    net = Net()
+    calls: list[int] = []
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise error
+        return net(patches)[0]
+
+    before = state_of(net)
+    with pytest.raises((error, oocpatch.BlockFailed)):
+        oocpatch.predict(DATA, model, tmp_path / "out", workers=1, **SETTINGS)
+    assert state_of(net) == before
+
+
+def test_runs_that_share_a_network_leave_it_as_the_first_found_it(tmp_path: Path, right: np.ndarray[Any, Any]) -> None:
+    """A run begins and ends while another is at work."""
+    net = Net()
+    before = state_of(net)
+    at_work, other_is_done = threading.Event(), threading.Event()
+
+    def pause(_: object) -> None:
+        at_work.set()
+        other_is_done.wait(30)
+
+    def run(name: str, progress: Any) -> np.ndarray[Any, Any]:
+        settings = {**SETTINGS, "overlap_mode": "average", "progress": progress}
+        return np.asarray(oocpatch.predict(DATA, lambda x: net(x)[0], tmp_path / name, **settings).values)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(run, "first", pause)
+        assert at_work.wait(30)
+        second = run("second", False)
+        assert not net.training
+        other_is_done.set()
+        np.testing.assert_allclose(first.result(), right, atol=1e-5)
+    np.testing.assert_allclose(second, right, atol=1e-5)
+    assert state_of(net) == before
+
+
+def test_predictors_that_share_a_network_count(tmp_path: Path) -> None:
+    net = Net()
+    inner = net.layers
+    one, other = (Predictor(model, device="cpu") for model in (net.scores, functools.partial(inner)))
+    with one.ready():
+        with other.ready():
+            assert not any(module.training for module in net.modules())
+        assert not any(module.training for module in net.modules())
+    assert all(module.training for module in net.modules())
+    mixed = Predictor(net, device="cpu", eval_mode=False)
+    with one.ready(), pytest.raises(ValueError, match="eval_mode must be True, as for another run"), mixed.ready():
+        pass
+    assert all(module.training for module in net.modules())
+
+
+class Engine:
+    """Answers in memory of its own, as engines do: doubled, in several channels."""
+
+    def __init__(self, answer: Callable[[torch.Tensor], Any] = lambda memory: memory) -> None:
+        self.memory: dict[Any, torch.Tensor] = {}
+        self.answer = answer
+
+    def __call__(self, patches: torch.Tensor) -> Any:
+        shape = (len(patches), 16, *patches.shape[2:])
+        memory = self.memory.setdefault(shape, torch.empty(shape))
+        torch.mul(patches.expand(shape), 2, out=memory)
+        return self.answer(memory)
+
+
+def _numpy_engine() -> Any:
+    memory = np.empty((1, 16, 16, 16), np.float32)
+
+    def double(patches: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.multiply(patches, 2, out=memory[:, : 16 * patches.shape[1]])
+
+    return oocpatch.NumpyModel(double)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(1, 16, 16, 16))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.get_buffer("memory").copy_(patches.expand(1, 16, 16, 16) * 2)
+
+
+ENGINES: dict[str, Callable[[], Any]] = {
+    "memory": Engine,
+    "view": lambda: Engine(lambda memory: memory[:]),
+    "detached": lambda: Engine(lambda memory: memory.detach()),
+    "data": lambda: Engine(lambda memory: memory.data),
+    "numpy view": lambda: Engine(lambda memory: memory.numpy()),
+    "tuple": lambda: Engine(lambda memory: (memory, None)),
+    "dict": lambda: Engine(lambda memory: {"prediction": memory}),
+    "two halves": lambda: Engine(lambda memory: {"a": memory[:, :8], "b": memory[:, 8:]}),
+    "dlpack": lambda: Engine(torch.from_dlpack),
+    "NumpyModel": _numpy_engine,
+    "buffer of a module": Scripted,
+    "behind a partial": lambda: functools.partial(lambda engine, patches: engine(patches), Engine()),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_model_that_answers_in_memory_of_its_own_gives_right_values(name: str, workers: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(1).random((128, 128), dtype=np.float32)
+    settings = {**SETTINGS, "block_shape": 16, "output_chunks": 16, "model_id": name}
+    result = oocpatch.predict(data, ENGINES[name](), tmp_path / "out", workers=workers, **settings)
+    for values in (result,) if isinstance(result, xr.DataArray) else result.values():
+        np.testing.assert_allclose(values.values, np.broadcast_to(2 * data, values.shape), atol=1e-5)
+
+
+def test_halves_of_a_batch_are_kept_apart() -> None:
+    engine = Engine()
+
+    def short_of_memory(patches: torch.Tensor) -> Any:
+        if len(patches) > 1:
+            raise MemoryError
+        return engine(patches)
+
+    patches = torch.arange(4.0)[:, None, None, None].expand(4, 1, 2, 2)
+    predictor = Predictor(short_of_memory, device="cpu")
+    assert predictor(patches)["prediction"][:, 0, 0, 0].tolist() == [0, 2, 4, 6]
+
+
+def _pointers(model: Callable[..., Any], patches: torch.Tensor) -> tuple[int, int]:
+    """The memory that a model answered in, and that which is handed on."""
+    answered = []
+
+    def call(inputs: torch.Tensor) -> Any:
+        result = model(inputs)
+        answered.append(result.untyped_storage().data_ptr())
+        return result
+
+    output = owned_outputs(call, patches)["prediction"]
+    return answered[0], output.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", ["network", "function", "expanded", "identity", "view of the input"])
+def test_what_nobody_else_holds_is_not_copied(name: str) -> None:
+    models: dict[str, Any] = {
+        "network": nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)),
+        "function": lambda x: x + 1,
+        "expanded": lambda x: x.mean((2, 3), keepdim=True).expand(1, 1, 8, 8),
+        "identity": nn.Identity(),
+        "view of the input": lambda x: x.flip(0)[:, :1] if x.ndim == 3 else x[:, :1],
+    }
+    with torch.no_grad():
+        before, after = _pointers(models[name], torch.ones(1, 1, 8, 8))
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["identity", "view", "flat view", "two views"])
+def test_outputs_in_the_memory_of_the_input_stay_right(name: str, tmp_path: Path) -> None:
+    models: dict[str, Any] = {
+        "identity": nn.Identity(),
+        "view": lambda x: x[:, :1],
+        "flat view": lambda x: x.flatten(1).view(x.shape),
+        "two views": lambda x: (x, x[:]),
+    }
+    settings = {**SETTINGS, "block_shape": 16, "overlap_mode": "crop"}
+    result = oocpatch.predict(DATA, models[name], tmp_path / "out", workers=2, **settings)
+    for values in (result,) if isinstance(result, xr.DataArray) else result.values():
+        np.testing.assert_array_equal(values.values, DATA)
+
+
+class Pair(NamedTuple):
+    scores: Any
+    edges: Any
+
+
+@dataclasses.dataclass
+class Record:
+    scores: Any
+    edges: Any = None
+
+
+Several = collections.namedtuple("Several", ["first", "second", "third"])  # noqa: PYI024 - as people write it
+
+HEADS: dict[str, tuple[Callable[[Any], Any], dict[str, int]]] = {
+    "tensor": (lambda x: x, {"prediction": 1}),
+    "tuple of one": (lambda x: (x,), {"prediction": 1}),
+    "with None": (lambda x: (x, None), {"prediction": 1}),
+    "None first": (lambda x: [None, x], {"prediction": 1}),
+    "pair": (lambda x: (x, 2 * x), {"0": 1, "1": 2}),
+    "list": (lambda x: [x, 2 * x, 3 * x], {"0": 1, "1": 2, "2": 3}),
+    "gap": (lambda x: (x, None, 3 * x), {"0": 1, "2": 3}),
+    "named tuple": (lambda x: Pair(x, 2 * x), {"scores": 1, "edges": 2}),
+    "named tuple with None": (lambda x: Pair(x, None), {"scores": 1}),
+    "collections.namedtuple": (lambda x: Several(x, None, 3 * x), {"first": 1, "third": 3}),
+    "dataclass": (lambda x: Record(x, 2 * x), {"scores": 1, "edges": 2}),
+    "dataclass with None": (Record, {"scores": 1}),
+    "dict": (lambda x: {"a": x, "b": None}, {"a": 1}),
+    "ordered dict": (lambda x: collections.OrderedDict(b=2 * x, a=x), {"b": 2, "a": 1}),
+    "proxy": (lambda x: types.MappingProxyType({"a": x}), {"a": 1}),
+    "nested dict": (lambda x: {"a": {"b": x, "c": 2 * x}}, {"a.b": 1, "a.c": 2}),
+    "deep supervision": (lambda x: {"main": x, "aux": [2 * x, 3 * x]}, {"main": 1, "aux.0": 2, "aux.1": 3}),
+    "nested tuple": (lambda x: (x, (2 * x, None)), {"0": 1, "1": 2}),
+    "tuple in a tuple": (lambda x: ((x, 2 * x),), {"0": 1, "1": 2}),
+    "arrays": (lambda x: (x.numpy(), 2 * x.numpy()), {"0": 1, "1": 2}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_are_named_by_what_holds_them(name: str, tmp_path: Path) -> None:
+    model, factors = HEADS[name]
+    assert list(named_outputs(model(torch.ones(1)))) == list(factors)
+    result = oocpatch.predict(DATA, model, tmp_path / "out", **SETTINGS)
+    heads = {"prediction": result} if isinstance(result, xr.DataArray) and len(factors) == 1 else dict(result.items())
+    assert len(heads) == len(factors)
+    for (_, values), (_, factor) in zip(sorted(heads.items()), sorted(factors.items()), strict=True):
+        np.testing.assert_allclose(values.values, factor * DATA, atol=1e-5)
+
+
+def test_tuples_are_averaged_by_name(tmp_path: Path) -> None:
+    models = [lambda x: (x, 2 * x, None), lambda x: [3 * x, 4 * x]]
+    result = oocpatch.predict(DATA, models, tmp_path / "out", augment="flips", **SETTINGS)
+    np.testing.assert_allclose(result["0"].values, 2 * DATA, atol=1e-5)
+    np.testing.assert_allclose(result["1"].values, 3 * DATA, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: {}, "empty dict"),
+        (lambda x: (None, None), "empty tuple"),
+        (lambda x: {0: x}, "keys can be names of arrays, got 0"),
+        (lambda x: {"a b": x}, "keys can be names of arrays, got 'a b'"),
+        (lambda x: {"a.b": x, "a": {"b": x}}, "different names, got 'a.b' twice"),
+        (lambda x: (x, x.mean()), "for '1'"),
+        (lambda x: (x, "text"), "must return a tensor for '1', got str"),
+        (lambda x: types.SimpleNamespace(a=x), "must return a tensor, got SimpleNamespace"),
+    ],
+)
+def test_what_cannot_be_named_is_refused(answer: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model must return") as error:
+        oocpatch.predict(DATA, answer, tmp_path / "out", **SETTINGS)
+    assert message in str(error.value)
+
+
+class Norm(nn.Module):
+    """Batch statistics of each call, and dropout that is off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm2d(1), nn.Dropout(0.5)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.norm(patches))
+
+
+@pytest.fixture
+def norm() -> Iterator[Norm]:
+    net = Norm()
+    net.dropout.eval()
+    before = state_of(net)
+    yield net
+    assert state_of(net) == before
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, functools.partial], ids=["module", "partial"])
+def test_layers_stay_in_their_mode_where_they_are_to(wrap: Callable[[Any], Any], norm: Norm, tmp_path: Path) -> None:
+    settings = {"patch_size": 16, "axes": "yx", "progress": False, "overlap_mode": "crop"}
+    result = oocpatch.predict(DATA, wrap(norm), tmp_path / "out", eval_mode=False, **settings)
+    for y in range(0, 48, 16):
+        for x in range(0, 48, 16):
+            patch = DATA[y : y + 16, x : x + 16]
+            expected = (patch - patch.mean()) / np.sqrt(patch.var() + norm.norm.eps)
+            np.testing.assert_allclose(result.values[y : y + 16, x : x + 16], expected, atol=1e-4)
+    again = oocpatch.predict(DATA, wrap(norm), tmp_path / "out", eval_mode=False, **settings)
+    np.testing.assert_array_equal(again, result)
+    with pytest.raises(oocpatch.RunMismatch, match="eval_mode"):
+        oocpatch.predict(DATA, wrap(norm), tmp_path / "out", **settings)
+
+
+def test_the_mode_of_each_layer_counts_where_it_matters(norm: Norm, tmp_path: Path) -> None:
+    settings = {"patch_size": 16, "axes": "yx", "progress": False}
+    other = Norm().eval()
+    oocpatch.predict(DATA, norm, tmp_path / "on", **settings)
+    oocpatch.predict(DATA, other, tmp_path / "on", **settings)
+    oocpatch.predict(DATA, norm, tmp_path / "off", eval_mode=False, **settings)
+    with pytest.raises(oocpatch.RunMismatch, match="model"):
+        oocpatch.predict(DATA, other, tmp_path / "off", eval_mode=False, **settings)
+
+
+def test_dropout_samples_where_it_is_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\n\nNet = lambda: nn.Dropout(0.5)\n")
+    settings = {"patch_size": 16, "axes": "yx", "progress": False, "overlap_mode": "crop"}
+    spec = f"{tmp_path / 'net.py'}:Net"
+    plain = oocpatch.predict(DATA, spec, tmp_path / "plain", **settings)
+    np.testing.assert_array_equal(plain.values, DATA)
+    sampled = oocpatch.predict(DATA, spec, tmp_path / "sampled", eval_mode=False, **settings).values
+    assert 0.4 < (sampled == 0).mean() < 0.6
+    np.testing.assert_allclose(sampled[sampled != 0], 2 * DATA[sampled != 0])
