@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +13,8 @@ from benchmarks import flush, gpu, ledger, memory, peers, profile, report, sampl
 from benchmarks.measure import TaskFailed
 
 
-def main() -> None:
-    """Run the benchmark that was asked for."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line, or `words` instead of it, asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for benchmark in (speed, memory, ledger, flush, profile, sampling, slide, gpu):
@@ -30,7 +30,7 @@ def main() -> None:
         verb = _verb(verbs, command)
         command.add_arguments(verb)
         verb.set_defaults(run=command.run)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         arguments.run(arguments)
     except TaskFailed as failure:

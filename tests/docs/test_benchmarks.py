@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import gpu, ledger_tasks
+from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
 from benchmarks.models import UNet3d
 from benchmarks.tables import ratios, speed_table, targets_table
@@ -27,16 +28,29 @@ def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):
     assert ledger_tasks.tell_status(directory, edge)["result"] == "64 blocks done"
 
 
-def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path):
+def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path, capsys):
     page, results = tmp_path / "page.md", tmp_path / "results.json"
     page.write_text("Before.\n<!-- table: half -->\nold\n<!-- end of table -->\nAfter.\n")
     command = ["--results", results, "--workloads", "half", "--shrink", "8", "--page", page, "--pictures", tmp_path]
     copy, ours = "copy, zarr-python, 4 threads", "oocpatch, 1 GiB"
-    begun = report(*command, "--rounds", "1", "--contenders", copy, ours)
+    main(["report", *map(str, command), "--rounds", "1", "--contenders", copy, ours])
+    begun = capsys.readouterr().err
     assert begun.count(copy) == begun.count(ours) == 1
     records = json.loads(results.read_text())["workloads"]["half"]["records"]
-    # the second call has nothing left to measure
-    assert not report(*command, "--rounds", "1", "--contenders", copy, ours)
+    # the second call, as it is typed, has nothing left to measure
+    again = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "report",
+        *map(str, command),
+        "--rounds",
+        "1",
+        "--contenders",
+        copy,
+        ours,
+    ]
+    assert not subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=True).stderr
     assert json.loads(results.read_text())["workloads"]["half"]["records"] == records
 
     assert records[copy][0]["error"] == 0
@@ -57,16 +71,12 @@ def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path):
     assert ours in (tmp_path / "speed.svg").read_text()
 
 
-def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_labels(tmp_path):
+def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_labels(tmp_path, capsys):
     """On the CPU, where the share says nothing, but each step is taken and the labels are right."""
     sizes = ["--side", "24", "--chunk", "8", "--patch-size", "16", "--patch-overlap", "8", "--width", "2"]
     command = [*sizes, "--batch-size", "3", "--variants", "plain", "--rounds", "1", "--max-memory", "256MiB"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--device", "cpu", "--directory", tmp_path, *command, "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (variant,) = json.loads(done.stdout)["variants"]
+    main(["gpu", "--device", "cpu", "--directory", str(tmp_path), *command, "--json"])
+    (variant,) = json.loads(capsys.readouterr().out)["variants"]
     (pair,) = variant["rounds"]
     assert (variant["variant"], variant["batch_size"]) == ("plain", 3)
     assert pair["ours"]["patches"] == 8
@@ -105,9 +115,3 @@ def test_a_ratio_is_against_the_fastest_copy_of_the_same_round():
     assert ratios(measured, "half", ours) == [1.5, 1.2, 2.0]
     assert f"| half: {ours} | 1.4 times | 1.50 times | no |" in targets_table(measured)
     assert f"| **{ours}** | 6.00 (1.50 to 8.00) | **1.50** |" in speed_table(measured, "half")
-
-
-def report(*arguments):
-    """Run the verb; what it says."""
-    command = [sys.executable, "-m", "benchmarks", "report", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr

@@ -129,7 +129,7 @@ def values_at(start: Ints, size: Ints, channels: int, dtype: str) -> Array:
 
 
 @st.composite
-def loops(draw: st.DrawFn, modes: Sequence[str] = ("crop", "average", "hann", "gaussian")) -> Loop:
+def loops(draw: st.DrawFn, modes: Sequence[str] = ("crop", "average", "hann", "gaussian"), most: int = 120) -> Loop:
     """A full grid (padded or not), a part of one, one with patches of no grid among it, or none but such; shuffled."""
     ndim = draw(st.integers(1, 4))
     longest = (40, 18, 11, 6)[ndim - 1]
@@ -141,7 +141,7 @@ def loops(draw: st.DrawFn, modes: Sequence[str] = ("crop", "average", "hann", "g
     places: list[tuple[Ints, Ints]] = []
     if kind != "loose":
         places = [(s, patch) for s in grid_starts(shape, patch, overlap, padded=kind == "padded")]
-        assume(len(places) <= 120)
+        assume(len(places) <= most)
     if kind in {"mixed", "loose"}:
         for _ in range(draw(st.integers(1, 8))):
             size = patch if kind == "mixed" else tuple(draw(st.integers(o + 1, longest)) for o in overlap)

@@ -115,7 +115,7 @@ def loop_of(options: dict[str, Any]) -> Loop:
         (start, aggregation.values_at(start, size, 2, "float32"))
         for start in aggregation.grid_starts(options["shape"], size, shared)
     ]
-    return Loop(options["shape"], options["mode"], shared, patches, (6, 6))
+    return Loop(options["shape"], options["mode"], shared, patches, (options["chunks"],) * 2)
 
 
 @pytest.mark.parametrize("mode", ["crop", "hann"])
@@ -155,7 +155,7 @@ def arguments(loop: Loop, store: Path) -> dict[str, Any]:
 
 # Damage
 
-LARGE = {**OPTIONS, "shape": (192, 160), "patch": 24, "overlap": 12}
+LARGE = {**OPTIONS, "shape": (192, 160), "patch": 24, "overlap": 12, "chunks": 12}
 """Sums of 240 KiB, which do not fit 128 KiB."""
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 import xarray
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from torch.nn import functional
 
 import oocpatch
+from tests.support.cases import law
 
 RNG = np.random.default_rng(0)
 
@@ -128,7 +129,7 @@ def test_an_output_of_another_scale_is_what_blending_whole_arrays_gives(scale, m
     assert_allclose(result.values, expected[0], rtol=2e-6)
 
 
-@settings(max_examples=35, deadline=None)
+@law(20)
 @given(
     shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
     patch=st.tuples(st.sampled_from([4, 8, 12]), st.sampled_from([4, 8, 16])),
@@ -278,7 +279,7 @@ def mask_skips(mask, shape, patch):
     return skip
 
 
-@settings(max_examples=35, deadline=None)
+@law(20)
 @given(
     shape=st.tuples(st.integers(5, 50), st.integers(5, 50)),
     mode=st.sampled_from(["average", "hann", "gaussian", "max"]),
@@ -308,7 +309,7 @@ def test_patches_without_foreground_are_skipped_and_the_rim_has_true_weights(  #
     assert result.attrs.get("uncovered_voxels", 0) == (~covered).sum()
 
 
-@settings(max_examples=35, deadline=None)
+@law(20)
 @given(
     shape=st.tuples(st.integers(5, 50), st.integers(5, 50)),
     mode=st.sampled_from(["crop", "average", "hann", "max"]),
