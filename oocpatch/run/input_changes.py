@@ -6,8 +6,9 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import CorruptData
@@ -40,19 +41,36 @@ Stages = set[tuple[str, int]]
 """Stages of blocks: `predict` or `normalize`, and the block."""
 
 
+class Change(NamedTuple):
+    """A change of what a block has read.
+
+    Attributes:
+        name: the input.
+        box: its bounding box in the volume's frame; None: not known.
+        units: numbers of the stored units that changed; all of them where the volume is stored in other chunks.
+        part: the part of the input that changed, where parts are stamped.
+    """
+
+    name: str
+    box: Box | None
+    units: Sequence[int]
+    part: Box | None = None
+
+
 @dataclass
 class InputChanges:
     """Changes of the input.
 
     Attributes:
-        blocks: the blocks that read something that has changed.
+        blocks: the blocks that read something that has changed, each with the bounding box of that in the volume's
+            frame; None: any of its patches may depend on it.
         units: of each input in several stored units, a flag per unit: 1 where it changed.
         parts: of each other input, the parts that changed.
         totals: of each other input, the number of parts that were read.
         other_statistics: whether the statistics of the volume changed, on which every block depends.
     """
 
-    blocks: set[int] = field(default_factory=set)
+    blocks: dict[int, Box | None] = field(default_factory=dict)
     units: dict[str, bytearray] = field(default_factory=dict)
     parts: dict[str, set[Box]] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
@@ -61,14 +79,18 @@ class InputChanges:
     def __bool__(self) -> bool:
         return bool(self.blocks) or self.other_statistics
 
-    def add(self, block: int, name: str, box: Box | None, units: Iterable[int]) -> None:
-        """Add something that a block has read and that has changed: a part, and the stored units in it that changed."""
-        self.blocks.add(block)
-        if name in self.units:
-            for unit in units:
-                self.units[name][unit] = 1
-        elif box is not None:
-            self.parts[name].add(box)
+    def add(self, block: int, change: Change) -> None:
+        """Add something that a block has read and that has changed."""
+        before = self.blocks.get(block, change.box)
+        self.blocks[block] = None if before is None or change.box is None else _around(before, change.box)
+        if change.name in self.units:
+            flags = self.units[change.name]
+            if len(change.units) == len(flags):
+                flags[:] = b"\1" * len(flags)
+            for unit in change.units if len(change.units) < len(flags) else ():
+                flags[unit] = 1
+        elif change.part is not None:
+            self.parts[change.name].add(change.part)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,7 +102,8 @@ class InputChanges:
         counts = {name: (sum(flags), len(flags)) for name, flags in self.units.items()}
         counts |= {name: (len(boxes), self.totals[name]) for name, boxes in self.parts.items()}
         texts = [f"{name}: {count} of {total} chunks changed" for name, (count, total) in counts.items() if count]
-        return "; ".join(texts or [f"{VOLUME}: its statistics changed"])
+        other = "it is stored in other chunks" if self.blocks else "its statistics changed"
+        return "; ".join(texts or [f"{VOLUME}: {other}"])
 
 
 def changes_of_complete(config: RunConfig, plan: Plan) -> InputChanges:
@@ -107,8 +130,9 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
         normalized: the blocks whose normalize stage is done; None: all, and all partials are deleted.
     """
     neighbours, stages = Neighbours(plan.block_grid), Stages()
-    for block in changes.blocks:
-        stages |= {("predict", block), *(("normalize", reader) for reader in neighbours.readers(block))}
+    for block, box in changes.blocks.items():
+        readers = neighbours.readers(block)
+        stages |= {("predict", block), *(("normalize", r) for r in readers if _reaches(plan, block, box, r))}
 
     def is_deleted(block: int) -> bool:
         return normalized is None or all(reader in normalized for reader in neighbours.readers(block))
@@ -117,6 +141,30 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
         if stage == "normalize":
             stages |= {("predict", i) for i in (block, *neighbours.sources(block)) if is_deleted(i)}
     return stages
+
+
+def _reaches(plan: Plan, block: int, box: Box | None, reader: int) -> bool:
+    """Return whether patches of a block that see a box give values to the open part of a reader's core."""
+    if box is None:
+        return True
+    meeting = (axis.meeting(*span) for axis, *span in zip(plan.input_grid.axes, box.start, box.stop, strict=True))
+    ranges = [
+        range(max(r.start, m.start), min(r.stop, m.stop))
+        for r, m in zip(plan.block_grid.patches(plan.block_grid[block]), meeting, strict=True)
+    ]
+    if not all(ranges):
+        return False
+    for frame in plan.frames:
+        first, last = (frame.grid.box(tuple(r[end] for r in ranges)) for end in (0, -1))
+        touched = Box(first.start, last.stop)
+        if any(not (touched & part).empty for part in frame[reader].open_boxes):
+            return True
+    return False
+
+
+def _around(first: Box, second: Box) -> Box:
+    """Return the bounding box of two boxes."""
+    return Box(tuple(map(min, first.start, second.start)), tuple(map(max, first.stop, second.stop)))
 
 
 def _compare(
@@ -155,8 +203,8 @@ def _compare(
             total=sum(changes.totals.values()),
             progress=config.execution.progress,
         ):
-            for name, box, units in changed:
-                changes.add(block, name, box, units)
+            for change in changed:
+                changes.add(block, change)
     changes.other_statistics = _other_statistics(config, plan, inputs[VOLUME])
     return changes
 
@@ -176,21 +224,25 @@ def _size(stamps: UnitRecords | list[PartStamp]) -> int:
     return len(stamps.tags) if isinstance(stamps, UnitRecords) else len(stamps)
 
 
-def _changed(
-    inputs: Mapping[str, Volume], plan: Plan, batch: Batch
-) -> tuple[int, list[tuple[str, Box | None, list[int]]]]:
-    """Return name, box and stored units of what has changed in a batch; reads only."""
+def _changed(inputs: Mapping[str, Volume], plan: Plan, batch: Batch) -> tuple[int, list[Change]]:
+    """Return what has changed in a batch; reads only."""
     block, stamps = batch
     if isinstance(stamps, UnitRecords):
-        units = changed_units(stamps, inputs[VOLUME])
-        return block, [(VOLUME, None, units)] if units else []
-    changed: list[tuple[str, Box | None, list[int]]] = []
+        volume = inputs[VOLUME]
+        units = changed_units(stamps, volume)
+        if units is None:
+            return block, [Change(VOLUME, None, range(math.prod(volume.unit_counts)))]
+        # a folded padding repeats voxels elsewhere
+        is_folded = plan.padding_mode in ("reflect", "symmetric", "wrap")
+        box = None if is_folded or not units else functools.reduce(_around, map(volume.box_of_unit, units))
+        return block, [Change(VOLUME, box, units)] if units else []
+    changes = []
     for part in stamps:
         padding = ("edge", 0.0) if part.name == MASK else (plan.padding_mode or "edge", plan.fill)
-        found = changed_units_of_part(part, inputs[part.name], *padding)
-        if found is not None:
-            changed.append((part.name, part.box, found))
-    return block, changed
+        units_of_part = changed_units_of_part(part, inputs[part.name], *padding)
+        if units_of_part is not None:
+            changes.append(Change(part.name, None if part.name == MASK else part.box, units_of_part, part.box))
+    return block, changes
 
 
 def _other_statistics(config: RunConfig, plan: Plan, volume: Volume) -> bool:

@@ -124,15 +124,14 @@ def unpack_stamps(packed: str) -> tuple[list[PartStamp], UnitRecords | None]:
     return stamped, units
 
 
-def changed_units(units: UnitRecords, volume: Volume) -> list[int]:
-    """Return the numbers of stored units of a volume that have changed: all of them where it is stored otherwise."""
+def changed_units(units: UnitRecords, volume: Volume) -> list[int] | None:
+    """Return the numbers of stored units of a volume that have changed; None where it is stored in other chunks."""
     array, counts = volume.source.array, volume.unit_counts
     if array is None or not isinstance(array.store, LocalStore) or len(counts) != units.positions.shape[1]:
-        return [0] * len(units.tags)
-    inside: npt.NDArray[np.bool_] = np.all(units.positions < np.array(counts), axis=1)
-    changed = [tuple(position) for position in units.positions[~inside]]
-    changed += units.select(inside).changed(array)
-    return [int(np.ravel_multi_index(position, counts, mode="clip")) for position in changed]
+        return None
+    if bool((units.positions >= np.array(counts)).any()):
+        return None
+    return [int(np.ravel_multi_index(position, counts)) for position in units.changed(array)]
 
 
 def changed_units_of_part(part: PartStamp, volume: Volume, padding_mode: str, fill: float) -> list[int] | None:

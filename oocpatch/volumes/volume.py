@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.arguments import one_of, per_axis
-from oocpatch.planning.box import Box, Ints, worthwhile
+from oocpatch.planning.box import Box, Ints, unravel, worthwhile
 from oocpatch.planning.choices import PADDING_MODES
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
@@ -175,6 +175,12 @@ class Volume:
         box = self._units(box, padding_mode)
         grid = np.meshgrid(*(range(a, b) for a, b in zip(box.start, box.stop, strict=True)), indexing="ij")
         return np.ravel_multi_index(grid, self.unit_counts).reshape(-1)
+
+    def box_of_unit(self, number: int) -> Box:
+        """Return the box of the stored unit of a number."""
+        unit = self.source.shape if self.source.units is None else self.source.units.unit
+        start = [p * n for p, n in zip(unravel(number, self.unit_counts), unit, strict=True)]
+        return Box(tuple(start[a] for a in self.axes.order), tuple(start[a] + unit[a] for a in self.axes.order))
 
     @property
     def unit_counts(self) -> Ints:
