@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.cf_decoding import decoded_coordinate, decoding
-from oocpatch.volumes.formats.hdf5_parts import source_files
+from oocpatch.volumes.formats.hdf5_parts import Hdf5Parts, broken_link
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 
 CACHE = 1 << 20
@@ -29,10 +29,11 @@ class Hdf5File:
     """A dataset of an HDF5 file: the named one, else the only one with at least two axes."""
 
     def __init__(self, spec: FileSpec) -> None:
-        self._h5py = h5py = import_extra("h5py", "hdf5", spec)
+        h5py = import_extra("h5py", "hdf5", spec)
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:
             self._data = data = _dataset(h5py, self._file, spec)
+            self._parts = Hdf5Parts.of(h5py, data)
             labelled = [d.label or next(iter(d.keys()), "") for d in data.dims]
             names = tuple(str(n) for n in labelled) if all(labelled) else None
             self.metadata = FileMetadata(
@@ -51,11 +52,13 @@ class Hdf5File:
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
-        return np.asarray(self._data[selection])
+        values = np.asarray(self._data[selection])
+        self._parts.check(selection, self._data.shape)
+        return values
 
     def files(self) -> set[Path]:
         """Return the file, with those that hold the targets of links, virtual sources and external storage."""
-        return {Path(self._file.filename), *source_files(self._h5py, self._data)}
+        return {Path(self._file.filename), *self._parts.files}
 
     def close(self) -> None:
         """Close the file."""
@@ -73,9 +76,17 @@ def _dataset(h5py: Any, file: Any, spec: FileSpec) -> Any:
             datasets[name] = node
 
     file.visititems(collect)
+    links: list[str] = []
+    if not datasets and not spec.part:
+        file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else links.append(name))
+        for name in links:
+            collect(name, file.get(name))
     if len(datasets) == 1 and not spec.part:
         return next(iter(datasets.values()))
     listed = ", ".join(f"{spec.address}::/{n} {d.shape}" for n, d in list(datasets.items())[:SHOWN])
+    for name in [spec.part] if spec.part else [] if datasets else links:
+        if message := broken_link(h5py, file, name):
+            raise UnreadableError(f"volume cannot be read: in {spec.address}, {message}")
     problem = f"has no dataset {spec.part!r}" if spec.part else f"holds {len(datasets)} datasets"
     raise UnreadableError(f"volume must be one dataset, but {spec.address} {problem}; it has {listed or 'none'}")
 

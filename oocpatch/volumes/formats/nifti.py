@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -43,11 +44,18 @@ class NiftiFile:
         self._scaling = float(data.slope), float(data.inter)
         self._offset = int(data.offset)
         self._path = Path(image.file_map["image"].filename)
+        self._is_packed = self._path.name.lower().endswith(PACKED)
         self._files = [str(holder.filename) for holder in image.file_map.values() if holder.filename]
         self._unpack = nibabel.openers.ImageOpener
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         shape, scaled = self._shape, self._scaling != (1.0, 0.0)
+        end = self._offset + math.prod(shape) * self._stored.itemsize
+        if not self._is_packed and self._path.stat().st_size < end:
+            raise UnreadableError(
+                f"volume cannot be read: {self._path} ends too early: it must have {end} bytes, "
+                f"got {self._path.stat().st_size}"
+            )
         row = shape[0]  # short rows are read whole, so the planner must count them whole
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
         self.metadata = FileMetadata(
@@ -82,8 +90,7 @@ class NiftiFile:
     def _descriptor(self) -> int:
         with self._lock:
             if self._file is None:
-                is_packed = self._path.name.lower().endswith(PACKED)
-                self._file = self._unpacked() if is_packed else self._path.open("rb")
+                self._file = self._unpacked() if self._is_packed else self._path.open("rb")
             return self._file.fileno()
 
     def _unpacked(self) -> IO[bytes]:

@@ -12,6 +12,7 @@ import xarray
 import zarr
 
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
+from oocpatch.volumes.formats.tiff_parts import check_complete
 from oocpatch.volumes.ome_metadata import coordinate
 
 CENTIMETER = 3
@@ -28,6 +29,7 @@ class TiffFile:
         try:
             series = _select(self._tiff.series, spec.series, "series", spec)
             self._level = level = _select(series.levels, spec.level, "level", spec)
+            check_complete(self._tiff, level, self._path)
             self._store = self._tiff.aszarr(series=spec.series, level=spec.level)
             self._array = array = zarr.open_array(self._store, mode="r")
             names = axis_names(level.axes) if len(level.axes) == array.ndim else None
