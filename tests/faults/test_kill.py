@@ -90,7 +90,7 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
     assert children.run(tiny) == 0
     expected, changes = prediction(tiny), report(tiny).changes
     assert changes > 10, "the output alone has five files, each made and renamed"
-    for number in range(0, changes, 6 if mode == "crop" else 3):  # the changes are the same ones; the campaign does all
+    for number in range(0, changes, 7 if mode == "crop" else 5):  # the changes are the same ones; the campaign does all
         die_and_resume(children, tiny, expected, number)
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_dies_anywhere_in_its_pyramid_ends_in_the_same_bytes(children
     assert all(len(digests) > 4 for digests in expected)
     changes = report(job).changes
     died_after = set()
-    for number in range(changes * 2 // 3, changes, 2):  # before that, it is a run like any other
+    for number in range(changes * 2 // 3, changes, 3):  # before that, it is a run like any other
         dying = fresh(job, die_before=number)
         died = children.run(dying) == DIED
         assert died or report(dying).changes <= number
@@ -143,7 +143,7 @@ def test_a_resumed_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_byte
     assert children.run(tiny) == 0
     changes = report(tiny).changes
     assert changes > 3
-    for number in range(0, changes, 2):
+    for number in range(0, changes, 3):
         fresh(tiny)
         shutil.copytree(snapshot, tiny.watch, dirs_exist_ok=True)
         dying = dataclasses.replace(tiny, die_before=number)

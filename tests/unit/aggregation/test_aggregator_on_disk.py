@@ -92,8 +92,8 @@ def processes() -> Iterator[Loops]:
 def test_a_loop_adds_no_more_memory_than_its_limit(
     mode: str, seed: int | None, *, known: bool, children: Children, tmp_path: Path
 ) -> None:
-    """144 MiB of output under 64 MiB."""
-    options = {"shape": (384, 384, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
+    """100 MiB of output under 64 MiB."""
+    options = {"shape": (320, 320, 256), "patch": 64, "overlap": 16, "mode": mode, "seed": seed, "known": known}
     options["max_memory"] = "64MiB"
     answer = children.measure("tests.support.aggregator_child", tmp_path / "out.zarr", options)
     assert answer["lowest"] == pytest.approx(1, rel=1e-5)
