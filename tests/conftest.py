@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from oocpatch.cli.main import main  # noqa: E402 - rewritten
 from tests.support.children import Children  # noqa: E402 - rewritten
 from tests.support.crash_child import Job, make_volume  # noqa: E402 - rewritten
 from tests.support.small_run import TINY, job_in, small_run  # noqa: E402 - rewritten
+
+# Directories that tests make by themselves lie where pytest's do.
+tempfile.tempdir = os.environ.get("PYTEST_DEBUG_TEMPROOT") or None
 
 # A shell starts background jobs with Ctrl-C ignored. Children inherit that, and tests interrupt their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,7 +18,6 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numcodecs  # type: ignore[import-untyped]  # it has no types of its own
@@ -42,19 +41,17 @@ class PlainArray:
 
     Args:
         array: the array.
-        folder: its directory.
+        guard: what refuses chunks of it that would decode to far more than the metadata says.
         codec: of numcodecs; None: chunks are stored as they are.
         writes: encode chunks, too: decoding works with all settings of a codec, but the same bytes as from zarr-python
             need the same settings.
     """
 
-    def __init__(self, array: zarr.Array[Any], folder: Path, codec: Any, *, writes: bool) -> None:
+    def __init__(self, array: zarr.Array[Any], guard: ChunkGuard, codec: Any, *, writes: bool) -> None:
         self._array = array
-        self._folder = folder
+        self._folder = guard.folder
         self._codec = codec
         self.writes = writes
-        guard = ChunkGuard.of(array)
-        assert guard is not None  # the array lies in a local directory
         self._guard = guard
         self._dtype = np.dtype(array.dtype)
         self._empty = np.asarray(0 if array.fill_value is None else array.fill_value, self._dtype)
@@ -72,10 +69,10 @@ class PlainArray:
         if not isinstance(array.store, LocalStore) or array.shards is not None or not dtype.isnative:
             return None
         plain = _codec_of(array)
-        if plain is None or dtype.kind not in "buif":
+        if plain is None or dtype.kind not in "buif" or (guard := ChunkGuard.of(array)) is None:
             return None
         codec, writes = plain
-        return cls(array, Path(array.store.root, array.path), codec, writes=writes and array.fill_value is not None)
+        return cls(array, guard, codec, writes=writes and array.fill_value is not None)
 
     def read_into(self, out: Array, selection: Selection, stamps: UnitStamps | None = None) -> None:
         """Read a selection into an array of its shape, with any strides; raise `ValueError` for damaged chunks.
