@@ -126,7 +126,11 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
     """Say how far the run is, from its workspace alone."""
     made, output = _plan(directory, edge)
     create_output(
-        output, made, Volume(Path(directory) / f"empty-{edge}.zarr", "zyx"), LocalPath(directory) / "workspace", None
+        output,
+        made,
+        Volume(Path(directory) / f"empty-{edge}.zarr", "zyx"),
+        LocalPath(directory) / "workspace" / made.run_id,
+        None,
     )
     record = inspect_output(output)
     assert record is not None

@@ -23,7 +23,11 @@ import zarr
 import oocpatch
 from benchmarks.contest import remove
 from benchmarks.measure import answer, measured
+from oocpatch.outputs.integrity import LEDGER
 from oocpatch.storage import storage_path
+from oocpatch.storage.unit_tags import UnitStamps
+from oocpatch.volumes.content import InputStamps
+from oocpatch.volumes.volume import Volume
 
 WAITING = {("threading.py", "wait"), ("thread.py", "_worker"), ("selectors.py", "select"), ("queue.py", "get")}
 """Where Python threads wait, by file and function."""
@@ -102,19 +106,55 @@ def predict_timing_the_disk(source: str, target: str, options: dict[str, Any]) -
     return {**vars(usage), **waits, "files": len(written), "bytes": sum(written)}
 
 
+def predict_timing_stamps(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
+    """A run, and the processor time in it of stamps of the input."""
+    _warm_up(options)
+    remove(target)
+    seconds = []
+    for kind, name in ((UnitStamps, "add"), (InputStamps, "add"), (InputStamps, "pack"), (Volume, "tags")):
+        timed = _Timed(getattr(kind, name), time.thread_time)
+        seconds.append(timed.seconds)
+        setattr(kind, name, lambda *arguments, _timed=timed: _timed(*arguments))
+    with measured() as usage:
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    return {**vars(usage), "stamps": sum(map(sum, seconds)), "ledger": _ledger_bytes(target)}
+
+
+def compare_tiny_chunks(folder: str, edge: int) -> dict[str, Any]:
+    """Call a complete run over very many chunks of 8^3 voxels again: all of their files are compared."""
+    source, target = Path(folder, "tiny.zarr"), Path(folder, "out.zarr")
+    array = zarr.create_array(source, shape=(edge * 8,) * 3, chunks=(8, 8, 8), dtype="uint8", compressors=None)
+    values = np.random.default_rng(0).integers(1, 255, (edge, 512), np.uint8)
+    for row in np.ndindex(edge, edge):
+        directory = source / "c" / str(row[0]) / str(row[1])
+        directory.mkdir(parents=True)
+        for column, chunk in enumerate(values):
+            (directory / str(column)).write_bytes(chunk)
+    options: dict[str, Any] = {"axes": "zyx", "patch_size": 64, "overlap_mode": "crop", "output_chunks": 64}
+    oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    with measured() as usage:
+        oocpatch.predict(source, torch.nn.Identity(), target, **options, progress=False)
+    return {**vars(usage), "chunks": edge**3, "ledger": _ledger_bytes(target), "shape": array.shape}
+
+
+def _ledger_bytes(target: str | Path) -> int:
+    return sum(path.stat().st_size for path in Path(target).rglob(LEDGER))
+
+
 class _Timed:
     """A function that notes how long each of its calls takes, in seconds."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], clock: Callable[[], float] = time.perf_counter) -> None:
         self.function = function
+        self.clock = clock
         self.seconds: list[float] = []
 
     def __call__(self, *arguments: Any) -> Any:
-        start = time.perf_counter()
+        start = self.clock()
         try:
             return self.function(*arguments)
         finally:
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(self.clock() - start)
 
 
 def _warm_up(options: dict[str, Any]) -> None:
@@ -130,4 +170,11 @@ def _short(file: str) -> str:
 
 
 if __name__ == "__main__":
-    answer(predict_under_profile, predict_under_sampler, predict_under_py_spy, predict_timing_the_disk)
+    answer(
+        predict_under_profile,
+        predict_under_sampler,
+        predict_under_py_spy,
+        predict_timing_the_disk,
+        predict_timing_stamps,
+        compare_tiny_chunks,
+    )
