@@ -302,7 +302,7 @@ def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyP
     assert sorted(found.values()) == ["4", "7"]
 
 
-def test_workers_are_told_their_number_among_those_of_their_host(
+def test_workers_get_their_number_among_those_of_their_host(
     small: SmallCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine of several devices the number says which one to use. A new process takes the place of a dead one."""

@@ -105,7 +105,7 @@ def test_a_volume_that_cannot_be_read_is_one_message(
     assert "oocpatch[s3]" in said(url)
 
 
-def test_a_forked_process_is_told_to_start_anew_instead_of_hanging(bucket: Bucket, volume: Path) -> None:
+def test_a_forked_process_gets_an_error_instead_of_hanging(bucket: Bucket, volume: Path) -> None:
     scan = oocpatch.Subject(scan=oocpatch.Volume(bucket.upload(volume, "volume.zarr")))
     loader = torch.utils.data.DataLoader(oocpatch.GridSampler(scan, 8), num_workers=1, multiprocessing_context="fork")
     with pytest.raises(RuntimeError, match="multiprocessing_context='spawn'"):

@@ -65,7 +65,7 @@ def test_buffers_on_the_way_to_a_device_are_planned_as_well(measured: Measured) 
     assert_within_bounds(measured(192, **settings), 2 * LIMIT)
 
 
-def test_what_a_light_model_allocates_is_not_kept(measured: Measured, tmp_path: Path) -> None:
+def test_memory_that_a_light_model_allocates_is_freed(measured: Measured, tmp_path: Path) -> None:
     """Its tensors are as large as what a heap likes to keep, and leave holes in it that the next ones do not fit."""
     volume = tmp_path / "volume192.zarr"
     zarr.create_array(volume, shape=(4096, 8192, 3), chunks=(512, 512, 3), dtype="uint8", fill_value=1)
@@ -73,12 +73,12 @@ def test_what_a_light_model_allocates_is_not_kept(measured: Measured, tmp_path: 
     assert_within_bounds(measured(192, **settings, max_memory=192 * MIB), 192 * MIB)
 
 
-def test_a_pyramid_keeps_the_limit_as_well(measured: Measured) -> None:
+def test_a_pyramid_adds_no_more_memory_than_the_limit(measured: Measured) -> None:
     settings = {"patch_overlap": 8, "overlap_mode": "average", "output_format": "ome-zarr", "max_memory": 32 * MIB}
     assert_within_bounds(measured(192, **settings), 32 * MIB)
 
 
-def test_a_tighter_limit_is_kept_as_well(measured: Measured) -> None:
+def test_a_run_adds_no_more_memory_than_a_tighter_limit(measured: Measured) -> None:
     assert_within_bounds(measured(96, patch_overlap=8, max_memory=24 * MIB), 24 * MIB)
 
 

@@ -328,7 +328,7 @@ def test_blending_sums_in_float32_whatever_the_dtype(dtype: str) -> None:
     np.testing.assert_allclose(aggregator.get_output(), 200, rtol=1e-6)
 
 
-def test_bfloat16_is_kept_as_float32() -> None:
+def test_bfloat16_is_stored_as_float32() -> None:
     aggregator = PatchAggregator((4,), "crop")
     aggregator.add_batch(torch.arange(4).to(torch.bfloat16).reshape(1, 1, 4), [PatchLocation((0,), (4,))])
     assert aggregator.get_output().tolist() == [[0.0, 1.0, 2.0, 3.0]]

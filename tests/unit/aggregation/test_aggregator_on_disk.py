@@ -223,7 +223,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_damage_found_at_the_end_is_told_and_repaired_by_adding_again(tmp_path: Path) -> None:
+def test_damage_found_at_the_end_is_an_error_and_repaired_by_adding_again(tmp_path: Path) -> None:
     loop = loop_of({**LARGE, "mode": "hann"})
     random.Random(1).shuffle(loop.patches)
     aggregator = PatchAggregator(**{**arguments(loop, tmp_path / "out.zarr"), "patch_overlap": 0}, max_memory="128KiB")

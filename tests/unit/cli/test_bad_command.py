@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,9 @@ import pytest
 
 import oocpatch
 from tests.support.children import unchanged
-from tests.support.small_volume import make_small_volume
 from tests.unit.outputs.test_bad_output import FOREIGN
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    return make_small_volume(tmp_path / "volume.zarr")
-
-
-@pytest.fixture
-def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
-    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
-    with unchanged(tmp_path):
-        yield tmp_path / "out.zarr"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
 
 
 REFUSALS: dict[str, tuple[int, list[str], str]] = {

@@ -128,7 +128,7 @@ def test_predict_writes_the_output_and_prints_one_line_of_data(data: np.ndarray[
     assert "patches" in result.stderr  # the plan
 
 
-def test_a_box_is_all_that_is_computed_and_what_it_leaves_out_is_told(data: np.ndarray[Any, Any]) -> None:
+def test_a_box_is_all_that_is_computed_and_the_rest_is_reported(data: np.ndarray[Any, Any]) -> None:
     box = ["--box", "0:8,:,12:", "--overlap-mode", "crop", "--patch-overlap", "0"]
     result = run("predict", "in.zarr", "out.zarr", *IDENTITY, *box, "--json", "--output-fill", "-1")
     assert result.exit_code == 0, result.output

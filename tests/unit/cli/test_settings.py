@@ -146,7 +146,7 @@ def test_progress_for_programs_is_an_object_per_line_and_ends_with_all() -> None
     assert lines[-1]["megabytes_per_second"] >= 0
 
 
-def test_what_was_done_before_is_told_and_is_not_counted_as_speed() -> None:
+def test_blocks_done_before_are_reported_and_do_not_count_as_speed() -> None:
     ticks = iter([0.0, 10.0])
     tally = ProgressCounter("predict", "patches", 1000, resumed=500, bytes_each=1e6, clock=lambda: next(ticks))
     tally.add(100)

@@ -132,7 +132,7 @@ def test_a_run_waits_as_long_as_its_jobs_are_in_the_queue(jobs: FakeSlurm) -> No
         starter.join()
 
 
-def test_what_slurm_says_when_it_takes_no_job_is_told(jobs: FakeSlurm) -> None:
+def test_the_error_shows_why_slurm_takes_no_job(jobs: FakeSlurm) -> None:
     jobs.set("refuse")
     with pytest.raises(ValueError, match=r"Slurm takes no job: sbatch: error: .* Invalid account$"), connected(JOB, 2):
         pass
@@ -154,7 +154,7 @@ def test_wrong_options_of_jobs_are_refused(text: str, words: str, jobs: FakeSlur
     assert jobs.log("sbatch") == []
 
 
-def test_a_machine_without_slurm_is_told_where_to_start(jobs: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_error_says_where_to_start(jobs: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="sbatch, which is not found here"), connected(JOB, 1):
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,7 @@ import zarr
 
 import oocpatch
 from tests.support.children import unchanged
-from tests.support.small_volume import LAST, make_small_volume, predict
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    return make_small_volume(tmp_path / "volume.zarr")
-
-
-@pytest.fixture
-def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
-    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
-    with unchanged(tmp_path):
-        yield tmp_path / "out.zarr"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
+from tests.support.small_volume import LAST, predict
 
 
 def smaller_by_one(patches: torch.Tensor) -> torch.Tensor:

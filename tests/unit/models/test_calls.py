@@ -294,7 +294,7 @@ def test_a_model_that_answers_in_memory_of_its_own_gives_right_values(name: str,
         np.testing.assert_allclose(values.values, np.broadcast_to(2 * data, values.shape), atol=1e-5)
 
 
-def test_halves_of_a_batch_are_kept_apart() -> None:
+def test_halves_of_a_batch_are_not_mixed() -> None:
     engine = Engine()
 
     def short_of_memory(patches: torch.Tensor) -> Any:

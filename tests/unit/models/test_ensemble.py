@@ -38,7 +38,7 @@ def test_the_mean_over_rotations_is_numpys() -> None:
     np.testing.assert_allclose(model(patches), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_mean_over_all_turns_of_a_cube_is_numpys() -> None:
+def test_the_mean_over_all_rotations_of_a_cube_is_numpys() -> None:
     patches = torch.randn(1, 1, 3, 3, 3)
     model = EnsembleModel([ramp], transforms=flips_and_rotations(checked_augmentation("all", "zyx"), "zyx", (3, 3, 3)))
     data = patches.numpy().astype(np.float64)

@@ -124,18 +124,18 @@ def test_whatever_a_model_holds_tells_it_from_another(name: str, hold: Callable[
 
 
 @pytest.mark.parametrize("make", [decorated, cached, marked])
-def test_wrapped_functions_are_told_apart(make: Callable[[float], Any]) -> None:
+def test_wrapped_functions_have_different_fingerprints(make: Callable[[float], Any]) -> None:
     assert model_fingerprint(make(1.0)) == model_fingerprint(make(1.0))
     assert model_fingerprint(make(1.0)) != model_fingerprint(make(3.0))
 
 
-def test_functions_around_a_function_are_told_apart() -> None:
+def test_functions_around_a_function_have_different_fingerprints() -> None:
     model = closing_over(1)
     around = [model, torch.vmap(model), torch.no_grad()(model), functools.lru_cache(model)]
     assert len({model_fingerprint(function) for function in around}) == len(around)
 
 
-def test_lambdas_of_one_line_are_told_apart() -> None:
+def test_lambdas_of_one_line_have_different_fingerprints() -> None:
     models: list[Any] = [lambda x: x + 1, lambda x: x - 1, lambda x: sorted(x, key=lambda y: y + 1)]  # fmt: skip
     assert [code_usage(model.__code__).source for model in models] == [
         "lambda x: x + 1",
@@ -284,7 +284,7 @@ def test_names_that_torch_does_not_promise_are_there(name: str) -> None:
     assert name in (*vars(nn.Identity()), *(child for child, _ in compiled.named_children()))
 
 
-def test_a_compiled_module_is_told_by_the_module_that_it_compiles() -> None:
+def test_a_compiled_module_has_the_fingerprint_of_its_module() -> None:
     one, same, other = (torch.compile(nn.Softplus(beta), backend="eager") for beta in (1.0, 1.0, 2.0))
     assert model_fingerprint(one) == model_fingerprint(same) != model_fingerprint(other)
     assert model_fingerprint(one) != model_fingerprint(nn.Softplus(1.0))

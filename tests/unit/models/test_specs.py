@@ -441,7 +441,7 @@ def test_a_function_of_arrays_runs(given: str, code: Path, volume: Path, data: A
         np.testing.assert_allclose(result.values[:, start : start + 9], window.mean(), atol=1e-6)
 
 
-def test_functions_of_arrays_are_told_apart() -> None:
+def test_functions_of_arrays_have_different_fingerprints() -> None:
     def adding(amount: int) -> oocpatch.NumpyModel:
         return oocpatch.NumpyModel(lambda patches: patches + amount)
 

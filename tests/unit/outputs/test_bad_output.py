@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,7 @@ import zarr
 import oocpatch
 from tests.support.children import Children, file_digests, report, unchanged
 from tests.support.crash_child import Job, make_volume
-from tests.support.small_volume import make_small_volume, predict
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    return make_small_volume(tmp_path / "volume.zarr")
-
-
-@pytest.fixture
-def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
-    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
-    with unchanged(tmp_path):
-        yield tmp_path / "out.zarr"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
-
+from tests.support.small_volume import predict
 
 INSIDE = {
     "the volume itself": "volume.zarr",

@@ -68,7 +68,7 @@ def test_what_is_committed_is_read_in_order_by_all(steps: list[str], bucket: Buc
             assert list(read_journal(path)) == committed == heard
 
 
-def test_journals_of_parts_are_found_and_told_apart(bucket: Bucket, tmp_path: Path) -> None:
+def test_journals_of_parts_are_found_and_distinguished(bucket: Bucket, tmp_path: Path) -> None:
     for root in places(bucket, str(tmp_path)):
         assert find_journals(root, "ledger") == []
         for name in ("ledger.2-of-2", "ledger", "ledger.1-of-2", "plan.json"):

@@ -168,7 +168,7 @@ def test_channels_are_layers_that_are_added_up(tmp_path: Path) -> None:
     assert transform["matrix"] == [[1, 0, 0, 0], [0, 1, 0, -0.5], [0, 0, 1, -0.5]]
 
 
-def test_what_the_viewer_cannot_read_is_told(tmp_path: Path) -> None:
+def test_outputs_that_the_viewer_cannot_read_are_reported(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "wide.zarr", data=np.zeros((8, 8)))
     done = CliRunner().invoke(main, ["view", str(tmp_path / "wide.zarr"), "--serve"])
     assert done.exit_code == 2

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,9 @@ import zarr
 import oocpatch
 from oocpatch.planning.arguments import num_bytes
 from tests.support.children import file_digests, unchanged
-from tests.support.small_volume import make_small_volume, predict
+from tests.support.small_volume import predict
 
 GIB = 2**30
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    return make_small_volume(tmp_path / "volume.zarr")
-
-
-@pytest.fixture
-def output(tmp_path: Path, volume: Path) -> Iterator[Path]:
-    """Where the output would go. Whatever the test does, nothing may be written beside the volume, or to it."""
-    with unchanged(tmp_path):
-        yield tmp_path / "out.zarr"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [volume.name]
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
