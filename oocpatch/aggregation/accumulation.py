@@ -22,19 +22,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from oocpatch.aggregation.aggregated_output import AggregatedOutput, table_patches
 from oocpatch.aggregation.placement import HeadSpec, Lattice, Patch, memory_needed
-from oocpatch.aggregation.tiles import Span, Tile, patch_window
+from oocpatch.aggregation.tiles import FINAL, NONE, HeadTiles, Tile
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.planning.box import Ints
@@ -42,89 +39,17 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.plan import human
 
 logger = logging.getLogger("oocpatch")
-FILE_BYTES = 250
-"""Bytes that are kept in memory of each tile that is in a file, besides its table of patches."""
-FINAL, NONE = -1, 0
-"""In a commit, in place of the number of patches in a tile: its final values are in the output; it has no patches."""
-
-
-class HeadTiles:
-    """The tiles of one head.
-
-    Attributes:
-        out_size: size of a patch's output, by size of the patch.
-        open: tiles in memory, the least recently used one first.
-        final: per tile, whether the output has its final values, with all patches of the home lattice.
-        tables: patches of the tiles that have a file, `(n, 2, axes)`, in the order in which they were added.
-        durable: per tile, the number of patches that the last commit counts, or `FINAL`.
-        nbytes: bytes of the three before.
-        changed: tiles that no commit describes as they are.
-        shown: tiles whose values so far are in the output.
-    """
-
-    def __init__(self, number: int, spec: HeadSpec) -> None:
-        self.number, self.spec = number, spec
-        self.out_size: dict[Ints, Ints] = {}
-        self.open: OrderedDict[Ints, Tile] = OrderedDict()
-        self.final, self.durable = np.zeros(spec.counts, bool), np.zeros(spec.counts, np.int32)
-        self.tables: dict[Ints, npt.NDArray[np.signedinteger]] = {}
-        self.nbytes = self.final.nbytes + self.durable.nbytes
-        self.changed: set[Ints] = set()
-        self.shown: set[Ints] = set()
-
-    def set_table(self, position: Ints, patches: Collection[Patch] = ()) -> None:
-        """Replace the patches that the file of a tile has."""
-        if (before := self.tables.pop(position, None)) is not None:
-            self.nbytes -= FILE_BYTES + before.nbytes
-        if patches:
-            table = np.array(list(patches))
-            self.tables[position] = table.astype(np.min_scalar_type(-int(np.abs(table).max()) - 1))
-            self.nbytes += FILE_BYTES + self.tables[position].nbytes
-
-    def count(self, position: Ints) -> int:
-        """Return the number of patches in the file of a tile, or `FINAL`."""
-        return FINAL if self.final[position] else len(self.tables.get(position, ()))
-
-    def unfinished(self) -> list[Ints]:
-        """Return the tiles whose final values are not in the output, and that have patches."""
-        return sorted({*self.open, *(p for p in self.tables if not self.final[p])})
-
-    def positions(self, patch: Patch) -> list[Ints]:
-        """Return the tiles that a patch lies in."""
-        return self.spec.tiles(patch, self.out_size[patch[1]])
-
-    def has(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
-        """Return whether a patch is in a tile, in memory or not."""
-        tile = self.open.get(position)
-        return self._has_stored(position, patch, home, self.count(position)) if tile is None else patch in tile.patches
-
-    def has_durably(self, position: Ints, patch: Patch, home: Lattice | None) -> bool:
-        """Return whether a commit counts a patch in a tile."""
-        return self._has_stored(position, patch, home, int(self.durable[position]))
-
-    def _has_stored(self, position: Ints, patch: Patch, home: Lattice | None, count: int) -> bool:
-        if count == FINAL:
-            return home is not None and patch in home
-        return count > NONE and bool((self.tables[position][:count] == patch).all((1, 2)).any())
-
-    def is_complete(self, position: Ints, lattice: Lattice) -> bool:
-        """Return whether a tile has all patches of a lattice, if it has no others."""
-        tile = self.open.get(position)
-        count = self.count(position) if tile is None else len(tile.patches)
-        return count == FINAL or count == math.prod(map(len, self.starts(lattice, position)))
-
-    def starts(self, lattice: Lattice, position: Ints) -> tuple[Ints, ...]:
-        """Return the starts along each axis of the patches of a lattice that lie in a tile."""
-        return self.spec.lattice_starts(lattice, self.out_size[lattice.size], position)
-
-    def span(self, patch: Patch) -> Span:
-        """Return start and size of a patch's output."""
-        out_size = self.out_size[patch[1]]
-        return self.spec.start(patch, out_size), out_size
 
 
 class Accumulation:
-    """The tiles of all heads, by name in `heads`; `on_full` must `attach` an output when memory is full."""
+    """The sums of all heads.
+
+    Attributes:
+        specs: the heads.
+        heads: their tiles, by name.
+        single: whether batches are tensors and no dicts.
+        output: the output that takes what is complete, and what does not fit into memory; None: none is needed so far.
+    """
 
     def __init__(
         self,
@@ -133,24 +58,24 @@ class Accumulation:
         mode: str,
         specs: Sequence[HeadSpec],
         *,
+        single: bool,
         limit: int,
-        on_full: Callable[[Accumulation], object],
+        output: AggregatedOutput | None,
     ) -> None:
-        self._shape, self._overlap, self._mode = shape, overlap, mode
-        self._limit, self._on_full, self._reserve = limit, on_full, 0
-        self._output: AggregatedOutput | None = None
-        self._durable = False
-        self.specs = specs
-        self.heads = {spec.name: HeadTiles(number, spec) for number, spec in enumerate(specs)}
-        self._window: tuple[Ints, torch.Tensor] = (), torch.empty(0)
+        self._shape, self._overlap, self._limit, self._reserve = shape, overlap, limit, 0
+        self.specs, self.single, self.output = specs, single, output
+        self._durable = output is not None
+        self.heads = {spec.name: HeadTiles(number, spec, mode) for number, spec in enumerate(specs)}
         self._candidates: list[Lattice] = []
         self._home: Lattice | None = None
-        self._durable_home: Lattice | None = None
         self._starts: dict[Ints, list[set[int]]] = {}
 
-    def attach(self, output: AggregatedOutput, *, durable: bool) -> None:
-        """Write to an output from now on, with a journal if what is there must survive a crash."""
-        self._output, self._durable = output, durable
+    def create_output(self) -> AggregatedOutput:
+        """Create the output; where nothing must survive a crash, a temporary one."""
+        output = self.output or AggregatedOutput.temporary()
+        output.create(self.specs, single=self.single)
+        self.output = output
+        return output
 
     def expect(self, size: Ints, out_size: Mapping[str, Ints]) -> None:
         """Prepare for patches of a size, with outputs of these sizes; raise PlanTooLarge when one is too much."""
@@ -167,12 +92,11 @@ class Accumulation:
 
     def has(self, patch: Patch) -> bool:
         """Return whether a patch was added; where there is a journal, whether that survives a crash."""
-        heads = self.heads.values()
-        if any(patch[1] not in head.out_size for head in heads):
-            return False
-        if self._durable:
-            return all(h.has_durably(p, patch, self._durable_home) for h in heads for p in h.positions(patch))
-        return all(h.has(p, patch, self._home) for h in heads for p in h.positions(patch))
+        return all(
+            patch[1] in head.out_size
+            and all(head.has(p, patch, self._home, durable=self._durable) for p in head.positions(patch))
+            for head in self.heads.values()
+        )
 
     def add(self, patch: Patch, outputs: Callable[[], Mapping[str, torch.Tensor]]) -> bool:
         """Add the outputs of a patch, `(C, *out_size)` per head; return False if it was added before."""
@@ -202,12 +126,9 @@ class Accumulation:
             starts.add(at)
 
     def _add_to(self, head: HeadTiles, positions: Sequence[Ints], patch: Patch, values: torch.Tensor) -> None:
-        start, out_size = head.span(patch)
-        claims = head.spec.claims(patch, out_size)
-        if head.spec.blended:
-            values = values.to(torch.float32)
-            if self._window[0] != out_size:
-                self._window = out_size, patch_window(self._mode, out_size)
+        out_size = head.out_size[patch[1]]
+        start, claims = head.spec.start(patch, out_size), head.spec.claims(patch, out_size)
+        values = values.to(torch.float32) if head.spec.blended else values
         for position in positions:
             # A tile that an interruption tears is not among the open ones, and forgotten.
             tile = head.open.pop(position, None) or self._load(head, position)
@@ -215,7 +136,7 @@ class Accumulation:
             head.shown.discard(position)
             for key, box in claims:
                 if head.spec.blended:
-                    tile.add(start, values, self._window[1], box)
+                    tile.add(start, values, head.window(out_size), box)
                 else:
                     tile.claim(key, box, start, values)
             tile.patches[patch] = None
@@ -223,29 +144,27 @@ class Accumulation:
 
     def _load(self, head: HeadTiles, position: Ints) -> Tile:
         """Return a tile with the values of the output if these are final, else as its file has it, else empty."""
-        tile = Tile(head.spec.box(position), head.spec.channels, torch_dtype(head.spec.dtype))
+        tile = head.new_tile(position)
         table = head.tables.get(position)
-        if head.final[position] and self._home is not None and self._output is not None:
+        if head.final[position] and self._home is not None and self.output is not None:
             # Patches of a file that is still there come first, in its order, since commits count from the first one.
             starts = itertools.product(*head.starts(self._home, position))
             known = [] if table is None else table_patches(table)
             tile.patches = dict.fromkeys([*known, *((start, self._home.size) for start in starts)])
-            values = self._output.arrays[head.spec.name][(slice(None), *tile.box.slices())]
+            values = self.output.arrays[head.spec.name][(slice(None), *tile.box.slices())]
             tile.data.copy_(torch.from_numpy(np.asarray(values)))
-            if head.spec.blended:
-                tile.data *= tile.weights(self._mode, head.span)
-        elif table is not None and self._output is not None:
+            if (weights := head.weights(tile)) is not None:
+                tile.data *= weights
+        elif table is not None and self.output is not None:
             try:
-                patches = self._output.read_tile(head.number, position, len(table), tile.data.numpy())
+                patches = self.output.read_tile(head.number, position, len(table), tile.data.numpy())
             except CorruptData as error:
                 head.set_table(position)
-                head.durable[position] = NONE
-                head.changed.add(position)
+                head.committed[position] = NONE
                 raise CorruptData(f"{error}; add the patches that are not in `done` again, and all is well") from error
             tile.patches = dict.fromkeys(patches)
         if not head.spec.blended:
-            claims = [c for patch in tile.patches for c in head.spec.claims(patch, head.out_size[patch[1]])]
-            tile.claims = [(key, box & tile.box) for key, box in claims]
+            tile.claims = [c for patch in tile.patches for c in head.spec.claims(patch, head.out_size[patch[1]])]
         return tile
 
     # Room
@@ -261,8 +180,8 @@ class Accumulation:
             room = self._limit - max(self._reserve, self._limit // 3) - sum(head.nbytes for _, head in heads)
             if needed <= room:
                 return
-            if self._output is None:
-                self._on_full(self)
+            if self.output is None:
+                self.create_output()
                 self._write_complete({name: list(head.open) for name, head in heads})
             elif not self._close_one(positions):
                 raise PlanTooLarge(
@@ -283,17 +202,17 @@ class Accumulation:
     def _save(self, head: HeadTiles, position: Ints) -> None:
         """Write the file of an open tile, if it changed."""
         tile = head.open[position]
-        if tile.changed and self._output is not None:
-            self._output.write_tile(head.number, position, tile.patches, tile.data.numpy())
+        if tile.changed and self.output is not None:
+            self.output.write_tile(head.number, position, tile.patches, tile.data.numpy())
+            head.note_change(position)
             head.set_table(position, tile.patches)
             head.final[position] = False
-            head.changed.add(position)
             tile.changed = False  # last: an interruption before it costs one more write
 
     # Output
 
     def _write_complete(self, positions: Mapping[str, Sequence[Ints]]) -> None:
-        for head in self.heads.values() if self._output is not None and self._candidates else ():
+        for head in self.heads.values() if self.output is not None and self._candidates else ():
             for position in positions[head.spec.name]:
                 if position in head.open and all(head.is_complete(position, c) for c in self._candidates):
                     self._write(head, position)
@@ -301,28 +220,30 @@ class Accumulation:
 
     def _write(self, head: HeadTiles, position: Ints) -> None:
         """Write a tile's values to the output: whole write units that no other tile has."""
-        assert self._output is not None
+        assert self.output is not None
         tile = head.open.get(position) or self._load(head, position)
-        values = tile.values(self._mode, head.span).numpy()
-        self._output.arrays[head.spec.name][(slice(None), *tile.box.slices())] = values
+        self.output.arrays[head.spec.name][(slice(None), *tile.box.slices())] = head.values(tile).numpy()
         head.shown.add(position)
         head.final[position] = False  # the output may have more than the home lattice
 
     def _finalize(self, head: HeadTiles, position: Ints) -> None:
         """Drop the sums of a tile whose final values are in the output; a commit that counts them needs their file."""
+        head.note_change(position)
         head.final[position] = True
-        head.changed.add(position)
         head.open.pop(position, None)
         if not self._durable:
             self._drop_file(head, position)
 
     def _drop_file(self, head: HeadTiles, position: Ints) -> None:
-        if position in head.tables and self._output is not None:
-            self._output.tile_path(head.number, position).unlink(missing_ok=True)
+        if position in head.tables and self.output is not None:
+            self.output.remove_tile(head.number, position)
             head.set_table(position)
 
-    def finish(self) -> Lattice | None:
-        """Bring all that was added into the output; return the lattice over the volume that it is, if it is one."""
+    def finish(self) -> None:
+        """Bring all patches into the output; if they are a lattice over the volume, record that it is complete."""
+        assert self.output is not None
+        if self.output.is_complete and not self._changed:
+            return
         self.commit()
         whole = self._whole()
         for head in self.heads.values():
@@ -336,7 +257,19 @@ class Accumulation:
                     self._finalize(head, position)
                 head.final[:] = True  # where no patch lies, too
             self.commit()
-        return whole
+            self.complete(whole)
+
+    def complete(self, lattice: Lattice | None) -> None:
+        """Record that the output is complete: with all patches of a lattice, or since no patches are taken any more."""
+        assert self.output is not None
+        self.output.update(
+            complete=True,
+            out_size={name: list(head.out_size.items()) for name, head in self.heads.items()},
+            lattice=None if lattice is None else astuple(lattice),
+            final=lattice is None,
+        )
+        for head in self.heads.values():
+            head.committed.clear()
 
     def _whole(self) -> Lattice | None:
         """Return the lattice over the volume of which all tiles have all patches, if there is one."""
@@ -356,47 +289,39 @@ class Accumulation:
         head = self.heads[name]
         out = torch.zeros((head.spec.channels, *head.spec.shape), dtype=torch_dtype(head.spec.dtype))
         for tile in head.open.values():
-            out[(slice(None), *tile.box.slices())] = tile.values(self._mode, head.span)
+            out[(slice(None), *tile.box.slices())] = head.values(tile)
         return out
 
     # Commits, interruptions and damage
 
     @property
-    def changed(self) -> bool:
+    def _changed(self) -> bool:
         """True where there is something that no commit describes."""
-        return any(h.changed or any(tile.changed for tile in h.open.values()) for h in self.heads.values())
+        return any(h.committed or any(tile.changed for tile in h.open.values()) for h in self.heads.values())
 
-    def commit(self) -> bool:
-        """Make all that was added durable, where there is a journal; return whether there was anything."""
-        if self._output is None or not self._durable or not self.changed:
-            return False
+    def commit(self) -> None:
+        """Make all that was added durable, where there is a journal."""
+        if self.output is None or not self._durable or not self._changed:
+            return
         for head in self.heads.values():
             for position in head.open:
                 self._save(head, position)
         lattices = [astuple(lattice) for lattice in (*self._candidates, self._home) if lattice is not None]
         heads = [
-            {"out_size": list(h.out_size.items()), "tiles": [[*p, h.count(p)] for p in sorted(h.changed)]}
+            {"out_size": list(h.out_size.items()), "tiles": [[*p, h.count(p)] for p in sorted(h.committed)]}
             for h in self.heads.values()
         ]
-        self._output.commit({"lattices": lattices, "heads": heads})
-        self.settle()
-        return True
-
-    def settle(self, *, complete: bool = False) -> None:
-        """Take note that a commit describes all that was added, or the record of an output that is complete."""
-        self._durable_home = self._home
+        self.output.commit({"lattices": lattices, "heads": heads})
         for head in self.heads.values():
-            for position in head.changed:
-                head.durable[position] = head.count(position)
+            for position in head.committed:
                 if head.final[position]:
                     self._drop_file(head, position)
-            head.changed.clear()
-            if complete:
-                head.durable[:] = FINAL
+            head.committed.clear()
+        self.output.update(complete=False)
 
     def restore(self, base: Lattice | None, commits: Sequence[Any]) -> None:
         """Begin with the lattice of a complete output and the commits after that."""
-        assert self._output is not None
+        assert self.output is not None
         self._home = base
         heads, counts = list(self.heads.values()), dict[tuple[int, Ints], int]()
         for head in heads:
@@ -414,18 +339,13 @@ class Accumulation:
             heads[number].final[position] = count == FINAL
             if count > NONE:
                 try:
-                    patches = self._output.read_tile(number, position, count, None)
+                    patches = self.output.read_tile(number, position, count, None)
                 except CorruptData as error:
                     errors.append(error)
-                    heads[number].changed.add(position)
+                    heads[number].committed[position] = NONE
                     continue
                 heads[number].set_table(position, patches)
                 for patch in patches:
                     self._narrow(patch)
         if errors:
             logger.warning("%s (%d tiles in all): the patches in them must be added again", errors[0], len(errors))
-        for head in heads:
-            head.durable[:] = np.where(head.final, FINAL, NONE)
-            for position, table in head.tables.items():
-                head.durable[position] = len(table)
-        self._durable_home = self._home

@@ -7,6 +7,7 @@ same process takes over at once. Until the output is complete, the workspace has
 <output>.oocpatch/<run_id>/
     journal                    one line per commit: which tiles are final, and how many patches the others have
     tiles/<head>.<position>    the sums of one tile, and the patches in them; replaced as a whole
+    tiles/spare                memory of the disk for the next one
 ```
 
 A tile's file lists the patches in its sums, so files need not be of one moment: after a crash one may be ahead of the
@@ -142,6 +143,11 @@ class AggregatedOutput:
         if complete:
             self.clear()
 
+    @property
+    def is_complete(self) -> bool:
+        """True when nothing is missing."""
+        return self.record is not None and self.record.complete
+
     # Workspace
 
     @property
@@ -173,25 +179,44 @@ class AggregatedOutput:
         self.workspace.parent.remove_if_empty()
         self._commits = 0
 
-    def tile_path(self, head: int, position: Ints) -> LocalPath:
-        """Return the path of a tile's file."""
-        return self.workspace / "tiles" / ".".join(map(str, (head, *position)))
+    def _tile_paths(self, head: int, position: Ints) -> tuple[LocalPath, LocalPath]:
+        """Return the path of a tile's file, and of the one before while it is replaced."""
+        path = self.workspace / "tiles" / ".".join(map(str, (head, *position)))
+        return path, path.with_name(f"{path.name}.before")
+
+    def remove_tile(self, head: int, position: Ints) -> None:
+        """Delete the file of a tile."""
+        for path in self._tile_paths(head, position):
+            path.unlink(missing_ok=True)
 
     def write_tile(self, head: int, position: Ints, patches: Collection[Patch], sums: Array) -> None:
-        """Write the file of a tile, whole or not at all."""
-        path, table = self.tile_path(head, position), np.array(list(patches), np.int64)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f"{path.name}.partial")
-        with staging.open("wb") as file:
+        """Write the file of a tile, whole or not at all.
+
+        It changes places with a spare file that is written over. A new file took ten times as long: new pages, and a
+        file that replaces another one is sent to the disk at once.
+        """
+        (path, before), table = self._tile_paths(head, position), np.array(list(patches), np.int64)
+        spare = path.with_name("spare")
+        path.parent.make_folder()
+        spare.touch()
+        with spare.open("r+b") as file:
             crc = checksum(table, text_checksum(path.name))
             file.write(HEADER.pack(crc, checksum(sums), len(table), table.shape[-1]) + table.tobytes())
             file.write(sums.reshape(-1).view(np.uint8).data)
-        staging.replace(path)
+            file.truncate()
+        replaces = path.exists()
+        if replaces:
+            path.rename(before)
+        spare.rename(path)
+        if replaces:
+            before.rename(spare)
 
     def read_tile(self, head: int, position: Ints, count: int, sums: Array | None) -> list[Patch]:
         """Return the patches in a tile, at least `count`, and read its sums `(C, *spatial)` into an array, if any."""
-        path = self.tile_path(head, position)
+        path, before = self._tile_paths(head, position)
         try:
+            if not path.exists():  # a crash came while it was replaced
+                before.rename(path)
             with path.open("rb") as file:
                 crc, sums_crc, length, axes = HEADER.unpack(file.read(HEADER.size))
                 table = np.frombuffer(file.read(16 * length * axes), np.int64).reshape(length, 2, axes)

@@ -20,7 +20,6 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any, Self
 
 import numpy as np
@@ -108,8 +107,7 @@ class PatchAggregator:
         self._chunks = None if output_chunks is None else per_axis("output_chunks", output_chunks, axes, least=1)
         self._limit = memory_limit(max_memory)
         self._sums: Accumulation | None = None
-        self._output: AggregatedOutput | None = None
-        self._single, self._durable = True, store is not None
+        self._store: AggregatedOutput | None = None
         self._closed = self._final = False
         self._committed_at, self._commit_cost = time.monotonic(), 0.0
         self.done = Done(self)
@@ -146,14 +144,13 @@ class PatchAggregator:
         if not checked.patches:
             return
         sums = self._sums or self._begin(checked)
-        checked.check(sums.heads, single=checked.single if self._sums is None else self._single)
+        checked.check(sums.heads, single=sums.single)
         for size in {size for _, size in checked.patches}:
             sums.expect(size, checked.out_size)
         if self._sums is None:
-            self._single = checked.single
-            if self._output is not None:
-                self._output.hold()
-                self._attach(sums, self._output)
+            if self._store is not None:
+                self._store.hold()
+                sums.create_output()
             self._sums = sums
         repeats = 0
         for i, patch in enumerate(checked.patches):
@@ -161,19 +158,21 @@ class PatchAggregator:
         if repeats:
             self.num_repeated += repeats
             logger.info("%d patches were added before, and are left out", repeats)
-        pause = max(COMMIT_SECONDS, self._commit_cost / COMMIT_SHARE)
-        if self._durable and time.monotonic() - self._committed_at >= pause:
-            self._commit()
+        started = time.monotonic()
+        if started - self._committed_at >= max(COMMIT_SECONDS, self._commit_cost / COMMIT_SHARE):
+            sums.commit()
+            self._committed_at = time.monotonic()
+            self._commit_cost = self._committed_at - started
 
     # Results
 
     def get_output(self, key: str | None = None) -> torch.Tensor:
         """Return an output as a tensor `(C, *spatial)`, in memory as a whole; see `get_array`."""
         sums, name = self._find(key)
-        if self._output is None:
+        if sums.output is None:
             return sums.tensor(name)
         self._finish()
-        return torch.from_numpy(np.asarray(self._output.array(name)[...]))
+        return torch.from_numpy(np.asarray(sums.output.array(name)[...]))
 
     def get_array(self, key: str | None = None) -> zarr.Array[Any]:
         """Return an output as a Zarr array `(C, *spatial)` on disk; voxels that no patch covers are zero.
@@ -188,23 +187,22 @@ class PatchAggregator:
             CorruptData: if the workspace is damaged; the patches that are not in `done` must be added again.
         """
         sums, name = self._find(key)
-        output = self._spill(sums) if self._output is None else self._output
+        output = sums.output or sums.create_output()
         self._finish()
         return output.array(name)
 
     def flush(self) -> None:
         """Make all patches durable, if there is a store: another process can then resume from here."""
-        if not self._closed and self._output is not None:
+        if not self._closed and self._sums is not None and self._output is not None:
             self._output.check_held()
-            self._commit()
+            self._sums.commit()
 
     def close(self) -> None:
         """Finish the output with the patches so far and delete the workspace: no patch can be added any more."""
         self._finish()
-        record = None if self._closed or self._output is None else self._output.record
-        if record is not None and not record.complete:
+        if not self._closed and self._sums is not None and self._output is not None and not self._output.is_complete:
+            self._sums.complete(None)
             self._final = True
-            self._complete(None)
         self._leave()
 
     def __enter__(self) -> Self:
@@ -212,8 +210,10 @@ class PatchAggregator:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Make all patches durable, and without an error bring them into the output; a new aggregator can resume."""
-        if not self._closed:
-            self._finish() if kind is None else self._commit()
+        if kind is None:
+            self._finish()
+        elif not self._closed and self._sums is not None:
+            self._sums.commit()
         self._leave()
 
     # The output on disk
@@ -229,15 +229,14 @@ class PatchAggregator:
             "output_shape": self._output_shape,
             "output_chunks": self._chunks,
         }
-        self._output = output = AggregatedOutput(path, parameters)
+        self._store = output = AggregatedOutput(path, parameters)
         if output.record is None:
             return
         output.hold()
         details = output.record.details
-        self._single = details["single"]
-        self._sums = sums = self._accumulation([HeadSpec.from_json(spec) for spec in details["heads"]])
-        is_whole = output.open_arrays(sums.specs)
-        sums.attach(output, durable=True)
+        specs = [HeadSpec.from_json(spec) for spec in details["heads"]]
+        self._sums = sums = self._accumulation(specs, single=details["single"])
+        is_whole = output.open_arrays(specs)
         for name, sizes in details.get("out_size", {}).items():
             sums.heads[name].out_size = {tuple(size): tuple(out_size) for size, out_size in sizes}
         if is_whole and output.record.complete:
@@ -259,53 +258,25 @@ class PatchAggregator:
         trims = [o // 2 if self._mode == "crop" else None for o in self._overlap]
         specs = head_specs(first, self._shape, self._output_shape, trims)
         limit = self._limit // len(specs)
-        return self._accumulation([spec.cut(first.out_size[spec.name], self._chunks, limit) for spec in specs])
+        specs = [spec.cut(first.out_size[spec.name], self._chunks, limit) for spec in specs]
+        return self._accumulation(specs, single=first.single)
 
-    def _accumulation(self, specs: Sequence[HeadSpec]) -> Accumulation:
+    def _accumulation(self, specs: Sequence[HeadSpec], *, single: bool) -> Accumulation:
         lean_heap()
-        return Accumulation(self._shape, self._overlap, self._mode, specs, limit=self._limit, on_full=self._spill)
+        return Accumulation(
+            self._shape, self._overlap, self._mode, specs, single=single, limit=self._limit, output=self._store
+        )
 
-    def _spill(self, sums: Accumulation) -> AggregatedOutput:
-        """Continue in a temporary output."""
-        self._output = AggregatedOutput.temporary()
-        self._attach(sums, self._output)
-        return self._output
-
-    def _attach(self, sums: Accumulation, output: AggregatedOutput) -> None:
-        output.create(sums.specs, single=self._single)
-        sums.attach(output, durable=self._durable)
-
-    def _commit(self) -> None:
-        if self._sums is None or self._output is None:
-            return
-        started = time.monotonic()
-        if self._sums.commit():
-            self._output.update(complete=False)
-        self._committed_at = time.monotonic()
-        self._commit_cost = self._committed_at - started
+    @property
+    def _output(self) -> AggregatedOutput | None:
+        """The output on disk, if there is one."""
+        return self._store if self._sums is None else self._sums.output
 
     def _finish(self) -> None:
-        """Bring all patches into the output; if that completes a grid, record it."""
-        if self._closed or self._sums is None or self._output is None:
-            return
-        is_complete = self._output.record is not None and self._output.record.complete
-        if is_complete and not self._sums.changed:
-            return
-        self._output.check_held()
-        self._commit()
-        if (lattice := self._sums.finish()) is not None:
-            self._complete(lattice)
-
-    def _complete(self, lattice: Lattice | None) -> None:
-        assert self._output is not None
-        assert self._sums is not None
-        self._output.update(
-            complete=True,
-            out_size={name: list(head.out_size.items()) for name, head in self._sums.heads.items()},
-            lattice=None if lattice is None else astuple(lattice),
-            final=self._final,
-        )
-        self._sums.settle(complete=True)
+        """Bring all patches into the output."""
+        if not self._closed and self._sums is not None and self._output is not None:
+            self._output.check_held()
+            self._sums.finish()
 
     def _leave(self) -> None:
         self._closed = True
@@ -317,8 +288,9 @@ class PatchAggregator:
         if self._sums is None:
             raise KeyError("no batch was added yet")
         names = list(self._sums.heads)
-        if (key is None) != self._single or (key is not None and key not in names):
-            raise KeyError(f"no output for key {key!r}; there are {[] if self._single else names}")
+        single = self._sums.single
+        if (key is None) != single or (key is not None and key not in names):
+            raise KeyError(f"no output for key {key!r}; there are {[] if single else names}")
         return self._sums, names[0] if key is None else key
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from oocpatch.aggregation.accumulation import HeadTiles
 from oocpatch.aggregation.placement import AxisPlacement, HeadSpec, Patch
+from oocpatch.aggregation.tiles import HeadTiles
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchLocation
 

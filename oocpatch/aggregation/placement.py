@@ -98,7 +98,7 @@ class AxisPlacement:
 
     def start(self, start: int, size: int, out_size: int) -> int:
         """Return the start of a patch's output, which may lie outside of the output as the patch may of the volume."""
-        at = self._scaled(start)
+        at = self.scaled(start)
         return min(at, self.out - out_size) if start + size < self.length else max(at, self.out - out_size)
 
     def claims(self, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
@@ -107,21 +107,26 @@ class AxisPlacement:
         >>> AxisPlacement(10, 10, trim=1).claims(0, 4, 4)
         [((False, 0, 4), 0, 1), ((True, 0, 4), 1, 3)]
         """
-        at = self.start(start, size, out_size)
-        low, high = max(at, 0), min(at + out_size, self.out)
-        if self.trim is None:
-            return [((True, start, size), low, high)] if low < high else []
-        own = max(low, self._scaled(start + self.trim))
-        if start + size < self.length:
-            high = min(high, -(-(start + size - self.trim) * self.numerator // self.denominator))
-        spans = [((True, start, size), own, high)]
-        if start <= 0:
-            spans.insert(0, ((False, start, size), low, min(own, high)))
-        return [span for span in spans if span[1] < span[2]]
+        return _claims(self, start, size, out_size)
 
-    def _scaled(self, at: int) -> int:
+    def scaled(self, at: int) -> int:
         """Return a position in the output, rounded half up."""
         return (2 * at * self.numerator + self.denominator) // (2 * self.denominator)
+
+
+@functools.lru_cache(1 << 12)
+def _claims(axis: AxisPlacement, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
+    at = axis.start(start, size, out_size)
+    low, high = max(at, 0), min(at + out_size, axis.out)
+    if axis.trim is None:
+        return [((True, start, size), low, high)] if low < high else []
+    own = max(low, axis.scaled(start + axis.trim))
+    if start + size < axis.length:
+        high = min(high, -(-(start + size - axis.trim) * axis.numerator // axis.denominator))
+    spans = [((True, start, size), own, high)]
+    if start <= 0:
+        spans.insert(0, ((False, start, size), low, min(own, high)))
+    return [span for span in spans if span[1] < span[2]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +258,9 @@ class HeadSpec:
 
     def claims(self, patch: Patch, out_size: Ints) -> list[tuple[Key, Box]]:
         """Return what a patch claims of the output, as disjoint boxes with their keys; one at most where it blends."""
-        spans = (a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, out_size, strict=True))
-        return [
-            (tuple(key for key, _, _ in parts), Box(tuple(a for _, a, _ in parts), tuple(b for _, _, b in parts)))
-            for parts in itertools.product(*spans)
-        ]
+        spans = [a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, out_size, strict=True)]
+        products = (zip(*parts, strict=True) for parts in itertools.product(*spans))
+        return [(keys, Box(start, stop)) for keys, start, stop in products]
 
     def lattice_starts(self, lattice: Lattice, out_size: Ints, position: Ints) -> tuple[Ints, ...]:
         """Return the starts along each axis of the patches of a lattice that lie in a tile: they are the product."""
