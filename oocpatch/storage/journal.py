@@ -143,9 +143,7 @@ def read_journal_after(path: StoragePath, mark: str) -> tuple[list[Any], str]:
 
 def find_journals(root: StoragePath, name: str) -> list[StoragePath]:
     """List the journals right below a path that have this name, or begin with it and a dot."""
-    if isinstance(root, LocalPath):
-        return [*root.glob(name), *sorted(root.glob(f"{name}.*"))]
-    return [root / folder for folder in root.list_folders() if folder == name or folder.startswith(f"{name}.")]
+    return _lines_at(root / name).find()
 
 
 def replace_journal(path: StoragePath, lines: Iterable[bytes]) -> None:
@@ -161,20 +159,9 @@ def remove_journal(path: StoragePath) -> None:
     _lines_at(path).remove()
 
 
-@contextlib.contextmanager
-def local_copy(path: StoragePath) -> Iterator[Path]:
+def local_copy(path: StoragePath) -> contextlib.AbstractContextManager[Path]:
     """Open a journal on the local disk: the file itself, or a copy of an object, or of the objects of a journal."""
-    if isinstance(path, LocalPath):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
-        copy = Path(folder, path.name)
-        with copy.open("wb") as file:
-            try:
-                file.writelines(path.read_pieces())
-            except FileNotFoundError:
-                file.writelines(_lines_at(path).read())
-        yield copy
+    return _lines_at(path).local_copy()
 
 
 class _FileLines:
@@ -220,6 +207,13 @@ class _FileLines:
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+
+    def find(self) -> list[StoragePath]:
+        folder, name = self._path.parent, self._path.name
+        return [*folder.glob(name), *sorted(folder.glob(f"{name}.*"))]
+
+    def local_copy(self) -> contextlib.AbstractContextManager[Path]:
+        return contextlib.nullcontext(self._path)
 
 
 class _ObjectLines:
@@ -277,6 +271,21 @@ class _ObjectLines:
 
     def remove(self) -> None:
         self._path.remove_tree()
+
+    def find(self) -> list[StoragePath]:
+        root, name = self._path.parent, self._path.name
+        return [root / folder for folder in root.list_folders() if folder == name or folder.startswith(f"{name}.")]
+
+    @contextlib.contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="oocpatch-") as folder:
+            copy = Path(folder, self._path.name)
+            with copy.open("wb") as file:
+                try:
+                    file.writelines(self._path.read_pieces())
+                except FileNotFoundError:
+                    file.writelines(self.read())
+            yield copy
 
     def _names(self, after: str = "") -> list[str]:
         return sorted(self._path.list_files(after=after))
