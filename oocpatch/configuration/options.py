@@ -139,8 +139,8 @@ class OutputOptions:
 
     @property
     def ome(self) -> bool:
-        """Return whether the output is an OME-Zarr."""
-        return self.output_format != "zarr"
+        """Return whether the output is an OME-Zarr; a `RunConfig` has resolved `"auto"`."""
+        return self.output_format == "ome-zarr"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -320,6 +320,9 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         config: the checked arguments.
         planned: the plan to begin with; default: it is made.
         blocks: the only blocks to compute; default: all.
+
+    Raises:
+        ValueError: for a block that the plan does not have. Nothing is written then.
     """
     stored, record = _stored_run(config)
     changes = _input_changes(config, stored, record)
@@ -335,6 +338,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     if changes and record is not None and record.complete and (stored := plan_of(record)) is not None:
         stored = resumed_plan(stored, config)
     plan = stored or planned or make_plan(config)
+    chosen = None if blocks is None else _checked_blocks(plan, blocks)
     config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
     config.output.parent.make_folder()
     if config.execution.part is not None:
@@ -349,7 +353,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         workspace.join()
         verb = "resumes" if stored is not None else "starts"
         logger.info("%s %s: %d patches in %d blocks", config.output, verb, plan.patches, plan.blocks)
-        details = _run_stages(config, workspace, blocks)
+        details = _run_stages(config, workspace, chosen)
         if details is None:
             return _incomplete(config)
         complete(config, workspace, details)
@@ -444,12 +448,12 @@ def _stored_plan(config: RunConfig, record: OutputRecord) -> Plan | None:
     return None if workspace is None else resumed_plan(workspace.plan, config)
 
 
-def _run_stages(config: RunConfig, workspace: Workspace, blocks: Iterable[int] | None) -> dict[str, Any] | None:
+def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] | None) -> dict[str, Any] | None:
     """Run the stages over what is not done yet; return facts about the run, or None when blocks are left."""
     started, plan = time.monotonic(), workspace.plan
     progress = workspace.progress()
     workspace.sweep(progress)
-    to_normalize: Sequence[int] = range(plan.blocks) if blocks is None else _checked_blocks(plan, blocks)
+    to_normalize: Sequence[int] = range(plan.blocks) if blocks is None else blocks
     to_predict = to_normalize
     if blocks is not None:  # a block is complete with the seams that enter it
         neighbours = Neighbours(plan.block_grid)

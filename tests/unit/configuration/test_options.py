@@ -17,7 +17,7 @@ from torch import nn
 import oocpatch
 from oocpatch.cli.main import main
 from oocpatch.configuration.checks import CHECKS, IDENTITIES
-from oocpatch.configuration.options import DERIVED_IDENTITY, GROUPS, OPTIONS, options_table
+from oocpatch.configuration.options import DERIVED_IDENTITY, GROUPS, OPTIONS, OutputOptions, options_table
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.models.options import ModelOptions
 from oocpatch.planning.plan import Plan
@@ -184,6 +184,24 @@ def test_single_blocks_are_computed_to_look_at_them(tmp_path: Path) -> None:
     done = len(calls)
     np.testing.assert_allclose(planned.run(), SAMPLE + 1, rtol=1e-6)
     assert len(calls) == planned.patches, done  # what was computed for the look is not computed again
+
+
+@pytest.mark.parametrize("blocks", [[4], [-1], [0, 9], []])
+def test_a_block_that_the_plan_does_not_have_is_refused_before_anything_is_written(
+    blocks: list[int], tmp_path: Path
+) -> None:
+    data = np.zeros((16, 16), np.float32)
+    options: dict[str, Any] = {"patch_size": 8, "block_shape": 8, "output_chunks": 8, "progress": False}
+    planned = oocpatch.plan(data, torch.nn.Identity(), tmp_path / "deep" / "out", **options)
+    assert planned.blocks == 4
+    with pytest.raises(ValueError, match="blocks must be indices from 0 to 3"):
+        planned.run(blocks=blocks)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("output_format", "ome"), [("zarr", False), ("ome-zarr", True), ("auto", False)])
+def test_only_an_ome_zarr_counts_as_one(output_format: str, ome: bool) -> None:
+    assert OutputOptions(output_format=output_format).ome is ome
 
 
 def test_the_command_that_repeats_a_run_is_made_of_the_fields() -> None:
