@@ -176,14 +176,16 @@ class Accumulation:
             needed = sum(
                 h.spec.tile_bytes * (len(h.open) + sum(p not in h.open for p in positions[n])) for n, h in heads
             )
-            # A third is for all else, or what writing takes.
+            # Half is for all else, or what writing takes; a third, where one patch needs more.
             room = self._limit - max(self._reserve, self._limit // 3) - sum(head.nbytes for _, head in heads)
-            if needed <= room:
+            if needed <= min(room, self._limit // 2):
                 return
             if self.output is None:
                 self.create_output()
                 self._write_complete({name: list(head.open) for name, head in heads})
             elif not self._close_one(positions):
+                if needed <= room:
+                    return
                 raise PlanTooLarge(
                     f"what is kept on patches in the workspace leaves {human(max(0, room))} of max_memory, which is "
                     f"{human(self._limit)}, and one patch needs {human(needed, up=True)}; raise max_memory"
