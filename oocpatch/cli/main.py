@@ -181,7 +181,10 @@ def status(output: str, *, as_json: bool) -> None:
     import oocpatch
 
     state = oocpatch.status(output)
-    click.echo(state.to_json() if as_json else str(state))
+    if as_json or state.state != "absent":
+        click.echo(state.to_json() if as_json else str(state))
+    if state.state == "absent":
+        _fail(f"OUT must be an output of oocpatch, complete or begun, but nothing is at {state.output}", 2)
 
 
 @main.command()

@@ -78,19 +78,7 @@ def _mask(_name: str, value: Any, volume: Volume) -> Mask | None:
         mask = value if isinstance(value, Volume) else Volume(value)
     except (ValueError, TypeError) as error:
         raise type(error)(f"mask: {error}") from error
-    for names in (volume.names, volume.names[-volume.spatial_ndim :]):
-        if len(mask.source.shape) == len(names):
-            aligned = Volume(mask.source, names)
-            if any(m > n for m, n in zip(aligned.shape[::-1], volume.shape[::-1], strict=False)):
-                raise ValueError(
-                    f"mask must not have more voxels than the volume on any axis, got {aligned.shape} for "
-                    f"{volume.shape}"
-                )
-            return Mask(aligned, volume.shape)
-    spatial = ", ".join(volume.names[-volume.spatial_ndim :])
-    raise ValueError(
-        f"mask must have the volume's spatial axes ({spatial}), at any resolution, got shape {mask.source.shape}"
-    )
+    return Mask.over(volume, mask)
 
 
 def _augment(_name: str, value: Any, volume: Volume) -> Augmentation | None:
@@ -146,6 +134,6 @@ IDENTITIES: dict[str, Callable[[Any], Any]] = {
     "code_per_head": lambda value: arguments.per_head(value, _code),
     "device_type": lambda value: torch.device(value).type,
     "json_number": arguments.json_number,
-    "mask": lambda mask: None if mask is None else mask.volume.signature,
+    "mask": lambda mask: None if mask is None else mask.signature,
 }
 """Functions of a checked value that return what identifies a run, by the names that fields give them."""

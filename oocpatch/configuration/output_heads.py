@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ import torch
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.models.postprocessing import POSTPROCESSES, Postprocess, postprocess_of
 from oocpatch.models.probe import Geometry, Probe
+from oocpatch.outputs.ome_labels import parent_image
+from oocpatch.outputs.ome_zarr import image_groups
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
-from oocpatch.planning.heads import Head, patch_grid
+from oocpatch.planning.heads import Head, distinct_channel_axes, patch_grid
 from oocpatch.volumes.volume import default_chunks
 
 
@@ -71,7 +73,24 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
     heads = [
         _head(config, name, output, scales[name], (0,) * loops + trims[name]) for name, output in probe.outputs.items()
     ]
-    return OutputHeads(tuple(heads), around, snap, grid)
+    return OutputHeads(_with_channel_axes(config, heads), around, snap, grid)
+
+
+def _with_channel_axes(config: RunConfig, heads: list[Head]) -> tuple[Head, ...]:
+    """Return the heads with channel axes that readers can open together.
+
+    In an OME-Zarr, labels of one channel beside an image have none: viewers split images by channels, and labels with
+    one more axis than the parts of their image would not follow sliders.
+    """
+    if not config.outputs.ome:
+        is_dataset = len({head.scale for head in heads}) == 1
+        axes = distinct_channel_axes(heads, config.volume.channels) if is_dataset else [h.channel_axis for h in heads]
+        return tuple(replace(head, channel_axis=axis) for head, axis in zip(heads, axes, strict=True))
+    groups = image_groups(tuple(heads))
+    beside = {name for name, group in groups.items() if group.startswith("labels/")}
+    if len(heads) == 1 and heads[0].labels and parent_image(config.output) is not None:
+        beside.add(heads[0].name)
+    return tuple(replace(h, channel_axis=None) if h.name in beside and h.out_channels == 1 else h for h in heads)
 
 
 def _context(geometry: Mapping[str, Geometry]) -> tuple[Ints, dict[str, Ints]]:
@@ -117,7 +136,8 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         axis = "channel"
     out_dtype = of_head(config.outputs.output_dtype, name, None) or out_dtype
     check_fits("output_fill", config.outputs.output_fill, out_dtype)
-    chunks, unit = _chunks(config, np.dtype(out_dtype).itemsize, scale)
+    position = loops if config.outputs.ome else config.volume.channel_position
+    chunks, unit = _chunks(config, np.dtype(out_dtype).itemsize, scale, by_index=axis is not None and position > 0)
     return Head(
         name=name,
         mode=mode,
@@ -132,6 +152,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         chunks=chunks,
         unit=unit,
         labels=labels,
+        channel_position=position,
     )
 
 
@@ -164,8 +185,11 @@ def _postprocessed(postprocess: Postprocess, values: torch.Tensor, loops: int) -
     return result
 
 
-def _chunks(config: RunConfig, itemsize: int, scale: tuple[Scale, ...]) -> tuple[Ints, Ints]:
-    """Return chunks and write unit of an output in its own voxels; by default they cover the volume's chunks."""
+def _chunks(config: RunConfig, itemsize: int, scale: tuple[Scale, ...], *, by_index: bool) -> tuple[Ints, Ints]:
+    """Return chunks and write unit of an output in its own voxels; by default they cover the volume's chunks.
+
+    With `by_index` looped axes come before the channels, and each index of them is a write of its own.
+    """
     volume, loops = config.volume, config.looped
     shape = tuple(-(-n * times // per) for n, (times, per) in zip(volume.shape, scale, strict=True))
     default = tuple(
@@ -177,6 +201,6 @@ def _chunks(config: RunConfig, itemsize: int, scale: tuple[Scale, ...]) -> tuple
     if asked is None and shards is not None:
         chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
     unit = write_unit(chunks, shards, shape[loops:])
-    if config.outputs.ome:  # time comes before channels there, and each index of it is a write of its own
+    if by_index:
         default = (*(1,) * loops, *default[loops:])
     return (*default[:loops], *clipped_chunks(chunks, shape[loops:])), (*default[:loops], *unit)

@@ -37,7 +37,7 @@ from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.plan import differences
 from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
-from oocpatch.storage.paths import StoragePath, output_path
+from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
@@ -85,6 +85,7 @@ class RunConfig:
             raise TypeError(f"predict and plan need {', '.join(missing)}")
         settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments)})
         target = output_path("output", output)
+        check_is_zarr("output", target)
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
         data = _opened(volume, arguments.get("axes"), arguments.get("level", 0))

@@ -30,7 +30,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
 from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
-from oocpatch.storage.paths import local_path
+from oocpatch.storage.paths import check_is_zarr, local_path
 from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
@@ -53,9 +53,9 @@ def convert(
 ) -> xarray.DataArray:
     """Stream a volume of any format into a Zarr v3 group, within a memory limit.
 
-    Axes, coordinates and attributes are kept; the order of axes is that of `predict`'s outputs: the channel, the looped
-    axes, then the spatial axes in their order. An interrupted call leaves nothing at `output`, and the same call
-    continues it. If the conversion is complete, the same call returns at once.
+    Axes, coordinates and attributes are kept. The order of axes is that of `predict`'s outputs: channel and looped axes
+    as in the volume, then the spatial axes in their order. An interrupted call leaves nothing at `output`, and the same
+    call continues it. If the conversion is complete, the same call returns at once.
 
     Args:
         volume: as for `predict`.
@@ -69,7 +69,7 @@ def convert(
         overwrite: replace another conversion, finished or not.
 
     Returns:
-        The new volume, lazy, `([C,] *axes)`.
+        The new volume, lazy.
 
     Raises:
         ValueError, TypeError: for bad arguments.
@@ -85,6 +85,7 @@ def convert(
     ('y', 'x') [6, 7, 8, 9, 10, 11]
     """
     target = local_path("output", output)
+    check_is_zarr("output", target)
     data = Volume(volume, axes, level)
     refuse_overlap("output", target, data)
     target.check_writable("output")

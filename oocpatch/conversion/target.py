@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,8 @@ class Conversion:
 
     def __init__(self, path: LocalPath, array: zarr.Array[Any], unit: Ints, volume: Volume) -> None:
         self._path, self._array, self._unit = path, array, unit
-        self._has_channels, self._shape = volume.channel_axis is not None, volume.shape
+        self._channel = None if volume.channel_axis is None else volume.channel_position
+        self._shape = volume.shape
         self._grid = tuple(-(-n // u) for n, u in zip(self._shape, unit, strict=True))
         self._stored = np.zeros(self._grid, np.uint8)
         for (index,) in read_journal(path / JOURNAL):
@@ -100,7 +101,9 @@ class Conversion:
                 _compare(path, stored, record)
                 for left in (path / NAME).rglob("*.partial"):  # of chunks that a killed process was writing
                     left.unlink()
-                return cls(path, zarr.open_array(LocalStore(path), path=NAME, mode="r+"), unit, volume)
+                array: Any = zarr.open_array(LocalStore(path), path=NAME, mode="r+")
+                if array.metadata.dimension_names == _insert(volume, volume.channel_axis, volume.names):
+                    return cls(path, array, unit, volume)
             _remove(path)
         return cls(path, _create(path, volume, record, chunk, unit), unit, volume)
 
@@ -123,12 +126,14 @@ class Conversion:
 
     def write(self, part: Box, values: Any) -> None:
         """Store a write unit, `(C, *part.shape)`, and record it then. Idempotent: writes only its own, whole."""
-        if not self._has_channels:
+        if (at := self._channel) is None:
             self._array[part.slices()] = values[0]
         else:
-            step = (self._array.shards or self._array.chunks)[0]
+            spans = part.slices()
+            step = (self._array.shards or self._array.chunks)[at]
             for first in range(0, len(values), step):
-                self._array[(slice(first, first + step), *part.slices())] = values[first : first + step]
+                selection = (*spans[:at], slice(first, first + step), *spans[at:])
+                self._array[selection] = np.moveaxis(values[first : first + step], 0, at)
         index = self._index(part)
         self._journal.append([index])
         self._journal.commit(if_due=True)
@@ -171,10 +176,9 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
     attributes = {MARK: dict(record)}
     store = LocalStore(path)
     zarr.create_group(store, attributes=attributes, overwrite=False)
-    channels = () if volume.channel_axis is None else (volume.channels,)
-    together = tuple(n if n <= FEW else 1 for n in channels)
-    names = volume.names if volume.channel_axis is None else (volume.channel_axis, *volume.names)
-    sizes = dict(zip(names, (*channels, *volume.shape), strict=True))
+    together = volume.channels if volume.channels <= FEW else 1
+    names = _insert(volume, volume.channel_axis, volume.names)
+    sizes = dict(zip(names, _insert(volume, volume.channels, volume.shape), strict=True))
     coords = {
         name: variable
         for name, variable in storable_coords(volume.source.coords).items()
@@ -184,13 +188,19 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
     return zarr.create_array(
         store,
         name=NAME,
-        shape=(*channels, *volume.shape),
-        chunks=(*together, *chunk),
-        shards=(*together, *unit) if unit != chunk else None,
+        shape=tuple(sizes.values()),
+        chunks=_insert(volume, together, chunk),
+        shards=_insert(volume, together, unit) if unit != chunk else None,
         dtype=volume.dtype,
         dimension_names=names,
         attributes=json_attributes(volume),
     )
+
+
+def _insert(volume: Volume, channel: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return values per axis with that of the channel axis, if the volume has one."""
+    at = volume.channel_position
+    return tuple(values) if volume.channel_axis is None else (*values[:at], channel, *values[at:])
 
 
 def _compare(path: LocalPath, stored: Mapping[str, Any], record: Mapping[str, Any]) -> None:

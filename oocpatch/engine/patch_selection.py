@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis, PatchGrid
+from oocpatch.volumes.alignment import Placement, align
 from oocpatch.volumes.content import MASK, InputStamps
 from oocpatch.volumes.volume import Volume
 
@@ -26,16 +27,39 @@ class Mask:
     """A mask of any resolution over the extent of a volume: patches without a nonzero voxel in it are skipped.
 
     Attributes:
-        volume: the mask, with the volume's spatial axes as its last; without looped axes it holds at all their indices.
+        volume: the mask, with its axes in the order of the volume's.
         shape: shape of the volume, in voxels.
+        placement: where the mask lies; it holds at all indices of looped axes that it lacks.
 
-    >>> mask = Mask(Volume(np.array([[0, 0], [0, 1]])), (8, 8))
+    >>> mask = Mask.over(Volume(np.zeros((8, 8))), Volume(np.array([[0, 0], [0, 1]])))
     >>> mask.foreground(PatchGrid.of((8, 8), (4, 4), (0, 0)), [range(2), range(2)]).tolist()
     [[False, False], [False, True]]
     """
 
     volume: Volume
     shape: Ints
+    placement: Placement
+
+    @classmethod
+    def over(cls, volume: Volume, mask: Volume) -> Mask:
+        """Lay a mask over a volume.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        aligned, placement = align("mask", mask, volume)
+        if aligned.channels > 1:
+            raise ValueError(f"mask must have one channel, got {aligned.channels}; select one of them")
+        return cls(aligned, volume.shape, placement)
+
+    @property
+    def signature(self) -> str:
+        """Signature of the mask and, where it is not that of an array without names, its placement."""
+        first = len(self.shape) - len(self.volume.shape)
+        plain = Placement(tuple(range(first, len(self.shape))), self.shape[first:])
+        if self.placement == plain and list(self.volume.axes.order) == sorted(self.volume.axes.order):
+            return self.volume.signature
+        return f"{self.volume.signature} {self.volume.axes.order} {self.placement}"
 
     def for_run(self) -> Mask:
         """Return the same mask for one run; see `Volume.for_run`."""
@@ -44,7 +68,8 @@ class Mask:
     @property
     def voxel_bytes(self) -> float:
         """Bytes per voxel of the volume while a layer is examined: as read, as booleans, and two running counts."""
-        share = math.prod(self.volume.shape) / math.prod(self.shape[-len(self.volume.shape) :])
+        covered = [self.shape[b] for b in self.placement.axes if b is not None]
+        share = math.prod(self.volume.shape) / math.prod(covered)
         return share * (self.volume.channels * (self.volume.dtype.itemsize + 1) + 1 + 2 * 4)
 
     def foreground(
@@ -54,32 +79,35 @@ class Mask:
 
         The part of the mask that is read is added to `stamps`.
         """
-        lacking = len(self.shape) - len(self.volume.shape)
+        axes, extent = self.placement.axes, self.placement.extent
         spans = [
-            _spans(axis, indices, n, m)
-            for axis, indices, n, m in zip(
-                grid.axes[lacking:], ranges[lacking:], self.shape[lacking:], self.volume.shape, strict=True
-            )
+            (np.array([0]), np.array([1])) if b is None else _spans(grid.axes[b], ranges[b], self.shape[b], n, m)
+            for b, n, m in zip(axes, extent, self.volume.shape, strict=True)
         ]
         box = Box(tuple(int(a.min()) for a, _ in spans), tuple(int(b.max()) for _, b in spans))
         tags, values = self.volume.tags(box), self.volume.read(box)
         if stamps is not None:
             stamps.add(MASK, box, values, tags)
-        nonzero = (values != 0).any(axis=0)
+        nonzero = ((values != 0) & (values == values)).any(axis=0)  # noqa: PLR0124 - NaN is no foreground
         for axis, (starts, stops) in enumerate(spans):
             # A product of spans has foreground if it does span by span, one axis after the other.
             counts = np.zeros((*nonzero.shape[:axis], nonzero.shape[axis] + 1, *nonzero.shape[axis + 1 :]), np.int32)
             np.cumsum(nonzero, axis=axis, dtype=np.int32, out=counts[(*(slice(None),) * axis, slice(1, None))])
             low, high = (np.take(counts, edge - box.start[axis], axis=axis) for edge in (starts, stops))
             nonzero = high > low
-        return np.broadcast_to(nonzero, [len(r) for r in ranges])
+        sizes = [len(r) for r in ranges]
+        return np.broadcast_to(nonzero.reshape([n if b in axes else 1 for b, n in enumerate(sizes)]), sizes)
 
 
-def _spans(axis: GridAxis, indices: range, length: int, size: int) -> tuple[Voxels, Voxels]:
-    """Return start and stop of the mask's voxels that each patch meets along one axis."""
+def _spans(axis: GridAxis, indices: range, length: int, extent: int, size: int) -> tuple[Voxels, Voxels]:
+    """Return start and stop of the mask's voxels that each patch meets along one axis.
+
+    The mask has `size` voxels over `extent` voxels of the volume, whose length is `length`.
+    """
     starts = np.array([min(max(axis.start(i), 0), length - 1) for i in indices], np.int64)
     stops = np.array([max(1, min(axis.start(i) + axis.patch, length)) for i in indices], np.int64)
-    return starts * size // length, -(-stops * size // length)
+    first = np.minimum(starts * size // extent, size - 1)  # a mask may end before the volume
+    return first, np.maximum(np.minimum(-(-stops * size // extent), size), first + 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath
+from oocpatch.volumes.alignment import Placement
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.sources import Source, open_source
 from oocpatch.volumes.volume import Volume, chunks_in_memory
@@ -94,7 +95,7 @@ class WorkerPayload:
     plan: str
     options: ModelOptions
     volume: VolumeRef
-    mask: VolumeRef | None
+    mask: tuple[VolumeRef, Placement] | None
     output: StoragePath
     fingerprint: Any
 
@@ -156,7 +157,7 @@ def published_payload(
     Raises:
         PlanTooLarge: when a volume in memory, which must be stored for them, takes more disk than allowed.
     """
-    token = secrets.token_hex(8)
+    token, mask = secrets.token_hex(8), inputs.mask
     folder = workspace.root / "calls" / token
     folder.parent.remove_tree()  # of calls that were killed
     folder.make_folder()
@@ -166,7 +167,7 @@ def published_payload(
             plan=plan.to_json(),
             options=_with_absolute_paths(inputs.options),
             volume=_volume_ref(inputs.volume, folder, "volume", free_disk),
-            mask=None if inputs.mask is None else _volume_ref(inputs.mask.volume, folder, "mask", free_disk),
+            mask=None if mask is None else (_volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
             output=output,
             fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
         )

@@ -184,7 +184,7 @@ def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack:
     models = load(options)
     if fingerprint_of(options, models, sources=False) != payload.fingerprint:
         raise ValueError("the model that is loaded here is not the one that the client has")
-    mask = None if payload.mask is None else Mask(payload.mask.open(), volume.shape)
+    mask = None if payload.mask is None else Mask(payload.mask[0].open(), volume.shape, payload.mask[1])
     guard = RunGuard(handle.root / PLAN)
 
     def check_stopped(_: TaskDone) -> None:

@@ -49,13 +49,16 @@ def is_ome_zarr(plan: Plan) -> bool:
 def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
     """Return the group of each head's image in the output; an empty path is the output itself.
 
+    Labels belong to the only image if they have its scale, and one channel or as many as it has.
+
     Raises:
         ValueError: if a head has a reserved name.
     """
-    images = [head.name for head in heads if not head.labels]
+    images = [head for head in heads if not head.labels]
     if len(heads) == 1:
         return {heads[0].name: ""}
-    if len(images) == 1:
+    fits = (h.scale == images[0].scale and h.out_channels in {1, images[0].out_channels} for h in heads if images)
+    if len(images) == 1 and all(fits):
         return {h.name: f"labels/{h.name}" if h.labels else "" for h in heads}
     if taken := sorted(RESERVED & {h.name for h in heads}):
         raise ValueError(

@@ -28,7 +28,7 @@ from oocpatch.outputs.omero import channel_settings, write_channel_settings
 from oocpatch.outputs.record import ATTRIBUTE, METADATA, OutputRecord, require_output, write_record
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, unit_positions, worthwhile
-from oocpatch.planning.heads import Head
+from oocpatch.planning.heads import Head, distinct_channel_axes
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.checksums import file_checksum
 from oocpatch.storage.paths import LocalPath, StoragePath, consolidate
@@ -47,7 +47,8 @@ def create_output(
     split, parent = is_tree(plan.heads), parent_image(path)
     images = images_of(plan, volume, parent.levels if parent else None) if is_ome_zarr(plan) else ()
     heads = tuple(h.name for h in plan.heads)
-    members = heads if split else (*heads, *(str(n) for n in coords[0]))
+    common = {} if split else {name: variable for of_head in coords[::-1] for name, variable in of_head.items()}
+    members = (*heads, *map(str, common))
     if images:
         members = tuple(dict.fromkeys(p.split("/")[0] for image in images for p in image.paths))
         members = (*members, "OME") if all(image.group for image in images) else members
@@ -59,6 +60,7 @@ def create_output(
         "heads": list(heads),
         "tree": split,
         "arrays": array_paths(plan),
+        "channel_axes": list(distinct_channel_axes(plan.heads, plan.in_channels)),
         "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
@@ -74,7 +76,7 @@ def create_output(
         create_images(path, plan, volume, images)
     else:
         if not split:
-            write_coords(path, coords[0], attributes)
+            write_coords(path, common, attributes)
         for number, head in enumerate(plan.heads):
             if split:
                 zarr.create_group(store, path=head.name)
@@ -108,23 +110,26 @@ def array_paths(plan: Plan) -> list[str]:
 
 
 def channel_position(plan: Plan) -> int:
-    """Return the position of the channel axis in the arrays, if there is one: first, but in an OME-Zarr after time."""
-    return len(plan.axes) - plan.spatial if is_ome_zarr(plan) else 0
+    """Return the position of the channel axis in the arrays that have one: in an OME-Zarr after time."""
+    return len(plan.axes) - plan.spatial if is_ome_zarr(plan) else plan.heads[0].channel_position
 
 
 def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None:
     head = plan.heads[number]
-    channel = () if head.channel_axis is None else (head.channel_axis,)
-    ones = (1,) * len(channel)
+    position, has_channels = channel_position(plan), head.channel_axis is not None
+
+    def insert(value: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+        return (*values[:position], value, *values[position:]) if has_channels else tuple(values)
+
     zarr.create_array(
         store,
         name=array_paths(plan)[number],
-        shape=(*(head.out_channels for _ in channel), *plan.frames[number].grid.shape),
-        chunks=(*ones, *head.chunks),
-        shards=(*ones, *head.unit) if head.unit != head.chunks else None,
+        shape=insert(head.out_channels, plan.frames[number].grid.shape),
+        chunks=insert(1, head.chunks),
+        shards=insert(1, head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
         fill_value=plan.parameters["output_fill"],
-        dimension_names=(*channel, *plan.axes),
+        dimension_names=insert(head.channel_axis, plan.axes),
         attributes=head_attributes(volume, plan, head),
     )
 
@@ -244,9 +249,13 @@ def open_result(path: StoragePath) -> Result:
     result: Result
     if record.details.get("pyramids"):
         arrays = {}
-        for head, array in zip(heads, record.details["arrays"], strict=True):
-            group, _, name = array.rpartition("/")
-            arrays[head] = xarray.open_zarr((path / group).xarray_source(), consolidated=False)[name].rename(head)
+        axes = record.details.get("channel_axes", [None] * len(heads))
+        for head, path_of_array, axis in zip(heads, record.details["arrays"], axes, strict=True):
+            group, _, name = path_of_array.rpartition("/")
+            array = xarray.open_zarr((path / group).xarray_source(), consolidated=False)[name].rename(head)
+            own = str(axis).removesuffix(f"_{head}")
+            is_renamed = axis not in {None, *array.dims} and len(heads) > 1 and not record.details["tree"]
+            arrays[head] = array.rename({own: axis}) if is_renamed else array
         if record.details["tree"]:
             result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in arrays.items()})
         else:

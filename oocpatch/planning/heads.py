@@ -47,6 +47,7 @@ class Head:
         channel_axis: name of the output's channel axis; None: it has none.
         chunks, unit: chunks and write unit of the output.
         labels: whether the values are labels, which must not be averaged.
+        channel_position: number of looped axes before the channel axis.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Head:
     chunks: Ints
     unit: Ints
     labels: bool = False
+    channel_position: int = 0
 
     @property
     def crop(self) -> bool:
@@ -136,6 +138,19 @@ def patch_grid(
         first = -(-(-(overlap // 2) // q) * q) if padded else 0
         axes.append(GridAxis(n, inner, inner - stride, padded, q, begin=first if padded else None))
     return PatchGrid(tuple(axes))
+
+
+def distinct_channel_axes(heads: Sequence[Head], in_channels: int) -> tuple[str | None, ...]:
+    """Return a name of the channel axis of each head such that heads of one dataset with the same name have one size.
+
+    Heads with as many channels as the volume keep the name, else those with the most; others add their own.
+    """
+    counts = [head.out_channels for head in heads if head.channel_axis is not None]
+    kept = in_channels if in_channels in counts else max(counts, default=0)
+    return tuple(
+        h.channel_axis if h.channel_axis is None or h.out_channels == kept else f"{h.channel_axis}_{h.name}"
+        for h in heads
+    )
 
 
 def common_unit(heads: Sequence[Head]) -> Ints:

@@ -25,6 +25,7 @@ import zarr
 
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchLocation
+from oocpatch.volumes.alignment import align
 from oocpatch.volumes.volume import Volume
 
 ARRAYS = (np.ndarray, zarr.Array, zarr.Group, xarray.DataArray, xarray.Dataset)
@@ -67,7 +68,8 @@ class Subject:
     """Named volumes of one spatial shape, lazy, plus metadata.
 
     Arrays (numpy, Zarr, Xarray, Dask), `Volume`s and `Path`s are volumes, with their axes as `Volume` takes them. So
-    are torch tensors, which are always `(C, *spatial)`. All else is metadata, strings included.
+    are torch tensors, which are always `(C, *spatial)`. All else is metadata, strings included. Axes that have names
+    take the order of the first volume with names; others are laid over it by position.
 
     Volumes and metadata are attributes and items: `subject.t1`, `subject["t1"]`. A volume has `channels` and a `shape`
     (spatial, in voxels). Those of patches, and of any subject after `load()`, have their voxels in `data`,
@@ -75,7 +77,8 @@ class Subject:
 
     Raises:
         ValueError: when there is no volume, a volume cannot be opened, has looped axes such as time, or differs from
-            the others in spatial shape, or a name is one that `Subject` needs itself.
+            the others in spatial shape or, where both have them, in the names or the extent of axes, or a name is one
+            that `Subject` needs itself.
 
     >>> subject = Subject(t1=np.zeros((8, 9)), label=np.zeros((8, 9), np.uint8), age=45)
     >>> subject.spatial_shape, list(subject.images), subject.metadata
@@ -94,10 +97,19 @@ class Subject:
                 self._metadata[name] = value
         if not self._volumes:
             raise ValueError(f"a subject must have at least one volume, got only {list(self._metadata) or 'nothing'}")
+        self._align()
         shapes = {name: volume.shape for name, volume in self._volumes.items()}
         if len(set(shapes.values())) > 1:
             listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise ValueError(f"the volumes of a subject must have one spatial shape, got {listed}")
+
+    def _align(self) -> None:
+        """Give all volumes whose axes have names the order of the first of them."""
+        opened = {name: volume for name, volume in self._volumes.items() if isinstance(volume, Volume)}
+        names = [name for name, volume in opened.items() if not volume.axes.is_default]
+        for name in names[1:]:
+            if sorted(opened[name].shape) == sorted(opened[names[0]].shape):  # else their shapes are refused
+                self._volumes[name] = align(name, opened[name], opened[names[0]])[0]
 
     @property
     def images(self) -> dict[str, Volume | LoadedVolume]:

@@ -21,6 +21,7 @@ __all__ = [
     "LocalPath",
     "ObjectPath",
     "StoragePath",
+    "check_is_zarr",
     "consolidate",
     "describe_error",
     "local_or_url",
@@ -107,6 +108,28 @@ def output_path(name: str, value: str | os.PathLike[str]) -> StoragePath:
     if not path.key:
         raise ValueError(f"{name} must have a name in its bucket, such as {path}/out.zarr, got {value}")
     return path
+
+
+FILE_SUFFIXES = (
+    *(".nii", ".nii.gz", ".img", ".hdr", ".mgh", ".mgz", ".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".czi"),
+    *(".h5", ".hdf5", ".hdf", ".he5", ".nc", ".nrrd", ".mha", ".mrc", ".npy", ".npz", ".png", ".jpg", ".jpeg"),
+    *(".zip", ".ozx", ".n5", ".precomputed"),
+)
+"""Endings of names of files and containers of other formats."""
+
+
+def check_is_zarr(name: str, path: StoragePath) -> None:
+    """Refuse to write a Zarr, a directory, under the name of a file of another format, which nothing would read.
+
+    Raises:
+        ValueError: in that case.
+    """
+    lower = path.name.lower()
+    if suffix := next((s for s in sorted(FILE_SUFFIXES, key=len, reverse=True) if lower.endswith(s)), None):
+        raise ValueError(
+            f"{name} must be a Zarr, such as {path.name[: -len(suffix)] or 'out'}.zarr, got {path}: oocpatch writes no "
+            f"{suffix}; write a Zarr, and convert it with the library of that format"
+        )
 
 
 def spec_file(path: str, spec: str) -> pathlib.Path:

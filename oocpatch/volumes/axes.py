@@ -17,6 +17,8 @@ class Axes:
     Attributes:
         names: one name per axis of the array, in its order.
         roles: one name per axis that determines its role; default: `names`.
+        sequence: positions of the axes of boxes, in their order; default: looped axes, then spatial ones.
+        is_default: whether the names follow from the number of axes, since nobody gave any.
 
     >>> axes = Axes(("t", "y", "x", "c"))
     >>> axes.channel, axes.looped, axes.spatial
@@ -25,6 +27,8 @@ class Axes:
 
     names: tuple[str, ...]
     roles: tuple[str, ...] = ()
+    sequence: tuple[int, ...] = ()
+    is_default: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(n.lower() for n in self.roles or self.names))
@@ -54,7 +58,7 @@ class Axes:
     @property
     def order(self) -> tuple[int, ...]:
         """Positions of looped and spatial axes, in the order of boxes."""
-        return self.looped + self.spatial
+        return self.sequence or self.looped + self.spatial
 
 
 def resolve_axes(
@@ -92,4 +96,4 @@ def resolve_axes(
         return Axes(own, roles or ())
     if ndim not in DEFAULTS:
         raise ValueError(f"axes must be given for a volume of {ndim} axes (for example axes='tczyx')")
-    return Axes(tuple(DEFAULTS[ndim]))
+    return Axes(tuple(DEFAULTS[ndim]), is_default=True)

@@ -87,6 +87,12 @@ class Volume:
         return None if self.axes.channel is None else self.axes.names[self.axes.channel]
 
     @property
+    def channel_position(self) -> int:
+        """Number of looped axes before the channel axis of outputs: as in the source; all if that has no channels."""
+        channel = self.axes.channel
+        return sum(channel is None or a < channel for a in self.axes.looped)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of looped and spatial axes."""
         return tuple(self.axes.names[i] for i in self.axes.order)
@@ -118,8 +124,9 @@ class Volume:
 
     @property
     def signature(self) -> str:
-        """Shape and dtype as a text: two volumes of one signature and the same axes differ in their content alone."""
-        return f"{self.dtype} {'x'.join(map(str, self.source.shape))}"
+        """Shape, dtype and packing as a text: volumes of one signature and the same axes differ in content alone."""
+        packing = f" {dict(self.source.packing)}" if self.source.packing else ""
+        return f"{self.dtype} {'x'.join(map(str, self.source.shape))}{packing}"
 
     def for_run(self, threads: int = 0) -> Volume:
         """Return the same volume for one run: with the tags of its units, and its file opened anew.

@@ -118,7 +118,8 @@ def _coordinates(image: Image, nodes: Nodes) -> Iterator[str]:
 
 def _channels(image: Image) -> Iterator[str]:
     """Check the number of described channels, and the order of each window's values."""
-    count = image.shapes[0][image.axes.index("c")] if "c" in image.axes else 1
+    kinds = [axis["type"] for axis in image.ome["multiscales"][0]["axes"]]
+    count = image.shapes[0][kinds.index("channel")] if "channel" in kinds else 1
     channels = image.ome.get("omero", {}).get("channels")
     if channels is not None and len(channels) != count:
         yield f"omero describes {len(channels)} of {count} channels"

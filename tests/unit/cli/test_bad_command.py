@@ -100,6 +100,34 @@ def test_looking_at_what_no_run_wrote_asks_for_an_output(verb: str, volume: Path
     assert not out
 
 
+FILES = ["out.nii", "out.nii.gz", "OUT.NII.GZ", "out.tif", "out.tiff", "out.ome.tif", "out.ome.tiff", "out.h5", ".nii"]
+FILES += ["out.zarr.zip", "out.ozx", "out.n5", "out.npy", "out.png"]
+
+
+@pytest.mark.parametrize("verb", ["predict", "plan", "convert"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_zarr_is_not_written_under_the_name_of_a_file(
+    name: str, verb: str, volume: Path, tmp_path: Path, command: Command
+) -> None:
+    arguments = [] if verb == "convert" else ["--model", "identity", "--patch-size", "8"]
+    with unchanged(tmp_path):
+        code, out, err = command(verb, volume, tmp_path / "runs" / name, *arguments)
+    assert (code, out) == (2, "")
+    assert "output must be a Zarr, such as" in err
+    assert name in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_status_of_nothing_is_bad_usage(tmp_path: Path, command: Command) -> None:
+    for name in ("out.zarr", "no/such/folder/out.zarr"):
+        code, out, err = command("status", tmp_path / name)
+        assert (code, out) == (2, "")
+        assert "nothing is at" in err
+    (tmp_path / "empty").mkdir()
+    assert command("status", tmp_path / "empty")[0] == 2
+
+
 def test_a_file_that_cannot_be_drawn_is_refused_by_its_format(command: Command) -> None:
     ended, out, err = command("view", __file__)
     assert ended == 2

@@ -389,7 +389,9 @@ def test_ways_to_compute_that_do_not_go_together_are_refused(
 
 
 def test_status_of_nothing_is_absent_and_of_a_finished_run_complete(data: np.ndarray[Any, Any]) -> None:
-    assert json.loads(run("status", "out.zarr", "--json").stdout)["state"] == "absent"
+    absent = run("status", "out.zarr", "--json")
+    assert absent.exit_code == 2
+    assert json.loads(absent.stdout)["state"] == "absent"
     assert run("predict", "in.zarr", "out.zarr", *IDENTITY).exit_code == 0
     result = run("status", "out.zarr", "--json")
     assert result.exit_code == 0

@@ -267,3 +267,78 @@ def test_a_pyramid_that_needs_too_much_memory_is_refused_before_anything_is_writ
     with pytest.raises(oocpatch.PlanTooLarge, match="max_memory"):
         oocpatch.plan(volume, torch.nn.Identity(), tmp_path / "out.zarr", **settings, max_memory="40MiB")
     assert not (tmp_path / "out.zarr").exists()
+
+
+def halved(patches: torch.Tensor) -> torch.Tensor:
+    return patches[(..., *(slice(None, None, 2),) * (patches.ndim - 2))]
+
+
+def doubled(patches: torch.Tensor) -> torch.Tensor:
+    for axis in range(2, patches.ndim):
+        patches = patches.repeat_interleave(2, axis)
+    return patches
+
+
+HEADS: dict[str, Any] = {
+    "image and labels": lambda p: {"image": p / 2, "labels": p[:, :1].int()},
+    "smaller labels": lambda p: {"image": p / 2, "labels": halved(p[:, :1]).int()},
+    "labels of a smaller image": lambda p: {"image": halved(p) / 2, "labels": p[:, :1].int()},
+    "larger labels": lambda p: {"image": p / 2, "labels": doubled(p[:, :1]).int()},
+    "labels of two sizes": lambda p: {"image": p / 2, "labels": p[:, :1].int(), "small": halved(p[:, :1]).int()},
+    "two images and labels": lambda p: {"image": p / 2, "half": halved(p) / 2, "labels": halved(p[:, :1]).int()},
+    "labels alone": lambda p: {"labels": p[:, :1].int(), "small": halved(p[:, :1]).int()},
+    "small image": lambda p: {"half": halved(p) / 2},
+    "labels of several channels": lambda p: {"image": p / 2, "labels": torch.cat([p[:, :1]] * 2, 1).int()},
+    "as many labels as channels": lambda p: {"image": p / 2, "labels": p.int()},
+    "images of several channels": lambda p: {"image": p / 2, "two": torch.cat([p[:, :1]] * 2, 1) / 2},
+    "scores and labels": lambda p: {"scores": torch.cat([p[:, :1]] * 4, 1) / 2, "labels": p[:, :1].int()},
+}
+
+
+@pytest.mark.parametrize("axes", ["yx", "cyx", "tczyx"])
+@pytest.mark.parametrize("model", HEADS.values(), ids=HEADS)
+def test_heads_of_any_scale_and_channels_are_valid_and_have_their_values(model: Any, axes: str, tmp_path: Path) -> None:
+    sizes = {"t": 2, "c": 3, "z": 8, "y": 16, "x": 24}
+    data = np.random.default_rng(2).integers(0, 9, [sizes[a] for a in axes]).astype("float32")
+    coords = {a: (a, np.arange(sizes[a]) * 0.5 + 3, {"units": "um"}) for a in axes if a in "zyx"}
+    volume = xarray.DataArray(data, {**coords, **({"c": ["r", "g", "b"]} if "c" in axes else {})}, dims=tuple(axes))
+    output = tmp_path / "out.zarr"
+    settings: dict[str, Any] = {"patch_size": 8, "overlap_mode": "crop", "output_chunks": 4, "progress": False}
+    result = oocpatch.predict(volume, model, output, output_format="ome-zarr", **settings)
+    yaozarrs.validate_zarr_store(str(output))
+    assert ome_faults(output) == []
+    plain = oocpatch.predict(volume, model, tmp_path / "plain.zarr", output_format="zarr", **settings)
+    batch = torch.from_numpy(data if "t" in axes else data[None])
+    expected = {k: v.numpy() for k, v in model(batch if "c" in axes else batch[:, None]).items()}
+    for given in (result, plain):
+        is_tree = isinstance(given, xarray.DataTree)
+        heads = {name: node[name] for name, node in given.children.items()} if is_tree else given
+        heads = {"half": given} if isinstance(given, xarray.DataArray) else heads
+        for name, right in expected.items():
+            assert np.array_equal(np.ravel(heads[name]), np.ravel(right))
+            assert heads[name].squeeze().shape == right.squeeze().shape
+
+
+@pytest.mark.parametrize("axes", ["yx", "zyx", "cyx", "tyx", "tcyx", "tczyx", "yxc"])
+def test_labels_have_the_axes_that_viewers_give_their_image(axes: str, tmp_path: Path) -> None:
+    """They split the image by channels, and the sliders of both must be the same ones."""
+    sizes = {"t": 2, "c": 3, "z": 8, "y": 16, "x": 24}
+    volume = xarray.DataArray(np.ones([sizes[a] for a in axes], np.float32), dims=tuple(axes))
+    settings: dict[str, Any] = {"patch_size": 8, "overlap_mode": "crop", "output_format": "ome-zarr"}
+    out, other = tmp_path / "out.zarr", tmp_path / "out.zarr/labels/other"
+    oocpatch.predict(volume, HEADS["image and labels"], out, **settings)
+    oocpatch.predict(volume, lambda p: p[:, :1], other, **settings, postprocess="threshold")
+    layers = [axis["name"] for axis in metadata(out)["multiscales"][0]["axes"] if axis["type"] != "channel"]
+    for labels in (out / "labels/labels", other):
+        assert [axis["name"] for axis in metadata(labels)["multiscales"][0]["axes"]] == layers
+    assert ome_faults(out) == []
+
+
+def test_coordinates_of_heads_with_other_channels_are_their_own(tmp_path: Path) -> None:
+    volume = xarray.DataArray(np.ones((3, 8, 8), np.float32), {"c": ["r", "g", "b"]}, dims=("c", "y", "x"))
+    for name in ("zarr", "ome-zarr"):
+        result = oocpatch.predict(
+            volume, lambda p: {"one": p[:, :1], "all": p}, tmp_path / name, patch_size=8, output_format=name
+        )
+        assert {n: a.dims for n, a in result.items()} == {"one": ("c_one", "y", "x"), "all": ("c", "y", "x")}
+        assert result["all"]["c"].values.tolist() == ["r", "g", "b"]

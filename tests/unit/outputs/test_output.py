@@ -119,6 +119,41 @@ def averaging(patches: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack([mean_over_patch(patch) for patch in patches.numpy()]))
 
 
+ORDERS = {"tczyx": "tczyx", "ctzyx": "ctzyx", "tzcyx": "tczyx", "tzyxc": "tczyx", "yxct": "ctyx", "yxtc": "tcyx"}
+ORDERS |= {"zcyx": "czyx", "yxc": "cyx", "yxt": "tyx", "tzyx": "tzyx", "xyz": "xyz", "cyx": "cyx"}
+
+
+@pytest.mark.parametrize("output_format", ["zarr", "ome-zarr"])
+@pytest.mark.parametrize(("axes", "expected"), ORDERS.items(), ids=ORDERS)
+def test_axes_before_the_spatial_ones_keep_their_order(
+    axes: str, expected: str, output_format: str, tmp_path: Path
+) -> None:
+    """Channels and time come before space; OME-Zarr wants time before channels."""
+    lengths = {"t": 3, "c": 2, "z": 5, "y": 8, "x": 9}
+    volume = xr.DataArray(small_integers(tuple(lengths[axis] for axis in axes)), dims=tuple(axes))
+    settings: dict[str, Any] = {"patch_size": 4, "patch_overlap": 2, "overlap_mode": "average", "output_chunks": 4}
+    settings |= {"output_format": output_format, "block_shape": 8}
+    expected = expected.replace("ct", "tc") if output_format == "ome-zarr" else expected
+    result = oocpatch.predict(volume, torch.nn.Identity(), tmp_path / "out", **settings)
+    assert result.dims == tuple(expected)
+    assert np.array_equal(result, volume.transpose(*expected))
+    assert not oocpatch.verify(tmp_path / "out").damaged
+    if "c" not in axes:
+        more = oocpatch.predict(volume, lambda p: torch.cat([p, -p], 1), tmp_path / "more", **settings)
+        loops = tuple(axis for axis in expected if axis == "t")
+        assert more.dims == (*loops, "channel", *expected[len(loops) :])
+        assert np.array_equal(more.isel(channel=1), -result)
+
+
+@pytest.mark.parametrize(("axes", "expected"), ORDERS.items(), ids=ORDERS)
+def test_conversions_have_the_same_order(axes: str, expected: str, tmp_path: Path) -> None:
+    lengths = {"t": 3, "c": 6, "z": 5, "y": 8, "x": 9}
+    volume = xr.DataArray(small_integers(tuple(lengths[axis] for axis in axes)), dims=tuple(axes))
+    array = oocpatch.convert(volume, tmp_path / "out", chunks=4, progress=False)
+    assert array.dims == tuple(expected)
+    assert np.array_equal(array, volume.transpose(*expected))
+
+
 @pytest.mark.parametrize("axes", ["tyx", "tcyx", "ctyx", "yxt"])
 def test_each_time_point_is_a_volume_of_its_own(axes: str, tmp_path: Path) -> None:
     lengths = {"t": 3, "c": 2, "y": 13, "x": 10}
@@ -128,7 +163,7 @@ def test_each_time_point_is_a_volume_of_its_own(axes: str, tmp_path: Path) -> No
     )
     assert set(result.dims) == set(axes)
     if "c" in axes:
-        assert result.dims[0] == "c"
+        assert result.dims[:2] == tuple(axes[:2])
     volumes = xr.DataArray(data, dims=tuple(axes))
     for index in range(lengths["t"]):
         alone = volumes.isel(t=index).transpose(..., "y", "x").values.reshape(-1, 13, 10)

@@ -204,3 +204,37 @@ def test_an_array_in_memory_is_known_by_its_content() -> None:
     assert volume.fingerprint == oocpatch.Volume(DATA.copy()).fingerprint
     assert volume.fingerprint != oocpatch.Volume(DATA + 1).fingerprint
     assert np.array_equal(volume.read(Box((0, 0), (6, 8)))[0], DATA)
+
+
+def test_volumes_of_a_subject_meet_by_the_names_of_their_axes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    image = xr.DataArray(rng.random((4, 5, 6)), {"x": np.arange(6) * 0.5}, dims=("z", "y", "x"))
+    label = (image > 0.5).astype("u1")
+    zarr.create_array(tmp_path / "label.zarr", data=label.values.T, dimension_names=("x", "y", "z"))
+    for other in (
+        label.transpose("x", "y", "z"),
+        label.transpose("y", "x", "z").expand_dims("c", axis=1),
+        tmp_path / "label.zarr",
+        oocpatch.Volume(label.values.transpose(1, 0, 2), axes="yzx"),
+        label.values,
+        torch.from_numpy(label.values[None]),
+    ):
+        subject = oocpatch.Subject(t1=image, label=other, age=4)
+        assert subject.spatial_shape == (4, 5, 6)
+        patch = next(iter(oocpatch.GridSampler(subject, (4, 5, 6))))
+        assert np.array_equal(patch.label.data[0], label)
+        assert np.array_equal(patch.t1.data[0], image)
+        subject.load()
+        assert np.array_equal(subject.label.data[0], label)
+
+
+def test_volumes_of_a_subject_that_lie_elsewhere_are_refused() -> None:
+    image = xr.DataArray(np.zeros((4, 4)), {"x": np.arange(4) * 0.5}, dims=("y", "x"))
+    for other, message in (
+        (image.rename(y="row"), r"label must have the spatial axes .*\(row: 4, x: 4\) for the volume \(y: 4, x: 4\)"),
+        (image.assign_coords(x=np.arange(4) * 0.5 + 1), "label must lie over the volume, .* along x"),
+        (image[:, ::-1], "label must lie over the volume"),
+        (image.isel(x=slice(0, 3)), "one spatial shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            oocpatch.Subject(t1=image, label=other)
