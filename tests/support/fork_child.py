@@ -26,7 +26,7 @@ import oocpatch
 from oocpatch.planning.box import Box
 
 warnings.simplefilter("ignore")
-FOLDER = Path(sys.argv[1])
+FOLDER = Path(sys.argv[-1])  # the last: pytest imports this file, too, to look for examples
 CONTEXT = multiprocessing.get_context("fork")
 SETTINGS: dict[str, Any] = {"patch_size": 16, "patch_overlap": 4, "overlap_mode": "crop", "progress": False}
 SCAN = np.random.default_rng(0).random((32, 48, 32), dtype=np.float32)
