@@ -234,6 +234,8 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         for writer in writers:
             writer.pending.cancel_and_wait()
         partials.discard()
+    if plan.may_skip:
+        context.output.remove_empty(checksums)
     return TaskResult.of([head_sums.counts for head_sums in sums], checksums, partials_ref, stamps)
 
 
@@ -356,7 +358,10 @@ def normalize_block(context: TaskContext, index: int, partials_refs: Mapping[int
     reader = functools.cache(lambda source: context.workspace.reader(source, partials_refs[source]))
     checksums = WriteChecksums(context.plan, "normalize", index)
     heads = range(len(context.plan.heads))
-    return TaskResult.of([_normalize(context, index, number, reader, checksums) for number in heads], checksums)
+    counts = [_normalize(context, index, number, reader, checksums) for number in heads]
+    if context.plan.may_skip:
+        context.output.remove_empty(checksums)
+    return TaskResult.of(counts, checksums)
 
 
 def _normalize(

@@ -8,6 +8,7 @@ record of the run that wrote it: its parameters, and whether it is complete. Onl
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -201,6 +202,20 @@ class Output:
         units = units_of(box, self._heads[head].unit).shape
         grid = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
         written.add(head, box, np.moveaxis(grid, self._channel, 0))
+
+    def remove_empty(self, written: WriteChecksums) -> None:
+        """Delete files of units that now have none: an earlier attempt, over other input, may have written them."""
+        for head, (channel, *units) in written.empty_units():
+            at = [] if self._heads[head].channel_axis is None else [channel]
+            key = self._arrays[head].metadata.encode_chunk_key((*units[: self._channel], *at, *units[self._channel :]))
+            name = f"{self._paths[head]}/{key}"
+            if isinstance(self.path, LocalPath) or hash(name) in self._objects_before:
+                (self.path / name).unlink(missing_ok=True)
+
+    @functools.cached_property
+    def _objects_before(self) -> frozenset[int]:
+        """Hashes of the names of the objects that were there at first: one listing instead of many requests."""
+        return frozenset(map(hash, self.path.list_files()))
 
     def complete(self, details: Mapping[str, Any], ledger: StoragePath) -> None:
         """Flush the output to disk, consolidate its metadata, and mark it complete in its record.

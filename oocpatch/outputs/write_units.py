@@ -53,13 +53,19 @@ class WriteChecksums:
     """CRCs of the write units that the task of a stage of a block writes; several threads may add to them."""
 
     def __init__(self, plan: Plan, stage: str, block: int) -> None:
-        self._plan = plan
+        self._plan, self._stage, self._block = plan, stage, block
         self._boxes = unit_boxes(plan, stage, block)
         self._writes: list[tuple[int, Box, Crcs]] = []
 
     def add(self, head: int, box: Box, crcs: Crcs) -> None:
         """Add the CRCs of a write of whole units: `(C, *units of the box)`."""
         self._writes.append((head, box, crcs))
+
+    def empty_units(self) -> Iterator[tuple[int, Ints]]:
+        """Yield head and position, channel first, of each unit of the stage that has no file: its values are all fill."""
+        for head, position, crc in unpack(self._plan, self._stage, self._block, self.pack()):
+            if crc == ABSENT:
+                yield head, position
 
     def pack(self) -> str:
         """Return the CRCs of all units that the stage writes as a text; units that were not written have the CRC 0."""
