@@ -68,6 +68,8 @@ class InputChanges:
         parts: of each other input, the parts that changed.
         totals: of each other input, the number of parts that were read.
         other_statistics: whether the statistics of the volume changed, on which every block depends.
+        other_plan: whether a fresh run would have another plan: the volume has other chunks, or another fill value that
+            is skipped.
     """
 
     blocks: dict[int, Box | None] = field(default_factory=dict)
@@ -75,9 +77,15 @@ class InputChanges:
     parts: dict[str, set[Box]] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
     other_statistics: bool = False
+    other_plan: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.blocks) or self.other_statistics
+
+    @property
+    def concern_all(self) -> bool:
+        """Return whether only a run that starts afresh has the bytes of a fresh run."""
+        return self.other_statistics or (bool(self.blocks) and self.other_plan)
 
     def add(self, block: int, change: Change) -> None:
         """Add something that a block has read and that has changed."""
@@ -102,7 +110,7 @@ class InputChanges:
         counts = {name: (sum(flags), len(flags)) for name, flags in self.units.items()}
         counts |= {name: (len(boxes), self.totals[name]) for name, boxes in self.parts.items()}
         texts = [f"{name}: {count} of {total} chunks changed" for name, (count, total) in counts.items() if count]
-        other = "it is stored in other chunks" if self.blocks else "its statistics changed"
+        other = "it is stored or decoded otherwise" if self.blocks else "its statistics changed"
         return "; ".join(texts or [f"{VOLUME}: {other}"])
 
 
@@ -189,8 +197,8 @@ def _compare(
                 raise CorruptData(f"the ledger has stamps of {name!r}, which is no input of this run")
             changes.totals[name] = changes.totals.get(name, 0) + _size(stamps)
         for name, volume in inputs.items():
-            if (count := math.prod(volume.unit_counts)) > 1:
-                changes.units[name] = bytearray(count)
+            if volume.source.array is not None and volume.source.units is not None:
+                changes.units[name] = bytearray(math.prod(volume.unit_counts))
             else:
                 changes.parts[name] = set()
         for block, changed in run_pass(
@@ -206,6 +214,8 @@ def _compare(
             for change in changed:
                 changes.add(block, change)
     changes.other_statistics = _other_statistics(config, plan, inputs[VOLUME])
+    skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
+    changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
     return changes
 
 

@@ -326,7 +326,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     """
     stored, record = _stored_run(config)
     changes = _input_changes(config, stored, record)
-    if changes.other_statistics:  # every block depends on them: a fresh run
+    if changes.concern_all:  # a fresh run
         config = replace(config, execution=replace(config.execution, overwrite=True))
         stored, changes = None, InputChanges()
     if record is not None and record.complete and not config.execution.overwrite and not changes:

@@ -125,9 +125,17 @@ def unpack_stamps(packed: str) -> tuple[list[PartStamp], UnitRecords | None]:
 
 
 def changed_units(units: UnitRecords, volume: Volume) -> list[int] | None:
-    """Return the numbers of stored units of a volume that have changed; None where it is stored in other chunks."""
+    """Return the numbers of stored units of a volume that have changed.
+
+    None: they cannot be compared, since the volume is stored in other chunks, or its values are decoded by attributes.
+    """
     array, counts = volume.source.array, volume.unit_counts
-    if array is None or not isinstance(array.store, LocalStore) or len(counts) != units.positions.shape[1]:
+    if (
+        array is None
+        or volume.source.packing
+        or not isinstance(array.store, LocalStore)
+        or len(counts) != units.positions.shape[1]
+    ):
         return None
     if bool((units.positions >= np.array(counts)).any()):
         return None
