@@ -134,7 +134,7 @@ def tell_status(directory: str, edge: int) -> dict[str, Any]:
     )
     record = inspect_output(output)
     assert record is not None
-    workspace = Workspace.create(workspace_root(record), made)
+    workspace = Workspace.create(workspace_root(record), made, output)
     _ledger(directory).rename(workspace.root / "ledger")
     with measured() as usage:
         found = oocpatch.status(output)

@@ -28,7 +28,7 @@ from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images
 from oocpatch.outputs.omero import channel_settings, write_channel_settings
 from oocpatch.outputs.record import ATTRIBUTE, METADATA, OutputRecord, require_output, write_record
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
-from oocpatch.planning.box import Box, unit_positions, worthwhile
+from oocpatch.planning.box import Box, Ints, unit_positions, worthwhile
 from oocpatch.planning.heads import Head, distinct_channel_axes
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.checksums import file_checksum
@@ -203,12 +203,16 @@ class Output:
         grid = np.array(crcs, np.uint32).reshape(*units[: self._channel], -1, *units[self._channel :])
         written.add(head, box, np.moveaxis(grid, self._channel, 0))
 
+    def unit_name(self, head: int, position: Ints) -> str:
+        """Return the name of the file of a unit from its position, channel first."""
+        channel = () if self._heads[head].channel_axis is None else position[:1]
+        before, after = position[1 : 1 + self._channel], position[1 + self._channel :]
+        return f"{self._paths[head]}/{self._arrays[head].metadata.encode_chunk_key((*before, *channel, *after))}"
+
     def remove_empty(self, written: WriteChecksums) -> None:
         """Delete files of units that now have none: an earlier attempt, over other input, may have written them."""
-        for head, (channel, *units) in written.empty_units():
-            at = [] if self._heads[head].channel_axis is None else [channel]
-            key = self._arrays[head].metadata.encode_chunk_key((*units[: self._channel], *at, *units[self._channel :]))
-            name = f"{self._paths[head]}/{key}"
+        for head, position in written.empty_units():
+            name = self.unit_name(head, position)
             if isinstance(self.path, LocalPath) or hash(name) in self._objects_before:
                 (self.path / name).unlink(missing_ok=True)
 

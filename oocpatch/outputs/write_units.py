@@ -62,7 +62,7 @@ class WriteChecksums:
         self._writes.append((head, box, crcs))
 
     def empty_units(self) -> Iterator[tuple[int, Ints]]:
-        """Yield head and position, channel first, of each unit of the stage that has no file, or only the fill value."""
+        """Yield head and position, channel first, of each unit of the stage that has no file."""
         for head, position, crc in unpack(self._plan, self._stage, self._block, self.pack()):
             if crc == ABSENT:
                 yield head, position

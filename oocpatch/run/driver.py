@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from oocpatch.configuration.run_config import RunConfig
+from oocpatch.errors import OutputExists
 from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
@@ -17,15 +18,17 @@ from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Output, array_paths, create_output
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import OutputRecord, inspect_output, write_record
+from oocpatch.outputs.write_units import unpack
 from oocpatch.planning.plan import Plan, digest
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
-from oocpatch.storage.journal import replace_journal
+from oocpatch.storage.checksums import ABSENT, file_checksum
+from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
-from oocpatch.storage.paths import StoragePath, storage_path
-from oocpatch.workspace.ledger import WHOLE, Ledger, Record
+from oocpatch.storage.paths import StoragePath, output_path, storage_path
+from oocpatch.workspace.ledger import WHOLE, Ledger, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
-from oocpatch.workspace.workspace import Workspace, remove_workspace
+from oocpatch.workspace.workspace import Workspace, remove_workspace, way
 
 
 def workspace_root(record: OutputRecord) -> StoragePath:
@@ -47,7 +50,32 @@ def all_done(plan: Plan, progress: RunProgress) -> bool:
 def find_workspace(config: RunConfig, record: OutputRecord) -> Workspace | None:
     """Return the workspace of an unfinished run: where its record has it, or where this call has workspaces."""
     roots = dict.fromkeys((workspace_root(record), config.workspace / record.run_id))
-    return next(filter(None, map(Workspace.find, roots)), None)
+    found = (workspace for root in roots if (workspace := Workspace.find(root)) is not None)
+    return next((workspace for workspace in found if not _is_of_original(workspace, config.output, record)), None)
+
+
+def _is_of_original(workspace: Workspace, output: StoragePath, record: OutputRecord) -> bool:
+    """Return whether a workspace is of another output, of which this one is a copy."""
+    if str(output) == workspace.output or way(workspace.root, output) == workspace.way:
+        return False
+    try:
+        original = inspect_output(output_path("output", workspace.output))
+    except (OutputExists, ValueError):
+        return False
+    return original is not None and original.run_id == record.run_id
+
+
+def discard_workspace(config: RunConfig, record: OutputRecord) -> None:
+    """Delete what the run of an output left in its workspace, unless it is that of another output."""
+    workspace = Workspace.find(workspace_root(record))
+    if workspace is None or not _is_of_original(workspace, config.output, record):
+        remove_workspace(workspace_root(record))
+
+
+def new_root(config: RunConfig, plan: Plan) -> StoragePath:
+    """Return where a new workspace is made; other outputs may share the directory that `workspace` names."""
+    is_shared = config.workspace != beside(config.output, "")
+    return config.workspace / (digest([plan.run_id, str(config.output)]) if is_shared else plan.run_id)
 
 
 def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
@@ -58,19 +86,36 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
         workspace.write_weights()
         if workspace.root != workspace_root(record):  # it was moved
             write_record(config.output, replace(record, workspace=str(workspace.root.parent)))
+        if config.execution.part is None and stored.output != str(config.output):
+            if stored.way != way(stored.root, config.output):
+                _adopt(config.output, workspace)
+            workspace.belong_to(config.output)
         return workspace
     if record is not None:
-        remove_workspace(workspace_root(record))
+        discard_workspace(config, record)
     statistics_of = config.volume.fingerprint if needs_statistics(config.model.preprocess) else ""
     statistics = preprocess_statistics(
         config.model.preprocess, config.volume, config.limits.max_memory, progress=config.execution.progress
     )
     plan = replace(plan, statistics=statistics, statistics_of=statistics_of)
-    root = config.workspace / plan.run_id
-    if config.workspace != beside(config.output, ""):  # which other outputs may share
-        root = config.workspace / digest([plan.run_id, str(config.output)])
+    root = new_root(config, plan)
     create_output(config.output, plan, config.volume, root, record)
-    return Workspace.create(root, plan)
+    return Workspace.create(root, plan, config.output)
+
+
+def _adopt(path: StoragePath, workspace: Workspace) -> None:
+    """Remove from the ledger what an output does not have: it may have been copied before the original went on."""
+    plan, whole = workspace.plan, workspace.root / WHOLE
+    output, lost = Output(path, plan), set()
+    workspace.join()
+    with local_copy(whole) as ledger:
+        for record in latest_records(ledger, plan.blocks):
+            for head, position, crc in unpack(plan, record.kind, record.block, record.units):
+                unit = path / output.unit_name(head, position)
+                if (file_checksum(unit) or 1 if unit.exists() else ABSENT) != crc:
+                    lost.add((record.kind, record.block))
+                    break
+    replace_journal(whole, latest_lines(whole, plan.blocks, without=frozenset(lost), plain=False))
 
 
 def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collection[tuple[str, int]]) -> None:
@@ -81,7 +126,7 @@ def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collecti
     """
     root = workspace_root(record)
     if record.complete:
-        Workspace.create(root, plan)
+        Workspace.create(root, plan, path)
         ledger = path / array_paths(plan)[0] / LEDGER
     else:
         Workspace(root, plan).join()

@@ -32,7 +32,9 @@ from oocpatch.progress import OnProgress
 from oocpatch.run.driver import (
     all_done,
     complete,
+    discard_workspace,
     find_workspace,
+    new_root,
     open_executor,
     open_ledger,
     plan_of,
@@ -44,7 +46,7 @@ from oocpatch.run.driver import (
 from oocpatch.run.input_changes import InputChanges, changes_of_complete, changes_of_unfinished, stages_to_repeat
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail
-from oocpatch.workspace.workspace import Workspace, remove_workspace
+from oocpatch.workspace.workspace import Workspace
 
 logger = logging.getLogger("oocpatch")
 
@@ -330,7 +332,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         config = replace(config, execution=replace(config.execution, overwrite=True))
         stored, changes = None, InputChanges()
     if record is not None and record.complete and not config.execution.overwrite and not changes:
-        remove_workspace(workspace_root(record))  # a crash after success may have left it, and its lock
+        discard_workspace(config, record)  # a crash after success may have left it, and its lock
         for lock in locks(config.output):
             clear_dead(lock)
         register_label(config.output)  # a crash after success may have come before this
@@ -395,7 +397,11 @@ def _stored_run(config: RunConfig) -> tuple[Plan | None, OutputRecord | None]:
         raise OutputExists(f"{config.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
     stored = _stored_plan(config, record)
     if stored is None and not record.complete:
-        logger.warning("%s is not to be seen from here: %s starts afresh", workspace_root(record), config.output)
+        logger.warning(
+            "%s is not to be seen from here, or is of another output: %s starts afresh",
+            workspace_root(record),
+            config.output,
+        )
     return stored, record
 
 
@@ -430,11 +436,11 @@ def _input_changes(config: RunConfig, stored: Plan | None, record: OutputRecord 
 def _reopen(config: RunConfig, plan: Plan, record: OutputRecord, changes: InputChanges) -> None:
     """Mark the stages that depend on changes of the input as not done."""
     workspace = None if record.complete else find_workspace(config, record)
-    place = config.workspace if workspace is None else workspace.root.parent
+    root = new_root(config, plan) if workspace is None else workspace.root
     stages = stages_to_repeat(plan, changes, None if workspace is None else workspace.progress().normalized)
     again = len({block for stage, block in stages if stage == "predict"})
     logger.info("%s: %s; %d of %d blocks are computed again", config.output, changes, again, plan.blocks)
-    reopen(config.output, replace(record, workspace=str(place)), plan, stages)
+    reopen(config.output, replace(record, run_id=root.name, workspace=str(root.parent)), plan, stages)
 
 
 def _stored_plan(config: RunConfig, record: OutputRecord) -> Plan | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,7 +30,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
 from oocpatch.storage.journal import remove_journal
-from oocpatch.storage.paths import StoragePath, remove_trees
+from oocpatch.storage.paths import LocalPath, StoragePath, remove_trees
 from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, PartialsRef, read_ledger, segments
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.workspace.run_progress import RunProgress
@@ -44,22 +45,32 @@ class Workspace:
     def __init__(self, root: StoragePath, plan: Plan) -> None:
         self.root = root
         self.plan = plan
+        self.output, self.way = "", ""  # see `find`
 
     @classmethod
-    def create(cls, root: StoragePath, plan: Plan) -> Workspace:
+    def create(cls, root: StoragePath, plan: Plan, output: StoragePath) -> Workspace:
         """Set a run up: rubbish is swept, and `plan.json` comes last, atomically."""
         (root / PLAN).unlink(missing_ok=True)
         root.remove_tree()
         root.make_folder()
         workspace = cls(root, plan)
         workspace.write_weights()
-        text = plan.to_json()
-        (root / PLAN).write_atomic(json.dumps({"crc": text_checksum(text), "plan": text}))
+        workspace.belong_to(output)
         return workspace
+
+    def belong_to(self, output: StoragePath) -> None:
+        """Store the plan, with the address of the output that this is the workspace of."""
+        self.output, self.way = str(output), way(self.root, output)
+        text = self.plan.to_json()
+        stored = {"crc": text_checksum(text), "plan": text, "output": self.output, "way": self.way}
+        (self.root / PLAN).write_atomic(json.dumps(stored))
 
     @classmethod
     def find(cls, root: StoragePath) -> Workspace | None:
         """Return the workspace that was set up at `root`, with its stored plan; None when there is none.
+
+        Its attribute `output` is the address of its output, and `way` the way there from `root`: where both were moved,
+        the way is the same.
 
         Raises:
             OSError: when an object store does not answer, which says nothing about what is there.
@@ -68,11 +79,13 @@ class Workspace:
         try:
             stored = json.loads((root / PLAN).read_text())
             is_whole = text_checksum(stored["plan"]) == stored["crc"]
-            return cls(root, Plan.from_json(stored["plan"])) if is_whole else None
+            workspace = cls(root, Plan.from_json(stored["plan"]))
+            workspace.output, workspace.way = str(stored["output"]), str(stored["way"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if root.is_outage(error) or isinstance(error, RunMismatch):
                 raise
             return None
+        return workspace if is_whole else None
 
     def ledger(self, segment: str = WHOLE) -> Ledger:
         """Open the ledger, or a segment of it, for its one writer."""
@@ -143,6 +156,12 @@ class Workspace:
 
     def _folder(self, block: int) -> StoragePath:
         return self.root / "blocks" / str(block)
+
+
+def way(root: StoragePath, output: StoragePath) -> str:
+    """Return the way from a workspace to an output."""
+    is_local = isinstance(root, LocalPath) and isinstance(output, LocalPath)
+    return os.path.relpath(str(output), str(root)) if is_local else str(output)
 
 
 def remove_workspace(root: StoragePath) -> None:

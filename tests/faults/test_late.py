@@ -36,7 +36,7 @@ def plan(tmp_path: Path) -> Plan:
 @pytest.fixture
 def workspace(plan: Plan, tmp_path: Path) -> Workspace:
     create_output(LocalPath(tmp_path / "out"), plan, Volume(VOLUME), LocalPath(tmp_path / "work"), None)
-    return Workspace.create(LocalPath(tmp_path / "work" / plan.run_id), plan)
+    return Workspace.create(LocalPath(tmp_path / "work" / plan.run_id), plan, LocalPath(tmp_path / "out"))
 
 
 def one_piece(plan: Plan) -> tuple[int, str, Box, Box, np.ndarray[Any, Any]]:
