@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from oocpatch.models.fingerprint import callables_of
+from oocpatch.models.reach import callables_of
 
 _LOCK = threading.Lock()
 _USES: dict[int, _Use] = {}

@@ -12,12 +12,13 @@ from torch import nn
 
 from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
 from oocpatch.models.compilation import optimized_model, uses_graphs
-from oocpatch.models.fingerprint import callables_of, model_fingerprint, read_fingerprint
+from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocessing import Statistics, preprocess_function
+from oocpatch.models.reach import callables_of
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Ints
 

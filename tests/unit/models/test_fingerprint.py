@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
 import functools
@@ -23,6 +24,7 @@ import pytest
 import torch
 from torch import nn
 
+from oocpatch.models import source_code
 from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import fingerprint_of
@@ -137,11 +139,9 @@ def test_functions_around_a_function_have_different_fingerprints() -> None:
 
 def test_lambdas_of_one_line_have_different_fingerprints() -> None:
     models: list[Any] = [lambda x: x + 1, lambda x: x - 1, lambda x: sorted(x, key=lambda y: y + 1)]  # fmt: skip
-    assert [code_usage(model.__code__).source for model in models] == [
-        "lambda x: x + 1",
-        "lambda x: x - 1",
-        "lambda x: sorted(x, key=lambda y: y + 1)",
-    ]
+    texts = ["lambda x: x + 1", "lambda x: x - 1", "lambda x: sorted(x, key=lambda y: y + 1)"]
+    parsed = [source_code.canonical(ast.parse(text, mode="eval").body) for text in texts]
+    assert [code_usage(model.__code__).source for model in models] == parsed
     assert len({model_fingerprint(model) for model in models}) == 3
 
 
@@ -194,9 +194,10 @@ def test_layout_annotations_and_place_do_not_make_another_model(folder: Path) ->
 def test_a_source_that_was_changed_after_the_import_is_not_taken_for_the_code(folder: Path) -> None:
     model = imported(folder, "edited", "def model(x): return x + 1").model
     assert code_usage(model.__code__).source
-    code_usage.cache_clear()
+    before = model_fingerprint(model)
     (folder / "edited.py").write_text("def model(x): return x + 22")
-    linecache.checkcache()
+    assert model_fingerprint(model) == before  # still in memory
+    source_code._DEFINITIONS.clear()
     stale = model_fingerprint(model)
     assert not code_usage(model.__code__).source
     assert stale != model_fingerprint(imported(folder, "edited", "def model(x): return x + 22").model)
@@ -254,13 +255,13 @@ def test_a_variable_that_changes_is_not_taken_for_an_attribute() -> None:
 
 def test_what_cannot_be_read_is_named() -> None:
     held = Holding({"settings": [(letter for letter in "ab")]})
-    held.add_module("inner", Holding(torch.Generator()))
+    held.add_module("inner", Holding(letter for letter in "ab"))
     assert read_fingerprint(held).unread == ("model.item['settings'][0]", "model.inner.item")
 
 
 @pytest.mark.parametrize("model_id", [None, "mine"])
 def test_a_run_warns_once_of_what_cannot_be_read(model_id: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    models = [Holding(torch.Generator()), Holding({"letters": (letter for letter in "ab")})]
+    models = [Holding(letter for letter in "ab"), Holding({"letters": (letter for letter in "ab")})]
     options = ModelOptions(model=models, model_id=model_id)
     with caplog.at_level(logging.WARNING, "oocpatch"):
         fingerprint_of(options, models)
