@@ -21,15 +21,16 @@ _CONTAINERS = (list, dict, set, bytearray, collections.deque)
 
 
 def callables_of(model: object) -> list[Any]:
-    """Return the objects that a model may call, networks and others: the model itself and all that it reaches.
+    """Return what a model may call: the model, and all networks and objects of the user's classes that it reaches.
 
     >>> net = nn.ReLU()
     >>> net in callables_of(lambda patches: net(patches))
     True
     """
-    functions = type | types.FunctionType | types.BuiltinFunctionType
     reached = Survey(model).reached.values()
-    return [model, *(value for value in reached if callable(value) and not isinstance(value, functions))]
+    plain = type | types.FunctionType | types.ModuleType
+    own = (value for value in reached if not isinstance(value, plain) and package_of(type(value)) not in LIBRARIES)
+    return [model, *own, *(value for value in reached if isinstance(value, nn.Module))]
 
 
 class Survey(Reading):

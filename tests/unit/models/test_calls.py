@@ -8,7 +8,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,9 @@ class Slotted:
 
     def run(self, patches: torch.Tensor) -> torch.Tensor:
         return self.net(patches)[0]
+
+    def double(self, patches: torch.Tensor) -> torch.Tensor:
+        return patches + patches
 
 
 class Unregistered(nn.Module):
@@ -234,6 +237,20 @@ def test_predictors_that_share_a_network_count(tmp_path: Path) -> None:
     with one.ready(), pytest.raises(ValueError, match="eval_mode must be True, as for another run"), mixed.ready():
         pass
     assert all(module.training for module in net.modules())
+
+
+def test_runs_that_share_an_engine_take_turns() -> None:
+    engine = Slotted(None)
+    one, other, third = (
+        Predictor(model, device="cpu") for model in (engine.double, functools.partial(engine.double), torch.neg)
+    )
+    patches = torch.ones(1, 1, 2, 2)
+    with one.ready(), other.ready(), third.ready(), ThreadPoolExecutor(1) as pool:
+        with one._mode.turn():
+            waiting = pool.submit(other, patches)
+            third(patches)
+            assert not wait([waiting], 0.2).done
+        assert not isinstance(waiting.exception(30), BaseException)
 
 
 class Engine:
