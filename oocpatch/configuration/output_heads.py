@@ -17,6 +17,7 @@ from oocpatch.models.postprocessing import POSTPROCESSES, Postprocess, postproce
 from oocpatch.models.probe import Geometry, Probe
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import image_groups
+from oocpatch.outputs.record import METADATA
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
@@ -51,6 +52,13 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
     for name in probe.outputs:
         if name in config.volume.axes.names:
             raise ValueError(f"the model's output {name!r} must not have the name of an axis")
+        if name == METADATA:
+            raise ValueError(f"the model's output must not be named {name!r}, which is a file of Zarr; rename it")
+        if name in config.volume.source.coords:
+            raise ValueError(
+                f"the model's output {name!r} must not have the name of a coordinate of the volume, since one of them "
+                f"would be lost; pass volume.drop_vars({name!r}), or rename either"
+            )
     for name, value in (
         ("overlap_mode", config.patches.overlap_mode),
         ("postprocess", config.model.postprocess),
@@ -59,13 +67,6 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
         unknown = sorted(set(value) - set(probe.outputs)) if isinstance(value, Mapping) else []
         if unknown:
             raise ValueError(f"{name} names {unknown}, but the model's outputs are {sorted(probe.outputs)}")
-    overlap = config.patch_overlap[loops:]
-    for name, output in probe.outputs.items():
-        if any(overlap) and _is_answer(config, output):
-            raise ValueError(
-                f"patch_overlap must be 0 where the model gives one answer per patch, a voxel of the output, "
-                f"got {overlap} for {name!r}; for a finer map, let the model expand its answer to the patch"
-            )
     context, trims = _context(probe.geometry)
     scales = {n: ((1, 1),) * loops + g.scale for n, g in probe.geometry.items()}
     snap = tuple(math.lcm(*(s[a][1] for s in scales.values())) for a in range(len(config.patch_size)))
@@ -98,11 +99,6 @@ def _with_channel_axes(config: RunConfig, heads: list[Head]) -> tuple[Head, ...]
     if len(heads) == 1 and heads[0].labels and parent_image(config.output) is not None:
         beside.add(heads[0].name)
     return tuple(replace(h, channel_axis=None) if h.name in beside and h.out_channels == 1 else h for h in heads)
-
-
-def _is_answer(config: RunConfig, output: torch.Tensor) -> bool:
-    """Return whether an output is one answer per patch, `(1, C, 1, 1)`, of patches that are larger."""
-    return math.prod(output.shape[2:]) == 1 < math.prod(config.patch_size)
 
 
 def _context(geometry: Mapping[str, Geometry]) -> tuple[Ints, dict[str, Ints]]:
@@ -146,8 +142,6 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     axis = config.volume.channel_axis
     if axis is None and out_channels > 1:
         axis = "channel"
-    if out_channels == 1 and _is_answer(config, output):
-        axis = None  # a map of one answer per patch has the spatial axes only
     out_dtype = of_head(config.outputs.output_dtype, name, None) or out_dtype
     check_fits("output_fill", config.outputs.output_fill, out_dtype)
     position = loops if config.outputs.ome else config.volume.channel_position
@@ -158,7 +152,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         scale=scale,
         trim=trim,
         channels=channels,
-        dtype=str(torch.empty(0, dtype=values.dtype).numpy().dtype),
+        dtype=str(torch.empty(0, dtype=values.dtype, device="cpu").numpy().dtype),
         dense=config.skips,
         out_channels=out_channels,
         out_dtype=out_dtype,
@@ -187,7 +181,7 @@ def _postprocessed(postprocess: Postprocess, values: torch.Tensor, loops: int) -
     looped = tuple(range(1, 1 + loops))
     scores = values.squeeze(looped) if looped else values
     try:
-        result = torch.as_tensor(postprocess(scores))
+        result = torch.as_tensor(postprocess(scores), device=scores.device)
     except Exception as error:
         raise ValueError(
             f"postprocess failed on scores of shape {tuple(scores.shape)}: {type(error).__name__}: {error}"

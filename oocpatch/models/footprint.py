@@ -78,7 +78,7 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
 
     def _count(self, operator: str, operands: Any, result: Any) -> None:
         tensors = list(_tensors(result))
-        for storage in (tensor.untyped_storage() for tensor in tensors):
+        for storage in (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided):
             if storage.data_ptr() not in self._pointers and storage.nbytes():
                 self._live[storage] = storage.nbytes()
         scratch = 0

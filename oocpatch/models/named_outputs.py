@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 DEFAULT_HEAD = "prediction"
@@ -100,6 +101,8 @@ def owned_outputs(call: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> 
     for name in list(outputs):
         output = outputs.pop(name)
         with contextlib.suppress(Exception):  # what is no tensor is for the caller to refuse
+            if np.ma.is_masked(output):
+                raise TypeError("a tensor has no mask")
             # no longer the tensor itself: whoever holds that, keeps it
             output = torch.as_tensor(output, device=inputs.device).detach()
             if output.untyped_storage().data_ptr() != memory and _is_kept(output):

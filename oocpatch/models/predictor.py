@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from oocpatch.errors import error_line
@@ -25,6 +26,7 @@ from oocpatch.models.named_outputs import DEFAULT_HEAD, joined, owned_outputs
 logger = logging.getLogger("oocpatch")
 
 Model = Callable[[torch.Tensor], Any]
+NUMPY_DTYPES = frozenset(torch.from_numpy(np.empty(0, kind)).dtype for kind in "?bBhHiIlLefd")
 
 
 class Predictor:
@@ -120,22 +122,26 @@ class Predictor:
             use_threads(1)
 
     def _tensor(self, result: Any, inputs: torch.Tensor, which: str) -> torch.Tensor:
+        if np.ma.is_masked(result):
+            raise ValueError(f"the model must return plain arrays{which}, got a masked one; return x.filled(...)")
         if not isinstance(result, torch.Tensor):
             try:
                 result = torch.as_tensor(result, device=inputs.device)
             except Exception as error:
                 raise ValueError(f"the model must return a tensor{which}, got {type(result).__name__}") from error
+        if result.layout != torch.strided:
+            raise ValueError(f"the model must return dense tensors{which}, got a sparse one; return x.to_dense()")
         if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape:
             expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
-            advice = ""
-            if result.ndim == 2 and result.shape[0] == inputs.shape[0] and result.shape[1]:  # one answer per patch
-                ones = ", None" * (inputs.ndim - 2)
-                advice = f"; for one answer per patch return answer[:, :{ones}], or expand it to the patch"
-            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}{advice}")
+            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}")
         if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
             result = result.to(torch.float32)
         if result.is_complex():
             raise ValueError(f"the model must return real numbers{which}, got {result.dtype}")
+        if result.dtype not in NUMPY_DTYPES:
+            raise ValueError(
+                f"the model must return a dtype that numpy has{which}, got {result.dtype}; return x.float()"
+            )
         output: torch.Tensor = result
         return output
 

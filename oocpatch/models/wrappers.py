@@ -53,7 +53,7 @@ class NumpyModel(Function):
 
 def _as_tensor(value: Any, device: torch.device) -> Any:
     """Return an array as a tensor; anything else as it is, for the caller to refuse."""
-    if not isinstance(value, (np.ndarray, np.generic)):
+    if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, np.ma.MaskedArray):
         return value
     return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("="))).to(device)
 

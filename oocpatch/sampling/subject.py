@@ -164,7 +164,7 @@ def is_volume(value: Any) -> bool:
 
 
 def _open_volume(name: str, value: Any) -> Volume | LoadedVolume:
-    """Return a value as a volume without looped axes, of a dtype that torch has."""
+    """Return a value as a volume without looped axes."""
     if isinstance(value, LoadedVolume):
         return value
     try:
@@ -179,10 +179,6 @@ def _open_volume(name: str, value: Any) -> Volume | LoadedVolume:
             f"{name}: the volumes of a subject must have no looped axes, got {looped}; select one index of them, or "
             f"make them spatial by another name, as in Volume(source, axes=...)"
         )
-    try:
-        torch.from_numpy(np.empty(0, volume.dtype))
-    except TypeError as error:
-        raise ValueError(f"{name}: torch has no dtype {volume.dtype}") from error
     return volume
 
 

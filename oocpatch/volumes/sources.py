@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
 from oocpatch.storage.unit_tags import StoredUnits, WholeFiles, units_of
-from oocpatch.storage.zip_store import ArchiveStore, root_of, split_archive
 from oocpatch.volumes.cf_decoding import (
     DECODED,
     DecodedReader,
@@ -39,8 +38,9 @@ from oocpatch.volumes.cf_decoding import (
     zarr_attributes,
     zarr_decoding,
 )
+from oocpatch.volumes.dask_blocks import check_declared, load_blocks, refuse_masked
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
-from oocpatch.volumes.ome_metadata import Multiscale, choose_multiscale, images_inside, read_multiscales
+from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
 
 TAGGED = 4096
 """Stored units whose tags are read at a time."""
@@ -119,17 +119,14 @@ def open_source(source: Any, level: int | str = 0) -> Source:
         address = local_or_url(source)
         if (spec := parse_address(address)) is not None:
             return _from_file(spec if level == 0 else parse_address(f"{address}::level={level}") or spec)
-        source = open_zarr(address)
+        source = _open_zarr(address)
     if isinstance(source, zarr.Group):
         root = path_of(source.store)
         return _from_group(source, str(source.store_path if root is None else root / source.path), level)
     if level != 0:
         raise ValueError(f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r}")
-    return _from_zarr(source) if isinstance(source, zarr.Array) else _from_array(source)
-
-
-def _from_array(source: Any) -> Source:
-    """Return the source of an array of xarray, numpy, torch or dask."""
+    if isinstance(source, zarr.Array):
+        return _from_zarr(source)
     if isinstance(source, xarray.Dataset):
         if len(source.data_vars) != 1:
             raise ValueError(f"the dataset must hold one variable, got {list(source.data_vars)}; pass dataset[name]")
@@ -137,33 +134,23 @@ def _from_array(source: Any) -> Source:
     if isinstance(source, xarray.DataArray):
         return _from_xarray(source)
     if isinstance(source, np.ndarray):
-        return _from_numpy(source)
-    if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
-        return _from_numpy(_tensor_values(source))
+        return _from_numpy(refuse_masked(source))
     if hasattr(source, "dask") and hasattr(source, "chunksize"):
         return _from_dask(source)
     raise TypeError(
-        "volume must be a path, a URL, a zarr.Array, an xarray.DataArray, a dask or a numpy array, or a torch.Tensor, "
+        "volume must be a path, a URL, a zarr.Array, an xarray.DataArray, a dask or a numpy array, "
         f"got {type(source).__name__}"
     )
 
 
-def open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
-    """Open a Zarr array or group to read, in a directory, a zip file, or behind a URL.
-
-    Raises:
-        ValueError: if there is none; the message names the address and what it may be.
-    """
-    archive = split_archive(LocalPath(address)) if isinstance(address, Path) else None
-    if archive is None and isinstance(address, Path) and not address.exists():
+def _open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
+    """Open a Zarr array or group to read."""
+    if isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
     if isinstance(address, str) and (scheme_of(address) in BUCKETS or (scheme_of(address) in WEB and installed())):
         return _in_object_store(ObjectPath.of(address))
     try:
-        if archive is not None:
-            store, inside = ArchiveStore(archive[0]), [root_of(archive[0]), archive[1]]
-            return zarr.open(store, path="/".join(filter(None, inside)), mode="r")
-        return zarr.open(address, mode="r")
+        return zarr.open(address.absolute() if isinstance(address, Path) else address, mode="r")
     except Exception as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error_line(error)})"
         raise ValueError(
@@ -222,8 +209,8 @@ def _from_file(spec: FileSpec) -> Source:
 def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     """Return the source of a level of an OME-Zarr, else of the only array that is not a coordinate."""
     attributes: dict[str, Any] = dict(group.attrs)
-    if multiscales := read_multiscales(attributes, address):
-        return _from_ome(group, multiscales, address, level)
+    if (multiscale := read_multiscale(attributes, address)) is not None:
+        return _from_ome(group, multiscale, address, level)
     try:
         arrays = dict(group.arrays())
     except Exception as error:
@@ -234,8 +221,6 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     candidates = {k: a for k, a in arrays.items() if k not in names}
     candidates = candidates if len(candidates) == 1 else {k: a for k, a in candidates.items() if a.ndim >= 2}
     if not candidates and (images := images_inside(group)):
-        if len(images) == 1 and isinstance(image := _node(group, images[0]), zarr.Group):
-            return _from_group(image, f"{address.rstrip('/')}/{images[0]}", level)
         listed = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
         raise ValueError(
             f"volume must be one image, but {address} holds {len(images)}; pass the path of one of them, "
@@ -249,8 +234,6 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
             f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r} for {address}"
         )
     array = next(iter(candidates.values()))
-    if not isinstance(_node(group, array.basename), zarr.Array):
-        raise ValueError(f"volume cannot be read: {address} lists the array {array.basename!r}, which is missing")
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
@@ -258,44 +241,25 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     return _from_zarr(array, coords=coords)
 
 
-def _from_ome(group: zarr.Group, multiscales: Sequence[Multiscale], address: str, level: int | str) -> Source:
-    """Return the source of a level of an image; a group may have several images.
-
-    Raises:
-        ValueError: if there is no such level, or its array is missing; the message lists those that are there.
-    """
-    multiscale, level = choose_multiscale(multiscales, level, address)
-    arrays = [_node(group, item.path) for item in multiscale.levels]
-    sizes = [array.shape if isinstance(array, zarr.Array) else None for array in arrays]
-    if not any(sizes):
-        raise ValueError(f"OME-Zarr metadata of {address} list no level that is there: {multiscale.listed(sizes)}")
-    chosen = multiscale.find(level, sizes, address)
-    array = arrays[multiscale.levels.index(chosen)]
+def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: int | str) -> Source:
+    """Return the source of a level of an image."""
+    try:
+        nodes = [group[item.path] for item in multiscale.levels]
+    except Exception as error:
+        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {error_line(error)}") from error
+    arrays = [node for node in nodes if isinstance(node, zarr.Array)]
+    shapes = [array.shape for array in arrays]
     axes = tuple(axis.name for axis in multiscale.axes)
-    if not isinstance(array, zarr.Array):
-        raise ValueError(
-            f"level must be one that is there, but the array of level {level!r} of {address} is missing: "
-            f"{multiscale.listed(sizes)}"
-        )
-    if axes and len(axes) != array.ndim:
+    if len(arrays) != len(nodes) or any(axes and len(axes) != len(shape) for shape in shapes):
         raise ValueError(
             f"OME-Zarr metadata of {address} must name one axis per dimension of its arrays, got {list(axes)}"
         )
+    chosen = multiscale.find(level, shapes, address)
+    array = arrays[multiscale.levels.index(chosen)]
     if not axes:  # metadata before 0.4
         return _from_zarr(array)
     coords, image = multiscale.coords(chosen, array.shape), replace(multiscale, levels=(chosen,))
     return _from_zarr(array, names=axes, coords=coords, roles=multiscale.roles(), image=image)
-
-
-def _node(group: zarr.Group, path: str) -> zarr.Array[Any] | zarr.Group | None:
-    """Return a member of a group, or None if it is missing or cannot be read.
-
-    It is opened by itself: consolidated metadata may list what is not there any more.
-    """
-    try:
-        return zarr.open(group.store, path=f"{group.path}/{path}".strip("/"), mode="r", use_consolidated=False)
-    except Exception:  # noqa: BLE001 - whatever is wrong with one member, the others can be read
-        return None
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
@@ -306,22 +270,19 @@ def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
 
 def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
     """Return the source of a Zarr array; other fields replace those that the array has."""
+    array = _current(array)
     root = path_of(array.store)
     location = (root / array.path).resolve() if root is not None else None
-    units = units_of(array)
-    if isinstance(array.store, ArchiveStore):
-        location = LocalPath(array.store.path)
-        units = WholeFiles((str(array.store.path),), array.path, array.shape)
     source = Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=array.chunks,
         names=_dimension_names(array),
         load=functools.partial(_load, array),
-        units=units,
+        units=units_of(array),
         location=location,
         array=array,
-        files=location if isinstance(array.store, LocalStore) and isinstance(location, LocalPath) else None,
+        files=location if isinstance(location, LocalPath) else None,
         attrs={k: v for k, v in array.attrs.asdict().items() if k not in {"_ARRAY_DIMENSIONS", "coordinates"}},
     )
     packing = zarr_decoding(array, is_named=bool(source.names), is_image="image" in others)
@@ -347,6 +308,19 @@ def _unpacked(source: Source, packing: Mapping[str, Any] | None) -> Source:
         load=DecodedReader(source.load, packing),
         packing=packing,
     )
+
+
+def _current(array: zarr.Array[Any]) -> zarr.Array[Any]:
+    """Return an array by its own metadata and an absolute path.
+
+    Consolidated metadata may be older than the array, and a relative path means another place in another working
+    directory, where chunks that are not there count as the fill value.
+    """
+    store = array.store
+    if isinstance(store, LocalStore) and not store.root.is_absolute():
+        store = LocalStore(store.root.absolute(), read_only=True)
+    mode: Any = "r" if store.read_only else "r+"  # another mode would make another store
+    return zarr.open_array(store, path=array.path, mode=mode, zarr_format=array.metadata.zarr_format)
 
 
 def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
@@ -393,29 +367,11 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
     )
 
 
-def _tensor_values(tensor: Any) -> npt.NDArray[Any]:
-    """Return the values of a torch tensor, which are shared where they are in memory and numpy has the dtype.
-
-    Raises:
-        TypeError: if it is no dense tensor with values.
-    """
-    if "strided" not in str(tensor.layout) or tensor.is_quantized or tensor.is_meta:
-        raise TypeError(f"a tensor must be dense and have values, got {tensor.layout} on {tensor.device}")
-    tensor = tensor.detach().cpu().resolve_neg()
-    try:
-        return np.asarray(tensor.numpy())
-    except TypeError:  # bfloat16 and float8, all of whose values float32 has
-        return np.asarray(tensor.float().numpy())
-
-
 def _from_dask(array: Any) -> Source:
+    check_declared(array)
     return Source(
         shape=tuple(int(n) for n in array.shape),
         dtype=array.dtype,
         chunks=tuple(int(n) for n in array.chunksize),
-        load=functools.partial(_load_dask, array),
+        load=functools.partial(load_blocks, array),
     )
-
-
-def _load_dask(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
-    return np.asarray(array[selection].compute(scheduler="synchronous"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 
 import oocpatch
@@ -40,15 +41,39 @@ def complex_values(patches: torch.Tensor) -> torch.Tensor:
     return patches.to(torch.complex64)
 
 
-WRONG = (smaller_by_one, without_channels, only_one_patch, words, nothing, complex_values)
+def sparse(patches: torch.Tensor) -> torch.Tensor:
+    return patches.to_sparse()
+
+
+def eighth(patches: torch.Tensor) -> torch.Tensor:
+    return patches.to(torch.float8_e4m3fn)
+
+
+def named_as_a_file(patches: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"zarr.json": patches}
+
+
+WRONG = (
+    *(smaller_by_one, without_channels, only_one_patch, words, nothing, complex_values),
+    *(sparse, eighth, named_as_a_file),
+)
+GOT = {
+    "smaller_by_one": "7, 7",
+    "without_channels": "8, 8",
+    "words": "for '1', got str",
+    "nothing": "None",
+    "sparse": "got a sparse one; return x.to_dense()",
+    "eighth": "got torch.float8_e4m3fn; return x.float()",
+    "named_as_a_file": "'zarr.json', which is a file of Zarr",
+}
+"""Part of the message for what a wrong model returns."""
 
 
 @pytest.mark.parametrize("model", WRONG, ids=[model.__name__ for model in WRONG])
 def test_a_model_that_returns_the_wrong_thing_is_refused_by_the_probe(model: Any, volume: Path, output: Path) -> None:
     with pytest.raises((ValueError, TypeError), match=r"model") as error:
         predict(volume, output, model)
-    got = {"smaller_by_one": "7, 7", "without_channels": "8, 8", "words": "for '1', got str", "nothing": "None"}
-    assert got.get(model.__name__, "") in str(error.value)
+    assert GOT.get(model.__name__, "") in str(error.value)
 
 
 def test_a_model_that_raises_at_once_says_so_in_its_own_words(volume: Path, output: Path) -> None:
@@ -160,3 +185,13 @@ def test_a_dict_of_heads_is_refused_clearly_or_written_whole(tmp_path: Path, vol
         assert not (tmp_path / "out.zarr").exists()
     else:
         np.testing.assert_allclose(result["classes"].values, -result["edges"].values)
+
+
+@pytest.mark.parametrize(("model", "name"), [(lambda p: p, "prediction"), (lambda p: {"scores": p}, "scores")])
+def test_an_output_with_the_name_of_a_coordinate_is_refused(model: Any, name: str, tmp_path: Path) -> None:
+    """One of them would be lost."""
+    data = np.zeros((16, 16), np.float32)
+    image = xarray.DataArray(data, dims=("y", "x"), coords={"prediction": ("y", data[0]), "scores": 5})
+    with pytest.raises(ValueError, match=rf"output '{name}' must not have the name of a coordinate.*drop_vars"):
+        oocpatch.predict(image, model, tmp_path / "out.zarr", patch_size=8, progress=False)
+    oocpatch.predict(image.drop_vars(name), model, tmp_path / "out.zarr", patch_size=8, progress=False)

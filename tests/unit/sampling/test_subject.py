@@ -179,7 +179,7 @@ def test_a_plain_loader_stacks_patches() -> None:
         ({"a": np.zeros((1, 1, 4, 4, 4))}, "a: .* no looped axes, got t"),
         ({"a": Path("nowhere.zarr")}, "a: volume not found: nowhere.zarr"),
         ({"a": np.zeros(4, complex)}, "a: .*complex128"),
-        ({"a": np.zeros(4, np.longdouble)}, "a: torch has no dtype"),
+        ({"a": np.zeros(4, np.longdouble)}, "a: the volume must hold booleans, integers or floats of at most 64 bits"),
     ],
 )
 def test_a_subject_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
