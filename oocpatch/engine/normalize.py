@@ -102,8 +102,7 @@ class Normalizer:
                     target.copy_(round_in_place(values, out.dtype, nan=self.allow_nonfinite))
                     continue
                 values = values / weights
-            counts += self._count(values)
-            self._store(values, target)
+            counts += self._count(values) + self._store(values, target)
         return counts
 
     def _count(self, values: torch.Tensor) -> Counts:
@@ -123,17 +122,22 @@ class Normalizer:
             values = torch.where(empty, values.new_zeros(()), values)
             weights = torch.where(empty, weights.new_ones(()), weights)
         values = values / weights if self.divide else values
-        counts = Counts(uncovered) + self._count(values)
-        self._store(values, target)
+        counts = Counts(uncovered) + self._count(values) + self._store(values, target)
         if uncovered:
             target.copy_(torch.where(empty, target.new_full((), self.fill), target))
         return counts
 
-    def _store(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Postprocess the values of a tile, without its looped axes, and cast them."""
+    def _store(self, values: torch.Tensor, target: torch.Tensor) -> Counts:
+        """Postprocess the values of a tile, without its looped axes, and cast them; count those too large for floats.
+
+        Raises:
+            ValueError: when the postprocess returns another shape than it did for the probe, or values are too large.
+        """
         if self.postprocess is not None:
             looped = tuple(range(1, 1 + self.looped))  # tiles have one index of each
-            result = torch.as_tensor(self.postprocess(values.squeeze(looped) if looped else values))
+            result = torch.as_tensor(
+                self.postprocess(values.squeeze(looped) if looped else values), device=values.device
+            )
             for axis in looped:
                 result = result.unsqueeze(axis)
             if result.shape != target.shape:
@@ -143,6 +147,19 @@ class Normalizer:
                 )
             values = result
         target.copy_(cast(values, target.dtype))
+        if not narrows(values.dtype, target.dtype):
+            return Counts()
+        too_large = target.isinf() & values.isfinite()
+        if not (count := int(too_large.any(dim=0).sum())):
+            return Counts()
+        if not self.allow_nonfinite:
+            dtype_text = str(target.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{dtype_text} holds numbers up to {torch.finfo(target.dtype).max:g}, but {count} voxels of the output "
+                f"are larger, up to {float(values[too_large].abs().max()):g}; choose a wider output_dtype, or pass "
+                "allow_nonfinite=True to have them infinite"
+            )
+        return Counts(nonfinite=count)
 
 
 Tile = tuple[slice, ...]
@@ -219,6 +236,18 @@ def _round(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     high = rounded >= float(info.max)
     result = rounded.clamp(float(info.min), float(2 ** (63 if info.min else 64) - 2048)).to(dtype)
     return torch.where(high, torch.tensor(info.max, dtype=dtype, device=result.device), result)
+
+
+def narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    """Return whether a float dtype has a smaller range than another dtype, so that finite values become infinite.
+
+    >>> narrows(torch.float32, torch.float16), narrows(torch.float16, torch.float32)
+    (True, False)
+    """
+    if not target.is_floating_point or source == torch.bool:
+        return False
+    largest = torch.finfo(source).max if source.is_floating_point else torch.iinfo(source).max
+    return largest > torch.finfo(target).max
 
 
 def rounds_in_place(dtype: torch.dtype) -> bool:

@@ -166,6 +166,8 @@ def check_fits(name: str, value: float, dtype: str) -> None:
     """Refuse a number that a dtype cannot represent."""
     kind = np.dtype(dtype)
     if kind.kind == "f":
+        if math.isfinite(value) and abs(value) > (largest := float(np.finfo(kind).max)):
+            raise ValueError(f"{name} must be from {-largest:g} to {largest:g}, as {dtype} holds them, got {value:g}")
         return
     low, high = (0, 1) if kind.kind == "b" else (int(np.iinfo(kind).min), int(np.iinfo(kind).max))
     if not (math.isfinite(value) and low <= value <= high and value == int(value)):
@@ -191,8 +193,12 @@ def write_unit(chunks: Ints, shards: Ints | None, shape: Ints) -> Ints:
 
 
 def json_number(value: float) -> float | str:
-    """Return a number that JSON can compare: NaN, which is not equal to itself, becomes its name."""
-    return "nan" if math.isnan(value) else value
+    """Return a number as JSON has it, which has no NaN and no infinities: they become text that `float` reads.
+
+    >>> json_number(0), json_number(float("nan")), json_number(float("-inf"))
+    (0, 'nan', '-inf')
+    """
+    return value if math.isfinite(value) else str(float(value))
 
 
 def _is_int(value: Any) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from oocpatch.engine.normalize import Normalizer
+from oocpatch.engine.normalize import Counts, Normalizer
 from oocpatch.planning.box import Box
 
 
@@ -35,10 +37,46 @@ def test_values_are_sums_divided_by_weights_however_they_are_cut(dtype: str, sha
         expected = np.clip(np.rint(wanted.astype(np.float64)), info.min, info.max)
     larger = torch.from_numpy(np.zeros((2, *(n + 1 for n in shape)), dtype))
     out = larger[(slice(None), *(slice(1, None) for _ in shape))]  # with strides of its own
-    normalizer = Normalizer(tuple(map(torch.from_numpy, weights)), None, 0, tile)
+    normalizer = Normalizer(
+        tuple(map(torch.from_numpy, weights)), None, 0, tile, allow_nonfinite=np.dtype(dtype).kind == "f"
+    )
     normalizer.normalize(torch.from_numpy(wanted * product), box, out)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(out.numpy(), expected.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "largest"),
+    [
+        ("float32", "float16", 65504),
+        ("float64", "float16", 65504),
+        ("int32", "float16", 65504),
+        ("float64", "float32", 3.4028234663852886e38),
+    ],
+)
+@pytest.mark.parametrize("dense", [True, False])
+def test_values_that_a_float_dtype_cannot_hold_are_an_error_or_counted(
+    source: str, target: str, largest: float, dense: bool
+) -> None:
+    """Numbers up to the largest are stored as they are, larger ones never become infinite without a word."""
+    values = np.array([[1, largest, -largest, 0]]).astype(source)
+    larger = values.copy()
+    larger[0, 3] = np.iinfo(source).max if source == "int32" else 8 * largest
+
+    def normalized(sums: npt.NDArray[Any], *, allowed: bool) -> tuple[Any, npt.NDArray[Any]]:
+        stored = torch.from_numpy(np.concatenate([sums, np.ones_like(sums)]) if dense else sums)
+        out = torch.zeros((1, 4), dtype=getattr(torch, target))
+        normalizer = Normalizer(None, None, 0, 64, dense=dense, divide=False, allow_nonfinite=allowed)
+        return normalizer.normalize(stored, Box((0,), (4,)), out), out.numpy()
+
+    counts, out = normalized(values, allowed=False)
+    assert counts == Counts()
+    np.testing.assert_array_equal(out, values.astype(target))
+    with pytest.raises(ValueError, match=f"{target} holds numbers up to .*, but 1 voxels of the output are larger"):
+        normalized(larger, allowed=False)
+    counts, out = normalized(larger, allowed=True)
+    assert counts == Counts(nonfinite=1)
+    assert np.isinf(out).sum() == 1
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -48,6 +48,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "precision that is a text": ({"autocast": "bf16"}, r"autocast.*True or False.*bf16"),
     "fill that the output cannot hold": ({"output_fill": 300, "output_dtype": "uint8"}, r"output_fill.*0 to 255.*300"),
     "fill that no label is": ({"output_fill": float("nan"), "postprocess": "argmax"}, r"output_fill.*0 to 255.*nan"),
+    "fill beyond half floats": ({"output_fill": 1e9, "output_dtype": "float16"}, r"output_fill.*65504.*1e\+09"),
     "fraction in an integer output": ({"output_fill": 0.5, "output_dtype": "int8"}, r"output_fill.*-128 to 127.*0\.5"),
     "mask that is not there": ({"mask": "no-mask.zarr"}, r"mask: .*no-mask\.zarr"),
     "memory that is no size": ({"max_memory": "lots"}, r"max_memory.*lots"),
