@@ -101,5 +101,11 @@ class RecentCells:
                 self._bytes -= self._cache.popitem(last=False)[1].nbytes
         return values
 
+    def clear(self) -> None:
+        """Forget all cells."""
+        with self._lock:
+            self._cache.clear()
+            self._bytes = 0
+
     def __reduce__(self) -> tuple[type[RecentCells], tuple[int]]:
         return type(self), (self._limit,)  # each process has a cache of its own

@@ -160,25 +160,44 @@ Measured = tuple[Cells, Masses, npt.NDArray[np.float64]]
 
 
 class MassesOfMaps:
-    """The masses of the maps that a sampler has drawn from, for as long as those maps exist."""
+    """The masses of the maps that a sampler has drawn from, for as long as those maps exist and do not change."""
 
     def __init__(self) -> None:
-        self._measured: weakref.WeakKeyDictionary[Any, Measured] = weakref.WeakKeyDictionary()
+        self._measured: weakref.WeakKeyDictionary[Any, tuple[str | None, Measured]] = weakref.WeakKeyDictionary()
+        self._compared: weakref.WeakSet[Any] = weakref.WeakSet()  # in this pass
         self._lock = threading.Lock()
 
-    def get(self, source: Volume | LoadedVolume, make: Callable[[Volume], Measured]) -> Measured:
-        """Return the masses of a map, which are measured at the first call, by one thread at a time."""
+    def begin_pass(self) -> None:
+        """Compare each map with what was measured once more, when it is used next."""
         with self._lock:
-            if source not in self._measured:
-                self._measured[source] = make(as_volume(source))
-            return self._measured[source]
+            self._compared.clear()
+
+    def get(self, source: Volume | LoadedVolume, make: Callable[[Volume], Measured]) -> Measured:
+        """Return the masses of a map, which one thread at a time measures, at first and when the map has changed."""
+        with self._lock:
+            content, measured = self._measured.get(source, (None, None))
+            if measured is None or source not in self._compared:
+                volume = as_volume(source)
+                content, before = _content(volume), content
+                if measured is None or content != before:
+                    measured = make(volume)
+                    self._measured[source] = content, measured
+                self._compared.add(source)
+            return measured
 
     def __getstate__(self) -> list[tuple[Any, Any]]:
         return list(self._measured.items())
 
     def __setstate__(self, state: list[tuple[Any, Any]]) -> None:
-        self._measured = weakref.WeakKeyDictionary(dict(state))
-        self._lock = threading.Lock()
+        self.__init__()  # type: ignore[misc] # another process compares for itself
+        self._measured.update(dict(state))
+
+
+def _content(volume: Volume) -> str | None:
+    """Return what tells whether a map has changed: its files, or its values in memory; None where all must be read."""
+    source = volume.source
+    is_on_disk = source.units is not None and isinstance(source.location, LocalPath)
+    return volume.fingerprint if is_on_disk or not source.chunked else None
 
 
 def stored_masses(volume: Volume, cells: Cells, kind: str, measure: Callable[[], Masses]) -> Masses:

@@ -173,6 +173,7 @@ class Queue(IterableDataset[Subject]):
         self.epochs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Subject]:
+        self.patch_sampler.begin_pass()
         seed, epoch = self.epochs.begin()
         share = self.epochs.share(ranks=self.subject_sampler is None)
         worker = get_worker_info()
@@ -237,7 +238,10 @@ class Queue(IterableDataset[Subject]):
         """Draw, read and transform the patches of a region."""
         subject, sampler = self.subjects[region.subject], self.patch_sampler
         random = stream(seed, epoch, DRAWS, region.visit, region.number)
-        corners = sampler.draw(subject, random, region.count)
+        try:
+            corners = sampler.draw(subject, random, region.count)
+        except ValueError as error:  # about this subject's map, which is first read now
+            raise ValueError(f"subject {region.subject}: {error}") from error
         locations = [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners]
         patches = read_patches(subject, locations)
         return patches if self.transform is None else [self.transform(patch) for patch in patches]

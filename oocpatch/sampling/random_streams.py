@@ -78,7 +78,7 @@ class EpochCounter:
         self.seed = None if seed is None else natural_number("seed", seed)
         self._ranks = Share()
         # the epoch of the last `set_epoch`, and the number of its calls
-        self._shared = torch.zeros(2, dtype=torch.int64)
+        self._shared = torch.zeros(2, dtype=torch.int64, device="cpu")
         self._shared.share_memory_()  # type: ignore[no-untyped-call] # torch gives it no type
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,7 +107,7 @@ class EpochCounter:
         """Begin a pass of this process alone and return its seed and epoch."""
         if self.seed is None:
             # not counted: the same torch.manual_seed must give the same patches
-            return int(torch.empty((), dtype=torch.int64).random_()), int(self._shared[0])
+            return int(torch.empty((), dtype=torch.int64, device="cpu").random_()), int(self._shared[0])
         return self.seed, self._count()
 
     def share(self, *, ranks: bool = True) -> Share:

@@ -73,6 +73,7 @@ class UniformSampler(IterableDataset[Subject]):
         self.epochs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Subject]:
+        self.begin_pass()
         seed, epoch = self.epochs.begin()
         numbers = itertools.count() if self.num_patches is None else range(self.num_patches)
         return self._patches(self.subject, (seed, epoch), self.epochs.share().of(numbers))
@@ -85,6 +86,7 @@ class UniformSampler(IterableDataset[Subject]):
             num_patches: default: that of the sampler.
         """
         self.check(subject)
+        self.begin_pass()
         number = self.num_patches if num_patches is None else _num_patches(num_patches)
         numbers = iter(itertools.count() if number is None else range(number))
         return self._patches(subject, self.epochs.begin_alone(), numbers)
@@ -93,6 +95,9 @@ class UniformSampler(IterableDataset[Subject]):
         for number in numbers:
             [corner] = self.draw(subject, stream(*epoch, number))
             yield read_patches(subject, [PatchLocation(corner, self.patch_size)])[0]
+
+    def begin_pass(self) -> None:
+        """Take notice of maps that have changed since the last pass; a uniform sampler has none."""
 
     def check(self, subject: Subject) -> None:
         """Refuse a subject that the sampler does not fit, from its metadata.

@@ -38,6 +38,7 @@ class WeightedSampler(UniformSampler):
 
     A voxel's probability is proportional to the map's value there, among the voxels that can be the centre of a patch
     that lies in the volume. The first draw makes one pass over the map, whose result is stored beside a map on disk.
+    A map that has changed is passed over again at the first draw of the next epoch.
     For a map in memory the pass is made, and the map checked, by the constructor.
 
     Args:
@@ -74,6 +75,9 @@ class WeightedSampler(UniformSampler):
         super().__init__(subject, patch_size, num_patches, seed=seed)
         if not as_volume(subject[probability_map]).source.chunked:
             self.prepare()
+
+    def begin_pass(self) -> None:
+        self._masses_of_maps.begin_pass()
 
     def prepare(self, subject: Subject | None = None) -> None:
         """Make the pass over the map now, in this process, rather than at the first draw.
@@ -134,6 +138,7 @@ class WeightedSampler(UniformSampler):
         return self._masses_of_maps.get(subject[self.probability_map], self._measure)
 
     def _measure(self, volume: Volume) -> tuple[Cells, Masses, Floats]:
+        self._recent.clear()  # of a map before it changed
         cells = Cells.of_centres(volume.shape, volume.chunks, self.patch_size)
         name, kind = self.probability_map, self._parameter
         masses = stored_masses(volume, cells, kind, lambda: measure(volume, cells, self._summarize, name))

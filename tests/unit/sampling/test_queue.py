@@ -380,3 +380,19 @@ def test_a_map_that_a_subject_lacks_is_refused_before_anything_is_read() -> None
     some = [oocpatch.Subject(map=np.ones((6, 6))), oocpatch.Subject(t1=np.ones((6, 6)))]
     with pytest.raises(ValueError, match="subject 1: probability_map must be one of t1, got 'map'"):
         oocpatch.Queue(some, oocpatch.WeightedSampler(some[0], 3, "map"))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("kind", [oocpatch.LabelSampler, oocpatch.WeightedSampler])
+def test_a_subject_whose_map_is_empty_is_named(threads: int, on_disk: bool, kind: Any, tmp_path: Path) -> None:
+    subjects = []
+    for index in range(3):
+        chances: Any = np.full((16, 16), index != 1, np.uint8)
+        if on_disk:
+            zarr.create_array(tmp_path / f"{index}.zarr", data=chances, chunks=(8, 8))
+            chances = tmp_path / f"{index}.zarr"
+        subjects.append(oocpatch.Subject(t1=np.zeros((16, 16)), chances=chances))
+    queue = oocpatch.Queue(subjects, kind(subjects[0], 4, "chances"), patches_per_volume=2, num_workers=threads)
+    with pytest.raises(ValueError, match=r"^subject 1: .*'chances'"):
+        list(queue)

@@ -499,3 +499,63 @@ def test_labels_are_counted_block_by_block() -> None:
     assert np.array_equal(labels, expected)
     assert np.array_equal(counts, numbers)
     assert labels.dtype == np.int32
+
+
+class ChangingMap:
+    """A map of one voxel, in memory, in a tensor or on disk, and a sampler of it."""
+
+    def __init__(self, kind: Any, dtype: str, place: str, folder: Path) -> None:
+        values = np.zeros((40, 40), dtype)
+        self._values: Any = values
+        source: Any = values
+        if place == "tensor":
+            source = torch.from_numpy(values[None])
+        elif place != "array":
+            self._values = zarr.create_array(
+                folder / "map.zarr", data=values, chunks=(8, 8), shards=(16, 16) if place == "sharded" else None
+            )
+            source = self._values if place == "zarr" else folder / "map.zarr"
+        self._at = (10, 10)
+        self._values[self._at] = 1
+        self.subject = oocpatch.Subject(t1=np.zeros((40, 40)), chances=source)
+        self.sampler = kind(self.subject, 3, "chances", num_patches=6, seed=0)
+
+    def move(self, at: tuple[int, int]) -> None:
+        self._values[self._at] = 0
+        self._values[at] = 1
+        self._at = at
+
+    def centres(self, patches: Any) -> set[tuple[int, ...]]:
+        return {tuple(i + 1 for i in patch.patch_location.index) for patch in patches}
+
+
+@pytest.mark.parametrize("place", ["array", "tensor", "path", "zarr", "sharded"])
+@pytest.mark.parametrize(("kind", "dtype"), [(oocpatch.WeightedSampler, "f4"), (oocpatch.LabelSampler, "u1")])
+def test_each_epoch_draws_from_the_map_as_it_is_then(kind: Any, dtype: str, place: str, tmp_path: Path) -> None:
+    """A training loop may update its map: hard examples, or what an annotator has just marked."""
+    chances = ChangingMap(kind, dtype, place, tmp_path)
+    subject, sampler = chances.subject, chances.sampler
+    assert chances.centres(sampler) == {(10, 10)}
+    for at in ((30, 30), (10, 11), (38, 38)):
+        chances.move(at)
+        assert chances.centres(sampler) == {at}
+    chances.move((5, 6))
+    assert chances.centres(sampler(subject, 3)) == {(5, 6)}
+    queue = oocpatch.Queue([subject], sampler, patches_per_volume=3, num_workers=2)
+    assert chances.centres(queue) == {(5, 6)}
+    chances.move((7, 8))
+    assert chances.centres(queue) == {(7, 8)}
+    loader = torch.utils.data.DataLoader(sampler, batch_size=None, num_workers=1)
+    chances.move((20, 20))
+    assert chances.centres(loader) == {(20, 20)}
+
+
+def test_a_map_that_has_not_changed_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chances = ChangingMap(oocpatch.LabelSampler, "u1", "path", tmp_path)
+    reads: list[Any] = []
+    read = oocpatch.Volume.read
+    monkeypatch.setattr(oocpatch.Volume, "read", lambda self, *a: (reads.append(a), read(self, *a))[1])
+    assert len(list(chances.sampler)) == 6
+    assert len([box for box, *_ in reads if box.shape != (3, 3)]) == 26  # 25 cells, and one of them to draw from
+    reads.clear()
+    assert len(list(chances.sampler)) == len(reads) // 2 == 6
