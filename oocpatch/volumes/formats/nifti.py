@@ -28,7 +28,8 @@ class NiftiFile:
     """A NIfTI file, with the axes of nibabel: `x`, `y`, `z`, and `t` and `c` where the file has them.
 
     A compressed file cannot be read in parts: it is unpacked to a temporary file, piece by piece, when it is first
-    read. The temporary file has no name and disappears with the process. Values that the header scales are float32.
+    read. The temporary file has no name and disappears with the process. Values that the header scales are float32, or
+    float64 where float32 does not hold the stored numbers.
     """
 
     def __init__(self, spec: FileSpec) -> None:
@@ -56,11 +57,12 @@ class NiftiFile:
                 f"volume cannot be read: {self._path} ends too early: it must have {end} bytes, "
                 f"got {self._path.stat().st_size}"
             )
+        self._dtype = np.result_type(self._stored, np.float32) if scaled else self._stored
         row = shape[0]  # short rows are read whole, so the planner must count them whole
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
         self.metadata = FileMetadata(
             shape=shape,
-            dtype=np.dtype(np.float32) if scaled else self._stored,
+            dtype=self._dtype,
             chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
             names=names,
             coords=_coords(image, names or (), shape),
@@ -74,7 +76,7 @@ class NiftiFile:
         if self._scaling == (1.0, 0.0):
             return values
         slope, inter = self._scaling
-        return np.asarray(values * np.float64(slope) + np.float64(inter), np.float32)
+        return np.asarray(values * np.float64(slope) + np.float64(inter), self._dtype)
 
     def files(self) -> list[str]:
         """Return the file, or the pair of a header and an image."""

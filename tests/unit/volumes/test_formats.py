@@ -397,3 +397,39 @@ def test_the_command_line_takes_a_scan_as_it_is(tmp_path: Path) -> None:
     assert found.dims == ("x", "y", "z")
     assert found.z.values[:3].tolist() == [0, 2, 4]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "slope", "intercept", "dtype"),
+    [
+        ("int16", 0.5, -3, "float32"),
+        ("uint8", 2, 1, "float32"),
+        ("float32", 2, 0, "float32"),
+        ("int32", 1, -5, "float64"),
+        ("uint32", 1, 0.5, "float64"),
+        ("int64", 2, 0, "float64"),
+        ("float64", 2, 0, "float64"),
+        ("int32", 1, 0, "int32"),
+        ("float64", 1, 0, "float64"),
+        ("int16", 0, 7, "int16"),  # no scaling, as the format says
+        (">i4", 1, -5, "float64"),
+    ],
+)
+def test_a_scaled_nifti_has_the_values_that_nibabel_gives(
+    stored: str, slope: float, intercept: float, dtype: str, tmp_path: Path
+) -> None:
+    """32-bit labels with an intercept stay whole numbers, and large float64 values finite."""
+    kind = np.dtype(stored)
+    values = np.random.default_rng(0).integers(0, np.iinfo("u1").max, (6, 5, 4)).astype(kind)
+    values[0, 0, :2] = [2**31 - 1, 2**24 + 1] if kind.itemsize > 2 and kind.kind in "iu" else values[0, 0, :2]
+    values[0, 0, 2] = 1e300 if stored == "float64" else values[0, 0, 2]
+    header = nibabel.Nifti1Header(endianness=">" if stored.startswith(">") else "<")
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4), header, dtype=kind.newbyteorder("=")), tmp_path / "a.nii")
+    with (tmp_path / "a.nii").open("r+b") as file:
+        file.seek(112)
+        file.write(np.array([slope, intercept], ">f4" if stored.startswith(">") else "<f4").tobytes())
+    volume = oocpatch.Volume(tmp_path / "a.nii")
+    expected = np.asarray(nibabel.load(tmp_path / "a.nii").dataobj, np.float64)
+    assert volume.dtype == dtype
+    assert expected.max() > 100
+    np.testing.assert_array_equal(volume.read(Box.of_shape(volume.shape))[0], expected)
