@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -77,7 +78,7 @@ def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        return text if "://" in text else str(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111 - as `storage.paths`
+        return text if "://" in text else str(Path(text).absolute())
     return _plain(value)
 
 
@@ -85,11 +86,12 @@ def _plain(value: Any) -> Any:
     """Return a value as JSON; numpy is not imported for its types, as the command line's help does not wait for it."""
     module = type(value).__module__
     if isinstance(value, (str, bool, int, float)) or value is None:
-        return value
+        # JSON has neither NaN nor infinities
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
     if isinstance(value, type) and value.__module__ == "numpy":
         return value.__name__
     if module == "numpy" and value.shape == ():
-        return value.item()
+        return _plain(value.item())
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

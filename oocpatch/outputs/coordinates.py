@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -94,17 +93,24 @@ def _is_decoded(values: npt.NDArray[Any], attributes: Mapping[str, Any]) -> bool
 
 
 def json_values(attributes: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the attributes that JSON can store; NaN and infinities, which it cannot, are text.
+    """Return the attributes that JSON can store; NaN, infinities and times, which it cannot, are text.
 
-    >>> json_values({"a": np.arange(2), "b": float("nan"), "c": object()})
-    {'a': [0, 1], 'b': 'NaN'}
+    >>> json_values({"a": np.arange(2), "b": float("nan"), "c": object(), "d": np.datetime64("2024-10-02")})
+    {'a': [0, 1], 'b': 'NaN', 'd': '2024-10-02'}
     """
     values = {}
     for key, value in attributes.items():
-        with contextlib.suppress(TypeError, AttributeError, ValueError):  # what numpy has has a method tolist
-            text = json.dumps(value, default=operator.methodcaller("tolist"))
+        with contextlib.suppress(TypeError, AttributeError, ValueError):  # what is stored has a method tolist
+            text = json.dumps(value, default=_plain)
             values[str(key)] = json.loads(text, parse_constant=str)
     return values
+
+
+def _plain(value: Any) -> Any:
+    """Return an object of numpy, or a point in time, as Python's own."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return np.asarray(value).astype(str).tolist() if value.dtype.kind in "mM" else value.tolist()
 
 
 def json_attributes(volume: Volume) -> dict[str, Any]:

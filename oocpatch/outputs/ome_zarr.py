@@ -203,7 +203,7 @@ def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[I
                 shards=unit if image.unit != image.chunks else None,
                 dtype=image.head.out_dtype,
                 zarr_format=3,
-                fill_value=plan.parameters["output_fill"],
+                fill_value=plan.output_fill,
                 dimension_names=[axis.name for axis in image.pyramid.axes],
                 attributes=head_attributes(volume, plan, image.head),
             )

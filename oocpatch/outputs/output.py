@@ -80,7 +80,7 @@ def create_output(
             write_coords(path, common, attributes)
         for number, head in enumerate(plan.heads):
             if split:
-                zarr.create_group(store, path=head.name)
+                zarr.create_group(store, path=head.name, zarr_format=3)
                 write_coords(path / head.name, coords[number], {})
             _create_array(store, number, plan, volume)
     files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
@@ -129,7 +129,8 @@ def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None
         chunks=insert(1, head.chunks),
         shards=insert(1, head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
-        fill_value=plan.parameters["output_fill"],
+        zarr_format=3,
+        fill_value=plan.output_fill,
         dimension_names=insert(head.channel_axis, plan.axes),
         attributes=head_attributes(volume, plan, head),
     )

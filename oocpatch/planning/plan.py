@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from oocpatch.errors import RunMismatch
+from oocpatch.planning.arguments import json_number
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
@@ -180,6 +181,7 @@ class Plan:
         derived = {name: getattr(self, name) for name in ("run_id", "patches", "blocks", "block_shape")}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
+        record |= {name: json_number(record[name]) for name in ("fill", "output_fill")}
         return json.dumps({"format": FORMAT, **derived, **record}, indent=1, default=list)
 
     @classmethod
@@ -202,6 +204,7 @@ class Plan:
                 ("format",),
             )
         values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name in record}
+        values |= {name: float(values[name]) for name in ("fill", "output_fill") if isinstance(values.get(name), str)}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["io_strategy"] = IoStrategy(**record["io_strategy"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,56 @@ def test_running_a_plan_is_predict(tmp_path: Path) -> None:
     plan.run()
     run(data, positional, tmp_path)
     assert file_digests(tmp_path / "plan" / "prediction") == file_digests(tmp_path / "out" / "prediction")
+
+
+@pytest.mark.parametrize("output_format", ["zarr", "ome-zarr"])
+@pytest.mark.parametrize("fill", [np.nan, np.inf, -np.inf])
+def test_metadata_are_json_that_any_language_reads(output_format: str, fill: float, tmp_path: Path) -> None:
+    """Python's own parser takes NaN and Infinity, which JSON does not have."""
+    attributes = {"valid": np.nan, "range": [np.inf, 1.0], "deep": {"a": np.float32("nan")}}
+    volume = xr.DataArray(
+        np.ones((16, 24), np.float32),
+        dims=("y", "x"),
+        attrs=attributes,
+        coords={"y": ("y", np.arange(16.0), {"missing": np.nan})},
+    )
+    settings: dict[str, Any] = {"patch_size": 8, "mask": np.eye(2), "padding_mode": "constant", "fill": fill}
+    for _ in range(2):  # also as a run that is found again
+        result = oocpatch.predict(
+            volume,
+            "identity",
+            tmp_path / "out.zarr",
+            output_fill=fill,
+            output_format=output_format,
+            allow_nonfinite=True,
+            progress=False,
+            **settings,
+        )
+    np.testing.assert_array_equal(np.unique(result), np.unique([1, fill]))
+    files = list((tmp_path / "out.zarr").rglob("zarr.json"))
+    assert len(files) >= 3
+    for file in files:
+        json.loads(file.read_text(), parse_constant=lambda name, file=file: pytest.fail(f"{file} has {name}"))
+    assert result.attrs["valid"] == "NaN"
+    with pytest.raises(oocpatch.RunMismatch, match="output_fill"):
+        oocpatch.plan(volume, "identity", tmp_path / "out.zarr", allow_nonfinite=True, output_fill=0, **settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.datetime64("2024-10-02T07:39:39.000000005"), "2024-10-02T07:39:39.000000005"),
+        (np.datetime64("2024-10-02T07:39:39", "s"), "2024-10-02T07:39:39"),
+        (np.datetime64("2024-10-02"), "2024-10-02"),
+        (dt.datetime(2024, 10, 2, 7, 39, tzinfo=dt.UTC), "2024-10-02T07:39:00+00:00"),
+        (dt.date(2024, 10, 2), "2024-10-02"),
+        (np.timedelta64(5, "ms"), "5 milliseconds"),
+        (np.array(["2024-10-02", "NaT"], "M8[D]"), ["2024-10-02", "NaT"]),
+        (np.arange(3), [0, 1, 2]),
+        (np.float32(0.5), 0.5),
+    ],
+)
+def test_an_attribute_that_is_a_time_is_kept_as_text(value: Any, text: Any, tmp_path: Path) -> None:
+    volume = xr.DataArray(np.ones((16, 24), np.float32), dims=("y", "x"), attrs={"acquired": value})
+    result = oocpatch.predict(volume, "identity", tmp_path / "out.zarr", patch_size=8, progress=False)
+    assert result.attrs["acquired"] == text
