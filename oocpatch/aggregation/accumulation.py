@@ -289,7 +289,7 @@ class Accumulation:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a head's output from what is in memory, `(C, *spatial)`."""
         head = self.heads[name]
-        out = torch.zeros((head.spec.channels, *head.spec.shape), dtype=torch_dtype(head.spec.dtype))
+        out = torch.zeros((head.spec.channels, *head.spec.shape), dtype=torch_dtype(head.spec.dtype), device="cpu")
         for tile in head.open.values():
             out[(slice(None), *tile.box.slices())] = head.values(tile)
         return out

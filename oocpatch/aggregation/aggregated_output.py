@@ -114,7 +114,7 @@ class AggregatedOutput:
         details = {"heads": [asdict(spec) for spec in specs], "single": single}
         names = tuple(spec.name for spec in specs)
         record = OutputRecord(uuid.uuid4().hex, False, self._parameters, str(workspace), names, details)
-        zarr.create_group(self._store, attributes={ATTRIBUTE: record.to_dict(self.path)})
+        zarr.create_group(self._store, attributes={ATTRIBUTE: record.to_dict(self.path)}, zarr_format=3)
         self.record = inspect_output(self.path)
         self.open_arrays(specs)
 
@@ -123,7 +123,15 @@ class AggregatedOutput:
         missing = [spec for spec in specs if not (self.path / spec.name / "zarr.json").exists()]
         for spec in missing:
             shape, chunks = (spec.channels, *spec.shape), (1, *spec.chunks)
-            zarr.create_array(self._store, name=spec.name, shape=shape, chunks=chunks, dtype=spec.dtype, fill_value=0)
+            zarr.create_array(
+                self._store,
+                name=spec.name,
+                shape=shape,
+                chunks=chunks,
+                dtype=spec.dtype,
+                zarr_format=3,
+                fill_value=0,
+            )
         self.arrays = {s.name: zarr.open_array(self._store, path=s.name, mode="r+") for s in specs}
         return not missing
 

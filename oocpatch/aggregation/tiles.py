@@ -84,7 +84,7 @@ class HeadTiles:
         self.nbytes = self.final.nbytes
         self.committed: dict[Ints, int] = {}
         self.shown: set[Ints] = set()
-        self._window: tuple[Ints, torch.Tensor] = (), torch.empty(0)
+        self._window: tuple[Ints, torch.Tensor] = (), torch.empty(0, device="cpu")
 
     # Patches
 
@@ -174,7 +174,7 @@ def sum_windows(mode: str, box: Box, spans: Mapping[Span, int]) -> torch.Tensor:
     tensor([0.5000, 1.0000, 1.0000, 1.0000, 0.5000])
     """
     if not box.start:
-        return torch.tensor(float(sum(spans.values())))
+        return torch.tensor(float(sum(spans.values())), dtype=torch.float32, device="cpu")
     others: defaultdict[tuple[int, int], list[tuple[Span, int]]] = defaultdict(list)
     for (first, *rest), number in sorted(spans.items()):
         others[first].append((tuple(rest), number))
@@ -182,7 +182,7 @@ def sum_windows(mode: str, box: Box, spans: Mapping[Span, int]) -> torch.Tensor:
     for first, rests in others.items():
         firsts[tuple(rests)].append(first)
     low, length = box.start[0], box.shape[0]
-    total = torch.zeros(box.shape)
+    total = torch.zeros(box.shape, dtype=torch.float32, device="cpu")
     for shared, along in firsts.items():
         line = np.zeros(length)
         for start, size in along:

@@ -175,7 +175,7 @@ def _remove(path: LocalPath) -> None:
 def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: Ints, unit: Ints) -> zarr.Array[Any]:
     attributes = {MARK: dict(record)}
     store = LocalStore(path)
-    zarr.create_group(store, attributes=attributes, overwrite=False)
+    zarr.create_group(store, attributes=attributes, overwrite=False, zarr_format=3)
     together = volume.channels if volume.channels <= FEW else 1
     names = _insert(volume, volume.channel_axis, volume.names)
     sizes = dict(zip(names, _insert(volume, volume.channels, volume.shape), strict=True))
@@ -192,6 +192,7 @@ def _create(path: LocalPath, volume: Volume, record: Mapping[str, Any], chunk: I
         chunks=_insert(volume, together, chunk),
         shards=_insert(volume, together, unit) if unit != chunk else None,
         dtype=volume.dtype,
+        zarr_format=3,
         dimension_names=names,
         attributes=json_attributes(volume),
     )

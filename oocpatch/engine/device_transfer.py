@@ -94,7 +94,7 @@ class Transfer:
     def allocate(self, size: int) -> torch.Tensor:
         """Return so many bytes of main memory, pinned where the device can copy from it by itself."""
         if self._device.type == "cuda":
-            return torch.empty(pinned_bytes(size), dtype=torch.uint8, pin_memory=True)
+            return torch.empty(pinned_bytes(size), dtype=torch.uint8, device="cpu", pin_memory=True)
         return buffer((pinned_bytes(size),), torch.uint8, "cpu")
 
     def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> CopyDone:

@@ -274,7 +274,7 @@ class SlabSums:
             if common.empty:
                 continue
             if data is None:
-                data = torch.zeros((self.head.stored_channels, *open_box.shape), dtype=seam.dtype)  # noqa: PLW2901
+                data = torch.zeros((self.head.stored_channels, *open_box.shape), dtype=seam.dtype, device="cpu")  # noqa: PLW2901
                 if self.head.takes_maximum:
                     data[: self.head.channels] = -torch.inf
                 self.boxes[i] = open_box, data

@@ -125,7 +125,7 @@ def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
     """Return the blending weights of a patch, float32 `(1, *patch)`; None where values are not weighed."""
     if not head.blended:
         return None
-    product = torch.ones((), dtype=torch.float32)
+    product = torch.ones((), dtype=torch.float32, device="cpu")
     for axis, scale in zip(reversed(plan.grid.axes), reversed(head.scale), strict=True):
         factor = torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)).to(torch.float32)
         product = factor.reshape(-1, *(1,) * product.ndim) * product

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from oocpatch.configuration.make_plan import check_same_run, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
@@ -291,6 +293,7 @@ class PlannedRun:
         return self.plan._repr_html_()
 
 
+@torch.inference_mode(mode=False)
 def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any) -> PlannedRun:
     """Plan what `predict` with the same arguments would do, and stop.
 
@@ -315,6 +318,7 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     return PlannedRun(stored or make_plan(config), config)
 
 
+@torch.inference_mode(mode=False)
 def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | None = None) -> Result:
     """Run a configuration: resume what its output has, or begin.
 

@@ -51,6 +51,7 @@ def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype
             shape=shape,
             chunks=chunks,
             dtype=dtype,
+            zarr_format=3,
             fill_value=_fill(dtype),
             compressors=None,
             filters=None,
