@@ -1,9 +1,9 @@
 """Tags and stamps of stored units: numbers by which a file or an object shows, unread, that it has not changed.
 
 A unit is a chunk or a shard of a Zarr, or all files of an array of another format. Its tag is made of a file's size,
-modification time and change time, or of an object's ETag, and of what says how it is decoded: metadata of a Zarr, the
-part of a file. Units with equal tags are unchanged; where tags differ, the content decides: a copy has other times and
-the same content.
+modification time, change time and inode, or of an object's ETag, and of what says how it is decoded: metadata of a
+Zarr, the part of a file. Units with equal tags are unchanged; where tags differ, the content decides: a copy has other
+times and the same content.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ ABSENT, UNKNOWN = 0, 1
 """Tags of a file that is not there, and of one that may change without a trace: no two of these are equal."""
 
 SECOND = 10**9
+TICK = SECOND // 50
+"""Kernels count the times of files in steps of up to 10 ms, in nanoseconds."""
+
 FACTORS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 """Odd numbers that spread sizes and times over 64 bits."""
 
@@ -144,11 +147,19 @@ class UnitStamps:
         self._decoding, self._seed = _decoding(array), _seed(array)
 
     def add(self, position: Ints, status: os.stat_result | None, data: bytes | memoryview) -> None:
-        """Add a unit that was read, with the status that its file had before; the first time counts."""
+        """Add a unit that was read, with the status that its file had before.
+
+        One that was read twice and changed in between counts as changed, whatever it becomes.
+        """
         index = tuple(p - a for p, a in zip(position, self.box.start, strict=True))
+        tag = _with(self._decoding, ABSENT if status is None else status_tag(status))
+        if tag == self.tags[index] != UNKNOWN:
+            return
+        crc = checksum(np.frombuffer(data, np.uint8), self._seed) if data else self._seed
         if not self.tags[index]:
-            self.crcs[index] = checksum(np.frombuffer(data, np.uint8), self._seed) if data else self._seed
-            self.tags[index] = _with(self._decoding, ABSENT if status is None else status_tag(status))
+            self.crcs[index], self.tags[index] = crc, tag
+        elif crc != self.crcs[index]:
+            self.crcs[index], self.tags[index] = self.crcs[index] ^ 1, UNKNOWN
 
 
 class UnitRecords(NamedTuple):
@@ -212,9 +223,10 @@ def file_tag(path: str) -> int:
 def status_tag(status: os.stat_result) -> int:
     """Return the tag of a file of this status."""
     times = status.st_mtime_ns, status.st_ctime_ns
-    if not any(t % SECOND for t in times) and time.time_ns() - max(times) < 2 * SECOND:
-        return UNKNOWN  # this file system counts in seconds: a file may change twice at one time
-    return _mixed((status.st_size, *times))
+    step = TICK if any(t % SECOND for t in times) else 2 * SECOND  # some file systems count in seconds
+    if time.time_ns() - max(times) < step:
+        return UNKNOWN  # a file may change twice at one time
+    return _mixed((status.st_size, *times, status.st_ino))
 
 
 def _mixed(numbers: Iterable[int]) -> int:

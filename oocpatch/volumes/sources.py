@@ -28,7 +28,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
-from oocpatch.storage.unit_tags import StoredUnits, WholeFiles, units_of
+from oocpatch.storage.unit_tags import UNKNOWN, StoredUnits, WholeFiles, units_of
 from oocpatch.volumes.cf_decoding import (
     DECODED,
     DecodedReader,
@@ -85,16 +85,22 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Digest of the content: of the tags of its stored units, or of all values where it has none."""
-        whole = Box.of_shape(self.shape)
+        whole, crc = Box.of_shape(self.shape), 0
         if self.units is not None:
-            read_tags, crc = self.units.reader(), 0
+            read_tags = self.units.reader()
             for box in whole.split(worthwhile(self.units.unit, self.shape, TAGGED * math.prod(self.units.unit))):
-                crc = checksum(read_tags(box), crc)
+                tags = read_tags(box)
+                crc = checksum(tags, crc)
+                if (tags == UNKNOWN).any():
+                    crc = self._checksum(box, crc)
         else:
-            crc = 0
-            for box in whole.split(worthwhile(self.chunks, self.shape, READ_BYTES)) if self.chunked else [whole]:
-                crc = checksum(self.load(box.slices()), crc)
+            crc = self._checksum(whole, crc)
         return f"{self.dtype} {'x'.join(map(str, self.shape))} {crc:08x}"
+
+    def _checksum(self, box: Box, crc: int) -> int:
+        for part in box.split(worthwhile(self.chunks, self.shape, READ_BYTES)) if self.chunked else [box]:
+            crc = checksum(self.load(part.slices()), crc)
+        return crc
 
     def reopened(self) -> Source:
         """Return the source with its file opened anew: it may have been replaced."""
@@ -195,7 +201,7 @@ def _from_file(spec: FileSpec) -> Source:
         chunks=metadata.chunks,
         names=metadata.names,
         load=FileReader(replace(spec, address=address)),  # a process with another working directory may open it
-        units=WholeFiles(files, str(replace(spec, address="")), metadata.shape) if files else None,
+        units=WholeFiles(files, f"{spec.format}{replace(spec, address='')}", metadata.shape) if files else None,
         chunked=metadata.chunked,
         location=local.resolve() if local is not None else None,
         coords=metadata.coords,
