@@ -110,7 +110,7 @@ class InputChanges:
         counts = {name: (sum(flags), len(flags)) for name, flags in self.units.items()}
         counts |= {name: (len(boxes), self.totals[name]) for name, boxes in self.parts.items()}
         texts = [f"{name}: {count} of {total} chunks changed" for name, (count, total) in counts.items() if count]
-        other = "it is stored or decoded otherwise" if self.blocks else "its statistics changed"
+        other = "it is stored in other chunks" if self.blocks else "its statistics changed"
         return "; ".join(texts or [f"{VOLUME}: {other}"])
 
 
