@@ -305,6 +305,11 @@ def checked_output_format(value: str, volume: Volume) -> str:
         ValueError: if there is no such format, or the volume does not fit it.
     """
     one_of("output_format", value, OUTPUT_FORMATS)
+    if value == "auto" and volume.source.image is None and volume.source.display is not None:
+        try:  # a part of an image in xarray may be no image any more
+            return checked_output_format("ome-zarr", volume)
+        except ValueError:
+            return "zarr"
     if value == "auto":
         value = "zarr" if volume.source.image is None else "ome-zarr"
     if value != "zarr":

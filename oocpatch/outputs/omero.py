@@ -47,12 +47,16 @@ def channel_settings(path: StoragePath, details: Mapping[str, Any], parameters: 
             postprocess = parameters.get("postprocess")
             postprocess = postprocess.get(head) if isinstance(postprocess, Mapping) else postprocess
             group = pyramid["levels"][0].rpartition("scale0/")[0].strip("/")
-            settings[group] = _image(path, group, head, pyramid["levels"], fractions=postprocess in FRACTIONS)
+            is_share = postprocess in FRACTIONS
+            display = {} if is_share else details.get("display", {}).get(head, {})
+            settings[group] = _image(path, group, head, pyramid["levels"], display, fractions=is_share)
     return settings
 
 
-def _image(path: StoragePath, group: str, head: str, levels: list[str], *, fractions: bool) -> dict[str, Any]:
-    """Return the `omero` metadata of one image."""
+def _image(
+    path: StoragePath, group: str, head: str, levels: list[str], display: Mapping[str, Any], *, fractions: bool
+) -> dict[str, Any]:
+    """Return the `omero` metadata of one image; `display` are settings of the volume's channels by their names."""
     store = path.store()
     attributes: Any = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
     axes = attributes["ome"]["multiscales"][0]["axes"]
@@ -61,7 +65,7 @@ def _image(path: StoragePath, group: str, head: str, levels: list[str], *, fract
     count = 1 if channel is None else arrays[0].shape[channel]
     array = next((a for a in arrays if math.prod(a.shape) <= LEVEL * count), arrays[-1])
     if channel is None:
-        names, selections = [head], [(slice(None),) * array.ndim]
+        names, selections = list(display) or [head], [(slice(None),) * array.ndim]
     else:
         names = _channel_names(store, levels[0], axes[channel]["name"], count)
         before, after = (slice(None),) * channel, (slice(None),) * (array.ndim - channel - 1)
@@ -72,6 +76,7 @@ def _image(path: StoragePath, group: str, head: str, levels: list[str], *, fract
             "label": name,
             "color": COLOURS[number % len(COLOURS)] if several else WHITE,
             "active": number < len(COLOURS),
+            **display.get(name, {}),
             "window": window_of(_values(array, selection), array.dtype, fractions=fractions),
         }
         for number, (name, selection) in enumerate(zip(names, selections, strict=True))

@@ -61,6 +61,7 @@ def create_output(
         "heads": list(heads),
         "tree": split,
         "arrays": array_paths(plan),
+        "display": {h.name: volume.source.display for h in plan.heads if _shows_channels(h, volume)},
         "channel_axes": list(distinct_channel_axes(plan.heads, plan.in_channels)),
         "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
@@ -85,6 +86,12 @@ def create_output(
             _create_array(store, number, plan, volume)
     files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
     write_record(path, replace(record, details={**details, "files": files}))
+
+
+def _shows_channels(head: Head, volume: Volume) -> bool:
+    """Return whether a head may have the channels of the volume, which has display settings for them."""
+    display = volume.source.display or {}
+    return not head.labels and head.out_channels == volume.channels == len(display)
 
 
 def _replace(path: StoragePath, previous: OutputRecord, attributes: Mapping[str, Any]) -> None:

@@ -200,6 +200,25 @@ def _transforms(stored: Sequence[Mapping[str, Any]] | None, ndim: int) -> tuple[
     return values["scale"], values["translation"]
 
 
+def channel_display(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return colour and visibility of channels by their names, from the `omero` metadata of an image.
+
+    >>> channel_display({"omero": {"channels": [{"label": "DAPI", "color": "0000ff", "active": True}]}})
+    {'DAPI': {'color': '0000FF', 'active': True}}
+    """
+    omero = ome_attributes(attributes).get("omero")
+    channels = omero.get("channels") if isinstance(omero, Mapping) else None
+    display: dict[str, dict[str, Any]] = {}
+    for number, channel in enumerate(channels if isinstance(channels, list) else ()):
+        settings = channel if isinstance(channel, Mapping) else {}
+        label, colour = str(settings.get("label") or f"channel {number}"), str(settings.get("color", "")).lstrip("#")
+        is_colour = len(colour) == len("RRGGBB") and not set(colour.upper()) - set("0123456789ABCDEF")
+        label = label if label not in display else f"{label} ({number})"
+        display[label] = {"color": colour.upper()} if is_colour else {}
+        display[label] |= {"active": settings["active"]} if isinstance(settings.get("active"), bool) else {}
+    return display
+
+
 def images_inside(group: zarr.Group) -> list[str]:
     """Return the paths of the images in a group that is a plate, a well, a series or a list of labels.
 

@@ -29,6 +29,7 @@ from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
 from oocpatch.storage.unit_tags import UNKNOWN, StoredUnits, WholeFiles, units_of
+from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.cf_decoding import (
     DECODED,
     DecodedReader,
@@ -40,10 +41,14 @@ from oocpatch.volumes.cf_decoding import (
 )
 from oocpatch.volumes.dask_blocks import check_declared, load_blocks, refuse_masked
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
-from oocpatch.volumes.ome_metadata import Multiscale, images_inside, read_multiscale
+from oocpatch.volumes.ome_metadata import Multiscale, channel_display, images_inside, read_multiscale
 
 TAGGED = 4096
 """Stored units whose tags are read at a time."""
+
+
+DISPLAY = "ome_display"
+"""Entry in xarray's encoding of a level of an OME-Zarr, which passes `Source.display` on."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Source:
         roles: names that determine the roles of the axes, if `names` do not.
         image: metadata of an OME-Zarr, with the one level that this is.
         packing: attributes by which `load` decodes what the array or file stores; see `cf_decoding`.
+        display: colours of an OME-Zarr's channels by their names, empty if it has none; None: another source.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +87,7 @@ class Source:
     roles: tuple[str, ...] | None = None
     image: Multiscale | None = None
     packing: Mapping[str, Any] = field(default_factory=dict)
+    display: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -129,16 +136,12 @@ def open_source(source: Any, level: int | str = 0) -> Source:
     if isinstance(source, zarr.Group):
         root = path_of(source.store)
         return _from_group(source, str(source.store_path if root is None else root / source.path), level)
-    if level != 0:
+    if level != 0 and not isinstance(source, xarray.DataTree):
         raise ValueError(f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r}")
     if isinstance(source, zarr.Array):
         return _from_zarr(source)
-    if isinstance(source, xarray.Dataset):
-        if len(source.data_vars) != 1:
-            raise ValueError(f"the dataset must hold one variable, got {list(source.data_vars)}; pass dataset[name]")
-        source = next(iter(source.data_vars.values()))
-    if isinstance(source, xarray.DataArray):
-        return _from_xarray(source)
+    if isinstance(source, xarray.DataTree | xarray.Dataset | xarray.DataArray):
+        return _from_labelled(source, level)
     if isinstance(source, np.ndarray):
         return _from_numpy(refuse_masked(source))
     if hasattr(source, "dask") and hasattr(source, "chunksize"):
@@ -265,7 +268,10 @@ def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: in
     if not axes:  # metadata before 0.4
         return _from_zarr(array)
     coords, image = multiscale.coords(chosen, array.shape), replace(multiscale, levels=(chosen,))
-    return _from_zarr(array, names=axes, coords=coords, roles=multiscale.roles(), image=image)
+    display, channel = channel_display(dict(group.attrs)), Axes(axes, multiscale.roles()).channel
+    if channel is not None and len(display) == array.shape[channel]:
+        coords[axes[channel]] = xarray.Variable((axes[channel],), list(display))
+    return _from_zarr(array, names=axes, coords=coords, roles=multiscale.roles(), image=image, display=display)
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
@@ -333,6 +339,36 @@ def _load(array: Any, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
     return np.asarray(array[selection])
 
 
+def _from_labelled(data: xarray.DataTree | xarray.Dataset | xarray.DataArray, level: int | str) -> Source:
+    """Return the source of an object of xarray that has one array, or one per level."""
+    if isinstance(data, xarray.DataTree):
+        return _from_tree(data, level)
+    if isinstance(data, xarray.Dataset):
+        if len(data.data_vars) != 1:
+            raise ValueError(f"the dataset must hold one variable, got {list(data.data_vars)}; pass dataset[name]")
+        data = next(iter(data.data_vars.values()))
+    return _from_xarray(data)
+
+
+def _from_tree(tree: xarray.DataTree, level: int | str) -> Source:
+    """Return the source of a level of an image, whose levels are the children of a tree, or of its only variable."""
+    nodes = {n: node for n, node in {"": tree, **tree.children}.items() if len(node.data_vars) == 1}
+    names = list(nodes)
+    is_pyramid = "" not in nodes and all(name.startswith("scale") for name in names)
+    if not names or (len(names) > 1 and not is_pyramid):
+        raise ValueError(
+            f"the tree must have one variable, or one per level, got {list(tree.subtree_keys())}; pass one"
+        )
+    try:
+        name = level if isinstance(level, str) else names[level]
+        source = _from_labelled(nodes[name].to_dataset(), 0)
+    except (KeyError, IndexError):
+        raise ValueError(f"level must be one of {', '.join(names)}, or its number, got {level!r}") from None
+    is_image = is_pyramid or "ome" in tree.attrs
+    attributes = {str(k): v for k, v in tree.attrs.items()}
+    return replace(source, display=channel_display(attributes)) if is_image and source.display is None else source
+
+
 def _from_xarray(array: xarray.DataArray) -> Source:
     """Return the source of an array of xarray, whose data are dask's, lazily opened, or in memory."""
     if array.chunks is not None:
@@ -346,6 +382,7 @@ def _from_xarray(array: xarray.DataArray) -> Source:
         names=tuple(str(d) for d in array.dims),
         coords={str(k): v.variable for k, v in array.coords.items()},
         attrs=dict(array.attrs),
+        display=array.encoding.get(DISPLAY),
     )
 
 

@@ -21,7 +21,7 @@ from xarray.core import indexing
 
 from oocpatch.storage.paths import local_or_url
 from oocpatch.volumes.ome_metadata import read_multiscale
-from oocpatch.volumes.sources import Source, open_source
+from oocpatch.volumes.sources import DISPLAY, Source, open_source
 
 
 class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray exports it without a type
@@ -58,6 +58,8 @@ class OmeZarrBackend(BackendEntrypoint):
         chunks = source.array.shards or source.chunks if source.array is not None else source.chunks
         variable.encoding["preferred_chunks"] = dict(zip(names, chunks, strict=True))
         variable.encoding["source"] = str(source.location or filename_or_obj)
+        if source.display is not None:
+            variable.encoding[DISPLAY] = source.display
         dataset = xarray.Dataset({"image": variable}, coords=dict(source.coords))
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
         return dataset.drop_vars(dropped, errors="ignore")
