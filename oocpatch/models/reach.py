@@ -30,7 +30,8 @@ def callables_of(model: object) -> list[Any]:
     reached = Survey(model).reached.values()
     plain = type | types.FunctionType | types.ModuleType
     own = (value for value in reached if not isinstance(value, plain) and package_of(type(value)) not in LIBRARIES)
-    return [model, *own, *(value for value in reached if isinstance(value, nn.Module))]
+    networks = (value for value in reached if isinstance(value, nn.Module))
+    return [model, *own, *(module for network in networks for module in network.modules())]  # TorchScript's, too
 
 
 class Survey(Reading):

@@ -143,6 +143,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "cache": lambda net: Caller(functools.lru_cache(net)),
     "cached property": _by_cached_property,
     "made per thread": _per_thread,
+    "TorchScript": lambda net: Caller(lambda patches, script=torch.jit.script(net.layers): (script(patches),)),
     "preprocessed lambda": lambda net: [lambda patches: net(patches)[0]] * 2,
 }
 
