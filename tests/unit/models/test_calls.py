@@ -143,7 +143,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "cache": lambda net: Caller(functools.lru_cache(net)),
     "cached property": _by_cached_property,
     "made per thread": _per_thread,
-    "TorchScript": lambda net: Caller(lambda patches, script=torch.jit.script(net.layers): (script(patches),)),
+    "TorchScript": lambda net: functools.partial(lambda script, patches: script(patches), torch.jit.script(net.layers)),
     "preprocessed lambda": lambda net: [lambda patches: net(patches)[0]] * 2,
 }
 
@@ -168,6 +168,7 @@ def state_of(net: nn.Module) -> list[Any]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_network_is_in_evaluation_mode_wherever_it_hides(
     name: str, tmp_path: Path, right: np.ndarray[Any, Any]
