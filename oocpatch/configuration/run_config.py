@@ -236,6 +236,13 @@ class RunConfig:
             asked, stored = self._planned_block_shape(record.details), record.details["block_shape"]
             if list(asked) != list(stored):
                 differing["block_shape"] = (list(asked), list(stored))
+        if " " not in str(record.parameters.get("volume", " ")):  # a digest instead of a signature
+            raise RunMismatch(
+                f"{self.output} is of an earlier version of oocpatch, which did not record what it read of its input; "
+                "it opens and verifies as before, but to compute with this version choose another output, or start "
+                "afresh with overwrite=True",
+                tuple(differing),
+            )
         if differing:
             changes = "; ".join(f"{n}: {_shown(old)} before, {_shown(new)} now" for n, (new, old) in differing.items())
             raise RunMismatch(

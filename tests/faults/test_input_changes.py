@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import zarr
 from distributed import LocalCluster
 
 import oocpatch
+from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
+from oocpatch.outputs.record import ATTRIBUTE
 from tests.support import edits
 from tests.support.edits import (
     FORMATS,
@@ -154,6 +157,23 @@ def test_a_workspace_moves_and_serves_two_outputs(tmp_path: Path) -> None:
         assert call(stored, CROP, tmp_path / name, workspace=tmp_path / "moved") == Call(PATCHES - 20)
         check_values(tmp_path / name, CROP, stored.data)
     assert not (tmp_path / "moved").exists()
+
+
+def test_outputs_of_earlier_versions_are_refused_and_verify(tmp_path: Path) -> None:
+    stored = Input.of("zarr", tmp_path / "in", edits.new_data(10))
+    assert call(stored, CROP, tmp_path / "out") == Call(PATCHES)
+    file = tmp_path / "out" / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["attributes"]["oocpatch"]["parameters"]["volume"] = "183cb14f0c2f8a4c7d5e"
+    metadata["attributes"]["oocpatch"]["details"][METADATA_CRC] = metadata_checksum(metadata, ATTRIBUTE)
+    file.write_text(json.dumps(metadata))
+    settings = {**edits.SETTINGS, **CROP.options}
+    for update in (False, True):
+        with pytest.raises(oocpatch.RunMismatch, match="of an earlier version of oocpatch"):
+            oocpatch.predict(stored.open(), edits.Twice(), tmp_path / "out", update=update, **settings)
+    assert not oocpatch.verify(tmp_path / "out").damaged
+    assert call(stored, CROP, tmp_path / "out", overwrite=True) == Call(PATCHES)
+    check_values(tmp_path / "out", CROP, stored.data)
 
 
 def test_an_edit_between_parts(tmp_path: Path) -> None:
