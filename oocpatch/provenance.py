@@ -78,7 +78,7 @@ def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        return text if "://" in text else str(Path(text).absolute())
+        return text if "://" in text else str(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111 - as `storage.paths`
     return _plain(value)
 
 

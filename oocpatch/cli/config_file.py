@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from oocpatch.cli.types import UserPath
+
 
 def _read(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
     """Make the values of a file the defaults of the command."""
@@ -56,7 +58,7 @@ def read_environment(command: str, params: Iterable[click.Parameter]) -> None:
 
 config_option = click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False, path_type=Path),
     is_eager=True,
     expose_value=False,
     callback=_read,

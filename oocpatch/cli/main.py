@@ -20,7 +20,7 @@ import click
 
 from oocpatch.cli import cluster_options, file_commands
 from oocpatch.cli.config_file import config_option, read_environment
-from oocpatch.cli.types import run_options
+from oocpatch.cli.types import UserPath, run_options
 from oocpatch.progress import DISPLAYS
 
 FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
@@ -115,7 +115,7 @@ def main() -> None:
 @config_option
 @_processes_option
 @_scheduler_option
-@click.option("--draw", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
+@click.option("--draw", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
 @_json_option
 def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
@@ -188,7 +188,7 @@ def status(output: str, *, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("directory", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.argument("directory", required=False, type=UserPath(file_okay=False, path_type=Path))
 @click.option("--size", type=click.IntRange(min=1), help="Edge of the volume in voxels.")
 @click.option("--max-memory", metavar="SIZE", help="Bound on the memory the run adds.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the volumes where they are.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -202,3 +203,11 @@ def _run_option(field: dataclasses.Field[Any], *, required: bool) -> Callable[[C
     else:
         settings["type"] = READERS.get(kind, str)
     return click.option(flag, field.name, **settings)
+
+
+class UserPath(click.Path):
+    """A path, with the home directory for a leading `~`: no shell expands it after `=` or in a variable."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path of a text."""
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - as `storage.paths`

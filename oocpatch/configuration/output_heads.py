@@ -67,6 +67,13 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
         unknown = sorted(set(value) - set(probe.outputs)) if isinstance(value, Mapping) else []
         if unknown:
             raise ValueError(f"{name} names {unknown}, but the model's outputs are {sorted(probe.outputs)}")
+    overlap = config.patch_overlap[loops:]
+    for name, output in probe.outputs.items():
+        if any(overlap) and _is_answer(config, output):
+            raise ValueError(
+                f"patch_overlap must be 0 where the model gives one answer per patch, a voxel of the output, "
+                f"got {overlap} for {name!r}; for a finer map, let the model expand its answer to the patch"
+            )
     context, trims = _context(probe.geometry)
     scales = {n: ((1, 1),) * loops + g.scale for n, g in probe.geometry.items()}
     snap = tuple(math.lcm(*(s[a][1] for s in scales.values())) for a in range(len(config.patch_size)))
@@ -99,6 +106,11 @@ def _with_channel_axes(config: RunConfig, heads: list[Head]) -> tuple[Head, ...]
     if len(heads) == 1 and heads[0].labels and parent_image(config.output) is not None:
         beside.add(heads[0].name)
     return tuple(replace(h, channel_axis=None) if h.name in beside and h.out_channels == 1 else h for h in heads)
+
+
+def _is_answer(config: RunConfig, output: torch.Tensor) -> bool:
+    """Return whether an output is one answer per patch, `(1, C, 1, 1)`, of patches that are larger."""
+    return math.prod(output.shape[2:]) == 1 < math.prod(config.patch_size)
 
 
 def _context(geometry: Mapping[str, Geometry]) -> tuple[Ints, dict[str, Ints]]:
@@ -142,6 +154,8 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     axis = config.volume.channel_axis
     if axis is None and out_channels > 1:
         axis = "channel"
+    if out_channels == 1 and _is_answer(config, output):
+        axis = None  # a map of one answer per patch has the spatial axes only
     out_dtype = of_head(config.outputs.output_dtype, name, None) or out_dtype
     check_fits("output_fill", config.outputs.output_fill, out_dtype)
     position = loops if config.outputs.ome else config.volume.channel_position

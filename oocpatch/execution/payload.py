@@ -27,7 +27,7 @@ from oocpatch.execution.task_context import RunInputs
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
-from oocpatch.storage.paths import StoragePath
+from oocpatch.storage.paths import StoragePath, expand_home
 from oocpatch.volumes.alignment import Placement
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.sources import Source, open_source
@@ -140,12 +140,13 @@ def absolute_spec(spec: Any) -> Any:
     head, colon, name = spec.rpartition(":")
     kind = "numpy:" if head.startswith("numpy:") else ""
     if colon and head.endswith(".py"):
-        return f"{kind}{Path(head.removeprefix(kind)).absolute()}:{name}"
+        return f"{kind}{Path(expand_home(head.removeprefix(kind))).absolute()}:{name}"
     return _absolute(spec)
 
 
 def _absolute(path: Any) -> Any:
-    return str(Path(path).absolute()) if isinstance(path, (str, os.PathLike)) and Path(path).is_file() else path
+    file = Path(expand_home(path)) if isinstance(path, (str, os.PathLike)) else None
+    return str(file.absolute()) if file is not None and file.is_file() else path
 
 
 @contextlib.contextmanager

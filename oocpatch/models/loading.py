@@ -38,7 +38,7 @@ from oocpatch.models.onnx import load_onnx
 from oocpatch.models.predictor import resolve_device
 from oocpatch.models.torch_export import load_exported
 from oocpatch.models.wrappers import NumpyModel
-from oocpatch.storage.paths import spec_file
+from oocpatch.storage.paths import expand_home, spec_file
 
 _TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 _NUMPY = "numpy:"
@@ -198,7 +198,7 @@ def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
 def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) -> None:
     if not isinstance(model, nn.Module) or not model.state_dict():
         raise ValueError(f"weights need a module that has parameters, but {spec!r} has none; leave {weights!r} out")
-    file = pathlib.Path(weights)
+    file = pathlib.Path(expand_home(weights))
     if not file.is_file():
         raise ValueError(f"the weights file does not exist: {str(file.absolute())!r}; check the path")
     is_safe = file.suffix.lower() == ".safetensors"

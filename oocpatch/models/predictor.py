@@ -133,7 +133,11 @@ class Predictor:
             raise ValueError(f"the model must return dense tensors{which}, got a sparse one; return x.to_dense()")
         if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape:
             expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
-            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}")
+            advice = ""
+            if result.ndim == 2 and result.shape[0] == inputs.shape[0] and result.shape[1]:  # one answer per patch
+                ones = ", None" * (inputs.ndim - 2)
+                advice = f"; for one answer per patch return answer[:, :{ones}], or expand it to the patch"
+            raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}{advice}")
         if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
             result = result.to(torch.float32)
         if result.is_complex():

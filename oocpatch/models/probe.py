@@ -163,7 +163,10 @@ def measure(
     geometries = {}
     for name, shape in shapes.items():
         pairs = list(zip(patch, shape, strict=True))
-        if second is None:
+        axes: list[tuple[Scale, int] | None]
+        if all(m == 1 for m in shape) and (second is None or all(m == 1 for m in second[1][name])):
+            axes = [((1, n), 0) for n in patch]  # one answer per patch, whatever its size
+        elif second is None:
             axes = [_simple(n, m) for n, m in pairs]
         else:
             axes = [
@@ -175,7 +178,8 @@ def measure(
             larger_text = "" if second is None else f", and {second[1][name]} for {second[0]}"
             raise ValueError(
                 f"the model's output {name!r} must be a multiple or a fraction of its input, or smaller by a border, "
-                f"got {shape} for patches of {patch}{larger_text}; try patches whose sides are multiples of 32"
+                f"got {shape} for patches of {patch}{larger_text}; try patches whose sides are multiples of 32, or "
+                "expand an answer that does not grow with the patch to the patch's size"
             )
         geometries[name] = Geometry(tuple(s for s, _ in known), tuple(b for _, b in known))
     return geometries

@@ -24,6 +24,7 @@ __all__ = [
     "check_is_zarr",
     "consolidate",
     "describe_error",
+    "expand_home",
     "local_or_url",
     "local_path",
     "output_path",
@@ -32,6 +33,10 @@ __all__ = [
     "spec_file",
     "storage_path",
 ]
+
+
+ARCHIVES = (".zip", ".ozx")
+"""Suffixes of zip files, which are read only."""
 
 
 def remove_trees(paths: Sequence[StoragePath]) -> None:
@@ -68,14 +73,23 @@ def path_of(store: Store) -> StoragePath | None:
 
 
 def local_or_url(address: str | os.PathLike[str]) -> LocalPath | str:
-    """Return a local path as `LocalPath`, and any other URL as it is.
+    """Return a local path as `LocalPath`, and any other URL as it is; a leading `~` is the home directory.
 
     `file://` is taken for the path it names: through fsspec it would be written in place, and torn by a crash.
     """
     text = os.fspath(address)
     if text.startswith("file://"):
         return LocalPath(text.removeprefix("file://"))
-    return text if "://" in text else LocalPath(text)
+    return text if "://" in text else LocalPath(expand_home(text))
+
+
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """Return a path with the home directory for a leading `~`; unchanged where there is no such user.
+
+    >>> expand_home("~/scan.zarr") == str(pathlib.Path.home() / "scan.zarr"), expand_home("a~/b")
+    (True, 'a~/b')
+    """
+    return os.path.expanduser(path)  # noqa: PTH111 - pathlib raises for names such as `~draft.zarr`
 
 
 def local_path(name: str, value: str | os.PathLike[str]) -> LocalPath:
@@ -89,6 +103,11 @@ def local_path(name: str, value: str | os.PathLike[str]) -> LocalPath:
     address = local_or_url(value)
     if isinstance(address, str):
         raise ValueError(f"{name} must be a path on a local or shared file system, got {address}")
+    if name in ("output", "store") and address.suffix.lower() in ARCHIVES and not address.is_dir():
+        raise ValueError(
+            f"{name} must be a directory, since a zip file cannot be written in parts, got {address}; write "
+            f"{address.stem.removesuffix('.zarr')}.zarr and zip it"
+        )
     return address.absolute()
 
 
@@ -138,7 +157,7 @@ def spec_file(path: str, spec: str) -> pathlib.Path:
     Raises:
         ValueError: when it is not there.
     """
-    file = pathlib.Path(path)
+    file = pathlib.Path(expand_home(path))
     if not file.is_file():
         raise ValueError(f"the file of model spec {spec!r} does not exist: {str(file.absolute())!r}; check the path")
     return file

@@ -24,7 +24,7 @@ from zarr.storage import LocalStore
 
 from oocpatch.outputs.ome_zarr import axis_transform
 from oocpatch.outputs.record import array_path
-from oocpatch.storage.paths import LocalPath
+from oocpatch.storage.paths import LocalPath, expand_home
 from oocpatch.visualization import colormaps
 from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
 from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
@@ -103,7 +103,8 @@ def _layer(name: str, address: Any, source: DisplaySource, kind: str) -> Layer:
     if str(volume.dtype) not in DTYPES:
         raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {volume.dtype}")
     place = None
-    if isinstance(address, (str, os.PathLike)) and parse_address(str(address)) is None and Path(address).is_dir():
+    address = expand_home(address) if isinstance(address, (str, os.PathLike)) else address
+    if isinstance(address, str) and parse_address(str(address)) is None and Path(address).is_dir():
         place = _place(Path(address), source)
     if place is None:
         raise ValueError(

@@ -91,8 +91,10 @@ def resolve_axes(
         if len(requested) != ndim:
             raise ValueError(f"axes must name each of the {ndim} axes of the volume, got {axes!r}")
         Axes(requested)  # an error must name the user's axes, not those of the array
-        return Axes(own or requested, requested)
+        return Axes(own if own is not None and len(set(own)) == len(own) else requested, requested)
     if own is not None:
+        if len(set(own)) < len(own):
+            raise ValueError(f"axes must be given for a volume that names its axes {', '.join(own)}")
         return Axes(own, roles or ())
     if ndim not in DEFAULTS:
         raise ValueError(f"axes must be given for a volume of {ndim} axes (for example axes='tczyx')")

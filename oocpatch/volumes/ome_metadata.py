@@ -1,12 +1,13 @@
-"""Metadata of OME-Zarr (NGFF 0.4 and 0.5): axes, levels of a pyramid, units and the coordinates they define.
+"""Metadata of OME-Zarr (NGFF 0.4 to 0.6): axes, levels of a pyramid, units and the coordinates they define.
 
-Metadata are read from plain dicts; no array is read. In 0.4 they are the attributes of a group, in 0.5 its attribute
-`ome`.
+Metadata are read from plain dicts; no array is read. In 0.4 they are the attributes of a group, from 0.5 on its
+attribute `ome`. In 0.6 a coordinate system has the axes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class Multiscale:
     levels: tuple[OmeLevel, ...]
     name: str = ""
 
-    def find(self, level: int | str, shapes: Sequence[Sequence[int]], address: str) -> OmeLevel:
+    def find(self, level: int | str, shapes: Sequence[Sequence[int] | None], address: str) -> OmeLevel:
         """Return a level by its path, or by its number, which counts from the end if negative.
 
         Raises:
@@ -109,11 +110,14 @@ class Multiscale:
             if isinstance(level, str):
                 return next(item for item in self.levels if item.path == level)
             return self.levels[level]
-        listed = ", ".join(
-            f"{number} ({item.path}: {' x '.join(map(str, shape))})"
+        raise ValueError(f"level must be one of those of {address}, {self.listed(shapes)}; got {level!r}")
+
+    def listed(self, shapes: Sequence[Sequence[int] | None]) -> str:
+        """Return the numbers, paths and shapes of the levels; None is the shape of one that is missing."""
+        return ", ".join(
+            f"{number} ({item.path}: {'is missing' if shape is None else ' x '.join(map(str, shape))})"
             for number, (item, shape) in enumerate(zip(self.levels, shapes, strict=True))
         )
-        raise ValueError(f"level must be one of those of {address}, {listed}; got {level!r}")
 
     def roles(self) -> tuple[str, ...]:
         """Return the role of each axis: `c` for channels, `t` for time, the name for all others."""
@@ -150,22 +154,49 @@ def ome_attributes(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return ome if isinstance(ome, Mapping) else {}
 
 
-def read_multiscale(attributes: Mapping[str, Any], address: str) -> Multiscale | None:
-    """Return the first image that the attributes of a group describe, or None.
+def read_multiscales(attributes: Mapping[str, Any], address: str) -> list[Multiscale]:
+    """Return the images that the attributes of a group describe, mostly one or none.
 
     Raises:
         ValueError: if the metadata are invalid.
     """
-    multiscales = ome_attributes(attributes).get("multiscales")
-    if not multiscales:
-        return None
+    ome = ome_attributes(attributes)
     try:
-        return _parse(multiscales[0])
+        return [_parse(multiscale) for multiscale in ome.get("multiscales") or ()]
     except Exception as error:
-        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {error_line(error)}") from error
+        version = f" (version {ome['version']})" if "version" in ome else ""
+        raise ValueError(f"OME-Zarr metadata of {address}{version} cannot be read: {error_line(error)}") from error
+
+
+def choose_multiscale(
+    multiscales: Sequence[Multiscale], level: int | str, address: str
+) -> tuple[Multiscale, int | str]:
+    """Return an image of a group, and the level in it.
+
+    The first image is taken, with a warning if there are several; `level` may be the path of a level of another one, or
+    its name, for its level 0.
+    """
+    if isinstance(level, str):
+        for multiscale in multiscales:
+            if any(item.path == level for item in multiscale.levels):
+                return multiscale, level
+        for multiscale in multiscales:
+            if level and multiscale.name == level:
+                return multiscale, 0
+    if len(multiscales) > 1:
+        images = [f"{m.name or 'without a name'} ({', '.join(item.path for item in m.levels)})" for m in multiscales]
+        warnings.warn(
+            f"{address} holds {len(images)} images; the first of them was opened: {'; '.join(images)}. "
+            "Pass level= with the path of a level, or the name, to open another one",
+            stacklevel=2,
+        )
+    return multiscales[0], level
 
 
 def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
+    systems = multiscale.get("coordinateSystems")
+    if systems:
+        return _parse_systems(multiscale, systems)
     axes = tuple(_axis(axis) for axis in multiscale.get("axes", ()))
     common = _transforms(multiscale.get("coordinateTransformations"), len(axes))
     levels = []
@@ -179,6 +210,60 @@ def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
     if not levels:
         raise ValueError("the pyramid has no levels")
     return Multiscale(axes, tuple(levels), str(multiscale.get("name") or ""))
+
+
+def _parse_systems(multiscale: Mapping[str, Any], systems: Sequence[Mapping[str, Any]]) -> Multiscale:
+    """Parse an image of version 0.6: its levels lie in one coordinate system, which has the axes.
+
+    Transformations of the image lead from that system to others, and do not apply.
+    """
+    by_name = {str(system["name"]): system for system in systems}
+    levels: list[OmeLevel] = []
+    names: list[str] = []
+    for dataset in multiscale["datasets"]:
+        transformations: Sequence[Mapping[str, Any]] = dataset.get("coordinateTransformations") or ()
+        if len(transformations) != 1:
+            raise ValueError(f"a level must have one transformation, got {len(transformations)}")
+        output = transformations[0].get("output")
+        names.append(str(output.get("name") if isinstance(output, Mapping) else output))
+        if names[-1] not in by_name or names[-1] != names[0]:
+            raise ValueError(f"all levels must lie in one of the coordinate systems {list(by_name)}, got {names[-1]!r}")
+        ndim = len(by_name[names[0]]["axes"])
+        scale, start = _composed(transformations[0], (1.0,) * ndim, (0.0,) * ndim)
+        levels.append(OmeLevel(str(dataset["path"]).strip("/"), scale, start))
+    if not levels:
+        raise ValueError("the pyramid has no levels")
+    axes = tuple(_axis(axis) for axis in by_name[names[0]]["axes"])
+    return Multiscale(axes, tuple(levels), str(multiscale.get("name") or ""))
+
+
+def _composed(
+    transformation: Mapping[str, Any], scale: tuple[float, ...], start: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return scale and translation after another transformation.
+
+    >>> steps = [{"type": "scale", "scale": [2.0]}, {"type": "translation", "translation": [3.0]}]
+    >>> _composed({"type": "sequence", "transformations": steps}, (1.0,), (0.0,))
+    ((2.0,), (3.0,))
+    """
+    kind = str(transformation.get("type"))
+    if kind == "sequence":
+        for step in transformation["transformations"]:
+            scale, start = _composed(step, scale, start)
+        return scale, start
+    if kind == "identity":
+        return scale, start
+    if kind not in ("scale", "translation") or kind not in transformation:
+        raise ValueError(f"a level must be scaled and translated, got a transformation of type {kind!r}")
+    numbers = tuple(float(v) for v in transformation[kind])
+    if len(numbers) != len(scale):
+        raise ValueError(f"{kind} must have one value per axis, got {numbers} for {len(scale)} axes")
+    if kind == "translation":
+        return scale, tuple(a + b for a, b in zip(start, numbers, strict=True))
+    return (
+        tuple(a * b for a, b in zip(scale, numbers, strict=True)),
+        tuple(a * b for a, b in zip(start, numbers, strict=True)),
+    )
 
 
 def _axis(axis: Any) -> OmeAxis:
@@ -222,22 +307,32 @@ def channel_display(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def images_inside(group: zarr.Group) -> list[str]:
     """Return the paths of the images in a group that is a plate, a well, a series or a list of labels.
 
-    Only metadata that list images are read: a plate with thousands of wells is not walked through.
+    Only metadata that list images are read: a plate with thousands of wells is not walked through. Of the first wells,
+    those that are missing are left out.
     """
     return list(dict.fromkeys(_image_paths(group, ome_attributes(dict(group.attrs)))))
 
 
 def _image_paths(group: zarr.Group, ome: Mapping[str, Any]) -> Iterator[str]:
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        for path in ome.get("labels") or ():
-            yield str(path)
-        for image in (ome.get("well") or {}).get("images") or ():
-            yield str(image["path"])
+        yield from map(str, ome.get("labels") or ())
+        yield from _fields(ome)
         wells = [str(well["path"]) for well in (ome.get("plate") or {}).get("wells") or ()]
-        for well in wells[:4]:
-            inner = ome_attributes(dict(group[well].attrs))
-            yield from (f"{well}/{image['path']}" for image in inner["well"]["images"])
-        yield from (f"{well}/0" for well in wells[4:])
+        shown = 0
+        for number, well in enumerate(wells):
+            if shown == 4:
+                yield from (f"{other}/0" for other in wells[number:])
+                break
+            with contextlib.suppress(KeyError, TypeError, AttributeError, OSError, ValueError):
+                fields = list(_fields(ome_attributes(dict(group[well].attrs))))
+                shown += 1
+                yield from (f"{well}/{field}" for field in fields)
         if "bioformats2raw.layout" in ome or "OME" in group:
             series = ome_attributes(dict(group["OME"].attrs)).get("series") if "OME" in group else None
             yield from map(str, series or sorted(filter(str.isdecimal, group.group_keys()), key=int))
+
+
+def _fields(ome: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paths of the images of a well."""
+    for image in (ome.get("well") or {}).get("images") or ():
+        yield str(image["path"])

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
 from oocpatch.storage.unit_tags import UNKNOWN, StoredUnits, WholeFiles, units_of
+from oocpatch.storage.zip_store import ArchiveStore, root_of, split_archive
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.cf_decoding import (
     DECODED,
@@ -41,7 +42,13 @@ from oocpatch.volumes.cf_decoding import (
 )
 from oocpatch.volumes.dask_blocks import check_declared, load_blocks, refuse_masked
 from oocpatch.volumes.formats.spec import ALL_SUFFIXES, FileReader, FileSpec, open_file, parse_address
-from oocpatch.volumes.ome_metadata import Multiscale, channel_display, images_inside, read_multiscale
+from oocpatch.volumes.ome_metadata import (
+    Multiscale,
+    channel_display,
+    choose_multiscale,
+    images_inside,
+    read_multiscales,
+)
 
 TAGGED = 4096
 """Stored units whose tags are read at a time."""
@@ -132,33 +139,46 @@ def open_source(source: Any, level: int | str = 0) -> Source:
         address = local_or_url(source)
         if (spec := parse_address(address)) is not None:
             return _from_file(spec if level == 0 else parse_address(f"{address}::level={level}") or spec)
-        source = _open_zarr(address)
+        source = open_zarr(address)
     if isinstance(source, zarr.Group):
         root = path_of(source.store)
         return _from_group(source, str(source.store_path if root is None else root / source.path), level)
     if level != 0 and not isinstance(source, xarray.DataTree):
         raise ValueError(f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r}")
-    if isinstance(source, zarr.Array):
-        return _from_zarr(source)
+    return _from_zarr(source) if isinstance(source, zarr.Array) else _from_array(source, level)
+
+
+def _from_array(source: Any, level: int | str) -> Source:
+    """Return the source of an array of xarray, numpy, torch or dask."""
     if isinstance(source, xarray.DataTree | xarray.Dataset | xarray.DataArray):
         return _from_labelled(source, level)
     if isinstance(source, np.ndarray):
         return _from_numpy(refuse_masked(source))
+    if type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach"):
+        return _from_numpy(_tensor_values(source))
     if hasattr(source, "dask") and hasattr(source, "chunksize"):
         return _from_dask(source)
     raise TypeError(
-        "volume must be a path, a URL, a zarr.Array, an xarray.DataArray, a dask or a numpy array, "
+        "volume must be a path, a URL, a zarr.Array, an xarray.DataArray, a dask or a numpy array, or a torch.Tensor, "
         f"got {type(source).__name__}"
     )
 
 
-def _open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
-    """Open a Zarr array or group to read."""
-    if isinstance(address, Path) and not address.exists():
+def open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
+    """Open a Zarr array or group to read, in a directory, a zip file, or behind a URL.
+
+    Raises:
+        ValueError: if there is none; the message names the address and what it may be.
+    """
+    archive = split_archive(LocalPath(address)) if isinstance(address, Path) else None
+    if archive is None and isinstance(address, Path) and not address.exists():
         raise ValueError(f"volume not found: {address} does not exist")
     if isinstance(address, str) and (scheme_of(address) in BUCKETS or (scheme_of(address) in WEB and installed())):
         return _in_object_store(ObjectPath.of(address))
     try:
+        if archive is not None:
+            store, inside = ArchiveStore(archive[0]), [root_of(archive[0]), archive[1]]
+            return zarr.open(store, path="/".join(filter(None, inside)), mode="r")
         return zarr.open(address.absolute() if isinstance(address, Path) else address, mode="r")
     except Exception as error:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error_line(error)})"
@@ -218,8 +238,8 @@ def _from_file(spec: FileSpec) -> Source:
 def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     """Return the source of a level of an OME-Zarr, else of the only array that is not a coordinate."""
     attributes: dict[str, Any] = dict(group.attrs)
-    if (multiscale := read_multiscale(attributes, address)) is not None:
-        return _from_ome(group, multiscale, address, level)
+    if multiscales := read_multiscales(attributes, address):
+        return _from_ome(group, multiscales, address, level)
     try:
         arrays = dict(group.arrays())
     except Exception as error:
@@ -230,6 +250,8 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     candidates = {k: a for k, a in arrays.items() if k not in names}
     candidates = candidates if len(candidates) == 1 else {k: a for k, a in candidates.items() if a.ndim >= 2}
     if not candidates and (images := images_inside(group)):
+        if len(images) == 1 and isinstance(image := _node(group, images[0]), zarr.Group):
+            return _from_group(image, f"{address.rstrip('/')}/{images[0]}", level)
         listed = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
         raise ValueError(
             f"volume must be one image, but {address} holds {len(images)}; pass the path of one of them, "
@@ -243,6 +265,8 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
             f"level must be 0 unless the volume is an OME-Zarr or a file with levels, got {level!r} for {address}"
         )
     array = next(iter(candidates.values()))
+    if not isinstance(_node(group, array.basename), zarr.Array):
+        raise ValueError(f"volume cannot be read: {address} lists the array {array.basename!r}, which is missing")
     coords = {}
     for n, size in zip(_dimension_names(array) or (), array.shape, strict=False):
         if n in arrays and arrays[n].shape == (size,):
@@ -250,21 +274,29 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     return _from_zarr(array, coords=coords)
 
 
-def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: int | str) -> Source:
-    """Return the source of a level of an image."""
-    try:
-        nodes = [group[item.path] for item in multiscale.levels]
-    except Exception as error:
-        raise ValueError(f"OME-Zarr metadata of {address} cannot be read: {error_line(error)}") from error
-    arrays = [node for node in nodes if isinstance(node, zarr.Array)]
-    shapes = [array.shape for array in arrays]
+def _from_ome(group: zarr.Group, multiscales: Sequence[Multiscale], address: str, level: int | str) -> Source:
+    """Return the source of a level of an image; a group may have several images.
+
+    Raises:
+        ValueError: if there is no such level, or its array is missing; the message lists those that are there.
+    """
+    multiscale, level = choose_multiscale(multiscales, level, address)
+    arrays = [_node(group, item.path) for item in multiscale.levels]
+    sizes = [array.shape if isinstance(array, zarr.Array) else None for array in arrays]
+    if not any(sizes):
+        raise ValueError(f"OME-Zarr metadata of {address} list no level that is there: {multiscale.listed(sizes)}")
+    chosen = multiscale.find(level, sizes, address)
+    array = arrays[multiscale.levels.index(chosen)]
     axes = tuple(axis.name for axis in multiscale.axes)
-    if len(arrays) != len(nodes) or any(axes and len(axes) != len(shape) for shape in shapes):
+    if not isinstance(array, zarr.Array):
+        raise ValueError(
+            f"level must be one that is there, but the array of level {level!r} of {address} is missing: "
+            f"{multiscale.listed(sizes)}"
+        )
+    if axes and len(axes) != array.ndim:
         raise ValueError(
             f"OME-Zarr metadata of {address} must name one axis per dimension of its arrays, got {list(axes)}"
         )
-    chosen = multiscale.find(level, shapes, address)
-    array = arrays[multiscale.levels.index(chosen)]
     if not axes:  # metadata before 0.4
         return _from_zarr(array)
     coords, image = multiscale.coords(chosen, array.shape), replace(multiscale, levels=(chosen,))
@@ -272,6 +304,17 @@ def _from_ome(group: zarr.Group, multiscale: Multiscale, address: str, level: in
     if channel is not None and len(display) == array.shape[channel]:
         coords[axes[channel]] = xarray.Variable((axes[channel],), list(display))
     return _from_zarr(array, names=axes, coords=coords, roles=multiscale.roles(), image=image, display=display)
+
+
+def _node(group: zarr.Group, path: str) -> zarr.Array[Any] | zarr.Group | None:
+    """Return a member of a group, or None if it is missing or cannot be read.
+
+    It is opened by itself: consolidated metadata may list what is not there any more.
+    """
+    try:
+        return zarr.open(group.store, path=f"{group.path}/{path}".strip("/"), mode="r", use_consolidated=False)
+    except Exception:  # noqa: BLE001 - whatever is wrong with one member, the others can be read
+        return None
 
 
 def _dimension_names(array: zarr.Array[Any]) -> tuple[str | None, ...] | None:
@@ -285,16 +328,20 @@ def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
     array = _current(array)
     root = path_of(array.store)
     location = (root / array.path).resolve() if root is not None else None
+    units = units_of(array)
+    if isinstance(array.store, ArchiveStore):
+        location = LocalPath(array.store.path)
+        units = WholeFiles((str(array.store.path),), array.path, array.shape)
     source = Source(
         shape=array.shape,
         dtype=array.dtype,
         chunks=array.chunks,
         names=_dimension_names(array),
         load=functools.partial(_load, array),
-        units=units_of(array),
+        units=units,
         location=location,
         array=array,
-        files=location if isinstance(location, LocalPath) else None,
+        files=location if isinstance(array.store, LocalStore) and isinstance(location, LocalPath) else None,
         attrs={k: v for k, v in array.attrs.asdict().items() if k not in {"_ARRAY_DIMENSIONS", "coordinates"}},
     )
     packing = zarr_decoding(array, is_named=bool(source.names), is_image="image" in others)
@@ -408,6 +455,21 @@ def _from_numpy(array: npt.NDArray[Any]) -> Source:
         load=functools.partial(_load, array),
         chunked=False,
     )
+
+
+def _tensor_values(tensor: Any) -> npt.NDArray[Any]:
+    """Return the values of a torch tensor, which are shared where they are in memory and numpy has the dtype.
+
+    Raises:
+        TypeError: if it is no dense tensor with values.
+    """
+    if "strided" not in str(tensor.layout) or tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"a tensor must be dense and have values, got {tensor.layout} on {tensor.device}")
+    tensor = tensor.detach().cpu().resolve_neg()
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError:  # bfloat16 and float8, all of whose values float32 has
+        return np.asarray(tensor.float().numpy())
 
 
 def _from_dask(array: Any) -> Source:

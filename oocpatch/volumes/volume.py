@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.paths import StoragePath
-from oocpatch.storage.unit_tags import TagReader, Tags, UnitStamps
+from oocpatch.storage.unit_tags import TagReader, Tags, UnitStamps, WholeFiles
 from oocpatch.storage.zarrs_codec import ZarrsArray
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
@@ -36,7 +37,7 @@ class Volume:
 
     Args:
         source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array,
-            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file.
+            `torch.Tensor`, or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file.
         axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
             else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
         level: level of an OME-Zarr's pyramid by its number (0: the finest) or its path in the group.
@@ -55,9 +56,10 @@ class Volume:
 
     def __init__(self, source: Any, axes: str | Sequence[str] | Axes | None = None, level: int | str = 0) -> None:
         self.source: Source = source if isinstance(source, Source) else open_source(source, level)
-        data = self.source
         if not isinstance(axes, Axes):
-            axes = resolve_axes(axes, data.names, len(data.shape), data.roles)
+            self.source = _renamed(self.source, axes)
+            axes = resolve_axes(axes, self.source.names, len(self.source.shape), self.source.roles)
+        data = self.source
         self.axes: Axes = axes
         self.chunk_reader: PlainArray | ZarrsArray | None = None  # see `for_run`
         self._tag_reader: TagReader | None = None
@@ -284,6 +286,19 @@ class Volume:
             return None
         target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
         return target if isinstance(self.chunk_reader, PlainArray) or target.flags.c_contiguous else None
+
+
+def _renamed(source: Source, axes: str | Sequence[str] | None) -> Source:
+    """Return a source whose file has other names of axes than the user gave with the names that were given.
+
+    Axes that had other names lose their coordinates, which would be those of another axis.
+    """
+    names = None if axes is None else tuple(str(n) for n in axes)
+    is_file = source.array is None and source.names is not None and isinstance(source.units, WholeFiles)
+    if names is None or not is_file or len(names) != len(source.shape) or names == source.names:
+        return source
+    same = {name for name, own in zip(names, source.names or (), strict=True) if name == own}
+    return replace(source, names=names, coords={k: v for k, v in source.coords.items() if k in same}, roles=None)
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

@@ -20,8 +20,8 @@ from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
 from oocpatch.storage.paths import local_or_url
-from oocpatch.volumes.ome_metadata import read_multiscale
-from oocpatch.volumes.sources import DISPLAY, Source, open_source
+from oocpatch.volumes.ome_metadata import read_multiscales
+from oocpatch.volumes.sources import DISPLAY, Source, open_source, open_zarr
 
 
 class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray exports it without a type
@@ -39,7 +39,7 @@ class LazyLevel(BackendArray):  # type: ignore[misc,unused-ignore] # xarray expo
 class OmeZarrBackend(BackendEntrypoint):
     """Backend for OME-Zarr images: `open_datatree` opens all levels, `open_dataset` one of them."""
 
-    description = "Open OME-Zarr images (NGFF 0.4 and 0.5), with coordinates from their scales"
+    description = "Open OME-Zarr images (NGFF 0.4 to 0.6), with coordinates from their scales"
     open_dataset_parameters = ("filename_or_obj", "drop_variables", "level")
     supports_groups = True
 
@@ -83,14 +83,16 @@ class OmeZarrBackend(BackendEntrypoint):
             address = local_or_url(address)
         if isinstance(address, Path) and not address.exists():
             raise FileNotFoundError(f"{address} does not exist")
-        node = zarr.open(address, mode="r")
-        multiscale = None if isinstance(node, zarr.Array) else read_multiscale(dict(node.attrs), str(address))
-        if multiscale is None:
+        node = open_zarr(address) if isinstance(address, (Path, str)) else zarr.open(address, mode="r")
+        multiscales = [] if isinstance(node, zarr.Array) else read_multiscales(dict(node.attrs), str(address))
+        if not multiscales:
             open_source(address)  # its error names what is there instead
             raise ValueError(f"engine 'oocpatch' opens OME-Zarr images, but {address} is another kind of Zarr")
+        multiscale = multiscales[0]
         root = xarray.Dataset(attrs={"name": multiscale.name} if multiscale.name else {})
         levels = {
             f"/scale{number}": self.open_dataset(filename_or_obj, drop_variables=drop_variables, level=number)
-            for number in range(len(multiscale.levels))
+            for number, level in enumerate(multiscale.levels)
+            if isinstance(node, zarr.Group) and level.path in node  # others are listed and missing
         }
         return {"/": root, **levels}

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import xarray
 import zarr
 
+from oocpatch.volumes.axes import DEFAULTS
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 from oocpatch.volumes.formats.tiff_parts import check_complete
 from oocpatch.volumes.ome_metadata import coordinate
@@ -62,11 +63,17 @@ class TiffFile:
 
 
 def axis_names(axes: str) -> tuple[str, ...]:
-    """Translate tifffile's axes: samples are channels if there are no others, unknown axes are planes.
+    """Translate tifffile's axes: samples are channels if there are no others, an unknown axis is that of planes.
+
+    Several unknown axes have the default names of arrays.
 
     >>> axis_names("TZCYX"), axis_names("YXS"), axis_names("IYX"), axis_names("QZYX")
     (('t', 'z', 'c', 'y', 'x'), ('y', 'x', 'c'), ('z', 'y', 'x'), ('q', 'z', 'y', 'x'))
+    >>> axis_names("QQYX"), axis_names("QQQYX")
+    (('c', 'z', 'y', 'x'), ('t', 'c', 'z', 'y', 'x'))
     """
+    if axes[:-2].strip("QI") == "" and len(axes) > 3:  # no names at all
+        return tuple(DEFAULTS.get(len(axes), axes.lower()))
     names = [a.lower() for a in axes]
     if "c" not in names:
         names = ["c" if a == "s" else a for a in names]
