@@ -29,6 +29,7 @@ class Fingerprint(NamedTuple):
 def model_fingerprint(model: object, *, sources: bool = True) -> str:
     """Return the digest of a model's fingerprint; see `read_fingerprint`.
 
+    >>> from torch import nn
     >>> model_fingerprint(nn.Softplus(1.0)) == model_fingerprint(nn.Softplus(2.0))
     False
     """
@@ -48,8 +49,8 @@ def read_fingerprint(model: object, *, sources: bool = True) -> Fingerprint:
             from its bytecode, so that processes agree of which not all have the source. State and files are then those
             of the moment.
 
-    >>> read_fingerprint(functools.partial(max, key=(letter for letter in "ab"))).unread
-    ("model.keywords['key']",)
+    >>> read_fingerprint([1, {"letters": (letter for letter in "ab")}]).unread
+    ("model[1]['letters']",)
     """
     survey = Survey(model, sources=sources)
     walk = _Walk(survey.state if sources else (), survey.names, sources=sources)
