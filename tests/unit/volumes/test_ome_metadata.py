@@ -97,8 +97,8 @@ def test_predict_reads_the_level_and_another_level_is_another_run(tmp_path):
     path = write_image(tmp_path / "image.zarr", "0.5")
     settings = {"patch_size": 3, "overlap_mode": "crop", "output_format": "zarr"}
     result = oocpatch.predict(path, torch.nn.Identity(), tmp_path / "out.zarr", level=1, **settings)
-    assert_array_equal(result, np.moveaxis(LEVELS[1], 1, 0))
-    assert result.dims == ("stain", "t", "y", "x")
+    assert_array_equal(result, LEVELS[1])
+    assert result.dims == ("t", "stain", "y", "x")
     assert result["x"].attrs == {"units": "micrometer"}
     with pytest.raises(oocpatch.RunMismatch, match="volume"):
         oocpatch.predict(path, torch.nn.Identity(), tmp_path / "out.zarr", level=0, **settings)
