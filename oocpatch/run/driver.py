@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputExists
+from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
@@ -67,7 +67,10 @@ def _is_of_original(workspace: Workspace, output: StoragePath, record: OutputRec
 
 def discard_workspace(config: RunConfig, record: OutputRecord) -> None:
     """Delete what the run of an output left in its workspace, unless it is that of another output."""
-    workspace = Workspace.find(workspace_root(record))
+    try:
+        workspace = Workspace.find(workspace_root(record))
+    except RunMismatch:  # of another version, which shared workspaces with no copy
+        workspace = None
     if workspace is None or not _is_of_original(workspace, config.output, record):
         remove_workspace(workspace_root(record))
 
