@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from oocpatch.configuration.options import OPTIONS
+from oocpatch.planning.choices import WORKS
 
 
 def size(value: Any) -> int | tuple[int, ...] | dict[str, int]:
@@ -115,6 +116,11 @@ def number(value: str | float) -> int | float:
     raise click.BadParameter(f"expected a number, got {value!r}.")
 
 
+def work(value: str | float) -> float | str:
+    """Read `light`, `heavy` or a number of operations."""
+    return value if value in WORKS else number(value)
+
+
 def names(value: Any) -> Any:
     """Read names of axes: `zyx`, or a list of them."""
     return value if isinstance(value, str) else tuple(value)
@@ -149,6 +155,7 @@ READERS: dict[str, Any] = {
     "part": part,
     "json": json_or_text,
     "number": number,
+    "work": work,
     "names": names,
 }
 

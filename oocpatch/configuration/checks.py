@@ -94,6 +94,10 @@ def _postprocess(_name: str, value: Any, _volume: Volume) -> Any:
     return arguments.per_head(value, check)
 
 
+def _work(_name: str, value: Any, _volume: Volume) -> float | str | None:
+    return None if value is None else arguments.checked_work(value)
+
+
 CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "augment": _augment,
     "batch_size": _batch_size,
@@ -117,6 +121,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "progress": _progress,
     "sizes": _sizes,
     "switch": lambda name, value, _: arguments.switch(name, value),
+    "work": _work,
 }
 """Checks by the names that fields give them."""
 

@@ -21,6 +21,7 @@ from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.preprocessing import NamedPreprocess
 from oocpatch.models.probe import Probe, probe_model
+from oocpatch.models.work import workload_of
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import is_metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
@@ -114,6 +115,8 @@ def _planned(config: RunConfig) -> Plan:
     core = None
     if config.limits.block_shape is not None:
         core = (*common_unit(outputs.heads)[: config.looped], *config.limits.block_shape)
+    transforms, device = len(config.pipeline.transforms), config.model.device
+    workload = workload_of(config.limits.work, probe, config.models, transforms=transforms, device=device)
     choice = choose(
         outputs.grid,
         sizes,
@@ -121,6 +124,7 @@ def _planned(config: RunConfig) -> Plan:
         max_disk=config.limits.max_disk,
         block_shape=core,
         workers=config.execution.threads,
+        workload=workload,
     )
     plan = Plan(
         parameters=config.parameters,
@@ -157,6 +161,8 @@ def _planned(config: RunConfig) -> Plan:
         skip_value=config.skip_value,
         output_fill=config.outputs.output_fill,
         allow_nonfinite=config.outputs.allow_nonfinite,
+        work=str(workload),
+        crash_limit=choice.crash_limit,
     )
     return with_pyramids(plan, config.limits.max_memory)
 
@@ -213,7 +219,7 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
         PlanTooLarge: when even one task at a time needs more memory than this call allows.
     """
     shared = plan.projected_memory - plan.concurrency * plan.task_memory
-    workers = config.execution.threads or plan.concurrency
+    workers = min(config.execution.threads or plan.concurrency, plan.most_concurrent or plan.blocks)
     while workers > 1 and shared + workers * plan.task_memory > config.limits.max_memory:
         workers -= 1
     needed = shared + workers * plan.task_memory

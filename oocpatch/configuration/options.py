@@ -145,12 +145,19 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on memory and disk, in bytes, and the unit of work."""
+    """Bounds on memory and disk, in bytes, and the unit of work, which follows from the work of a patch."""
 
     max_memory: int = option("auto", check="memory_limit", metavar="SIZE", help="Bound on the added memory: 2GiB.")
     max_disk: int | None = option(None, check="num_bytes", metavar="SIZE", help="Bound on the workspace.")
     block_shape: Ints | None = option(
         None, check="sizes", kind="size", metavar="SIZE", help="Voxels of one unit of work; default: planned."
+    )
+    work: float | str | None = option(
+        None,
+        check="work",
+        kind="work",
+        metavar="light|heavy|N",
+        help="Operations of the model for one patch, or whether they are few or many; default: counted.",
     )
 
 

@@ -1,6 +1,6 @@
 """The probe: one call of the model with a patch of zeros, before anything is planned.
 
-It shows the outputs, how their sizes follow from the patch's, and the memory that a call takes.
+It shows the outputs, how their sizes follow from the patch's, and the memory and the operations that a call takes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Probe:
         copies_input: whether the model must get copies of patches, because it writes to its input.
         aliased: names of the outputs that are the input's memory.
         bytes: memory that the call added at its peak, outputs included, input not.
+        operations: operations of one patch that torch can count, of all models and transforms.
+        ran_operators: whether the call ran any of torch's operators.
         least_batch: fewest patches that the model is called with: smaller batches are filled up.
     """
 
@@ -43,6 +45,8 @@ class Probe:
     copies_input: bool
     aliased: frozenset[str]
     bytes: int
+    operations: float = 0.0
+    ran_operators: bool = True
     least_batch: int = 1
 
     def model_bytes(self, batch: int) -> int:
@@ -90,13 +94,16 @@ def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: to
         raise ValueError(_rejection(channels, spatial, error, output_sizes)) from error
     cast = None if predictor.dtype == dtype else predictor.dtype
     memory = patch.untyped_storage().data_ptr()
+    least_batch = input_spec_of(predictor.model).least_batch
     return Probe(
         outputs,
         geometry=measure(spatial, _sizes(outputs, predictor.looped), output_sizes),
         copies_input=version(patch) != before or writes_unseen(predictor.model),
         aliased=frozenset(n for n, output in outputs.items() if output.untyped_storage().data_ptr() == memory),
         bytes=max(footprint.peak, 0 if cast is None else patch.numel() * cast.itemsize),
-        least_batch=input_spec_of(predictor.model).least_batch,
+        operations=footprint.operations / least_batch,
+        ran_operators=footprint.ran_operators,
+        least_batch=least_batch,
     )
 
 

@@ -18,7 +18,7 @@ import psutil
 from dask.utils import parse_bytes
 
 from oocpatch.planning.box import Ints, ceil_to
-from oocpatch.planning.choices import OVERLAP_MODES
+from oocpatch.planning.choices import OVERLAP_MODES, WORKS
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """File in which Linux states the memory limit of a container."""
@@ -107,6 +107,23 @@ def real_number(name: str, value: float) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = _plain_number(value)
     return number if isinstance(number, int) else float(number)
+
+
+def checked_work(value: float | str) -> float | str:
+    """Return the argument `work` of `predict`: a name, or a number of operations.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+
+    >>> checked_work("heavy"), checked_work(5e9)
+    ('heavy', 5000000000.0)
+    """
+    if isinstance(value, str) and value in WORKS:
+        return value
+    number = -1.0 if isinstance(value, str) else float(real_number("work", value))
+    if not 0 <= number < math.inf:
+        raise ValueError(f"work must be 'light', 'heavy' or a number of operations from 0 on, got {value!r}")
+    return number
 
 
 def switch(name: str, value: Any) -> bool:

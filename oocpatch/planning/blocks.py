@@ -36,6 +36,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
@@ -206,6 +207,11 @@ class BlockGrid:
         return math.prod(self.counts)
 
     @property
+    def patches_per_block(self) -> int:
+        """Number of patches of the block with most of them."""
+        return math.prod(map(_most_patches, self.axes))
+
+    @property
     def num_open(self) -> int:
         """Number of blocks that seams enter: those with a spilling block before them on some axis."""
         direct = math.prod(1 + sum(a.open(i) == 0 for i in range(1, a.count)) for a in self.axes)
@@ -265,6 +271,18 @@ def core_length(axis: GridAxis, requested: int, unit: int) -> int:
 def _is_block(rest: int, size: int, axis: GridAxis) -> bool:
     """Return whether a remainder is a core of its own instead of a part of its neighbour."""
     return rest >= max(axis.patch - 1, size // 2, 1)
+
+
+@lru_cache(maxsize=4096)  # block grids that a planner compares share their axes
+def _most_patches(axis: BlockAxis) -> int:
+    """Return the number of patches of the core with most of them: one of the last two, or of a period of the others.
+
+    >>> _most_patches(BlockAxis(GridAxis(40, 4, 1), size=8, crop=False, step=4))
+    3
+    """
+    count = axis.count
+    period = axis.grid.stride // math.gcd(axis.grid.stride, axis.size)
+    return max(len(axis.patches(i)) for i in {*range(min(count, period + 1)), max(0, count - 2), count - 1})
 
 
 def sweep_step(axis: GridAxis, unit: int) -> int:

@@ -63,6 +63,8 @@ class Plan:
         skip_value: value of patches to skip that hold nothing else; None: none is skipped for its values.
         output_fill: value of voxels that no patch covers.
         allow_nonfinite: keep NaN and infinity instead of failing the block.
+        work: the model's work for one patch, in words.
+        crash_limit: number of patches that a crash of a process should not exceed; None: the model is light.
     """
 
     parameters: Mapping[str, Any]
@@ -100,6 +102,8 @@ class Plan:
     skip_value: float | None = None
     output_fill: float = 0
     allow_nonfinite: bool = False
+    work: str = ""
+    crash_limit: int | None = None
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -156,6 +160,16 @@ class Plan:
     def blocks(self) -> int:
         return self.block_grid.num_blocks
 
+    @cached_property
+    def patches_per_block(self) -> int:
+        """Number of patches of the block with most of them: what a crash costs for each block that was at work."""
+        return self.block_grid.patches_per_block
+
+    @property
+    def most_concurrent(self) -> int | None:
+        """Blocks at a time in a process beyond which a crash costs more than it should; None: any number."""
+        return None if self.crash_limit is None else max(1, self.crash_limit // self.patches_per_block)
+
     def patches_in(self, blocks: Collection[int]) -> int:
         """Return the number of patches of many blocks, in a few bytes per block and without a `Block` of each."""
         indices = np.fromiter(blocks, np.int64, len(blocks))
@@ -177,8 +191,9 @@ class Plan:
         return digest({"format": FORMAT, "heads": [asdict(h) for h in self.heads], **values})
 
     def to_json(self) -> str:
-        """Return the plan as JSON, with the derived numbers `patches`, `blocks`, `block_shape` and `run_id`."""
-        derived = {name: getattr(self, name) for name in ("run_id", "patches", "blocks", "block_shape")}
+        """Return the plan as JSON, with derived numbers: patches, blocks, their shape and patches, and the run's id."""
+        names = ("run_id", "patches", "patches_per_block", "blocks", "block_shape")
+        derived = {name: getattr(self, name) for name in names}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
         record |= {name: json_number(record[name]) for name in ("fill", "output_fill")}
@@ -243,12 +258,21 @@ class Plan:
             "patches": f"{patches}, {modes}, batches of {self.batch_size}",
             **({"model": self.model_note} if self.model_note else {}),
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
+            "work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost(),
             **outputs,
             "memory": f"{human(self.projected_memory)} at most ({parts})",
             "disk": f"workspace {human(self.projected_disk)} at most",
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }
         return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+    def _crash_cost(self) -> str:
+        """Describe what a crash costs."""
+        lost = min(self.concurrency * self.patches_per_block, self.patches)
+        text = f"a crash costs at most {lost:,} patches per process"
+        if self.crash_limit is None or lost <= self.crash_limit:
+            return text
+        return f"{text} (smaller blocks than these need smaller patches or chunks, or spend too much on seams)"
 
 
 def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 Among the block shapes that fit the limits the planner takes the one with the least projected traffic. Seams are
 thinnest where a core is a multiple of the stride, and each chunk is decoded least often where cores and chunks meet;
-both show in the traffic, so that no rule for them is needed. The bytes of a result follow from the blocks; these depend
-on volume, grid and limits, and not on the number of workers or on timing.
+both show in the traffic, so that no rule for them is needed. If its blocks are much work for the model, it takes the
+cheapest of those that a crash may cost, or that come nearest to it. The bytes of a result follow from the blocks; these
+depend on volume, grid, limits and counted operations, and not on the number of workers or on timing.
 
 ```text
- grid --> block shapes x sweep axes --> x I/O strategies --> cheapest that fits --> tasks at a time
-          (about 12 lengths per axis)       (4 each)          (memory, disk)
+ grid --> block shapes x sweep axes --> x I/O strategies --> cheapest that fits --> smaller ones --> tasks at a time
+          (about 12 lengths per axis)       (4 each)          (memory, disk)        (heavy models)
 ```
 """
 
@@ -17,6 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.blocks import BlockGrid, core_length
@@ -26,6 +28,7 @@ from oocpatch.planning.heads import common_unit, crops
 from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Projection, io_threads, traffic
 from oocpatch.planning.plan import human
 from oocpatch.planning.sweep import Frame
+from oocpatch.planning.workload import BYTES_PER_SECOND, TASK_SECONDS, Workload, crash_limit
 
 WORK = 1 << 30
 """Voxels of patches that a block should not exceed: a crash costs a block, ten seconds on a GPU, minutes on a CPU."""
@@ -42,12 +45,16 @@ SINGLE_TASK = 1.06
 
 @dataclass(frozen=True, slots=True)
 class BlockChoice:
-    """The blocks of a run, the reads and writes of its tasks, the tasks at a time, and the projected needs."""
+    """The blocks of a run, the reads and writes of its tasks, the tasks at a time, and the projected needs.
+
+    `crash_limit` is the number of patches that a crash should not exceed; None: the model is light.
+    """
 
     blocks: BlockGrid
     io_strategy: IoStrategy
     concurrency: int
     projection: Projection
+    crash_limit: int | None = None
 
 
 def choose(
@@ -58,6 +65,7 @@ def choose(
     max_disk: int | None = None,
     block_shape: Ints | None = None,
     workers: int | None = None,
+    workload: Workload | None = None,
 ) -> BlockChoice:
     """Choose the blocks of a run.
 
@@ -67,7 +75,9 @@ def choose(
         max_memory: bytes that the run may add to its process.
         max_disk: bytes that the workspace may have; None: any number.
         block_shape: requested core, in voxels per axis; None: the planner chooses.
-        workers: requested number of concurrent tasks; there are fewer when memory is short.
+        workers: requested number of concurrent tasks; there are fewer when memory is short, or a crash would cost more
+            than it may.
+        workload: the model's work; None: none.
 
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and the parameters to change.
@@ -78,13 +88,18 @@ def choose(
         candidates = _with_io(grids, sizes, threads)
         best = _best(candidates, max_memory, max_disk)
         if best is not None:
+            limit = None
+            if workload is not None and block_shape is None and not workload.is_light(_lost(*best)):
+                limit = crash_limit(grid.num_patches)
+                best = _smaller(best, candidates, workload, max_memory, max_disk)
             candidate, concurrency = best
             blocks, projection = candidate.frame.blocks, candidate.projection
             if workers is None:
                 concurrency = min(concurrency, blocks.num_blocks)
             else:
-                concurrency = next((n for n in range(workers, 1, -1) if projection.memory(n) <= max_memory), 1)
-            return BlockChoice(blocks, candidate.io_strategy, concurrency, projection)
+                most = workers if limit is None else min(workers, limit // blocks.patches_per_block)
+                concurrency = next((n for n in range(most, 1, -1) if projection.memory(n) <= max_memory), 1)
+            return BlockChoice(blocks, candidate.io_strategy, concurrency, projection, limit)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
 
@@ -101,15 +116,58 @@ def _with_io(grids: list[BlockGrid], sizes: ByteSizes, threads: int) -> list[_Ca
     return candidates
 
 
-def _best(candidates: list[_Candidate], max_memory: int, max_disk: int | None) -> tuple[_Candidate, int] | None:
-    """Return the cheapest candidate that fits, and the number of tasks at a time; None when none fits."""
+def _lost(candidate: _Candidate, concurrency: int) -> int:
+    """Return the number of patches that a crash of a process may cost."""
+    blocks = candidate.frame.blocks
+    return min(concurrency * blocks.patches_per_block, blocks.grid.num_patches)
+
+
+def _smaller(
+    best: tuple[_Candidate, int],
+    candidates: list[_Candidate],
+    workload: Workload,
+    max_memory: int,
+    max_disk: int | None,
+) -> tuple[_Candidate, int]:
+    """Return the cheapest blocks of no more work than they should be; if there are none, the smallest.
+
+    Their seams and their number may add no more than a small share of the model's work to the cheapest of all.
+    """
+    cheapest, lost = best[0], _lost(*best)
+    patches = cheapest.frame.blocks.grid.num_patches
+    limit, most = crash_limit(patches), workload.most_patches(patches)
+    if lost <= limit and cheapest.frame.blocks.patches_per_block <= most:
+        return best
+
+    def may_cost(candidate: _Candidate) -> bool:
+        return candidate.seconds - cheapest.seconds <= workload.seam_seconds(patches)
+
+    sizes = {id(c): c.frame.blocks.patches_per_block for c in candidates}
+    smaller = sorted((c for c in candidates if sizes[id(c)] < lost and may_cost(c)), key=lambda c: sizes[id(c)])
+    fitting = _best([c for c in smaller if sizes[id(c)] <= most], max_memory, max_disk, limit)
+    if fitting is not None:
+        return fitting
+    for size, equal in groupby((c for c in smaller if sizes[id(c)] > most), key=lambda c: sizes[id(c)]):
+        fitting = _best(list(equal), max_memory, max_disk, max(size, limit))
+        if fitting is not None:
+            return fitting
+    return best
+
+
+def _best(
+    candidates: list[_Candidate], max_memory: int, max_disk: int | None, most: int | None = None
+) -> tuple[_Candidate, int] | None:
+    """Return the cheapest candidate that fits, and the number of tasks at a time; None when none fits.
+
+    All tasks at a time have at most so many patches.
+    """
     best: tuple[float, _Candidate, int] | None = None
     for candidate in sorted(candidates, key=lambda c: c.cost(NOMINAL[0])):
         if best is not None and candidate.cost(NOMINAL[0]) >= best[0]:
             break  # the candidates after it cost no less
         if max_disk is not None and candidate.moved.disk > max_disk:
             continue
-        concurrency = candidate.concurrency(max_memory)
+        concurrency = candidate.concurrency(max_memory, most)
         if concurrency and (best is None or candidate.cost(concurrency) < best[0]):
             best = candidate.cost(concurrency), candidate, concurrency
     return None if best is None else best[1:]
@@ -118,11 +176,19 @@ def _best(candidates: list[_Candidate], max_memory: int, max_disk: int | None) -
 class _Candidate(MemoryUse):
     """Blocks with a strategy for I/O, to be compared with others."""
 
-    def concurrency(self, max_memory: int) -> int:
+    def concurrency(self, max_memory: int, most: int | None = None) -> int:
         """Return the largest of the nominal numbers of concurrent tasks that fits; 0: none does."""
         if self.least_memory > max_memory:
             return 0
-        return next((c for c in NOMINAL if self.projection.memory(c) <= max_memory), 0)
+        size = self.frame.blocks.patches_per_block
+        allowed = (c for c in NOMINAL if most is None or c * size <= most)
+        return next((c for c in allowed if self.projection.memory(c) <= max_memory), 0)
+
+    @property
+    def seconds(self) -> float:
+        """Nominal seconds of traffic and of tasks."""
+        moved = self.moved.bytes_read + self.moved.bytes_written
+        return moved / BYTES_PER_SECOND + TASK_SECONDS * self.frame.blocks.num_blocks
 
     def cost(self, concurrency: int) -> float:
         """Return the projected traffic in bytes, weighed by what makes it slower or dearer to lose."""

@@ -91,6 +91,7 @@ def predict(
     max_memory: int | float | str = "auto",
     max_disk: int | float | str | None = None,
     block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
+    work: float | str | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     client: Any = None,
@@ -162,6 +163,9 @@ def predict(
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work; fixes the bytes of the result across machines.
+        work: the model's work for one patch, which decides how many patches a unit of work has, and so what a crash
+            costs: `"light"`, `"heavy"`, or a number of operations. None: they are counted; what cannot be counted, such
+            as a plain function, ONNX or TorchScript, is heavy.
 
         workspace: path or URL of unfinished work, deleted when the run is done; default: beside the output, in the same
             object store where that is in one. A local disk is faster than a bucket, but then only this machine can
@@ -240,6 +244,7 @@ def predict(
         max_memory=max_memory,
         max_disk=max_disk,
         block_shape=block_shape,
+        work=work,
         workspace=workspace,
         workers=workers,
         client=client,

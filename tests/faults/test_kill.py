@@ -66,6 +66,21 @@ def test_a_run_killed_at_random_times_ends_in_the_same_bytes_and_redoes_no_finis
         assert_finished_blocks_stay_finished(log, in_block, workers)
 
 
+def test_a_kill_costs_no_more_patches_than_the_plan_says(children: Children, tmp_path: Path) -> None:
+    """Blocks as they are planned for a function, whose work cannot be counted."""
+    make_volume(tmp_path / "volume.zarr", (64, 64), (8, 8))
+    job = job_in(tmp_path, patch_size=8, patch_overlap=4, output_chunks=8)
+    expected = undisturbed(children, job)
+    job, kills = dataclasses.replace(fresh(job), delay=0.004), 0
+    for calls_before in (60, 112, 190, 250):
+        pid = running(children, job, after=calls_before)
+        kills += children.kill(pid) == -signal.SIGKILL
+    assert kills >= 3
+    assert children.run(job) == 0
+    assert prediction(job) == expected
+    assert 225 < len(patch_calls(job)) <= 225 + kills * 32
+
+
 def assert_finished_blocks_stay_finished(
     log: list[tuple[int, float]], in_block: Counter[tuple[int, ...]], workers: int
 ) -> None:
