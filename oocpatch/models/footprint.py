@@ -39,7 +39,7 @@ class _OperatorHandler:
         if torch.is_inference_mode_enabled():  # where operators made of others arrive whole
             mode: Any = self
             with mode:
-                result = func.decompose(*args, **kwargs)
+                result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
