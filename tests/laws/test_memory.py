@@ -32,7 +32,7 @@ def measure(children: Children, root: Path, depth: int, **options: Any) -> dict[
     volume, output = root / f"volume{depth}.zarr", root / f"out{depth}.zarr"
     if not volume.exists():
         zarr.create_array(volume, shape=(depth, 512, 512), chunks=(64, 64, 64), dtype="float32", fill_value=1)
-    arguments = {"axes": "zyx", "patch_size": 32, "max_memory": LIMIT, "workers": 2, **options}
+    arguments = {"axes": "zyx", "patch_size": 32, "max_memory": LIMIT, "workers": 2, "work": "light", **options}
     answer: dict[str, float] = children.measure("tests.support.memory_child", volume, output, arguments)
     shutil.rmtree(output)
     assert answer["lowest"] == pytest.approx(2, rel=1e-6)
