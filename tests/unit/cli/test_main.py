@@ -183,6 +183,7 @@ def test_plan_as_json_has_the_numbers_and_writes_nothing(data: np.ndarray[Any, A
     numbers = {
         "blocks",
         "block_shape",
+        "patches_per_block",
         "projected_memory",
         "projected_disk",
         "bytes_read",
