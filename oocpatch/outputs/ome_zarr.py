@@ -15,6 +15,7 @@ metadata are written before, so that only voxels are missing after a crash.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,11 +117,14 @@ def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Im
 def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | None) -> Image:
     """Return the image of a head, with a number of levels if one is given."""
     rows: list[tuple[OmeAxis, float, float, int, int, int]] = []
+    negated: tuple[str, ...] = ()
     frame = plan.frames[plan.heads.index(head)].grid
     for name, (times, per), n, chunk, size in zip(
         plan.axes, head.scale, frame.shape, head.chunks, head.unit, strict=True
     ):
         axis, scale, start = axis_transform(volume, name)
+        if scale < 0:  # NGFF scales are positive: the axis is written with the opposite direction
+            negated, scale, start = (*negated, name), -scale, -start
         rows.append((axis, scale * per / times, start + (per / times - 1) / 2 * scale, n, chunk, size))
     if head.channel_axis is not None:  # NGFF wants time before channels
         channel = (OmeAxis(head.channel_axis, "channel"), 1.0, 0.0, head.out_channels, 1, 1)
@@ -135,7 +139,7 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
         axis_values = zip(above.translation, above.scale, step, strict=True)
         centre = tuple(t + s * (f - 1) / 2 for t, s, f in axis_values)  # of the voxels that become the first one
         pyramid_levels.append(OmeLevel(f"scale{number}/{ARRAY}", larger, centre))
-    pyramid = Multiscale(axes, tuple(pyramid_levels), group.rpartition("/")[2] or head.name)
+    pyramid = Multiscale(axes, tuple(pyramid_levels), group.rpartition("/")[2] or head.name, negated)
     return Image(head, group, pyramid, tuple(shapes), steps, chunks, unit)
 
 
@@ -143,10 +147,10 @@ def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
     """Return an axis of the volume, the distance of its voxels' centres, and the coordinate of the first one.
 
     They come from the metadata of an OME-Zarr, else from the axis' coordinate, if that is numeric. The distance of an
-    unevenly spaced coordinate is its mean.
+    unevenly spaced coordinate is its mean; that of a coordinate that decreases is negative.
 
     Raises:
-        ValueError: if the coordinate decreases.
+        ValueError: if the coordinate neither increases nor decreases.
     """
     kind = "time" if name in volume.names[: -volume.spatial_ndim] else "space"
     if (image := volume.source.image) is not None:
@@ -165,10 +169,10 @@ def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
     mean = (float(values[-1]) - float(values[0])) / (len(values) - 1)
     # Twelve digits: the step of 0.1, 0.2, 0.3 ... is 0.1 and not 0.09999999999999999.
     step = float(f"{mean:.12g}")
-    if not step > 0:
+    if step == 0 or not math.isfinite(step):
         raise ValueError(
-            f"coordinates must increase along each axis in an OME-Zarr, got {values[0]} to {values[-1]} along {name}; "
-            "sort the volume by it, or write output_format='zarr'"
+            f"coordinates must increase or decrease along each axis in an OME-Zarr, got {values[0]} to {values[-1]} "
+            f"along {name}; write output_format='zarr'"
         )
     return OmeAxis(name, kind, unit), step, float(values[0])
 
@@ -270,13 +274,15 @@ def image_attributes(image: Image, *, in_parent: bool = False) -> dict[str, Any]
         }
         for level in image.pyramid.levels
     ]
-    multiscale = {
+    multiscale: dict[str, Any] = {
         "name": image.pyramid.name,
         "axes": axes,
         "datasets": datasets,
         "type": image.method,
         "metadata": {"method": "oocpatch", "description": f"each level is the {image.method} of the one above"},
     }
+    if image.pyramid.negated:
+        multiscale["metadata"]["negated_axes"] = list(image.pyramid.negated)
     metadata: dict[str, Any] = {"multiscales": [multiscale]}
     if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
         has_source = in_parent or image.group.startswith("labels/")

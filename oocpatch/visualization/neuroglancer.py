@@ -159,8 +159,12 @@ def _step(volume: Volume, name: str) -> tuple[float, str, float]:
     """Return the voxel size along an axis in meters or the axis' own unit, the unit, and the start in voxels."""
     try:
         axis, step, start = axis_transform(volume, name)
-    except ValueError:  # coordinates that decrease
+    except ValueError:  # coordinates that are all the same
         return 1.0, "", 0.0
+    if step < 0:
+        if volume.source.image is None:
+            return 1.0, "", 0.0
+        step, start = -step, -start  # as the image stores it
     if axis.unit in METERS:
         return step * 10.0 ** METERS[axis.unit], "m", start / step
     return step, "", start / step

@@ -94,11 +94,17 @@ class OmeLevel:
 
 @dataclass(frozen=True, slots=True)
 class Multiscale:
-    """An image as a pyramid: axes, and levels from the finest to the coarsest."""
+    """An image as a pyramid: axes, and levels from the finest to the coarsest.
+
+    Attributes:
+        negated: names of axes whose stored scales and translations are those of the opposite direction, since NGFF has
+            no negative ones. Those of `levels` are negative where the image was read.
+    """
 
     axes: tuple[OmeAxis, ...]
     levels: tuple[OmeLevel, ...]
     name: str = ""
+    negated: tuple[str, ...] = ()
 
     def find(self, level: int | str, shapes: Sequence[Sequence[int] | None], address: str) -> OmeLevel:
         """Return a level by its path, or by its number, which counts from the end if negative.
@@ -198,6 +204,9 @@ def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
     if systems:
         return _parse_systems(multiscale, systems)
     axes = tuple(_axis(axis) for axis in multiscale.get("axes", ()))
+    metadata = multiscale.get("metadata")
+    is_ours = isinstance(metadata, Mapping) and metadata.get("method") == "oocpatch"
+    negated = metadata.get("negated_axes", ()) if isinstance(metadata, Mapping) and is_ours else ()
     common = _transforms(multiscale.get("coordinateTransformations"), len(axes))
     levels = []
     for dataset in multiscale["datasets"]:
@@ -206,6 +215,9 @@ def _parse(multiscale: Mapping[str, Any]) -> Multiscale:
             tuple(a * b for a, b in zip(common[0], scale, strict=True)),
             tuple(a * b + c for a, b, c in zip(common[0], start, common[1], strict=True)),
         )
+        signs = [-1.0 if axis.name in negated else 1.0 for axis in axes]
+        scale = tuple(a * sign for a, sign in zip(scale, signs, strict=True))
+        start = tuple(a * sign for a, sign in zip(start, signs, strict=True))
         levels.append(OmeLevel(str(dataset["path"]).strip("/"), scale, start))
     if not levels:
         raise ValueError("the pyramid has no levels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -351,3 +353,31 @@ def test_one_answer_per_patch_says_how_to_overlap_and_what_to_return(tmp_path: P
         oocpatch.plan(data, lambda p: p.mean((2, 3), True), tmp_path / "a.zarr", patch_overlap=4, **settings)
     with pytest.raises(ValueError, match=r"return answer\[:, :, None, None\], or expand"):
         oocpatch.plan(data, lambda p: p.mean((2, 3)), tmp_path / "a.zarr", **settings)
+
+
+@pytest.mark.parametrize("signs", list(itertools.product((1, -1), repeat=3)), ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_nifti_of_any_orientation_becomes_an_ome_zarr_with_its_coordinates(
+    signs: tuple[int, ...], turned: bool, tmp_path: Path
+) -> None:
+    data = np.random.default_rng(0).integers(0, 999, (20, 18, 16)).astype(np.int16)
+    affine = np.diag([*(sign * zoom for sign, zoom in zip(signs, (1.5, 2.0, 0.5), strict=True)), 1.0])
+    affine[:3, 3] = (10, -20, 5)
+    nibabel.save(nibabel.Nifti1Image(data, affine[[1, 2, 0, 3]] if turned else affine), tmp_path / "a.nii")
+    result = oocpatch.predict(
+        tmp_path / "a.nii", "identity", tmp_path / "out.zarr", patch_size=8, overlap_mode="crop", progress=False,
+        output_format="ome-zarr", output_chunks=8,
+    )  # fmt: skip
+    again = oocpatch.Volume(tmp_path / "out.zarr")
+    coarse = oocpatch.Volume(tmp_path / "out.zarr", level=1)
+    stored = dict(zarr.open_group(tmp_path / "out.zarr", mode="r").attrs)["ome"]["multiscales"][0]
+    assert np.array_equal(result.transpose("x", "y", "z"), data)
+    for axis, name in enumerate("xyz"):
+        step, start = (abs(affine[axis, axis]), 0.0) if turned else (affine[axis, axis], affine[axis, 3])
+        expected = start + step * np.arange(data.shape[axis])
+        assert np.allclose(result[name], expected)
+        assert np.allclose(again.source.coords[name], expected)
+        centres = coarse.source.coords[name]
+        assert np.allclose(centres, expected.reshape(len(centres), -1).mean(1))
+    for dataset in stored["datasets"]:
+        assert all(value > 0 for value in dataset["coordinateTransformations"][0]["scale"])
