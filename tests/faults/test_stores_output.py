@@ -149,8 +149,9 @@ def test_a_server_that_freezes_midway_changes_no_byte(
             threading.Timer(2.5, bucket.signal, [signal.SIGCONT]).start()
         return patches * 2
 
-    oocpatch.predict(volume, model, bucket.url("frozen.zarr"), **OPTIONS)
-    oocpatch.predict(volume, model, tmp_path / "out", **OPTIONS)
+    options = {**OPTIONS, "model_id": "doubles"}  # the bucket that the model holds changes
+    oocpatch.predict(volume, model, bucket.url("frozen.zarr"), **options)
+    oocpatch.predict(volume, model, tmp_path / "out", **options)
     assert_same(bucket.objects("frozen.zarr/"), files(tmp_path / "out"))
 
 
