@@ -111,14 +111,18 @@ def open_task_context(
         copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
     )
     device = predictor.device
+    opened = volume.for_run(reader_threads(threads))
     with contextlib.ExitStack() as stack:
+        stack.callback(opened.source.close)  # a file that stays open cannot be edited: HDF5 refuses
+        if mask is not None:
+            stack.callback(mask.volume.source.close)
         stack.enter_context(predictor.ready())
         reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
         yield TaskContext(
             plan=plan,
-            volume=volume.for_run(reader_threads(threads)),
+            volume=opened,
             selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
             predictor=predictor,
             transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),

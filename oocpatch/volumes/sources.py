@@ -116,6 +116,12 @@ class Source:
             crc = checksum(self.load(part.slices()), crc)
         return crc
 
+    def close(self) -> None:
+        """Close the file of another format than Zarr, if it is open."""
+        load = self.load.load if isinstance(self.load, DecodedReader) else self.load
+        if isinstance(load, FileReader):
+            load.close()
+
     def reopened(self) -> Source:
         """Return the source with its file opened anew: it may have been replaced."""
         return replace(self, load=_reopened(self.load))

@@ -154,7 +154,7 @@ if __name__ == "__main__":
     oocpatch.predict(FOLDER / "scan.zarr", NETWORK, FOLDER / "net.zarr", **SETTINGS).compute()
     with torch.no_grad():
         NETWORK(torch.from_numpy(SCAN)[None, None])  # a pool of the main thread's
-    PARENTS = oocpatch.Volume(FOLDER / "scan.zarr").with_chunk_reader(2)
+    PARENTS = oocpatch.Volume(FOLDER / "scan.zarr").for_run(2)
     oocpatch.Volume(FOLDER / "scan.n5").read(WHOLE)
     assert "zarrs" in sys.modules
     answers = {name: in_child(task) for name, task in TASKS.items()}

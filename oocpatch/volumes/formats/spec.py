@@ -207,16 +207,23 @@ class FileReader:
         self.spec = spec
         self._lock = threading.Lock()
         self._open: tuple[int, OpenFile] | None = None
+        self._close: Callable[[], Any] = lambda: None
 
     def __call__(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         with self._lock:
             # A forked process shares the position in the file with its parent.
             if self._open is None or self._open[0] != os.getpid():
                 file = open_file(self.spec)
-                weakref.finalize(self, file.close)
+                self._close = weakref.finalize(self, file.close)
                 self._open = os.getpid(), file
             _, file = self._open
         return file.read(selection)
+
+    def close(self) -> None:
+        """Close the file, so that others may write to it; the next call opens it anew."""
+        with self._lock:
+            self._open = None
+            self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileReader, (self.spec,)
