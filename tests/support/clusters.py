@@ -94,6 +94,7 @@ class SmallCluster:
     def arguments(self, name: str = "out", **options: Any) -> dict[str, Any]:
         return {
             "volume": str(self.folder / "volume.zarr"),
+            "model_id": "scripted",  # it reads how to behave from a file
             "model": MODEL,
             "model_args": {"control": str(self.control)},
             "output": str(self.folder / name),
