@@ -30,7 +30,7 @@ from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, Ints, selected, unit_positions
 from oocpatch.storage.chunk_guard import ChunkGuard, declared_size
-from oocpatch.storage.unit_tags import UnitStamps
+from oocpatch.storage.unit_tags import UnitStamps, settled
 
 Array = npt.NDArray[Any]
 Selection = tuple[slice, ...]
@@ -97,7 +97,7 @@ class PlainArray:
                 stamps.add(position, None, b"")
             return None
         try:
-            status = os.fstat(file)
+            status = os.fstat(file) if stamps is None else settled(lambda: os.fstat(file))
             self._guard.check_size(key, status, self._bytes)
             data = self._read(file, status.st_size)
         finally:

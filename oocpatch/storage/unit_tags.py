@@ -32,11 +32,13 @@ TagReader = Callable[[Box], Tags]
 """Returns the tags of the units that a box of the array meets, in C order."""
 
 ABSENT, UNKNOWN = 0, 1
-"""Tags of a file that is not there, and of one that may change without a trace: no two of these are equal."""
+"""Tags of a file that is not there, and of one that changed while it was read, which equals no other."""
 
 SECOND = 10**9
 TICK = SECOND // 50
 """Kernels count the times of files in steps of up to 10 ms, in nanoseconds."""
+PATIENCE = 50
+"""Times that a file that keeps changing is looked at."""
 
 FACTORS = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 """Odd numbers that spread sizes and times over 64 bits."""
@@ -215,18 +217,30 @@ def file_tag(path: str) -> int:
     (0, True)
     """
     try:
-        return status_tag(os.stat(path))  # noqa: PTH116 - a million times
+        return status_tag(settled(lambda: os.stat(path)))  # noqa: PTH116 - a million times
     except (FileNotFoundError, NotADirectoryError):
         return ABSENT
 
 
+def settled(stat: Callable[[], os.stat_result]) -> os.stat_result:
+    """Return the status of a file, when it is so old that any later change has another time.
+
+    The clocks of file systems go in steps: a file may change twice at one time.
+    """
+    status = stat()
+    for _ in range(PATIENCE):
+        step = TICK if status.st_ctime_ns % SECOND else 2 * SECOND  # some file systems count in seconds
+        age = time.time_ns() - status.st_ctime_ns
+        if not 0 <= age < step:
+            break
+        time.sleep((step - age) / SECOND)
+        status = stat()
+    return status
+
+
 def status_tag(status: os.stat_result) -> int:
     """Return the tag of a file of this status."""
-    times = status.st_mtime_ns, status.st_ctime_ns
-    step = TICK if any(t % SECOND for t in times) else 2 * SECOND  # some file systems count in seconds
-    if time.time_ns() - max(times) < step:
-        return UNKNOWN  # a file may change twice at one time
-    return _mixed((status.st_size, *times, status.st_ino))
+    return _mixed((status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 def _mixed(numbers: Iterable[int]) -> int:

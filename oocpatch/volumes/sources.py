@@ -28,7 +28,7 @@ from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.checksums import checksum
 from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
-from oocpatch.storage.unit_tags import UNKNOWN, StoredUnits, WholeFiles, units_of
+from oocpatch.storage.unit_tags import StoredUnits, WholeFiles, units_of
 from oocpatch.storage.zip_store import ArchiveStore, root_of, split_archive
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.cf_decoding import (
@@ -103,18 +103,11 @@ class Source:
         if self.units is not None:
             read_tags = self.units.reader()
             for box in whole.split(worthwhile(self.units.unit, self.shape, TAGGED * math.prod(self.units.unit))):
-                tags = read_tags(box)
-                crc = checksum(tags, crc)
-                if (tags == UNKNOWN).any():
-                    crc = self._checksum(box, crc)
+                crc = checksum(read_tags(box), crc)
         else:
-            crc = self._checksum(whole, crc)
+            for box in whole.split(worthwhile(self.chunks, self.shape, READ_BYTES)) if self.chunked else [whole]:
+                crc = checksum(self.load(box.slices()), crc)
         return f"{self.dtype} {'x'.join(map(str, self.shape))} {crc:08x}"
-
-    def _checksum(self, box: Box, crc: int) -> int:
-        for part in box.split(worthwhile(self.chunks, self.shape, READ_BYTES)) if self.chunked else [box]:
-            crc = checksum(self.load(part.slices()), crc)
-        return crc
 
     def close(self) -> None:
         """Close the file of another format than Zarr, if it is open."""

@@ -72,7 +72,14 @@ def processes(folder: Path) -> set[int]:
 
 def arguments(**options: object) -> dict[str, object]:
     sizes = {"patch_size": PATCH, "patch_overlap": OVERLAP, "block_shape": BLOCK, "output_chunks": 4}
-    return {"volume": "../shared/volume.zarr", "model": "net.py:net", "output": "../shared/out", **sizes, **options}
+    return {
+        "volume": "../shared/volume.zarr",
+        "model": "net.py:net",
+        "model_id": "net",
+        "output": "../shared/out",
+        **sizes,
+        **options,
+    }
 
 
 def call(fork: Fork, host: Host, address: str = "", **options: object) -> str:

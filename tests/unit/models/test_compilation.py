@@ -149,7 +149,7 @@ def test_really_compiled_a_run_that_died_in_one_part_ends_in_the_bytes_of_one_ca
     (tmp_path / "net.py").write_text(NET)
     monkeypatch.delenv("NET_DIES_AFTER", raising=False)
     model = f"{tmp_path}/net.py:Net"
-    settings = {**SETTINGS, "compile": True}
+    settings = {**SETTINGS, "compile": True, "model_id": "net"}  # it reads in the environment when to die
     plain = oocpatch.predict(volume, model, tmp_path / "plain", **SETTINGS)
     expected = oocpatch.predict(volume, model, tmp_path / "expected", **settings)
     np.testing.assert_allclose(expected, plain, atol=1e-5)
