@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from dask.base import compute
 from dask.delayed import delayed
+from dask.threaded import get
 
 from oocpatch.progress import OnProgress, show_progress
 
@@ -49,5 +50,6 @@ def run_pass(
     ):
         while wave := list(itertools.islice(remaining, WAVE * threads)):
             tasks = [delayed(task, pure=False, traverse=False)(item) for item in wave]
-            yield from compute(*tasks, scheduler="threads", pool=pool)  # type: ignore[no-untyped-call] # Dask gives it none
+            # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
+            yield from compute(*tasks, scheduler=get, pool=pool)  # type: ignore[no-untyped-call] # Dask gives it none
             on_units(sum(map(size, wave)))
