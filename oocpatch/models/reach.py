@@ -1,4 +1,4 @@
-"""What a model reaches, and what of that its calls write: found by following its code from object to object."""
+"""The objects that a model reaches, and those that its calls write, by following its code from object to object."""
 
 from __future__ import annotations
 
@@ -143,5 +143,5 @@ def _attribute(value: Any, name: str) -> Any:
         for registered in (value._modules, value._parameters, value._buffers):  # noqa: SLF001
             if name in registered:
                 return registered[name]
-    found = inspect.getattr_static(value, name, MISSING)
-    return getattr(value, name, MISSING) if isinstance(found, types.MemberDescriptorType) else found
+    member = inspect.getattr_static(value, name, MISSING)
+    return getattr(value, name, MISSING) if isinstance(member, types.MemberDescriptorType) else member

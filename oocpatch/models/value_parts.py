@@ -48,7 +48,7 @@ MISSING = object()
 
 
 class Reading:
-    """What readers of values ask, and tell, the walk that they read for."""
+    """The walk that values are read for, as their readers see it."""
 
     sources = True
     names = frozenset[str]()  # globals and attributes that functions of the model name

@@ -135,9 +135,9 @@ def head_attributes(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
     dropped = {*OF_VALUES, "input_encoding"}
     if not is_quantity or attributes.get("units") in DURATIONS:
         dropped.add("units")
-    kept = {k: v for k, v in attributes.items() if k not in dropped}
+    described = {k: v for k, v in attributes.items() if k not in dropped}
     reference = volume.source.attrs.get("grid_mapping")
-    return {**kept, "grid_mapping": reference} if reference in volume.source.coords else kept
+    return {**described, "grid_mapping": reference} if reference in volume.source.coords else described
 
 
 def scaled_coords(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:

@@ -146,9 +146,9 @@ def distinct_channel_axes(heads: Sequence[Head], in_channels: int) -> tuple[str 
     Heads with as many channels as the volume keep the name, else those with the most; others add their own.
     """
     counts = [head.out_channels for head in heads if head.channel_axis is not None]
-    kept = in_channels if in_channels in counts else max(counts, default=0)
+    count = in_channels if in_channels in counts else max(counts, default=0)
     return tuple(
-        h.channel_axis if h.channel_axis is None or h.out_channels == kept else f"{h.channel_axis}_{h.name}"
+        h.channel_axis if h.channel_axis is None or h.out_channels == count else f"{h.channel_axis}_{h.name}"
         for h in heads
     )
 

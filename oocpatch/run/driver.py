@@ -50,8 +50,8 @@ def all_done(plan: Plan, progress: RunProgress) -> bool:
 def find_workspace(config: RunConfig, record: OutputRecord) -> Workspace | None:
     """Return the workspace of an unfinished run: where its record has it, or where this call has workspaces."""
     roots = dict.fromkeys((workspace_root(record), config.workspace / record.run_id))
-    found = (workspace for root in roots if (workspace := Workspace.find(root)) is not None)
-    return next((workspace for workspace in found if not _is_of_original(workspace, config.output, record)), None)
+    workspaces = (workspace for root in roots if (workspace := Workspace.find(root)) is not None)
+    return next((workspace for workspace in workspaces if not _is_of_original(workspace, config.output, record)), None)
 
 
 def _is_of_original(workspace: Workspace, output: StoragePath, record: OutputRecord) -> bool:

@@ -32,7 +32,7 @@ AFFINE = 4
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an array lies over a volume.
+    """The place of an array over a volume.
 
     Attributes:
         axes: per axis of the array, the number of the volume's axis; None for one of length 1 that the volume lacks.

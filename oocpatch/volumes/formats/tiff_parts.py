@@ -35,15 +35,15 @@ def check_complete(tiff: Any, level: Any, path: Path) -> None:
     if contiguous:
         _check_end(level[0], level.dataoffset + math.prod(shape) * level.dtype.itemsize)
         return
-    count, found = max(1, math.prod(shape) // level.keyframe.size), 0
+    count, present = max(1, math.prod(shape) // level.keyframe.size), 0
     missing = []
     for number, page in enumerate(_pages(level)):
-        found += 1
+        present += 1
         if page is None:
             missing.append(number)
         elif len(page.dataoffsets):
             _check_end(page, max(a + b for a, b in zip(page.dataoffsets, page.databytecounts, strict=False)))
-    missing.extend(range(found, count))
+    missing.extend(range(present, count))
     if missing:
         axes = [(name, n) for name, n in zip(level.get_axes(False).lower(), shape, strict=True) if name not in "yxs"]
         sizes = tuple(n for _, n in axes)
@@ -125,7 +125,7 @@ def _ome(tiff: Any) -> ET.Element | None:
 
 
 def _missing_files(tiff: Any, level: Any) -> str:
-    """Return the names of the files of a set that hold none of the planes that were found."""
+    """Return the names of the files of a set that hold none of the planes."""
     root = _ome(tiff) if tiff.is_ome else None
     if root is None:
         return ""
