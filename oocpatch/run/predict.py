@@ -335,6 +335,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     Raises:
         ValueError: for a block that the plan does not have. Nothing is written then.
     """
+    asked = config
     stored, record = _stored_run(config)
     changes = _input_changes(config, stored, record)
     if changes.concern_all:  # a fresh run
@@ -358,17 +359,24 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         process = next(filter(None, map(holder, locks(config.output)[1:])), None)
         if process is not None:  # a part that began meanwhile
             raise OutputBusy(_busy(config, process))
-        if changes and record is not None:
-            _reopen(config, plan, record, changes)
-        workspace = set_up(config, plan, resuming=stored is not None)
-        workspace.join()
-        verb = "resumes" if stored is not None else "starts"
-        logger.info("%s %s: %d patches in %d blocks", config.output, verb, plan.patches, plan.blocks)
-        details = _run_stages(config, workspace, chosen)
-        if details is None:
-            return _incomplete(config)
-        complete(config, workspace, details)
-        logger.info("%s is complete after %s s", config.output, details["seconds"])
+        if inspect_output(config.output) == record:
+            if changes and record is not None:
+                _reopen(config, plan, record, changes)
+            return _locked_run(config, plan, chosen, resuming=stored is not None)
+    return run(asked, planned, chosen)  # another call was at work since this one looked
+
+
+def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, resuming: bool) -> Result:
+    """Run a plan, with the output's lock."""
+    workspace = set_up(config, plan, resuming=resuming)
+    workspace.join()
+    verb = "resumes" if resuming else "starts"
+    logger.info("%s %s: %d patches in %d blocks", config.output, verb, plan.patches, plan.blocks)
+    details = _run_stages(config, workspace, blocks)
+    if details is None:
+        return _incomplete(config)
+    complete(config, workspace, details)
+    logger.info("%s is complete after %s s", config.output, details["seconds"])
     return open_result(config.output)
 
 
