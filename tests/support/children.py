@@ -42,7 +42,8 @@ class Forks(abc.ABC):
         )
         self._alive: set[int] = set()
         assert self._server.stdout is not None
-        assert self._server.stdout.readline().strip() == "ready"
+        answer = self._server.stdout.readline().strip()  # not within an assert, which python -O leaves out
+        assert answer == "ready"
 
     def __enter__(self) -> Self:
         return self
