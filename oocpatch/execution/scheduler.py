@@ -182,7 +182,7 @@ class Run:
 
     def _read_by(self, index: int) -> list[int]:
         """Return the blocks whose partials the normalize stage of a block reads: itself, and its neighbours."""
-        return [index, *self._neighbours.sources(index)]
+        return self._neighbours.read_by(index)
 
     def _is_ready(self, index: int) -> bool:
         """Return True if all partials that the normalize stage of a block reads are present."""

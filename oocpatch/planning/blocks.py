@@ -305,6 +305,10 @@ class Neighbours:
         """Return the blocks whose seams enter a block."""
         return self._sums(index, -1)[1:]
 
+    def read_by(self, index: int) -> list[int]:
+        """Return the blocks whose partials the normalize task of a block reads: itself, and its sources."""
+        return self._sums(index, -1)
+
     def readers(self, index: int) -> list[int]:
         """Return the blocks whose normalize tasks read a block's partials, itself first if it stores sums."""
         readers = self._sums(index, 1)

@@ -147,7 +147,7 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
 
     for stage, block in list(stages):
         if stage == "normalize":
-            stages |= {("predict", i) for i in (block, *neighbours.sources(block)) if is_deleted(i)}
+            stages |= {("predict", i) for i in neighbours.read_by(block) if is_deleted(i)}
     return stages
 
 

@@ -296,7 +296,7 @@ def _repair(path: StoragePath, record: OutputRecord, plan: Plan, verification: V
             neighbours = Neighbours(plan.block_grid)
             for stage, block in list(undone):
                 if stage == "normalize":
-                    undone |= {("predict", i) for i in (block, *neighbours.sources(block))}
+                    undone |= {("predict", i) for i in neighbours.read_by(block)}
         for level in (d for d in verification.damaged if d.stage == PYRAMID):  # the whole pyramid is built again
             (path / level.array / level.key).unlink(missing_ok=True)
         reopen(path, record, plan, undone)
