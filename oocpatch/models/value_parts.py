@@ -190,21 +190,25 @@ def _array(value: Any, _: Reading) -> Parts:
 
 def _script(model: Any, _: Reading) -> Parts:
     """Return code, constants and state of TorchScript, as they would be saved."""
-    texts: list[tuple[str, object]] = []
+    parts: list[tuple[str, bytes]] = []
     with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
         for name in filter(_SCRIPT.match, archive.namelist()):
-            text = archive.read(name).decode("latin-1")
-            text = _CONSTANTS.sub(lambda lines: "".join(sorted(lines[0].splitlines(keepends=True))), text)
-            if name.endswith(".pkl"):
-                text = "\n".join(
-                    f"{step.name} {argument}" for step, argument, _ in pickletools.genops(archive.read(name))
-                )
-            texts.append((_NUMBERED.sub("", name), _NUMBERED.sub("", text)))
-    return "", sorted(texts, key=str)
+            content = archive.read(name)
+            if name.endswith((".py", ".pkl")):
+                content = _NUMBERED.sub("", _script_text(name, content)).encode()
+            parts.append((_NUMBERED.sub("", name), content))
+    return "", sorted(parts)
+
+
+def _script_text(name: str, content: bytes) -> str:
+    """Return code or a pickle as text that is the same in each process."""
+    if name.endswith(".pkl"):
+        return "\n".join(f"{step.name} {argument}" for step, argument, _ in pickletools.genops(content))
+    return _CONSTANTS.sub(lambda lines: "".join(sorted(lines[0].splitlines(keepends=True))), content.decode())
 
 
 _SCRIPT = re.compile(r"[^/]+/(code/.*\.py|(data|constants)(\.pkl|/.*))$")
-_CONSTANTS = re.compile(r"(?:.* : Final\[.*\n)+")  # in the order of a set, which differs from process to process
+_CONSTANTS = re.compile(r"(?:^.* : Final\[.*\n)+", re.MULTILINE)  # in an order that differs from process to process
 _NUMBERED = re.compile(r"___torch_mangle_\d+\.?|cuda:\d+")  # classes by the order of their loading, and devices
 
 
