@@ -26,7 +26,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -155,15 +155,43 @@ class Masses:
         return cls(*map(np.concatenate, columns))
 
 
-Measured = tuple[Cells, Masses, npt.NDArray[np.float64]]
-"""The cells of a map, their masses, and the cumulative sums of the weighted masses."""
+@dataclass(frozen=True, slots=True, eq=False)
+class MeasuredMap:
+    """A map of a subject, as draws use it.
+
+    Attributes:
+        cells: voxels that can be the centre of a patch.
+        masses: mass of each value in each cell.
+        weights: weight of a unit of mass, by value.
+        sums: cumulative sums of the weighted masses.
+    """
+
+    cells: Cells
+    masses: Masses
+    weights: Mapping[Any, float]
+    sums: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, cells: Cells, masses: Masses, weights: Mapping[Any, float]) -> Self:
+        """Return a map with its weighted masses."""
+        return cls(cells, masses, weights, np.cumsum(masses.masses * _look_up(weights, masses.values)))
+
+    def weights_of(self, values: Values) -> npt.NDArray[np.float64]:
+        """Return the weight of a unit of mass for each value."""
+        return _look_up(self.weights, values)
+
+
+def _look_up(weights: Mapping[Any, float], values: Values) -> npt.NDArray[np.float64]:
+    distinct, inverse = np.unique(values, return_inverse=True)
+    found: npt.NDArray[np.float64] = np.array([weights.get(value, 0.0) for value in distinct.tolist()])
+    return found[inverse.ravel()]
 
 
 class MassesOfMaps:
     """The masses of the maps that a sampler has drawn from, for as long as those maps exist and do not change."""
 
     def __init__(self) -> None:
-        self._measured: weakref.WeakKeyDictionary[Any, tuple[str | None, Measured]] = weakref.WeakKeyDictionary()
+        self._measured: weakref.WeakKeyDictionary[Any, tuple[str | None, MeasuredMap]] = weakref.WeakKeyDictionary()
         self._compared: weakref.WeakSet[Any] = weakref.WeakSet()  # in this pass
         self._lock = threading.Lock()
 
@@ -172,7 +200,7 @@ class MassesOfMaps:
         with self._lock:
             self._compared.clear()
 
-    def get(self, source: Volume | LoadedVolume, make: Callable[[Volume], Measured]) -> Measured:
+    def get(self, source: Volume | LoadedVolume, make: Callable[[Volume], MeasuredMap]) -> MeasuredMap:
         """Return the masses of a map, which one thread at a time measures, at first and when the map has changed."""
         with self._lock:
             content, measured = self._measured.get(source, (None, None))

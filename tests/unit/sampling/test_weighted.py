@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torchio
 import zarr
@@ -23,6 +24,7 @@ from oocpatch.sampling import map_cells as cells
 from oocpatch.sampling import probability_map as masses
 from oocpatch.sampling import weighted
 from oocpatch.sampling.map_cells import Cells, RecentCells, pick
+from oocpatch.sampling.subject import as_volume
 from tests.support.cases import law, scratch
 from tests.support.draws import assert_fits, centre_distribution, corners, drawn, torchio_subject
 
@@ -159,24 +161,149 @@ def test_odd_patches_have_the_distribution_of_torchio(data: st.DataObject) -> No
 
 def exact(sampler: oocpatch.WeightedSampler) -> dict[Ints, float]:
     """The probability of each corner, from the table of masses and the voxels of each cell."""
-    lattice, table, sums = sampler._masses(sampler.subject)
-    patch = sampler.patch_size
-    volume = oocpatch.Volume(sampler.subject[sampler.probability_map].source.load((slice(None),) * len(patch)))
-    found: dict[Ints, float] = {}
-    ranges = [range(n - p + 1) for n, p in zip(volume.shape, patch, strict=True)]
-    found = dict.fromkeys(itertools.product(*ranges), 0.0)
-    weighed = np.diff(sums, prepend=0.0)
-    for number in range(len(lattice)):
-        box = lattice[number]
-        values = volume.read(box)[0]
-        weights = (
-            sampler._weigh(values.ravel()) if isinstance(sampler, oocpatch.LabelSampler) else values.ravel()
-        ).astype(float)
-        mass = weighed[table.cells == number].sum()
-        for index, weight in zip(np.ndindex(*box.shape), weights, strict=True):
-            corner = tuple(o + i - p // 2 for o, i, p in zip(box.start, index, patch, strict=True))
-            found[corner] += mass / sums[-1] * (weight / weights.sum() if weight else 0.0)
+    patch, shape = sampler.patch_size, sampler.subject.spatial_shape
+    found = dict.fromkeys(itertools.product(*(range(n - p + 1) for n, p in zip(shape, patch, strict=True))), 0.0)
+    shares = sampler._weights_of_maps(sampler.subject)
+    for name, share in shares.items():
+        if not share:
+            continue
+        measured, source = sampler._measured(sampler.subject, name), as_volume(sampler.subject[name])
+        volume = oocpatch.Volume(source.source.load((slice(None),) * len(patch)), source.names)
+        weighed = np.diff(measured.sums, prepend=0.0)
+        for number in range(len(measured.cells)):
+            box = measured.cells[number]
+            values = volume.read(box)[0].ravel()
+            weights = measured.weights_of(values) if isinstance(sampler, oocpatch.LabelSampler) else values
+            mass = weighed[measured.masses.cells == number].sum() / measured.sums[-1] * share / sum(shares.values())
+            for index, weight in zip(np.ndindex(*box.shape), weights.astype(float), strict=True):
+                corner = tuple(o + i - p // 2 for o, i, p in zip(box.start, index, patch, strict=True))
+                found[corner] += mass * (weight / weights.sum() if weight else 0.0)
     return found
+
+
+def centred(weights: Array, patch: Ints) -> Array:
+    """Weights, of which those where no patch can be centred are 0."""
+    inside = tuple(slice(p // 2, n - p + p // 2 + 1) for n, p in zip(weights.shape, patch, strict=True))
+    masked = np.zeros(weights.shape)
+    masked[inside] = weights[inside]
+    return masked
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_class_has_its_share_of_the_draws_at_every_border(case: str, tmp_path: Path) -> None:
+    shape, patch, chunks = CASES[case]
+    labels = np.random.default_rng(5).choice([-1, 0, 2], p=[0.2, 0.7, 0.1], size=shape).astype(np.int16)
+    corner = next(np.ndindex(*shape))
+    labels[tuple(p // 2 for p in patch)], labels[corner] = 2, 7  # seven can be no centre, but of patches of one voxel
+    present = np.unique(labels[centred(np.ones(shape), patch) > 0]).tolist()
+    shares = {label: 3.0 + label for label in present}
+    sampler = oocpatch.LabelSampler(
+        oocpatch.Subject(label=stored(tmp_path, labels, chunks)), patch, "label", shares, balance="classes"
+    )
+    weights = sum(share * (m := centred(labels == label, patch)) / m.sum() for label, share in shares.items())
+    expected = centre_distribution(np.asarray(weights), patch)
+    assert exact(sampler) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    if case in {"one-axis", "three-axes-even"}:
+        assert_fits(drawn(sampler, 1500, together=3, which=2), expected)
+
+
+def test_a_hundred_thousand_draws_have_the_shares_of_their_classes() -> None:
+    label = np.zeros((24, 24), np.uint8)
+    label[:, :3], label[2:4, 8], label[20, 5:20] = 1, 2, 3
+    sampler = oocpatch.LabelSampler(
+        oocpatch.Subject(label=label), (5, 4), "label", {1: 2, 2: 1, 3: 1}, balance="classes"
+    )
+    random = np.random.default_rng(16)
+    drawn_corners = np.array([sampler.draw(sampler.subject, random)[0] for _ in range(100_000)])
+    counts = np.bincount(label[tuple(drawn_corners.T + 2)])
+    assert counts.sum() == 100_000
+    assert not counts[0]
+    assert scipy.stats.chisquare(counts[1:], [50_000, 25_000, 25_000]).pvalue > 0.01
+
+
+def test_without_probabilities_all_classes_but_zero_have_equal_shares() -> None:
+    label = np.array([0, 1, 1, 1, 1, 1, 1, 1, 5, 0])
+    sampler = oocpatch.LabelSampler(oocpatch.Subject(label=label), 1, "label", balance="classes")
+    assert exact(sampler) == pytest.approx({(0,): 0, (9,): 0, (8,): 1 / 2} | {(i,): 1 / 14 for i in range(1, 8)})
+
+
+def test_voxels_weigh_as_their_label_unless_classes_are_balanced() -> None:
+    """A hundredth of the voxels: their share of the draws is 1 of 100 with equal weights, and 1 of 2 as a class."""
+    label = np.zeros(100, np.uint8)
+    label[40] = 1
+    subject, weights = oocpatch.Subject(label=label), {0: 1, 1: 1}
+    voxels, classes = (
+        oocpatch.LabelSampler(subject, 1, "label", weights, balance=balance) for balance in ("voxels", "classes")
+    )
+    assert exact(voxels)[40,] == pytest.approx(1 / 100)
+    assert exact(classes)[40,] == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_share_of_a_label_that_does_not_occur_is_refused_by_name(where: str, tmp_path: Path) -> None:
+    label = np.zeros((9, 9), np.uint8)
+    label[0, 0], label[4, 4] = 3, 1  # no patch of three voxels is centred on the corner
+    volume = stored(tmp_path, label, (4, 4)) if where == "disk" else label
+    for shares, absent in (({1: 1, 2: 1}, "2"), ({0: 1, 3: 1, 8: 2}, "3, 8")):
+        message = rf"size \(3, 3\) can be centred on, got one for {absent}, which 'label' does not have there"
+        with pytest.raises(ValueError, match=message):
+            next(iter(oocpatch.LabelSampler(oocpatch.Subject(label=volume), 3, "label", shares, balance="classes")))
+    sampler = oocpatch.LabelSampler(oocpatch.Subject(label=label), 3, "label", {1: 1, 2: 0}, balance="classes")
+    assert next(iter(sampler)).patch_location.index == (3, 3)
+
+
+@pytest.mark.parametrize("balance", ["voxels", "classes"])
+@pytest.mark.parametrize("case", ["two-axes", "three-axes-even", "one-corner"])
+def test_several_maps_are_mixed_by_voxels_or_by_shares(case: str, balance: str, tmp_path: Path) -> None:
+    shape, patch, chunks = CASES[case]
+    random = np.random.default_rng(6)
+    a, b = random.random(shape) * (random.random(shape) < 0.5), random.integers(0, 2, shape).astype(np.uint8)
+    centre = tuple(p // 2 for p in patch)
+    a[centre] = b[centre] = 1
+    subject = oocpatch.Subject(a=stored(tmp_path, a, chunks), b=oocpatch.Volume(b, "abde"[: b.ndim]))
+    sampler = oocpatch.WeightedSampler(subject, patch, {"a": 3, "b": 1}, balance=balance)
+    masked = centred(a, patch), centred(b, patch)
+    scales = [3, 1] if balance == "voxels" else [3 / masked[0].sum(), 1 / masked[1].sum()]
+    expected = centre_distribution(masked[0] * scales[0] + masked[1] * scales[1], patch)
+    assert exact(sampler) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    if case == "two-axes":
+        for together, which in ((1, 0), (3, 2)):
+            assert_fits(drawn(sampler, 2000, together=together, which=which), expected)
+
+
+def test_an_empty_map_among_several_is_refused_where_it_has_a_share() -> None:
+    subject = oocpatch.Subject(a=np.ones(9), b=np.zeros(9))
+    assert exact(oocpatch.WeightedSampler(subject, 1, ["a", "b"]))[0,] == pytest.approx(1 / 9)
+    with pytest.raises(ValueError, match=r"can be centred, but 'b' is not"):
+        oocpatch.WeightedSampler(subject, 1, ["a", "b"], balance="classes")
+    with pytest.raises(ValueError, match=r"can be centred, but 'b' and 'c' are not"):
+        oocpatch.WeightedSampler(oocpatch.Subject(b=np.zeros(9), c=np.zeros(9)), 1, ["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "message"),
+    [
+        ([], ValueError, "must give a weight to some of the maps"),
+        ({"a": -1}, ValueError, r"must not be negative, got \{'a': -1\}"),
+        ({"a": 0}, ValueError, "must give a weight to some of the maps"),
+        ({"a": "much"}, ValueError, "must hold finite numbers"),
+        ({1: 1}, ValueError, "must hold names of volumes"),
+        (3, TypeError, "must be a dict of maps and their weights, got 3"),
+        (["a", "x"], ValueError, "must be one of a, got 'x'"),
+    ],
+)
+def test_maps_that_cannot_be_mixed_are_refused(maps: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"probability_map {message}"):
+        oocpatch.WeightedSampler(oocpatch.Subject(a=np.ones(9)), 1, maps)
+    with pytest.raises(ValueError, match="balance must be one of voxels, classes, got 'labels'"):
+        oocpatch.WeightedSampler(oocpatch.Subject(a=np.ones(9)), 1, "a", balance="labels")
+
+
+def test_a_subject_of_a_queue_without_a_class_is_named() -> None:
+    subjects = [oocpatch.Subject(label=np.arange(9) // 3), oocpatch.Subject(label=np.arange(9) // 5)]
+    sampler = oocpatch.LabelSampler(subjects[0], 1, "label", {1: 1, 2: 1}, balance="classes")
+    with pytest.raises(ValueError, match=r"subject 1: label_probabilities .* got one for 2, which"):
+        list(oocpatch.Queue(subjects, sampler, patches_per_volume=2))
 
 
 def test_the_last_corner_of_an_even_patch_is_reached_where_torchio_never_goes() -> None:
@@ -297,8 +424,8 @@ def test_a_map_that_is_no_distribution_is_refused(bad: str, tmp_path: Path) -> N
     ("probabilities", "error", "message"),
     [
         ({1: -1}, ValueError, r"must not be negative, got \{1: -1\}"),
-        ({}, ValueError, "must give a weight to some label"),
-        ({1: 0, 2: 0.0}, ValueError, "must give a weight to some label"),
+        ({}, ValueError, "must give a weight to some of the labels"),
+        ({1: 0, 2: 0.0}, ValueError, "must give a weight to some of the labels"),
         ({1: float("nan")}, ValueError, "must hold finite numbers"),
         ({1: "much"}, ValueError, "must hold finite numbers"),
         ({"one": 1}, ValueError, "must hold finite numbers"),
