@@ -29,6 +29,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.planning.plan import human
+from oocpatch.sampling.grid_sampler import GridSampler
 from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
 from oocpatch.sampling.subject import LoadedVolume, Subject, read_patches
 from oocpatch.sampling.uniform import UniformSampler
@@ -52,16 +53,17 @@ class Region:
 
 
 class Queue(IterableDataset[Subject]):
-    """A buffer of random patches from many subjects, in random order.
+    """A buffer of patches from many subjects, in random order.
 
     An `IterableDataset` for a `DataLoader`, whose workers share out the patches, as do the ranks of `torch.distributed`
     when there is no `subject_sampler`. Threads usually do: `num_workers` here, none in the loader.
 
     Args:
         subjects: where patches come from; read only patch by patch.
-        patch_sampler: a uniform, weighted or label sampler; its own subject plays no part.
+        patch_sampler: a uniform, weighted, label or grid sampler; its own subject plays no part.
         max_length: patches in memory at most, those under way included; workers of a loader divide them up.
-        patches_per_volume: patches of each subject in an epoch.
+        patches_per_volume: patches of each subject in an epoch: the first ones of a grid. None: all patches of a grid,
+            or the `num_patches` of a random sampler.
         num_workers: threads that read; 0: patches are read when they are needed.
         shuffle_subjects: whether each epoch takes the subjects in another order.
         shuffle_patches: whether patches leave the buffer in random order, else in the order of reading.
@@ -72,7 +74,7 @@ class Queue(IterableDataset[Subject]):
             `torch.manual_seed` governs.
         patches_per_region: patches drawn together from a region as large as a chunk, or as a patch if that is larger,
             and read at once. Each alone has its sampler's distribution, and more than one reads less, but they are
-            from nearby places.
+            from nearby places. Those of a grid are consecutive.
         regions_in_flight: regions read at a time at most; default: one per thread.
 
     Raises:
@@ -88,9 +90,9 @@ class Queue(IterableDataset[Subject]):
     def __init__(  # noqa: PLR0917 - the order of TorchIO's parameters
         self,
         subjects: Sequence[Subject],
-        patch_sampler: UniformSampler,
+        patch_sampler: UniformSampler | GridSampler,
         max_length: int = 300,
-        patches_per_volume: int = 10,
+        patches_per_volume: int | None = 10,
         num_workers: int = 0,
         shuffle_subjects: bool = True,
         shuffle_patches: bool = True,
@@ -101,14 +103,18 @@ class Queue(IterableDataset[Subject]):
         patches_per_region: int = 1,
         regions_in_flight: int | None = None,
     ) -> None:
-        if not isinstance(patch_sampler, UniformSampler):
-            raise TypeError(f"patch_sampler must be a uniform, weighted or label sampler, got {patch_sampler!r}")
+        if not isinstance(patch_sampler, UniformSampler | GridSampler):
+            raise TypeError(f"patch_sampler must be a uniform, weighted, label or grid sampler, got {patch_sampler!r}")
+        if patches_per_volume is not None:
+            patches_per_volume = natural_number("patches_per_volume", patches_per_volume, 1, alternative=", or None")
+        elif isinstance(patch_sampler, UniformSampler) and patch_sampler.num_patches is None:
+            raise ValueError("patches_per_volume must be an int when patch_sampler has no num_patches, got None")
         if subject_sampler is not None and shuffle_subjects:
             raise ValueError("shuffle_subjects must be False when there is a subject_sampler, which gives the order")
         self.subjects = subjects
         self.patch_sampler = patch_sampler
         self.max_length = natural_number("max_length", max_length, 1)
-        self.patches_per_volume = natural_number("patches_per_volume", patches_per_volume, 1)
+        self.patches_per_volume = patches_per_volume
         self.num_workers = natural_number("num_workers", num_workers)
         self.shuffle_subjects = shuffle_subjects
         self.shuffle_patches = shuffle_patches
@@ -117,7 +123,9 @@ class Queue(IterableDataset[Subject]):
         self.patches_per_region = natural_number("patches_per_region", patches_per_region, 1)
         in_flight = max(1, num_workers) if regions_in_flight is None else regions_in_flight
         self.regions_in_flight = natural_number("regions_in_flight", in_flight, 1)
-        self.epochs = EpochCounter(patch_sampler.epochs.seed if seed is None else seed)
+        if seed is None and isinstance(patch_sampler, UniformSampler):
+            seed = patch_sampler.epochs.seed
+        self.epochs = EpochCounter(seed)
         self._check_room(self.max_length)
         if not len(subjects):
             raise ValueError("subjects must hold at least one subject, got none")
@@ -125,7 +133,10 @@ class Queue(IterableDataset[Subject]):
             if not isinstance(subject, Subject):
                 raise TypeError(f"subjects must hold subjects, got {type(subject).__name__} at index {index}")
             try:
-                patch_sampler.check(subject)
+                if isinstance(patch_sampler, GridSampler):
+                    patch_sampler.over(subject)
+                else:
+                    patch_sampler.check(subject)
             except ValueError as error:
                 raise ValueError(f"subject {index}: {error}") from error
 
@@ -144,8 +155,12 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def patches_per_epoch(self) -> int:
-        """Number of patches of an epoch, over all workers."""
-        return self.num_subjects * self._patches_per_visit
+        """Number of patches of an epoch, over all workers.
+
+        At most that many where a `subject_sampler` chooses among grids of different lengths.
+        """
+        lengths = [self._patches_per_visit(index) for index in range(len(self.subjects))]
+        return sum(lengths) if self.subject_sampler is None else self.num_subjects * max(lengths)
 
     @property
     def max_memory(self) -> int:
@@ -165,7 +180,8 @@ class Queue(IterableDataset[Subject]):
         return human(self.max_memory)
 
     def __repr__(self) -> str:
-        subjects = f"{len(self.subjects):,} subjects, {self.patches_per_volume:,} patches of each"
+        number = "all" if self.patches_per_volume is None else f"{self.patches_per_volume:,}"
+        subjects = f"{len(self.subjects):,} subjects, {number} patches of each"
         return f"Queue({subjects}, at most {self.max_length:,} here: {self.max_memory_pretty})"
 
     def set_epoch(self, epoch: int) -> None:
@@ -173,7 +189,8 @@ class Queue(IterableDataset[Subject]):
         self.epochs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Subject]:
-        self.patch_sampler.begin_pass()
+        if isinstance(self.patch_sampler, UniformSampler):
+            self.patch_sampler.begin_pass()
         seed, epoch = self.epochs.begin()
         share = self.epochs.share(ranks=self.subject_sampler is None)
         worker = get_worker_info()
@@ -217,11 +234,10 @@ class Queue(IterableDataset[Subject]):
 
     def _regions(self, seed: int, epoch: int) -> Iterator[Region]:
         """Yield all regions of an epoch, in order."""
-        whole, rest = divmod(self._patches_per_visit, self.patches_per_region)
-        counts = [self.patches_per_region] * whole + [rest] * (rest > 0)
         for visit, subject in enumerate(self._order(seed, epoch)):
-            for number, count in enumerate(counts):
-                yield Region(subject, visit, number, count)
+            length, most = self._patches_per_visit(subject), self.patches_per_region
+            for number, first in enumerate(range(0, length, most)):
+                yield Region(subject, visit, number, min(most, length - first))
 
     def _order(self, seed: int, epoch: int) -> list[int]:
         """Return the indices of the subjects of an epoch, in order."""
@@ -237,19 +253,24 @@ class Queue(IterableDataset[Subject]):
     def _read(self, seed: int, epoch: int, region: Region) -> list[Subject]:
         """Draw, read and transform the patches of a region."""
         subject, sampler = self.subjects[region.subject], self.patch_sampler
-        random = stream(seed, epoch, DRAWS, region.visit, region.number)
-        try:
-            corners = sampler.draw(subject, random, region.count)
-        except ValueError as error:  # about this subject's map, which is first read now
-            raise ValueError(f"subject {region.subject}: {error}") from error
-        locations = [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners]
-        patches = read_patches(subject, locations)
+        if isinstance(sampler, GridSampler):
+            first = region.number * self.patches_per_region
+            patches = sampler.over(subject, region.subject).read(slice(first, first + region.count))
+        else:
+            random = stream(seed, epoch, DRAWS, region.visit, region.number)
+            try:
+                corners = sampler.draw(subject, random, region.count)
+            except ValueError as error:  # about this subject's map, which is first read now
+                raise ValueError(f"subject {region.subject}: {error}") from error
+            locations = [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners]
+            patches = read_patches(subject, locations)
         return patches if self.transform is None else [self.transform(patch) for patch in patches]
 
-    @property
-    def _patches_per_visit(self) -> int:
-        limit = self.patch_sampler.num_patches
-        return self.patches_per_volume if limit is None else min(limit, self.patches_per_volume)
+    def _patches_per_visit(self, index: int) -> int:
+        """Return the number of patches of a subject in an epoch."""
+        sampler = self.patch_sampler
+        limit = len(sampler.over(self.subjects[index])) if isinstance(sampler, GridSampler) else sampler.num_patches
+        return min(number for number in (limit, self.patches_per_volume) if number is not None)
 
     def _check_room(self, room: int) -> None:
         if room < self.patches_per_region:

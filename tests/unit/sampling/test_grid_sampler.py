@@ -12,6 +12,7 @@ import torchio
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import oocpatch
 from tests.support.cases import law
@@ -192,3 +193,92 @@ def test_what_is_left_takes_eight_bytes_a_patch() -> None:
     assert rest.locations[7].index == (8,)
     assert rest.locations.numbers.nbytes == 8 * 99_999
     assert torch.equal(rest[-1].t1.data, torch.zeros(1, 1, dtype=torch.uint8))
+
+
+# Grids of several subjects
+
+
+def several() -> list[oocpatch.Subject]:
+    """Subjects of different shapes, whose voxels all differ."""
+    random, shapes = np.random.default_rng(0), [(9, 7, 8), (5, 12, 6), (6, 6, 6)]
+    return [oocpatch.Subject(t1=random.random(shape, np.float32), name=i) for i, shape in enumerate(shapes)]
+
+
+def test_the_grids_of_several_subjects_follow_each_other_with_the_index_of_each() -> None:
+    subjects = several()
+    together = oocpatch.GridSampler.of(subjects, (4, 3, 5), 2)
+    alone = [
+        (i, patch.patch_location.index, patch.t1.data, patch.name)
+        for i, subject in enumerate(subjects)
+        for patch in oocpatch.GridSampler(subject, (4, 3, 5), 2)
+    ]
+    assert len(together) == len(together.locations) == len(alone) > 30
+    for number, (i, index, data, name) in enumerate(alone):
+        patch = together[number]
+        assert (patch.patch_location.subject_index, patch.patch_location.index, patch.name) == (i, index, name)
+        assert patch.patch_location == together.locations[number]
+        assert torch.equal(patch.t1.data, data)
+    assert together.locations[-1].subject_index == 2
+    assert [place.subject_index for place in together.locations[: len(alone) : 10]] == [a[0] for a in alone[::10]]
+    with pytest.raises(IndexError, match="patch index must be in"):
+        together[len(alone)]
+
+
+@pytest.mark.parametrize(("mode", "padding"), [("crop", None), ("crop", "reflect"), ("average", "edge")])
+def test_aggregators_by_subject_get_each_voxel_of_each_subject_once(mode: str, padding: str | None) -> None:
+    subjects = several()
+    sampler = oocpatch.GridSampler.of(subjects, (4, 3, 5), 2, padding)
+    aggregators = [oocpatch.PatchAggregator(s.spatial_shape, mode, 2, output_chunks=4) for s in subjects]
+    for batch in DataLoader(sampler, batch_size=7, shuffle=True):
+        for data, place in zip(batch.t1.data, batch.patch_location, strict=True):
+            aggregators[place.subject_index].add_batch(data[None], [place])
+    for subject, aggregator in zip(subjects, aggregators, strict=True):
+        expected = subject.t1.read(oocpatch.planning.box.Box.of_shape(subject.spatial_shape))
+        np.testing.assert_allclose(aggregator.get_output(), expected, rtol=1e-6 if mode == "average" else 0)
+        assert aggregator.num_repeated == 0
+
+
+def test_a_loop_over_several_subjects_goes_on_with_what_is_left() -> None:
+    subjects = several()
+    sampler = oocpatch.GridSampler.of(subjects, (4, 3, 5), 2)
+    done: list[set[oocpatch.PatchLocation]] = [set(), set(), set()]
+    for place in list(sampler.locations)[::3]:
+        done[place.subject_index or 0].add(place)
+    rest = sampler.without(*done)
+    assert list(rest.locations) == [place for i, place in enumerate(sampler.locations) if i % 3]
+    assert list(sampler.without(set().union(*done)).locations) == list(rest.locations)
+    assert torch.equal(
+        rest[-1].t1.data, sampler[len(sampler) - 2].t1.data if len(sampler) % 3 == 1 else sampler[-1].t1.data
+    )
+    with pytest.raises(ValueError, match="one for each of 3 subjects, got 2"):
+        sampler.without(done[0], done[1])
+
+
+def test_grids_of_many_large_subjects_cost_nothing() -> None:
+    volume = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (4000, 4000, 4000), (0, 0, 0))
+    subjects = [
+        oocpatch.Subject(t1=oocpatch.Volume(zarr.create_array({}, shape=volume.shape, chunks=(64,) * 3, dtype="u1")))
+    ] * 20
+    tracemalloc.start()
+    sampler = oocpatch.GridSampler.of(subjects, 8, 4)
+    assert len(sampler) == 20 * 999**3
+    assert sampler.locations[19 * 999**3 + 5] == oocpatch.PatchLocation((0, 0, 20), (8, 8, 8), 19)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert len(pickle.dumps(sampler.locations)) < 5000
+
+
+def test_a_subject_that_a_grid_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"subject 1: patch_size must not be larger .* got \(6, 6, 6\)"):
+        oocpatch.GridSampler.of(several(), 6)
+    with pytest.raises(ValueError, match="at least one subject, got none"):
+        oocpatch.GridSampler.of([], 6)
+
+
+def test_a_grid_can_be_asked_for_another_subject() -> None:
+    first, second, _ = several()
+    sampler = oocpatch.GridSampler(first, 4, 2, "edge")
+    expected = [patch.patch_location.index for patch in oocpatch.GridSampler(second, 4, 2, "edge")]
+    assert [patch.patch_location.index for patch in sampler(second)] == expected
+    assert [patch.patch_location.index for patch in sampler(second, 3)] == expected[:3]
+    assert not list(sampler(second, 0))

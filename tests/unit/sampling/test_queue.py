@@ -396,3 +396,65 @@ def test_a_subject_whose_map_is_empty_is_named(threads: int, on_disk: bool, kind
     queue = oocpatch.Queue(subjects, kind(subjects[0], 4, "chances"), patches_per_volume=2, num_workers=threads)
     with pytest.raises(ValueError, match=r"^subject 1: .*'chances'"):
         list(queue)
+
+
+# Grids
+
+
+def grid_queue(number: int = 3, **options: Any) -> oocpatch.Queue:
+    """A queue of grids of 6, 9 and 12 patches (and so on), whose overlap begins outside of the volume."""
+    some = [oocpatch.Subject(t1=np.random.default_rng(i).random((6, 4 + 2 * i)), number=i) for i in range(number)]
+    return oocpatch.Queue(some, oocpatch.GridSampler(some[0], 4, 2, "reflect"), **options)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_grid_in_a_queue_gives_its_first_patches_or_all(together: int, threads: int) -> None:
+    for limit in (5, None, 100):
+        queue = grid_queue(patches_per_volume=limit, num_workers=threads, patches_per_region=together, seed=1)
+        grids = [oocpatch.GridSampler(s, 4, 2, "reflect") for s in queue.subjects]
+        expected = {
+            (i, p.patch_location.index): p.t1.data
+            for i, grid in enumerate(grids)
+            for p in itertools.islice(grid, limit)
+        }
+        patches = list(queue)
+        assert len(patches) == len(expected) == queue.patches_per_epoch
+        assert {(p.patch_location.subject_index, p.patch_location.index) for p in patches} == expected.keys()
+        for patch in patches:
+            assert torch.equal(patch.t1.data, expected[patch.number, patch.patch_location.index])
+    assert [len(grid) for grid in grids] == [6, 9, 12]
+
+
+def test_a_grid_in_a_queue_comes_in_its_order_unless_shuffled_by_the_seed() -> None:
+    ordered = drawn(grid_queue(shuffle_subjects=False, shuffle_patches=False, patches_per_volume=None))
+    assert ordered == sorted(ordered)
+    shuffled, again, other = (drawn(grid_queue(patches_per_volume=None, seed=seed)) for seed in (1, 1, 2))
+    assert shuffled == again != other
+    assert sorted(shuffled) == sorted(other) == ordered
+
+
+def test_patches_of_a_grid_are_transformed_and_counted() -> None:
+    def doubled(patch: oocpatch.Subject) -> oocpatch.Subject:
+        patch.t1.data = patch.t1.data * 2
+        return patch
+
+    plain, twice = grid_queue(seed=0), grid_queue(seed=0, transform=doubled)
+    for a, b in zip(plain, twice, strict=True):
+        assert torch.equal(2 * a.t1.data, b.t1.data)
+    assert plain.patches_per_epoch == 6 + 9 + 10
+    assert plain.max_memory == 300 * 16 * 8
+    picked = grid_queue(shuffle_subjects=False, subject_sampler=SequentialSampler(range(3)), patches_per_volume=None)
+    assert picked.patches_per_epoch == 36  # at most: another sampler might choose the longest grid each time
+
+
+def test_a_subject_that_the_grid_of_a_queue_does_not_fit_is_named() -> None:
+    some = subjects(2) + subjects(1, (3, 3))
+    with pytest.raises(ValueError, match=r"subject 2: patch_size must not be larger than the volume"):
+        oocpatch.Queue(some, oocpatch.GridSampler(some[0], 4))
+
+
+def test_all_patches_of_a_random_sampler_need_a_number() -> None:
+    assert len(drawn(queue_of(2, in_all=7, patches_per_volume=None))) == 14
+    with pytest.raises(ValueError, match="patches_per_volume must be an int when patch_sampler has no num_patches"):
+        queue_of(2, patches_per_volume=None)

@@ -73,6 +73,19 @@ def test_workers_share_out_the_patches_that_one_process_yields(subject: oocpatch
         assert len(set(alone)) > 50
 
 
+def test_workers_share_out_the_grids_of_several_subjects(subject: oocpatch.Subject) -> None:
+    """As a data set of its own, for a loop of validation, and in a queue."""
+    grids = oocpatch.GridSampler.of([subject] * 3, (8, 5), (2, 0))
+    queue = oocpatch.Queue([subject] * 3, oocpatch.GridSampler(subject, (8, 5), (2, 0)), patches_per_volume=None)
+    for dataset in (grids, queue):
+        found = Counter[tuple[int, Ints]]()
+        for batch in DataLoader(dataset, batch_size=4, num_workers=2):
+            for data, place in zip(batch.t1.data, batch.patch_location, strict=True):
+                assert np.array_equal(data[0].numpy(), DATA[place.to_slices()])
+                found[place.subject_index, place.index] += 1
+        assert found == Counter((place.subject_index, place.index) for place in grids.locations)
+
+
 def test_workers_of_torchio_each_draw_all_patches() -> None:
     """The divergence: three workers yield three times as many."""
     data = np.arange(40 * 30, dtype=np.float32).reshape(40, 30, 1)
