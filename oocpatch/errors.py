@@ -13,6 +13,10 @@ class PlanTooLarge(OocpatchError, ValueError):
     """The projected memory or disk exceeds what is allowed; nothing was read or written."""
 
 
+class InvalidVolume(OocpatchError, ValueError):
+    """The volume holds values that the call does not take; the run stops at the first of them."""
+
+
 class RunMismatch(OocpatchError, ValueError):
     """The output belongs to a run with other parameters; the message names each one that differs.
 

@@ -31,6 +31,7 @@ EXTRAS = {
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),
     "view": ("PIL",),
+    "objects": ("scipy", "cc3d"),
     "slurm": ("dask_jobqueue",),
     "serve": ("neuroglancer",),
 }

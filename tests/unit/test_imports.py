@@ -15,7 +15,7 @@ MAX_LINES = 600
 
 LAW = """
 errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration, execution} < run < {verification, visualization, xarray}
+< {aggregation, conversion, configuration, execution, objects} < run < {verification, visualization, xarray}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -46,6 +46,7 @@ LIBRARIES = {
     "sampling": ON_DISK + " torch",
     "engine": "numpy torch",
     "aggregation": ON_DISK + " torch",
+    "objects": ON_DISK + " torch scipy cc3d numcodecs",
     "conversion": ON_DISK,
     "configuration": "numpy torch",
     "execution": ON_DISK + " torch dask distributed cloudpickle",
