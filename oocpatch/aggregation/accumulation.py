@@ -55,6 +55,7 @@ class Accumulation:
         self,
         shape: Ints,
         overlap: Ints,
+        context: Ints,
         mode: str,
         specs: Sequence[HeadSpec],
         *,
@@ -62,7 +63,8 @@ class Accumulation:
         limit: int,
         output: AggregatedOutput | None,
     ) -> None:
-        self._shape, self._overlap, self._limit, self._reserve = shape, overlap, limit, 0
+        self._shape, self._overlap, self._context = shape, overlap, context
+        self._limit, self._reserve = limit, 0
         self.specs, self.single, self.output = specs, single, output
         self._durable = output is not None
         self.heads = {spec.name: HeadTiles(number, spec, mode) for number, spec in enumerate(specs)}
@@ -118,8 +120,9 @@ class Accumulation:
         start, size = patch
         if not self._starts:
             padded = (False, True) if any(o // 2 for o in self._overlap) else (False,)
-            grids = [PatchGrid.of(self._shape, size, self._overlap, padded=p) for p in padded]
-            self._candidates = [Lattice.of_grid(grid) for grid in grids]
+            whole = tuple(p + 2 * c for p, c in zip(size, self._context, strict=True))
+            grids = [PatchGrid.of(self._shape, whole, self._overlap, padded=p) for p in padded]
+            self._candidates = [Lattice.of_grid(grid, self._context) for grid in grids]
         self._candidates = [lattice for lattice in self._candidates if patch in lattice]
         self._home = self._candidates[0] if self._candidates else self._home
         for starts, at in zip(self._starts.setdefault(size, [set() for _ in size]), start, strict=True):
@@ -280,7 +283,11 @@ class Accumulation:
             ((size, starts),) = self._starts.items()
             lattice = Lattice(size, tuple(tuple(sorted(column)) for column in starts))
             finals = any(head.final.any() for head in self.heads.values())
-            lattices = [lattice] if lattice.covers(self._shape) and (lattice == self._home or not finals) else []
+            lattices = (
+                [lattice]
+                if lattice.covers(self._shape, self._context) and (lattice == self._home or not finals)
+                else []
+            )
         for lattice in lattices:
             if all(h.is_complete(p, lattice) for h in self.heads.values() for p in np.ndindex(h.spec.counts)):
                 return lattice

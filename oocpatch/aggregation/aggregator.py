@@ -28,7 +28,7 @@ import zarr
 
 from oocpatch.aggregation.accumulation import Accumulation
 from oocpatch.aggregation.aggregated_output import AggregatedOutput
-from oocpatch.aggregation.batches import Batch, head_specs, read_batch
+from oocpatch.aggregation.batches import Batch, head_specs, read_batch, without_context
 from oocpatch.aggregation.placement import HeadSpec, Lattice
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.errors import CorruptData
@@ -59,6 +59,9 @@ class PatchAggregator:
             complete parts only at the end.
         output_shape: spatial shape of the output, for a model that changes the number of voxels. Default: the shape of
             the volume; with a dict, the scale of each tensor.
+        context: voxels by which outputs are smaller than their patches on each side, as those of convolutions without
+            padding are; at most half of `patch_overlap`, of which it is a part. With the sampler's `padding_mode`, no
+            border of the volume is missing.
         store: local path of the Zarr group to write. A store that an interrupted loop left is resumed. None keeps the
             result in memory while it fits, and else in a temporary directory.
         max_memory: bytes that this process may use in addition, e.g. `"2GiB"`; `"auto"` is a quarter of the machine's
@@ -89,6 +92,7 @@ class PatchAggregator:
         patch_overlap: int | Sequence[int] = 0,
         output_shape: Sequence[int] | None = None,
         *,
+        context: int | Sequence[int] = 0,
         store: str | os.PathLike[str] | None = None,
         max_memory: int | float | str = "auto",
         output_chunks: int | Sequence[int] | None = None,
@@ -103,12 +107,21 @@ class PatchAggregator:
             raise ValueError(f"overlap_mode must be one of {', '.join(MODES)}, got {overlap_mode!r}")
         self._mode = overlap_mode
         self._overlap = per_axis("patch_overlap", patch_overlap, axes)
+        self._context = per_axis("context", context, axes)
+        # the blending modes need no overlap
+        if (overlap_mode == "crop" or any(self._overlap)) and any(
+            2 * c > o for c, o in zip(self._context, self._overlap, strict=True)
+        ):
+            raise ValueError(
+                f"context must be at most half of patch_overlap on every axis, got {self._context} and {self._overlap}"
+            )
         self._output_shape = None if output_shape is None else per_axis("output_shape", output_shape, axes, least=1)
         self._chunks = None if output_chunks is None else per_axis("output_chunks", output_chunks, axes, least=1)
         self._limit = memory_limit(max_memory)
         self._sums: Accumulation | None = None
         self._store: AggregatedOutput | None = None
         self._closed = self._final = False
+        self._subjects: set[int] = set()
         self._committed_at, self._commit_cost = time.monotonic(), 0.0
         self.done = Done(self)
         self.num_repeated = 0
@@ -140,13 +153,20 @@ class PatchAggregator:
             raise ValueError("a closed aggregator takes no more patches; make a new one with the same store to go on")
         if self._output is not None:
             self._output.check_held()
-        checked = read_batch(batch, locations, self._shape, self._overlap)
+        checked = read_batch(batch, locations, self._shape, self._overlap, self._context)
         if not checked.patches:
             return
+        subjects = self._subjects | checked.subjects
+        if len(subjects) > 1:
+            listed = " and ".join(map(str, sorted(subjects)))
+            raise ValueError(
+                f"locations must be of one subject, got subject_index {listed}; use an aggregator for each"
+            )
         sums = self._sums or self._begin(checked)
         checked.check(sums.heads, single=sums.single)
         for size in {size for _, size in checked.patches}:
             sums.expect(size, checked.out_size)
+        self._subjects = subjects
         if self._sums is None:
             if self._store is not None:
                 self._store.hold()
@@ -226,6 +246,7 @@ class PatchAggregator:
             "spatial_shape": self._shape,
             "overlap_mode": self._mode,
             "patch_overlap": self._overlap,
+            "context": self._context,
             "output_shape": self._output_shape,
             "output_chunks": self._chunks,
         }
@@ -255,17 +276,17 @@ class PatchAggregator:
 
     def _begin(self, first: Batch) -> Accumulation:
         """Return empty sums for the heads that the first batch shows."""
-        trims = [o // 2 if self._mode == "crop" else None for o in self._overlap]
-        specs = head_specs(first, self._shape, self._output_shape, trims)
+        inner = zip(self._overlap, self._context, strict=True)
+        overlaps = [o - 2 * c if self._mode == "crop" else None for o, c in inner]
+        specs = head_specs(first, self._shape, self._output_shape, overlaps, self._context)
         limit = self._limit // len(specs)
         specs = [spec.cut(first.out_size[spec.name], self._chunks, limit) for spec in specs]
         return self._accumulation(specs, single=first.single)
 
     def _accumulation(self, specs: Sequence[HeadSpec], *, single: bool) -> Accumulation:
         lean_heap()
-        return Accumulation(
-            self._shape, self._overlap, self._mode, specs, single=single, limit=self._limit, output=self._store
-        )
+        geometry = self._shape, self._overlap, self._context, self._mode
+        return Accumulation(*geometry, specs, single=single, limit=self._limit, output=self._store)
 
     @property
     def _output(self) -> AggregatedOutput | None:
@@ -305,4 +326,5 @@ class Done:
         sums, axes = aggregator._sums, len(aggregator._shape)  # noqa: SLF001 - a view of it
         if not (sums and isinstance(location, PatchLocation) and len(location.index) == len(location.size) == axes):
             return False
-        return aggregator._final or sums.has((location.index, location.size))  # noqa: SLF001
+        patch = without_context(location.index, location.size, aggregator._context)  # noqa: SLF001
+        return aggregator._final or sums.has(patch)  # noqa: SLF001

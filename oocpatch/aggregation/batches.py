@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ SINGLE = "prediction"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors `(B, C, *spatial)` by name, which are those of `B` patches; `single`: one tensor and no dict."""
+    """Tensors `(B, C, *spatial)` by name, of `B` patches of subjects; `single`: one tensor and no dict."""
 
     tensors: dict[str, torch.Tensor]
     patches: list[Patch]
     single: bool
+    subjects: set[int]
 
     @property
     def out_size(self) -> dict[str, Ints]:
@@ -56,9 +58,13 @@ class Batch:
                     scale = tuple(f"{a.numerator}/{a.denominator}" for a in spec.axes)
                     times = "" if set(scale) == {"1/1"} else f" times {scale}"
                     before = f", and was {known[size]} before" if size in known else ""
-                    raise ValueError(
-                        f"{label} must have the spatial size of its locations{times}{before}, got {out_size} for {size}"
-                    )
+                    less = _less([a.context for a in spec.axes])
+                    rule = f"must have the spatial size of its locations{less}{times}{before}"
+                    raise ValueError(f"{label} {rule}, got {out_size} for {size}")
+
+
+def _less(context: Sequence[int]) -> str:
+    return " less the context" if any(context) else ""
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,7 +76,7 @@ def _stored_dtype(tensor: torch.Tensor) -> str:
     return str(_storable(tensor[:0]).numpy(force=True).dtype)
 
 
-def read_batch(batch: Any, locations: Any, shape: Ints, overlap: Ints) -> Batch:
+def read_batch(batch: Any, locations: Any, shape: Ints, overlap: Ints, context: Ints) -> Batch:
     """Return a batch that fits its locations, which lie in the volume; raise TypeError or ValueError for others."""
     single = isinstance(batch, torch.Tensor)
     tensors = {SINGLE: batch} if single else batch
@@ -82,7 +88,9 @@ def read_batch(batch: Any, locations: Any, shape: Ints, overlap: Ints) -> Batch:
     locations = [locations] if isinstance(locations, PatchLocation) else locations
     if isinstance(locations, (str, bytes)) or not isinstance(locations, Sequence):
         raise TypeError(f"locations must be a list of PatchLocation, got {type(locations).__name__}")
-    read = Batch(dict(tensors), [_read_location(location, shape, overlap) for location in locations], single)
+    patches = [_read_location(location, shape, overlap, context) for location in locations]
+    subjects = {index for place in locations if (index := getattr(place, "subject_index", None)) is not None}
+    read = Batch(dict(tensors), patches, single, subjects)
     for name, tensor in tensors.items():
         label = read.label(name)
         if not isinstance(name, str) or not name or "/" in name or name.startswith(("__", ".")):
@@ -99,7 +107,12 @@ def read_batch(batch: Any, locations: Any, shape: Ints, overlap: Ints) -> Batch:
     return read
 
 
-def _read_location(location: Any, shape: Ints, overlap: Ints) -> Patch:
+def without_context(start: Ints, size: Ints, context: Ints) -> Patch:
+    """Return the part of a patch that its output is of."""
+    return tuple(map(operator.add, start, context)), tuple(p - 2 * c for p, c in zip(size, context, strict=True))
+
+
+def _read_location(location: Any, shape: Ints, overlap: Ints, context: Ints) -> Patch:
     try:
         start, size = tuple(map(int, location.index)), tuple(map(int, location.size))
     except (AttributeError, TypeError, ValueError) as error:
@@ -108,30 +121,34 @@ def _read_location(location: Any, shape: Ints, overlap: Ints) -> Patch:
         raise ValueError(f"locations must have one value per axis of the volume {shape}, got {start} and {size}")
     if min(size) < 1:
         raise ValueError(f"locations must have positive sizes, got {size}")
-    stop = tuple(a + p for a, p in zip(start, size, strict=True))
+    stop = tuple(map(operator.add, start, size))
     if (Box(start, stop) & Box.of_shape(shape)).empty:
         raise ValueError(f"locations must lie in the volume, at least in part, got {start} to {stop} for {shape}")
     if any(o >= p for o, p in zip(overlap, size, strict=True)):
         raise ValueError(f"patch_overlap must be smaller than patch_size on every axis, got {overlap} and {size}")
-    return start, size
+    if any(2 * c >= p for c, p in zip(context, size, strict=True)):
+        raise ValueError(f"context must be smaller than half of a patch on every axis, got {context} for {size}")
+    return without_context(start, size, context)
 
 
-def head_specs(first: Batch, shape: Ints, output_shape: Ints | None, trims: Sequence[int | None]) -> list[HeadSpec]:
-    """Return the heads that the first batch shows, not cut yet; `trims` are those of `AxisPlacement`."""
+def head_specs(
+    first: Batch, shape: Ints, output_shape: Ints | None, overlaps: Sequence[int | None], context: Ints
+) -> list[HeadSpec]:
+    """Return the heads that the first batch shows, not cut yet; overlaps and context are those of `AxisPlacement`."""
     size, specs = first.patches[0][1], []
     for name, out_size in first.out_size.items():
         if first.single and output_shape is None and out_size != size:  # as TorchIO: another scale must be asked for
             raise ValueError(
-                f"batch must have the spatial size of its locations, got {out_size} for {size}; "
-                "pass output_shape when the model gives another number of voxels"
+                f"batch must have the spatial size of its locations{_less(context)}, got {out_size} for {size}; "
+                "pass output_shape when the model gives another number of voxels, or context when it drops a border"
             )
         outs: Sequence[int | None] = output_shape or (shape if first.single else (None,) * len(shape))
-        axes = tuple(map(AxisPlacement.fitted, shape, outs, size, out_size, trims))
+        axes = tuple(map(AxisPlacement.fitted, shape, outs, size, out_size, overlaps, context))
         if None in axes:
             raise ValueError(
                 f"output_shape must be to the volume as {first.label(name)} is to its locations, rounded up or down, "
                 f"got {output_shape} for {shape}, and {out_size} for {size}"
             )
-        dtype = "float32" if None in trims else _stored_dtype(first.tensors[name])
+        dtype = "float32" if None in overlaps else _stored_dtype(first.tensors[name])
         specs.append(HeadSpec(name, first.tensors[name].shape[1], dtype, tuple(a for a in axes if a is not None)))
     return specs

@@ -15,10 +15,13 @@ the volume's border, or beyond it, also ends there in the output; no other patch
 Starts at most a patch apart are placed at most a patch's output apart, so patches without holes between them leave
 none in the output. The output is cut into tiles of whole write units.
 
-In `crop` mode a patch claims what is left when `trim` voxels are taken from each side that is not at the volume's
+In `crop` mode a patch claims what is left when half of the overlap is taken from each side that is not at the volume's
 border. The claim with the greatest key holds a voxel, so the order of arrival does not matter. Along an axis the key is
 the patch's start. A claim that only the border saves from being trimmed yields to all others: in a padded grid other
 patches may reach further beyond the border, and those voxels are theirs.
+
+Where outputs lack a context on each side of their patches, a patch is from here on what its output is of, and the
+overlap is smaller, too. Only at the border of the volume does the context still count.
 """
 
 from __future__ import annotations
@@ -60,9 +63,10 @@ class AxisPlacement:
         length: voxels of the volume.
         out: voxels of the output.
         numerator, denominator: the scale, in voxels of the output per voxel of the volume.
-        trim: voxels of the volume that `crop` takes from each side of a patch; None for the blending modes.
+        overlap: voxels of the volume of which `crop` takes half from each side; None for the blending modes.
+        context: voxels on each side of a patch that the model has seen.
 
-    >>> axis = AxisPlacement(length=29, out=8, numerator=1, denominator=4, trim=None)
+    >>> axis = AxisPlacement(length=29, out=8, numerator=1, denominator=4)
     >>> [axis.start(s, 8, 2) for s in (0, 8, 16, 21)]
     [0, 2, 4, 6]
     """
@@ -71,17 +75,20 @@ class AxisPlacement:
     out: int
     numerator: int = 1
     denominator: int = 1
-    trim: int | None = None
+    overlap: int | None = None
+    context: int = 0
 
     @classmethod
-    def fitted(cls, length: int, out: int | None, size: int, out_size: int, trim: int | None) -> AxisPlacement | None:
+    def fitted(  # noqa: PLR0917 - mapped over the axes
+        cls, length: int, out: int | None, size: int, out_size: int, overlap: int | None, context: int
+    ) -> AxisPlacement | None:
         """Return the placement that follows from a patch of `size` voxels and its output of `out_size` voxels, or None.
 
         With `out`, the scale is `out_size / size` where `out` is `length` times that, rounded up or down, else
         `out / length`; then `out_size` must be `size` times that, rounded up or down. Without, `out` is rounded up.
 
-        >>> AxisPlacement.fitted(29, 7, 8, 2, None).denominator, AxisPlacement.fitted(100, 33, 32, 10, None).numerator
-        (4, 33)
+        >>> [AxisPlacement.fitted(*sizes, None, 0).numerator for sizes in ((29, 7, 8, 2), (100, 33, 32, 10))]
+        [1, 33]
         """
         if out is None:
             out = -(-length * out_size // size)
@@ -90,7 +97,7 @@ class AxisPlacement:
             return None
         numerator, denominator = (out_size, size) if gap < size else (out, length)
         common = math.gcd(numerator, denominator)
-        return cls(length, out, numerator // common, denominator // common, trim)
+        return cls(length, out, numerator // common, denominator // common, overlap, context)
 
     def fits(self, size: int, out_size: int) -> bool:
         """Return whether `out_size` is `size` scaled, rounded up or down."""
@@ -104,7 +111,7 @@ class AxisPlacement:
     def claims(self, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
         """Return the spans that a patch claims, as key, first voxel and end: at most two adjacent ones, in order.
 
-        >>> AxisPlacement(10, 10, trim=1).claims(0, 4, 4)
+        >>> AxisPlacement(10, 10, overlap=2).claims(0, 4, 4)
         [((False, 0, 4), 0, 1), ((True, 0, 4), 1, 3)]
         """
         return _claims(self, start, size, out_size)
@@ -118,13 +125,14 @@ class AxisPlacement:
 def _claims(axis: AxisPlacement, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
     at = axis.start(start, size, out_size)
     low, high = max(at, 0), min(at + out_size, axis.out)
-    if axis.trim is None:
+    if axis.overlap is None:
         return [((True, start, size), low, high)] if low < high else []
-    own = max(low, axis.scaled(start + axis.trim))
-    if start + size < axis.length:
-        high = min(high, -(-(start + size - axis.trim) * axis.numerator // axis.denominator))
+    trim = axis.overlap * axis.numerator // (2 * axis.denominator)
+    own = max(low, axis.scaled(start) + trim)
+    if start + size < axis.length - axis.context:  # up to where the next patch begins: further, if scaling rounds it
+        high = min(high, max(at + out_size - trim, axis.scaled(start + size - axis.overlap) + trim))
     spans = [((True, start, size), own, high)]
-    if start <= 0:
+    if start <= axis.context:
         spans.insert(0, ((False, start, size), low, min(own, high)))
     return [span for span in spans if span[1] < span[2]]
 
@@ -133,7 +141,7 @@ def _claims(axis: AxisPlacement, start: int, size: int, out_size: int) -> list[t
 class Lattice:
     """Patches of one size whose starts are the product of one ascending sequence per axis.
 
-    >>> lattice = Lattice.of_grid(PatchGrid.of((10,), (4,), (1,)))
+    >>> lattice = Lattice.of_grid(PatchGrid.of((10,), (4,), (1,)), (0,))
     >>> lattice.starts, ((3,), (4,)) in lattice, ((4,), (4,)) in lattice
     (((0, 3, 6),), True, False)
     """
@@ -142,9 +150,10 @@ class Lattice:
     starts: tuple[Ints, ...]
 
     @classmethod
-    def of_grid(cls, grid: PatchGrid) -> Lattice:
-        """Return the patches of a grid."""
-        return cls(grid.patch_size, tuple(tuple(a.start(i) for i in range(a.count)) for a in grid.axes))
+    def of_grid(cls, grid: PatchGrid, context: Ints) -> Lattice:
+        """Return the patches of a grid, without a context on each side."""
+        axes = [axis.grown(-c) for axis, c in zip(grid.axes, context, strict=True)]
+        return cls(tuple(a.patch for a in axes), tuple(tuple(a.start(i) for i in range(a.count)) for a in axes))
 
     @classmethod
     def from_json(cls, value: Any) -> Lattice:
@@ -158,11 +167,11 @@ class Lattice:
             for starts, s in zip(self.starts, start, strict=True)
         )
 
-    def covers(self, shape: Ints) -> bool:
-        """Return whether every voxel of a volume lies in a patch."""
+    def covers(self, shape: Ints, context: Ints) -> bool:
+        """Return whether every voxel of a volume lies in a patch, but for a context at its border."""
         return all(
-            starts[0] <= 0 and n <= starts[-1] + p and all(b - a <= p for a, b in itertools.pairwise(starts))
-            for starts, p, n in zip(self.starts, self.size, shape, strict=True)
+            starts[0] <= c and n - c <= starts[-1] + p and all(b - a <= p for a, b in itertools.pairwise(starts))
+            for starts, p, n, c in zip(self.starts, self.size, shape, context, strict=True)
         )
 
 
@@ -220,7 +229,7 @@ class HeadSpec:
     @property
     def blended(self) -> bool:
         """True where patches are added, in float32, and divided by weights."""
-        return self.axes[0].trim is None
+        return self.axes[0].overlap is None
 
     @property
     def voxel_bytes(self) -> int:

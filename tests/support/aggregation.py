@@ -26,12 +26,17 @@ Patch = tuple[Ints, Array]
 """Start in the volume, and values `(C, *patch)`."""
 
 
-def aggregate(shape: Ints, mode: str, overlap: Ints, patches: Iterable[Patch]) -> Array:
-    """What becomes of patches: `(C, *shape)`, float64, or for `crop` the patches' own values and dtype; holes are 0."""
+def aggregate(shape: Ints, mode: str, overlap: Ints, patches: Iterable[Patch], context: Ints | None = None) -> Array:
+    """What becomes of patches: `(C, *shape)`, float64, or for `crop` the patches' own values and dtype; holes are 0.
+
+    Starts are those of the model's input; `context` is what the values lack on each side of it.
+    """
     found = list(patches)
     first = found[0][1]
+    context = context or (0,) * len(shape)
     if mode == "crop":
-        return _cropped(shape, overlap, found)
+        return _cropped(shape, overlap, found, context)
+    found = [(tuple(s + c for s, c in zip(start, context, strict=True)), values) for start, values in found]
     sums, weights = np.zeros((len(first), *shape)), np.zeros(shape)
     for start, values in found:
         weight = functools.reduce(np.multiply.outer, [oracle.window(mode, p) for p in values.shape[1:]])
@@ -48,7 +53,7 @@ def _inside(start: Ints, size: Sequence[int], shape: Ints) -> tuple[tuple[slice,
     return inside, tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
 
 
-def _cropped(shape: Ints, overlap: Ints, patches: list[Patch]) -> Array:
+def _cropped(shape: Ints, overlap: Ints, patches: list[Patch], context: Ints) -> Array:
     """Voxel by voxel: of the patches that claim it, the one with the greatest start holds it.
 
     Along an axis, a claim on a voxel that the patch would lose if it were not at the border counts less than any other.
@@ -57,18 +62,19 @@ def _cropped(shape: Ints, overlap: Ints, patches: list[Patch]) -> Array:
     out = np.zeros((len(first), *shape), first.dtype)
     best: dict[Ints, tuple[Any, ...]] = {}
     for start, values in patches:
-        size = values.shape[1:]
+        size = tuple(m + 2 * c for m, c in zip(values.shape[1:], context, strict=True))
         ranges = []
-        for s, p, n, o in zip(start, size, shape, overlap, strict=True):
-            low = s + o // 2 if s > 0 else 0
-            high = s + p - o // 2 if s + p < n else n
+        for s, p, n, o, c in zip(start, size, shape, overlap, context, strict=True):
+            low = s + o // 2 if s > 0 else max(0, s + c)
+            high = s + p - o // 2 if s + p < n else min(n, s + p - c)
             ranges.append(range(low, high))
         for voxel in itertools.product(*ranges):
             inner = zip(voxel, start, overlap, size, strict=True)
             key = tuple((v >= s + o // 2, s, p) for v, s, o, p in inner)
             if voxel not in best or key > best[voxel]:
                 best[voxel] = key
-                out[(slice(None), *voxel)] = values[(slice(None), *(v - s for v, s in zip(voxel, start, strict=True)))]
+                index = tuple(v - s - c for v, s, c in zip(voxel, start, context, strict=True))
+                out[(slice(None), *voxel)] = values[(slice(None), *index)]
     return out
 
 
@@ -99,26 +105,31 @@ class Loop:
     """What the aggregator is told; in the blending modes it need not be true."""
     patches: list[Patch]
     chunks: Ints | None
+    context: Ints | None = None
 
     @property
     def expected(self) -> Array:
-        return aggregate(self.shape, self.mode, self.overlap, {(s, v.shape): (s, v) for s, v in self.patches}.values())
+        patches = {(s, v.shape): (s, v) for s, v in self.patches}.values()
+        return aggregate(self.shape, self.mode, self.overlap, patches, self.context)
 
     def aggregator(self, **options: Any) -> PatchAggregator:
+        if self.context:
+            options["context"] = self.context
         return PatchAggregator(self.shape, self.mode, self.overlap, output_chunks=self.chunks, **options)
 
 
-def location(patch: Patch) -> PatchLocation:
+def location(patch: Patch, context: Ints | None = None) -> PatchLocation:
     start, values = patch
-    return PatchLocation(start, values.shape[1:])
+    lacking = context or (0,) * len(start)
+    return PatchLocation(start, tuple(m + 2 * c for m, c in zip(values.shape[1:], lacking, strict=True)))
 
 
-def add(aggregator: PatchAggregator, patches: Sequence[Patch], batch: int = 1) -> None:
+def add(aggregator: PatchAggregator, patches: Sequence[Patch], batch: int = 1, *, context: Ints | None = None) -> None:
     """Add patches in batches of those that have one size."""
     for _, group in itertools.groupby(patches, key=lambda patch: patch[1].shape):
         while members := list(itertools.islice(group, batch)):
             tensor = torch.from_numpy(np.stack([values for _, values in members]))
-            aggregator.add_batch(tensor, [location(patch) for patch in members])
+            aggregator.add_batch(tensor, [location(patch, context) for patch in members])
 
 
 def values_at(start: Ints, size: Ints, channels: int, dtype: str) -> Array:
@@ -165,3 +176,23 @@ def assert_as_expected(found: Array, loop: Loop) -> None:
         assert found.dtype == np.float32
         # A few roundings of float32 per patch that a voxel lies in.
         np.testing.assert_allclose(found, loop.expected, rtol=2e-5, atol=2e-4)
+
+
+@st.composite
+def loops_with_context(draw: st.DrawFn) -> Loop:
+    """A full grid of a model without padding, in the padded or the unpadded frame, shuffled."""
+    ndim = draw(st.integers(1, 3))
+    longest = (40, 18, 11)[ndim - 1]
+    shape = tuple(draw(st.integers(3, longest)) for _ in range(ndim))
+    patch = tuple(draw(st.integers(3, n)) for n in shape)
+    overlap = tuple(draw(st.integers(0, p - 1)) for p in patch)
+    context = tuple(draw(st.integers(0, o // 2)) for o in overlap)
+    starts = grid_starts(shape, patch, overlap, padded=draw(st.booleans()))
+    assume(len(starts) <= 120)
+    size = tuple(p - 2 * c for p, c in zip(patch, context, strict=True))
+    channels = draw(st.integers(1, 2))
+    patches = [(start, values_at(start, size, channels, "float32")) for start in starts]
+    chunks = tuple(draw(st.integers(1, n)) for n in shape)
+    mode = draw(st.sampled_from(("crop", "average", "hann", "gaussian")))
+    told = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
+    return Loop(shape, mode, told, draw(st.permutations(patches)), chunks, context)
