@@ -4,6 +4,7 @@ from .conversion.convert import convert as convert
 from .errors import BlockFailed as BlockFailed
 from .errors import ClusterLost as ClusterLost
 from .errors import CorruptData as CorruptData
+from .errors import DeviceLost as DeviceLost
 from .errors import OocpatchError as OocpatchError
 from .errors import OutputBusy as OutputBusy
 from .errors import OutputExists as OutputExists

@@ -53,6 +53,10 @@ class ClusterLost(OocpatchError, ConnectionError):
     """The scheduler or the workers are gone, or cannot do the work; the same call continues."""
 
 
+class DeviceLost(OocpatchError, RuntimeError):
+    """An accelerator does not work any more in this process; the same call in a new one continues."""
+
+
 class CorruptData(OocpatchError, RuntimeError):
     """Stored data is not what was written, and recomputing cannot repair it."""
 

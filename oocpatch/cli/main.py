@@ -50,7 +50,7 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (errors.PlanTooLarge, errors.RunMismatch, errors.OutputExists, errors.OutputBusy)):
         return REFUSED
-    if isinstance(error, (errors.BlockFailed, errors.ClusterLost, errors.CorruptData)):
+    if isinstance(error, (errors.BlockFailed, errors.ClusterLost, errors.DeviceLost, errors.CorruptData)):
         return FAILED
     if isinstance(error, (errors.OocpatchError, ValueError, TypeError, OSError)):
         return BAD_INPUT

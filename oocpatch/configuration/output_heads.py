@@ -147,6 +147,8 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     out_channels, out_dtype = channels, str(values.numpy(force=True).dtype)
     if postprocess is not None:
         result = _postprocessed(postprocess, values, loops)
+        if values.device.type != "cpu":  # normalize tasks have sums in main memory
+            _postprocessed(postprocess, values.cpu(), loops)
         out_channels, out_dtype = result.shape[0], str(result.numpy(force=True).dtype)
         if postprocess is POSTPROCESSES["argmax"]:
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))

@@ -89,10 +89,13 @@ class FutureGroup:
         self._futures.append(self._pool.submit(function, *args))
 
     def wait(self) -> None:
-        """Wait until all calls are done, and raise the exception of the first one that failed."""
-        futures, self._futures = self._futures, []
-        for future in futures:
-            future.result()
+        """Wait until all calls are done, or one has failed; then the later ones are still in progress.
+
+        Raises:
+            Exception: of the call that failed.
+        """
+        while self._futures:
+            self._futures.pop(0).result()
 
     def cancel_and_wait(self) -> None:
         """Cancel the calls that have not begun and wait for the others, whatever their result."""

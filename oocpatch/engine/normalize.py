@@ -124,7 +124,8 @@ class Normalizer:
         values = values / weights if self.divide else values
         counts = Counts(uncovered) + self._count(values) + self._store(values, target)
         if uncovered:
-            target.copy_(torch.where(empty, target.new_full((), self.fill), target))
+            filled = torch.where(empty, _signed(target.new_full((), self.fill)), _signed(target))
+            _signed(target).copy_(filled)
         return counts
 
     def _store(self, values: torch.Tensor, target: torch.Tensor) -> Counts:
@@ -160,6 +161,14 @@ class Normalizer:
                 "allow_nonfinite=True to have them infinite"
             )
         return Counts(nonfinite=count)
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _signed(values: torch.Tensor) -> torch.Tensor:
+    """Return a view that torch has all kernels for, on every device: it has few for the larger unsigned integers."""
+    return values.view(_SIGNED.get(values.dtype, values.dtype))
 
 
 Tile = tuple[slice, ...]

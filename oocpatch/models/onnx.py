@@ -45,7 +45,7 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
             f"{', '.join(runtime.get_available_providers())}; pass device='cpu' or install onnxruntime-gpu"
         )
     try:
-        session = OnnxSession(runtime, file, (provider, device.index or 0))
+        session = OnnxSession(runtime, file, (provider, _index(device)))
     except Exception as error:
         raise ValueError(f"{spec!r} cannot be loaded as an ONNX model: {error_line(error)}") from error
     inputs = session.opened.get_inputs()
@@ -54,6 +54,11 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
         raise ValueError(f"the model of {spec!r} must take one tensor (B, C, *patch), got {listed}; export it again")
     batch, channels, *sides = (n if isinstance(n, int) else None for n in inputs[0].shape)
     return ModelFile(session, InputSpec(batch or 1, batch, channels, tuple(sides), DTYPES[inputs[0].type]))
+
+
+def _index(device: torch.device) -> int:
+    """Return the number of a device; `"cuda"` is the current one."""
+    return torch.cuda.current_device() if str(device) == "cuda" else device.index or 0
 
 
 class OnnxSession(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oocpatch.errors import error_line
+from oocpatch.errors import DeviceLost, error_line
 from oocpatch.models.compilation import OptimizedModel
 from oocpatch.models.evaluation_mode import EvaluationMode
 from oocpatch.models.input_spec import as_input, input_dtype
@@ -87,6 +87,10 @@ class Predictor:
                 use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
                 self._thread = stack.enter_context(ThreadPoolExecutor(1, "oocpatch-model", use_device))
                 stack.callback(setattr, self, "_thread", None)
+            # other algorithms give other last bits; a block that is computed again must give the same
+            for name, value in (("deterministic", True), ("benchmark", False)):
+                stack.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+                setattr(torch.backends.cudnn, name, value)
             if self._is_cuda:
                 torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
             yield
@@ -114,10 +118,17 @@ class Predictor:
 
     def _run(self, inputs: torch.Tensor) -> dict[str, Any]:
         use_threads(self._threads)
+        # each thread has a current device of its own, where a model puts what it makes for itself
+        on_device = torch.cuda.device(self.device) if self._is_cuda else contextlib.nullcontext()
         try:
             # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
-            with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=self._autocast):
+            with on_device, torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=self._autocast):
                 return owned_outputs(self.halving, as_input(inputs, self.dtype))
+        except Exception as error:
+            if _is_lost(error):
+                message = f"{self.device} failed: {error_line(error)}; the same call in a new process continues"
+                raise DeviceLost(message) from error
+            raise
         finally:
             use_threads(1)
 
@@ -182,11 +193,19 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def _is_lost(error: Exception) -> bool:
+    """Return whether no later call on the device can succeed, as after a failed assertion in a kernel."""
+    kinds = getattr(torch, "AcceleratorError", RuntimeError)  # torch 2.8 has it
+    return isinstance(error, kinds) and str(error).startswith("CUDA error") and not out_of_memory(error)
+
+
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA, in the versions that raise a plain RuntimeError, and cuBLAS
     "not enough memory",  # torch's allocator for the CPU
     "can't allocate memory",
     "failed to allocate memory",  # onnxruntime
+    "status_alloc_failed",  # cuBLAS and cuDNN
+    "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
 )
 
 

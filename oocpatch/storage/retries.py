@@ -8,7 +8,7 @@ from typing import Any
 
 import tenacity
 
-from oocpatch.errors import ClusterLost
+from oocpatch.errors import ClusterLost, DeviceLost
 
 ATTEMPTS = 4
 """How often a task is tried when reading or writing fails in a way that may pass."""
@@ -27,7 +27,7 @@ def transient(error: BaseException) -> bool:
 
 def hopeless(error: BaseException) -> bool:
     """Return whether every block would fail like this one."""
-    return isinstance(error, ClusterLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
+    return isinstance(error, ClusterLost | DeviceLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 
 import oocpatch
 from oocpatch.engine import device_transfer
+from oocpatch.engine.buffers import FutureGroup
 from oocpatch.engine.device_transfer import HostStaging, Transfer
 from tests.support.children import file_digests
 
@@ -291,3 +293,26 @@ def test_the_streams_of_the_tests_are_called_as_those_of_torch_are(name: str) ->
         if hasattr(late, name):
             names = list(inspect.signature(getattr(late, name)).parameters)
             assert list(inspect.signature(getattr(real, name)).parameters)[: len(names)] == names
+
+
+def test_calls_after_one_that_failed_are_waited_for() -> None:
+    """They write to memory and files that are given up next."""
+    failed, written = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        raise OSError("no space left")
+
+    def write() -> None:
+        failed.wait()
+        time.sleep(0.05)
+        written.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        group = FutureGroup(pool)
+        group.submit(fail)
+        group.submit(write)
+        with pytest.raises(OSError, match="no space left"):
+            group.wait()
+        group.cancel_and_wait()
+        assert written.is_set()

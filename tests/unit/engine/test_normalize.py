@@ -45,6 +45,16 @@ def test_values_are_sums_divided_by_weights_however_they_are_cut(dtype: str, sha
         np.testing.assert_array_equal(out.numpy(), expected.astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"])
+def test_voxels_without_a_patch_are_filled_in_every_dtype(dtype: str) -> None:
+    values, weights = np.arange(12, dtype=np.float32).reshape(1, 3, 4), np.tile(np.float32([0, 2]), (1, 3, 2))
+    out = torch.from_numpy(np.full((1, 3, 8), 9, dtype))[..., ::2]
+    normalizer = Normalizer(None, None, 0, 5, dense=True, fill=1)
+    sums = torch.from_numpy(np.concatenate([values * weights, weights]))
+    assert normalizer.normalize(sums, Box((0, 0), (3, 4)), out).uncovered == 6
+    np.testing.assert_array_equal(out.numpy(), np.where(weights == 0, 1, values).astype(dtype))
+
+
 @pytest.mark.parametrize(
     ("source", "target", "largest"),
     [

@@ -53,6 +53,35 @@ def named_as_a_file(patches: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"zarr.json": patches}
 
 
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch 2.8 has it")
+def test_a_device_that_has_failed_stops_the_run(volume: Path, tmp_path: Path) -> None:
+    """Every other block would fail as well, and none of them for its own sake."""
+    calls = []
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        calls.append(len(patches))
+        if len(calls) > 2:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+        return patches
+
+    with pytest.raises(oocpatch.DeviceLost, match=r"cpu failed: .*device-side assert.*a new process continues"):
+        predict(volume, tmp_path / "out", model)
+    assert len(calls) == 3
+
+
+def test_the_algorithms_of_cudnn_are_deterministic_while_a_model_is_called(volume: Path, tmp_path: Path) -> None:
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    seen = set()
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        seen.add((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        return patches
+
+    predict(volume, tmp_path / "out", model)
+    assert seen == {(True, False)}
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
+
+
 WRONG = (
     *(smaller_by_one, without_channels, only_one_patch, words, nothing, complex_values),
     *(sparse, eighth, named_as_a_file),

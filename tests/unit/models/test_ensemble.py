@@ -257,10 +257,13 @@ MEMORY = [
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"
     ),
     MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
 ]
 
 
-@pytest.mark.parametrize("error", MEMORY, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("error", MEMORY, ids=["cuda", "cpu", "python", "cublas", "cudnn", "engine"])
 def test_a_batch_is_halved_until_it_fits(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     tight = Tight(2, error)
     halving = Halving(tight)
