@@ -42,6 +42,7 @@ from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.windows import axis_window
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.volumes.content import InputStamps
+from oocpatch.volumes.padding import reading_rule
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 from oocpatch.workspace.partials import PartialReader, PartialWriter
@@ -193,7 +194,8 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, prefetch=prefetch)
     partials = context.workspace.writer(index)
     checksums, region = WriteChecksums(plan, "predict", index), _input_region(plan, ranges)
-    stamps = InputStamps(context.volume.unit_stamps(region, plan.padding_mode or "edge"))
+    padding_mode, fill = reading_rule(plan.padding_mode, plan.fill)
+    stamps = InputStamps(context.volume.unit_stamps(region, padding_mode))
     writers = [
         SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.slab_bytes
     ]
@@ -207,8 +209,8 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         device=context.predictor.device,
         transfer=context.transfer,
         pool=context.read_pool,
-        padding_mode=plan.padding_mode or "edge",
-        fill=plan.fill,
+        padding_mode=padding_mode,
+        fill=fill,
         stamps=stamps,
     )
     steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)

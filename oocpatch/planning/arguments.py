@@ -18,7 +18,7 @@ import psutil
 from dask.utils import parse_bytes
 
 from oocpatch.planning.box import Ints, ceil_to
-from oocpatch.planning.choices import OVERLAP_MODES, WORKS
+from oocpatch.planning.choices import OVERLAP_MODES, PADDING_MODES, PADDING_SYNONYMS, WORKS
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """File in which Linux states the memory limit of a container."""
@@ -29,6 +29,16 @@ def one_of(name: str, value: str | None, allowed: Sequence[str]) -> str | None:
     if value is not None and value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
+
+
+def checked_padding_mode(value: str | None) -> str | None:
+    """Return the one name of a checked `padding_mode`, NumPy's where it has several.
+
+    >>> checked_padding_mode("replicate"), checked_padding_mode("mean"), checked_padding_mode(None)
+    ('edge', 'mean', None)
+    """
+    name = one_of("padding_mode", value, PADDING_MODES)
+    return None if name is None else PADDING_SYNONYMS.get(name, name)
 
 
 def checked_overlap_mode(value: str) -> str:

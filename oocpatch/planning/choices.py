@@ -6,7 +6,13 @@ from typing import Literal, get_args
 
 OverlapMode = Literal["crop", "average", "hann", "gaussian", "max", "vote"]
 OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
-PADDING_MODES = ("constant", "edge", "reflect", "symmetric", "wrap")
+FOLDED_PADDING = ("edge", "reflect", "symmetric", "wrap")
+"""Rules of padding that repeat voxels of the volume."""
+STATISTIC_PADDING = ("mean", "median", "minimum")
+"""Rules of padding by one value of the whole volume."""
+PADDING_SYNONYMS = {"replicate": "edge", "circular": "wrap"}
+"""Names of PyTorch and TorchIO, each with that of NumPy."""
+PADDING_MODES = ("constant", *FOLDED_PADDING, *STATISTIC_PADDING, *PADDING_SYNONYMS)
 POSTPROCESSES = ("argmax", "softmax", "sigmoid", "threshold")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 WORKS = ("light", "heavy")

@@ -43,7 +43,7 @@ class Plan:
         shape, in_channels, in_dtype, in_chunks: of the volume.
         patch_size, patch_overlap: of the model's input patches.
         padding_mode: rule for the voxels outside the volume; None: the frame is not padded.
-        fill: value outside the volume, for `constant`.
+        fill: value outside the volume, for `constant`, and for the modes that a run computes it for: `mean` and others.
         context: input of the model beyond its output, on each side.
         snap: divisor of all patch starts.
         heads: outputs of the model; one, or several from a dict.

@@ -19,6 +19,7 @@ from oocpatch.outputs.output import Output, array_paths, create_output
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import OutputRecord, inspect_output, write_record
 from oocpatch.outputs.write_units import unpack
+from oocpatch.planning.choices import STATISTIC_PADDING
 from oocpatch.planning.plan import Plan, digest
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
@@ -26,6 +27,7 @@ from oocpatch.storage.checksums import ABSENT, file_checksum
 from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
+from oocpatch.volumes.padding import padding_value
 from oocpatch.workspace.ledger import WHOLE, Ledger, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
@@ -96,14 +98,21 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
         return workspace
     if record is not None:
         discard_workspace(config, record)
-    statistics_of = config.volume.fingerprint if needs_statistics(config.model.preprocess) else ""
-    statistics = preprocess_statistics(
-        config.model.preprocess, config.volume, config.limits.max_memory, progress=config.execution.progress
-    )
-    plan = replace(plan, statistics=statistics, statistics_of=statistics_of)
+    plan = _with_statistics(plan, config)
     root = new_root(config, plan)
     create_output(config.output, plan, config.volume, root, record)
     return Workspace.create(root, plan, config.output)
+
+
+def _with_statistics(plan: Plan, config: RunConfig) -> Plan:
+    """Return the plan with what its preprocess and its padding need to know about the whole volume."""
+    preprocess, volume = config.model.preprocess, config.volume
+    mode = plan.padding_mode if plan.padding_mode in STATISTIC_PADDING else None
+    limit, progress = config.limits.max_memory, config.execution.progress
+    statistics_of = volume.fingerprint if mode is not None or needs_statistics(preprocess) else ""
+    statistics = preprocess_statistics(preprocess, volume, limit, progress=progress)
+    fill = plan.fill if mode is None else padding_value(volume, mode, max_memory=limit, progress=progress)
+    return replace(plan, statistics=statistics, statistics_of=statistics_of, fill=fill)
 
 
 def _adopt(path: StoragePath, workspace: Workspace) -> None:
@@ -211,6 +220,7 @@ def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: f
     """Return facts about a finished run, for the output's attributes."""
     return {
         **({"statistics": plan.statistics} if plan.statistics else {}),
+        **({"padding_value": plan.fill} if plan.padding_mode in STATISTIC_PADDING else {}),
         **({"halved_batches": halved} if halved else {}),
         "patches": plan.patches,
         "blocks": plan.blocks,

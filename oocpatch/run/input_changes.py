@@ -17,11 +17,13 @@ from oocpatch.outputs.integrity import LEDGER
 from oocpatch.outputs.output import array_paths
 from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.box import Box
+from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.journal import local_copy
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.unit_tags import UnitRecords
 from oocpatch.volumes.content import MASK, VOLUME, PartStamp, changed_units, changed_units_of_part, unpack_stamps
+from oocpatch.volumes.padding import padding_value, reading_rule
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import Record, latest_records, segments
@@ -243,12 +245,12 @@ def _changed(inputs: Mapping[str, Volume], plan: Plan, batch: Batch) -> tuple[in
         if units is None:
             return block, [Change(VOLUME, None, range(math.prod(volume.unit_counts)))]
         # a folded padding repeats voxels elsewhere
-        is_folded = plan.padding_mode in ("reflect", "symmetric", "wrap")
+        is_folded = plan.padding_mode in FOLDED_PADDING and plan.padding_mode != "edge"
         box = None if is_folded or not units else functools.reduce(_around, map(volume.box_of_unit, units))
         return block, [Change(VOLUME, box, units)] if units else []
     changes = []
     for part in stamps:
-        padding = ("edge", 0.0) if part.name == MASK else (plan.padding_mode or "edge", plan.fill)
+        padding = ("edge", 0.0) if part.name == MASK else reading_rule(plan.padding_mode, plan.fill)
         units_of_part = changed_units_of_part(part, inputs[part.name], *padding)
         if units_of_part is not None:
             changes.append(Change(part.name, None if part.name == MASK else part.box, units_of_part, part.box))
@@ -257,7 +259,10 @@ def _changed(inputs: Mapping[str, Volume], plan: Plan, batch: Batch) -> tuple[in
 
 def _other_statistics(config: RunConfig, plan: Plan, volume: Volume) -> bool:
     """Return whether the volume has other statistics; they are computed if any of its stored units changed."""
-    if not plan.statistics or volume.fingerprint == plan.statistics_of:
+    mode = plan.padding_mode if plan.padding_mode in STATISTIC_PADDING else None
+    if not (plan.statistics or mode) or volume.fingerprint == plan.statistics_of:
         return False
     limit, progress = config.limits.max_memory, config.execution.progress
-    return preprocess_statistics(config.model.preprocess, volume, limit, progress=progress) != plan.statistics
+    if preprocess_statistics(config.model.preprocess, volume, limit, progress=progress) != plan.statistics:
+        return True
+    return mode is not None and padding_value(volume, mode, max_memory=limit, progress=progress) != plan.fill

@@ -121,7 +121,8 @@ def predict(
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label. A dict gives each output its own.
         num_classes: number of labels that are voted on.
-        padding_mode: `"constant"` (with `fill`), `"edge"`, `"reflect"`, `"symmetric"` or `"wrap"`: patches also cover
+        padding_mode: `"constant"` (with `fill`), `"edge"` or `"replicate"`, `"reflect"`, `"symmetric"`, `"wrap"` or
+            `"circular"`, or the `"mean"`, `"median"` or `"minimum"` of the whole volume: patches also cover
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
         batch_size: patches per call of the model; `"auto"`: chosen.

@@ -16,17 +16,16 @@ import bisect
 import copy
 import itertools
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from oocpatch.planning.arguments import one_of, per_axis
-from oocpatch.planning.choices import PADDING_MODES
+from oocpatch.planning.arguments import checked_padding_mode, per_axis
 from oocpatch.planning.grid import PatchGrid, PatchLocation
-from oocpatch.sampling.subject import Subject, read_patches
+from oocpatch.sampling.subject import Rule, Subject, read_patches, reading_rules
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,8 +82,9 @@ class GridSampler(Dataset[Subject]):
         subject: subject to read from, patch by patch.
         patch_size: in voxels.
         patch_overlap: voxels that adjacent patches share, in total; even.
-        padding_mode: `constant`, `edge`, `reflect`, `symmetric` or `wrap`: patches begin half an overlap before the
-            volume and end half an overlap behind it; None: all patches lie inside.
+        padding_mode: `constant`, `edge` or `replicate`, `reflect`, `symmetric`, `wrap` or `circular`, or the `mean`,
+            `median` or `minimum` of each whole volume, which is then read first: patches begin half an overlap before
+            the volume and end half an overlap behind it; None: all patches lie inside.
         fill: value of the voxels outside when `padding_mode` is `constant`.
 
     Raises:
@@ -118,7 +118,7 @@ class GridSampler(Dataset[Subject]):
         self.subjects: tuple[Subject, ...] = (subject,)
         self.patch_size = per_axis("patch_size", patch_size, axes, least=1)
         self.patch_overlap = per_axis("patch_overlap", patch_overlap, axes)
-        self.padding_mode = one_of("padding_mode", padding_mode, PADDING_MODES)
+        self.padding_mode = checked_padding_mode(padding_mode)
         self.fill = fill
         grid = PatchGrid.of(shape, self.patch_size, self.patch_overlap, padded=padding_mode is not None)
         if any(overlap % 2 for overlap in self.patch_overlap):
@@ -129,6 +129,10 @@ class GridSampler(Dataset[Subject]):
                 f"for a volume of shape {shape}"
             )
         self.locations = Locations.of([grid])
+        is_inside = all(a.first >= 0 and a.last + a.patch <= a.length for a in grid.axes)
+        self.paddings: tuple[Mapping[str, Rule], ...] = (
+            {} if is_inside else reading_rules(subject, self.padding_mode, fill),
+        )
 
     @classmethod
     def of(
@@ -160,6 +164,7 @@ class GridSampler(Dataset[Subject]):
             raise ValueError("subjects must hold at least one subject, got none")
         sampler = copy.copy(samplers[0])
         sampler.subjects = tuple(sampler.subject for sampler in samplers)
+        sampler.paddings = tuple(padding for sampler in samplers for padding in sampler.paddings)
         sampler.locations = Locations.of([sampler.locations.grids[0] for sampler in samplers], subject_index=0)
         return sampler
 
@@ -221,8 +226,8 @@ class GridSampler(Dataset[Subject]):
         return [patch for _, row in rows for patch in self._read(list(row))]
 
     def _read(self, locations: Sequence[PatchLocation]) -> list[Subject]:
-        subject = self.subjects[self._which(locations[0])]
-        return read_patches(subject, locations, self.padding_mode, self.fill)
+        which = self._which(locations[0])
+        return read_patches(self.subjects[which], locations, self.paddings[which])
 
     def _which(self, location: PatchLocation) -> int:
         """Return the position of a location's subject in `subjects`."""

@@ -14,8 +14,9 @@ Volumes are read when a patch is. A patch is a subject, too, whose volumes are i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,14 @@ import xarray
 import zarr
 
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.choices import STATISTIC_PADDING
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.volumes.alignment import align
+from oocpatch.volumes.padding import padding_value, reading_rule
 from oocpatch.volumes.volume import Volume
+
+Rule = tuple[str, float]
+"""The rule and the value by which a volume is read outside of itself."""
 
 ARRAYS = (np.ndarray, zarr.Array, zarr.Group, xarray.DataArray, xarray.Dataset)
 
@@ -185,10 +191,14 @@ def _open_volume(name: str, value: Any) -> Volume | LoadedVolume:
 def read_patches(
     subject: Subject,
     locations: Sequence[PatchLocation],
-    padding_mode: str | None = None,
-    fill: float = 0.0,
+    padding: Mapping[str, Rule] = MappingProxyType({}),
 ) -> list[Subject]:
     """Read the patches of a subject at locations in voxels of the unpadded volume; their bounding box is read once.
+
+    Args:
+        subject: the subject.
+        locations: of the patches.
+        padding: how each volume is read outside of itself, as `reading_rules` returns it.
 
     Returns:
         One subject per location, with that location as `patch_location`; each owns its memory.
@@ -197,7 +207,7 @@ def read_patches(
         tuple(map(min, zip(*(location.index_ini for location in locations), strict=True))),
         tuple(map(max, zip(*(location.index_fin for location in locations), strict=True))),
     )
-    data = {name: _read(volume, box, padding_mode, fill) for name, volume in subject.images.items()}
+    data = {name: _read(volume, box, *padding.get(name, ())) for name, volume in subject.images.items()}
     patches = []
     for location in locations:
         part = (slice(None), *location.box.slices(box.start))
@@ -208,6 +218,21 @@ def read_patches(
     return patches
 
 
+def reading_rules(subject: Subject, padding_mode: str | None, fill: float) -> dict[str, Rule]:
+    """Return how each volume of a subject is read outside of itself; a statistic of the whole volume is computed.
+
+    >>> reading_rules(Subject(t1=np.arange(5), mask=np.ones(5, bool)), "median", 0)
+    {'t1': ('constant', 2), 'mask': ('constant', True)}
+    """
+    return {
+        name: reading_rule(
+            padding_mode,
+            padding_value(as_volume(volume), padding_mode) if padding_mode in STATISTIC_PADDING else fill,
+        )
+        for name, volume in subject.images.items()
+    }
+
+
 def as_volume(volume: Volume | LoadedVolume) -> Volume:
     """Return a volume to read boxes of."""
     if isinstance(volume, Volume):
@@ -215,6 +240,6 @@ def as_volume(volume: Volume | LoadedVolume) -> Volume:
     return Volume(volume.data.numpy(force=True), ("c", *(f"axis{i}" for i in range(len(volume.shape)))))
 
 
-def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str | None = None, fill: float = 0.0) -> torch.Tensor:
+def _read(volume: Volume | LoadedVolume, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> torch.Tensor:
     """Read a box as a new tensor `(C, *box.shape)`."""
-    return torch.from_numpy(as_volume(volume).read(box, padding_mode or "edge", fill))
+    return torch.from_numpy(as_volume(volume).read(box, padding_mode, fill))

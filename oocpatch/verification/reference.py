@@ -20,6 +20,13 @@ from oocpatch.models.named_outputs import named_outputs
 Array = np.ndarray[Any, Any]
 Sizes = tuple[int, ...]
 
+STATISTICS: dict[str, Callable[[Array], Any]] = {
+    "mean": lambda values: np.mean(values, dtype=np.float64),
+    "median": lambda values: np.median(values.astype(np.float64)),
+    "minimum": np.min,
+}
+"""Values of padding that depend on the whole volume."""
+
 
 def reference_scores(
     volume: Array,
@@ -49,6 +56,8 @@ def reference_scores(
     before = [overlap // 2 if padding_mode else 0 for overlap in patch_overlap]
     # A volume smaller than a patch is padded at its end, up to one patch.
     after = [max(low, size - n - low) for low, size, n in zip(before, patch_size, spatial, strict=True)]
+    if padding_mode in STATISTICS:
+        padding_mode, fill = "constant", STATISTICS[padding_mode](volume[np.isfinite(volume)]).astype(volume.dtype)
     options: dict[str, Any] = {"constant_values": fill} if padding_mode == "constant" else {}
     widths = [(0, 0), *zip(before, after, strict=True)]
     frame = np.pad(volume, widths, mode=padding_mode or "edge", **options)  # type: ignore[call-overload]

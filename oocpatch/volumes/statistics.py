@@ -1,9 +1,10 @@
-"""Statistics of a whole volume, per channel, in streaming passes over its chunks: the same numbers on every run.
+"""Statistics of a whole volume, per channel or over all channels, in streaming passes over its chunks.
 
-Values of at most 16 bits are counted one by one, and the statistics follow exactly from the counts. Wider values are
-summed in float64, box by box, and merged in the order of the boxes. A percentile is found digit by digit, as in a radix
-sort: the bits of a value are a key that sorts as the value does, and each pass counts 16 bits of the keys that can
-still be the percentile. So it is exact too, in two passes for 32 bits and four for 64:
+They are the same numbers on every run. Values of at most 16 bits are counted one by one, and the statistics follow
+exactly from the counts. Wider values are summed in float64, box by box, and merged in the order of the boxes. A
+percentile is found digit by digit, as in a radix sort: the bits of a value are a key that sorts as the value does, and
+each pass counts 16 bits of the keys that can still be the percentile. So it is exact too, in two passes for 32 bits and
+four for 64:
 
 ```text
  keys of 32 bits    pass 1 counts the upper 16        pass 2 counts the lower 16 of keys that begin with 3f80
@@ -12,7 +13,8 @@ still be the percentile. So it is exact too, in two passes for 32 bits and four 
  4000 0000
 ```
 
-NaN and infinities are left out.
+The mean over all channels is exact as well: integers, and the integers that are the digits of floats, are summed as
+integers. NaN and infinities are left out.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class VolumeStatistics:
         volume: the volume.
         max_memory: limit in bytes, which bounds the number of threads; a single thread may take more.
         progress: how progress is shown; see `oocpatch.progress`.
+        pooled: whether all channels count as one.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
     >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
@@ -65,6 +68,40 @@ class VolumeStatistics:
     volume: Volume
     max_memory: int = 1 << 28
     progress: str | bool | OnProgress = False
+    pooled: bool = False
+
+    @property
+    def _channels(self) -> int:
+        return 1 if self.pooled else self.volume.channels
+
+    def means(self) -> tuple[Fraction, ...]:
+        """Return the exact mean of each channel.
+
+        Raises:
+            ValueError: if a channel has no finite value.
+        """
+        sums = self._pass(_sums_of, np.add, 64 * self._channels)
+        self._refuse_empty(sums[:, 0])
+        return tuple(total / Fraction(count) for count, total in sums)
+
+    def medians(self) -> tuple[Fraction, ...]:
+        """Return the exact median of each channel: the mean of the two in the middle of an even number of values.
+
+        Raises:
+            ValueError: if a channel has no finite value.
+        """
+        return tuple(
+            Fraction(low) + (Fraction(high) - Fraction(low)) * weight
+            for [(low, high, weight)] in self._neighbours((50,))
+        )
+
+    def minima(self) -> tuple[float, ...]:
+        """Return the smallest value of each channel; an int for integers.
+
+        Raises:
+            ValueError: if a channel has no finite value.
+        """
+        return tuple(low for [(low, _, _)] in self._neighbours((0,)))
 
     def moments(self) -> tuple[tuple[float, float], ...]:
         """Return mean and standard deviation (of the population) of each channel.
@@ -73,10 +110,10 @@ class VolumeStatistics:
             ValueError: if a channel has no finite value.
         """
         if self.volume.dtype.itemsize * 8 <= DIGIT:
-            counts = self._counts([[0]] * self.volume.channels, 0)
+            counts = self._counts([[0]] * self._channels, 0)
             self._refuse_empty(counts.sum(axis=(1, 2)))
             return tuple(_moments_of_counts(of_channel[0], self.volume.dtype) for of_channel in counts)
-        moments = self._pass(_moments_of, _merge_moments, 24 * self.volume.channels)
+        moments = self._pass(_moments_of, _merge_moments, 24 * self._channels)
         self._refuse_empty(moments[:, 0])
         return tuple((float(mean), math.sqrt(squares / count)) for count, mean, squares in moments)
 
@@ -89,7 +126,14 @@ class VolumeStatistics:
         Raises:
             ValueError: if a channel has no finite value.
         """
-        channels, bits = self.volume.channels, self.volume.dtype.itemsize * 8
+        return tuple(
+            tuple(float(low) + (float(high) - float(low)) * float(weight) for low, high, weight in of_channel)
+            for of_channel in self._neighbours(ranks)
+        )
+
+    def _neighbours(self, ranks: Sequence[float]) -> list[list[tuple[Any, Any, Fraction]]]:
+        """Return, for each channel and rank, the two values next to it in sorted order and the weight of the second."""
+        channels, bits = self._channels, self.volume.dtype.itemsize * 8
         wanted: list[list[_OrderStatistic]] = []
         for shift in reversed(range(0, bits, DIGIT)):
             prefixes = [sorted({w.prefix for w in of_channel}) for of_channel in wanted] or [[0]] * channels
@@ -107,18 +151,16 @@ class VolumeStatistics:
                 for channel, of_channel in enumerate(wanted)
             ]
         values = [_values(np.array([w.prefix for w in channel], np.uint64), self.volume.dtype) for channel in wanted]
-        return tuple(
-            tuple(
-                float(low) + (float(high) - float(low)) * float(position % 1)
-                for low, high, position in zip(v[::2], v[1::2], of_channel, strict=True)
-            )
+        return [
+            [(*two, p % 1) for *two, p in zip(v[::2].tolist(), v[1::2].tolist(), of_channel, strict=True)]
             for v, of_channel in zip(values, positions, strict=True)
-        )
+        ]
 
     def _refuse_empty(self, totals: Array) -> None:
         for channel, total in enumerate(totals):
             if not total:
-                raise ValueError(f"channel {channel} of the volume has no finite value to take statistics of")
+                part = "the volume" if self.pooled else f"channel {channel} of the volume"
+                raise ValueError(f"{part} has no finite value to take statistics of")
 
     def _counts(self, prefixes: Sequence[Sequence[int]], shift: int) -> Array:
         """Count how often each digit at `shift` follows each prefix: `(C, prefixes, digits)`, int64."""
@@ -148,7 +190,7 @@ class VolumeStatistics:
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
         reader = volume.for_run(threads)
         summaries = run_pass(
-            lambda box: summarize(reader.read(box)),
+            lambda box: summarize(self._pooled(reader.read(box))),
             Box.of_shape(volume.shape).split(step),
             threads=threads,
             name="statistics",
@@ -158,6 +200,9 @@ class VolumeStatistics:
             progress=self.progress,
         )
         return functools.reduce(merge, summaries)
+
+    def _pooled(self, values: Array) -> Array:
+        return values.reshape(1, -1) if self.pooled else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +242,36 @@ def _moments_of(values: Array) -> Array:
             part = np.array([[wide.size, mean, wide @ wide]])
             moments[channel] = _merge_moments(moments[channel : channel + 1], part)
     return moments
+
+
+def _sums_of(values: Array) -> Array:
+    """Return count and exact sum of each channel: `(C, 2)`, Python's numbers."""
+    sums = np.full((len(values), 2), 0, object)
+    for channel, piece in _pieces(values):
+        sums[channel] += (piece.size, _exact_sum(piece))
+    return sums
+
+
+def _exact_sum(piece: Array) -> Fraction:
+    """Return the sum of at most `PIECE` finite values.
+
+    >>> _exact_sum(np.array([1e300, 1.0, -1e300]))
+    Fraction(1, 1)
+    """
+    if piece.dtype.kind != "f":
+        halves = (piece >> 32, piece & 0xFFFFFFFF) if piece.itemsize == 8 else (np.zeros(1), piece)
+        upper, lower = (int(np.sum(half, dtype=np.int64)) for half in halves)
+        return Fraction((upper << 32) + lower)
+    mantissas, exponents = np.frexp(piece.astype(np.float64))
+    high = np.floor(np.ldexp(mantissas, 26))
+    low = np.ldexp(mantissas, 53) - np.ldexp(high, 27)  # both integers, whose sums float64 holds
+    least = int(exponents.min(initial=0))
+    by_exponent = [np.bincount(exponents - least, part).tolist() for part in (high, low)]
+    return sum(
+        ((int(h) << 27) + int(w)) * Fraction(2) ** (least + i - 53)
+        for i, (h, w) in enumerate(zip(*by_exponent, strict=True))
+        if h or w
+    ) + Fraction(0)
 
 
 def _merge_moments(one: Array, other: Array) -> Array:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.arguments import one_of, per_axis
 from oocpatch.planning.box import Box, Ints, unravel, worthwhile
-from oocpatch.planning.choices import PADDING_MODES
+from oocpatch.planning.choices import FOLDED_PADDING
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
 from oocpatch.storage.chunk_reader import PlainArray
@@ -246,7 +246,7 @@ class Volume:
             else:
                 out[...] = self.source.load(selection).transpose(self._positions)
             return
-        one_of("padding_mode", padding_mode, PADDING_MODES)
+        one_of("padding_mode", padding_mode, ("constant", *FOLDED_PADDING))
         spans = [list(_spans(a, b, n)) for a, b, n in zip(box.start, box.stop, self.shape, strict=True)]
         for parts in itertools.product(*spans):
             target = out[(slice(None), *(slice(a - o, b - o) for (a, b), o in zip(parts, box.start, strict=True)))]

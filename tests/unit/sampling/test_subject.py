@@ -139,9 +139,9 @@ def test_each_patch_owns_its_memory() -> None:
 def test_patches_read_together_are_those_read_alone(mode: str) -> None:
     subject = oocpatch.Subject(t1=DATA, label=DATA.astype(np.int16))
     locations = [oocpatch.PatchLocation(corner, (3, 4)) for corner in ((-2, 1), (4, 6), (0, 0))]
-    together = read_patches(subject, locations, mode, 7)
+    together = read_patches(subject, locations, {"t1": (mode, 7)})
     for location, patch in zip(locations, together, strict=True):
-        [alone] = read_patches(subject, [location], mode, 7)
+        [alone] = read_patches(subject, [location], {"t1": (mode, 7)})
         padding = {"constant_values": 7} if mode == "constant" else {}
         padded = np.pad(DATA, 4, mode=mode, **padding)[tuple(slice(a + 4, b + 4) for a, b in zip(
             location.index_ini, location.index_fin, strict=True))]  # fmt: skip
