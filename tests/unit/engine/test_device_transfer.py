@@ -297,14 +297,14 @@ def test_the_streams_of_the_tests_are_called_as_those_of_torch_are(name: str) ->
 
 def test_calls_after_one_that_failed_are_waited_for() -> None:
     """They write to memory and files that are given up next."""
-    failed, written = threading.Event(), threading.Event()
+    begun, written = threading.Event(), threading.Event()
 
     def fail() -> None:
-        failed.set()
+        begun.wait()
         raise OSError("no space left")
 
     def write() -> None:
-        failed.wait()
+        begun.set()
         time.sleep(0.05)
         written.set()
 
