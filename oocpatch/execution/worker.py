@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from distributed import get_worker
 
 from oocpatch.engine.patch_selection import Mask
 from oocpatch.engine.stages import TaskContext, TaskResult
@@ -43,10 +44,11 @@ from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.retries import transient
+from oocpatch.workspace.run_progress import BlockSet
 from oocpatch.workspace.workspace import PLAN, Workspace
 
 LOOK_SECONDS = 1.0
-"""How often a worker checks that the run it works for is still there."""
+"""How often a worker checks that the run it works for is still there, and reports its progress."""
 
 
 @contextlib.contextmanager
@@ -66,21 +68,87 @@ def cluster_executor(
     `max_disk` bounds the workspace in bytes, with the copy of a volume in memory. `on_progress` is called with an event
     for each block that is done.
     """
-    halved = 0
+    halved, reports = 0, ProgressReports(plan, on_progress)
 
     def on_done(task: Task, result: TaskResult) -> None:
         nonlocal halved
         halved += result.halved
         if task.stage == "predict":
-            patches = plan.patches_in([task.index])
-            on_progress(TaskDone(task.index, patches, patches * plan.bytes_per_patch))
+            reports.finish(task.index)
 
     log_dashboard(client)
     with (
         published_payload(plan, inputs, workspace, output, max_disk) as handle,
+        reports.received(client, handle.token),
         ClusterExecutor(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
         yield RunExecutor(cluster, lambda: halved, lambda: cluster.run_on_all_workers(output.flush))
+
+
+class ProgressReports:
+    """The patches that workers report of the blocks that they are at, so that progress moves within a block.
+
+    A report has the number of patches since the block began. A block that is computed again is counted once, and the
+    end of a block counts what was not reported.
+    """
+
+    def __init__(self, plan: Plan, on_progress: OnProgress) -> None:
+        self._plan = plan
+        self._on_progress = on_progress
+        self._patches: dict[int, int] = {}
+        self._done = BlockSet(plan.blocks)
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def received(self, client: Any, token: str) -> Iterator[None]:
+        """Receive the reports of a call's workers, as events of Dask, while the `with` block lasts."""
+        client.subscribe_topic(token, lambda event: self.report(*event[1]))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                client.unsubscribe_topic(token)
+
+    def report(self, block: int, patches: int) -> None:
+        """Count the patches of a block beyond those that were counted before."""
+        with self._lock:
+            counted = self._patches.get(block, 0)
+            patches = min(patches, self._plan.patches_in([block]))
+            if block in self._done or patches <= counted:
+                return
+            self._patches[block] = patches
+        self._add(block, patches - counted)
+
+    def finish(self, block: int) -> None:
+        """Count the patches of a block that were not reported; reports of it that come later do not count."""
+        with self._lock:
+            if block in self._done:  # computed again, because its partials were damaged
+                return
+            self._done.add(block)
+            counted = self._patches.pop(block, 0)
+        self._add(block, self._plan.patches_in([block]) - counted)
+
+    def _add(self, block: int, patches: int) -> None:
+        if patches:
+            self._on_progress(TaskDone(block, patches, patches * self._plan.bytes_per_patch))
+
+
+class ProgressReporter:
+    """Reports the patches of the block that a worker process is at, now and then."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+        self._block = self._patches = -1
+        self._reported_at = time.monotonic()
+
+    def __call__(self, event: TaskDone) -> None:
+        """Count the patches of an event; report them where the last report is some time ago."""
+        if event.block != self._block:
+            self._block, self._patches = event.block, 0
+        self._patches += event.patches
+        if time.monotonic() - self._reported_at >= LOOK_SECONDS:
+            self._reported_at = time.monotonic()
+            get_worker().log_event(self._token, (self._block, self._patches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +255,13 @@ def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack:
     mask = None if payload.mask is None else Mask(payload.mask[0].open(), volume.shape, payload.mask[1])
     guard = RunGuard(handle.root / PLAN)
 
-    def check_stopped(_: TaskDone) -> None:
+    reporter = ProgressReporter(handle.token)
+
+    def check_stopped(event: TaskDone) -> None:
         if stopped.is_set():
             raise Stopped
         guard.check(LOOK_SECONDS)
+        reporter(event)
 
     output = GuardedOutput(payload.output, plan, guard)
     inputs = RunInputs(options, volume, mask, models)
