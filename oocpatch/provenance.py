@@ -14,7 +14,7 @@ from typing import Any
 
 LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
-QUIET = frozenset({"resume", "overwrite", "progress", "client"})
+QUIET = frozenset({"resume", "overwrite", "progress", "client", "processes"})
 """Arguments that do not change the result."""
 
 

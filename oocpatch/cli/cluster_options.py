@@ -26,18 +26,23 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
 
     with connected(scheduler, arguments["workers"] or 0, arguments["device"]) as client:
         log(f"dashboard: {log_dashboard(client)}")
-        yield {**arguments, "client": client, "workers": None if processes else arguments["workers"]}
+        yield {
+            **arguments,
+            "client": client,
+            "processes": False,
+            "workers": None if processes else arguments["workers"],
+        }
 
 
 def as_planned(options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `plan` for what a cluster would do, without one."""
-    arguments, scheduler, processes = _split(options)
-    return {**arguments, "workers": 1} if scheduler or processes else arguments
+    arguments, scheduler, _ = _split(options)
+    return {**arguments, "workers": 1} if scheduler else arguments
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
     arguments = dict(options)
-    scheduler, processes = arguments.pop("scheduler"), arguments.pop("processes")
+    scheduler, processes = arguments.pop("scheduler"), arguments["processes"]
     if scheduler and processes:
         raise click.UsageError("--scheduler and --processes are two ways to the same: give one of them.")
     if (processes or is_slurm(scheduler)) and not arguments["workers"]:

@@ -81,9 +81,6 @@ def _as_json(record: object) -> str:
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_processes_option = click.option(
-    "--processes", is_flag=True, help="Compute in --workers processes of this machine instead of threads."
-)
 _scheduler_option = click.option(
     "--scheduler",
     metavar="ADDRESS",
@@ -113,7 +110,6 @@ def main() -> None:
 @click.argument("output", metavar="OUT")
 @run_options(without=("progress",))
 @config_option
-@_processes_option
 @_scheduler_option
 @click.option("--draw", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
 @_json_option
@@ -132,7 +128,6 @@ def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **option
 @click.argument("output", metavar="OUT")
 @run_options()
 @config_option
-@_processes_option
 @_scheduler_option
 @_json_option
 def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """The plan of a run, made of its configuration; sizes are chosen where the configuration leaves them open.
 
-Reads metadata only, and calls the model with patches of zeros: once, or a few times where patch sizes are to be chosen.
+Reads metadata only, and a mask that is not large, and calls the model with patches of zeros: once, or a few times where
+patch sizes are to be chosen.
 Nothing is written.
 """
 
@@ -16,6 +17,7 @@ from oocpatch.configuration.output_heads import OutputHeads, infer_heads
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.engine.device_transfer import is_staged
+from oocpatch.engine.patch_selection import Selection
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
@@ -28,9 +30,17 @@ from oocpatch.outputs.pyramid import with_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord
 from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
-from oocpatch.planning.plan import Plan, differences, human
+from oocpatch.planning.plan import Plan, differences, human, pack_counts
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
 from oocpatch.storage.forks import in_new_thread_if_forked
+
+COUNTED_VOXELS = 1 << 28
+"""Voxels of a mask up to which planning reads it, to count the patches to compute: a second or two."""
+
+
+def counted(plan: Plan, selection: Selection) -> Plan:
+    """Return a plan with the number of patches to compute of each block, if a mask or a box selects them."""
+    return replace(plan, selected=pack_counts(selection.count(plan.block_grid).reshape(-1))) if selection else plan
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -164,6 +174,9 @@ def _planned(config: RunConfig) -> Plan:
         work=str(workload),
         crash_limit=choice.crash_limit,
     )
+    mask = config.selection.mask
+    if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
+        plan = counted(plan, config.selection)
     return with_pyramids(plan, config.limits.max_memory)
 
 

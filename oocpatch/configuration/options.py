@@ -173,6 +173,9 @@ class ExecutionOptions:
         metavar="N",
         help="Blocks, or worker processes, at a time.",
     )
+    processes: bool = option(
+        False, check="switch", kind="flag", help="Compute in --workers processes of this machine instead of threads."
+    )
     client: Any = option(None, kind="none", help="Dask client whose workers run the tasks.")
     part: tuple[int, int] | None = option(
         None,
@@ -196,7 +199,12 @@ class ExecutionOptions:
     @property
     def threads(self) -> int | None:
         """Blocks that one process works on at a time, where that was asked for; a worker of a cluster takes one."""
-        return 1 if self.client is not None else self.workers
+        return 1 if self.is_distributed else self.workers
+
+    @property
+    def is_distributed(self) -> bool:
+        """Return whether other processes compute: those of a client, or some of this machine."""
+        return self.client is not None or self.processes
 
 
 GROUPS: dict[str, type[Any]] = {

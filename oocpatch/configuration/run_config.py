@@ -129,8 +129,13 @@ class RunConfig:
         )
         if patches.padding_mode == "constant":
             check_fits("fill", patches.fill, str(self.volume.dtype))
-        if self.execution.part is not None and self.execution.client is not None:
-            raise ValueError("part must be None with a client: parts are for jobs without a scheduler")
+        if self.execution.processes and self.execution.client is not None:
+            raise ValueError("processes must be False with a client: its workers are the processes")
+        if self.execution.processes and self.execution.workers is None:
+            raise ValueError("processes=True needs their number: pass workers=N")
+        if self.execution.part is not None and self.execution.is_distributed:
+            kind = "processes" if self.execution.processes else "a client"
+            raise ValueError(f"part must be None with {kind}: parts are for jobs without a scheduler")
         if self.execution.part is not None and self.execution.update:
             raise ValueError("update must be False with part: update the output in one call, then go on in parts")
         if self.execution.part is not None and self.execution.overwrite:

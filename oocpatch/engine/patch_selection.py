@@ -5,6 +5,7 @@ Patches of one value are skipped later, when they are read.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.volumes.alignment import Placement, align
@@ -20,6 +22,9 @@ from oocpatch.volumes.content import MASK, InputStamps
 from oocpatch.volumes.volume import Volume
 
 Voxels = npt.NDArray[np.int64]
+
+COUNTED_AT_A_TIME = 1 << 20
+"""Voxels of a mask, with the patches over them, that are examined at a time while patches are counted."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +140,66 @@ class Selection:
 
         The part of the mask that is read is added to `stamps`.
         """
-        if self.box is not None:
-            meeting = (a.meeting(*span) for a, *span in zip(grid.axes, self.box.start, self.box.stop, strict=True))
-            ranges = [
-                range(max(r.start, m.start), max(r.start, m.start, min(r.stop, m.stop)))
-                for r, m in zip(ranges, meeting, strict=True)
-            ]
+        ranges = [
+            self._meeting(axis, number, r) for number, (axis, r) in enumerate(zip(grid.axes, ranges, strict=True))
+        ]
         if self.mask is None or not all(ranges):
             return list(itertools.product(*ranges))
         chosen = np.argwhere(self.mask.foreground(grid, ranges, stamps)).tolist()
         return [tuple(r[i] for r, i in zip(ranges, index, strict=True)) for index in chosen]
+
+    def _meeting(self, axis: GridAxis, number: int, indices: range) -> range:
+        """Return those of some patches along an axis that meet the box."""
+        if self.box is None:
+            return indices
+        meeting = axis.meeting(self.box.start[number], self.box.stop[number])
+        first = max(indices.start, meeting.start)
+        return range(first, max(first, min(indices.stop, meeting.stop)))
+
+    def count(self, blocks: BlockGrid) -> npt.NDArray[np.int32]:
+        """Return the number of patches to compute of each block, with one axis per axis of the grid.
+
+        Reads the mask, a bounded part of it at a time.
+
+        >>> blocks = BlockGrid.of(PatchGrid.of((8, 8), (4, 4), (0, 0)), (4, 8), (4, 4), 0, crop=False)
+        >>> Selection(box=Box((0, 5), (3, 6))).count(blocks).tolist()
+        [[1], [0]]
+        """
+        per_axis = [
+            [self._meeting(axis.grid, number, axis.patches(i)) for i in range(axis.count)]
+            for number, axis in enumerate(blocks.axes)
+        ]
+        counts = np.ones(blocks.counts, np.int32)
+        for number, ranges in enumerate(per_axis):
+            lengths = np.array([len(r) for r in ranges], np.int32)
+            counts *= lengths.reshape([-1 if n == number else 1 for n in range(counts.ndim)])
+        if self.mask is not None:
+            mask = self.mask.for_run()
+            with contextlib.closing(mask.volume.source):
+                _count_foreground(mask, blocks.grid, per_axis, counts)
+        return counts
+
+
+def _count_foreground(mask: Mask, grid: PatchGrid, per_axis: list[list[range]], counts: npt.NDArray[np.int32]) -> None:
+    """Replace the counts of some blocks, by the patches of each along each axis, by those with foreground."""
+    filled = [[r for r in ranges if r] for ranges in per_axis]
+    if not all(filled):
+        return
+    spans = [range(ranges[0].start, ranges[-1].stop) for ranges in filled]
+    extents = (a.start(s[-1]) + a.patch - a.start(s[0]) for a, s in zip(grid.axes, spans, strict=True))
+    density = math.prod(mask.volume.shape) / math.prod(grid.shape)
+    longest = max(range(len(per_axis)), key=lambda axis: len(per_axis[axis]))
+    if len(per_axis[longest]) > 1 and math.prod(extents) * density + math.prod(map(len, spans)) > COUNTED_AT_A_TIME:
+        half = len(per_axis[longest]) // 2
+        for part in (slice(None, half), slice(half, None)):
+            halved = [r[part] if axis == longest else r for axis, r in enumerate(per_axis)]
+            view = counts[tuple(part if axis == longest else slice(None) for axis in range(counts.ndim))]
+            _count_foreground(mask, grid, halved, view)
+        return
+    sums = mask.foreground(grid, spans).astype(np.int32)
+    for axis, (ranges, span) in enumerate(zip(per_axis, spans, strict=True)):
+        totals = np.insert(np.cumsum(sums, axis=axis, dtype=np.int32), 0, 0, axis=axis)
+        starts = np.clip([r.start - span.start for r in ranges], 0, len(span))
+        stops = np.clip([r.start + len(r) - span.start for r in ranges], 0, len(span))
+        sums = np.take(totals, stops, axis=axis) - np.take(totals, starts, axis=axis)
+    counts[...] = sums

@@ -281,7 +281,7 @@ def _steps(
             one = (*ranges[:sweep], range(layer, layer + 1), *ranges[sweep + 1 :])
             members += context.selection.of(context.plan.grid, one, stamps)
         skipped = len(group.layers) * per_layer - len(members)
-        if skipped:
+        if skipped and not context.plan.selected:  # else they are not among the plan's patches
             context.report(index, skipped)
         if members:
             yield group, members

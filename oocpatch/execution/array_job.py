@@ -6,6 +6,7 @@
  part 3 of 3   lock .part-3-of-3   blocks 10 .. 14  ledger.3-of-3  --+
 ```
 
+The blocks of a part are consecutive, and have about as many patches to compute as those of the others.
 Each part is the driver of its blocks: it predicts them, and normalizes those among them whose partials are all there.
 At its end it takes the lock of the output, which parts hold in turn and for a short while, and normalizes the blocks
 that have become possible of parts that are not running. So the last one leaves nothing to do, and completes the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from oocpatch.planning.schedule import Counts, share_of
 from oocpatch.storage.locks import holder, locks, part_lock
 from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.run_progress import BlockSet
@@ -25,8 +27,9 @@ from oocpatch.workspace.run_progress import BlockSet
 class ArrayJobPart:
     """Part `number` of `count`, counted from 1.
 
-    >>> [ArrayJobPart(i, 3).blocks_of(10) for i in (1, 2, 3)]
-    [range(0, 3), range(3, 6), range(6, 10)]
+    >>> import numpy as np
+    >>> [ArrayJobPart(i, 3).blocks_of(np.array([8, 8, 0, 0, 8])) for i in (1, 2, 3)]
+    [range(0, 1), range(1, 3), range(3, 5)]
     """
 
     number: int
@@ -40,20 +43,20 @@ class ArrayJobPart:
         """Name of the part's segment of the ledger."""
         return f"ledger.{self.number}-of-{self.count}"
 
-    def blocks_of(self, blocks: int) -> range:
-        """Return the part's blocks among so many. The blocks of all parts cover every block exactly once."""
-        return range((self.number - 1) * blocks // self.count, self.number * blocks // self.count)
+    def blocks_of(self, counts: Counts) -> range:
+        """Return the part's blocks, of blocks with so many patches each. All parts cover every block exactly once."""
+        return share_of(counts, self.number, self.count)
 
     def lock(self, output: StoragePath) -> StoragePath:
         """Return the path of the part's lock."""
         return part_lock(output, (self.number, self.count))
 
-    def unattended_blocks(self, output: StoragePath, blocks: int) -> BlockSet:
+    def unattended_blocks(self, output: StoragePath, counts: Counts) -> BlockSet:
         """Return the blocks that it normalizes at its end: its own, and those of parts that are not running."""
-        unattended = BlockSet(blocks)
+        unattended = BlockSet(len(counts))
         for part in (ArrayJobPart(i, self.count) for i in range(1, self.count + 1)):
             if part == self or holder(part.lock(output)) is None:
-                for index in part.blocks_of(blocks):
+                for index in part.blocks_of(counts):
                     unattended.add(index)
         return unattended
 

@@ -21,7 +21,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.execution.dask_clients import check_versions, versions_here
+from oocpatch.execution.dask_clients import check_client, check_versions, versions_here
 from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import RunInputs
 from oocpatch.models.options import ModelOptions
@@ -103,10 +103,14 @@ class WorkerPayload:
 def check_cluster(options: ModelOptions, client: Any) -> None:
     """Refuse a model, or a function around it, that cannot be sent to other processes; and workers of other versions.
 
+    Without a client, the workers are processes of this machine that will be started.
+
     Raises:
         ValueError: naming the parameter and what to pass instead.
     """
-    check_versions(client, versions_here())
+    if client is not None:
+        check_client(client)
+        check_versions(client, versions_here())
     options = _with_absolute_paths(options)
     for name in ("model", "preprocess", "postprocess"):
         try:
@@ -115,7 +119,7 @@ def check_cluster(options: ModelOptions, client: Any) -> None:
             spec = "a model spec, such as 'file.py:name' or 'model.pt2'"
             kind = spec if name == "model" else "an importable function"
             raise ValueError(
-                f"{name} must be {kind}, to run on a cluster: what was given cannot be sent to other processes "
+                f"{name} must be {kind}, to run in other processes: what was given cannot be sent to other processes "
                 f"({type(error).__name__}: {str(error)[:200]}); pass {kind}"
             ) from error
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -102,6 +102,7 @@ class Run:
         ledger: receives a record of each task.
         delete_partials: deletes the partials of blocks.
         to_predict: the blocks whose predict stage is to run.
+        order: these in another order; None: as they come.
         to_normalize: the blocks whose normalize stage is to run.
         ledger_tail: reads what drivers of other parts have recorded; None when there are no parts.
     """
@@ -112,6 +113,7 @@ class Run:
     delete_partials: Callable[[list[int]], None]
     to_predict: Sequence[int]
     to_normalize: Container[int]
+    order: Iterable[int] | None = None
     ledger_tail: LedgerTail | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
     _queued: BlockSet = field(init=False)
@@ -133,7 +135,7 @@ class Run:
             BlockFailed: when blocks failed; the others are done.
             ClusterLost: when the executor has lost its workers.
         """
-        upcoming = iter(self.to_predict)
+        upcoming = iter(self.to_predict if self.order is None else self.order)
         pending: dict[Future[TaskResult], Task] = {}
         self._read_tail()
         for index in [i for i in self.progress.partials if i not in self.to_predict]:

@@ -38,6 +38,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
+
 from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 
@@ -210,6 +213,20 @@ class BlockGrid:
     def patches_per_block(self) -> int:
         """Number of patches of the block with most of them."""
         return math.prod(map(_most_patches, self.axes))
+
+    @property
+    def layer(self) -> int:
+        """Number of blocks at one place along the first axis that has several."""
+        several = next((a for a, count in enumerate(self.counts) if count > 1), 0)
+        return math.prod(self.counts[several + 1 :])
+
+    def block_patches(self) -> npt.NDArray[np.int32]:
+        """Return the number of patches of each block."""
+        counts = np.ones(1, np.int32)
+        for axis in self.axes:
+            of_axis = np.array([len(axis.patches(i)) for i in range(axis.count)], np.int32)
+            counts = np.multiply.outer(counts, of_axis).reshape(-1)
+        return counts
 
     @property
     def num_open(self) -> int:

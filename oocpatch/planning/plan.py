@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import html
 import json
 import math
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from oocpatch.errors import RunMismatch
 from oocpatch.planning.arguments import json_number
@@ -23,6 +26,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
 from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
+from oocpatch.planning.schedule import in_order
 from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.sweep import Frame
 
@@ -65,6 +69,8 @@ class Plan:
         allow_nonfinite: keep NaN and infinity instead of failing the block.
         work: the model's work for one patch, in words.
         crash_limit: number of patches that a crash of a process should not exceed; None: the model is light.
+        selected: number of patches to compute of each block, packed by `pack_counts`; empty: of all their patches, or
+            not counted.
     """
 
     parameters: Mapping[str, Any]
@@ -104,6 +110,7 @@ class Plan:
     allow_nonfinite: bool = False
     work: str = ""
     crash_limit: int | None = None
+    selected: str = ""
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -152,9 +159,17 @@ class Plan:
         volume = math.prod(self.shape) * self.in_channels * np.dtype(self.in_dtype).itemsize
         return volume / max(1, self.patches)
 
-    @property
+    @cached_property
+    def block_patches(self) -> npt.NDArray[np.int32]:
+        """Number of patches to compute of each block."""
+        if self.selected:
+            return unpack_counts(self.selected)
+        return self.block_grid.block_patches()
+
+    @cached_property
     def patches(self) -> int:
-        return self.grid.num_patches
+        """Number of patches to compute; of the whole grid where they were not counted."""
+        return int(self.block_patches.sum(dtype=np.int64)) if self.selected else self.grid.num_patches
 
     @property
     def blocks(self) -> int:
@@ -163,20 +178,26 @@ class Plan:
     @cached_property
     def patches_per_block(self) -> int:
         """Number of patches of the block with most of them: what a crash costs for each block that was at work."""
-        return self.block_grid.patches_per_block
+        return int(self.block_patches.max()) if self.selected else self.block_grid.patches_per_block
 
     @property
     def most_concurrent(self) -> int | None:
         """Blocks at a time in a process beyond which a crash costs more than it should; None: any number."""
-        return None if self.crash_limit is None else max(1, self.crash_limit // self.patches_per_block)
+        return None if self.crash_limit is None else max(1, self.crash_limit // max(1, self.patches_per_block))
 
     def patches_in(self, blocks: Collection[int]) -> int:
         """Return the number of patches of many blocks, in a few bytes per block and without a `Block` of each."""
         indices = np.fromiter(blocks, np.int64, len(blocks))
+        if self.selected:
+            return int(self.block_patches[indices].sum(dtype=np.int64))
         total = np.ones(len(indices), np.int64)
         for axis, at in zip(self.block_grid.axes, np.unravel_index(indices, self.block_grid.counts), strict=True):
             total *= np.array([len(axis.patches(i)) for i in range(axis.count)], np.int64)[at]
         return int(total.sum())
+
+    def in_order(self, blocks: Sequence[int]) -> Iterator[int]:
+        """Yield blocks in their order of execution."""
+        return in_order(self.block_patches, blocks, self.block_grid.layer)
 
     @property
     def block_shape(self) -> Ints:
@@ -244,6 +265,7 @@ class Plan:
         volume = human(math.prod(self.shape) * self.in_channels * np.dtype(self.in_dtype).itemsize)
         names = "".join(a[0] for a in self.axes)
         parts = ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n)
+        left_out = f"; {self.grid.num_patches - self.patches:,} more are left out" if self.selected else ""
         patches = f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap {size(self.patch_overlap[spatial])}"
         patches += f", context {size(self.context[spatial])}" if any(self.context) else ""
         swept = f"swept along {self.axes[self.sweep]}, {self.concurrency} at a time"
@@ -255,7 +277,7 @@ class Plan:
         }
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
-            "patches": f"{patches}, {modes}, batches of {self.batch_size}",
+            "patches": f"{patches}, {modes}, batches of {self.batch_size}{left_out}",
             **({"model": self.model_note} if self.model_note else {}),
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
             "work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost(),
@@ -273,6 +295,20 @@ class Plan:
         if self.crash_limit is None or lost <= self.crash_limit:
             return text
         return f"{text} (smaller blocks than these need smaller patches or chunks, or spend too much on seams)"
+
+
+def pack_counts(counts: npt.NDArray[np.int32]) -> str:
+    """Return the numbers of patches of blocks as a text, for the plan's JSON.
+
+    >>> unpack_counts(pack_counts(np.array([8, 0, 3]))).tolist()
+    [8, 0, 3]
+    """
+    return base64.b64encode(zlib.compress(counts.astype("<i4").tobytes())).decode()
+
+
+def unpack_counts(text: str) -> npt.NDArray[np.int32]:
+    """Return the numbers of patches of blocks that `pack_counts` packed."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").astype(np.int32, copy=False)
 
 
 def _upgraded(record: Mapping[str, Any]) -> dict[str, Any]:

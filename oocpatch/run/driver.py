@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Container, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+from oocpatch.configuration.make_plan import counted
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
@@ -99,6 +99,7 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
     if record is not None:
         discard_workspace(config, record)
     plan = _with_statistics(plan, config)
+    plan = plan if plan.selected else counted(plan, config.selection)  # the mask was too large to be read for a plan
     root = new_root(config, plan)
     create_output(config.output, plan, config.volume, root, record)
     return Workspace.create(root, plan, config.output)
@@ -181,23 +182,33 @@ def open_executor(
         yield executor
 
 
-def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) -> AbstractContextManager[RunExecutor]:
-    plan = workspace.plan
+@contextlib.contextmanager
+def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) -> Iterator[RunExecutor]:
+    plan, execution = workspace.plan, config.execution
     inputs = RunInputs(config.model, config.volume, config.data.mask, config.models)
-    if config.execution.client is None:
-        return thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress)
-    from oocpatch.execution.worker import cluster_executor  # noqa: PLC0415 - a second of imports, for clusters only
+    if not execution.is_distributed:
+        with thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress) as executor:
+            yield executor
+        return
+    from oocpatch.execution.dask_clients import connected  # noqa: PLC0415 - a second of imports, for clusters only
+    from oocpatch.execution.worker import cluster_executor  # noqa: PLC0415
 
-    return cluster_executor(
-        plan,
-        inputs,
-        workspace,
-        config.output,
-        client=config.execution.client,
-        processes=config.execution.workers,
-        max_disk=config.limits.max_disk,
-        on_progress=on_progress,
-    )
+    with contextlib.ExitStack() as stack:
+        client = execution.client
+        if execution.processes:
+            client = stack.enter_context(connected(None, execution.workers or 1, config.model.device))
+        yield stack.enter_context(
+            cluster_executor(
+                plan,
+                inputs,
+                workspace,
+                config.output,
+                client=client,
+                processes=execution.workers,
+                max_disk=config.limits.max_disk,
+                on_progress=on_progress,
+            )
+        )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from oocpatch.configuration.make_plan import check_same_run, make_plan, resumed_plan
+from oocpatch.configuration.make_plan import check_same_run, counted, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
@@ -94,6 +94,7 @@ def predict(
     work: float | str | None = None,
     workspace: str | os.PathLike[str] | None = None,
     workers: int | None = None,
+    processes: bool = False,
     client: Any = None,
     part: Sequence[int] | None = None,
     resume: bool = True,
@@ -172,6 +173,8 @@ def predict(
             object store where that is in one. A local disk is faster than a bucket, but then only this machine can
             resume the run.
         workers: blocks to work on at a time; with a client, worker processes to use at most.
+        processes: compute in `workers` processes of this machine instead of threads, each within `max_memory`. A script
+            that asks for them runs below `if __name__ == "__main__":`, since they import it.
         client: a `dask.distributed.Client`, whose worker processes run the tasks, each within `max_memory`. They must
             see volume, output and workspace under the same paths.
         part: `(i, n)`: compute only the i-th of n parts of the run, counted from 1. Other calls, in any order or at the
@@ -248,6 +251,7 @@ def predict(
         work=work,
         workspace=workspace,
         workers=workers,
+        processes=processes,
         client=client,
         part=part,
         resume=resume,
@@ -362,6 +366,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
             raise OutputBusy(_busy(config, process))
         if inspect_output(config.output) == record:
             if changes and record is not None:
+                plan = counted(plan, config.selection)  # it may be the mask that has changed
                 _reopen(config, plan, record, changes)
             return _locked_run(config, plan, chosen, resuming=stored is not None)
     return run(asked, planned, chosen)  # another call was at work since this one looked
@@ -398,11 +403,9 @@ def _stored_run(config: RunConfig) -> tuple[Plan | None, OutputRecord | None]:
         OutputExists, OutputBusy, RunMismatch: when this call must not touch the output.
     """
     execution = config.execution
-    if execution.client is not None:
-        from oocpatch.execution.dask_clients import check_client  # noqa: PLC0415 - a second of imports
-        from oocpatch.execution.payload import check_cluster  # noqa: PLC0415 - for clusters only
+    if execution.is_distributed:
+        from oocpatch.execution.payload import check_cluster  # noqa: PLC0415 - a second of imports, for clusters only
 
-        check_client(execution.client)
         check_cluster(config.model, execution.client)
     process = busy_holder(config.output, None if execution.part is None else ArrayJobPart(*execution.part))
     if process is not None:
@@ -414,13 +417,19 @@ def _stored_run(config: RunConfig) -> tuple[Plan | None, OutputRecord | None]:
         state = "complete" if record.complete else "incomplete"
         raise OutputExists(f"{config.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
     stored = _stored_plan(config, record)
-    if stored is None and not record.complete:
-        logger.warning(
-            "%s is not to be seen from here, or is of another output: %s starts afresh",
-            workspace_root(record),
-            config.output,
-        )
+    if stored is None and execution.part is None:  # another part may be at the set-up: a part looks in its turn
+        _warn_of_lost_workspace(config, record)
     return stored, record
+
+
+def _warn_of_lost_workspace(config: RunConfig, record: OutputRecord) -> None:
+    """Say that an incomplete output is computed afresh."""
+    if not record.complete:
+        logger.warning(
+            "%s is incomplete, and its workspace, %s, is not there or is of another output: it is computed afresh",
+            config.output,
+            workspace_root(record),
+        )
 
 
 def _input_changes(config: RunConfig, stored: Plan | None, record: OutputRecord | None) -> InputChanges:
@@ -487,10 +496,16 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
         open_executor(config, workspace, to_predict, progress.partials) as executor,
     ):
         stages = Run(
-            plan.block_grid, progress, ledger, workspace.delete, to_predict=to_predict, to_normalize=to_normalize
+            plan.block_grid,
+            progress,
+            ledger,
+            workspace.delete,
+            to_predict=to_predict,
+            to_normalize=to_normalize,
+            order=plan.in_order(to_predict),
         )
         stages.execute(executor.executor)
-        if config.execution.client is not None:
+        if config.execution.is_distributed:
             executor.flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         if not all_done(plan, progress):
             if blocks is None:
@@ -518,20 +533,22 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             stored = None if record is None else _stored_plan(config, record)
             if record is not None and record.complete:
                 return open_result(output)
+            if record is not None and stored is None:
+                _warn_of_lost_workspace(config, record)
             workspace = set_up(config, stored or plan, resuming=stored is not None)
             plan = workspace.plan
-            own, progress = part.blocks_of(plan.blocks), workspace.progress()
+            own, progress = part.blocks_of(plan.block_patches), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor = stack.enter_context(open_executor(config, workspace, own, progress.partials))
         tail = LedgerTail(workspace.root, part.segment)
         stages = functools.partial(Run, plan.block_grid, progress, ledger, workspace.delete, ledger_tail=tail)
-        stages(to_predict=own, to_normalize=own).execute(executor.executor)
+        stages(to_predict=own, to_normalize=own, order=plan.in_order(own)).execute(executor.executor)
         executor.flush()  # the part that completes the output may run on another host
         with turn():
             record = inspect_output(output)
             completed = record is not None and record.complete  # by another part, which finished this one's blocks
             if not completed:
-                unattended = part.unattended_blocks(output, plan.blocks)
+                unattended = part.unattended_blocks(output, plan.block_patches)
                 stages(to_predict=range(0), to_normalize=unattended).execute(executor.executor)
                 executor.flush()
                 completed = all_done(plan, progress)

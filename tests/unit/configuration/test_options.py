@@ -65,7 +65,7 @@ def test_the_options_of_a_command_are_the_fields(command: str) -> None:
     typed = {name for name, field in OPTIONS.items() if field.metadata["kind"] != "none"}
     without = {"progress"} if command == "plan" else set()
     assert typed - without <= options
-    assert options - typed == {"volume", "output", "config", "processes", "scheduler", "as_json"} | (
+    assert options - typed == {"volume", "output", "config", "scheduler", "as_json"} | (
         {"draw"} if command == "plan" else set()
     )
 
