@@ -1,21 +1,38 @@
 """Run torch models over volumes that do not fit in memory: patch by patch, blended, resumable, exact.
 
-The public names are listed in `__init__.pyi` and loaded when they are first used. Importing the package has two side
-effects: it sets `THP_MEM_ALLOC_ENABLE=1` unless it is set, and where xarray is imported already, it registers the
-accessor of `oocpatch.xarray`.
+The public names are listed in `__init__.pyi` and loaded when they are first used. Where TorchIO is installed, its
+transforms are names of the package, too, so that programs written for it change an import and nothing else.
+
+Importing the package has two side effects: it sets `THP_MEM_ALLOC_ENABLE=1` unless it is set, and where xarray is
+imported already, it registers the accessor of `oocpatch.xarray`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+from typing import Any
 
 import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_public_name, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _public_name(name)
+    except AttributeError:
+        # Classes begin with a capital: other names are asked for by tools, and must not cost the import of TorchIO.
+        if not name[:1].isupper() or importlib.util.find_spec("torchio") is None:
+            raise
+        if name not in (transforms := importlib.import_module("torchio.transforms")).__all__:
+            raise
+        return getattr(transforms, name)
+
 
 # Torch then asks for huge pages where the kernel leaves that to programs: the memory of a network's layers is mapped
 # anew for each patch, and touching it page by page took a third of the time. Torch reads it once, before its first

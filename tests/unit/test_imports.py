@@ -57,7 +57,7 @@ LIBRARIES = {
     "visualization/canvas": "PIL",
     "visualization/neuroglancer": "neuroglancer tornado",
     "xarray": "xarray",
-    "__init__": "lazy_loader",
+    "__init__": "lazy_loader torchio",
     "cli": "click numpy",
     "cli/demo": "torch zarr psutil",
     "cli/doctor": "torch zarr psutil",
