@@ -32,7 +32,11 @@ from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human, pack_counts
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
+from oocpatch.planning.workload import crash_limit
 from oocpatch.storage.forks import in_new_thread_if_forked
+
+FILE_BYTES = 512
+"""Bytes of the record of a stored output, and of its share of directories."""
 
 COUNTED_VOXELS = 1 << 28
 """Voxels of a mask up to which planning reads it, to count the patches to compute: a second or two."""
@@ -177,7 +181,20 @@ def _planned(config: RunConfig) -> Plan:
     mask = config.selection.mask
     if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
         plan = counted(plan, config.selection)
-    return with_pyramids(plan, config.limits.max_memory)
+    return with_pyramids(_with_stored_outputs(plan, config, probe), config.limits.max_memory)
+
+
+def _with_stored_outputs(plan: Plan, config: RunConfig, probe: Probe) -> Plan:
+    """Return a plan that stores the model's outputs, if a crash would cost too much otherwise and the disk has room."""
+    if plan.crash_limit is None or plan.crash_patches <= min(plan.crash_limit, crash_limit(plan.patches)):
+        return plan
+    of_patch = sum(math.prod(o.shape[1:]) * o.dtype.itemsize + 2 * FILE_BYTES for o in probe.outputs.values())
+    # of the blocks at work, and of those that are done, but whose records are not durable yet
+    blocks = min(plan.blocks, 2 * max(plan.concurrency, config.execution.workers or 1))
+    disk = plan.projected_disk + blocks * plan.patches_per_block * of_patch
+    if config.limits.max_disk is not None and disk > config.limits.max_disk:
+        return plan
+    return replace(plan, stores_outputs=True, projected_disk=disk)
 
 
 def _note(config: RunConfig) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
 from oocpatch.planning.windows import axis_window
 from oocpatch.progress import OnProgress, TaskDone
+from oocpatch.storage.checksums import checksum
 from oocpatch.volumes.content import InputStamps
 from oocpatch.volumes.padding import reading_rule
 from oocpatch.volumes.volume import Volume
@@ -50,6 +52,9 @@ from oocpatch.workspace.workspace import Workspace
 
 IN_MEMORY = Transfer("cpu", staged=False)
 """Transfer of tensors that are in main memory already, as sums of the workspace are."""
+
+WRITE_SECONDS, WRITE_SECONDS_PER_BYTE = 1e-3, 3e-9
+"""Seconds that a call of the model takes at least for its outputs to be stored: some three times what writing takes."""
 
 Array = npt.NDArray[Any]
 
@@ -83,6 +88,26 @@ class TaskContext:
     allow_nonfinite: bool
     skip_value: float | None
     on_progress: OnProgress
+
+    def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the model's outputs for a batch of a block that begins with a patch: stored ones, where it has them.
+
+        Raises:
+            ValueError: when they are not as they should be; see `Predictor`.
+        """
+        if not self.plan.stores_outputs:
+            return self.predictor(batch)
+        stored, crc = self.workspace.outputs(block), checksum(batch.cpu().numpy())
+        values = stored.read(first, crc)
+        if values is not None:
+            return {head: torch.from_numpy(array).to(batch.device) for head, array in values.items()}
+        began = time.monotonic()
+        outputs = self.predictor(batch)
+        size = sum(output.nbytes for output in outputs.values())
+        # What is computed about as fast as it is written is no great loss. The calls of a device return early.
+        if self.transfer.staged or time.monotonic() - began >= WRITE_SECONDS + WRITE_SECONDS_PER_BYTE * size:
+            stored.write(first, crc, {head: output.detach().cpu().numpy() for head, output in outputs.items()})
+        return outputs
 
     def report(self, block: int, patches: int) -> None:
         """Report patches of a block that were computed or skipped."""
@@ -301,7 +326,8 @@ def _compute(
     for i in range(0, len(members), plan.batch_size):
         batch = members[i : i + plan.batch_size]
         boxes = [plan.input_grid.box(m) for m in batch]
-        outputs = context.predictor(reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full))
+        inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
+        outputs = context.outputs(index, batch[0], inputs)
         for head, grid, block, head_sums in zip(plan.heads, grids, blocks, sums, strict=True):
             values = _head_values(head, outputs, grid.patch_size)
             for member, patch in zip(batch, values, strict=not is_full):  # what fills up a batch is dropped

@@ -102,6 +102,7 @@ class Run:
         ledger: receives a record of each task.
         delete_partials: deletes the partials of blocks.
         to_predict: the blocks whose predict stage is to run.
+        delete_outputs: deletes the stored outputs of blocks, which their records replace.
         order: these in another order; None: as they come.
         to_normalize: the blocks whose normalize stage is to run.
         ledger_tail: reads what drivers of other parts have recorded; None when there are no parts.
@@ -113,6 +114,7 @@ class Run:
     delete_partials: Callable[[list[int]], None]
     to_predict: Sequence[int]
     to_normalize: Container[int]
+    delete_outputs: Callable[[list[int]], None] = lambda _: None
     order: Iterable[int] | None = None
     ledger_tail: LedgerTail | None = None
     _ready: deque[tuple[str, int]] = field(default_factory=deque)
@@ -121,6 +123,7 @@ class Run:
     _repairs: dict[int, int] = field(default_factory=dict)
     _earlier_digests: dict[int, int] = field(default_factory=dict)
     _unneeded: list[int] = field(default_factory=list)
+    _recorded: list[int] = field(default_factory=list)
     _tail_read_at: float = field(default_factory=time.monotonic)
     _neighbours: Neighbours = field(init=False)
 
@@ -208,11 +211,13 @@ class Run:
             message = f"{type(error).__name__}: {error}"
             self._failed[index] = message
             self._record(Record("failed", index, note=message[:500]))
+            self.delete_outputs([index])  # among them may be the one that the block failed for
 
     def _record_predicted(self, index: int, result: TaskResult) -> None:
         partials = result.partials_ref
         before = self._earlier_digests.pop(index, partials.digest)
         self._record(replace(_record_of("predict", index, result), digest=partials.digest, note=partials.attempt))
+        self._recorded.append(index)
         if before != partials.digest:
             raise CorruptData(
                 f"block {index} gave other bytes when it was computed again: the model is not deterministic here; "
@@ -277,6 +282,8 @@ class Run:
             self.ledger.commit()
             released, self._unneeded = self._unneeded, []
             self.delete_partials(released)
+            self.delete_outputs(self._recorded)
+            self._recorded = []
 
 
 def _record_of(kind: Kind, index: int, result: TaskResult) -> Record:

@@ -71,6 +71,8 @@ class Plan:
         crash_limit: number of patches that a crash of a process should not exceed; None: the model is light.
         selected: number of patches to compute of each block, packed by `pack_counts`; empty: of all their patches, or
             not counted.
+        stores_outputs: whether the model's outputs are stored until their block is recorded, since a crash would cost
+            more than it should.
     """
 
     parameters: Mapping[str, Any]
@@ -111,6 +113,7 @@ class Plan:
     work: str = ""
     crash_limit: int | None = None
     selected: str = ""
+    stores_outputs: bool = False
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -181,9 +184,17 @@ class Plan:
         return int(self.block_patches.max()) if self.selected else self.block_grid.patches_per_block
 
     @property
+    def crash_patches(self) -> int:
+        """Most patches that a crash of a process costs."""
+        of_block = self.batch_size if self.stores_outputs else self.patches_per_block
+        return min(self.concurrency * of_block, self.patches)
+
+    @property
     def most_concurrent(self) -> int | None:
         """Blocks at a time in a process beyond which a crash costs more than it should; None: any number."""
-        return None if self.crash_limit is None else max(1, self.crash_limit // max(1, self.patches_per_block))
+        if self.crash_limit is None or self.stores_outputs:
+            return None
+        return max(1, self.crash_limit // max(1, self.patches_per_block))
 
     def patches_in(self, blocks: Collection[int]) -> int:
         """Return the number of patches of many blocks, in a few bytes per block and without a `Block` of each."""
@@ -213,7 +224,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON, with derived numbers: patches, blocks, their shape and patches, and the run's id."""
-        names = ("run_id", "patches", "patches_per_block", "blocks", "block_shape")
+        names = ("run_id", "patches", "patches_per_block", "crash_patches", "blocks", "block_shape")
         derived = {name: getattr(self, name) for name in names}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
@@ -290,11 +301,12 @@ class Plan:
 
     def _crash_cost(self) -> str:
         """Describe what a crash costs."""
-        lost = min(self.concurrency * self.patches_per_block, self.patches)
-        text = f"a crash costs at most {lost:,} patches per process"
-        if self.crash_limit is None or lost <= self.crash_limit:
+        text = f"a crash costs at most {self.crash_patches:,} patches per process"
+        if self.stores_outputs:
+            return f"{text}, as the model's outputs are stored until their block is done"
+        if self.crash_limit is None or self.crash_patches <= self.crash_limit:
             return text
-        return f"{text} (smaller blocks than these need smaller patches or chunks, or spend too much on seams)"
+        return f"{text} (max_disk has no room for the model's outputs, or smaller chunks or patches are needed)"
 
 
 def pack_counts(counts: npt.NDArray[np.int32]) -> str:

@@ -89,15 +89,18 @@ def choose(
         best = _best(candidates, max_memory, max_disk)
         if best is not None:
             limit = None
-            if workload is not None and block_shape is None and not workload.is_light(_lost(*best)):
+            if workload is not None and not workload.is_light(_lost(*best)):
                 limit = crash_limit(grid.num_patches)
-                best = _smaller(best, candidates, workload, max_memory, max_disk)
+                if block_shape is None:
+                    best = _smaller(best, candidates, workload, max_memory, max_disk)
             candidate, concurrency = best
             blocks, projection = candidate.frame.blocks, candidate.projection
             if workers is None:
                 concurrency = min(concurrency, blocks.num_blocks)
             else:
-                most = workers if limit is None else min(workers, limit // blocks.patches_per_block)
+                most = workers
+                if limit is not None and block_shape is None:
+                    most = min(workers, limit // blocks.patches_per_block)
                 concurrency = next((n for n in range(most, 1, -1) if projection.memory(n) <= max_memory), 1)
             return BlockChoice(blocks, candidate.io_strategy, concurrency, projection, limit)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))

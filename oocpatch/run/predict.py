@@ -502,6 +502,7 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
             workspace.delete,
             to_predict=to_predict,
             to_normalize=to_normalize,
+            delete_outputs=workspace.delete_outputs,
             order=plan.in_order(to_predict),
         )
         stages.execute(executor.executor)
@@ -541,7 +542,15 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
             executor = stack.enter_context(open_executor(config, workspace, own, progress.partials))
         tail = LedgerTail(workspace.root, part.segment)
-        stages = functools.partial(Run, plan.block_grid, progress, ledger, workspace.delete, ledger_tail=tail)
+        stages = functools.partial(
+            Run,
+            plan.block_grid,
+            progress,
+            ledger,
+            workspace.delete,
+            delete_outputs=workspace.delete_outputs,
+            ledger_tail=tail,
+        )
         stages(to_predict=own, to_normalize=own, order=plan.in_order(own)).execute(executor.executor)
         executor.flush()  # the part that completes the output may run on another host
         with turn():

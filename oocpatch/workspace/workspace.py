@@ -8,6 +8,7 @@
     weights/<head>/<axis>    the weights of a full grid, one 1-D array per axis
     blocks/<index>/          one directory per block
         <attempt>/           one per attempt at it, of a name of its own; the ledger says which counts
+    outputs/<index>/         the model's outputs for the batches of a block that is not recorded, where blocks are large
 ```
 
 No attempt touches what another one left: a worker that was frozen and comes back late writes to a directory that nobody
@@ -34,6 +35,7 @@ from oocpatch.storage.paths import LocalPath, StoragePath, remove_trees
 from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, PartialsRef, read_ledger, segments
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.workspace.run_progress import RunProgress
+from oocpatch.workspace.stored_outputs import StoredOutputs
 
 PLAN = "plan.json"
 """Name of the file that makes a directory a workspace; workers check it to learn whether their run is still there."""
@@ -139,6 +141,15 @@ class Workspace:
     def reader(self, block: int, ref: PartialsRef) -> PartialReader:
         """Return a reader of the partials that the ledger records of a block; `CorruptPartial` if they are others."""
         return PartialReader(self._folder(block), self.plan.frames, block, ref)
+
+    def outputs(self, block: int) -> StoredOutputs:
+        """Return what is stored of the model's outputs for the batches of a block."""
+        return StoredOutputs(self.root / "outputs" / str(block))
+
+    def delete_outputs(self, blocks: Iterable[int]) -> None:
+        """Delete the stored outputs of blocks."""
+        if self.plan.stores_outputs:
+            remove_trees([self.root / "outputs" / str(block) for block in blocks])
 
     def delete(self, blocks: Iterable[int]) -> None:
         """Delete the partials of blocks."""
