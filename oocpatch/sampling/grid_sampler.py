@@ -130,9 +130,8 @@ class GridSampler(Dataset[Subject]):
             )
         self.locations = Locations.of([grid])
         is_inside = all(a.first >= 0 and a.last + a.patch <= a.length for a in grid.axes)
-        self.paddings: tuple[Mapping[str, Rule], ...] = (
-            {} if is_inside else reading_rules(subject, self.padding_mode, fill),
-        )
+        padding = {} if is_inside else reading_rules(subject, self.padding_mode, fill)
+        self.paddings: tuple[Mapping[str, Rule], ...] = (padding,)
 
     @classmethod
     def of(

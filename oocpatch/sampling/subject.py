@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -224,13 +225,26 @@ def reading_rules(subject: Subject, padding_mode: str | None, fill: float) -> di
     >>> reading_rules(Subject(t1=np.arange(5), mask=np.ones(5, bool)), "median", 0)
     {'t1': ('constant', 2), 'mask': ('constant', True)}
     """
+    mode = padding_mode if padding_mode in STATISTIC_PADDING else None
     return {
-        name: reading_rule(
-            padding_mode,
-            padding_value(as_volume(volume), padding_mode) if padding_mode in STATISTIC_PADDING else fill,
-        )
+        name: reading_rule(padding_mode, fill if mode is None else _statistic(volume, mode))
         for name, volume in subject.images.items()
     }
+
+
+_STATISTICS: WeakKeyDictionary[Volume | LoadedVolume, tuple[Any, dict[str, float]]] = WeakKeyDictionary()
+"""Statistics of volumes by their names, with the tensor of a loaded volume that they are of."""
+
+
+def _statistic(volume: Volume | LoadedVolume, name: str) -> float:
+    """Return a statistic of a whole volume; it is computed once, since each grid of a queue asks for it."""
+    data = None if isinstance(volume, Volume) else volume.data
+    if volume not in _STATISTICS or _STATISTICS[volume][0] is not data:
+        _STATISTICS[volume] = data, {}
+    _, values = _STATISTICS[volume]
+    if name not in values:
+        values[name] = padding_value(as_volume(volume), name)
+    return values[name]
 
 
 def as_volume(volume: Volume | LoadedVolume) -> Volume:
