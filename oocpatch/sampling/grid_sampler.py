@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from oocpatch.planning.arguments import checked_padding_mode, per_axis
 from oocpatch.planning.grid import PatchGrid, PatchLocation
-from oocpatch.sampling.subject import Rule, Subject, read_patches, reading_rules
+from oocpatch.sampling.subject import Rule, Subject, as_subject, read_patches, reading_rules
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +114,7 @@ class GridSampler(Dataset[Subject]):
         padding_mode: str | None = None,
         fill: float = 0,
     ) -> None:
+        subject = as_subject(subject)
         axes, shape = subject.spatial_names, subject.spatial_shape
         self.subjects: tuple[Subject, ...] = (subject,)
         self.patch_size = per_axis("patch_size", patch_size, axes, least=1)

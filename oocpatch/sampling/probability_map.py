@@ -34,8 +34,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from oocpatch.sampling.images import LoadedVolume
 from oocpatch.sampling.map_cells import Cells
-from oocpatch.sampling.subject import LoadedVolume, as_volume
+from oocpatch.sampling.subject import as_volume
 from oocpatch.storage.paths import LocalPath
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume

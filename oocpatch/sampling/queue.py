@@ -30,8 +30,9 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.planning.plan import human
 from oocpatch.sampling.grid_sampler import GridSampler
+from oocpatch.sampling.images import LoadedVolume
 from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
-from oocpatch.sampling.subject import LoadedVolume, Subject, read_patches
+from oocpatch.sampling.subject import Subject, as_subject, read_patches, volumes_of
 from oocpatch.sampling.uniform import UniformSampler
 
 DRAWS, SUBJECTS, PATCHES = range(3)
@@ -112,6 +113,8 @@ class Queue(IterableDataset[Subject]):
         if subject_sampler is not None and shuffle_subjects:
             raise ValueError("shuffle_subjects must be False when there is a subject_sampler, which gives the order")
         self.subjects = subjects
+        if not all(type(subject) is Subject for subject in subjects):
+            self.subjects = [as_subject(subject, f"subject {index}") for index, subject in enumerate(subjects)]
         self.patch_sampler = patch_sampler
         self.max_length = natural_number("max_length", max_length, 1)
         self.patches_per_volume = patches_per_volume
@@ -129,9 +132,7 @@ class Queue(IterableDataset[Subject]):
         self._check_room(self.max_length)
         if not len(subjects):
             raise ValueError("subjects must hold at least one subject, got none")
-        for index, subject in enumerate(subjects):
-            if not isinstance(subject, Subject):
-                raise TypeError(f"subjects must hold subjects, got {type(subject).__name__} at index {index}")
+        for index, subject in enumerate(self.subjects):
             try:
                 if isinstance(patch_sampler, GridSampler):
                     patch_sampler.over(subject)
@@ -168,7 +169,7 @@ class Queue(IterableDataset[Subject]):
         per_voxel = max(
             sum(
                 volume.channels * (volume.data if isinstance(volume, LoadedVolume) else volume).dtype.itemsize
-                for volume in subject.images.values()
+                for volume in volumes_of(subject).values()
             )
             for subject in self.subjects
         )

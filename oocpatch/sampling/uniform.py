@@ -25,7 +25,7 @@ from oocpatch.planning.arguments import per_axis
 from oocpatch.planning.box import Box, Ints, ceil_to
 from oocpatch.planning.grid import PatchLocation
 from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
-from oocpatch.sampling.subject import Subject, read_patches
+from oocpatch.sampling.subject import Subject, as_subject, read_patches, volumes_of
 from oocpatch.volumes.volume import Volume
 
 
@@ -58,11 +58,11 @@ class UniformSampler(IterableDataset[Subject]):
         *,
         seed: int | None = None,
     ) -> None:
-        self.subject = subject
-        self.patch_size = per_axis("patch_size", patch_size, subject.spatial_names, least=1)
+        self.subject = as_subject(subject)
+        self.patch_size = per_axis("patch_size", patch_size, self.subject.spatial_names, least=1)
         self.num_patches = _num_patches(num_patches)
         self.epochs = EpochCounter(seed)
-        self.check(subject)
+        self.check(self.subject)
 
     def __repr__(self) -> str:
         number = "no end of" if self.num_patches is None else f"{self.num_patches:,}"
@@ -85,6 +85,7 @@ class UniformSampler(IterableDataset[Subject]):
             subject: any subject that the sampler fits.
             num_patches: default: that of the sampler.
         """
+        subject = as_subject(subject)
         self.check(subject)
         self.begin_pass()
         number = self.num_patches if num_patches is None else _num_patches(num_patches)
@@ -127,7 +128,7 @@ class UniformSampler(IterableDataset[Subject]):
 
         All its patches lie in at most two chunks per axis, or in more if a patch is longer than a chunk.
         """
-        volumes = [volume for volume in subject.images.values() if isinstance(volume, Volume)]
+        volumes = [volume for volume in volumes_of(subject).values() if isinstance(volume, Volume)]
         chunks = [max(chunks) for chunks in zip(*(volume.chunks for volume in volumes), strict=True)] or self.patch_size
         start, stop = [], []
         for c, n, p, chunk in zip(corner, subject.spatial_shape, self.patch_size, chunks, strict=True):

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box, Ints
+from oocpatch.sampling.images import readable
 from oocpatch.sampling.map_cells import Cells, RecentCells, pick
 from oocpatch.sampling.probability_map import (
     Masses,
@@ -103,7 +104,7 @@ class WeightedSampler(UniformSampler):
         self._masses_of_maps = MassesOfMaps()
         self._recent = RecentCells(RECENT_BYTES)
         super().__init__(subject, patch_size, num_patches, seed=seed)
-        if not any(as_volume(subject[name]).source.chunked for name in self._maps):
+        if not any(as_volume(self.subject[name]).source.chunked for name in self._maps):
             self.prepare()
 
     def begin_pass(self) -> None:
@@ -121,8 +122,8 @@ class WeightedSampler(UniformSampler):
         for name in self._maps:
             if name not in subject.images:
                 raise ValueError(f"{self._parameter} must be one of {', '.join(subject.images)}, got {name!r}")
-            if subject[name].channels != 1:
-                raise ValueError(f"{self._parameter} must have one channel, but {name!r} has {subject[name].channels}")
+            if (channels := readable(subject[name]).channels) != 1:
+                raise ValueError(f"{self._parameter} must have one channel, but {name!r} has {channels}")
 
     def _summarize(self, values: Values) -> tuple[Values, Values]:
         """Return the distinct values of some voxels of the map, and the mass of each."""
@@ -137,7 +138,7 @@ class WeightedSampler(UniformSampler):
         if len(self._maps) > 1:
             weights = self._weights_of_maps(subject)
             name = list(weights)[pick(np.cumsum(list(weights.values())), random.random())]
-        source, measured = subject[name], self._measured(subject, name)
+        source, measured = readable(subject[name]), self._measured(subject, name)
         entry = pick(measured.sums, random.random())
         number, value = int(measured.masses.cells[entry]), measured.masses.values[entry]
         cell = measured.cells[number]
@@ -176,7 +177,7 @@ class WeightedSampler(UniformSampler):
 
     def _measured(self, subject: Subject, name: str) -> MeasuredMap:
         """Return a map of a subject with its masses."""
-        return self._masses_of_maps.get(subject[name], lambda volume: self._measure(volume, name))
+        return self._masses_of_maps.get(readable(subject[name]), lambda volume: self._measure(volume, name))
 
     def _measure(self, volume: Volume, name: str) -> MeasuredMap:
         self._recent.clear()  # of a map before it changed

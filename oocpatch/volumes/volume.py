@@ -26,6 +26,7 @@ from oocpatch.storage.chunk_reader import PlainArray
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.unit_tags import TagReader, Tags, UnitStamps, WholeFiles
 from oocpatch.storage.zarrs_codec import ZarrsArray
+from oocpatch.volumes.affine import Affine, affine_of
 from oocpatch.volumes.axes import Axes, resolve_axes
 from oocpatch.volumes.sources import Source, open_source
 
@@ -105,6 +106,11 @@ class Volume:
     def shape(self) -> Ints:
         """Extent of looped and spatial axes, in voxels."""
         return tuple(self.source.shape[i] for i in self.axes.order)
+
+    @property
+    def affine(self) -> Affine:
+        """Matrix from indices of voxels along the spatial axes to the world, see `volumes.affine`."""
+        return affine_of(self.source, self.axes)
 
     @property
     def spatial_ndim(self) -> int:

@@ -1,0 +1,91 @@
+"""Affines: where voxels lie in the world, as square matrices of one row more than there are axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.planning.box import Ints
+from oocpatch.volumes.axes import Axes
+from oocpatch.volumes.sources import Source
+
+Affine = npt.NDArray[np.float64]
+
+WORLD = "xyz"
+"""Axes of the affines of files."""
+
+ENDS = ("LR", "PA", "IS")
+"""Letters for the ends of the axes of the world."""
+
+
+def affine_of(source: Source, axes: Axes) -> Affine:
+    """Return the affine of the spatial axes of an array, from its file's affine, else from evenly spaced coordinates.
+
+    Axes without either have a spacing of 1 and begin at 0. Rows are x, y and z where a file has an affine, else in the
+    order of the axes.
+
+    >>> from oocpatch.volumes.volume import Volume
+    >>> import xarray
+    >>> array = xarray.DataArray(np.zeros((4, 5)), dims=("y", "x"), coords={"y": [3.0, 3.5, 4.0, 4.5]})
+    >>> Volume(array).affine.tolist()
+    [[0.5, 0.0, 3.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    names = [axes.names[a] for a in axes.order if a in axes.spatial]
+    stored = np.asarray(source.attrs.get("affine", ()), np.float64)
+    if stored.shape == (4, 4) and sorted(names) == list(WORLD):
+        return stored[:, [*(WORLD.index(name) for name in names), 3]]
+    affine = np.eye(len(names) + 1)
+    for i, name in enumerate(names):
+        spacing, origin = _even(source.coords.get(name))
+        affine[i, i], affine[i, -1] = spacing, origin
+    return affine
+
+
+def shifted(affine: Affine, corner: Ints) -> Affine:
+    """Return the affine of the part of a volume that begins at a corner.
+
+    >>> shifted(np.diag([2.0, 3.0, 1.0]), (4, 5)).tolist()
+    [[2.0, 0.0, 8.0], [0.0, 3.0, 15.0], [0.0, 0.0, 1.0]]
+    """
+    moved = affine.copy()
+    moved[:-1, -1] += affine[:-1, :-1] @ np.asarray(corner, np.float64)
+    return moved
+
+
+def spacing_of(affine: Affine) -> tuple[float, ...]:
+    """Return the distance of neighbouring voxels along each axis."""
+    return tuple(float(d) for d in np.linalg.norm(affine[:-1, :-1], axis=0))
+
+
+def orientation_of(affine: Affine) -> tuple[str, ...]:
+    """Return the end of the world to which each of three axes points most: `R` or `L`, `A` or `P`, `S` or `I`.
+
+    >>> orientation_of(np.array([[0, -2.0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    ('A', 'L', 'S')
+
+    Raises:
+        ValueError: for another number of axes.
+    """
+    if affine.shape != (4, 4):
+        raise ValueError(f"an orientation needs three spatial axes, got {len(affine) - 1}")
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing_of(affine))
+    directions = left @ right  # the rotation nearest to the affine, which may be sheared
+    codes, taken = [""] * 3, np.zeros((3, 3))
+    for _ in range(3):
+        row, column = np.unravel_index(np.argmax(np.abs(directions) - taken), (3, 3))
+        codes[column] = ENDS[row][int(directions[row, column] > 0)]
+        taken[row], taken[:, column] = 9, 9
+    return tuple(codes)
+
+
+def _even(coordinate: Any) -> tuple[float, float]:
+    """Return step and start of a coordinate; 1 and 0 where it is none of evenly spaced numbers."""
+    values = np.empty(0) if coordinate is None or coordinate.dtype.kind not in "iuf" else np.asarray(coordinate.values)
+    if values.ndim != 1 or len(values) < 2:
+        return 1.0, float(values.reshape(-1)[0]) if values.size == 1 else 0.0
+    steps = np.diff(values.astype(np.float64))
+    step = float(values[-1] - values[0]) / (len(values) - 1)
+    is_even = step != 0 and bool(np.allclose(steps, step, rtol=1e-3, atol=0))
+    return (round(step, 12), float(values[0])) if is_even else (1.0, 0.0)
