@@ -15,6 +15,7 @@ from .planning.grid import PatchGrid as PatchGrid
 from .planning.grid import PatchLocation as PatchLocation
 from .planning.plan import Plan as Plan
 from .progress import TaskDone as TaskDone
+from .run.label import label as label
 from .run.predict import PlannedRun as PlannedRun
 from .run.predict import plan as plan
 from .run.predict import predict as predict

@@ -17,6 +17,25 @@ class InvalidVolume(OocpatchError, ValueError):
     """The volume holds values that the call does not take; the run stops at the first of them."""
 
 
+class TooManyObjects(InvalidVolume):
+    """The ids do not fit the dtype of the output.
+
+    Attributes:
+        count: number of objects.
+        dtype: the dtype.
+    """
+
+    def __init__(self, count: int, dtype: str) -> None:
+        super().__init__(
+            f"output_dtype must hold the number of objects, {count:,}, got {dtype}; pass a larger one, or none, with "
+            "overwrite=True"
+        )
+        self.count, self.dtype = count, dtype
+
+    def __reduce__(self) -> tuple[type[TooManyObjects], tuple[int, str]]:
+        return type(self), (self.count, self.dtype)
+
+
 class RunMismatch(OocpatchError, ValueError):
     """The output belongs to a run with other parameters; the message names each one that differs.
 
@@ -65,11 +84,12 @@ class CorruptPartial(CorruptData):
     """A partial in the workspace is missing or damaged; its block is computed anew.
 
     Attributes:
-        block: index of the block whose partial is damaged.
+        block: index of the block whose partial is damaged; -1: what was merged of all blocks.
     """
 
     def __init__(self, block: int, detail: str) -> None:
-        super().__init__(f"partial of block {block} is damaged: {detail}")
+        what = f"partial of block {block} is" if block >= 0 else "the ids of objects in the workspace are"
+        super().__init__(f"{what} damaged: {detail}")
         self.block = block
         self.detail = detail
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import click
 
-from oocpatch.cli import cluster_options, file_commands
+from oocpatch.cli import cluster_options, file_commands, object_commands
 from oocpatch.cli.config_file import config_option, read_environment
 from oocpatch.cli.types import UserPath, run_options
 from oocpatch.progress import DISPLAYS
@@ -228,7 +228,7 @@ def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
         raise click.exceptions.Exit(FAILED)
 
 
-for _command in file_commands.COMMANDS:
+for _command in (*object_commands.COMMANDS, *file_commands.COMMANDS):
     main.add_command(_command)
 for _name, _command in main.commands.items():
     read_environment(_name, _command.params)

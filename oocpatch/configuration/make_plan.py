@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from oocpatch.configuration.label_plan import make_label_plan
 from oocpatch.configuration.output_heads import OutputHeads, infer_heads
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.engine.buffers import torch_dtype
@@ -54,6 +55,8 @@ def make_plan(config: RunConfig) -> Plan:
         ValueError: when the model does not take the patches, or does not return what it should.
         PlanTooLarge: when the run would need more memory or disk than allowed.
     """
+    if config.labelling is not None:
+        return make_label_plan(config, config.labelling)
     if config.patch_size:
         return _planned(config)
     failures: list[ValueError] = []
@@ -258,7 +261,8 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
-    return replace(plan, concurrency=workers, projected_memory=needed)
+    merge_memory = 0 if plan.labelling is None else config.limits.max_memory
+    return replace(plan, concurrency=workers, projected_memory=needed, merge_memory=merge_memory)
 
 
 def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSizes:

@@ -34,6 +34,7 @@ from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import patch_grid
+from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.plan import differences
 from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
@@ -54,6 +55,7 @@ class RunConfig:
         data, model, patches, outputs, limits, execution: the groups of options.
         parameters: the fingerprint: the values that say whether two runs are the same, by name.
         settings: the arguments as they were given, as JSON.
+        labelling: what objects are, of a call of `label`; None: the call is one of `predict`.
     """
 
     volume: Volume
@@ -68,6 +70,7 @@ class RunConfig:
     execution: ExecutionOptions
     parameters: Mapping[str, Any]
     settings: Mapping[str, Any]
+    labelling: Labelling | None = None
 
     @classmethod
     def of(cls, volume: Any, model: Any, output: Any, **arguments: Any) -> RunConfig:
@@ -217,6 +220,8 @@ class RunConfig:
 
     def with_sizes(self, patch_size: Ints, batch_size: int) -> RunConfig:
         """Return the same configuration with these sizes where it left them open; `patch_size` is spatial."""
+        if self.labelling is not None:  # patches are voxels, which identify no run
+            return self
         patches = replace(
             self.patches,
             patch_size=self.patches.patch_size or tuple(patch_size),

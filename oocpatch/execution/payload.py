@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 from oocpatch.errors import PlanTooLarge
 from oocpatch.execution.dask_clients import check_client, check_versions, versions_here
 from oocpatch.execution.dask_cluster import pickled
-from oocpatch.execution.task_context import RunInputs
+from oocpatch.execution.task_context import OpenTasks, RunInputs
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
@@ -90,6 +90,7 @@ class WorkerPayload:
         plan: the plan as JSON.
         options: the model's options, with absolute paths.
         fingerprint: the fingerprint of the model as a worker reads it.
+        open_tasks: opens what the tasks share.
     """
 
     plan: str
@@ -98,6 +99,7 @@ class WorkerPayload:
     mask: tuple[VolumeRef, Placement] | None
     output: StoragePath
     fingerprint: Any
+    open_tasks: OpenTasks
 
 
 def check_cluster(options: ModelOptions, client: Any) -> None:
@@ -175,6 +177,7 @@ def published_payload(
             mask=None if mask is None else (_volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
             output=output,
             fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
+            open_tasks=inputs.open_tasks,
         )
         data = pickled(payload)
         (folder / PAYLOAD).write_plain(data)

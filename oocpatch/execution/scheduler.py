@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -37,9 +37,9 @@ class Task:
     """One stage of one block.
 
     Attributes:
-        stage: `predict` or `normalize`.
+        stage: `predict` or `normalize`; of a `MergeRun` also `merge`, of all blocks.
         index: the block.
-        partials_refs: the partials that the normalize stage reads, by block.
+        partials_refs: the partials that the normalize stage, or the merge, reads, by block.
     """
 
     stage: str
@@ -113,7 +113,7 @@ class Run:
     ledger: Ledger
     delete_partials: Callable[[list[int]], None]
     to_predict: Sequence[int]
-    to_normalize: Container[int]
+    to_normalize: Collection[int]
     delete_outputs: Callable[[list[int]], None] = lambda _: None
     order: Iterable[int] | None = None
     ledger_tail: LedgerTail | None = None

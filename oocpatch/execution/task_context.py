@@ -6,12 +6,13 @@ It is made of the plan, the model's options and the arrays; tasks of this proces
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,14 +37,32 @@ from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
 
+class Tasks(Protocol):
+    """What runs the tasks of one process."""
+
+    def run(self, task: Task) -> TaskResult:
+        """Run one task; idempotent."""
+
+    def halved(self) -> int:
+        """Return the number of batches that were halved because memory ran out."""
+
+
+OpenTasks = Callable[
+    [Plan, "RunInputs", Workspace, Output, OnProgress],
+    AbstractContextManager[Tasks],
+]
+"""Opens what the tasks of a kind of run share; a function of a module, since workers import it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """Volume, mask of patches to compute, loaded models and their options."""
+    """Volume, mask of patches to compute, loaded models and their options, and what runs tasks on them."""
 
     options: ModelOptions
     volume: Volume
     mask: Mask | None
     models: tuple[Model, ...]
+    open_tasks: OpenTasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +93,38 @@ def thread_executor(
         on_progress(event)
 
     with (
-        open_task_context(plan, inputs, workspace, output, check_stopped) as context,
+        inputs.open_tasks(plan, inputs, workspace, output, check_stopped) as tasks,
         ThreadPoolExecutor(plan.concurrency, "oocpatch-block", use_threads, (1,)) as pool,
     ):
-        executor = ThreadExecutor(pool, plan.concurrency, functools.partial(run_task, context), stop)
-        yield RunExecutor(executor, lambda: context.predictor.halving.count, output.path.flush)
+        executor = ThreadExecutor(pool, plan.concurrency, tasks.run, stop)
+        yield RunExecutor(executor, tasks.halved, output.path.flush)
 
 
-def run_task(context: TaskContext, task: Task) -> TaskResult:
-    """Run one task.
+@dataclass(frozen=True, slots=True)
+class PredictTasks:
+    """The tasks of `predict`."""
 
-    Idempotent: as the stages are.
-    """
-    if task.stage == "predict":
-        return predict_block(context, task.index)
-    return normalize_block(context, task.index, task.partials_refs)
+    context: TaskContext
+
+    def run(self, task: Task) -> TaskResult:
+        """Run one task.
+
+        Idempotent: as the stages are.
+        """
+        if task.stage == "predict":
+            return predict_block(self.context, task.index)
+        return normalize_block(self.context, task.index, task.partials_refs)
+
+    def halved(self) -> int:
+        """Return the number of batches that were halved because memory ran out."""
+        return self.context.predictor.halving.count
 
 
 @contextlib.contextmanager
-def open_task_context(
+def open_predict_tasks(
     plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_progress: OnProgress
-) -> Iterator[TaskContext]:
-    """Open what tasks share: the model on its device, arrays, threads that read and write.
+) -> Iterator[Tasks]:
+    """Open what the tasks of `predict` share: the model on its device, arrays, threads that read and write.
 
     `on_progress` is called with an event for patches that are done.
     """
@@ -120,7 +149,7 @@ def open_task_context(
         reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
-        yield TaskContext(
+        context = TaskContext(
             plan=plan,
             volume=opened,
             selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
@@ -136,6 +165,7 @@ def open_task_context(
             skip_value=plan.skip_value,
             on_progress=on_progress,
         )
+        yield PredictTasks(context)
 
 
 def _normalizer(plan: Plan, options: ModelOptions, workspace: Workspace, number: int) -> Normalizer:

@@ -30,13 +30,13 @@ import torch
 from distributed import get_worker
 
 from oocpatch.engine.patch_selection import Mask
-from oocpatch.engine.stages import TaskContext, TaskResult
+from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import ClusterLost
 from oocpatch.execution.dask_clients import MUST_AGREE, device_of_rank, disagreement, log_dashboard, versions_here
 from oocpatch.execution.dask_cluster import ClusterExecutor
 from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
-from oocpatch.execution.task_context import RunExecutor, RunInputs, open_task_context, run_task
+from oocpatch.execution.task_context import RunExecutor, RunInputs, Tasks
 from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
@@ -75,6 +75,9 @@ def cluster_executor(
         halved += result.halved
         if task.stage == "predict":
             reports.finish(task.index)
+        elif plan.labelling is not None and task.stage == "normalize":  # which reads the block again
+            patches = plan.patches_in([task.index])
+            on_progress(TaskDone(task.index, patches, patches * plan.bytes_per_patch))
 
     log_dashboard(client)
     with (
@@ -153,10 +156,10 @@ class ProgressReporter:
 
 @dataclass(frozen=True, slots=True)
 class _OpenCall:
-    """The task context of a call, and what closes it."""
+    """What runs the tasks of a call, and what closes it."""
 
     token: str
-    context: TaskContext
+    tasks: Tasks
     stack: contextlib.ExitStack
     stopped: threading.Event
 
@@ -179,12 +182,11 @@ def run_in_worker(handle: RunHandle, task: Task, rank: int) -> TaskResult:
     """
     with _one_block:
         call = _opened(handle, rank)
-        halving, threads = call.context.predictor.halving, torch.get_num_threads()
-        before = halving.count
+        before, threads = call.tasks.halved(), torch.get_num_threads()
         use_threads(1)
         try:
-            result = run_task(call.context, task)
-            return replace(result, halved=halving.count - before)
+            result = call.tasks.run(task)
+            return replace(result, halved=call.tasks.halved() - before)
         finally:
             use_threads(threads)
             if call.stopped.is_set():
@@ -225,7 +227,7 @@ def _opened(handle: RunHandle, rank: int) -> _OpenCall:
     with contextlib.ExitStack() as stack:
         stopped = threading.Event()
         try:
-            context = _open_context(handle, rank, stopped, stack)
+            tasks = _open_tasks(handle, rank, stopped, stack)
         except Exception as error:
             if transient(error) and not isinstance(error, ClusterLost):
                 raise
@@ -233,11 +235,11 @@ def _opened(handle: RunHandle, rank: int) -> _OpenCall:
                 f"{process}: {type(error).__name__}: {error}; workers must see volume, output and workspace under the "
                 "paths that the client sees, and be able to import what the client imports"
             ) from error
-        _open_call = _OpenCall(handle.token, context, stack.pop_all(), stopped)
+        _open_call = _OpenCall(handle.token, tasks, stack.pop_all(), stopped)
     return _open_call
 
 
-def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack: contextlib.ExitStack) -> TaskContext:
+def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: contextlib.ExitStack) -> Tasks:
     data = (handle.folder / PAYLOAD).read_bytes()
     if hashlib.sha256(data).hexdigest() != handle.digest:
         raise ValueError("the payload of the run is not the one that the client wrote")
@@ -264,8 +266,8 @@ def _open_context(handle: RunHandle, rank: int, stopped: threading.Event, stack:
         reporter(event)
 
     output = GuardedOutput(payload.output, plan, guard)
-    inputs = RunInputs(options, volume, mask, models)
-    return stack.enter_context(open_task_context(plan, inputs, Workspace(handle.root, plan), output, check_stopped))
+    inputs = RunInputs(options, volume, mask, models, payload.open_tasks)
+    return stack.enter_context(inputs.open_tasks(plan, inputs, Workspace(handle.root, plan), output, check_stopped))
 
 
 @contextlib.contextmanager

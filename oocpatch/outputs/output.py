@@ -292,6 +292,8 @@ def open_result(path: StoragePath) -> Result:
     else:
         dataset = xarray.open_zarr(path.xarray_source(), consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
+    if counts := record.details.get("objects"):
+        result.attrs["objects"] = counts[0] if len(counts) == 1 else counts
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):
             result.attrs[name] = count

@@ -340,3 +340,26 @@ class Neighbours:
             inside = position + 1 < count if sign > 0 else position > 0
             steps.append((0, sign * stride) if inside and spills[other] else (0,))
         return [index + sum(step) for step in itertools.product(*steps)]
+
+
+class AllBlocks:
+    """Indices of blocks that all depend on each other: none is finished before every one has been read.
+
+    >>> AllBlocks(3).read_by(1), AllBlocks(3).readers(0)
+    (range(0, 3), range(0, 3))
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = range(blocks)
+
+    def sources(self, index: int) -> list[int]:
+        """Return the blocks other than this one."""
+        return [other for other in self._blocks if other != index]
+
+    def read_by(self, index: int) -> range:  # noqa: ARG002 - as of `Neighbours`
+        """Return the blocks whose first stage the second stage of a block needs: all."""
+        return self._blocks
+
+    def readers(self, index: int) -> range:  # noqa: ARG002 - as of `Neighbours`
+        """Return the blocks whose second stage needs the first one of a block: all."""
+        return self._blocks

@@ -38,3 +38,8 @@ class Labelling:
                 "threshold must be None with per_class=True: classes are labels, and scores have none, got "
                 f"{self.threshold}"
             )
+
+    def __str__(self) -> str:
+        kind = "nonzero voxels" if self.threshold is None else f"voxels above {self.threshold:g}"
+        parts = ["equal labels" if self.per_class else kind, f"connectivity {self.connectivity}"]
+        return ", ".join(parts + ([f"at least {self.min_size:,} voxels"] if self.min_size > 1 else []))

@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from oocpatch.errors import RunMismatch
 from oocpatch.planning.arguments import json_number
-from oocpatch.planning.blocks import BlockGrid
+from oocpatch.planning.blocks import AllBlocks, BlockGrid, Neighbours
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
+from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
 from oocpatch.planning.schedule import in_order
 from oocpatch.planning.svg import draw_plan
@@ -73,6 +74,8 @@ class Plan:
             not counted.
         stores_outputs: whether the model's outputs are stored until their block is recorded, since a crash would cost
             more than it should.
+        labelling: what objects are, of a run of `label`, whose patches are voxels; None: the run is one of `predict`.
+        merge_memory: bytes that the merge of objects may take, while no block is at work.
     """
 
     parameters: Mapping[str, Any]
@@ -114,6 +117,8 @@ class Plan:
     crash_limit: int | None = None
     selected: str = ""
     stores_outputs: bool = False
+    labelling: Labelling | None = None
+    merge_memory: int = 0
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -178,6 +183,16 @@ class Plan:
     def blocks(self) -> int:
         return self.block_grid.num_blocks
 
+    @property
+    def num_normalized(self) -> int:
+        """Number of blocks with a normalize stage: those that seams enter; of `label`, which merges first, all."""
+        return self.block_grid.num_open if self.labelling is None else self.blocks
+
+    @cached_property
+    def neighbours(self) -> Neighbours | AllBlocks:
+        """The blocks whose normalize stages depend on each other's predict stages."""
+        return Neighbours(self.block_grid) if self.labelling is None else AllBlocks(self.blocks)
+
     @cached_property
     def patches_per_block(self) -> int:
         """Number of patches of the block with most of them: what a crash costs for each block that was at work."""
@@ -228,6 +243,7 @@ class Plan:
         derived = {name: getattr(self, name) for name in names}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
+        record["labelling"] = None if self.labelling is None else asdict(self.labelling)
         record |= {name: json_number(record[name]) for name in ("fill", "output_fill")}
         return json.dumps({"format": FORMAT, **derived, **record}, indent=1, default=list)
 
@@ -255,6 +271,7 @@ class Plan:
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["io_strategy"] = IoStrategy(**record["io_strategy"])
+        values["labelling"] = None if record.get("labelling") is None else Labelling(**record["labelling"])
         return cls(**values)
 
     def draw(self) -> str:
@@ -279,8 +296,10 @@ class Plan:
         left_out = f"; {self.grid.num_patches - self.patches:,} more are left out" if self.selected else ""
         patches = f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap {size(self.patch_overlap[spatial])}"
         patches += f", context {size(self.context[spatial])}" if any(self.context) else ""
-        swept = f"swept along {self.axes[self.sweep]}, {self.concurrency} at a time"
+        rule, at_a_time = self.labelling, f"{self.concurrency} at a time"
+        swept = f"swept along {self.axes[self.sweep]}, {at_a_time}"
         modes = ", ".join(dict.fromkeys(h.mode for h in self.heads))
+        patches += f", {modes}, batches of {self.batch_size}{left_out}"
         outputs = {
             "output" if i == 0 else f"output {i + 1}": f"{h.name}: {h.out_channels} channel(s), {h.out_dtype}, "
             f"chunks {size(h.chunks[spatial])}" + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
@@ -288,10 +307,10 @@ class Plan:
         }
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
-            "patches": f"{patches}, {modes}, batches of {self.batch_size}{left_out}",
+            **({"objects": str(rule)} if rule else {"patches": patches}),
             **({"model": self.model_note} if self.model_note else {}),
-            "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {swept}",
-            "work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost(),
+            "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {at_a_time if rule else swept}",
+            **({} if rule else {"work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost()}),
             **outputs,
             "memory": f"{human(self.projected_memory)} at most ({parts})",
             "disk": f"workspace {human(self.projected_disk)} at most",

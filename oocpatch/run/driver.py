@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 from oocpatch.configuration.make_plan import counted
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputExists, RunMismatch
-from oocpatch.execution.task_context import RunExecutor, RunInputs, thread_executor
+from oocpatch.execution.merge_run import MergeRun
+from oocpatch.execution.scheduler import Run
+from oocpatch.execution.task_context import RunExecutor, RunInputs, open_predict_tasks, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
 from oocpatch.outputs.ome_labels import register_label
@@ -23,6 +25,7 @@ from oocpatch.planning.choices import STATISTIC_PADDING
 from oocpatch.planning.plan import Plan, digest
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
+from oocpatch.run.label_tasks import open_label_tasks
 from oocpatch.storage.checksums import ABSENT, file_checksum
 from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
@@ -46,7 +49,7 @@ def plan_of(record: OutputRecord) -> Plan | None:
 
 def all_done(plan: Plan, progress: RunProgress) -> bool:
     """Return whether both stages of all blocks are recorded."""
-    return len(progress.partials) == plan.blocks and len(progress.normalized) == plan.block_grid.num_open
+    return len(progress.partials) == plan.blocks and len(progress.normalized) == plan.num_normalized
 
 
 def find_workspace(config: RunConfig, record: OutputRecord) -> Workspace | None:
@@ -164,7 +167,7 @@ def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
 
 @contextlib.contextmanager
 def open_executor(
-    config: RunConfig, workspace: Workspace, blocks: Collection[int], predicted: Container[int]
+    config: RunConfig, workspace: Workspace, blocks: Collection[int], done: RunProgress
 ) -> Iterator[RunExecutor]:
     """Open what runs the tasks of a run, with a display of its progress.
 
@@ -172,11 +175,11 @@ def open_executor(
         config: the configuration.
         workspace: the workspace, which has the plan.
         blocks: the blocks whose predict stage this call runs.
-        predicted: those that are done already.
+        done: the stages that are done already.
     """
     plan = workspace.plan
     with (
-        _progress_display(plan, config.execution.progress, blocks, predicted) as on_progress,
+        _progress_display(plan, config.execution.progress, blocks, done) as on_progress,
         _executor(config, workspace, on_progress) as executor,
     ):
         yield executor
@@ -185,7 +188,8 @@ def open_executor(
 @contextlib.contextmanager
 def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) -> Iterator[RunExecutor]:
     plan, execution = workspace.plan, config.execution
-    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models)
+    open_tasks = open_predict_tasks if plan.labelling is None else open_label_tasks
+    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks)
     if not execution.is_distributed:
         with thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress) as executor:
             yield executor
@@ -213,18 +217,25 @@ def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) 
 
 @contextlib.contextmanager
 def _progress_display(
-    plan: Plan, progress: str | bool | OnProgress, blocks: Collection[int], predicted: Container[int]
+    plan: Plan, progress: str | bool | OnProgress, blocks: Collection[int], done: RunProgress
 ) -> Iterator[OnProgress]:
     """Show the progress over the patches of some blocks; yield a function of its events."""
     if callable(progress):
-        yield progress
+        yield lambda event: progress(event) if event.patches else None
         return
     total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
-    resumed = plan.patches_in([i for i in blocks if i in predicted])
-    with show_progress(
-        progress, "predict", "patches", total, resumed=resumed, bytes_each=plan.bytes_per_patch
-    ) as on_patches:
+    resumed = plan.patches_in([i for i in blocks if i in done.partials])
+    verb, unit = "predict", "patches"
+    if plan.labelling is not None:  # each block is read twice
+        verb, unit, total = "label", "voxels", 2 * total
+        resumed += plan.patches_in(done.normalized)
+    with show_progress(progress, verb, unit, total, resumed=resumed, bytes_each=plan.bytes_per_patch) as on_patches:
         yield lambda event: on_patches(event.patches)
+
+
+def run_of(plan: Plan) -> type[Run]:
+    """Return what runs the stages of a plan."""
+    return Run if plan.labelling is None else MergeRun
 
 
 def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: float, halved: int) -> dict[str, Any]:
@@ -233,9 +244,10 @@ def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: f
         **({"statistics": plan.statistics} if plan.statistics else {}),
         **({"padding_value": plan.fill} if plan.padding_mode in STATISTIC_PADDING else {}),
         **({"halved_batches": halved} if halved else {}),
+        **({"objects": json.loads(progress.objects)} if plan.labelling is not None else {}),
         "patches": plan.patches,
         "blocks": plan.blocks,
-        "open_blocks": plan.block_grid.num_open,
+        "open_blocks": plan.num_normalized,
         "uncovered_voxels": progress.uncovered,
         "nonfinite_voxels": progress.nonfinite,
         "seconds": round(seconds, 3),

@@ -15,7 +15,6 @@ from oocpatch.errors import CorruptData
 from oocpatch.models.preprocessing import preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER
 from oocpatch.outputs.output import array_paths
-from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
@@ -139,7 +138,10 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
         changes: the changes.
         normalized: the blocks whose normalize stage is done; None: all, and all partials are deleted.
     """
-    neighbours, stages = Neighbours(plan.block_grid), Stages()
+    if plan.labelling is not None:  # ids depend on all blocks
+        again = range(plan.blocks) if normalized is None else changes.blocks
+        return {*(("predict", block) for block in again), *(("normalize", block) for block in range(plan.blocks))}
+    neighbours, stages = plan.neighbours, Stages()
     for block, box in changes.blocks.items():
         readers = neighbours.readers(block)
         stages |= {("predict", block), *(("normalize", r) for r in readers if _reaches(plan, block, box, r))}

@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 
+from oocpatch.configuration.label_plan import with_larger_ids
 from oocpatch.configuration.make_plan import check_same_run, counted, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
+from oocpatch.errors import OutputBusy, OutputExists, RunMismatch, TooManyObjects
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
-from oocpatch.execution.scheduler import Run
 from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
 from oocpatch.outputs.record import OutputRecord, inspect_output
-from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress
 from oocpatch.run.driver import (
@@ -42,6 +41,7 @@ from oocpatch.run.driver import (
     plan_of,
     reopen,
     run_details,
+    run_of,
     set_up,
     workspace_root,
 )
@@ -378,7 +378,11 @@ def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, 
     workspace.join()
     verb = "resumes" if resuming else "starts"
     logger.info("%s %s: %d patches in %d blocks", config.output, verb, plan.patches, plan.blocks)
-    details = _run_stages(config, workspace, blocks)
+    try:
+        details = _run_stages(config, workspace, blocks)
+    except TooManyObjects as error:
+        config = with_larger_ids(config, error)
+        return _locked_run(config, make_plan(config), blocks, resuming=False)
     if details is None:
         return _incomplete(config)
     complete(config, workspace, details)
@@ -489,13 +493,13 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
     to_normalize: Sequence[int] = range(plan.blocks) if blocks is None else blocks
     to_predict = to_normalize
     if blocks is not None:  # a block is complete with the seams that enter it
-        neighbours = Neighbours(plan.block_grid)
+        neighbours = plan.neighbours
         to_predict = sorted({*to_predict, *(s for block in to_predict for s in neighbours.sources(block))})
     with (
         open_ledger(workspace, WHOLE) as ledger,
-        open_executor(config, workspace, to_predict, progress.partials) as executor,
+        open_executor(config, workspace, to_predict, progress) as executor,
     ):
-        stages = Run(
+        stages = run_of(plan)(
             plan.block_grid,
             progress,
             ledger,
@@ -540,10 +544,10 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             plan = workspace.plan
             own, progress = part.blocks_of(plan.block_patches), workspace.progress()
             ledger = stack.enter_context(open_ledger(workspace, part.segment))
-            executor = stack.enter_context(open_executor(config, workspace, own, progress.partials))
+            executor = stack.enter_context(open_executor(config, workspace, own, progress))
         tail = LedgerTail(workspace.root, part.segment)
         stages = functools.partial(
-            Run,
+            run_of(plan),
             plan.block_grid,
             progress,
             ledger,
@@ -551,7 +555,8 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             delete_outputs=workspace.delete_outputs,
             ledger_tail=tail,
         )
-        stages(to_predict=own, to_normalize=own, order=plan.in_order(own)).execute(executor.executor)
+        to_normalize = own if plan.labelling is None else ()  # all blocks are merged first, by the part that ends last
+        stages(to_predict=own, to_normalize=to_normalize, order=plan.in_order(own)).execute(executor.executor)
         executor.flush()  # the part that completes the output may run on another host
         with turn():
             record = inspect_output(output)

@@ -100,7 +100,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
         predict_done=len(done.partials),
         predict_total=grid.num_blocks,
         normalize_done=len(done.normalized),
-        normalize_total=grid.num_open,
+        normalize_total=workspace.plan.num_normalized,
         failed=done.failed,
         patches_done=patches,
         patches_total=workspace.plan.patches,

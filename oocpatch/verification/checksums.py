@@ -26,7 +26,6 @@ from oocpatch.outputs.output import array_paths, channel_position
 from oocpatch.outputs.pyramid import compare_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output
 from oocpatch.outputs.write_units import unpack
-from oocpatch.planning.blocks import Neighbours
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.driver import reopen, workspace_root
@@ -158,7 +157,7 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
         count(_check_files(path, record))
     counts = {"predict": 0, "normalize": 0}
     count(_check_records(path, plan, ledgers, counts))
-    if record.complete and not damage and counts != {"predict": plan.blocks, "normalize": plan.block_grid.num_open}:
+    if record.complete and not damage and counts != {"predict": plan.blocks, "normalize": plan.num_normalized}:
         damage.append(Damage("", LEDGER, f"must have a record of each stage of each block, has {counts}"))
     if record.complete and not damage:
         count(_check_levels(path))
@@ -293,7 +292,7 @@ def _repair(path: StoragePath, record: OutputRecord, plan: Plan, verification: V
     with locked(beside(path, ".lock"), str(path)):
         if record.complete:
             # The partials are deleted, so those that the normalize stage of a block reads must be computed again, too.
-            neighbours = Neighbours(plan.block_grid)
+            neighbours = plan.neighbours
             for stage, block in list(undone):
                 if stage == "normalize":
                     undone |= {("predict", i) for i in neighbours.read_by(block)}

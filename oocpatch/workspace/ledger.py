@@ -17,7 +17,7 @@ import numpy as np
 from oocpatch.storage.journal import Journal, decode_record, find_journals, read_journal, read_journal_after
 from oocpatch.storage.paths import StoragePath
 
-Kind = Literal["predict", "normalize", "undone", "failed", "begun"]
+Kind = Literal["predict", "merge", "normalize", "undone", "failed", "begun"]
 
 WHOLE = "ledger"
 """Name of the segment of a whole run; those of parts begin with it and a dot."""
@@ -32,12 +32,15 @@ class Record:
 
     Attributes:
         kind: `predict` and `normalize`: the stage is done; `undone`: the predict stage must run again, because its
-            partials were damaged; `failed`: the block failed, for the reason in `note`; `begun`: a call went to work.
-        block: index of the block.
-        digest: digest of the partials that the block left (`predict`).
+            partials were damaged; `merge`: the objects of all blocks are merged; `failed`: the block failed, for the
+            reason in `note`; `begun`: a call went to work.
+        block: index of the block; 0 for `merge`.
+        digest: digest of the partials that the block left (`predict`), and of all ids (`merge`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
-        note: a message (`failed`); the attempt that left the partials (`predict`), and whose are damaged (`undone`).
-        units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`).
+        note: a message (`failed`); the attempt that left the partials (`predict`) or ids (`merge`), or whose are
+            damaged (`undone`).
+        units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`); the
+            numbers of objects as JSON (`merge`).
         at: when it was recorded, in seconds since 1970, for people.
         nonfinite: voxels that are NaN or infinite, among those the stage wrote.
         stamps: stamps of the parts of the input that the stage read (`predict`).
@@ -76,6 +79,9 @@ class PartialsRef(NamedTuple):
 
 
 NO_PARTIALS = PartialsRef(0, "")
+
+MERGED = -1
+"""Key of what the merge left, among the partials of blocks."""
 
 
 class Ledger(Journal):

@@ -92,6 +92,8 @@ class RunProgress:
         blocks: number of blocks of the run.
         partials: the partials of each block whose predict stage is done.
         normalized: the blocks whose normalize stage is done.
+        merged: what the merge of objects left; none before it is done.
+        objects: the numbers of objects that it found, as JSON.
         failed: message of each block that failed and was not done since.
         counts: voxels where no patch was, and that are NaN or infinite, by stage and block, where there are any.
         begun_at, last_at: times of the last call's start and of the last record, in seconds since 1970; 0: never.
@@ -101,6 +103,8 @@ class RunProgress:
     blocks: int
     partials: PartialsIndex = field(init=False)
     normalized: BlockSet = field(init=False)
+    merged: PartialsRef = NO_PARTIALS
+    objects: str = ""
     failed: dict[int, str] = field(default_factory=dict)
     counts: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     begun_at: float = 0.0
@@ -140,21 +144,30 @@ class RunProgress:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         elif record.kind in ("predict", "normalize"):  # the input may have changed since it was computed before
             self.counts.pop((record.kind, record.block), None)
-        if record.kind == "predict":
-            if record.note in self._undone:  # by a driver whose records were read first
-                return
-            self.partials[record.block] = PartialsRef(record.digest, record.note)
-            self.recent_blocks.add(record.block)
-            self.failed.pop(record.block, None)
-        elif record.kind == "normalize":
-            self.normalized.add(record.block)
-            self.failed.pop(record.block, None)
+        if record.kind in ("predict", "merge", "normalize"):
+            self._add_done(record)
         elif record.kind == "undone":
             self._undone.add(record.note)
             if self.partials.get(record.block, NO_PARTIALS).attempt == record.note:
                 del self.partials[record.block]
+            if self.merged.attempt == record.note:
+                self.merged = NO_PARTIALS
         elif record.kind == "begun":
             self.begun_at = record.at
             self.recent_blocks = BlockSet(self.blocks)
         else:
             self.failed[record.block] = record.note
+
+    def _add_done(self, record: Record) -> None:
+        """Take a stage that is done into account, unless it was undone by a driver whose records were read first."""
+        if record.kind != "normalize" and record.note in self._undone:
+            return
+        if record.kind == "merge":
+            self.merged, self.objects = PartialsRef(record.digest, record.note), record.units
+            return
+        if record.kind == "predict":
+            self.partials[record.block] = PartialsRef(record.digest, record.note)
+            self.recent_blocks.add(record.block)
+        else:
+            self.normalized.add(record.block)
+        self.failed.pop(record.block, None)

@@ -9,6 +9,7 @@
     blocks/<index>/          one directory per block
         <attempt>/           one per attempt at it, of a name of its own; the ledger says which counts
     outputs/<index>/         the model's outputs for the batches of a block that is not recorded, where blocks are large
+    merged/<attempt>/        ids of objects, from the merge of all blocks
 ```
 
 No attempt touches what another one left: a worker that was frozen and comes back late writes to a directory that nobody
@@ -136,11 +137,11 @@ class Workspace:
 
     def writer(self, block: int) -> PartialWriter:
         """Return a writer of the partials of one attempt at a block."""
-        return PartialWriter(self._folder(block), self.plan.frames)
+        return PartialWriter(self.folder(block), self.plan.frames)
 
     def reader(self, block: int, ref: PartialsRef) -> PartialReader:
         """Return a reader of the partials that the ledger records of a block; `CorruptPartial` if they are others."""
-        return PartialReader(self._folder(block), self.plan.frames, block, ref)
+        return PartialReader(self.folder(block), self.plan.frames, block, ref)
 
     def outputs(self, block: int) -> StoredOutputs:
         """Return what is stored of the model's outputs for the batches of a block."""
@@ -153,7 +154,7 @@ class Workspace:
 
     def delete(self, blocks: Iterable[int]) -> None:
         """Delete the partials of blocks."""
-        remove_trees([self._folder(block) for block in blocks])
+        remove_trees([self.folder(block) for block in blocks])
 
     def sweep(self, progress: RunProgress) -> None:
         """Delete the partials that no record names, of dead and late attempts; only where no other process records."""
@@ -164,9 +165,17 @@ class Workspace:
             if attempt != recorded:
                 gone.add(f"{block}/{attempt}" if recorded else block)
         remove_trees([blocks / name for name in sorted(gone)])
+        if self.plan.labelling is not None:
+            merged = self.root / "merged"
+            remove_trees([merged / name for name in merged.list_folders() if name != progress.merged.attempt])
 
-    def _folder(self, block: int) -> StoragePath:
+    def folder(self, block: int) -> StoragePath:
+        """Return the directory of all attempts at a block."""
         return self.root / "blocks" / str(block)
+
+    def merged_folder(self, attempt: str) -> StoragePath:
+        """Return the directory of an attempt at the merge of objects."""
+        return self.root / "merged" / attempt
 
 
 def way(root: StoragePath, output: StoragePath) -> str:
