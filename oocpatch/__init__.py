@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
+import types
+from collections.abc import Callable
 from typing import Any
 
 import lazy_loader
@@ -33,6 +35,22 @@ def __getattr__(name: str) -> Any:
             raise
         return getattr(transforms, name)
 
+
+class _Package(types.ModuleType):
+    """The package, whose function `objects` stays one when its folder of that name is imported."""
+
+    @property
+    def objects(self) -> Callable[..., Any]:
+        """The function that makes tables of objects."""
+        function: Callable[..., Any] = importlib.import_module("oocpatch.run.object_table").objects
+        return function
+
+    @objects.setter
+    def objects(self, folder: types.ModuleType) -> None:
+        """Ignore the folder, which the import system sets as an attribute; it is imported by its full name."""
+
+
+sys.modules[__name__].__class__ = _Package
 
 # Torch then asks for huge pages where the kernel leaves that to programs: the memory of a network's layers is mapped
 # anew for each patch, and touching it page by page took a third of the time. Torch reads it once, before its first

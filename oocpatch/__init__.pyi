@@ -5,6 +5,7 @@ from .errors import BlockFailed as BlockFailed
 from .errors import ClusterLost as ClusterLost
 from .errors import CorruptData as CorruptData
 from .errors import DeviceLost as DeviceLost
+from .errors import InvalidVolume as InvalidVolume
 from .errors import OocpatchError as OocpatchError
 from .errors import OutputBusy as OutputBusy
 from .errors import OutputExists as OutputExists
@@ -16,6 +17,7 @@ from .planning.grid import PatchLocation as PatchLocation
 from .planning.plan import Plan as Plan
 from .progress import TaskDone as TaskDone
 from .run.label import label as label
+from .run.object_table import objects as objects
 from .run.predict import PlannedRun as PlannedRun
 from .run.predict import plan as plan
 from .run.predict import predict as predict

@@ -173,8 +173,8 @@ def published_payload(
         payload = WorkerPayload(
             plan=plan.to_json(),
             options=_with_absolute_paths(inputs.options),
-            volume=_volume_ref(inputs.volume, folder, "volume", free_disk),
-            mask=None if mask is None else (_volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
+            volume=volume_ref(inputs.volume, folder, "volume", free_disk),
+            mask=None if mask is None else (volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
             output=output,
             fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
             open_tasks=inputs.open_tasks,
@@ -188,7 +188,7 @@ def published_payload(
         folder.parent.remove_if_empty()
 
 
-def _volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | None) -> VolumeRef:
+def volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | None) -> VolumeRef:
     """Return where workers find a volume; one in memory is stored for them."""
     source = volume.source
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))

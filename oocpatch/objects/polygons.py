@@ -24,6 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+TRACED = 1024
+"""Objects whose polygons are traced at a time."""
+
 Ring = list[tuple[int, int]]
 """Corners (x, y) of a closed ring; the first is not repeated."""
 
@@ -98,12 +101,19 @@ def trace(corners: Array) -> Iterator[list[list[Ring]]]:
         return
     repeated = np.repeat(corners, np.abs(corners["weight"]))
     following = _following(repeated)
-    differs = repeated["label"][1:] != repeated["label"][:-1]
-    differs |= (repeated["index"][1:] != repeated["index"][:-1]).any(axis=1)
-    bounds = [0, *(np.flatnonzero(differs) + 1).tolist(), len(repeated)]
+    bounds = [*object_starts(repeated).tolist(), len(repeated)]
     points = list(zip(repeated["x"].tolist(), repeated["y"].tolist(), strict=True))
     for first, stop in pairwise(bounds):
         yield _polygons(_rings(points, following, first, stop))
+
+
+def object_starts(corners: Array) -> npt.NDArray[np.int64]:
+    """Return the first corner of each object."""
+    if not len(corners):
+        return np.empty(0, np.int64)
+    differs = corners["label"][1:] != corners["label"][:-1]
+    differs |= (corners["index"][1:] != corners["index"][:-1]).any(axis=1)
+    return np.flatnonzero(np.append(True, differs))
 
 
 def _following(corners: Array) -> list[int]:

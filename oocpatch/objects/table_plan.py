@@ -81,6 +81,11 @@ class TablePlan:
         return self.suffix == ".geojson"
 
     @property
+    def bytes_per_voxel(self) -> int:
+        """Bytes of the labels of a voxel."""
+        return self.channels * np.dtype(self.schema.label_dtype).itemsize
+
+    @property
     def run_id(self) -> str:
         """Digest of everything the bytes of the table depend on."""
         return digest({"format": FORMAT, "parameters": self.parameters, "core": self.core})

@@ -18,6 +18,7 @@ from oocpatch.outputs.output import array_paths
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
+from oocpatch.progress import OnProgress
 from oocpatch.storage.journal import local_copy
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.unit_tags import UnitRecords
@@ -185,13 +186,40 @@ def _compare(
     """Compare the parts of all records of predict stages that count, in parallel."""
     mask = config.data.mask
     inputs = {VOLUME: config.volume.for_run(1)} | ({} if mask is None else {MASK: mask.volume.for_run()})
+    changed, progress = functools.partial(_changed, inputs, plan), config.execution.progress
+    changes = compare_inputs(inputs, ledgers, plan.blocks, counts=counts, changed=changed, progress=progress)
+    changes.other_statistics = _other_statistics(config, plan, inputs[VOLUME])
+    skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
+    changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
+    return changes
+
+
+def compare_inputs(
+    inputs: Mapping[str, Volume],
+    ledgers: Sequence[StoragePath],
+    blocks: int,
+    *,
+    counts: Callable[[int, str], bool],
+    changed: Callable[[Batch], tuple[int, list[Change]]],
+    progress: str | bool | OnProgress,
+) -> InputChanges:
+    """Compare inputs with the stamps of what blocks have read of them, in parallel.
+
+    Args:
+        inputs: the volumes by the names of their parameters, open for a run.
+        ledgers: journals with the records of blocks.
+        blocks: number of blocks.
+        counts: returns whether the record of a block's attempt counts.
+        changed: returns what has changed in a batch; reads only.
+        progress: the display.
+    """
     changes = InputChanges()
     with contextlib.ExitStack() as stack:
         copies = [stack.enter_context(local_copy(ledger)) for ledger in ledgers]
 
         def batches() -> Iterator[Batch]:
             for copy in copies:
-                for record in latest_records(copy, plan.blocks):
+                for record in latest_records(copy, blocks):
                     if record.kind == "predict" and counts(record.block, record.note):
                         yield from _batches(record)
 
@@ -205,22 +233,30 @@ def _compare(
                 changes.units[name] = bytearray(math.prod(volume.unit_counts))
             else:
                 changes.parts[name] = set()
-        for block, changed in run_pass(
-            functools.partial(_changed, inputs, plan),
+        for block, of_block in run_pass(
+            changed,
             batches(),
             threads=THREADS,
             name="compare the input",
             unit="parts",
             size=lambda batch: _size(batch[1]),
             total=sum(changes.totals.values()),
-            progress=config.execution.progress,
+            progress=progress,
         ):
-            for change in changed:
+            for change in of_block:
                 changes.add(block, change)
-    changes.other_statistics = _other_statistics(config, plan, inputs[VOLUME])
-    skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
-    changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
     return changes
+
+
+def changed_parts(inputs: Mapping[str, Volume], batch: Batch) -> tuple[int, list[Change]]:
+    """Return the parts of a batch that have changed, of inputs whose parts alone are stamped; reads only."""
+    block, stamps = batch
+    changes = []
+    for part in stamps if isinstance(stamps, list) else ():
+        units = changed_units_of_part(part, inputs[part.name], "edge", 0.0)
+        if units is not None:
+            changes.append(Change(part.name, part.box, units, part.box))
+    return block, changes
 
 
 def _batches(record: Record) -> Iterator[Batch]:

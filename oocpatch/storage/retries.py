@@ -8,7 +8,7 @@ from typing import Any
 
 import tenacity
 
-from oocpatch.errors import ClusterLost, DeviceLost
+from oocpatch.errors import ClusterLost, DeviceLost, InvalidVolume
 
 ATTEMPTS = 4
 """How often a task is tried when reading or writing fails in a way that may pass."""
@@ -26,8 +26,9 @@ def transient(error: BaseException) -> bool:
 
 
 def hopeless(error: BaseException) -> bool:
-    """Return whether every block would fail like this one."""
-    return isinstance(error, ClusterLost | DeviceLost) or (isinstance(error, OSError) and error.errno in HOPELESS)
+    """Return whether every block would fail like this one, or the user has to change the input."""
+    is_general = isinstance(error, ClusterLost | DeviceLost | InvalidVolume)
+    return is_general or (isinstance(error, OSError) and error.errno in HOPELESS)
 
 
 def with_retries(function: Callable[..., Any]) -> Callable[..., Any]:
