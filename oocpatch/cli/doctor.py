@@ -31,7 +31,7 @@ EXTRAS = {
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),
     "view": ("PIL",),
-    "objects": ("scipy", "cc3d"),
+    "objects": ("scipy", "cc3d", "h5py", "pyarrow"),
     "slurm": ("dask_jobqueue",),
     "serve": ("neuroglancer",),
 }

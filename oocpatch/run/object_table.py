@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from oocpatch.errors import CorruptPartial, OutputBusy, OutputExists, RunMismatch
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
 from oocpatch.execution.scheduler import REPAIRS, Executor, Run
@@ -373,7 +375,7 @@ def _run_part(config: TableConfig, output: LocalPath, part: ArrayJobPart) -> Loc
                 return output
             workspace = _set_up(config, output)
             config = replace(config, overwrite=False)
-            own, progress = part.blocks_of(workspace.plan.blocks), workspace.progress()
+            own, progress = part.blocks_of(np.ones(workspace.plan.blocks, np.int32)), workspace.progress()
             ledger = stack.enter_context(_ledger(workspace, part.segment))
         with _tasks(config, workspace, own, progress.partials) as executor:
             tail = LedgerTail(workspace.root, part.segment)

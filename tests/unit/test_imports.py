@@ -47,6 +47,7 @@ LIBRARIES = {
     "engine": "numpy torch",
     "aggregation": ON_DISK + " torch",
     "objects": ON_DISK + " torch scipy cc3d numcodecs",
+    "objects/table_files": "h5py pandas pyarrow",
     "conversion": ON_DISK,
     "configuration": "numpy torch",
     "execution": ON_DISK + " torch dask distributed cloudpickle",
