@@ -68,4 +68,68 @@ def label(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(report, indent=1) if as_json else line.format(**report))
 
 
-COMMANDS = (label,)
+OBJECTS_OPTIONS = (
+    *("axes", "level", "max_memory", "block_shape", "workers", "processes", "part", "workspace"),
+    *("resume", "overwrite", "update", "check_input", "progress"),
+)
+"""The options of a run that `objects` takes."""
+
+
+def _spacing(_context: object, _parameter: object, text: str | None) -> Any:
+    """Read `0.5`, the same on every axis, `2,0.5,0.5`, one per axis, or `z=2,y=0.5,x=0.5`."""
+    if text is None:
+        return None
+    names, _, numbers = zip(*(part.rpartition("=") for part in text.split(",")), strict=True)
+    values = [number(one) for one in numbers]
+    if any(names):
+        return dict(zip(names, values, strict=True))
+    return values if len(values) > 1 else values[0]
+
+
+@click.command()
+@click.argument("labels", metavar="LABELS")
+@click.argument("output", metavar="OUT")
+@click.option("--intensity", metavar="IN", help="Measure the channels of this volume in each object, too.")
+@click.option(
+    "--properties",
+    metavar="NAMES",
+    default="area,bbox,centroid",
+    show_default=True,
+    help="Compute these columns: also equivalent_diameter, axis_major_length, orientation, principal_axes.",
+)
+@click.option(
+    "--spacing",
+    callback=_spacing,
+    metavar="SIZES",
+    help="Size of a voxel: 0.5, or per axis 2,0.5,0.5; default: from the coordinates.",
+)
+@run_options(OBJECTS_OPTIONS)
+@config_option
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def objects(labels: str, output: str, *, as_json: bool, properties: str, **options: Any) -> None:
+    """Measure the objects of LABELS and write a row for each to OUT: .parquet, .csv, .geojson or .h5ad."""
+    import oocpatch
+
+    start = time.monotonic()
+    with cluster_options.client_of({**options, "device": "cpu"}, lambda text: click.echo(text, err=True)) as arguments:
+        del arguments["device"]
+        names = tuple(name.strip() for name in properties.split(","))
+        path = oocpatch.objects(labels, output, properties=names, **arguments)
+    seconds = round(time.monotonic() - start, 3)
+    report: dict[str, Any] = {"output": output, "complete": path is not None, "seconds": seconds}
+    line = "{output}: {seconds:.1f} s, this part is done, others are not"
+    if path is not None:
+        from oocpatch.objects.table_workspace import find_table
+
+        record = find_table(path)
+        report["objects"] = 0 if record is None else record.details["objects"]
+        line = "{output}: {seconds:.1f} s, {objects} objects"
+    click.echo(json.dumps(report, indent=1) if as_json else line.format(**report))
+
+
+COMMANDS = (label, objects)

@@ -64,6 +64,7 @@ def measure_block(context: MeasurementContext, block: int) -> TaskResult:
     stamps = InputStamps()
     context.on_progress(TaskDone(block, 0, 0))
     labels = _read(context.labels, LABELS, core, stamps)
+    labels = labels.view(np.uint8) if labels.dtype == bool else labels
     if labels.dtype.kind == "i" and labels.size and int(labels.min()) < 0:
         raise InvalidVolume(_negative(labels, core, plan))
     intensity = None if context.intensity is None else _read(context.intensity, INTENSITY, core, stamps)

@@ -27,6 +27,9 @@ Polygons = Iterator[list[list[Ring]]]
 BATCH = 1 << 16
 """Rows that are written at a time."""
 
+HDF5_ROWS = 1 << 13
+"""Rows of a chunk of an HDF5 file."""
+
 
 class TableFile(Protocol):
     """Receives the rows of a table in order."""
@@ -182,7 +185,7 @@ class AnnDataFile:
         return frame
 
     def _add(self, group: Any, name: str, dtype: Any, shape: tuple[int, ...], kind: str = "array") -> None:
-        size = (0, *shape), (None, *shape), (BATCH // 8, *shape)
+        size = (0, *shape), (None, *shape), (HDF5_ROWS, *shape)
         dataset = group.create_dataset(name, size[0], dtype, maxshape=size[1], chunks=size[2], compression="gzip")
         self._described(dataset, kind, "0.2.0")
 

@@ -93,10 +93,11 @@ class TableWorkspace:
                 gone.append(self.root / "blocks" / name)
         remove_trees(gone)
 
-    def remove(self) -> None:
-        """Delete the workspace, its plan first."""
-        (self.root / PLAN).unlink(missing_ok=True)
-        self.root.remove_tree()
+
+def remove_workspace(root: LocalPath) -> None:
+    """Delete a workspace, its plan first."""
+    (root / PLAN).unlink(missing_ok=True)
+    root.remove_tree()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,8 @@ import numpy as np
 from oocpatch.errors import CorruptPartial, OutputBusy, OutputExists, RunMismatch
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
 from oocpatch.execution.scheduler import REPAIRS, Executor, Run
-from oocpatch.objects.block_measurement import INTENSITY, LABELS
-from oocpatch.objects.columns import TableSchema, checked_properties
-from oocpatch.objects.table_files import FORMATS, FrameCollector, TableFile, check_format, properties_for
-from oocpatch.objects.table_input import VoxelGrid, open_intensity, open_labels
+from oocpatch.objects.table_files import FORMATS, FrameCollector, TableFile
 from oocpatch.objects.table_merge import count_rows, find_runs, write_objects
-from oocpatch.objects.table_plan import TablePlan, make_schema, make_table_plan
 from oocpatch.objects.table_workspace import (
     TableRecord,
     TableWorkspace,
@@ -30,18 +26,17 @@ from oocpatch.objects.table_workspace import (
     publish,
     record_path,
     remove_table,
+    remove_workspace,
     staging_path,
 )
-from oocpatch.planning.arguments import checked_part, memory_limit, positive, switch
-from oocpatch.planning.box import Ints
-from oocpatch.planning.plan import differences, digest
-from oocpatch.progress import OnProgress, display_of, show_progress
-from oocpatch.provenance import run_facts, run_settings
+from oocpatch.planning.plan import differences
+from oocpatch.progress import OnProgress, show_progress
+from oocpatch.provenance import run_facts
 from oocpatch.run.input_changes import InputChanges, changed_parts, compare_inputs
+from oocpatch.run.table_config import TableConfig
 from oocpatch.run.table_tasks import cluster_tasks, thread_tasks
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
-from oocpatch.storage.paths import LocalPath, StoragePath, local_path
-from oocpatch.volumes.volume import Volume, refuse_overlap, spatial_sizes
+from oocpatch.storage.paths import LocalPath, StoragePath
 from oocpatch.workspace.ledger import WHOLE, Ledger, LedgerTail, Record, segments
 
 logger = logging.getLogger("oocpatch")
@@ -59,6 +54,7 @@ def objects(
     block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
     max_memory: int | float | str = "auto",
     workers: int | None = None,
+    processes: bool = False,
     client: Any = None,
     part: tuple[int, int] | None = None,
     workspace: str | os.PathLike[str] | None = None,
@@ -88,6 +84,7 @@ def objects(
         block_shape: spatial shape of a block, in voxels; default: chosen by memory and workers.
         max_memory: limit in bytes of what the call adds to a process; `"auto"`: a quarter of the machine's.
         workers: threads, or with `client` processes; default: one per core, or all.
+        processes: compute in `workers` processes of this machine instead of threads.
         client: a `dask.distributed.Client` to compute on.
         part: `(i, n)`: measure only the i-th of n parts; the last one to end writes the table.
         workspace: directory of what is measured until the table is complete; default: beside the output.
@@ -126,6 +123,7 @@ def objects(
         block_shape=block_shape,
         max_memory=max_memory,
         workers=workers,
+        processes=processes,
         client=client,
         part=part,
         workspace=workspace,
@@ -266,9 +264,7 @@ def _changed_message(output: LocalPath, changes: InputChanges) -> str:
 
 def _clear(root: LocalPath, output: LocalPath) -> None:
     """Delete what a crash after success may have left."""
-    workspace = TableWorkspace.find(root)
-    if workspace is not None:
-        workspace.remove()
+    remove_workspace(root)
     for lock in locks(output):
         clear_dead(lock)
 
@@ -302,17 +298,16 @@ def _tasks(
                 )
             )
             on_progress = lambda event: advance(event.patches)  # noqa: E731
-        if config.client is None:
-            tasks = thread_tasks(workspace, config.labels, config.intensity, on_progress)
+        client = config.client
+        if config.processes:
+            from oocpatch.execution.dask_clients import connected  # noqa: PLC0415 - a second of imports
+
+            client = stack.enter_context(connected(None, config.workers or 1))
+        inputs = (workspace, config.labels, config.intensity, on_progress)
+        if client is None:
+            tasks = thread_tasks(*inputs)
         else:
-            tasks = cluster_tasks(
-                workspace,
-                config.labels,
-                config.intensity,
-                on_progress,
-                client=config.client,
-                processes=config.workers,
-            )
+            tasks = cluster_tasks(*inputs, client=client, processes=config.workers)
         yield stack.enter_context(tasks)
 
 
@@ -359,7 +354,7 @@ def _complete(
     ledger.commit()
     seconds = round(time.monotonic() - started, 3)
     publish(output, workspace, {"objects": count, "seconds": seconds, **run_facts(config.settings)})
-    workspace.remove()
+    remove_workspace(workspace.root)
     logger.info("%s is complete after %s s: %d objects", output, seconds, count)
 
 
@@ -371,10 +366,9 @@ def _run_part(config: TableConfig, output: LocalPath, part: ArrayJobPart) -> Loc
         with turn():
             own_lock = stack.enter_context(contextlib.ExitStack())
             own_lock.enter_context(locked(part.lock(output), name, str(part)))
-            if _stored_table(config, output) is not None and not config.overwrite:
+            if _stored_table(config, output) is not None:
                 return output
             workspace = _set_up(config, output)
-            config = replace(config, overwrite=False)
             own, progress = part.blocks_of(np.ones(workspace.plan.blocks, np.int32)), workspace.progress()
             ledger = stack.enter_context(_ledger(workspace, part.segment))
         with _tasks(config, workspace, own, progress.partials) as executor:
@@ -397,116 +391,3 @@ def _run_part(config: TableConfig, output: LocalPath, part: ArrayJobPart) -> Loc
                 _complete(config, output, workspace, ledger, started)
             own_lock.close()  # within the turn: the next one sees that this part is gone
     return output if is_last else None
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """The checked arguments of a call.
-
-    Attributes:
-        plan: what a fresh run would do.
-        inputs: the volumes by the names of their parameters.
-    """
-
-    plan: TablePlan
-    output: LocalPath | None
-    labels: Volume
-    intensity: Volume | None
-    block_shape: Ints | None
-    workers: int | None
-    client: Any
-    part: tuple[int, int] | None
-    workspace: LocalPath | None
-    resume: bool
-    overwrite: bool
-    update: bool
-    check_input: bool
-    progress: str | bool | OnProgress
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, labels: Any, output: Any, **arguments: Any) -> TableConfig:
-        """Check the arguments of a call.
-
-        Raises:
-            ValueError, TypeError: with the rule and the value.
-        """
-        given = arguments
-        suffix = ""
-        target = None if output is None else local_path("output", output)
-        if target is not None:
-            suffix = check_format(target.name)
-            target.check_writable("output")
-        volume = open_labels(labels, given["axes"], given["level"])
-        intensity = open_intensity(given["intensity"], volume, given["level"])
-        if suffix == ".geojson" and volume.spatial_ndim != 2:
-            raise ValueError(
-                f"output must be a table such as .parquet for {volume.spatial_ndim} spatial axes, since GeoJSON has "
-                f"polygons in the plane, got {target}"
-            )
-        for other in filter(None, (volume, intensity)):
-            if target is not None:
-                refuse_overlap("output", target, other)
-        properties = checked_properties(given["properties"], volume.spatial_ndim, has_intensity=intensity is not None)
-        grid = VoxelGrid.of(volume, given["spacing"])
-        schema = make_schema(
-            volume, intensity, grid, properties_for(suffix, properties, has_intensity=intensity is not None)
-        )
-        part = None if given["part"] is None else checked_part(given["part"])
-        if part is not None and target is None:
-            raise ValueError("output must be a file for a part of a run, got None")
-        workers = None if given["workers"] is None else positive("workers", given["workers"])
-        display_of(given["progress"])
-        shape = given["block_shape"]
-        block_shape = None if shape is None else spatial_sizes("block_shape", shape, volume, least=1)
-        if given["client"] is not None:
-            from oocpatch.execution.dask_clients import check_client  # noqa: PLC0415 - a second of imports
-
-            check_client(given["client"])
-        plan = make_table_plan(
-            volume,
-            intensity,
-            schema,
-            _parameters(volume, intensity, schema),
-            suffix=suffix,
-            block_shape=block_shape,
-            max_memory=memory_limit(given["max_memory"]),
-            workers=1 if given["client"] is not None else workers,
-        )
-        return cls(
-            plan=plan,
-            output=target,
-            labels=volume,
-            intensity=intensity,
-            block_shape=block_shape,
-            workers=workers,
-            client=given["client"],
-            part=part,
-            workspace=None if given["workspace"] is None else local_path("workspace", given["workspace"]),
-            **{name: switch(name, given[name]) for name in ("resume", "overwrite", "update", "check_input")},
-            progress=given["progress"],
-            settings=run_settings({"labels": labels, "output": output, **arguments}),
-        )
-
-    @property
-    def inputs(self) -> dict[str, Volume]:
-        """The volumes by the names of their parameters."""
-        return {LABELS: self.labels, **({} if self.intensity is None else {INTENSITY: self.intensity})}
-
-    def root(self, output: LocalPath) -> LocalPath:
-        """Return the workspace of an output; others may share the directory that `workspace` names."""
-        if self.workspace is None:
-            return output.with_name(beside(output, "").name)
-        return self.workspace / digest(["objects", str(output)])
-
-
-def _parameters(labels: Volume, intensity: Volume | None, schema: TableSchema) -> dict[str, Any]:
-    """Return the fingerprint of a table: what says whether two runs are the same, besides the content of the input."""
-    return {
-        "labels": labels.signature,
-        "intensity": None if intensity is None else intensity.signature,
-        "axes": [*labels.axes.names],
-        "spacing": [list(schema.scale), list(schema.offset), list(schema.units)],
-        "properties": list(schema.properties),
-        "channels": list(schema.channels),
-    }

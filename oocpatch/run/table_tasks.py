@@ -211,7 +211,8 @@ def _opened_context(
             raise Stopped
 
     check_stopped(TaskDone(0, 0, 0))
-    for name, volume in (("labels", labels), ("intensity", intensity)):
-        if (None if volume is None else volume.signature) != plan.parameters[name]:
-            raise ValueError(f"the {name} are not those that the client reads")
+    if labels.signature != plan.parameters["labels"]:
+        raise ValueError(f"the labels at {labels.source.location} are not those that the client reads")
+    if intensity is not None and intensity.signature != plan.parameters["intensity"][0]:
+        raise ValueError(f"the intensity at {intensity.source.location} is not the one that the client reads")
     return _context(TableWorkspace(root, plan), labels, intensity, check_stopped)
