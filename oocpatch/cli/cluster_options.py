@@ -34,10 +34,23 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
         }
 
 
-def as_planned(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `plan` for what a cluster would do, without one."""
+@contextlib.contextmanager
+def as_planned(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of `plan`, with the client of a running scheduler; nothing is started, and no job submitted.
+
+    Raises:
+        click.UsageError: when they do not go together.
+    """
     arguments, scheduler, _ = _split(options)
-    return {**arguments, "workers": 1} if scheduler else arguments
+    if scheduler is None:
+        yield arguments
+    elif is_slurm(scheduler):
+        yield {**arguments, "processes": True}
+    else:
+        from oocpatch.execution.dask_clients import connected
+
+        with connected(scheduler, 0) as client:
+            yield {**arguments, "client": client}
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:

@@ -117,7 +117,8 @@ def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **option
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
     import oocpatch
 
-    planned = oocpatch.plan(volume, output=output, **cluster_options.as_planned(options))
+    with cluster_options.as_planned(options) as arguments:
+        planned = oocpatch.plan(volume, output=output, **arguments)
     if draw is not None:
         draw.write_text(planned.draw())
     click.echo(planned.to_json() if as_json else str(planned))

@@ -36,6 +36,7 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.plan import differences
+from oocpatch.planning.planner import chosen_overlap
 from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
@@ -219,7 +220,10 @@ class RunConfig:
         spec.validate(channels, self.patches.patch_size)
 
     def with_sizes(self, patch_size: Ints, batch_size: int) -> RunConfig:
-        """Return the same configuration with these sizes where it left them open; `patch_size` is spatial."""
+        """Return the same configuration with these sizes where it left them open; `patch_size` is spatial.
+
+        With a patch size that was left open comes an overlap, unless one was given.
+        """
         if self.labelling is not None:  # patches are voxels, which identify no run
             return self
         patches = replace(
@@ -227,8 +231,20 @@ class RunConfig:
             patch_size=self.patches.patch_size or tuple(patch_size),
             batch_size=self.patches.batch_size or batch_size,
         )
-        sizes = {"patch_size": patches.patch_size or AUTO, "batch_size": patches.batch_size or AUTO}
+        if self.chooses_overlap and patches.patch_size:
+            shape = self.volume.shape[self.looped :]
+            patches = replace(patches, patch_overlap=chosen_overlap(patches.patch_size, shape, patches.overlap_mode))
+        sizes = {
+            "patch_size": patches.patch_size or AUTO,
+            "batch_size": patches.batch_size or AUTO,
+            "patch_overlap": patches.patch_overlap,
+        }
         return replace(self, patches=patches, parameters={**self.parameters, **sizes})
+
+    @property
+    def chooses_overlap(self) -> bool:
+        """Return whether the overlap is chosen with the patch size."""
+        return not self.patches.patch_size and not any(self.patches.patch_overlap)
 
     def check_same_run(self, record: OutputRecord) -> None:
         """Refuse to continue a run that was started with other arguments.

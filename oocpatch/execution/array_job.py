@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oocpatch.planning.schedule import Counts, share_of
+from oocpatch.planning.schedule import Counts, division
 from oocpatch.storage.locks import holder, locks, part_lock
 from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.run_progress import BlockSet
@@ -45,7 +45,7 @@ class ArrayJobPart:
 
     def blocks_of(self, counts: Counts) -> range:
         """Return the part's blocks, of blocks with so many patches each. All parts cover every block exactly once."""
-        return share_of(counts, self.number, self.count)
+        return division(counts, self.count)[self.number - 1]
 
     def lock(self, output: StoragePath) -> StoragePath:
         """Return the path of the part's lock."""
@@ -54,9 +54,10 @@ class ArrayJobPart:
     def unattended_blocks(self, output: StoragePath, counts: Counts) -> BlockSet:
         """Return the blocks that it normalizes at its end: its own, and those of parts that are not running."""
         unattended = BlockSet(len(counts))
-        for part in (ArrayJobPart(i, self.count) for i in range(1, self.count + 1)):
+        for number, blocks in enumerate(division(counts, self.count), 1):
+            part = ArrayJobPart(number, self.count)
             if part == self or holder(part.lock(output)) is None:
-                for index in part.blocks_of(counts):
+                for index in blocks:
                     unattended.add(index)
         return unattended
 

@@ -299,7 +299,7 @@ class Plan:
         rule, at_a_time = self.labelling, f"{self.concurrency} at a time"
         swept = f"swept along {self.axes[self.sweep]}, {at_a_time}"
         modes = ", ".join(dict.fromkeys(h.mode for h in self.heads))
-        patches += f", {modes}, batches of {self.batch_size}{left_out}"
+        patches += f", {modes}, batches of {self.batch_size}{left_out}{self._filling()}"
         outputs = {
             "output" if i == 0 else f"output {i + 1}": f"{h.name}: {h.out_channels} channel(s), {h.out_dtype}, "
             f"chunks {size(h.chunks[spatial])}" + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
@@ -317,6 +317,14 @@ class Plan:
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }
         return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+    def _filling(self) -> str:
+        """Describe how patches that are larger than the volume are filled up; nothing where none is."""
+        sizes = zip(self.input_grid.patch_size, self.shape, strict=True)
+        if all(patch <= length for patch, length in sizes):
+            return ""
+        fill = f" with {self.fill:g}" if self.padding_mode == "constant" else ""
+        return f"; larger than the volume, and filled up there by padding_mode {self.padding_mode or 'edge'}{fill}"
 
     def _crash_cost(self) -> str:
         """Describe what a crash costs."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -298,6 +298,19 @@ def patch_sizes(shape: Ints, chunks: Ints, fixed: tuple[int | None, ...] | None 
         if sides != seen:
             yield sides
         seen = sides
+
+
+def chosen_overlap(patch_size: Ints, shape: Ints, overlap_mode: object) -> Ints:
+    """Return the overlap of patches whose size is chosen, even, and none where one patch covers the volume.
+
+    Half a patch where windows fall to the border, so that their weights add up evenly; a quarter in other modes.
+
+    >>> chosen_overlap((64, 64), (512, 40), "hann"), chosen_overlap((64, 64), (512, 512), "crop")
+    ((32, 0), (16, 16))
+    """
+    modes = set(overlap_mode.values()) if isinstance(overlap_mode, Mapping) else {overlap_mode}
+    parts = 2 if modes & {"hann", "gaussian"} else 4
+    return tuple(0 if n <= p else p // (2 * parts) * 2 for p, n in zip(patch_size, shape, strict=True))
 
 
 def _side(length: int, chunk: int, limit: int) -> int:

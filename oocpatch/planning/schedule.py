@@ -14,6 +14,7 @@ first: whoever takes a large block as the last one lets the others wait.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,13 +41,13 @@ def in_order(counts: Counts, blocks: Sequence[int], last: int) -> Iterator[int]:
     yield from sorted(blocks[first:], key=lambda block: -int(counts[block]))
 
 
-def share_of(counts: Counts, number: int, count: int) -> range:
-    """Return the blocks of part `number` of `count`, counted from 1: consecutive ones, with the patches of a share.
+def division(counts: Counts, count: int) -> list[range]:
+    """Return the blocks of each of so many parts: consecutive ones, with about as many patches as those of the others.
 
     The blocks of all parts cover every block exactly once. No division into consecutive blocks has a smaller largest
     part.
 
-    >>> [share_of(np.array([0, 0, 0, 4, 4, 4]), number, 3) for number in (1, 2, 3)]
+    >>> division(np.array([0, 0, 0, 4, 4, 4]), 3)
     [range(0, 4), range(4, 5), range(5, 6)]
     """
     totals = np.concatenate([[0.0], np.cumsum(counts + TASK)])
@@ -55,11 +56,11 @@ def share_of(counts: Counts, number: int, count: int) -> range:
         middle = (low + high) / 2
         low, high = (low, middle) if _earliest_edges(totals, count, middle)[0] <= 0 else (middle, high)
     earliest, edges = _earliest_edges(totals, count, high), [0]
-    for part in range(1, number + 1):
+    for part in range(1, count + 1):
         nearest = _nearest(totals, totals[-1] * part / count)
         latest = int(np.searchsorted(totals, totals[edges[-1]] + high, "right")) - 1
         edges.append(max(earliest[part], min(nearest, latest)))
-    return range(edges[-2], edges[-1])
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def _nearest(totals: npt.NDArray[np.float64], weight: float) -> int:
@@ -78,31 +79,56 @@ def _earliest_edges(totals: npt.NDArray[np.float64], count: int, most: float) ->
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """The use that a run makes of so many workers, if all of them are equally fast.
+    """The use that a run makes of so many workers, or parts, if all of them are equally fast.
 
     Attributes:
         workers: their number.
         blocks: number of blocks with patches to compute.
-        busy: share of the workers' time until the end of the run in which they compute.
+        idle: share of the workers' time until the end of the run in which they have nothing to do.
         bytes_each: traffic of each with volume, workspace and output.
     """
 
     workers: int
     blocks: int
-    busy: float
+    idle: float
     bytes_each: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return the numbers by name."""
+        each = round(self.blocks / self.workers, 2)
+        return {
+            "workers": self.workers,
+            "blocks_per_worker": each,
+            "idle_share": round(self.idle, 4),
+            "bytes_per_worker": round(self.bytes_each),
+        }
 
 
 def occupancy(counts: Counts, last: int, workers: int, traffic: float) -> Occupancy:
     """Follow a run over blocks with so many patches each, in their order of execution.
 
     >>> occupancy(np.array([8, 8, 8, 4]), 2, 2, 100.0)
-    Occupancy(workers=2, blocks=4, busy=0.875..., bytes_each=50.0)
+    Occupancy(workers=2, blocks=4, idle=0.124..., bytes_each=50.0)
+    """
+    weights, first = counts + TASK, max(0, len(counts) - EXAMINED)
+    free = [float(weights[:first].sum()) / workers] * workers
+    for block in in_order(counts, range(first, len(counts)), last):
+        heapq.heapreplace(free, free[0] + float(weights[block]))
+    return _occupancy(counts, free, traffic)
+
+
+def occupancy_of_parts(counts: Counts, parts: int, traffic: float) -> Occupancy:
+    """Compare the parts of a run over blocks with so many patches each.
+
+    >>> occupancy_of_parts(np.array([8, 8, 8]), 2, 100.0).idle
+    0.25
     """
     weights = counts + TASK
-    order = list(in_order(counts, range(len(counts)), last))
-    free = [float(weights[order[:-EXAMINED]].sum()) / workers] * workers
-    for block in order[-EXAMINED:]:
-        heapq.heapreplace(free, free[0] + float(weights[block]))
-    total = float(weights.sum())
-    return Occupancy(workers, int(np.count_nonzero(counts)), total / (workers * max(free)), traffic / workers)
+    ends = [float(weights[part.start : part.stop].sum()) for part in division(counts, parts)]
+    return _occupancy(counts, ends, traffic)
+
+
+def _occupancy(counts: Counts, ends: list[float], traffic: float) -> Occupancy:
+    workers = len(ends)
+    busy = float((counts + TASK).sum()) / (workers * max(ends))
+    return Occupancy(workers, int(np.count_nonzero(counts)), 1.0 - busy, traffic / workers)

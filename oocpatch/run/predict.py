@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import time
@@ -29,7 +30,9 @@ from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
 from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
+from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
+from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idle_workers
 from oocpatch.run.driver import (
     all_done,
     complete,
@@ -117,7 +120,8 @@ def predict(
             mean of all.
         output: path of the Zarr group to write, or its URL in an object store, `s3://bucket/out.zarr`.
 
-        patch_size: size of the patches that the model takes; `"auto"`: chosen.
+        patch_size: size of the patches that the model takes; `"auto"`: chosen, and with it an overlap where none is
+            given.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label. A dict gives each output its own.
@@ -270,10 +274,12 @@ class PlannedRun:
     Attributes:
         plan: the plan.
         config: the checked arguments.
+        occupancy: the expected use of a cluster's workers, of processes, or of parts; None for threads.
     """
 
     plan: Plan
     config: RunConfig
+    occupancy: Occupancy | None = None
 
     def run(self, blocks: Iterable[int] | None = None) -> Result:
         """Carry the plan out: the same as `predict` with the arguments that the plan was made with.
@@ -293,11 +299,22 @@ class PlannedRun:
             raise AttributeError(name)
         return getattr(self.plan, name)
 
+    def to_json(self) -> str:
+        """Return the plan as JSON, with the expected use of workers if there are any."""
+        text = self.plan.to_json()
+        if self.occupancy is None:
+            return text
+        return json.dumps({**json.loads(text), "occupancy": self.occupancy.to_json()}, indent=1)
+
     def __str__(self) -> str:
-        return str(self.plan)
+        chosen = ""
+        if self.config.chooses_overlap:
+            chosen = "chosen   patch_size and patch_overlap, by patch_size='auto'"
+        lines = (str(self.plan), chosen, describe_occupancy(self.config, self.plan, self.occupancy))
+        return "\n".join(filter(None, lines))
 
     def __repr__(self) -> str:
-        return str(self.plan)
+        return str(self)
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_()
@@ -325,7 +342,8 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     """
     config = RunConfig.of(volume, model, output, **options)
     stored, _ = _stored_run(config)
-    return PlannedRun(stored or make_plan(config), config)
+    made = stored or make_plan(config)
+    return PlannedRun(made, config, expected_occupancy(config, made))
 
 
 @torch.inference_mode(mode=False)
@@ -356,6 +374,8 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
         stored = resumed_plan(stored, config)
     plan = stored or planned or make_plan(config)
     chosen = None if blocks is None else _checked_blocks(plan, blocks)
+    if chosen is None and (warning := idle_workers(config, plan, expected_occupancy(config, plan))):
+        logger.warning("%s: %s", config.output, warning)
     config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
     config.output.parent.make_folder()
     if config.execution.part is not None:

@@ -57,6 +57,7 @@ class RunStatus:
         lines = [f"{self.output}: {self.state}"]
         if self.predict_total:
             lines.append(f"predict    {self.predict_done} of {self.predict_total} blocks")
+        if self.normalize_total:
             lines.append(f"normalize  {self.normalize_done} of {self.normalize_total} blocks")
         if self.patches_total:
             lines.append(f"patches    {self.patches_done:,} of {self.patches_total:,}")

@@ -254,6 +254,28 @@ def test_sizes_follow_model_volume_and_memory(tmp_path: Path) -> None:
     assert chosen(volume, Halved(), output, max_memory="1GiB", patch_overlap=(256, 300))[0] == (512, 512)
 
 
+def test_an_open_patch_size_comes_with_an_overlap_and_the_plan_says_so(tmp_path: Path) -> None:
+    volume, arguments = large(tmp_path), {"patch_size": "auto", "max_memory": "1GiB"}
+    for mode, overlap in {"hann": 256, "gaussian": 256, "average": 128, "crop": 128}.items():
+        plan = oocpatch.plan(volume, Halved(), tmp_path / "out", overlap_mode=mode, **arguments)
+        assert (plan.patch_size, plan.patch_overlap) == ((512, 512), (overlap, overlap))
+        assert plan.parameters["patch_overlap"] == plan.patch_overlap
+        assert "chosen   patch_size and patch_overlap, by patch_size='auto'" in str(plan)
+    given = oocpatch.plan(volume, Halved(), tmp_path / "out", patch_overlap=64, **arguments)
+    assert given.patch_overlap == (64, 64)
+    assert "chosen" not in str(given)
+
+
+def test_a_plan_says_how_a_patch_that_is_larger_than_the_volume_is_filled(tmp_path: Path) -> None:
+    small = np.zeros((20, 100), np.uint8)
+    words = "larger than the volume, and filled up there by padding_mode"
+    plan = oocpatch.plan(small, nn.Identity(), tmp_path / "out", patch_size=32)
+    assert f"{words} edge" in str(plan)
+    plan = oocpatch.plan(small, nn.Identity(), tmp_path / "out", patch_size=32, padding_mode="constant", fill=7)
+    assert f"{words} constant with 7" in str(plan)
+    assert words not in str(oocpatch.plan(small, nn.Identity(), tmp_path / "out", patch_size=20))
+
+
 def test_sizes_that_would_take_too_much_are_not_even_tried(tmp_path: Path) -> None:
     seen: list[int] = []
     model = Halved()

@@ -178,7 +178,11 @@ def test_the_plan_says_what_a_crash_costs() -> None:
     assert 'heavy, unless work="light" says not' in str(planned)
     short = oocpatch.plan(volume, lambda x: x, "memory-is-not-written", **{**options, "output_chunks": 64})
     assert (short.blocks, short.patches_per_block) == (1, 225)
-    assert "at most 225 patches per process (smaller blocks than these need smaller patches or chunks" in str(short)
+    assert "at most 1 patches per process, as the model's outputs are stored until their block is done" in str(short)
+    small = oocpatch.plan(
+        volume, lambda x: x, "memory-is-not-written", max_disk="40KiB", **{**options, "output_chunks": 64}
+    )
+    assert "at most 225 patches per process (max_disk has no room for the model's outputs" in str(small)
     light = oocpatch.plan(volume, nn.Identity(), "memory-is-not-written", **options)
     assert "no operations counted; a crash costs at most 225 patches per process\n" in str(light)
     assert "5.0 giga-operations a patch; " in str(

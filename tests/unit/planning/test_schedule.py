@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oocpatch.planning.schedule import TASK, in_order, occupancy, share_of
+from oocpatch.planning.schedule import TASK, division, in_order, occupancy
 
 COUNTS = st.lists(st.integers(0, 60), max_size=40)
 
@@ -27,7 +27,7 @@ def largest_of_best_division(weights: list[float], parts: int) -> float:
 @given(counts=COUNTS, parts=st.integers(1, 12))
 def test_parts_cover_every_block_once_and_the_largest_is_as_small_as_can_be(counts: list[int], parts: int) -> None:
     array = np.array(counts, np.int32)
-    ranges = [share_of(array, number, parts) for number in range(1, parts + 1)]
+    ranges = division(array, parts)
     assert list(itertools.chain(*ranges)) == list(range(len(counts)))
     largest = max(sum(counts[i] + TASK for i in r) for r in ranges)
     assert largest <= largest_of_best_division([c + TASK for c in counts], parts) + TASK
@@ -36,7 +36,7 @@ def test_parts_cover_every_block_once_and_the_largest_is_as_small_as_can_be(coun
 @given(blocks=st.integers(0, 1000), count=st.integers(1, 40), patches=st.integers(0, 64))
 def test_parts_of_equal_blocks_differ_by_one_block_at_most(blocks: int, count: int, patches: int) -> None:
     array = np.full(blocks, patches, np.int32)
-    sizes = [len(share_of(array, number, count)) for number in range(1, count + 1)]
+    sizes = list(map(len, division(array, count)))
     assert sum(sizes) == blocks
     assert max(sizes) - min(sizes) <= 1
 
@@ -58,5 +58,5 @@ def test_the_expected_use_is_that_of_workers_who_take_the_next_block_when_they_a
     free = [0.0] * workers
     for count in sorted(counts, reverse=True):
         heapq.heappush(free, heapq.heappop(free) + count + TASK)
-    assert np.isclose(seen.busy, sum(c + TASK for c in counts) / (workers * max(free)))
+    assert np.isclose(1 - seen.idle, sum(c + TASK for c in counts) / (workers * max(free)))
     assert (seen.workers, seen.blocks, seen.bytes_each) == (workers, len(counts), 9.0 / workers)

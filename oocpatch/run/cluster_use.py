@@ -1,0 +1,45 @@
+"""The use that a run is expected to make of a cluster's workers, of processes, or of the parts of an array job."""
+
+from __future__ import annotations
+
+from oocpatch.configuration.run_config import RunConfig
+from oocpatch.planning.plan import Plan, human
+from oocpatch.planning.schedule import Occupancy, occupancy, occupancy_of_parts
+
+
+def expected_occupancy(config: RunConfig, plan: Plan) -> Occupancy | None:
+    """Return the expected use of workers; None for threads, and for a cluster that has no worker yet."""
+    execution, counts, traffic = config.execution, plan.block_patches, float(plan.bytes_read + plan.bytes_written)
+    if execution.part is not None:
+        return occupancy_of_parts(counts, execution.part[1], traffic)
+    workers = execution.workers or 0 if execution.processes else 0
+    if execution.client is not None:
+        there = len(execution.client.nthreads())
+        workers = min(there, execution.workers or there)
+    return occupancy(counts, plan.block_grid.layer, workers, traffic) if workers else None
+
+
+def idle_workers(config: RunConfig, plan: Plan, use: Occupancy | None) -> str:
+    """Say that there are fewer blocks than workers, and which parameter would help; nothing where there are enough."""
+    if use is None or use.blocks >= use.workers:
+        return ""
+    if config.limits.block_shape is not None:
+        advice = "a smaller block_shape makes more blocks"
+    elif plan.crash_limit is None:
+        advice = 'the model counts as light: work="heavy" makes more blocks'
+    else:
+        advice = "smaller output_chunks or patches make more blocks"
+    kind = "parts" if config.execution.part is not None else "workers"
+    return f"{use.blocks} block(s) for {use.workers} {kind}, so {use.workers - use.blocks} have nothing to do; {advice}"
+
+
+def describe_occupancy(config: RunConfig, plan: Plan, use: Occupancy | None) -> str:
+    """Return lines about the expected use of workers, as a plan prints them."""
+    if use is None:
+        return "workers  none yet" if config.execution.client is not None else ""
+    kind = "parts" if config.execution.part is not None else "workers"
+    each = f"{use.blocks / use.workers:.1f} blocks and {human(use.bytes_each)} of traffic each"
+    lines = [f"{kind:<8} {use.workers}, {each}, {use.idle:.0%} of their time idle at the end"]
+    if warning := idle_workers(config, plan, use):
+        lines.append(f"warning  {warning}")
+    return "\n".join(lines)

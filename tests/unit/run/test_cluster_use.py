@@ -1,0 +1,51 @@
+"""A plan for several workers says how they will be used, and what would help where they have nothing to do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+import oocpatch
+
+SETTINGS: dict[str, Any] = {"patch_size": 16, "patch_overlap": 8, "output_chunks": 16}
+VOLUME = np.zeros((64, 64, 64), np.uint8)
+
+
+def test_a_plan_prints_the_expected_use_of_processes() -> None:
+    planned = oocpatch.plan(VOLUME, "identity", "none.zarr", work="heavy", workers=4, processes=True, **SETTINGS)
+    assert "warning" not in str(planned)
+    use = json.loads(planned.to_json())["occupancy"]
+    assert use["workers"] == 4
+    assert use["blocks_per_worker"] == planned.blocks / 4
+    assert 0 <= use["idle_share"] < 0.5
+    assert use["bytes_per_worker"] == round((planned.bytes_read + planned.bytes_written) / 4)
+    assert f"workers  4, {planned.blocks / 4:.1f} blocks and" in str(planned)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, '1 block(s) for 16 workers, so 15 have nothing to do; the model counts as light: work="heavy"'),
+        ({"block_shape": 64}, "1 block(s) for 16 workers, so 15 have nothing to do; a smaller block_shape"),
+        ({"work": "heavy", "output_chunks": 64}, "so 15 have nothing to do; smaller output_chunks or patches"),
+    ],
+    ids=["light", "block_shape", "chunks"],
+)
+def test_fewer_blocks_than_workers_are_a_warning_with_advice(options: dict[str, Any], words: str) -> None:
+    arguments = {**SETTINGS, **options}
+    assert words in str(oocpatch.plan(VOLUME, "identity", "none.zarr", workers=16, processes=True, **arguments))
+    parts = oocpatch.plan(VOLUME, "identity", "none.zarr", part=(1, 16), **arguments)
+    assert words.replace("workers", "parts") in str(parts)
+
+
+def test_threads_have_no_such_line_and_processes_need_their_number() -> None:
+    planned = oocpatch.plan(VOLUME, "identity", "none.zarr", workers=2, **SETTINGS)
+    assert planned.occupancy is None
+    assert "workers" not in str(planned)
+    with pytest.raises(ValueError, match="processes=True needs their number"):
+        oocpatch.plan(VOLUME, "identity", "none.zarr", processes=True, **SETTINGS)
+    with pytest.raises(ValueError, match="part must be None with processes"):
+        oocpatch.plan(VOLUME, "identity", "none.zarr", processes=True, workers=2, part=(1, 2), **SETTINGS)
