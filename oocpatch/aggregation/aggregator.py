@@ -108,13 +108,9 @@ class PatchAggregator:
         self._mode = overlap_mode
         self._overlap = per_axis("patch_overlap", patch_overlap, axes)
         self._context = per_axis("context", context, axes)
-        # the blending modes need no overlap
-        if (overlap_mode == "crop" or any(self._overlap)) and any(
-            2 * c > o for c, o in zip(self._context, self._overlap, strict=True)
-        ):
-            raise ValueError(
-                f"context must be at most half of patch_overlap on every axis, got {self._context} and {self._overlap}"
-            )
+        both = zip(self._context, self._overlap, strict=True)
+        if any(2 * c > o for c, o in both if o or overlap_mode == "crop"):  # the others do without an overlap
+            raise ValueError(f"context must be at most half of patch_overlap, got {self._context} and {self._overlap}")
         self._output_shape = None if output_shape is None else per_axis("output_shape", output_shape, axes, least=1)
         self._chunks = None if output_chunks is None else per_axis("output_chunks", output_chunks, axes, least=1)
         self._limit = memory_limit(max_memory)

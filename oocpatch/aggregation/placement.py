@@ -108,21 +108,21 @@ class AxisPlacement:
         at = self.scaled(start)
         return min(at, self.out - out_size) if start + size < self.length else max(at, self.out - out_size)
 
-    def claims(self, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
-        """Return the spans that a patch claims, as key, first voxel and end: at most two adjacent ones, in order.
-
-        >>> AxisPlacement(10, 10, overlap=2).claims(0, 4, 4)
-        [((False, 0, 4), 0, 1), ((True, 0, 4), 1, 3)]
-        """
-        return _claims(self, start, size, out_size)
-
     def scaled(self, at: int) -> int:
         """Return a position in the output, rounded half up."""
         return (2 * at * self.numerator + self.denominator) // (2 * self.denominator)
 
 
+Spans = list[tuple[tuple[bool, int, int], int, int]]
+
+
 @functools.lru_cache(1 << 12)
-def _claims(axis: AxisPlacement, start: int, size: int, out_size: int) -> list[tuple[tuple[bool, int, int], int, int]]:
+def axis_claims(axis: AxisPlacement, start: int, size: int, out_size: int) -> Spans:
+    """Return the spans that a patch claims, as key, first voxel and end: at most two adjacent ones, in order.
+
+    >>> axis_claims(AxisPlacement(10, 10, overlap=2), 0, 4, 4)
+    [((False, 0, 4), 0, 1), ((True, 0, 4), 1, 3)]
+    """
     at = axis.start(start, size, out_size)
     low, high = max(at, 0), min(at + out_size, axis.out)
     if axis.overlap is None:
@@ -179,7 +179,7 @@ class Lattice:
 def _starts_between(axis: AxisPlacement, starts: Ints, size: int, out_size: int, span: tuple[int, int]) -> Ints:
     """Return the starts of the patches that claim a voxel of a span along an axis."""
     low, high = span
-    return tuple(s for s in starts if any(a < high and b > low for _, a, b in axis.claims(s, size, out_size)))
+    return tuple(s for s in starts if any(a < high and b > low for _, a, b in axis_claims(axis, s, size, out_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ class HeadSpec:
 
     def claims(self, patch: Patch, out_size: Ints) -> list[tuple[Key, Box]]:
         """Return what a patch claims of the output, as disjoint boxes with their keys; one at most where it blends."""
-        spans = [a.claims(s, p, m) for a, s, p, m in zip(self.axes, *patch, out_size, strict=True)]
+        spans = map(axis_claims, self.axes, *patch, out_size)
         products = (zip(*parts, strict=True) for parts in itertools.product(*spans))
         return [(keys, Box(start, stop)) for keys, start, stop in products]
 

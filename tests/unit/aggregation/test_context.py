@@ -153,7 +153,7 @@ def test_a_padded_grid_with_a_context_leaves_no_hole_at_any_scale(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"context": 3, "patch_overlap": 4}, r"context must be at most half of patch_overlap .* got \(3,\) and \(4,\)"),
+        ({"context": 3, "patch_overlap": 4}, r"context must be at most half of patch_overlap, got \(3,\) and \(4,\)"),
         ({"context": 1}, r"context must be at most half of patch_overlap"),
         ({"context": -1}, "context must"),
     ],
