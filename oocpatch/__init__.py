@@ -1,7 +1,7 @@
 """Run torch models over volumes that do not fit in memory: patch by patch, blended, resumable, exact.
 
-The public names are listed in `__init__.pyi` and loaded when they are first used. Where TorchIO is installed, its
-transforms are names of the package, too, so that programs written for it change an import and nothing else.
+The public names are listed in `__init__.pyi` and loaded when they are first used. Where TorchIO is installed, its other
+classes (images, transforms) are names of the package, too: programs written for it change an import and nothing else.
 
 Importing the package has two side effects: it sets `THP_MEM_ALLOC_ENABLE=1` unless it is set, and where xarray is
 imported already, it registers the accessor of `oocpatch.xarray`.
@@ -31,9 +31,9 @@ def __getattr__(name: str) -> Any:
         # Classes begin with a capital: other names are asked for by tools, and must not cost the import of TorchIO.
         if not name[:1].isupper() or importlib.util.find_spec("torchio") is None:
             raise
-        if name not in (transforms := importlib.import_module("torchio.transforms")).__all__:
+        if name not in (torchio := importlib.import_module("torchio")).__all__:
             raise
-        return getattr(transforms, name)
+        return getattr(torchio, name)
 
 
 class _Package(types.ModuleType):
