@@ -53,7 +53,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Head:
 def scores(head: Head) -> Path:
     """The output of `oocpatch predict` in a process of its own."""
     output = head.volume.with_name("scores.zarr")
-    predict(head, output)
+    assert predict(head, output)["uncovered_voxels"] == 0
     return output
 
 
@@ -64,11 +64,11 @@ def preprocess(values: Array) -> Array:
     return np.asarray(0.226 * (clipped - clipped.mean()) / clipped.std() + 0.449, np.float32)
 
 
-def predict(head: Head, output: Path, *options: str) -> dict[str, Any]:
+def predict(head: Head, output: Path) -> dict[str, Any]:
     command = [
         *(sys.executable, "-m", "oocpatch", "predict", str(head.volume), str(output)),
         *("--model", str(head.network), "--patch-size", str(PATCH), "--patch-overlap", str(OVERLAP)),
-        *("--overlap-mode", "hann", "--max-memory", MAX_MEMORY, "--json", *options),
+        *("--overlap-mode", "hann", "--max-memory", MAX_MEMORY, "--json"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -102,12 +102,3 @@ def test_what_is_blended_on_disk_is_what_is_blended_in_memory(head: Head, scores
     expected = oracle.predict(head.values[None], model, patch=(PATCH,) * 3, overlap=(OVERLAP,) * 3, mode="hann")
     # float32 sums, and a network whose last bits depend on the number of threads.
     np.testing.assert_allclose(opened(scores).values, expected, rtol=0, atol=1e-5)
-
-
-def test_argmax_is_the_class_with_the_highest_blended_score(head: Head, scores: Path) -> None:
-    output = head.volume.with_name("labels.zarr")
-    report = predict(head, output, "--postprocess", "argmax")
-    assert report["uncovered_voxels"] == 0
-    labels = opened(output)
-    assert labels.dtype == np.uint8
-    np.testing.assert_array_equal(np.squeeze(labels.values), opened(scores).values.argmax(axis=0))
