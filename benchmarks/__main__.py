@@ -9,7 +9,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import content, flush, gpu, ledger, memory, peers, profile, report, sampling, slide, speed, training
+from benchmarks import (
+    content,
+    flush,
+    gpu,
+    ledger,
+    memory,
+    object_tables,
+    peers,
+    profile,
+    report,
+    sampling,
+    slide,
+    speed,
+    training,
+)
 from benchmarks.measure import TaskFailed
 
 
@@ -17,7 +31,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line, or `words` instead of it, asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for benchmark in (speed, memory, ledger, content, flush, profile, sampling, training, slide, gpu):
+    for benchmark in (speed, memory, ledger, content, flush, profile, sampling, training, slide, gpu, object_tables):
         verb = _verb(verbs, benchmark)
         verb.add_argument("--directory", type=Path, help="where the volumes go (default: a temporary directory)")
         verb.add_argument("--patch-size", type=int, default=96)
