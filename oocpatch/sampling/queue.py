@@ -4,9 +4,9 @@ Patches are drawn region by region. The buffer and the regions being read have a
 
 ```text
                       drawn and read, by threads             shuffle buffer
- subjects --> order --> region --> patches, transformed --+--> [ # # # # # # # ] --> one at random
-                    --> region --> patches, transformed --+
-                        <---- regions_in_flight ---->
+ subjects --> order --> region --> patches --+-- transformed --> [ # # # # # # # ] --> one at random
+                    --> region --> patches --+
+                        <- regions_in_flight ->
                         <---------------- at most max_length patches --------------->
 ```
 
@@ -33,10 +33,11 @@ from oocpatch.sampling.grid_sampler import GridSampler
 from oocpatch.sampling.images import LoadedVolume
 from oocpatch.sampling.random_streams import EpochCounter, natural_number, stream
 from oocpatch.sampling.subject import Subject, as_subject, read_patches, volumes_of
+from oocpatch.sampling.transforms import PatchTransform
 from oocpatch.sampling.uniform import UniformSampler
 
-DRAWS, SUBJECTS, PATCHES = range(3)
-"""Keys of the random streams of an epoch: patches, order of subjects, order of patches."""
+DRAWS, SUBJECTS, PATCHES, TRANSFORMS = range(4)
+"""Keys of the random streams of an epoch: patches, order of subjects, order of patches, transforms of patches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,10 @@ class Queue(IterableDataset[Subject]):
         num_workers: threads that read; 0: patches are read when they are needed.
         shuffle_subjects: whether each epoch takes the subjects in another order.
         shuffle_patches: whether patches leave the buffer in random order, else in the order of reading.
-        transform: a function of a patch (a `Subject`) that gives a patch, applied after reading.
+        transform: a function of a patch (a `Subject`) that gives a patch, or a transform of TorchIO, such as
+            `tio.Compose`. It is applied in the thread that iterates; the seed of each draw sets the global generators
+            of torch, numpy and Python for it, and they are put back. Label maps are TorchIO's, volumes of booleans,
+            and the one that `LabelSampler` draws by; TorchIO's transforms take all other volumes for intensities.
         subject_sampler: gives the indices of an epoch's subjects, as `DistributedSampler` does; then `shuffle_subjects`
             must be False.
         seed: the same seed, the same patches in each epoch (see `set_epoch`). None: the seed of `patch_sampler`, else
@@ -79,7 +83,8 @@ class Queue(IterableDataset[Subject]):
         regions_in_flight: regions read at a time at most; default: one per thread.
 
     Raises:
-        ValueError: for subjects that the sampler does not fit, or numbers that do not fit each other.
+        ValueError: for subjects that the sampler does not fit, numbers that do not fit each other, or a transform of
+            TorchIO that needs the whole volume.
         TypeError: for a sampler of another kind.
 
     >>> subjects = [Subject(t1=np.full((8, 8), i)) for i in range(3)]
@@ -122,6 +127,9 @@ class Queue(IterableDataset[Subject]):
         self.shuffle_subjects = shuffle_subjects
         self.shuffle_patches = shuffle_patches
         self.transform = transform
+        names = getattr(patch_sampler, "label_name", ())
+        labels = frozenset([names] if isinstance(names, str) else names)
+        self._transform = None if transform is None else PatchTransform.of(transform, labels)
         self.subject_sampler = subject_sampler
         self.patches_per_region = natural_number("patches_per_region", patches_per_region, 1)
         in_flight = max(1, num_workers) if regions_in_flight is None else regions_in_flight
@@ -199,18 +207,20 @@ class Queue(IterableDataset[Subject]):
         self._check_room(room)
         shuffle = stream(seed, epoch, PATCHES, share.index) if self.shuffle_patches else None
         regions = share.of(self._regions(seed, epoch))
-        return self._buffered(regions, functools.partial(self._read, seed, epoch), room, shuffle)
+        read, transform = (functools.partial(step, seed, epoch) for step in (self._read, self._transformed))
+        return self._buffered(regions, read, transform, room, shuffle)
 
     def _buffered(
         self,
         regions: Iterator[Region],
         read: Callable[[Region], list[Subject]],
+        transform: Callable[[Region, list[Subject]], list[Subject]],
         room: int,
         shuffle: np.random.Generator | None,
     ) -> Iterator[Subject]:
         """Yield the patches of all regions, with at most `room` of them in memory at any time."""
         buffer: deque[Subject] = deque()
-        in_flight: deque[Callable[[], list[Subject]]] = deque()  # each waits for the patches of a region
+        in_flight: deque[tuple[Region, Callable[[], list[Subject]]]] = deque()  # regions, whose patches are waited for
         in_memory = 0  # patches in the buffer and in flight
         region = next(regions, None)
         with contextlib.ExitStack() as stack:
@@ -221,11 +231,13 @@ class Queue(IterableDataset[Subject]):
             while region is not None or in_flight or buffer:
                 fits = region is not None and in_memory + region.count <= room
                 if region is not None and fits and len(in_flight) < self.regions_in_flight:
-                    in_flight.append(pool.submit(read, region).result if pool else functools.partial(read, region))
+                    wait = pool.submit(read, region).result if pool else functools.partial(read, region)
+                    in_flight.append((region, wait))
                     in_memory += region.count
                     region = next(regions, None)
                 elif in_flight and (fits or region is None or not buffer):
-                    buffer.extend(in_flight.popleft()())
+                    done, wait_for = in_flight.popleft()
+                    buffer.extend(transform(done, wait_for()))
                 else:
                     if shuffle is not None:
                         chosen = int(shuffle.integers(len(buffer)))
@@ -252,20 +264,24 @@ class Queue(IterableDataset[Subject]):
         return random.permutation(every).tolist() if self.shuffle_subjects else list(range(every))
 
     def _read(self, seed: int, epoch: int, region: Region) -> list[Subject]:
-        """Draw, read and transform the patches of a region."""
+        """Draw and read the patches of a region."""
         subject, sampler = self.subjects[region.subject], self.patch_sampler
         if isinstance(sampler, GridSampler):
             first = region.number * self.patches_per_region
-            patches = sampler.over(subject, region.subject).read(slice(first, first + region.count))
-        else:
-            random = stream(seed, epoch, DRAWS, region.visit, region.number)
-            try:
-                corners = sampler.draw(subject, random, region.count)
-            except ValueError as error:  # about this subject's map, which is first read now
-                raise ValueError(f"subject {region.subject}: {error}") from error
-            locations = [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners]
-            patches = read_patches(subject, locations)
-        return patches if self.transform is None else [self.transform(patch) for patch in patches]
+            return sampler.over(subject, region.subject).read(slice(first, first + region.count))
+        random = stream(seed, epoch, DRAWS, region.visit, region.number)
+        try:
+            corners = sampler.draw(subject, random, region.count)
+        except ValueError as error:  # about this subject's map, which is first read now
+            raise ValueError(f"subject {region.subject}: {error}") from error
+        return read_patches(subject, [PatchLocation(corner, sampler.patch_size, region.subject) for corner in corners])
+
+    def _transformed(self, seed: int, epoch: int, region: Region, patches: list[Subject]) -> list[Subject]:
+        """Transform the patches of a region, each with the randomness of its draw."""
+        if self._transform is None:
+            return patches
+        key = epoch, TRANSFORMS, region.visit, region.number
+        return [self._transform(patch, stream(seed, *key, i)) for i, patch in enumerate(patches)]
 
     def _patches_per_visit(self, index: int) -> int:
         """Return the number of patches of a subject in an epoch."""
