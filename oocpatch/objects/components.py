@@ -21,8 +21,8 @@ Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.uint32]
 Places = npt.NDArray[np.int64]
 
-PIECE = 1 << 18
-"""Voxels that are examined at a time: temporary arrays stay small."""
+PIECE, ROW = 1 << 18, 256
+"""Voxels that are examined at a time, so that temporary arrays stay small; voxels whose largest label is looked up."""
 
 NEIGHBOURS = {2: (4, 8), 3: (6, 18, 26)}
 """Names that connected-components-3d gives to the connectivities of two and three axes."""
@@ -114,17 +114,25 @@ def _by_scipy(marked: Array, connectivity: int) -> Labels:
 def _in_order(labels: Labels) -> tuple[Labels, Places]:
     """Return labels numbered by first voxels, and their places; the labels are 1 to n in any order."""
     flat = labels.reshape(-1)
-    count = int(flat.max(initial=0))
-    places, highest = [], 0
-    for start in range(0, flat.size, PIECE):
-        so_far = np.maximum.accumulate(flat[start : start + PIECE])
-        before = np.concatenate([[highest], so_far[:-1]])
-        new = np.flatnonzero(so_far > np.maximum(before, highest))
-        if len(new) and int(so_far[-1]) - highest != len(new):
-            return _renumbered(flat, count, labels.shape)
-        highest = max(highest, int(so_far[-1]))
-        places.append(new + start)
-    return labels, np.concatenate([*places, np.empty(0, np.int64)])
+    whole = flat.size // ROW * ROW
+    rows = flat[:whole].reshape(-1, ROW)
+    tail = np.zeros((1, ROW), np.uint32)
+    tail[0, : flat.size - whole] = flat[whole:]
+    highest = np.maximum.accumulate(np.concatenate([[0], rows.max(axis=1), tail.max(axis=1)]).astype(np.uint32))
+    count = int(highest[-1])
+    new = np.flatnonzero(highest[1:] > highest[:-1])  # rows with labels that no row before has; most have none
+    places = [np.empty(0, np.int64)]
+    step = max(1, PIECE // ROW)
+    for start in range(0, len(new), step):
+        numbers = new[start : start + step]
+        some = rows[numbers] if numbers[-1] < len(rows) else np.concatenate([rows[numbers[:-1]], tail])
+        so_far = np.maximum.accumulate(np.concatenate([highest[numbers][:, None], some], axis=1), axis=1)
+        row, column = np.nonzero(so_far[:, 1:] > so_far[:, :-1])
+        places.append(numbers[row] * ROW + column)
+    first = np.concatenate(places)
+    if len(first) == count:  # each one is larger by one than those before
+        return labels, first
+    return _renumbered(flat, count, labels.shape)
 
 
 def _renumbered(flat: Labels, count: int, shape: tuple[int, ...]) -> tuple[Labels, Places]:
@@ -136,6 +144,21 @@ def _renumbered(flat: Labels, count: int, shape: tuple[int, ...]) -> tuple[Label
     numbers = np.zeros(count + 1, np.uint32)
     numbers[1:][order] = np.arange(1, count + 1, dtype=np.uint32)
     return numbers[flat].reshape(shape), first[1:][order]
+
+
+def replace_labels(labels: Labels, ids: Array, out: Array) -> None:
+    """Write the id of each label to `out`, of the labels' shape and the ids' dtype; both arrays are contiguous.
+
+    >>> out = np.zeros(3, np.uint64)
+    >>> replace_labels(np.array([2, 0, 1], np.uint32), np.array([0, 7, 5], np.uint64), out)
+    >>> out.tolist()
+    [5, 0, 7]
+    """
+    flat, target = labels.reshape(-1), out.reshape(-1)
+    for start in range(0, flat.size, PIECE):  # numpy converts indices, of a piece within the cache
+        part = flat[start : start + PIECE]
+        if part.any():
+            np.take(ids, part, out=target[start : start + PIECE], mode="clip")  # else numpy copies the result
 
 
 def sizes(labels: Labels, count: int) -> Places:

@@ -31,6 +31,7 @@ from oocpatch.engine.buffers import FutureGroup, buffer, lean_heap
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import TooManyObjects
 from oocpatch.objects.block_table import Face, Section, label_section, read_table, write_table
+from oocpatch.objects.components import replace_labels
 from oocpatch.objects.merge import MergeGrid, merge
 from oocpatch.objects.merged_ids import IdWriter, read_ids
 from oocpatch.outputs.output import Output
@@ -143,7 +144,7 @@ def relabel_block(context: LabelContext, index: int, refs: Mapping[int, Partials
                 )
             if section.count:
                 ids = read_ids(folder, index, number, section.count).astype(result.dtype)
-                np.take(ids, labels, out=result[place], mode="clip")  # without the mode, numpy copies the result
+                replace_labels(labels, ids, result[place])
         writing = FutureGroup(context.write_pool)
         try:
             for box in context.output.split_writes(0, block.core):

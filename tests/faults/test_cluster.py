@@ -17,6 +17,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import nn
 
 import oocpatch
@@ -26,6 +27,7 @@ from oocpatch.execution.dask_clients import check_versions, connected, versions_
 from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush_file_system
 from oocpatch.storage.paths import LocalPath
+from tests.support.children import file_digests
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 
@@ -80,6 +82,23 @@ def test_a_cluster_gives_the_bytes_of_the_embedded_scheduler(small: SmallCluster
             assert small.digests(f"out-{name}") == small.digests(f"embedded-{name}"), name
     assert not small.left_behind()
     assert len({pid for pid, _ in small.calls()} - {os.getpid()}) == 2, "both workers took part"
+
+
+def test_a_cluster_labels_as_the_embedded_scheduler_does(small: SmallCluster, tmp_path: Path) -> None:
+    """From disk and from memory, with progress of both stages."""
+    small.add(2)
+    data = np.random.default_rng(0).random((32, 32)) < 0.5
+    zarr.create_array(tmp_path / "mask.zarr", data=data, chunks=(8, 8))
+    options: dict[str, Any] = {"block_shape": 8, "output_chunks": 4, "progress": False}
+    here = oocpatch.label(tmp_path / "mask.zarr", tmp_path / "here", **options)
+    events: list[oocpatch.TaskDone] = []
+    with small.client() as client:
+        for name, volume in {"disk": tmp_path / "mask.zarr", "memory": data}.items():
+            there = oocpatch.label(volume, tmp_path / name, client=client, **{**options, "progress": events.append})
+            assert there.attrs["objects"] == here.attrs["objects"]
+            assert file_digests(tmp_path / name / "labels") == file_digests(tmp_path / "here" / "labels")
+            assert sum(event.patches for event in events) == 2 * data.size  # each block is read twice
+            events.clear()
 
 
 def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: SmallCluster) -> None:

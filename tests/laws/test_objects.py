@@ -58,7 +58,8 @@ def objects(draw: st.DrawFn) -> Objects:
 def test_objects_are_those_of_the_whole_volume_numbered_by_first_voxels(case: Objects, scipy: bool, batch: int) -> None:
     """With either library, and with memory for a few pairs at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "PIECE", 7)
+        patch.setattr(components, "PIECE", 10)
+        patch.setattr(components, "ROW", 5)
         patch.setattr(merge, "SMALLEST_BATCH", batch)
         patch.setattr(merge, "MERGE_BATCH_BYTES", 1)
         patch.setattr(merge, "MERGE_NODE_BYTES", 0)

@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `predict` and what shall happen to it. Travels as JSON."""
+    """One call of `predict`, or of `label`, and what shall happen to it. Travels as JSON."""
 
     volume: str
     output: str
@@ -57,6 +57,7 @@ class Job:
     """What happens at that change instead, see `ChangeCounter`."""
     file_size_limit: int | None = None
     """Writing a longer file fails, as it does on a full disk."""
+    verb: str = "predict"
 
     def __reduce__(self) -> str:
         """Stand for the process's job, whichever it is: the model is told by it, and stays the same."""
@@ -228,7 +229,10 @@ def perform(job: Job) -> NoReturn:
     try:
         # JSON knows no tuples.
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()}
-        oocpatch.predict(job.volume, scripted_model, job.output, progress=False, **options)
+        if job.verb == "label":
+            oocpatch.label(job.volume, job.output, progress=False, **options)
+        else:
+            oocpatch.predict(job.volume, scripted_model, job.output, progress=False, **options)
     except KeyboardInterrupt:
         code, error = INTERRUPTED, "KeyboardInterrupt"
     except Exception as problem:  # noqa: BLE001 - the parent judges which errors are right
@@ -249,6 +253,7 @@ def import_what_a_run_imports() -> None:
         with tempfile.TemporaryDirectory() as root:
             settings = {"patch_size": 8, "output_chunks": 4, "progress": False, "output_format": "ome-zarr"}
             oocpatch.predict(np.zeros((8, 8), np.float32), scripted_model, f"{root}/out", **settings)
+            oocpatch.label(np.eye(8, dtype=bool), f"{root}/labels", block_shape=4, progress=False)
         with os.fdopen(sender, "w") as pipe:
             json.dump(list(sys.modules), pipe)
         os._exit(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 
 from tests.support.children import Children, calls, file_digests, report
 from tests.support.crash_child import DIED, Job, make_volume
@@ -36,6 +37,17 @@ def small_run(root: Path) -> Job:
     return job_in(root, **OPTIONS)
 
 
+def labelling_job(root: Path, shape: tuple[int, ...] = (16,), **options: Any) -> Job:
+    """A call of `label` in an empty directory: two blocks per axis of 16, with objects within and across them."""
+    data = np.ones(shape, bool)
+    for axis, length in enumerate(shape):  # walls between the objects, none of them where blocks meet
+        at = [slice(None)] * len(shape)
+        at[axis] = slice(2, length, 3)
+        data[tuple(at)] = False
+    zarr.create_array(root / "volume.zarr", data=data, chunks=(4,) * len(shape))
+    return dataclasses.replace(job_in(root, block_shape=8, output_chunks=4, workers=1, **options), verb="label")
+
+
 def job_in(root: Path, **options: Any) -> Job:
     (root / "run").mkdir()
     return Job(
@@ -57,7 +69,7 @@ def fresh(job: Job, **changes: Any) -> Job:
 
 
 def prediction(job: Job) -> dict[str, str]:
-    return file_digests(Path(job.output) / "prediction")
+    return file_digests(Path(job.output) / {"label": "labels"}.get(job.verb, "prediction"))
 
 
 def block_of(first: float) -> tuple[int, ...]:
