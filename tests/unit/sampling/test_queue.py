@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, SequentialSampler, WeightedRandomSampler
 
 import oocpatch
+from oocpatch.sampling.subject import read_patches
 from tests.support.cases import law
 from tests.support.counting_store import CountingStore
 from tests.support.draws import assert_fits, centre_distribution, torchio_subject
@@ -131,10 +132,12 @@ def test_torchio_holds_all_patches_at_once() -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "in_flight", "expected"), [(0, None, 1), (3, None, 3), (4, 2, 2)])
-def test_no_more_regions_are_under_way_than_stated(num_workers: int, in_flight: int | None, expected: int) -> None:
+def test_no_more_regions_are_read_at_a_time_than_stated(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, in_flight: int | None, expected: int
+) -> None:
     now, most, lock = 0, 0, threading.Lock()
 
-    def watched(patch: Any) -> Any:
+    def watched(*arguments: Any) -> Any:
         nonlocal now, most
         with lock:
             now += 1
@@ -142,9 +145,10 @@ def test_no_more_regions_are_under_way_than_stated(num_workers: int, in_flight: 
         time.sleep(0.004)
         with lock:
             now -= 1
-        return patch
+        return read_patches(*arguments)
 
-    queue = queue_of(10, max_length=50, num_workers=num_workers, transform=watched, regions_in_flight=in_flight)
+    monkeypatch.setattr("oocpatch.sampling.queue.read_patches", watched)
+    queue = queue_of(10, max_length=50, num_workers=num_workers, regions_in_flight=in_flight)
     assert sum(1 for _ in queue) == 100
     assert most == expected
 
