@@ -23,6 +23,7 @@ from benchmarks import (
     slide,
     speed,
     training,
+    workers,
 )
 from benchmarks.measure import TaskFailed
 
@@ -31,7 +32,20 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line, or `words` instead of it, asks for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for benchmark in (speed, memory, ledger, content, flush, profile, sampling, training, slide, gpu, object_tables):
+    for benchmark in (
+        speed,
+        memory,
+        ledger,
+        content,
+        flush,
+        profile,
+        sampling,
+        training,
+        slide,
+        gpu,
+        object_tables,
+        workers,
+    ):
         verb = _verb(verbs, benchmark)
         verb.add_argument("--directory", type=Path, help="where the volumes go (default: a temporary directory)")
         verb.add_argument("--patch-size", type=int, default=96)
