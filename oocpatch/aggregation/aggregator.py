@@ -59,9 +59,8 @@ class PatchAggregator:
             complete parts only at the end.
         output_shape: spatial shape of the output, for a model that changes the number of voxels. Default: the shape of
             the volume; with a dict, the scale of each tensor.
-        context: voxels by which outputs are smaller than their patches on each side, as those of convolutions without
-            padding are; at most half of `patch_overlap`, of which it is a part. With the sampler's `padding_mode`, no
-            border of the volume is missing.
+        context: voxels of a patch that its output lacks on each side, as after convolutions without padding; a part of
+            `patch_overlap // 2`. With the sampler's `padding_mode`, no border of the volume is missing.
         store: local path of the Zarr group to write. A store that an interrupted loop left is resumed. None keeps the
             result in memory while it fits, and else in a temporary directory.
         max_memory: bytes that this process may use in addition, e.g. `"2GiB"`; `"auto"` is a quarter of the machine's
