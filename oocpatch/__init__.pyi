@@ -1,6 +1,7 @@
 # The public names, each with its module. They are loaded when first used: `oocpatch --help` does not wait for torch.
 from .aggregation.aggregator import PatchAggregator as PatchAggregator
 from .conversion.convert import convert as convert
+from .conversion.export import export as export
 from .errors import BlockFailed as BlockFailed
 from .errors import ClusterLost as ClusterLost
 from .errors import CorruptData as CorruptData

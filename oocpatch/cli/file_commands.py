@@ -57,6 +57,39 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
+@click.argument("volume", metavar="IN")
+@click.argument("path", metavar="FILE")
+@_option("--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names.")
+@_option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
+@_option(
+    "--labels/--no-labels",
+    default=None,
+    help="Fill the levels of a pyramid with labels that were there, or with means; default: as the metadata say.",
+)
+@_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
+@_option(
+    "--progress",
+    type=click.Choice(("auto", "bar", "plain", "json", "none")),
+    default="auto",
+    help="Progress on stderr.",
+)
+@_option("--overwrite", is_flag=True, help="Replace a file that was exported before.")
+@_json_option
+def export(volume: str, path: str, *, as_json: bool, **options: Any) -> None:
+    """Write the volume or result IN as FILE, a NIfTI (.nii, .nii.gz) or an OME-TIFF with a pyramid (.ome.tif, .tif)."""
+    import oocpatch
+
+    start = time.monotonic()
+    file = oocpatch.export(volume, path, **options)
+    report: dict[str, Any] = {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    click.echo(json.dumps(report, indent=1) if as_json else "{file}: {bytes:,} bytes, {seconds:.1f} s".format(**report))
+
+
+@click.command()
 @click.argument("output", metavar="OUT")
 @click.argument("picture", metavar="[PNG]", required=False)
 @_option("--volume", metavar="IN", help="Draw the result over this volume; default: the input of the run.")
@@ -137,4 +170,4 @@ def doctor(*, as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else as_text(facts))
 
 
-COMMANDS = (convert, view, report, doctor)
+COMMANDS = (convert, export, view, report, doctor)

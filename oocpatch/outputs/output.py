@@ -294,6 +294,10 @@ def open_result(path: StoragePath) -> Result:
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
     if counts := record.details.get("objects"):
         result.attrs["objects"] = counts[0] if len(counts) == 1 else counts
+    for head, path_of_array in zip(heads, record.details["arrays"], strict=True):
+        member = f"{head}/{head}" if record.details["tree"] else head
+        array = result if isinstance(result, xarray.DataArray) else result[member]
+        array.encoding["source"] = str(path / path_of_array)  # as xarray does for other files
     for name in ("uncovered_voxels", "nonfinite_voxels"):
         if count := record.details.get(name, 0):
             result.attrs[name] = count

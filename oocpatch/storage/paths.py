@@ -137,6 +137,10 @@ FILE_SUFFIXES = (
 """Endings of names of files and containers of other formats."""
 
 
+EXPORTED = (".nii.gz", ".nii", ".ome.tiff", ".ome.tif", ".tiff", ".tif")
+"""Endings of the files that `export` writes."""
+
+
 def check_is_zarr(name: str, path: StoragePath) -> None:
     """Refuse to write a Zarr, a directory, under the name of a file of another format, which nothing would read.
 
@@ -144,6 +148,12 @@ def check_is_zarr(name: str, path: StoragePath) -> None:
         ValueError: in that case.
     """
     lower = path.name.lower()
+    if suffix := next((s for s in EXPORTED if lower.endswith(s)), None):
+        zarr = f"{path.name[: -len(suffix)] or 'out'}.zarr"
+        raise ValueError(
+            f"{name} must be a Zarr, such as {zarr}, got {path}: write a Zarr, and make a {suffix} of it with "
+            f"oocpatch.export({zarr!r}, {path.name!r}), or `oocpatch export`"
+        )
     if suffix := next((s for s in sorted(FILE_SUFFIXES, key=len, reverse=True) if lower.endswith(s)), None):
         raise ValueError(
             f"{name} must be a Zarr, such as {path.name[: -len(suffix)] or 'out'}.zarr, got {path}: oocpatch writes no "

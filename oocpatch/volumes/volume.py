@@ -297,14 +297,17 @@ class Volume:
 def _renamed(source: Source, axes: str | Sequence[str] | None) -> Source:
     """Return a source whose file has other names of axes than the user gave with the names that were given.
 
-    Axes that had other names lose their coordinates, which would be those of another axis.
+    Axes that had other names lose their coordinates, which would be those of another axis, and an affine whose columns
+    are those of other axes is dropped.
     """
     names = None if axes is None else tuple(str(n) for n in axes)
     is_file = source.array is None and source.names is not None and isinstance(source.units, WholeFiles)
     if names is None or not is_file or len(names) != len(source.shape) or names == source.names:
         return source
     same = {name for name, own in zip(names, source.names or (), strict=True) if name == own}
-    return replace(source, names=names, coords={k: v for k, v in source.coords.items() if k in same}, roles=None)
+    attrs = {k: v for k, v in source.attrs.items() if k != "affine" or same >= set("xyz") & set(names)}
+    coords = {k: v for k, v in source.coords.items() if k in same}
+    return replace(source, names=names, coords=coords, attrs=attrs, roles=None)
 
 
 def _spans(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:

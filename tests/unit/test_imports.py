@@ -49,6 +49,8 @@ LIBRARIES = {
     "objects": ON_DISK + " torch scipy cc3d numcodecs",
     "objects/table_files": "h5py pandas pyarrow",
     "conversion": ON_DISK,
+    "conversion/nifti_file": "nibabel",
+    "conversion/tiff_file": "tifffile",
     "configuration": "numpy torch",
     "execution": ON_DISK + " torch dask distributed cloudpickle",
     "execution/dask_clients": "dask_jobqueue",

@@ -21,6 +21,10 @@ from oocpatch.volumes.ome_metadata import coordinate
 logger = logging.getLogger("oocpatch")
 
 NAMES = ("x", "y", "z", "t", "c")
+
+CHANNELS = "channels"
+"""`intent_name` of a file that `export` wrote whose fourth axis is that of channels; in others it is time."""
+
 PACKED = (".gz", ".bz2", ".mgz")
 
 
@@ -60,13 +64,17 @@ class NiftiFile:
         self._dtype = np.result_type(self._stored, np.float32) if scaled else self._stored
         row = shape[0]  # short rows are read whole, so the planner must count them whole
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
+        attrs = _attrs(image)
+        if len(shape) == 4 and attrs.get("intent_name") == CHANNELS:
+            del attrs["intent_name"]
+            names = (*NAMES[:3], "c")
         self.metadata = FileMetadata(
             shape=shape,
             dtype=self._dtype,
             chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
             names=names,
             coords=_coords(image, names or (), shape),
-            attrs=_attrs(image),
+            attrs=attrs,
             chunked=False,
         )
 
@@ -122,7 +130,13 @@ def _coords(image: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> dict[
     coords = {}
     for axis, (name, size, zoom) in enumerate(zip(names, shape, zooms, strict=False)):
         unit = units[0 if axis < 3 else 1]
-        step, start = (affine[axis, axis], affine[axis, 3]) if is_diagonal and axis < 3 else (zoom, 0.0)
+        step, start = zoom, 0.0
+        if axis < 3 and is_diagonal:
+            step, start = affine[axis, axis], affine[axis, 3]
+        elif axis < 3 and not math.isclose(
+            size_of_voxel := float(np.linalg.norm(affine[:3, axis])), zoom, rel_tol=1e-4
+        ):
+            step = size_of_voxel  # the affine counts where the header contradicts it
         if name != "c" and step:
             unit = None if unit == "unknown" else unit
             coords[name] = coordinate(name, size, _shortest(step), _shortest(start), unit)

@@ -1,0 +1,195 @@
+"""Place of a volume's voxels as an affine or as sizes, from its coordinates and the affine of its input.
+
+An input's `affine` belongs to the voxels of that input. The coordinates of its axes, which outputs, crops and flips
+have as well, say which voxel of the input each voxel was.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from oocpatch.volumes.ome_metadata import METERS, long_unit
+from oocpatch.volumes.volume import Volume
+
+Affine = npt.NDArray[np.float64]
+
+EVEN = 1e-3
+"""Difference from an even spacing, as a part of a step, that is due to rounding."""
+
+SECONDS = {
+    "nanosecond": 1e-9,
+    "microsecond": 1e-6,
+    "millisecond": 1e-3,
+    "second": 1.0,
+    "minute": 60.0,
+    "hour": 3600.0,
+    "day": 86400.0,
+}
+"""Units of time, by their names in OME-Zarr."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spacing:
+    """Evenly spaced coordinates of an axis.
+
+    Attributes:
+        step: distance of adjacent voxels, negative where coordinates decrease; None: not known.
+        start: coordinate of the first voxel.
+        unit: name of the unit, if it has one.
+    """
+
+    step: float | None = None
+    start: float = 0.0
+    unit: str | None = None
+
+
+def spatial_axes(volume: Volume) -> dict[str, str]:
+    """Return the names of the volume's spatial axes by `x`, `y` and `z`: by these names, else the last one is `x`.
+
+    Raises:
+        ValueError: if there are fewer than two or more than three.
+
+    >>> spatial_axes(Volume(np.zeros((2, 3, 4)), ("depth", "height", "width")))
+    {'x': 'width', 'y': 'height', 'z': 'depth'}
+    """
+    own = volume.axes
+    names = [own.names[a] for a in own.spatial]
+    if not 2 <= len(names) <= 3:
+        raise ValueError(
+            f"export writes volumes of two or three spatial axes, with channel and time, got {', '.join(names)}"
+        )
+    by_role = {own.roles[a]: own.names[a] for a in own.spatial}
+    if by_role.keys() <= set("xyz") and {"x", "y"} <= by_role.keys():
+        return {role: by_role[role] for role in sorted(by_role)}
+    return dict(zip("xyz", reversed(names), strict=False))
+
+
+def spacing(volume: Volume, name: str) -> Spacing | None:
+    """Return the spacing of an axis by its coordinate; None where it has none, or one that is no number.
+
+    Raises:
+        ValueError: if it is not evenly spaced.
+
+    >>> import xarray
+    >>> spacing(Volume(xarray.DataArray(np.zeros((2, 3)), {"x": [5.0, 4.5, 4.0]}, ("y", "x"))), "x")
+    Spacing(step=-0.5, start=5.0, unit=None)
+    """
+    coordinate: Any = volume.source.coords.get(name)
+    if coordinate is None or coordinate.ndim > 1 or coordinate.size < 1:
+        return None
+    values, unit = np.atleast_1d(np.asarray(coordinate.values)), long_unit(coordinate.attrs.get("units"))
+    if values.dtype.kind == "m" or (values.dtype.kind == "M" and len(values) > 1):
+        values, unit = (values - values[0] if values.dtype.kind == "M" else values) / np.timedelta64(1, "s"), "second"
+    if values.dtype.kind not in "iuf":
+        return None
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"the coordinates of axis {name!r} must be finite, got {values.min()} to {values.max()}")
+    if len(values) == 1:
+        return Spacing(None, float(values[0]), unit)
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    error = float(np.abs(values - (values[0] + step * np.arange(len(values)))).max())
+    if step == 0 or error > EVEN * abs(step):
+        raise ValueError(
+            f"the coordinates of axis {name!r} must be evenly spaced, since the file stores one distance per axis, got "
+            f"distances from {np.diff(values).min():g} to {np.diff(values).max():g}; drop the coordinate, or resample"
+        )
+    return Spacing(float(step), float(values[0]), unit)
+
+
+def time_spacing(volume: Volume) -> Spacing | None:
+    """Return the spacing of the axis of time, if the volume has one with even steps; uneven ones are warned about."""
+    names = [volume.axes.names[a] for a in volume.axes.looped]
+    if not names:
+        return None
+    try:
+        return spacing(volume, names[0])
+    except ValueError as error:
+        warnings.warn(f"times are not written: {error}", stacklevel=2)
+        return None
+
+
+def affine_of(volume: Volume) -> tuple[Affine, str | None]:
+    """Return the affine from voxel indices `(x, y, z)` to the world, and the unit of the world.
+
+    Raises:
+        ValueError: if coordinates are not evenly spaced.
+
+    >>> import xarray
+    >>> array = xarray.DataArray(np.zeros((3, 2)), {"x": [5.0, 4.5], "y": [0.0, 2.0, 4.0]}, ("y", "x"))
+    >>> affine_of(Volume(array))[0].diagonal().tolist()
+    [-0.5, 2.0, 1.0, 1.0]
+    """
+    axes = spatial_axes(volume)
+    spacings = {role: spacing(volume, axes.get(role, role)) for role in "xyz"}
+    given = input_affine(volume.source.attrs) if axes.keys() <= set(axes.values()) else None
+    units = [s.unit for s in spacings.values() if s is not None and s.unit]
+    unit = next((u for u in units if u in METERS), units[0] if units else None)
+    if given is not None:
+        return given @ _in_input(given, spacings), unit
+    affine = np.eye(4)
+    for row, axis in enumerate(spacings.values()):
+        if axis is not None:
+            factor = factor_of(axis.unit, unit)
+            affine[row, row] = factor * (1.0 if axis.step is None else axis.step)
+            affine[row, 3] = factor * axis.start
+    return affine, unit
+
+
+def input_affine(attrs: Mapping[str, Any]) -> Affine | None:
+    """Return the affine among the attributes of a volume, that of the NIfTI it came from, or None."""
+    try:
+        affine = np.asarray(attrs.get("affine"), np.float64)
+    except (TypeError, ValueError):
+        return None
+    is_affine = affine.shape == (4, 4) and np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 0
+    return affine if is_affine else None
+
+
+def axis_scales(affine: Affine) -> tuple[tuple[float, float], ...]:
+    """Return step and start of the coordinates that a NIfTI with an affine has, per axis.
+
+    They are positions in the world where the axes are those of the world, else multiples of the voxel size.
+
+    >>> axis_scales(np.array([[0, -2, 0, 9], [3, 0, 0, 9], [0, 0, 1, 9], [0, 0, 0, 1.0]]))
+    ((3.0, 0.0), (2.0, 0.0), (1.0, 0.0))
+    """
+    linear = affine[:3, :3]
+    if np.allclose(linear, np.diag(np.diag(linear))):
+        return tuple((float(linear[a, a]), float(affine[a, 3])) for a in range(3))
+    return tuple((float(np.linalg.norm(linear[:, a])), 0.0) for a in range(3))
+
+
+def _in_input(affine: Affine, spacings: Mapping[str, Spacing | None]) -> Affine:
+    """Return the affine from the voxels of a volume to those of the input whose affine it has."""
+    to_input = np.eye(4)
+    for row, (axis, (step, start)) in enumerate(zip(spacings.values(), axis_scales(affine), strict=True)):
+        if axis is None or not step:
+            continue
+        scale = 1.0 if axis.step is None else axis.step / step
+        offset = (axis.start - start) / step
+        # coordinates have the rounding of the file's float32: where it was the same grid, it is the same affine
+        whole = round(offset)
+        to_input[row, row] = math.copysign(1.0, scale) if abs(abs(scale) - 1) < EVEN / 10 else scale
+        to_input[row, 3] = whole if abs(offset - whole) < EVEN * (1 + abs(offset) / 10) else offset
+    return to_input
+
+
+def factor_of(unit: str | None, target: str | None) -> float:
+    """Return how many of the target unit one of another unit is; 1 where they cannot be compared.
+
+    >>> factor_of("micrometer", "millimeter"), factor_of("minute", "second"), factor_of(None, "second")
+    (0.001, 60.0, 1.0)
+    """
+    if unit in METERS and target in METERS:
+        return float(f"1e{METERS[unit] - METERS[target]}")
+    if unit in SECONDS and target in SECONDS:
+        return SECONDS[unit] / SECONDS[target]
+    return 1.0
