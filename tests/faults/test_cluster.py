@@ -101,6 +101,23 @@ def test_a_cluster_labels_as_the_embedded_scheduler_does(small: SmallCluster, tm
             events.clear()
 
 
+def test_workers_measure_objects_as_this_process_would_and_one_of_them_may_die(small: SmallCluster) -> None:
+    small.add(3)
+    labels = np.random.default_rng(0).integers(0, 50, (96, 96)).astype(np.uint16)
+    image = np.random.default_rng(1).random((96, 96), np.float32)
+    options = {"intensity": image, "block_shape": 8, "progress": False}
+    expected = oocpatch.objects(labels, small.folder / "here.csv", **options).read_bytes()
+    with small.client() as client:
+        killing = threading.Timer(0.3, lambda: small.fork.kill(small.workers[0]))
+        killing.start()
+        table = oocpatch.objects(labels, small.folder / "there.csv", client=client, **options)
+        assert table.read_bytes() == expected
+        killing.join()
+        with pytest.raises(oocpatch.InvalidVolume, match="got -7"):
+            oocpatch.objects(labels.astype(np.int32) - 7, small.folder / "bad.csv", client=client, progress=False)
+    assert not [path.name for path in small.folder.glob("*.oocpatch") if path.name.startswith(("here", "there"))]
+
+
 def test_a_process_works_on_one_block_at_a_time_and_loads_the_model_once(small: SmallCluster) -> None:
     small.add(2, threads=4)
     small.behave(delay=0.01)

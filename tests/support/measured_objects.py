@@ -51,7 +51,7 @@ def expected_columns(labels, intensity=None):
     """Area, box, centroid and intensities of each label, one label at a time."""
     names = "wzyx"[-labels.ndim :]
     ids = [int(i) for i in np.unique(labels) if i]
-    table = {"label": np.array(ids)}
+    table = {"label": np.array(ids, np.uint64)}
     voxels = [np.argwhere(labels == i) for i in ids]
     table["area"] = np.array([len(v) for v in voxels])
     for axis, name in enumerate(names):
