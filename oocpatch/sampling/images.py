@@ -20,6 +20,9 @@ from oocpatch.planning.box import Ints
 from oocpatch.volumes.affine import WORLD, Affine, orientation_of, spacing_of
 from oocpatch.volumes.volume import Volume
 
+MISSING = object()
+"""The attribute that a value does not have."""
+
 WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 """Dtypes that TorchIO's images do not have, each with the one that they have instead."""
 
@@ -88,14 +91,16 @@ Image = Any
 
 def is_torchio_image(value: Any) -> bool:
     """Return whether a value is an image of TorchIO."""
-    return hasattr(type(value), "new_like") and hasattr(type(value), "affine")
+    return all(hasattr(type(value), name) for name in ("new_like", "affine", "num_channels"))
 
 
 def like_torchio_image(value: Any) -> bool:
-    """Return whether a value has what an image needs: an affine, and a path or a tensor; no property is called."""
-    nothing = object()
-    affine, data, path = (inspect.getattr_static(value, name, nothing) for name in ("affine", "data", "path"))
-    return affine is not nothing and (data is not nothing or path is not nothing)
+    """Return whether a value has what an image needs: an affine, and a path or a tensor with channels and two axes.
+
+    TorchIO's points and boxes have a tensor `(N, axes)` and an affine, and are none. Images with a path are not loaded.
+    """
+    has = {name for name in ("affine", "data", "path") if inspect.getattr_static(value, name, MISSING) is not MISSING}
+    return "affine" in has and ("path" in has or ("data" in has and getattr(value.data, "ndim", 0) > 2))
 
 
 def is_label_map(image: Image) -> bool:
@@ -140,7 +145,7 @@ def readable(image: Image) -> Volume | LoadedVolume:
     source = image.data if image.is_loaded else image.path
     if image not in _READERS or _READERS[image][0] is not source:
         volume: Volume | LoadedVolume | None = None if image.is_loaded or source is None else _open_file(image)
-        if volume is None:
+        if volume is None or image.is_loaded:  # a reader of the user's own loads an image when its shape is asked for
             source = image.data
             volume = LoadedVolume(source, affine_of_image(image), is_label_map(image))
         _READERS[image] = source, volume

@@ -240,6 +240,9 @@ class Subject:
         # No stored name begins with an underscore; pickle looks up such names before `_images` exists.
         if not name.startswith("_") and name in self:
             return self[name]
+        if name == "shape":
+            first = readable(next(iter(self._images.values())))
+            return (first.channels, *first.shape)
         if name in {"affine", "spacing", "orientation", "origin", "device"} and self._images:  # as TorchIO's subjects
             return getattr(next(iter(self._images.values())), name)
         raise AttributeError(f"the subject has no {name!r}")
@@ -394,7 +397,11 @@ def read_patches(
             name: image_like(like[name], tensor, shifted(affines[name], location.index))
             for name, tensor in tensors.items()
         }
-        patches.append(Subject(**images, **{**subject.metadata, "patch_location": location}))
+        metadata = {**subject.metadata, "patch_location": location}
+        # without the checks of a new subject, which are those of the subject that is read
+        patches.append(
+            _restored({"_images": images, "_metadata": metadata, "_labels": frozenset(), "applied_transforms": []})
+        )
     return patches
 
 
@@ -436,5 +443,8 @@ def as_volume(image: Image) -> Volume:
 
 def _read(image: Image, box: Box, padding_mode: str = "edge", fill: float = 0.0) -> torch.Tensor:
     """Read a box as a new tensor `(C, *box.shape)`."""
-    tensor = torch.from_numpy(as_volume(image).read(box, padding_mode, fill))
+    volume = readable(image)
+    if isinstance(volume, LoadedVolume) and box in Box.of_shape(volume.shape):
+        return volume.data[(slice(None), *box.slices())].detach().to("cpu", copy=True).contiguous()
+    tensor = torch.from_numpy(as_volume(volume).read(box, padding_mode, fill))
     return tensor.to(WIDER.get(tensor.dtype, tensor.dtype)) if is_torchio_image(image) else tensor

@@ -93,6 +93,16 @@ def test_what_looks_like_an_image_is_one() -> None:
     assert np.array_equal(GridSampler(subject, (2, 5, 6))[1].t1.affine[:3, 3], [5, 9, 7])
 
 
+def test_points_and_boxes_are_metadata_and_a_reader_of_ones_own_is_used(tmp_path: Path) -> None:
+    path = nifti(tmp_path, "a.nii", VALUES[0].astype("float32"))
+    image = torchio.ScalarImage(path, reader=lambda _: (torch.ones(1, *SHAPE), AFFINE))
+    points = torchio.Points(torch.zeros(3, 3))
+    boxes = torchio.BoundingBoxes(torch.zeros(1, 6), format=torchio.BoundingBoxFormat.IJKIJK)
+    patch = GridSampler(Subject(t1=image, points=points, boxes=boxes), 4)[3]
+    assert patch.t1.data.unique().tolist() == [1]
+    assert (patch.points, patch.boxes) == (points, boxes)
+
+
 USES: dict[str, Any] = {
     "transform": torchio.Flip(axes=0),
     "compose": torchio.Compose([torchio.Noise(std=0.1), torchio.OneOf([torchio.Flip(axes=1)])]),
