@@ -55,8 +55,22 @@ def connected(scheduler: str | None, processes: int, device: str = "cpu") -> Ite
         connection = _local(processes, device)
     else:
         connection = _slurm(rest, processes) if kind == "slurm" else _remote(scheduler, kind, rest)
-    with connection as client:
+    with _quiet(), connection as client:
         yield client
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep distributed from printing its stack when a scheduler goes away: the run ends with an error that says so."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [one.level for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
 
 
 @contextlib.contextmanager
