@@ -90,13 +90,13 @@ def test_a_cluster_labels_as_the_embedded_scheduler_does(small: SmallCluster, tm
     data = np.random.default_rng(0).random((32, 32)) < 0.5
     zarr.create_array(tmp_path / "mask.zarr", data=data, chunks=(8, 8))
     options: dict[str, Any] = {"block_shape": 8, "output_chunks": 4, "progress": False}
-    here = oocpatch.label(tmp_path / "mask.zarr", tmp_path / "here", **options)
     events: list[oocpatch.TaskDone] = []
     with small.client() as client:
         for name, volume in {"disk": tmp_path / "mask.zarr", "memory": data}.items():
+            here = oocpatch.label(volume, tmp_path / f"here-{name}", **options)
             there = oocpatch.label(volume, tmp_path / name, client=client, **{**options, "progress": events.append})
             assert there.attrs["objects"] == here.attrs["objects"]
-            assert file_digests(tmp_path / name / "labels") == file_digests(tmp_path / "here" / "labels")
+            assert file_digests(tmp_path / name / "labels") == file_digests(tmp_path / f"here-{name}" / "labels")
             assert sum(event.patches for event in events) == 2 * data.size  # each block is read twice
             events.clear()
 
