@@ -15,6 +15,7 @@ from benchmarks import (
     gpu,
     ledger,
     memory,
+    networks,
     object_tables,
     peers,
     profile,
@@ -35,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for benchmark in (
         speed,
         memory,
+        networks,
         ledger,
         content,
         flush,

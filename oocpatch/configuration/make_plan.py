@@ -8,6 +8,7 @@ Nothing is written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import replace
 
@@ -95,7 +96,8 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     predictor = config.pipeline.predictor(torch_threads=threads)
     with predictor.ready():
         dtype = torch_dtype(str(volume.dtype))
-        return in_new_thread_if_forked(lambda: probe_model(predictor, volume.channels, config.patch_size, dtype))
+        call = functools.partial(probe_model, predictor, volume.channels, config.patch_size, dtype)
+        return in_new_thread_if_forked(functools.partial(call, config.limits.max_memory))
 
 
 def _planned(config: RunConfig) -> Plan:

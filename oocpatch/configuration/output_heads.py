@@ -24,6 +24,9 @@ from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, distinct_channel_axes, patch_grid
 from oocpatch.volumes.volume import default_chunks
 
+EXAMINED = 16
+"""Voxels along each axis of the scores that a postprocess is tried with."""
+
 
 @dataclass(frozen=True, slots=True)
 class OutputHeads:
@@ -140,7 +143,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     loops = config.looped
     mode = of_head(config.patches.overlap_mode, name, "hann")
     postprocess = postprocess_of(config.model.postprocess, name, mode)
-    values = (output if mode == "crop" else output.to(torch.float32))[0]
+    values = output[0] if mode == "crop" else _zeros(output[0], torch.float32)
     if mode == "vote":
         values = _one_channel_per_class(values, config.patches.num_classes, name)
     channels = values.shape[0]
@@ -180,6 +183,11 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     )
 
 
+def _zeros(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros of the shape of others, which take no memory."""
+    return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+
+
 def _one_channel_per_class(labels: torch.Tensor, classes: int | None, name: str) -> torch.Tensor:
     """Return zeros with one channel per class for labels `(1, *spatial)`.
 
@@ -190,12 +198,14 @@ def _one_channel_per_class(labels: torch.Tensor, classes: int | None, name: str)
         raise ValueError("num_classes must be given where overlap_mode is 'vote': votes are counted class by class")
     if labels.shape[0] != 1:
         raise ValueError(f"overlap_mode 'vote' needs labels in one channel, got {labels.shape[0]} from {name!r}")
-    return labels.new_zeros((classes, *labels.shape[1:]), dtype=torch.float32)
+    return _zeros(labels.expand(classes, *labels.shape[1:]), torch.float32)
 
 
 def _postprocessed(postprocess: Postprocess, values: torch.Tensor, loops: int) -> torch.Tensor:
     looped = tuple(range(1, 1 + loops))
     scores = values.squeeze(looped) if looped else values
+    some = (len(scores), *(min(n, EXAMINED) for n in scores.shape[1:]))  # it works voxel by voxel
+    scores = torch.zeros(some, dtype=scores.dtype, device=scores.device)
     try:
         result = torch.as_tensor(postprocess(scores), device=scores.device)
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any, Self
 
@@ -15,8 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-SCRATCH = ("conv", "mm", "linear", "attention")
-"""Operators whose kernels reorder their operands into buffers of their own, which no tensor shows."""
+from oocpatch.errors import PlanTooLarge
+from oocpatch.models.empty_batch import EmptyBatch, tensors_in
+from oocpatch.models.kernels import Operand, scratch
+from oocpatch.planning.plan import human
 
 _PASSING_ON = frozenset(
     f"aten.{name}"
@@ -64,17 +66,21 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     return formulas
 
 
-def _fused_attention(source: torch.Tensor, *operands: Any, **_: Any) -> int:
-    """Return the operations of an attention layer in one operator: `(B, tokens, channels)` and its weights."""
-    weights = {id(t): t.numel() for t in _tensors(operands) if t.ndim == 2}
-    return 2 * math.prod(source.shape[:-1]) * (sum(weights.values()) + 2 * math.prod(source.shape[-2:]))
+def _fused_attention(source: torch.Size, *operands: Any, **_: Any) -> int:
+    """Return the operations of an attention layer in one operator, by the shapes of its tokens and its weights."""
+    weights = sum(math.prod(shape) for shape in operands if isinstance(shape, torch.Size) and len(shape) == 2)
+    return 2 * math.prod(source[:-1]) * (weights + 2 * math.prod(source[-2:]))
 
 
 class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
     """Counter of the bytes of the tensors that live while it is active, and of the operations that make them.
 
+    With `empty_batch`, tensors of a batch without patches count as they would with one: see `models.empty_batch`.
+
     Args:
         known: tensors that were there before, and do not count.
+        empty_batch: whether the model is called with an empty batch, in place of a patch.
+        limit: bytes above which the call is ended.
 
     Attributes:
         peak: most bytes that lived at a time, with what kernels need besides.
@@ -87,12 +93,13 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
     (True, 65536)
     """
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+    def __init__(self, known: Iterable[torch.Tensor], *, empty_batch: bool = False, limit: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = [t.untyped_storage() for t in known]
-        self._pointers = {s.data_ptr() for s in self._known}
         # by object: an address is used again as soon as it is free
+        self._known = {id(storage): storage for storage in (t.untyped_storage() for t in known)}
         self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        self._shapes = EmptyBatch() if empty_batch else None
+        self._limit = limit
         self.peak = self.operations = 0
         self.ran_operators = False
         self._tokens: list[Token[Footprint | None]] = []
@@ -105,71 +112,52 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
 
     def __enter__(self) -> Self:
         self._tokens.append(_ACTIVE.set(self))
+        if self._shapes is not None:
+            self._shapes.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if self._shapes is not None:
+            self.operations += self._shapes.operations
+            self._shapes.__exit__(*exception)  # type: ignore[no-untyped-call]
         _ACTIVE.reset(self._tokens.pop())
 
     def count(self, other_bytes: int) -> None:
-        """Count memory that is not torch's, as living now and no longer."""
+        """Count memory that is not torch's, as living now and no longer.
+
+        Raises:
+            PlanTooLarge: when there is more memory in use than the limit.
+        """
         self.peak = max(self.peak, sum(self._live.values()) + other_bytes)
+        if self._limit is not None and self.peak > self._limit:
+            raise PlanTooLarge(f"more than {human(self.peak)}")
 
     def _count(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
-        operator, tensors = str(func), list(_tensors(result))
+        operator, inputs, results = str(func), list(tensors_in((args, kwargs))), list(tensors_in(result))
         self.ran_operators |= operator not in _PASSING_ON
+        if self._shapes is not None:
+            self._shapes.follow(operator, inputs, results)
         formula = self._formulas.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             with contextlib.suppress(Exception):  # a formula that does not know these operands: the call goes on
-                self.operations += int(formula(*args, **kwargs, out_val=result))
-        for storage in (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided):
-            if storage.data_ptr() not in self._pointers and storage.nbytes():
-                self._live[storage] = storage.nbytes()
-        scratch = 0
-        if any(word in operator for word in SCRATCH):
-            inputs = list(_tensors(args))
-            scratch = sum(t.numel() * t.element_size() for t in (*inputs, *tensors))
-            if "conv" in operator and len(inputs) > 1 and len(tensors) == 1:
-                scratch = max(scratch, convolution_scratch(inputs[0], inputs[1], tensors[0]))
-        self.count(scratch)
+                operands, options, made = map(self._with_shapes, (args, kwargs, result))
+                self.operations += int(formula(*operands, **options, out_val=made))
+        for tensor in results:
+            if tensor.layout != torch.strided or id(storage := tensor.untyped_storage()) in self._known:
+                continue
+            if nbytes := storage.nbytes() or (0 in tensor.shape and self._operand(tensor).nbytes):
+                self._live.setdefault(storage, nbytes)
+        self.count(scratch(operator, list(map(self._operand, inputs)), list(map(self._operand, results))))
 
+    def _operand(self, tensor: torch.Tensor) -> Operand:
+        return Operand(tuple(tensor.shape) if self._shapes is None else self._shapes.shape_of(tensor), tensor.dtype)
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors among the operands or results of an operator."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
-
-
-FEW = 5
-"""Channels up to which a convolution in three dimensions is done as one product of matrices."""
-
-
-def convolution_scratch(source: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> int:
-    """Return the bytes that a convolution on a CPU takes besides its operands and its result.
-
-    oneDNN copies both into a layout of 8 or 16 channels at a time, filled up with zeros. With few channels in three
-    dimensions, and in float64 always, each voxel's neighbourhood is laid out instead, one sample at a time. Both were
-    found by measuring 44 shapes: this was never less than what they took, but up to four times as much.
-
-    >>> volume = torch.zeros(1, 1, 64, 64, 64)
-    >>> convolution_scratch(volume, torch.zeros(8, 1, 3, 3, 3), volume.expand(1, 8, 64, 64, 64)) >> 20
-    27
-    """
-    axes = weight.ndim - 2
-    kernel = math.prod(weight.shape[2:])
-    group = 8 if axes == 3 and kernel > 1 else 16
-    filled = sum(
-        t.numel() // max(1, t.shape[-axes - 1]) * -(-t.shape[-axes - 1] // group) * group * t.element_size()
-        for t in (source, result)
-        if t.ndim > axes
-    )
-    laid_out = math.prod(result.shape[-axes:]) * weight.shape[1] * kernel * weight.element_size()
-    if weight.dtype == torch.float64:
-        return max(filled, laid_out)
-    if axes == 3 and weight.shape[1] <= FEW and 1 < kernel <= 27:
-        return laid_out if source.shape[0] == 1 and weight.dtype == torch.float32 else max(filled, laid_out)
-    return filled
+    def _with_shapes(self, value: Any) -> Any:
+        """Return operands or results of an operator with shapes in place of tensors, as formulas take them."""
+        if isinstance(value, torch.Tensor):
+            return torch.Size(self._operand(value).shape)
+        if isinstance(value, Mapping):
+            return {key: self._with_shapes(item) for key, item in value.items()}
+        return type(value)(map(self._with_shapes, value)) if type(value) in (list, tuple) else value

@@ -97,7 +97,6 @@ def owned_outputs(call: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> 
         inputs: what it is called with. Outputs in the memory of these are not copied.
     """
     outputs = named_outputs(call(inputs))
-    memory = inputs.untyped_storage().data_ptr()
     for name in list(outputs):
         output = outputs.pop(name)
         with contextlib.suppress(Exception):  # what is no tensor is for the caller to refuse
@@ -105,10 +104,21 @@ def owned_outputs(call: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> 
                 raise TypeError("a tensor has no mask")
             # no longer the tensor itself: whoever holds that, keeps it
             output = torch.as_tensor(output, device=inputs.device).detach()
-            if output.untyped_storage().data_ptr() != memory and _is_kept(output):
+            if not in_same_memory(output, inputs) and _is_kept(output):
                 output = output.clone()
         outputs[name] = output
     return outputs
+
+
+def in_same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors have the same storage, be it empty.
+
+    >>> empty = torch.zeros(0, 3)
+    >>> in_same_memory(empty, empty[:, 1:]), in_same_memory(empty, empty.clone())
+    (True, False)
+    """
+    # Private: addresses, which are public, are all 0 for empty ones.
+    return bool(first.untyped_storage()._cdata == second.untyped_storage()._cdata)  # noqa: SLF001
 
 
 def _is_kept(tensor: torch.Tensor) -> bool:

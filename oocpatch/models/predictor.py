@@ -142,7 +142,7 @@ class Predictor:
                 raise ValueError(f"the model must return a tensor{which}, got {type(result).__name__}") from error
         if result.layout != torch.strided:
             raise ValueError(f"the model must return dense tensors{which}, got a sparse one; return x.to_dense()")
-        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape:
+        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape[1:]:
             expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
             advice = ""
             if result.ndim == 2 and result.shape[0] == inputs.shape[0] and result.shape[1]:  # one answer per patch

@@ -1,22 +1,34 @@
-"""The probe: one call of the model with a patch of zeros, before anything is planned.
+"""The probe: one call of the model, before anything is planned.
 
-It shows the outputs, how their sizes follow from the patch's, and the memory and the operations that a call takes.
+It shows the outputs, how their sizes follow from the patch's, and the memory and the operations that a call takes. A
+network is called with an empty batch, for which it takes neither. What is no network, and what does not take an empty
+batch, is called with a patch of zeros; that call ends where it takes more memory than it may.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 
 import torch
+from torch import nn
 
+from oocpatch.errors import PlanTooLarge
 from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import input_spec_of
+from oocpatch.models.named_outputs import in_same_memory
+from oocpatch.models.onnx import OnnxSession
 from oocpatch.models.predictor import Predictor, out_of_memory, version
-from oocpatch.models.wrappers import as_module, writes_unseen
+from oocpatch.models.reach import callables_of
+from oocpatch.models.wrappers import writes_unseen
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import Scale
+from oocpatch.planning.plan import human
 
 TRIED_MULTIPLES = (2, 4, 8, 16, 32, 64)
 MORE = (32, 64)
@@ -27,10 +39,11 @@ SIMPLE = 32
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The results of one call of the model with one patch of zeros.
+    """What one call of the model shows.
 
     Attributes:
-        outputs: the model's outputs by name, `(1, C, *spatial)`, looped axes included.
+        outputs: zeros of the shapes and dtypes of the model's outputs for one patch, by name, `(1, C, *spatial)`,
+            looped axes included; all values of one are one in memory.
         geometry: how the spatial size of each follows from the patch's.
         copies_input: whether the model must get copies of patches, because it writes to its input.
         aliased: names of the outputs that are the input's memory.
@@ -54,36 +67,66 @@ class Probe:
         return self.bytes * -(-batch // self.least_batch)
 
 
-def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: torch.dtype) -> Probe:
-    """Call a model once, with one patch of zeros; again with other sizes, where the sizes of its outputs differ.
+def probe_model(
+    predictor: Predictor, channels: int, patch_size: Ints, dtype: torch.dtype, max_memory: int | None = None
+) -> Probe:
+    """Call a model once, with one patch or none; again with other sizes, where the sizes of its outputs differ.
 
     Args:
         predictor: the model.
         channels: channels of the volume.
         patch_size: with one voxel per looped axis in front of the spatial ones.
         dtype: dtype of the volume.
+        max_memory: bytes that a call with a patch may take; None: any number.
 
     Raises:
         ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
+        PlanTooLarge: when a call takes more memory than it may.
     """
     looped, spatial = patch_size[: predictor.looped], patch_size[predictor.looped :]
+    networks = [called for called in callables_of(predictor.model) if isinstance(called, nn.Module)]
+    weights = list(chain.from_iterable(chain(m.parameters(False), m.buffers(False)) for m in networks))
+    least_batch = input_spec_of(predictor.model).least_batch
+    takes_empty = bool(weights) and least_batch == 1 and not any(map(_is_specialized, networks))
 
-    def zeros(size: Ints) -> torch.Tensor:
-        return torch.zeros((1, channels, *looped, *size), dtype=dtype, device=predictor.device)
+    def call(size: Ints, *, empty: bool) -> Probe:
+        patch = torch.zeros((0 if empty else 1, channels, *looped, *size), dtype=dtype, device=predictor.device)
+        footprint = Footprint([patch, *weights], empty_batch=empty, limit=None if empty else max_memory)
+        before = version(patch)
+        with footprint:
+            outputs = predictor(patch)
+        cast = 0 if predictor.dtype in (None, dtype) else predictor.dtype.itemsize
+        return Probe(
+            {name: _stand_in(output) for name, output in outputs.items()},
+            geometry={},
+            copies_input=version(patch) != before or writes_unseen(predictor.model),
+            aliased=frozenset(name for name, output in outputs.items() if in_same_memory(output, patch)),
+            bytes=max(footprint.peak, cast * channels * math.prod(patch_size)),
+            operations=footprint.operations / least_batch,
+            ran_operators=footprint.ran_operators,
+            least_batch=least_batch,
+        )
+
+    def called(size: Ints) -> Probe:
+        if takes_empty:
+            with warnings.catch_warnings(), contextlib.suppress(Exception):
+                warnings.simplefilter("ignore")  # of means over nothing, and the like
+                return call(size, empty=True)
+        return call(size, empty=False)
 
     def output_sizes(size: Ints) -> dict[str, Ints] | None:
         try:
-            return _sizes(predictor(zeros(size)), predictor.looped)
+            return _sizes(called(size), predictor.looped)
         except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this size
             return None
 
-    patch = zeros(spatial)
-    module = as_module(predictor.model)
-    footprint = Footprint([patch, *module.parameters(), *module.buffers()])
-    before = version(patch)
     try:
-        with footprint:
-            outputs = predictor(patch)
+        probe = called(spatial)
+    except PlanTooLarge as error:
+        raise PlanTooLarge(
+            f"the model needs {error} for one patch of {_sides(spatial)} but max_memory is {human(max_memory or 0)}; "
+            "raise max_memory, or lower patch_size"
+        ) from error
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("the model must return"):
             raise
@@ -92,23 +135,21 @@ def probe_model(predictor: Predictor, channels: int, patch_size: Ints, dtype: to
                 f"one patch of {_sides(spatial)} is too much for the model: {error}; lower patch_size"
             ) from error
         raise ValueError(_rejection(channels, spatial, error, output_sizes)) from error
-    cast = None if predictor.dtype == dtype else predictor.dtype
-    memory = patch.untyped_storage().data_ptr()
-    least_batch = input_spec_of(predictor.model).least_batch
-    return Probe(
-        outputs,
-        geometry=measure(spatial, _sizes(outputs, predictor.looped), output_sizes),
-        copies_input=version(patch) != before or writes_unseen(predictor.model),
-        aliased=frozenset(n for n, output in outputs.items() if output.untyped_storage().data_ptr() == memory),
-        bytes=max(footprint.peak, 0 if cast is None else patch.numel() * cast.itemsize),
-        operations=footprint.operations / least_batch,
-        ran_operators=footprint.ran_operators,
-        least_batch=least_batch,
-    )
+    return replace(probe, geometry=measure(spatial, _sizes(probe, predictor.looped), output_sizes))
 
 
-def _sizes(outputs: Mapping[str, torch.Tensor], looped: int) -> dict[str, Ints]:
-    return {name: tuple(output.shape[2 + looped :]) for name, output in outputs.items()}
+def _is_specialized(module: nn.Module) -> bool:
+    """Return whether a module is compiled for the batches that it has seen, or runs where torch does not see it."""
+    return isinstance(module, (OnnxSession, torch.jit.ScriptModule)) or hasattr(module, "_orig_mod")
+
+
+def _stand_in(output: torch.Tensor) -> torch.Tensor:
+    """Return zeros like one sample of an output, which take no memory."""
+    return torch.zeros((), dtype=output.dtype, device=output.device).expand(1, *output.shape[1:])
+
+
+def _sizes(probe: Probe, looped: int) -> dict[str, Ints]:
+    return {name: tuple(output.shape[2 + looped :]) for name, output in probe.outputs.items()}
 
 
 def _rejection(
