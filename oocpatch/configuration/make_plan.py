@@ -85,7 +85,7 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
     small = [c for c in reversed(candidates) if min(c.patch_size[loops:]) >= MULTIPLE] or candidates[::-1]
     for candidate in small:
         with contextlib.suppress(ValueError):
-            voxel_bytes = _probed(candidate, torch.get_num_threads()).bytes / math.prod(candidate.patch_size)
+            voxel_bytes = _probed(candidate, torch.get_num_threads()).batch_bytes / math.prod(candidate.patch_size)
             share = config.limits.max_memory / MODEL_SHARE
             return [c for c in candidates if math.prod(c.patch_size) * voxel_bytes <= share] or candidates[-1:]
     return candidates
@@ -123,7 +123,7 @@ def _planned(config: RunConfig) -> Plan:
         input_spec = input_spec_of(ensemble(config.models))
         batch = batch_size(
             math.prod(config.patch_size),
-            -(-probe.bytes // probe.least_batch) + patch_bytes,
+            -(-probe.batch_bytes // probe.least_batch) + patch_bytes,
             config.limits.max_memory,
             patches=outputs.grid.num_patches,
             least=input_spec.least_batch,

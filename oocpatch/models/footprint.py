@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.models.empty_batch import EmptyBatch, tensors_in
-from oocpatch.models.kernels import Operand, scratch
+from oocpatch.models.kernels import COMPILED, LIBRARIES, Operand, scratch
 from oocpatch.planning.plan import human
 
 _PASSING_ON = frozenset(
@@ -84,6 +84,7 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
 
     Attributes:
         peak: most bytes that lived at a time, with what kernels need besides.
+        batch_peak: the same per patch, if there were more patches.
         operations: additions and multiplications of convolutions, products of matrices and attention.
         ran_operators: whether torch ran anything but what passes tensors on.
 
@@ -100,7 +101,8 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
         self._live: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._shapes = EmptyBatch() if empty_batch else None
         self._limit = limit
-        self.peak = self.operations = 0
+        self.peak = self.batch_peak = self.operations = 0
+        self._code = set[str]()
         self.ran_operators = False
         self._tokens: list[Token[Footprint | None]] = []
         self._formulas = _formulas()
@@ -124,13 +126,24 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
             self._shapes.__exit__(*exception)  # type: ignore[no-untyped-call]
         _ACTIVE.reset(self._tokens.pop())
 
-    def count(self, other_bytes: int) -> None:
+    @property
+    def library_bytes(self) -> int:
+        """Bytes that stay with the libraries that have the kernels."""
+        return LIBRARIES + COMPILED * len(self._code) if self._code else 0
+
+    def count(self, other_bytes: int, batch_bytes: int | None = None) -> None:
         """Count memory that is not torch's, as living now and no longer.
+
+        Args:
+            other_bytes: bytes for this batch.
+            batch_bytes: bytes per patch of a larger one; None: the same.
 
         Raises:
             PlanTooLarge: when there is more memory in use than the limit.
         """
-        self.peak = max(self.peak, sum(self._live.values()) + other_bytes)
+        living = sum(self._live.values())
+        self.peak = max(self.peak, living + other_bytes)
+        self.batch_peak = max(self.batch_peak, living + (other_bytes if batch_bytes is None else batch_bytes))
         if self._limit is not None and self.peak > self._limit:
             raise PlanTooLarge(f"more than {human(self.peak)}")
 
@@ -149,10 +162,13 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
                 continue
             if nbytes := storage.nbytes() or (0 in tensor.shape and self._operand(tensor).nbytes):
                 self._live.setdefault(storage, nbytes)
-        self.count(scratch(operator, list(map(self._operand, inputs)), list(map(self._operand, results))))
+        needed = scratch(operator, list(map(self._operand, inputs)), list(map(self._operand, results)), args)
+        self._code |= {needed.code} - {""}
+        self.count(needed.single, needed.batch)
 
     def _operand(self, tensor: torch.Tensor) -> Operand:
-        return Operand(tuple(tensor.shape) if self._shapes is None else self._shapes.shape_of(tensor), tensor.dtype)
+        shape = tuple(tensor.shape) if self._shapes is None else self._shapes.shape_of(tensor)
+        return Operand(shape, tensor.dtype, tensor.stride() if tensor.layout == torch.strided else None)
 
     def _with_shapes(self, value: Any) -> Any:
         """Return operands or results of an operator with shapes in place of tensors, as formulas take them."""

@@ -1,7 +1,7 @@
-"""Memory that kernels take besides their operands and results, which no tensor shows.
+"""Memory that torch's kernels take besides their operands and results, which no tensor shows.
 
-Rules from measurements, each with the shapes that it was measured with. They hold for torch on a CPU; elsewhere they
-are a margin.
+The rules are torch's own choices between kernels, and what each was measured to take: on x86 with AVX-512, of which
+other CPUs take less. On other devices the rules are a margin.
 """
 
 from __future__ import annotations
@@ -9,63 +9,169 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from oocpatch.planning.box import Ints
 
-REORDERING = ("conv", "mm", "linear", "attention")
-"""Operators whose kernels reorder their operands into buffers of their own."""
+LIBRARIES = 12 << 20
+"""Bytes that oneDNN and MKL take when they are used first: buffers of their threads, and compiled code."""
 
-FEW = 5
-"""Channels up to which a convolution in three dimensions is done as one product of matrices."""
+COMPILED = 1 << 18
+"""Bytes of the code that oneDNN compiles for a convolution of other shapes than those before."""
+
+PACKED = 4 << 20
+"""Bytes of the packed parts of the matrices that MKL multiplies."""
+
+GROUP = 16
+"""Channels that oneDNN lays out together, filled up with zeros; sources of no more than half of it stay as they are."""
+
+FEW_VALUES = 20480
+"""Size of a sample without its last axis up to which torch leaves a plain convolution to its own kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Shape and dtype of a tensor."""
+    """Shape, dtype and layout of a tensor."""
 
     shape: Ints
     dtype: torch.dtype
+    stride: Ints | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the last axis is dense, and each other one goes over those after it."""
+        return self._is_dense(range(len(self.shape)))
 
-def scratch(operator: str, inputs: Sequence[Operand], results: Sequence[Operand]) -> int:
-    """Return the bytes that an operator takes besides its operands and its results."""
-    if not any(word in operator for word in REORDERING):
-        return 0
-    reordered = sum(operand.nbytes for operand in (*inputs, *results))
-    if "conv" in operator and len(inputs) > 1 and len(results) == 1:
-        return max(reordered, convolution_scratch(inputs[0], inputs[1], results[0]))
-    return reordered
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the channels are dense, and not the spatial axes."""
+        axes = len(self.shape)
+        return axes > 3 and not self.is_contiguous and self._is_dense((0, *range(2, axes), 1))
+
+    def _is_dense(self, order: Sequence[int]) -> bool:
+        expected = 1
+        for axis in reversed(order) if self.stride is not None else ():
+            if self.shape[axis] != 1 and self.stride is not None and self.stride[axis] != expected:
+                return False
+            expected *= self.shape[axis]
+        return True
+
+    def grouped_bytes(self) -> int:
+        """Return the bytes of the values `(B, C, *spatial)` as oneDNN lays them out."""
+        channels = self.shape[1]
+        return self.nbytes // max(1, channels) * -(-channels // GROUP) * GROUP
 
 
-def convolution_scratch(source: Operand, weight: Operand, result: Operand) -> int:
-    """Return the bytes that a convolution on a CPU takes besides its operands and its result.
+def scratch(
+    operator: str, operands: Sequence[Operand], results: Sequence[Operand], arguments: Sequence[Any]
+) -> Scratch:
+    """Return the memory that an operator takes besides its operands and its results.
 
-    oneDNN copies both into a layout of 8 or 16 channels at a time, filled up with zeros. With few channels in three
-    dimensions, and in float64 always, each voxel's neighbourhood is laid out instead, one sample at a time. Both were
-    found by measuring 44 shapes: this was never less than what they took, but up to four times as much.
-
-    >>> patch, features = Operand((1, 1, 64, 64, 64), torch.float32), Operand((1, 8, 64, 64, 64), torch.float32)
-    >>> convolution_scratch(patch, Operand((8, 1, 3, 3, 3), torch.float32), features) >> 20
-    27
+    Args:
+        operator: name of the operator.
+        operands: the tensors among its arguments.
+        results: the tensors that it returns.
+        arguments: all of its arguments, in the order of its signature.
     """
-    axes = len(weight.shape) - 2
-    kernel = math.prod(weight.shape[2:])
-    group = 8 if axes == 3 and kernel > 1 else 16
-    filled = sum(
-        t.nbytes // max(1, t.shape[-axes - 1]) * -(-t.shape[-axes - 1] // group) * group
-        for t in (source, result)
-        if len(t.shape) > axes
-    )
-    laid_out = math.prod(result.shape[-axes:]) * weight.shape[1] * kernel * weight.dtype.itemsize
-    if weight.dtype == torch.float64:
-        return max(filled, laid_out)
-    if axes == 3 and weight.shape[1] <= FEW and 1 < kernel <= 27:
-        return laid_out if source.shape[0] == 1 and weight.dtype == torch.float32 else max(filled, laid_out)
-    return filled
+    if operator.startswith("aten.convolution.") and len(arguments) >= 9 and len(operands) > 1 and len(results) == 1:
+        stride, transposed, groups = arguments[3], arguments[6], arguments[8]
+        convolution = Convolution(operands[0], operands[1], results[0], max(stride), bool(transposed), int(groups))
+        return Scratch(convolution.scratch(), convolution.scratch(is_batch=True), str(convolution))
+    nbytes, uses_library = 0, ""
+    if "conv" in operator:
+        nbytes = sum(operand.nbytes for operand in (*operands, *results))
+    elif "multi_head_attention" in operator or "transformer_encoder" in operator:
+        nbytes = attention_scratch(operands, arguments)
+    elif "mm" in operator or "linear" in operator or "attention" in operator:
+        nbytes = sum(operand.nbytes for operand in (*operands, *results))
+        nbytes = nbytes if operands and operands[0].dtype.itemsize < 4 else min(nbytes, PACKED)
+        uses_library = "product"
+    elif "norm" in operator and operands and not operands[0].is_contiguous and not operands[0].is_channels_last:
+        nbytes = operands[0].nbytes  # a copy in order
+    elif operator == "aten.roll.default" and len(arguments[1]) > 1:
+        nbytes = results[0].nbytes  # axis by axis
+    return Scratch(nbytes, nbytes, uses_library)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Memory that an operator takes besides its operands and its results.
+
+    Attributes:
+        single: bytes for a batch of one patch.
+        batch: bytes per patch of a larger one.
+        code: name of what a library compiles or allocates for it, once; empty: nothing.
+    """
+
+    single: int
+    batch: int
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution of one sample, or a transposed one."""
+
+    source: Operand
+    weight: Operand
+    result: Operand
+    stride: int = 1
+    transposed: bool = False
+    groups: int = 1
+
+    def scratch(self, *, is_batch: bool = False) -> int:
+        """Return the bytes that it takes besides its operands and its result, for a sample of a batch or a single one.
+
+        >>> values = Operand((1, 1, 64, 64, 64), torch.float32)
+        >>> features = Operand((1, 8, 64, 64, 64), torch.float32)
+        >>> Convolution(values, Operand((8, 1, 3, 3, 3), torch.float32), features).scratch() >> 20
+        27
+        """
+        copied = 0 if self.source.is_contiguous or self.source.is_channels_last else self.source.nbytes
+        if self.weight.dtype not in (torch.float32, torch.bfloat16) or (not is_batch and self._is_plain()):
+            return copied + self._laid_out()
+        if self.source.is_channels_last or self.weight.is_channels_last:
+            return self.weight.nbytes + (self.source.nbytes if self.source.is_contiguous else 0)
+        return copied + self.weight.nbytes + self._regrouped()
+
+    def _is_plain(self) -> bool:
+        """Return whether torch leaves it to its own kernels, which lay out the neighbourhood of each voxel."""
+        side = 1 if len(self.weight.shape) == 3 else min(self.weight.shape[-2:])
+        few = math.prod(self.source.shape[:4]) <= FEW_VALUES
+        return few and side <= 3 and self.groups == 1 and self.weight.dtype == torch.float32
+
+    def _laid_out(self) -> int:
+        """Return the bytes of the neighbourhoods of all voxels."""
+        voxels = (self.source if self.transposed else self.result).shape[2:]
+        nbytes = math.prod(voxels) * math.prod(self.weight.shape[1:]) * self.weight.dtype.itemsize
+        is_half = self.weight.dtype.itemsize < 4
+        return nbytes + (self.source.nbytes + self.result.nbytes if is_half and self.transposed else 0)
+
+    def _regrouped(self) -> int:
+        """Return the bytes of source and result as oneDNN lays them out, of which the source goes before the result."""
+        source, result = self.source.nbytes, self.result.grouped_bytes()
+        if self.source.shape[1] > GROUP // 2:
+            source = self.source.grouped_bytes()
+        if self.transposed:
+            return max(source + result - self.result.nbytes, 2 * result)
+        spatial = len(self.weight.shape) - 2
+        if self.groups > 1 and spatial == 3:
+            return source + result
+        reduced = 2 * source // self.stride**spatial if self.stride > 1 and max(self.weight.shape[2:]) == 1 else 0
+        return max(source + result - self.result.nbytes, result) + reduced
+
+
+def attention_scratch(operands: Sequence[Operand], arguments: Sequence[Any]) -> int:
+    """Return the bytes of a fused layer of attention: queries, keys and values twice, and the weights of all heads."""
+    batch, tokens, width = operands[0].shape
+    heads = next((int(value) for value in arguments[2:5] if isinstance(value, int) and value < width), 1)
+    size = operands[0].dtype.itemsize
+    hidden = max((operand.shape[0] for operand in operands[1:] if len(operand.shape) == 2), default=0)
+    return batch * tokens * size * (7 * width + heads * tokens + 2 * hidden)

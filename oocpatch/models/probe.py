@@ -48,6 +48,8 @@ class Probe:
         copies_input: whether the model must get copies of patches, because it writes to its input.
         aliased: names of the outputs that are the input's memory.
         bytes: memory that the call added at its peak, outputs included, input not.
+        batch_bytes: the same per call of so few patches, if several were made at once.
+        library_bytes: memory that stays with the libraries that have the kernels.
         operations: operations of one patch that torch can count, of all models and transforms.
         ran_operators: whether the call ran any of torch's operators.
         least_batch: fewest patches that the model is called with: smaller batches are filled up.
@@ -58,13 +60,16 @@ class Probe:
     copies_input: bool
     aliased: frozenset[str]
     bytes: int
+    batch_bytes: int = 0
+    library_bytes: int = 0
     operations: float = 0.0
     ran_operators: bool = True
     least_batch: int = 1
 
     def model_bytes(self, batch: int) -> int:
         """Return the memory that a call with so many patches adds."""
-        return self.bytes * -(-batch // self.least_batch)
+        calls = -(-batch // self.least_batch)
+        return self.library_bytes + (self.bytes if calls == 1 else calls * self.batch_bytes)
 
 
 def probe_model(
@@ -95,13 +100,16 @@ def probe_model(
         before = version(patch)
         with footprint:
             outputs = predictor(patch)
-        cast = 0 if predictor.dtype in (None, dtype) else predictor.dtype.itemsize
+        itemsize = 0 if predictor.dtype is None or predictor.dtype == dtype else predictor.dtype.itemsize
+        cast = itemsize * channels * math.prod(patch_size)
         return Probe(
             {name: _stand_in(output) for name, output in outputs.items()},
             geometry={},
             copies_input=version(patch) != before or writes_unseen(predictor.model),
             aliased=frozenset(name for name, output in outputs.items() if in_same_memory(output, patch)),
-            bytes=max(footprint.peak, cast * channels * math.prod(patch_size)),
+            bytes=max(footprint.peak, cast),
+            batch_bytes=max(footprint.batch_peak, cast),
+            library_bytes=footprint.library_bytes,
             operations=footprint.operations / least_batch,
             ran_operators=footprint.ran_operators,
             least_batch=least_batch,
