@@ -368,5 +368,5 @@ ARCHITECTURES = {
     ),
     "Swin, 448^2": Architecture(lambda: SwinUNet(3, 4, 96, 7), 3, (448, 448), ("300MiB",)),
     "attention U-Net, 64^3": Architecture(lambda: AttentionUNet(1, 4, 32), 1, (64, 64, 64), ("300MiB", "1GiB")),
-    "StarDist, 3 heads, 256^2": Architecture(lambda: StarHeads(2, 32, 32, 5), 2, (256, 256), ("128MiB", "300MiB")),
+    "StarDist, 3 heads, 256^2": Architecture(lambda: StarHeads(2, 32, 32, 5), 2, (256, 256), ("160MiB", "300MiB")),
 }

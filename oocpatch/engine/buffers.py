@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oocpatch.planning.memory import HEAP_LIMIT
+from oocpatch.planning.memory import HEAP_LIMIT, LEAST_MAPPED
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -50,9 +50,6 @@ MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 
 LEAST_TRIM = 4 << 20
 """Least bytes of free memory at the end of the heap before it is trimmed."""
-
-LEAST_MAPPED = 11 << 17
-"""Least bytes of an allocation that is mapped: zstd allocates 1.3 MiB for each chunk, again and again."""
 
 
 def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:

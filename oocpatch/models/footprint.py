@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.models.empty_batch import EmptyBatch, tensors_in
-from oocpatch.models.kernels import COMPILED, LIBRARIES, Operand, scratch
+from oocpatch.models.kernels import Operand, library_bytes, scratch
+from oocpatch.planning.memory import LEAST_MAPPED
 from oocpatch.planning.plan import human
 
 _PASSING_ON = frozenset(
@@ -25,6 +26,9 @@ _PASSING_ON = frozenset(
     for name in ("clone.default", "detach.default", "lift_fresh.default", "squeeze.dims", "unsqueeze.default")
 )
 """Operators that also run around a model that calls none."""
+
+FRAGMENTED = 2
+"""Memory that the heap keeps, in units of what lives there at a time: freed tensors leave holes."""
 
 _ACTIVE: ContextVar[Footprint | None] = ContextVar("_ACTIVE", default=None)
 
@@ -102,7 +106,8 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
         self._shapes = EmptyBatch() if empty_batch else None
         self._limit = limit
         self.peak = self.batch_peak = self.operations = 0
-        self._code = set[str]()
+        self._heap_peak = 0
+        self._used = set[tuple[str, str]]()
         self.ran_operators = False
         self._tokens: list[Token[Footprint | None]] = []
         self._formulas = _formulas()
@@ -127,9 +132,9 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
         _ACTIVE.reset(self._tokens.pop())
 
     @property
-    def library_bytes(self) -> int:
-        """Bytes that stay with the libraries that have the kernels."""
-        return LIBRARIES + COMPILED * len(self._code) if self._code else 0
+    def kept_bytes(self) -> int:
+        """Bytes that stay with the libraries that have the kernels, and with the heap between tensors."""
+        return library_bytes(self._used) + FRAGMENTED * self._heap_peak
 
     def count(self, other_bytes: int, batch_bytes: int | None = None) -> None:
         """Count memory that is not torch's, as living now and no longer.
@@ -142,6 +147,7 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
             PlanTooLarge: when there is more memory in use than the limit.
         """
         living = sum(self._live.values())
+        self._heap_peak = max(self._heap_peak, sum(n for n in self._live.values() if n < LEAST_MAPPED))
         self.peak = max(self.peak, living + other_bytes)
         self.batch_peak = max(self.batch_peak, living + (other_bytes if batch_bytes is None else batch_bytes))
         if self._limit is not None and self.peak > self._limit:
@@ -163,7 +169,7 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
             if nbytes := storage.nbytes() or (0 in tensor.shape and self._operand(tensor).nbytes):
                 self._live.setdefault(storage, nbytes)
         needed = scratch(operator, list(map(self._operand, inputs)), list(map(self._operand, results)), args)
-        self._code |= {needed.code} - {""}
+        self._used.add(needed.library)
         self.count(needed.single, needed.batch)
 
     def _operand(self, tensor: torch.Tensor) -> Operand:

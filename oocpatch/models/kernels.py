@@ -7,7 +7,7 @@ other CPUs take less. On other devices the rules are a margin.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 
 from oocpatch.planning.box import Ints
 
-LIBRARIES = 12 << 20
-"""Bytes that oneDNN and MKL take when they are used first: buffers of their threads, and compiled code."""
+LIBRARIES = {"oneDNN": (8 << 20, 1 << 18), "MKL": (4 << 20, 1 << 20)}
+"""Bytes that a library keeps from its first use on, and for each other shape: compiled code, buffers of threads."""
 
-COMPILED = 1 << 18
-"""Bytes of the code that oneDNN compiles for a convolution of other shapes than those before."""
+MOST_BUFFERS = 24 << 20
+"""Most bytes that a library keeps for other shapes."""
+
+_NONE = ("", "")
 
 PACKED = 4 << 20
 """Bytes of the packed parts of the matrices that MKL multiplies."""
@@ -83,8 +85,9 @@ def scratch(
     if operator.startswith("aten.convolution.") and len(arguments) >= 9 and len(operands) > 1 and len(results) == 1:
         stride, transposed, groups = arguments[3], arguments[6], arguments[8]
         convolution = Convolution(operands[0], operands[1], results[0], max(stride), bool(transposed), int(groups))
-        return Scratch(convolution.scratch(), convolution.scratch(is_batch=True), str(convolution))
-    nbytes, uses_library = 0, ""
+        library = ("MKL", "") if convolution.is_plain() else ("oneDNN", str(convolution))
+        return Scratch(convolution.scratch(), convolution.scratch(is_batch=True), library)
+    nbytes, library = 0, _NONE
     if "conv" in operator:
         nbytes = sum(operand.nbytes for operand in (*operands, *results))
     elif "multi_head_attention" in operator or "transformer_encoder" in operator:
@@ -92,12 +95,12 @@ def scratch(
     elif "mm" in operator or "linear" in operator or "attention" in operator:
         nbytes = sum(operand.nbytes for operand in (*operands, *results))
         nbytes = nbytes if operands and operands[0].dtype.itemsize < 4 else min(nbytes, PACKED)
-        uses_library = "product"
+        library = ("MKL", str([operand.shape for operand in operands]))
     elif "norm" in operator and operands and not operands[0].is_contiguous and not operands[0].is_channels_last:
         nbytes = operands[0].nbytes  # a copy in order
     elif operator == "aten.roll.default" and len(arguments[1]) > 1:
         nbytes = results[0].nbytes  # axis by axis
-    return Scratch(nbytes, nbytes, uses_library)
+    return Scratch(nbytes, nbytes, library)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,25 @@ class Scratch:
     Attributes:
         single: bytes for a batch of one patch.
         batch: bytes per patch of a larger one.
-        code: name of what a library compiles or allocates for it, once; empty: nothing.
+        library: the library that has the kernel, and the shapes that it keeps memory for; two empty texts: none.
     """
 
     single: int
     batch: int
-    code: str = ""
+    library: tuple[str, str] = _NONE
+
+
+def library_bytes(used: Collection[tuple[str, str]]) -> int:
+    """Return the bytes that libraries keep after kernels for such shapes.
+
+    >>> library_bytes([]), library_bytes([("MKL", ""), ("oneDNN", "3x3")]) / 2**20
+    (0, 12.25)
+    """
+    kept = 0
+    for library, (first, each) in LIBRARIES.items():
+        shapes = [shape for name, shape in used if name == library]
+        kept += bool(shapes) * first + min(MOST_BUFFERS, each * sum(map(bool, shapes)))
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +151,13 @@ class Convolution:
         27
         """
         copied = 0 if self.source.is_contiguous or self.source.is_channels_last else self.source.nbytes
-        if self.weight.dtype not in (torch.float32, torch.bfloat16) or (not is_batch and self._is_plain()):
+        if self.weight.dtype not in (torch.float32, torch.bfloat16) or (not is_batch and self.is_plain()):
             return copied + self._laid_out()
         if self.source.is_channels_last or self.weight.is_channels_last:
             return self.weight.nbytes + (self.source.nbytes if self.source.is_contiguous else 0)
         return copied + self.weight.nbytes + self._regrouped()
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Return whether torch leaves it to its own kernels, which lay out the neighbourhood of each voxel."""
         side = 1 if len(self.weight.shape) == 3 else min(self.weight.shape[-2:])
         few = math.prod(self.source.shape[:4]) <= FEW_VALUES

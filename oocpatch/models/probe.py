@@ -49,7 +49,7 @@ class Probe:
         aliased: names of the outputs that are the input's memory.
         bytes: memory that the call added at its peak, outputs included, input not.
         batch_bytes: the same per call of so few patches, if several were made at once.
-        library_bytes: memory that stays with the libraries that have the kernels.
+        kept_bytes: memory that stays with libraries and the heap.
         operations: operations of one patch that torch can count, of all models and transforms.
         ran_operators: whether the call ran any of torch's operators.
         least_batch: fewest patches that the model is called with: smaller batches are filled up.
@@ -61,7 +61,7 @@ class Probe:
     aliased: frozenset[str]
     bytes: int
     batch_bytes: int = 0
-    library_bytes: int = 0
+    kept_bytes: int = 0
     operations: float = 0.0
     ran_operators: bool = True
     least_batch: int = 1
@@ -69,7 +69,7 @@ class Probe:
     def model_bytes(self, batch: int) -> int:
         """Return the memory that a call with so many patches adds."""
         calls = -(-batch // self.least_batch)
-        return self.library_bytes + (self.bytes if calls == 1 else calls * self.batch_bytes)
+        return self.kept_bytes + (self.bytes if calls == 1 else calls * self.batch_bytes)
 
 
 def probe_model(
@@ -109,7 +109,7 @@ def probe_model(
             aliased=frozenset(name for name, output in outputs.items() if in_same_memory(output, patch)),
             bytes=max(footprint.peak, cast),
             batch_bytes=max(footprint.batch_peak, cast),
-            library_bytes=footprint.library_bytes,
+            kept_bytes=footprint.kept_bytes,
             operations=footprint.operations / least_batch,
             ran_operators=footprint.ran_operators,
             least_batch=least_batch,

@@ -36,6 +36,9 @@ READ_BYTES = 1 << 20
 HEAP_LIMIT = 2 << 20
 """Bytes above which an allocation is mapped, and returned to the system when it is freed; see `engine.buffers`."""
 
+LEAST_MAPPED = 11 << 17
+"""Least bytes of an allocation that is mapped: zstd allocates 1.3 MiB for each chunk, again and again."""
+
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bytes in the workspace besides sums: of the plan and its metadata, a ledger record, the metadata of a piece."""
 

@@ -324,7 +324,8 @@ class PlannedRun:
 def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any) -> PlannedRun:
     """Plan what `predict` with the same arguments would do, and stop.
 
-    Reads metadata only, and calls the model once with one patch of zeros. `print` it, look at its numbers, `run()` it.
+    Reads metadata only, and calls the model once, with an empty batch or a patch of zeros. `print` it, look at its
+    numbers, `run()` it.
 
     Args:
         volume: as for `predict`.

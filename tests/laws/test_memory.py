@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import zarr
 
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.measure import in_fresh_process
 from tests.support.children import Children
 
 MIB = 2**20
@@ -71,6 +73,16 @@ def test_memory_that_a_light_model_allocates_is_freed(measured: Measured, tmp_pa
     zarr.create_array(volume, shape=(4096, 8192, 3), chunks=(512, 512, 3), dtype="uint8", fill_value=1)
     settings = {"axes": "yxc", "patch_size": 500, "patch_overlap": 112, "output_dtype": "uint8", "light": True}
     assert_within_bounds(measured(192, **settings, max_memory=192 * MIB), 192 * MIB)
+
+
+@pytest.mark.parametrize(("network", "limit"), [("StarDist, 3 heads, 256^2", "160MiB"), ("32 channels", "128MiB")])
+def test_a_network_adds_no_more_memory_than_its_plan(network: str, limit: str, tmp_path: Path) -> None:
+    """Two of those that `python -m benchmarks networks` measures."""
+    name = next(name for name in ARCHITECTURES if network in name)
+    options = {"directory": str(tmp_path), "max_memory": limit, "threads": 1, "batch_size": 1}
+    run = in_fresh_process("run_network", "benchmarks.network_tasks", name=name, **options)
+    assert run["peak"] <= run["projected"] <= 1.4 * run["peak"]
+    assert run["planning_peak"] < 16 * MIB
 
 
 def test_a_pyramid_adds_no_more_memory_than_the_limit(measured: Measured) -> None:
