@@ -72,7 +72,8 @@ class Queue(IterableDataset[Subject]):
         transform: a function of a patch (a `Subject`) that gives a patch, or a transform of TorchIO, such as
             `tio.Compose`. It is applied in the thread that iterates; the seed of each draw sets the global generators
             of torch, numpy and Python for it, and they are put back. Label maps are TorchIO's, volumes of booleans,
-            and the one that `LabelSampler` draws by; TorchIO's transforms take all other volumes for intensities.
+            and the one that `LabelSampler` draws by; TorchIO's transforms take all other volumes for intensities, with
+            a warning where these are integers beside other volumes.
         subject_sampler: gives the indices of an epoch's subjects, as `DistributedSampler` does; then `shuffle_subjects`
             must be False.
         seed: the same seed, the same patches in each epoch (see `set_epoch`). None: the seed of `patch_sampler`, else
@@ -129,7 +130,6 @@ class Queue(IterableDataset[Subject]):
         self.transform = transform
         names = getattr(patch_sampler, "label_name", ())
         labels = frozenset([names] if isinstance(names, str) else names)
-        self._transform = None if transform is None else PatchTransform.of(transform, labels)
         self.subject_sampler = subject_sampler
         self.patches_per_region = natural_number("patches_per_region", patches_per_region, 1)
         in_flight = max(1, num_workers) if regions_in_flight is None else regions_in_flight
@@ -140,6 +140,7 @@ class Queue(IterableDataset[Subject]):
         self._check_room(self.max_length)
         if not len(subjects):
             raise ValueError("subjects must hold at least one subject, got none")
+        self._transform = None if transform is None else PatchTransform.of(transform, labels, self.subjects[0])
         for index, subject in enumerate(self.subjects):
             try:
                 if isinstance(patch_sampler, GridSampler):

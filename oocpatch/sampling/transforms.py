@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
@@ -27,7 +28,8 @@ from oocpatch.sampling.images import (
     is_label_map,
     is_torchio_image,
 )
-from oocpatch.sampling.subject import Subject
+from oocpatch.sampling.subject import Subject, volumes_of
+from oocpatch.volumes.volume import Volume
 
 GEOMETRY = "it gives a shape or a place to the whole volume"
 CONTENT = "what it does depends on all voxels of the volume"
@@ -67,8 +69,10 @@ class PatchTransform:
     labels: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, transform: Any, labels: frozenset[str] = frozenset()) -> Self:
+    def of(cls, transform: Any, labels: frozenset[str] = frozenset(), subject: Subject | None = None) -> Self:
         """Return a checked transform.
+
+        Warns of volumes of a subject that may hold labels and do not say so: TorchIO's transforms interpolate them.
 
         Raises:
             TypeError: if it cannot be called.
@@ -78,6 +82,13 @@ class PatchTransform:
             raise TypeError(f"transform must be a function of a patch, or one of TorchIO, got {transform!r}")
         if is_torchio_transform(transform):
             _refuse_whole(transform)
+            unknown = [] if subject is None else _unknown_integers(subject, labels)
+            if unknown:
+                warnings.warn(
+                    f"transform takes the integers of {', '.join(unknown)} for intensities, which it may interpolate; "
+                    "if they are labels, use LabelMap(path or tensor) in the subject, else ScalarImage(path or tensor)",
+                    stacklevel=3,
+                )
         return cls(transform, labels)
 
     def __call__(self, patch: Subject, generator: np.random.Generator) -> Any:
@@ -127,6 +138,17 @@ def seeded(seed: int) -> Iterator[None]:
 def is_torchio_transform(value: Any) -> bool:
     """Return whether a value is a transform of TorchIO, or of a class derived from one."""
     return any(c.__name__ == "Transform" and c.__module__.startswith("torchio.") for c in type(value).__mro__)
+
+
+def _unknown_integers(subject: Subject, labels: frozenset[str]) -> list[str]:
+    """Return the names of volumes of integers, beside others, of which nobody has said whether they hold labels."""
+    volumes = {} if len(subject.images) == 1 else volumes_of(subject)
+    unknown = []
+    for name, volume in volumes.items():
+        is_float = volume.dtype.kind == "f" if isinstance(volume, Volume) else volume.data.dtype.is_floating_point
+        if not (is_float or is_torchio_image(subject.images[name]) or subject.is_label(name) or name in labels):
+            unknown.append(name)
+    return unknown
 
 
 def _refuse_whole(transform: Any) -> None:

@@ -195,6 +195,16 @@ def test_label_maps_are_moved_by_the_nearest_voxel_and_others_are_interpolated()
     assert masked.mask.data.dtype == torch.bool
 
 
+def test_integers_that_may_be_labels_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="takes the integers of seg for intensities.*LabelMap"):
+        queue(AUGMENT, subjects=subjects("ours"))
+    for declared in (torchio.LabelMap(LABELS), torchio.ScalarImage(LABELS), LABELS == 1, LABELS.float()):
+        queue(AUGMENT, subjects=[Subject(t1=SCAN, seg=declared)])
+    queue(AUGMENT, subjects=[Subject(seg=LABELS)])
+    queue(lambda patch: patch, subjects=subjects("ours"))
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the integers of seg")
 def test_volumes_of_ours_are_transformed_as_torchios_images_are() -> None:
     theirs = list(queue(AUGMENT, shuffle_patches=False))
     for a, b in zip(theirs, queue(AUGMENT, subjects=subjects("ours"), shuffle_patches=False), strict=True):
