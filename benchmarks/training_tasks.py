@@ -21,6 +21,7 @@ import oocpatch
 from benchmarks.measure import answer
 
 SUBJECTS, CHUNK, IN_MEMORY = 4, 64, 128
+MAX_LENGTH, PATCHES_PER_VOLUME = 64, 20
 VOXEL_BYTES = 5
 """A float32 and a uint8."""
 STORED = 40
@@ -55,7 +56,11 @@ def _transform() -> Any:
 
 
 def _queue(library: Any, subjects: list[Any], patch: int, seed: int | None) -> Any:
-    options: dict[str, Any] = {"max_length": 64, "patches_per_volume": 20, "transform": _transform()}
+    options: dict[str, Any] = {
+        "max_length": MAX_LENGTH,
+        "patches_per_volume": PATCHES_PER_VOLUME,
+        "transform": _transform(),
+    }
     sampler: dict[str, Any] = {"label_name": "label", "label_probabilities": {0: 1, 1: 500}}
     if library is oocpatch:
         sampler |= {"seed": seed}

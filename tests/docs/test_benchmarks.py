@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, ledger_tasks
+from benchmarks import gpu, ledger_tasks, training_tasks
 from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
 from benchmarks.models import UNet3d
@@ -115,3 +115,18 @@ def test_a_ratio_is_against_the_fastest_copy_of_the_same_round():
     assert ratios(measured, "half", ours) == [1.5, 1.2, 2.0]
     assert f"| half: {ours} | 1.4 times | 1.50 times | no |" in targets_table(measured)
     assert f"| **{ours}** | 6.00 (1.50 to 8.00) | **1.50** |" in speed_table(measured, "half")
+
+
+def test_the_training_benchmark_draws_the_same_patches_for_the_same_seed(tmp_path, monkeypatch):
+    path = str(tmp_path)
+    monkeypatch.setattr(training_tasks, "MAX_LENGTH", 2)
+    monkeypatch.setattr(training_tasks, "PATCHES_PER_VOLUME", 2)
+    assert training_tasks.make_study(path, 0.01) == {"edge": 128}
+    runs = [training_tasks.train(path, steps=2, seed=seed, patch=12, workers=0) for seed in (0, 0, 1)]
+    first, again, other = (run["digest"] for run in runs)
+    assert first == again != other
+    assert all(run["seconds"] > 0 for run in runs)
+    monkeypatch.setattr(training_tasks, "IN_MEMORY", 16)
+    for library, place in (("oocpatch", "from disk"), ("oocpatch", "in memory"), ("TorchIO", "in memory")):
+        options = {"library": library, "place": place, "seconds": 0.01, "patch": 12, "workers": 0}
+        assert training_tasks.draw(path, **options)["rate"] > 0

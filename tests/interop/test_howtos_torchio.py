@@ -218,6 +218,25 @@ def test_the_queue_of_the_how_to_gives_its_patches_of_each_subject(
 
 
 @MODULES
+def test_transforms_of_the_how_to_are_applied(tio: ModuleType, paths: list[dict[str, Path]]) -> None:
+    """TorchIO transforms a whole subject, and so its patches; ours are transformed one by one."""
+    transform = tio.Compose([tio.Flip(axes=(0,)), tio.Noise(std=0.1)])
+    queue = queue_of(tio, paths, transform=transform, num_workers=2)
+    scans = [scan_of(files) for files in paths]
+    for batch in tio.SubjectsLoader(queue, batch_size=5):
+        for patch, place in zip(batch.t1.data, batch.metadata["patch_location"], strict=True):
+            box = place.to_slices()
+            flipped = [
+                (scan[::-1][box] if tio is torchio else scan[box][::-1])
+                for scan in scans
+                if scan[box].shape == (7, 7, 7)
+            ]
+            deviations = [np.std(patch[0].numpy() - known) for known in flipped if known.shape == (7, 7, 7)]
+            assert 0.07 < min(deviations) < 0.13
+            assert sum(deviation < 0.5 for deviation in deviations) == 1
+
+
+@MODULES
 def test_ranks_take_their_own_subjects(tio: ModuleType, paths: list[dict[str, Path]]) -> None:
     """Two of three subjects for each of two ranks, one of them twice, another order in each epoch."""
     for epoch in (0, 1):
