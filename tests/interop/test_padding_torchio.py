@@ -79,6 +79,24 @@ def test_statistics_leave_out_what_is_not_finite_where_torchio_pads_with_nan() -
     assert GridSampler(Subject(t1=values), 4, 2, padding_mode="mean")[0].t1.data[0, 0, 0, 0] == 31.0
 
 
+@pytest.mark.filterwarnings("ignore:.*data type of the input image is not float:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("mode", "dtype", "value"), [("mean", torch.int32, 2**24 + 1), ("median", torch.int64, 2**53 + 1)]
+)
+def test_statistics_of_large_integers_are_exact_where_torchio_rounds(mode: str, dtype: torch.dtype, value: int) -> None:
+    values = torch.full((1, 40, 40, 40), value, dtype=dtype)
+    assert torchio.Pad(padding=1, padding_mode=mode)(torchio.ScalarImage(values)).data[0, 0, 0, 0] == value - 1
+    assert GridSampler(Subject(t1=values), 4, 2, padding_mode=mode)[0].t1.data[0, 0, 0, 0] == value
+
+
+def test_a_value_beside_a_mode_that_needs_none_is_left_alone_where_torchio_raises() -> None:
+    values = torch.arange(512.0).reshape(1, 8, 8, 8)
+    with pytest.raises(RuntimeError, match="value argument"):
+        torchio.GridSampler(torchio.Subject(t1=torchio.ScalarImage(values)), 4, 2, padding_mode="reflect", fill=3)
+    sampler = GridSampler(Subject(t1=values), 4, 2, padding_mode="reflect", fill=3)
+    assert np.array_equal(sampler[0].t1.data[0], np.pad(values[0], 1, mode="reflect")[:4, :4, :4])
+
+
 def blur(patches: torch.Tensor) -> torch.Tensor:
     """A model that sees what is beyond the border."""
     return torch.nn.functional.avg_pool2d(torch.nn.functional.pad(patches, (1, 1, 1, 1)), 3, 1)
