@@ -69,7 +69,7 @@ def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     {'patch_size': [8, 8], 'model': '<builtin_function_or_method len>'}
     """
     return {
-        name: _absolute(value) if name in ("volume", "output", "mask", "workspace") else _plain(value)
+        name: _absolute(value) if name in ("volume", "output", "mask", "workspace", "export") else _plain(value)
         for name, value in arguments.items()
         if value is not None and name not in QUIET
     }

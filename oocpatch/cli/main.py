@@ -152,6 +152,7 @@ def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     line = "{output}: {seconds:.1f} s, this part is done, others are not"
     if counts is not None:
         report |= {"patches": planned.patches, "blocks": planned.blocks, **counts}
+        report |= {"export": options["export"]} if options["export"] is not None else {}
         line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
         if counts["nonfinite_voxels"]:
             line += ", {nonfinite_voxels} that are NaN or infinite"

@@ -22,6 +22,7 @@ from oocpatch.planning import arguments
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
 from oocpatch.progress import OnProgress, display_of
+from oocpatch.storage.paths import LocalPath, local_path
 from oocpatch.volumes.volume import Volume, spatial_box, spatial_sizes
 
 AUTO = "auto"
@@ -98,6 +99,10 @@ def _work(_name: str, value: Any, _volume: Volume) -> float | str | None:
     return None if value is None else arguments.checked_work(value)
 
 
+def _export(name: str, value: Any, _volume: Volume) -> LocalPath | None:
+    return None if value is None else local_path(name, value)
+
+
 CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "augment": _augment,
     "batch_size": _batch_size,
@@ -105,6 +110,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "compile_mode": lambda _, value, __: checked_compile_mode(value),
     "device": lambda _, value, __: resolve_device(value),
     "dtype": lambda name, value, _: arguments.per_head(value, lambda one: arguments.dtype_name(name, one)),
+    "export": _export,
     "mask": _mask,
     "memory_limit": lambda _, value, __: arguments.memory_limit(value),
     "num_bytes": _num_bytes,

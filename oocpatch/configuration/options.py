@@ -136,6 +136,12 @@ class OutputOptions:
         kind="flag",
         help="Keep NaN and infinity that the model gives instead of failing the block.",
     )
+    export: Any = option(
+        None,
+        check="export",
+        metavar="FILE",
+        help="Write the complete output as this NIfTI or OME-TIFF, too: .nii, .nii.gz, .ome.tif, .tif.",
+    )
 
     @property
     def ome(self) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from oocpatch.conversion import nifti_file, tiff_file
+from oocpatch.conversion.geometry import spacing, spatial_axes
 from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.outputs.record import ATTRIBUTE
 from oocpatch.planning.arguments import memory_limit
@@ -91,14 +92,11 @@ def export(
     (4, 3, 2) 23
     """
     target = local_path("path", path)
-    file_format = format_of(target)
-    _require(file_format)
     if isinstance(volume, Volume):
         data = volume if axes is None else Volume(volume.source, axes)
     else:
         data = Volume(volume, axes, level)
-    refuse_overlap("path", target, data)
-    target.check_writable("path")
+    check_exportable("path", target, data)
     limit = memory_limit(max_memory)
     place = _place(volume, data)
     attributes = _attributes_around(place)
@@ -109,7 +107,7 @@ def export(
         return Path(target)
     writer: nifti_file.NiftiWriter | tiff_file.TiffWriter
     mark = f"{MARK} {identity}"
-    if file_format == "nifti":
+    if format_of("path", target) == "nifti":
         is_packed = target.name.lower().endswith(".gz")
         writer = nifti_file.NiftiWriter(data, labels=is_labels, mark=mark, limit=limit, is_packed=is_packed)
     else:
@@ -131,27 +129,46 @@ def export(
     return Path(target)
 
 
-def format_of(path: LocalPath) -> str:
-    """Return the format of a file by its name.
+def check_exportable(name: str, path: LocalPath, volume: Volume) -> None:
+    """Refuse a file that cannot be written, and a volume that its format cannot hold; only metadata is read.
+
+    Args:
+        name: name of the parameter that the path comes from.
+        path: the file.
+        volume: the volume, or one of the same axes.
 
     Raises:
-        ValueError: if it is none that can be written.
+        ValueError: in that case.
     """
-    name = path.name.lower()
-    for suffix, file_format in FILES.items():
-        if name.endswith(suffix) and name != suffix:
-            return file_format
-    raise ValueError(f"path must end in one of {', '.join(FILES)}, got {path}; `convert` and `predict` write Zarr")
-
-
-def _require(file_format: str) -> None:
+    file_format = format_of(name, path)
     library = LIBRARIES[file_format]
     try:
         importlib.import_module(library)
     except ImportError as error:
         raise ValueError(
-            f"writing such a file needs {library}, which is not installed; pip install 'oocpatch[{file_format}]'"
+            f"writing {path.name} needs {library}, which is not installed; pip install 'oocpatch[{file_format}]'"
         ) from error
+    refuse_overlap(name, path, volume)
+    path.check_writable(name)
+    for axis in spatial_axes(volume).values():
+        spacing(volume, axis)
+    if len(volume.axes.looped) > 1:
+        raise ValueError(
+            f"export writes at most one axis of time, got {', '.join(volume.axes.names[a] for a in volume.axes.looped)}"
+        )
+
+
+def format_of(name: str, path: LocalPath) -> str:
+    """Return the format of a file by its ending.
+
+    Raises:
+        ValueError: if it is none that can be written; it names the parameter.
+    """
+    lower = path.name.lower()
+    for suffix, file_format in FILES.items():
+        if lower.endswith(suffix) and lower != suffix:
+            return file_format
+    raise ValueError(f"{name} must end in one of {', '.join(FILES)}, got {path}; `convert` and `predict` write Zarr")
 
 
 def _place(volume: Any, data: Volume) -> StoragePath | None:
@@ -227,7 +244,7 @@ def mark_of(path: LocalPath) -> str | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        read = nifti_file.description_of if format_of(path) == "nifti" else tiff_file.software_of
+        read = nifti_file.description_of if format_of("path", path) == "nifti" else tiff_file.software_of
         text = read(Path(path))
     except Exception:  # noqa: BLE001 - of any other file, in any state
         return None

@@ -47,8 +47,6 @@ class NiftiWriter:
         axes = spatial_axes(volume)
         time = [volume.axes.names[a] for a in volume.axes.looped]
         channel = [] if volume.channel_axis is None else [volume.channel_axis]
-        if len(time) > 1:
-            raise ValueError(f"a NIfTI has at most one axis of time, got {', '.join(time)}")
         fast_first = [*axes.values(), *time, *channel]
         self._dtype = stored_dtype(volume.dtype)
         self._is_packed = is_packed

@@ -96,8 +96,6 @@ class TiffWriter:
     def __init__(self, volume: Volume, *, labels: bool, mark: str, limit: int) -> None:
         axes = spatial_axes(volume)
         time = [volume.axes.names[a] for a in volume.axes.looped]
-        if len(time) > 1:
-            raise ValueError(f"an OME-TIFF has at most one axis of time, got {', '.join(time)}")
         channel = [] if volume.channel_axis is None else [volume.channel_axis]
         self._is_rgb = is_rgb(volume) and not time
         space = [axes[role] for role in "zyx" if role in axes]

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import CorruptData
+from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.models.preprocessing import preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER
 from oocpatch.outputs.output import array_paths
+from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress
+from oocpatch.run.driver import find_workspace, plan_of
 from oocpatch.storage.journal import local_copy
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.unit_tags import UnitRecords
@@ -304,3 +306,31 @@ def _other_statistics(config: RunConfig, plan: Plan, volume: Volume) -> bool:
     if preprocess_statistics(config.model.preprocess, volume, limit, progress=progress) != plan.statistics:
         return True
     return mode is not None and padding_value(volume, mode, max_memory=limit, progress=progress) != plan.fill
+
+
+def compare_input(config: RunConfig, stored: Plan | None, record: OutputRecord | None) -> InputChanges:
+    """Compare the input with what the blocks that are done have read.
+
+    Raises:
+        RunMismatch: when it has changed, unless it is to be updated.
+    """
+    execution = config.execution
+    if record is None or execution.overwrite:
+        return InputChanges()
+    if record.complete:
+        plan = plan_of(record)
+        if plan is None or not (execution.check_input or execution.update):
+            return InputChanges()
+        changes = changes_of_complete(config, plan)
+    else:
+        workspace = None if stored is None else find_workspace(config, record)
+        if workspace is None:
+            return InputChanges()
+        changes = changes_of_unfinished(config, workspace, workspace.progress())
+    if changes and not execution.update:
+        raise RunMismatch(
+            f"{config.output} was computed from other input ({changes} since); compute the blocks that depend on it "
+            "again with update=True, choose another output, or start afresh with overwrite=True",
+            changes.names,
+        )
+    return changes

@@ -24,7 +24,7 @@ import torch
 from oocpatch.configuration.label_plan import with_larger_ids
 from oocpatch.configuration.make_plan import check_same_run, counted, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputBusy, OutputExists, RunMismatch, TooManyObjects
+from oocpatch.errors import OutputBusy, OutputExists, TooManyObjects
 from oocpatch.execution.array_job import ArrayJobPart, busy_holder
 from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
@@ -48,7 +48,8 @@ from oocpatch.run.driver import (
     set_up,
     workspace_root,
 )
-from oocpatch.run.input_changes import InputChanges, changes_of_complete, changes_of_unfinished, stages_to_repeat
+from oocpatch.run.export_result import check_export, export_result
+from oocpatch.run.input_changes import InputChanges, compare_input, stages_to_repeat
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail
 from oocpatch.workspace.workspace import Workspace
@@ -91,6 +92,7 @@ def predict(
     output_fill: float = 0,
     output_format: str = "auto",
     allow_nonfinite: bool = False,
+    export: str | os.PathLike[str] | None = None,
     max_memory: int | float | str = "auto",
     max_disk: int | float | str | None = None,
     block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
@@ -165,6 +167,7 @@ def predict(
         output_fill: value of voxels that no patch covers.
         output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
+        export: NIfTI or OME-TIFF to write when the output is complete, as `oocpatch.export` does, unless it is there.
 
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.
@@ -249,6 +252,7 @@ def predict(
         output_fill=output_fill,
         output_format=output_format,
         allow_nonfinite=allow_nonfinite,
+        export=export,
         max_memory=max_memory,
         max_disk=max_disk,
         block_shape=block_shape,
@@ -342,8 +346,9 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     (9, 1, (64, 64))
     """
     config = RunConfig.of(volume, model, output, **options)
-    stored, _ = _stored_run(config)
+    stored, record = _stored_run(config)
     made = stored or make_plan(config)
+    check_export(config, record, made)
     return PlannedRun(made, config, expected_occupancy(config, made))
 
 
@@ -359,13 +364,21 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     Raises:
         ValueError: for a block that the plan does not have. Nothing is written then.
     """
+    result = _run(config, planned, blocks)
+    export_result(config)
+    return result
+
+
+def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) -> Result:
+    """Run a configuration without the export of its output."""
     asked = config
     stored, record = _stored_run(config)
-    changes = _input_changes(config, stored, record)
+    changes = compare_input(config, stored, record)
     if changes.concern_all:  # a fresh run
         config = replace(config, execution=replace(config.execution, overwrite=True))
         stored, changes = None, InputChanges()
     if record is not None and record.complete and not config.execution.overwrite and not changes:
+        check_export(config, record)
         discard_workspace(config, record)  # a crash after success may have left it, and its lock
         for lock in locks(config.output):
             clear_dead(lock)
@@ -374,6 +387,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     if changes and record is not None and record.complete and (stored := plan_of(record)) is not None:
         stored = resumed_plan(stored, config)
     plan = stored or planned or make_plan(config)
+    check_export(config, record, plan)
     chosen = None if blocks is None else _checked_blocks(plan, blocks)
     if chosen is None and (warning := idle_workers(config, plan, expected_occupancy(config, plan))):
         logger.warning("%s: %s", config.output, warning)
@@ -390,7 +404,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
                 plan = counted(plan, config.selection)  # it may be the mask that has changed
                 _reopen(config, plan, record, changes)
             return _locked_run(config, plan, chosen, resuming=stored is not None)
-    return run(asked, planned, chosen)  # another call was at work since this one looked
+    return _run(asked, planned, chosen)  # another call was at work since this one looked
 
 
 def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, resuming: bool) -> Result:
@@ -455,34 +469,6 @@ def _warn_of_lost_workspace(config: RunConfig, record: OutputRecord) -> None:
             config.output,
             workspace_root(record),
         )
-
-
-def _input_changes(config: RunConfig, stored: Plan | None, record: OutputRecord | None) -> InputChanges:
-    """Compare the input with what the blocks that are done have read.
-
-    Raises:
-        RunMismatch: when it has changed, unless it is to be updated.
-    """
-    execution = config.execution
-    if record is None or execution.overwrite:
-        return InputChanges()
-    if record.complete:
-        plan = plan_of(record)
-        if plan is None or not (execution.check_input or execution.update):
-            return InputChanges()
-        changes = changes_of_complete(config, plan)
-    else:
-        workspace = None if stored is None else find_workspace(config, record)
-        if workspace is None:
-            return InputChanges()
-        changes = changes_of_unfinished(config, workspace, workspace.progress())
-    if changes and not execution.update:
-        raise RunMismatch(
-            f"{config.output} was computed from other input ({changes} since); compute the blocks that depend on it "
-            "again with update=True, choose another output, or start afresh with overwrite=True",
-            changes.names,
-        )
-    return changes
 
 
 def _reopen(config: RunConfig, plan: Plan, record: OutputRecord, changes: InputChanges) -> None:

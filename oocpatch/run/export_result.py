@@ -1,0 +1,69 @@
+"""The file that `predict(export=...)` writes when its output is complete."""
+
+from __future__ import annotations
+
+import contextlib
+
+from oocpatch.configuration.run_config import RunConfig
+from oocpatch.conversion.export import check_exportable, export, mark_of
+from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
+from oocpatch.outputs.record import OutputRecord, inspect_output
+from oocpatch.planning.plan import Plan
+
+
+def check_export(config: RunConfig, record: OutputRecord | None, plan: Plan | None = None) -> None:
+    """Refuse a file that could not be written once the output is complete, before anything is computed.
+
+    Args:
+        config: the checked arguments.
+        record: the record of the output that is there, if there is one.
+        plan: the plan of the run; None: the output is complete.
+
+    Raises:
+        ValueError: if the run has several heads, or its axes do not fit the file.
+        OutputExists: if the file is there, and this run may not replace it.
+    """
+    path = config.outputs.export
+    if path is None:
+        return
+    heads = [head.name for head in plan.heads] if plan is not None else record.details["heads"] if record else []
+    if len(heads) > 1:
+        raise ValueError(
+            f"export must be None for a model of several outputs ({', '.join(heads)}): export one of them afterwards, "
+            f"oocpatch.export({str(config.output / heads[0])!r}, {path.name!r})"
+        )
+    check_exportable("export", path, config.volume)
+    if not path.exists():
+        return
+    is_complete = record is not None and record.complete and not config.execution.overwrite
+    if mark_of(path) is None or not (is_complete or _may_replace(config)):
+        raise OutputExists(
+            f"export must be a new file, but {path} is there and was not exported from {config.output}; choose another "
+            "one, or move it away; overwrite=True replaces a file that was exported"
+        )
+
+
+def export_result(config: RunConfig) -> None:
+    """Export the output of a run to the file that its caller named, if it is complete; the file may be there already.
+
+    Raises:
+        As `export`.
+    """
+    path = config.outputs.export
+    record = None if path is None else inspect_output(config.output)
+    if path is None or record is None or not record.complete:
+        return
+    volume, limit, progress = str(config.output), config.limits.max_memory, config.execution.progress
+    # another part of the run may be exporting already
+    with contextlib.suppress(*([OutputBusy] if config.execution.part is not None else [])):
+        try:
+            export(volume, path, max_memory=limit, progress=progress)
+        except RunMismatch:
+            if not _may_replace(config):
+                raise
+            export(volume, path, max_memory=limit, progress=progress, overwrite=True)
+
+
+def _may_replace(config: RunConfig) -> bool:
+    """Return whether a file of an earlier run may be replaced, as its output is."""
+    return config.execution.overwrite or config.execution.update
