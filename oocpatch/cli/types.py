@@ -47,6 +47,11 @@ def size_or_auto(value: Any) -> int | str | tuple[int, ...] | dict[str, int]:
     return "auto" if value == "auto" else size(value)
 
 
+def size_or_none(value: Any) -> int | str | tuple[int, ...] | dict[str, int]:
+    """Read a size, or `none`."""
+    return "none" if value == "none" else size(value)
+
+
 def box(value: Any) -> list[tuple[int | None, int | None]]:
     """Read `START:STOP` per axis; either may be left out.
 
@@ -151,6 +156,7 @@ READERS: dict[str, Any] = {
     "float": float,
     "size": size,
     "size_or_auto": size_or_auto,
+    "size_or_none": size_or_none,
     "box": box,
     "part": part,
     "json": json_or_text,

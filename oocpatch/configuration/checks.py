@@ -38,6 +38,10 @@ def _sizes(name: str, value: Any, volume: Volume) -> Ints | None:
     return None if value is None else spatial_sizes(name, value, volume, least=1)
 
 
+def _shards(name: str, value: Any, volume: Volume) -> Ints | None:
+    return () if isinstance(value, str) and value == "none" else _sizes(name, value, volume)
+
+
 def _patch_size(name: str, value: Any, volume: Volume) -> Ints:
     return () if is_auto(value) else spatial_sizes(name, value, volume, least=1)
 
@@ -125,6 +129,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "postprocess": _postprocess,
     "preprocess": lambda _, value, volume: checked_preprocess(value, volume.dtype, volume.channels),
     "progress": _progress,
+    "shards": _shards,
     "sizes": _sizes,
     "switch": lambda name, value, _: arguments.switch(name, value),
     "work": _work,
@@ -146,5 +151,6 @@ IDENTITIES: dict[str, Callable[[Any], Any]] = {
     "device_type": lambda value: torch.device(value).type,
     "json_number": arguments.json_number,
     "mask": lambda mask: None if mask is None else mask.signature,
+    "shards": lambda value: "none" if value == () else value,
 }
 """Functions of a checked value that return what identifies a run, by the names that fields give them."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from oocpatch.configuration.label_plan import make_label_plan
-from oocpatch.configuration.output_heads import OutputHeads, infer_heads
+from oocpatch.configuration.output_heads import OutputHeads, default_shards, infer_heads
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.engine.device_transfer import is_staged
@@ -34,6 +34,7 @@ from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human, pack_counts
 from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
+from oocpatch.planning.shards import fitted_units
 from oocpatch.planning.workload import crash_limit
 from oocpatch.storage.forks import in_new_thread_if_forked
 
@@ -130,7 +131,30 @@ def _planned(config: RunConfig) -> Plan:
             most=input_spec.most_batch,
         )
         config = config.with_sizes((), batch)
-    sizes = _byte_sizes(config, outputs, probe)
+    plan = _plan_for(config, outputs, probe, threads)
+    shapes = [frame.grid.shape for frame in plan.frames]
+    shards = default_shards(config, outputs.heads, shapes)
+    if not any(shards):
+        return plan
+    whole = config.volume.shards is not None
+    for units in fitted_units(outputs.heads, shards, plan.core, shapes, whole=whole):
+        heads = tuple(replace(head, unit=unit) for head, unit in zip(outputs.heads, units, strict=True))
+        with contextlib.suppress(PlanTooLarge):
+            sharded = _plan_for(config, replace(outputs, heads=heads), probe, threads)
+            is_asked = config.limits.block_shape is None or sharded.core == plan.core
+            most = None if plan.crash_limit is None else max(plan.crash_limit, plan.crash_patches)
+            if is_asked and (most is None or sharded.crash_patches <= most):
+                return sharded
+    return plan
+
+
+def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: int) -> Plan:
+    """Return the plan of a run with such outputs, of which the write units are known.
+
+    Raises:
+        PlanTooLarge: when nothing fits.
+    """
+    volume, sizes = config.volume, _byte_sizes(config, outputs, probe)
     core = None
     if config.limits.block_shape is not None:
         core = (*common_unit(outputs.heads)[: config.looped], *config.limits.block_shape)

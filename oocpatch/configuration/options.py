@@ -113,11 +113,11 @@ class OutputOptions:
     )
     output_shards: Ints | None = option(
         None,
-        check="sizes",
-        identity=True,
-        kind="size",
+        check="shards",
+        identity="shards",
+        kind="size_or_none",
         metavar="SIZE",
-        help="Shard shape; default: no shards.",
+        help="Shard shape, or none; default: as the input has, and for more than 100,000 chunks.",
     )
     output_fill: float = option(
         0, check="number", identity="json_number", kind="number", metavar="NUMBER", help="Value of uncovered voxels."

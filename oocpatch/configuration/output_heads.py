@@ -6,7 +6,7 @@ They follow from the outputs of the probe and from the configuration. Nothing is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, wri
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, distinct_channel_axes, patch_grid
+from oocpatch.planning.shards import shards_of_input, shards_of_many_chunks
 from oocpatch.volumes.volume import default_chunks
 
 EXAMINED = 16
@@ -226,11 +227,12 @@ def _chunks(config: RunConfig, itemsize: int, scale: tuple[Scale, ...], *, by_in
     """
     volume, loops = config.volume, config.looped
     shape = tuple(-(-n * times // per) for n, (times, per) in zip(volume.shape, scale, strict=True))
+    small = volume.shards is not None and config.outputs.output_shards is None
     default = tuple(
         min(n, times * max(1, round(c / per)))
-        for c, n, (times, per) in zip(default_chunks(volume, itemsize), shape, scale, strict=True)
+        for c, n, (times, per) in zip(default_chunks(volume, itemsize, small=small), shape, scale, strict=True)
     )
-    asked, shards = config.outputs.output_chunks, config.outputs.output_shards
+    asked, shards = config.outputs.output_chunks, config.outputs.output_shards or None
     chunks: Ints = asked or default[loops:]
     if asked is None and shards is not None:
         chunks = tuple(c if s % c == 0 else s for c, s in zip(chunks, shards, strict=True))
@@ -238,3 +240,20 @@ def _chunks(config: RunConfig, itemsize: int, scale: tuple[Scale, ...], *, by_in
     if by_index:
         default = (*(1,) * loops, *default[loops:])
     return (*default[:loops], *clipped_chunks(chunks, shape[loops:])), (*default[:loops], *unit)
+
+
+def default_shards(config: RunConfig, heads: Sequence[Head], shapes: Sequence[Ints]) -> list[Ints | None]:
+    """Return the shards that each head should have where none are asked for: the input's, or those of many chunks."""
+    volume, loops, limit = config.volume, config.looped, config.limits.max_memory
+    if config.outputs.output_shards is not None:
+        return [None] * len(heads)
+    shards: list[Ints | None] = []
+    for head, shape in zip(heads, shapes, strict=True):
+        if volume.shards is None:
+            shard = shards_of_many_chunks(head, shape, np.dtype(head.out_dtype).itemsize, limit)
+        else:
+            shard = shards_of_input(head, volume.shards)
+        if shard is not None and head.channel_axis is not None and head.channel_position > 0:
+            shard = (*head.unit[:loops], *shard[loops:])  # each index of looped axes is a write of its own
+        shards.append(shard)
+    return shards

@@ -302,7 +302,9 @@ class Plan:
         patches += f", {modes}, batches of {self.batch_size}{left_out}{self._filling()}"
         outputs = {
             "output" if i == 0 else f"output {i + 1}": f"{h.name}: {h.out_channels} channel(s), {h.out_dtype}, "
-            f"chunks {size(h.chunks[spatial])}" + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
+            f"chunks {size(h.chunks[spatial])}"
+            + (f", shards {size(h.unit[spatial])}" if h.unit != h.chunks else "")
+            + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
             for i, h in enumerate(self.heads)
         }
         rows = {

@@ -88,7 +88,7 @@ def predict(
     compile: bool | str = False,  # noqa: A002 - as torch calls it
     output_dtype: Any = None,
     output_chunks: int | Sequence[int] | Mapping[str, int] | None = None,
-    output_shards: int | Sequence[int] | Mapping[str, int] | None = None,
+    output_shards: int | str | Sequence[int] | Mapping[str, int] | None = None,
     output_fill: float = 0,
     output_format: str = "auto",
     allow_nonfinite: bool = False,
@@ -163,7 +163,8 @@ def predict(
         output_dtype: dtype of the output; integers are rounded half to even and saturate. A dict gives each output its
             own.
         output_chunks: chunks of the output, spatial; default: those of the volume, if reasonable.
-        output_shards: shards of the output, spatial; multiples of its chunks.
+        output_shards: shards of the output, spatial; multiples of its chunks; `"none"`: none. Default: those of the
+            input, or the largest whole fraction that blocks can hold; for more than 100,000 chunks up to 256 MiB.
         output_fill: value of voxels that no patch covers.
         output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.

@@ -123,6 +123,12 @@ class Volume:
         return tuple(self.source.chunks[i] for i in self.axes.order)
 
     @property
+    def shards(self) -> Ints | None:
+        """Shards along looped and spatial axes, in voxels; None if the source has none."""
+        shards = None if self.source.array is None else self.source.array.shards
+        return None if shards is None else tuple(shards[i] for i in self.axes.order)
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of one decoded chunk; 0 if the source is in memory."""
         return math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
@@ -345,11 +351,14 @@ CHUNK_BYTES = (1 << 12, 1 << 26)
 """Bytes between which the chunks of an input are used for the output."""
 
 
-def default_chunks(volume: Volume, out_itemsize: int) -> Ints:
-    """Return chunks for an output: those of the volume if their size is reasonable, else 64^3, 512^2 and the like."""
+def default_chunks(volume: Volume, out_itemsize: int, *, small: bool = False) -> Ints:
+    """Return chunks for an output: those of the volume if their size is reasonable, else 64^3, 512^2 and the like.
+
+    With `small`, small chunks are: they lie in shards.
+    """
     chunks = tuple(min(c, n) for c, n in zip(volume.chunks, volume.shape, strict=True))
     size = out_itemsize * int(np.prod(chunks, dtype=object))
-    if volume.source.chunked and size <= CHUNK_BYTES[1] and (size >= CHUNK_BYTES[0] or chunks == volume.shape):
+    if volume.source.chunked and size <= CHUNK_BYTES[1] and (small or size >= CHUNK_BYTES[0] or chunks == volume.shape):
         return chunks
     looped = len(volume.shape) - volume.spatial_ndim
     side = DEFAULT_CHUNKS.get(volume.spatial_ndim, 16)
