@@ -17,6 +17,7 @@ from benchmarks import (
     memory,
     networks,
     object_tables,
+    objects,
     peers,
     profile,
     report,
@@ -46,6 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
         slide,
         gpu,
         object_tables,
+        objects,
         workers,
     ):
         verb = _verb(verbs, benchmark)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ from oocpatch.planning.plan import Plan, human
 
 NAME = "labels"
 """Name of the output's array."""
+
+_NOT_ASKED = ("model", "patch_size", "overlap_mode")
+"""Arguments of `predict` that a call of `label` has no values for."""
 
 BLOCK_VOXELS = 1 << 24
 """Voxels of a block that is not chosen by hand: a second of work."""
@@ -60,7 +63,6 @@ def label_config(
         TypeError, ValueError: for the first value that breaks a rule.
     """
     config = RunConfig.of(volume, "identity", output, patch_size=1, overlap_mode="crop", **options)
-    asked = {"threshold": threshold, "connectivity": connectivity, "per_class": per_class, "min_size": min_size}
     rule = _checked(config, threshold, connectivity, per_class, min_size)
     dtype = config.outputs.output_dtype
     if dtype is not None and (isinstance(dtype, dict) or np.dtype(dtype).kind not in "iu"):
@@ -81,7 +83,10 @@ def label_config(
         config,
         labelling=rule,
         parameters=parameters,
-        settings={**config.settings, **asked},
+        settings={
+            **{name: value for name, value in config.settings.items() if name not in _NOT_ASKED},
+            **{name: value for name, value in asdict(rule).items() if value or name == "connectivity"},
+        },
         outputs=replace(config.outputs, output_dtype=dtype or DTYPES[0]),
     )
 

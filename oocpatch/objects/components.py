@@ -76,6 +76,8 @@ def components(marked: Array, connectivity: int) -> tuple[Labels, Places]:
     ([[0, 1, 0], [2, 0, 3]], [1, 3, 5])
     """
     marked = np.ascontiguousarray(marked)
+    if not marked.any():  # most blocks of a sparse volume
+        return np.zeros(marked.shape, np.uint32), np.empty(0, np.int64)  # untouched: no memory
     library = _cc3d()
     if library is not None and marked.ndim <= 3:
         labels = _by_cc3d(library, marked, connectivity)

@@ -14,6 +14,9 @@ from oocpatch.storage.locks import holder, locks
 from oocpatch.storage.paths import output_path
 from oocpatch.workspace.workspace import Workspace
 
+_WORDS = ("predict", "normalize", "patches")
+"""What the stages and the units of a run of `predict` are called."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
@@ -33,6 +36,7 @@ class RunStatus:
         blocks_per_second: of the last call, from the times of its records; 0: not known yet.
         patches_per_second: the same in patches.
         seconds_left: what the rest takes at that speed; None: not known.
+        verb: `predict`, or `label`, whose patches are voxels, and whose blocks are predicted, merged and normalized.
     """
 
     output: str
@@ -48,6 +52,7 @@ class RunStatus:
     blocks_per_second: float = 0.0
     patches_per_second: float = 0.0
     seconds_left: float | None = None
+    verb: str = "predict"
 
     def to_json(self) -> str:
         """The status as a JSON object."""
@@ -55,15 +60,16 @@ class RunStatus:
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.state}"]
+        first, second, unit = ("label", "relabel", "voxels") if self.verb == "label" else _WORDS
         if self.predict_total:
-            lines.append(f"predict    {self.predict_done} of {self.predict_total} blocks")
+            lines.append(f"{first:<10} {self.predict_done} of {self.predict_total} blocks")
         if self.normalize_total:
-            lines.append(f"normalize  {self.normalize_done} of {self.normalize_total} blocks")
+            lines.append(f"{second:<10} {self.normalize_done} of {self.normalize_total} blocks")
         if self.patches_total:
-            lines.append(f"patches    {self.patches_done:,} of {self.patches_total:,}")
+            lines.append(f"{unit:<10} {self.patches_done:,} of {self.patches_total:,}")
         if self.seconds_left is not None:
             left = timedelta(seconds=round(self.seconds_left))
-            each = f"{self.patches_per_second:.3g} patches/s, {self.blocks_per_second:.3g} blocks/s"
+            each = f"{self.patches_per_second:.3g} {unit}/s, {self.blocks_per_second:.3g} blocks/s"
             when = "" if self.state == "running" else " for the call that resumes"
             lines.append(f"speed      {each}, {left} left{when}")
         lines += [f"failed     block {block}: {' '.join(text.split())}" for block, text in self.failed.items()]
@@ -80,20 +86,24 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     record = find_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
+    verb = "label" if "connectivity" in record.parameters else "predict"
     if record.complete:
         blocks, opened, patches = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks", "patches"))
-        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {}, patches, patches)
+        return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {}, patches, patches, verb=verb)
     running = any(holder(lock) for lock in locks(path))
     state = "running" if running else "incomplete"
     workspace = Workspace.find(workspace_root(record))
     if workspace is None:
-        return RunStatus(str(path), str(workspace_root(record)), state, 0, 0, 0, 0, {})
+        return RunStatus(str(path), str(workspace_root(record)), state, 0, 0, 0, 0, {}, verb=verb)
     done, grid = workspace.progress(), workspace.plan.block_grid
     patches = workspace.plan.patches_in(done.partials)
     recent = workspace.plan.patches_in(done.recent_blocks)
     # While a run is at work, a block that takes long must slow its speed down.
     seconds = (max(done.last_at, time.time()) if running else done.last_at) - done.begun_at
     speed = recent / seconds if done.begun_at and seconds > 0 else 0.0
+    left = workspace.plan.patches - patches
+    if verb == "label":  # voxels are read once more
+        left += workspace.plan.patches - workspace.plan.patches_in(done.normalized)
     return RunStatus(
         output=str(path),
         workspace=str(workspace.root),
@@ -107,5 +117,6 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
         patches_total=workspace.plan.patches,
         blocks_per_second=len(done.recent_blocks) / seconds if speed else 0.0,
         patches_per_second=speed,
-        seconds_left=(workspace.plan.patches - patches) / speed if speed else None,
+        seconds_left=left / speed if speed else None,
+        verb=verb,
     )

@@ -117,13 +117,16 @@ def _figures(record: OutputRecord, plan: Plan | None) -> dict[str, str]:
         seconds = float(details["seconds"])
         figures["time"] = f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 60:,.1f} min"
     if plan is not None:
-        figures["patches"] = f"{plan.patches:,}"
+        unit = "patches" if plan.labelling is None else "voxels"
+        figures[unit] = f"{plan.patches:,}"
         figures["blocks"] = f"{plan.blocks:,}"
         if "seconds" in details and details["seconds"] > 0:
             size = math.prod(plan.shape) * plan.in_channels * np.dtype(plan.in_dtype).itemsize
-            figures["patches per second"] = f"{plan.patches / details['seconds']:,.1f}"
+            figures[f"{unit} per second"] = f"{plan.patches / details['seconds']:,.1f}"
             figures["of the volume per second"] = human(size / details["seconds"])
-        if "uncovered_voxels" in details:
+        if "objects" in details:
+            figures["objects"] = ", ".join(f"{count:,}" for count in details["objects"])
+        elif "uncovered_voxels" in details:
             figures["voxels that no patch covers"] = f"{details['uncovered_voxels']:,}"
         figures["memory, projected"] = human(plan.projected_memory)
     if "process_peak_memory" in details:
@@ -136,14 +139,19 @@ def command_of(settings: Mapping[str, Any]) -> str:
 
     >>> command_of({"volume": "/a.zarr", "output": "/o.zarr", "model": "net.py:net", "patch_size": [8, 16]})
     'oocpatch predict /a.zarr /o.zarr --model net.py:net --patch-size 8,16'
+    >>> command_of({"volume": "/a.zarr", "output": "/o.zarr", "connectivity": 1, "threshold": 0.5})
+    'oocpatch label /a.zarr /o.zarr --connectivity 1 --threshold 0.5'
     """
     changed = {n: v for n, v in settings.items() if n not in OPTIONS or str(v) != str(OPTIONS[n].default)}
     # An object is recorded by its description, which has no name on a command line.
+    verb = "label" if "connectivity" in settings else "predict"
     objects = [name for name, value in changed.items() if any(str(v).startswith("<") for v in _listed(value))]
     if objects:
         lines = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in changed.items())
-        return "".join(f"# {n}: {changed[n]}\n" for n in objects) + f"oocpatch.predict(\n{lines})"
-    words = ["oocpatch", "predict", *(str(changed.pop(n)) for n in ("volume", "output") if n in changed)]
+        return "".join(f"# {n}: {changed[n]}\n" for n in objects) + f"oocpatch.{verb}(\n{lines})"
+    words = ["oocpatch", verb, *(str(changed.pop(n)) for n in ("volume", "output") if n in changed)]
+    for name in sorted(changed.keys() - OPTIONS.keys()) if verb == "label" else ():
+        words += _typed(f"--{name.replace('_', '-')}", "flag" if changed[name] is True else "text", changed[name])
     for name, field in OPTIONS.items():
         if name in changed:
             words += _typed(f"--{name.replace('_', '-')}", field.metadata["kind"], changed[name])

@@ -101,3 +101,15 @@ def test_memory_does_not_grow_with_the_volume(measured: Measured) -> None:
         assert_within_bounds(run, LIMIT)
     assert large["blocks"] >= small["blocks"]
     assert large["added"] <= small["added"] * 1.15 + 4 * MIB
+
+
+def test_labelling_adds_no_more_memory_than_its_plan_and_its_limit(children: Children, tmp_path: Path) -> None:
+    """Noise has an object in every twelfth voxel, a hundred thousand of which blocks share."""
+    noise = np.random.default_rng(0).random((128, 192, 192)) < 0.2
+    zarr.create_array(tmp_path / "volume.zarr", data=noise, chunks=(64, 64, 64))
+    options = {"max_memory": 40 * MIB, "workers": 2, "output_chunks": 64}
+    paths = tmp_path / "volume.zarr", tmp_path / "labels.zarr"
+    run = children.measure("tests.support.label_memory_child", *paths, options)
+    assert run["objects"] > 300_000
+    assert run["blocks"] > 4
+    assert_within_bounds(run, 40 * MIB)
