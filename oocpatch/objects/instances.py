@@ -21,114 +21,17 @@ that its patch gives it where the owner has background:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from oocpatch.planning.box import Box, Ints
+from oocpatch.engine.patch_objects import Labels, PatchObjects
+from oocpatch.planning.box import Box
 
 Array = npt.NDArray[Any]
-Labels = npt.NDArray[np.unsignedinteger[Any]]
 Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-
-TABLE = 4
-"""Labels per voxel up to which a table finds the ones that occur faster than sorting does."""
-
-
-@dataclass(frozen=True, slots=True)
-class PatchObjects:
-    """The objects of one patch.
-
-    Attributes:
-        labels: the objects 1 to `count` of the voxels that lie in the volume, 0 the background.
-        extends: per object, whether it takes voxels that other patches own: it is seen whole, and its patch owns at
-            least one of its voxels.
-    """
-
-    labels: Labels
-    extends: Flags
-
-    @property
-    def count(self) -> int:
-        """Number of objects; some may lie beyond the border of the volume."""
-        return len(self.extends)
-
-
-def patch_objects(labels: Array, box: Box, owned: Box, shape: Ints, looped: int = 0) -> PatchObjects:
-    """Return the objects of a patch.
-
-    Args:
-        labels: labels of its voxels, `(*patch)`, numbered in any way, 0 the background.
-        box: place of the patch, which may reach beyond the volume.
-        owned: the voxels that the patch owns.
-        shape: shape of the volume.
-        looped: number of looped axes, along which a patch has one voxel.
-
-    Raises:
-        TypeError, ValueError: when these are no labels of objects.
-
-    >>> objects = patch_objects(np.array([7, 7, 0, 3, 0, 9]), Box((0,), (6,)), Box((0,), (4,)), (10,))
-    >>> objects.labels.tolist(), objects.extends.tolist()
-    ([2, 2, 0, 1, 0, 3], [True, True, False])
-    """
-    compacted, count = compact(labels)
-    extends = seen_whole(compacted, count, box, shape, looped)
-    extends &= _present(compacted[owned.slices(box.start)], count)[1:]
-    inside = (box & Box.of_shape(shape)).slices(box.start)
-    return PatchObjects(np.ascontiguousarray(compacted[inside]), extends)
-
-
-def compact(labels: Array) -> tuple[Labels, int]:
-    """Number labels from 1 without gaps, in their order, in the smallest dtype; 0 stays 0.
-
-    Returns:
-        The labels, and the largest one.
-
-    Raises:
-        TypeError: when they are not integers.
-        ValueError: when one is negative.
-
-    >>> compact(np.array([0, 900, 0, 5]))
-    (array([0, 2, 0, 1], dtype=uint8), 2)
-    """
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"labels of objects must be integers, got {labels.dtype}")
-    least, most = int(labels.min(initial=0)), int(labels.max(initial=0))
-    if least < 0:
-        raise ValueError(f"labels of objects must be 0 or more, 0 the background, got {least}")
-    if most <= TABLE * labels.size:
-        present = _present(labels, most)
-        numbers = np.cumsum(present)
-        return numbers.astype(np.min_scalar_type(numbers[-1]))[labels], int(numbers[-1])
-    values, places = np.unique(labels, return_inverse=True)
-    first = int(values[0] != 0)  # the number of the lowest label, if it is not the background
-    count = len(values) - 1 + first
-    return (places + first).astype(np.min_scalar_type(count)).reshape(labels.shape), count
-
-
-def _present(labels: Array, most: int) -> Flags:
-    """Return whether each label from 0 to `most` occurs; False for the background."""
-    present = np.zeros(most + 1, np.bool_)
-    present[labels.reshape(-1)] = True
-    present[0] = False
-    return present
-
-
-def seen_whole(labels: Labels, count: int, box: Box, shape: Ints, looped: int = 0) -> Flags:
-    """Return whether each object of a patch touches no face of it, except at or beyond the border of the volume.
-
-    >>> seen_whole(np.array([1, 0, 2]), 2, Box((0,), (3,)), (10,)).tolist()
-    [True, False]
-    """
-    cut = np.zeros(count + 1, np.bool_)
-    for axis in range(looped, labels.ndim):
-        for at, is_border in ((0, box.start[axis] <= 0), (-1, box.stop[axis] >= shape[axis])):
-            if not is_border:
-                cut[labels.take(at, axis).reshape(-1)] = True
-    return ~cut[1:]
 
 
 def matches(one: Labels, other: Labels, threshold: float) -> tuple[Numbers, Numbers]:
@@ -177,11 +80,13 @@ class Assembly:
     Objects are named by numbers of their own: those of a patch are `first + label`, in any dtype. Patches come in the
     order of the grid; where several objects extend to one voxel, the first one has it.
 
+    >>> from oocpatch.engine.patch_objects import patch_objects
     >>> assembly = Assembly(Box((0,), (6,)))
-    >>> assembly.paint(patch_objects(np.array([0, 1, 1, 0]), Box((0,), (4,)), Box((0,), (2,)), (6,)), Box((0,), (4,)),
-    ...                Box((0,), (2,)), first=0)
-    >>> assembly.paint(patch_objects(np.array([0, 0, 1, 0]), Box((2,), (6,)), Box((2,), (6,)), (6,)), Box((2,), (6,)),
-    ...                Box((2,), (6,)), first=1)
+    >>> for number, (labels, seen, owned) in enumerate([
+    ...     (np.array([0, 1, 1, 0]), Box((0,), (4,)), Box((0,), (2,))),
+    ...     (np.array([0, 0, 1, 0]), Box((2,), (6,)), Box((2,), (6,))),
+    ... ]):
+    ...     assembly.paint(patch_objects(labels, seen, owned, (6,)), seen, owned, first=number)
     >>> assembly.objects().tolist()
     [0, 1, 1, 0, 2, 0]
     """

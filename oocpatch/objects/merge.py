@@ -80,10 +80,10 @@ def merge(grid: MergeGrid, rule: Labelling, read: ReadSection, write: WriteIds, 
     Raises:
         PlanTooLarge: when there are more objects at borders between blocks than `max_memory` holds.
     """
-    return _Merge(grid, rule, read, max_memory).give_ids(write)
+    return Merge(grid, rule, read, max_memory).give_ids(write)
 
 
-class _Merge:
+class Merge:
     """One merge.
 
     Attributes:
@@ -94,10 +94,7 @@ class _Merge:
 
     def __init__(self, grid: MergeGrid, rule: Labelling, read: ReadSection, max_memory: int) -> None:
         self.grid, self.rule, self.read = grid, rule, read
-        counts = np.zeros((len(grid), 2), np.int64)
-        for block in grid:
-            section = read(block)
-            counts[block] = section.count, len(section.border)
+        counts = np.array([self._counts(block) for block in grid], np.int64)
         self.counts = counts[:, 0]
         self.starts = np.concatenate([[0], np.cumsum(counts[:, 1])])
         nodes = int(self.starts[-1])
@@ -109,6 +106,11 @@ class _Merge:
             )
         self.batch = max(SMALLEST_BATCH, (max_memory - nodes * MERGE_NODE_BYTES) // MERGE_BATCH_BYTES)
         self.roots, self.places = self._sets(nodes)
+
+    def _counts(self, block: int) -> tuple[int, int]:
+        """Return the numbers of objects of a block, and of its nodes: its objects at borders."""
+        section = self.read(block)
+        return section.count, len(section.border)
 
     def nodes(self, block: int) -> slice:
         """Return the numbers of the border objects of a block."""
@@ -182,9 +184,13 @@ class _Merge:
         has_id = np.ones(stop - start, np.bool_)
         if self.rule.min_size > 1:
             has_id = section.sizes[start:stop] >= self.rule.min_size
-        border, nodes = section.border[first:last], self.starts[block] + np.arange(first, last)
+        border, nodes = section.border[first:last], self._nodes_of(block, section, first, last)
         has_id[border - start] = self.places[self.roots[nodes]] == section.places[border]
         return _Part(block, start, stop, border - start, nodes, has_id, section.places[start:stop][has_id])
+
+    def _nodes_of(self, block: int, section: Section, first: int, last: int) -> Places:  # noqa: ARG002 - see subclasses
+        """Return the numbers of some border objects of a block."""
+        return np.arange(first, last) + int(self.starts[block])
 
     def _number(self, parts: list[_Part], given: int) -> Places:
         """Return the ids of the objects of parts that have one of their own, part by part; sets remember theirs."""

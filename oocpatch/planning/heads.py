@@ -48,6 +48,7 @@ class Head:
         chunks, unit: chunks and write unit of the output.
         labels: whether the values are labels, which must not be averaged.
         channel_position: number of looped axes before the channel axis.
+        match: least intersection over union of objects that are one, of a head of objects; None: it is no such head.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Head:
     unit: Ints
     labels: bool = False
     channel_position: int = 0
+    match: float | None = None
 
     @property
     def crop(self) -> bool:
@@ -72,7 +74,12 @@ class Head:
     @property
     def blended(self) -> bool:
         """True where patches are added, in float32, and divided by weights."""
-        return not (self.crop or self.takes_maximum)
+        return not (self.crop or self.takes_maximum or self.has_objects)
+
+    @property
+    def has_objects(self) -> bool:
+        """True where patches are labels of objects, which are matched: there are no sums, and no block is final."""
+        return self.mode == "instances"
 
     @property
     def takes_maximum(self) -> bool:
@@ -91,7 +98,7 @@ class Head:
     @property
     def stored_channels(self) -> int:
         """Channels of the sums in memory and in the workspace: dense weights are the last one."""
-        return self.channels + self.dense
+        return 0 if self.has_objects else self.channels + self.dense
 
     @property
     def max_channels(self) -> int:

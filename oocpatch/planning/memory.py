@@ -39,6 +39,12 @@ HEAP_LIMIT = 2 << 20
 LEAST_MAPPED = 11 << 17
 """Least bytes of an allocation that is mapped: zstd allocates 1.3 MiB for each chunk, again and again."""
 
+OBJECT_FILE_BYTES, OBJECT_CACHE_BYTES = 1 << 17, 8 << 20
+"""Bytes of a full file of labels of patches; and of labels, and of files, that are kept in memory for another use."""
+
+VOXELS_PER_OBJECT, BYTES_PER_OBJECT = 256, 64
+"""Fewest voxels of an object, on average, that the tables of a block have room for, and the bytes of its rows."""
+
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bytes in the workspace besides sums: of the plan and its metadata, a ledger record, the metadata of a piece."""
 
@@ -138,10 +144,20 @@ def traffic(
     """
     totals, sweep = frame.totals, frame.blocks.sweep
     stored = sum((f.seam_voxels + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
+    stored += sum(_patch_voxels(f) * f.blocks.grid.num_patches for f, h in _of_objects(heads, sizes))
     swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(frame, sizes.in_chunks[sweep])
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel_bytes + stored, written + stored)
+
+
+def _of_objects(heads: tuple[Frame, ...], sizes: ByteSizes) -> list[tuple[Frame, Head]]:
+    """Return the heads of objects, in their frames; their labels take a byte per voxel of a patch at most."""
+    return [(f, h) for f, h in zip(heads, sizes.heads, strict=True) if h.has_objects]
+
+
+def _patch_voxels(frame: Frame) -> int:
+    return math.prod(frame.blocks.grid.patch_size)
 
 
 def _total(parts: Parts) -> int:
@@ -227,6 +243,8 @@ class MemoryUse:
         sweep, prefetch = frame.blocks.sweep, self.io_strategy.prefetch
         sum_bytes, out_bytes = head.sum_voxel_bytes, head.out_voxel_bytes
         spans = [t.spans[i] for t, i in zip(frame.totals, which, strict=True)]
+        if head.has_objects:
+            return self._objects(frame, head, [s.core for s in spans])
         swept, cross = spans[sweep], [s for a, s in enumerate(spans) if a != sweep]
         _, planes = capacity(frame.blocks.axes[sweep].grid, swept.members, self._group, 1, prefetch=prefetch)
         reach = math.prod(s.reach for s in cross)
@@ -242,6 +260,16 @@ class MemoryUse:
             # sums of the block itself, a seam, and a piece as bytes while it is read
             (received * 3 * sum_bytes, (1 + prefetch) * received * out_bytes, tile),
         )
+
+    def _objects(self, frame: Frame, head: Head, core: list[int]) -> tuple[Ints, Ints]:
+        """Return the same of a head of objects, whose labels are stored patch by patch, and assembled slab by slab."""
+        patch, ndim = _patch_voxels(frame), len(core)
+        predict = 40 * patch + (2 << ndim) * OBJECT_FILE_BYTES
+        tables = math.prod(core) // VOXELS_PER_OBJECT * BYTES_PER_OBJECT
+        core[frame.blocks.sweep] = min(frame.blocks.step, core[frame.blocks.sweep])
+        slab = math.prod(core) * (16 + 2 * head.out_voxel_bytes)
+        cached = 2 * OBJECT_CACHE_BYTES + 8 * patch  # two patches at least, whose labels take four bytes at most
+        return (predict, 0, 0), (slab + 40 * patch + cached, tables, 0)
 
 
 def _decoded_unaligned(frame: Frame, chunk: int) -> int:
@@ -264,12 +292,16 @@ def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: 
         distance += weight if count > 1 else 0
         weight *= count
     alive = min(blocks.num_blocks, distance + 1 + 2 * concurrency)
+    if _of_objects(heads, sizes):  # what is stored stays until the run is complete
+        alive = blocks.num_blocks
     pieces = len(heads) * alive * PIECE_BYTES * ((1 << len(blocks.axes)) + len(blocks.axes))
     partials = 0
     for frame, head in zip(heads, sizes.heads, strict=True):
         reach = math.prod(max(s.reach for s in t.spans) for t in frame.totals)
         direct = math.prod(min(s.shortest_direct for s in t.spans) for t in frame.totals)
         partials += alive * (reach - direct) * head.sum_voxel_bytes
+    if alive == blocks.num_blocks:
+        partials = stored
     return min(stored, partials) + pieces + bookkeeping
 
 

@@ -5,6 +5,7 @@
     <head>/open-<axis>       sums over the open part of the core      (C, *box), one chunk per step of the sweep
     <head>/seam-<offset>     sums over the halo, for one neighbour
         zarr.json, c.0.<step>.0
+    <head>/<name>            files of other kinds, as a head of objects has them
     manifest.json            dtype, channels and the CRC of each chunk of these pieces, written after them
 ```
 
@@ -31,7 +32,7 @@ import zarr
 from oocpatch.errors import CorruptPartial
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints
-from oocpatch.storage.checksums import checksum, text_checksum
+from oocpatch.storage.checksums import bytes_checksum, checksum, text_checksum
 from oocpatch.storage.paths import StoragePath
 from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 
@@ -100,6 +101,13 @@ class PartialWriter:
         with self._lock:
             self._manifest[name]["steps"][step_key(box, part)] = crc
 
+    def write_file(self, head: int, name: str, content: bytes) -> None:
+        """Write a file of a head, whole."""
+        (self._folder / str(head)).make_folder()
+        (self._folder / str(head) / name).write_plain(content)
+        with self._lock:
+            self._manifest[f"{head}/{name}"] = {"crc": bytes_checksum(content), "steps": {}}
+
     def close(self) -> PartialsRef:
         """Write the manifest, and return the reference for the ledger."""
         if not self._manifest:
@@ -121,7 +129,7 @@ class PartialReader:
     def __init__(self, folder: StoragePath, frames: Sequence[BlockGrid], block: int, ref: PartialsRef) -> None:
         self._folder = folder / ref.attempt
         self._frames = frames
-        self._block = block
+        self.block = block
         self._pieces: Mapping[str, Mapping[str, Any]] = {}
         if not ref.digest:  # the block left nothing
             return
@@ -153,14 +161,36 @@ class PartialReader:
             raise self._unreadable(f"{name} step {key}", error) from error
         values = None if values is None else values[(slice(None), *(slice(n) for n in part.shape))]
         if values is None or checksum(values) != entry["steps"][key]:
-            raise CorruptPartial(self._block, f"{name} step {key} is not what was written")
+            raise CorruptPartial(self.block, f"{name} step {key} is not what was written")
         return values
+
+    def read_file(self, head: int, name: str) -> bytes | None:
+        """Read a file of a head; None where the block has none.
+
+        Raises:
+            CorruptPartial: when it is missing, or its CRC is not the one in the manifest.
+            OSError: when an object store does not answer.
+        """
+        entry = self._pieces.get(f"{head}/{name}")
+        if entry is None:
+            return None
+        try:
+            content = (self._folder / str(head) / name).read_bytes()
+        except OSError as error:
+            raise self._unreadable(f"{head}/{name}", error) from error
+        if bytes_checksum(content) != entry["crc"]:
+            raise CorruptPartial(self.block, f"{head}/{name} is not what was written")
+        return content
+
+    def missing(self, name: str) -> CorruptPartial:
+        """Return the error for a file that should be there."""
+        return CorruptPartial(self.block, f"{name} is not in {MANIFEST}")
 
     def _unreadable(self, what: str, error: Exception) -> Exception:
         """Return the error for a file that cannot be read: damage, or the outage of an object store."""
         if self._folder.is_outage(error):
             return error
-        return CorruptPartial(self._block, f"{what} cannot be read ({type(error).__name__})")
+        return CorruptPartial(self.block, f"{what} cannot be read ({type(error).__name__})")
 
 
 def step_key(box: Box, part: Box) -> str:

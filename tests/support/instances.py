@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from oocpatch.objects.instances import Assembly, PatchObjects, matches, patch_objects
+from oocpatch.engine.patch_objects import PatchObjects, PatchObjectsWriter, patch_objects
+from oocpatch.objects.instance_table import decode_sections, encode_sections, make_table, merge_instances
+from oocpatch.objects.instances import Assembly, matches
+from oocpatch.objects.merge import MergeGrid
+from oocpatch.objects.neighbourhood import Neighbourhood
+from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchGrid
 
@@ -129,3 +137,59 @@ def assembled(
         if node:
             flat[place] = ids.setdefault(root(node), len(ids) + 1)
     return result, len(ids)
+
+
+class Files:
+    """The files of a block, in memory."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.contents: dict[str, bytes] = {}
+
+    def write_file(self, _head: int, name: str, content: bytes) -> None:
+        assert name not in self.contents
+        self.contents[name] = content
+
+    def read_file(self, _head: int, name: str) -> bytes | None:
+        return self.contents.get(name)
+
+
+def in_blocks(
+    blocks: BlockGrid, patches: Sequence[Array | None], match: float, *, looped: int = 0, max_memory: int = 1 << 26
+) -> tuple[Array, list[int]]:
+    """Return the objects of a volume, and their numbers, as a run finds them: stored, assembled and merged."""
+    grid = blocks.grid
+    shape, every = grid.shape, [Files(index) for index in range(len(blocks))]
+    for files in every:
+        writer: Any = PatchObjectsWriter(files, blocks, files.block, number=0, looped=looped)  # type: ignore[arg-type]
+        for index in itertools.product(*blocks.patches(blocks[files.block])):
+            labels = patches[int(np.ravel_multi_index(index, grid.counts))]
+            if labels is not None:
+                writer.add(index, torch.from_numpy(labels[None]))
+        writer.close()
+    around = [
+        Neighbourhood(blocks, index, number=0, looped=looped, read=every.__getitem__)  # type: ignore[arg-type]
+        for index in range(len(blocks))
+    ]
+    tables = [decode_sections(encode_sections(make_table(one, shape, looped, match))) for one in around]
+    ids: dict[tuple[int, int], list[Array]] = defaultdict(list)
+    rows, plane = blocks.axes[looped], math.prod(shape[looped + 1 :])
+    starts = [rows.core(row)[0] * plane for row in range(rows.count)]
+    places = MergeGrid(blocks.counts[looped:], (*starts, shape[looped] * plane))
+
+    def merged(first: int, section: int) -> int:
+        def write(block: int, _piece: int, new: Array) -> None:
+            ids[first + block, section].append(new)
+
+        return merge_instances(places, lambda block: tables[first + block][section], write, max_memory)
+
+    firsts = range(0, len(blocks), len(places))
+    found = [merged(first, section) for first in firsts for section in range(len(tables[first]))]
+    result = np.full(shape, -1)
+    for index, one in enumerate(around):
+        numbers = np.zeros(one.count + 1, np.int64)
+        for section, table in enumerate(tables[index]):
+            numbers[table.numbers] = np.concatenate([*ids[index, section], np.zeros(0, np.uint64)])
+        for slab in one.slabs():
+            result[slab.slices()] = numbers[one.assemble(slab)[0]]
+    return result, found

@@ -30,6 +30,7 @@ LIBRARIES = {
     "storage/object_path": "obstore",
     "storage/retries": "tenacity",
     "storage/chunk_reader": "numcodecs",
+    "storage/packed_arrays": "numcodecs",
     "volumes": ON_DISK,
     "volumes/passes": "dask",
     "volumes/formats/hdf5": "h5py",

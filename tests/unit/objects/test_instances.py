@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oocpatch.objects.instances import compact, matches, patch_objects, seen_whole
+from oocpatch.engine.patch_objects import compact, patch_objects, seen_whole
+from oocpatch.objects.instances import matches
+from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box
-from oocpatch.planning.grid import PatchGrid
-from tests.support.instances import assembled, oracle
+from oocpatch.planning.grid import GridAxis, PatchGrid
+from tests.support.instances import assembled, in_blocks, oracle
 
 Array = npt.NDArray[Any]
 
@@ -156,3 +158,38 @@ def test_objects_of_patches_are_those_of_loops_over_voxels(
     result, found = assembled(grid, patches, match, blocks)
     assert np.array_equal(result, expected)
     assert found == count
+
+
+@settings(max_examples=100)
+@given(volumes_in_patches(), st.data())
+def test_objects_do_not_depend_on_blocks(
+    case: tuple[PatchGrid, list[Array | None], float, list[Box]], data: st.DataObject
+) -> None:
+    grid, patches, match, _ = case
+    ndim = len(grid.axes)
+    core = tuple(data.draw(st.integers(1, n)) for n in grid.shape)
+    unit = tuple(data.draw(st.integers(1, 3)) for _ in range(ndim))
+    blocks = BlockGrid.of(grid, core, unit, data.draw(st.integers(0, ndim - 1)), crop=False)
+    expected, count = assembled(grid, patches, match, [Box.of_shape(grid.shape)])
+    result, found = in_blocks(blocks, patches, match)
+    assert np.array_equal(result, expected)
+    assert found == [count]
+
+
+@settings(max_examples=20)
+@given(volumes_in_patches(), st.data())
+def test_objects_are_counted_at_each_time(
+    case: tuple[PatchGrid, list[Array | None], float, list[Box]], data: st.DataObject
+) -> None:
+    grid, patches, match, _ = case
+    times = data.draw(st.integers(1, 3))
+    shifted = [patches[t:] + patches[:t] for t in range(times)]
+    core = (data.draw(st.integers(1, times)), *(data.draw(st.integers(1, n)) for n in grid.shape))
+    whole = PatchGrid((GridAxis(times, 1), *grid.axes))
+    blocks = BlockGrid.of(whole, core, (1,) * len(core), data.draw(st.integers(0, len(core) - 1)), crop=False)
+    labels = [None if patch is None else patch[None] for patch in itertools.chain.from_iterable(shifted)]
+    result, found = in_blocks(blocks, labels, match, looped=1)
+    for t, at_time in enumerate(shifted):
+        expected, count = assembled(grid, at_time, match, [Box.of_shape(grid.shape)])
+        assert np.array_equal(result[t], expected)
+        assert found[t] == count
