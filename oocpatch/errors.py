@@ -84,11 +84,13 @@ class CorruptPartial(CorruptData):
     """A partial in the workspace is missing or damaged; its block is computed anew.
 
     Attributes:
-        block: index of the block whose partial is damaged; -1: what was merged of all blocks.
+        block: index of the block whose partial is damaged, or another key of what tasks read: -1: the ids that were
+            merged of all blocks; below: the table of a block, see `workspace.ledger.table_key`.
     """
 
     def __init__(self, block: int, detail: str) -> None:
-        what = f"partial of block {block} is" if block >= 0 else "the ids of objects in the workspace are"
+        what = f"partial of block {block} is" if block >= 0 else f"table of block {-2 - block} is"
+        what = what if block != -1 else "the ids of objects in the workspace are"
         super().__init__(f"{what} damaged: {detail}")
         self.block = block
         self.detail = detail

@@ -89,7 +89,7 @@ _scheduler_option = click.option(
 
 CHECK_OPTIONS = (
     *("model", "weights", "model_args", "trust_pickle", "preprocess", "augment", "axes", "level"),
-    *("patch_size", "patch_overlap", "overlap_mode", "num_classes", "padding_mode", "fill", "batch_size"),
+    *("patch_size", "patch_overlap", "overlap_mode", "num_classes", "match", "padding_mode", "fill", "batch_size"),
     *("device", "autocast", "channels_last", "compile", "eval_mode", "postprocess", "output_dtype"),
 )
 """The options of a run that `check` takes."""

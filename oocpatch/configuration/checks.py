@@ -130,6 +130,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "preprocess": lambda _, value, volume: checked_preprocess(value, volume.dtype, volume.channels),
     "progress": _progress,
     "shards": _shards,
+    "share": lambda name, value, _: arguments.share(name, value),
     "sizes": _sizes,
     "switch": lambda name, value, _: arguments.switch(name, value),
     "work": _work,

@@ -206,6 +206,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         allow_nonfinite=config.outputs.allow_nonfinite,
         work=str(workload),
         crash_limit=choice.crash_limit,
+        merge_memory=config.limits.max_memory - choice.projection.shared_memory if config.finds_objects else 0,
     )
     mask = config.selection.mask
     if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
@@ -287,7 +288,8 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
-    merge_memory = 0 if plan.labelling is None else config.limits.max_memory
+    shared = 0 if plan.labelling is not None else needed - workers * plan.task_memory
+    merge_memory = config.limits.max_memory - shared if plan.merges else 0
     return replace(plan, concurrency=workers, projected_memory=needed, merge_memory=merge_memory)
 
 
@@ -300,7 +302,8 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         output = probe.outputs[head.name]
         voxels = math.prod(output.shape[2:])
         patch_bytes += 0 if head.name in probe.aliased else voxels * output.shape[1] * output.dtype.itemsize
-        if head.votes or (not head.crop and output.dtype != torch.float32):  # a copy as float32, one channel per class
+        is_moved = head.crop or head.has_objects
+        if head.votes or not (is_moved or output.dtype == torch.float32):  # a copy as float32, one channel per class
             patch_bytes += voxels * head.channels * 4
         windows += 4 * voxels if head.blended else 0
     return ByteSizes(

@@ -75,6 +75,14 @@ class PatchOptions:
     num_classes: int | None = option(
         None, check="positive", identity=True, kind="int", metavar="N", help="Number of labels that are voted on."
     )
+    match: float = option(
+        0.5,
+        check="share",
+        identity=True,
+        kind="float",
+        metavar="SHARE",
+        help="Least intersection over union of objects of two patches that are one, for instances.",
+    )
     padding_mode: str | None = option(
         None,
         check="padding_mode",

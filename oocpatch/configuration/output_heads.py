@@ -20,13 +20,16 @@ from oocpatch.outputs.ome_zarr import image_groups
 from oocpatch.outputs.record import METADATA
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
-from oocpatch.planning.grid import PatchGrid, Scale
+from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 from oocpatch.planning.heads import Head, distinct_channel_axes, patch_grid
 from oocpatch.planning.shards import shards_of_input, shards_of_many_chunks
 from oocpatch.volumes.volume import default_chunks
 
 EXAMINED = 16
 """Voxels along each axis of the scores that a postprocess is tried with."""
+
+IDS = "uint32"
+"""Dtype of ids of objects, unless another one is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
     around = (0,) * loops + context
     padded = config.patches.padding_mode is not None
     grid = patch_grid(config.volume.shape, config.patch_size, config.patch_overlap, around, snap, padded=padded)
+    if config.finds_objects:
+        _check_overlap(grid.axes[loops:], config.volume.names[loops:])
     heads = [
         _head(config, name, output, scales[name], (0,) * loops + trims[name]) for name, output in probe.outputs.items()
     ]
@@ -144,9 +149,12 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
     loops = config.looped
     mode = of_head(config.patches.overlap_mode, name, "hann")
     postprocess = postprocess_of(config.model.postprocess, name, mode)
-    values = output[0] if mode == "crop" else _zeros(output[0], torch.float32)
+    values = output[0] if mode in {"crop", "instances"} else _zeros(output[0], torch.float32)
     if mode == "vote":
         values = _one_channel_per_class(values, config.patches.num_classes, name)
+    is_objects = mode == "instances"
+    if is_objects:
+        _check_labels(values, of_head(config.outputs.output_dtype, name, None), name)
     channels = values.shape[0]
     out_channels, out_dtype = channels, str(values.numpy(force=True).dtype)
     if postprocess is not None:
@@ -156,6 +164,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         out_channels, out_dtype = result.shape[0], str(result.numpy(force=True).dtype)
         if postprocess is POSTPROCESSES["argmax"]:
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
+    out_dtype = IDS if is_objects else out_dtype
     labels = np.dtype(out_dtype).kind in "bui"  # not because `output_dtype` asks for rounding
     axis = config.volume.channel_axis
     if axis is None and out_channels > 1:
@@ -173,7 +182,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         trim=trim,
         channels=channels,
         dtype=str(torch.empty(0, dtype=values.dtype, device="cpu").numpy().dtype),
-        dense=config.skips,
+        dense=config.skips and not is_objects,
         out_channels=out_channels,
         out_dtype=out_dtype,
         channel_axis=axis,
@@ -181,12 +190,42 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         unit=unit,
         labels=labels,
         channel_position=position,
+        match=config.patches.match if is_objects else None,
     )
 
 
 def _zeros(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return zeros of the shape of others, which take no memory."""
     return torch.zeros((), dtype=dtype, device=like.device).expand(like.shape)
+
+
+def _check_labels(values: torch.Tensor, dtype: str | None, name: str) -> None:
+    """Check that an output of the model, `(C, *spatial)`, is labels of objects, and the dtype of the output.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        kind = str(values.dtype).removeprefix("torch.")
+        raise ValueError(f"overlap_mode 'instances' needs integer labels of objects, got {kind} from {name!r}")
+    if len(values) != 1:
+        raise ValueError(f"overlap_mode 'instances' needs labels in one channel, got {len(values)} from {name!r}")
+    if dtype is not None and np.dtype(dtype).kind not in "iu":
+        raise ValueError(f"output_dtype must be of integers for overlap_mode 'instances', got {dtype} for {name!r}")
+
+
+def _check_overlap(axes: Sequence[GridAxis], names: Sequence[str]) -> None:
+    """Refuse patches of objects that do not overlap; a patch of one voxel, as of a 2-D model, has an axis to itself.
+
+    Raises:
+        ValueError: naming the axes.
+    """
+    without = [n for a, n in zip(axes, names, strict=True) if a.count > 1 and a.patch > 1 and a.overlap == 0]
+    if without or all(a.overlap == 0 for a in axes):
+        raise ValueError(
+            "patch_overlap must not be 0 for overlap_mode 'instances': objects are matched where the patches of the "
+            f"output overlap, and along {', '.join(without or names)} these do not"
+        )
 
 
 def _one_channel_per_class(labels: torch.Tensor, classes: int | None, name: str) -> torch.Tensor:

@@ -133,6 +133,8 @@ class RunConfig:
         )
         if patches.padding_mode == "constant":
             check_fits("fill", patches.fill, str(self.volume.dtype))
+        if self.finds_objects:
+            self._check_objects()
         if self.execution.processes and self.execution.client is not None:
             raise ValueError("processes must be False with a client: its workers are the processes")
         if self.execution.processes and self.execution.workers is None:
@@ -146,6 +148,28 @@ class RunConfig:
             raise ValueError(
                 "overwrite must be False with part: each part would delete the others' work; delete the output"
             )
+
+    def _check_objects(self) -> None:
+        """Refuse what makes no sense around a model that returns objects.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if len(self.models) > 1:
+            raise ValueError("model must be one model for overlap_mode 'instances': objects have no mean, got a list")
+        if self.model.augment is not None:
+            raise ValueError("augment must be None for overlap_mode 'instances': objects have no mean")
+        if not any(self.patches.patch_overlap):
+            raise ValueError(
+                "patch_overlap must not be 0 for overlap_mode 'instances': objects are matched where patches overlap; "
+                "let it be as long as an object"
+            )
+
+    @property
+    def finds_objects(self) -> bool:
+        """Return whether an output of the model is labels of objects."""
+        mode = self.patches.overlap_mode
+        return "instances" in (mode.values() if isinstance(mode, Mapping) else [mode])
 
     def _fingerprint(self) -> dict[str, Any]:
         """Return the values that say whether two runs are the same, by the names of the parameters."""
@@ -166,6 +190,8 @@ class RunConfig:
                 value = getattr(group, f.name)
                 if identity:
                     values[f.name] = value if identity is True else IDENTITIES[identity](value)
+        if not self.finds_objects:
+            del values["match"]
         return {name: value for name, value in values.items() if name not in _OMITTED or value != _OMITTED[name]}
 
     @property

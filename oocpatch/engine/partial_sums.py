@@ -202,6 +202,9 @@ class PartialSums:
                 self._slab = None
                 self._free = [piece.data for piece in self._flush_slab(filled)]
 
+    def close(self) -> None:
+        """Do nothing: all that is final has left the ring."""
+
     def _clear(self, sums: torch.Tensor) -> None:
         """Set sums to the neutral element of adding a patch."""
         if self._head.takes_maximum:

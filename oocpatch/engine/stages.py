@@ -31,6 +31,7 @@ from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import InputReader
 from oocpatch.engine.normalize import Counts, Normalizer
 from oocpatch.engine.partial_sums import FilledPiece, PartialSums, SlabPiece, SlabSums, open_name, seam_name
+from oocpatch.engine.patch_objects import PatchObjectsWriter
 from oocpatch.engine.patch_selection import Selection
 from oocpatch.models.predictor import Predictor
 from oocpatch.outputs.output import Output
@@ -170,7 +171,7 @@ class SlabWriter:
         self._context = context
         self._staging = staging
         self._checksums = checksums
-        self._partials = partials
+        self.partials = partials
         self._in_flight: list[FilledPiece] = []
         self.pending = FutureGroup(context.write_pool)
 
@@ -198,9 +199,9 @@ class SlabWriter:
 
     def _write_sums(self, copy_done: CopyDone, piece: SlabPiece, name: str, sums: Array) -> None:
         copy_done()
-        if self._partials is None:
+        if self.partials is None:
             raise RuntimeError(f"only the predict stage stores sums, got those of {name} over {piece.box}")
-        self._partials.write(piece.head, name, piece.whole, piece.box, sums)
+        self.partials.write(piece.head, name, piece.whole, piece.box, sums)
 
 
 def predict_block(context: TaskContext, index: int) -> TaskResult:
@@ -224,7 +225,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     writers = [
         SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.slab_bytes
     ]
-    sums = [_partial_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
+    sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
     reader = InputReader(
         context.volume,
         region,
@@ -255,6 +256,8 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
             head_sums.advance(frame[index].reach.stop[plan.sweep])
         for writer in writers:
             writer.pending.wait()
+        for head_sums in sums:
+            head_sums.close()
         partials_ref = partials.close()
     finally:
         reader.pending.cancel_and_wait()
@@ -266,9 +269,13 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     return TaskResult.of([head_sums.counts for head_sums in sums], checksums, partials_ref, stamps)
 
 
-def _partial_sums(context: TaskContext, index: int, number: int, layers: range, writer: SlabWriter) -> PartialSums:
-    """Return the empty sums of one head over a block."""
+def _head_sums(
+    context: TaskContext, index: int, number: int, layers: range, writer: SlabWriter
+) -> PartialSums | PatchObjectsWriter:
+    """Return the empty sums of one head over a block; of a head of objects, what stores them."""
     plan, frame, head = context.plan, context.plan.frames[number], context.plan.heads[number]
+    if head.has_objects and writer.partials is not None:
+        return PatchObjectsWriter(writer.partials, frame, index, number=number, looped=len(plan.axes) - plan.spatial)
     axis, prefetch = frame.axes[plan.sweep].grid, plan.io_strategy.prefetch
     _, planes = capacity(axis, layers, plan.layers_per_group, 1, prefetch=prefetch)
     tile = tile_voxels(head.max_channels, staged=context.transfer.staged)
@@ -313,7 +320,11 @@ def _steps(
 
 
 def _compute(
-    context: TaskContext, index: int, sums: list[PartialSums], reader: InputReader, members: list[Ints]
+    context: TaskContext,
+    index: int,
+    sums: list[PartialSums | PatchObjectsWriter],
+    reader: InputReader,
+    members: list[Ints],
 ) -> None:
     """Run the model on the patches of a group, batch by batch, and add its outputs in the order of the patches."""
     plan, is_full = context.plan, context.plan.fills_batches
@@ -331,6 +342,9 @@ def _compute(
         for head, grid, block, head_sums in zip(plan.heads, grids, blocks, sums, strict=True):
             values = _head_values(head, outputs, grid.patch_size)
             for member, patch in zip(batch, values, strict=not is_full):  # what fills up a batch is dropped
+                if isinstance(head_sums, PatchObjectsWriter):
+                    head_sums.add(member, patch)
+                    continue
                 box = grid.box(member)
                 inside = grid.crop_box(member) & block.reach if head.crop else box & Box.of_shape(grid.shape)
                 head_sums.add(box.start, inside, patch)
@@ -358,7 +372,7 @@ def _head_values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -
         )
     if head.votes:
         return _one_hot(values, head.channels)
-    return values if head.crop else values.to(torch.float32)
+    return values if head.crop or head.has_objects else values.to(torch.float32)
 
 
 def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -374,11 +388,18 @@ def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return votes.scatter_(1, labels.to(torch.int64), 1.0)
 
 
-def normalize_block(context: TaskContext, index: int, partials_refs: Mapping[int, PartialsRef]) -> TaskResult:
+Refs = Mapping[int, PartialsRef]
+WriteObjects = Callable[[TaskContext, int, int, Refs, WriteChecksums], Counts]
+"""Writes the objects of a block's core, of one head, by the block and the number of the head."""
+
+
+def normalize_block(
+    context: TaskContext, index: int, partials_refs: Refs, write_objects: WriteObjects | None = None
+) -> TaskResult:
     """Add the seams that enter a block's core to its own sums, in one fixed order, and write the values.
 
-    Idempotent: writes only the open part of its own core, whole write units. The references from the ledger are those
-    of the block and of the blocks whose seams enter it.
+    Idempotent: writes only the open part of its own core, whole write units; of a head of objects, all of its core. The
+    references from the ledger are those of the block and of the blocks whose seams enter it.
 
     Raises:
         CorruptPartial: when a partial is not what the ledger refers to.
@@ -386,8 +407,13 @@ def normalize_block(context: TaskContext, index: int, partials_refs: Mapping[int
     reader = functools.cache(lambda source: context.workspace.reader(source, partials_refs[source]))
     checksums = WriteChecksums(context.plan, "normalize", index)
     heads = range(len(context.plan.heads))
-    counts = [_normalize(context, index, number, reader, checksums) for number in heads]
-    if context.plan.may_skip:
+    counts = [
+        write_objects(context, index, number, partials_refs, checksums)
+        if write_objects is not None and context.plan.heads[number].has_objects
+        else _normalize(context, index, number, reader, checksums)
+        for number in heads
+    ]
+    if context.plan.may_skip or context.plan.has_objects:
         context.output.remove_empty(checksums)
     return TaskResult.of(counts, checksums)
 

@@ -123,7 +123,7 @@ class PredictTasks:
 @contextlib.contextmanager
 def open_predict_tasks(
     plan: Plan, inputs: RunInputs, workspace: Workspace, output: Output, on_progress: OnProgress
-) -> Iterator[Tasks]:
+) -> Iterator[PredictTasks]:
     """Open what the tasks of `predict` share: the model on its device, arrays, threads that read and write.
 
     `on_progress` is called with an event for patches that are done.

@@ -55,11 +55,11 @@ def postprocess_of(postprocess: Any, name: str, mode: str) -> Postprocess | None
         mode: its overlap mode.
 
     Raises:
-        ValueError: when there is one for a head of votes.
+        ValueError: when there is one for a head of votes or objects.
     """
     value = of_head(postprocess, name, None)
-    if mode != "vote":
+    if mode not in {"vote", "instances"}:
         return value if value is None or callable(value) else named_postprocess(str(value))
     if value is not None:
-        raise ValueError(f"postprocess must be None where overlap_mode is 'vote', got one for {name!r}")
-    return POSTPROCESSES["argmax"]
+        raise ValueError(f"postprocess must be None where overlap_mode is {mode!r}, got one for {name!r}")
+    return POSTPROCESSES["argmax"] if mode == "vote" else None

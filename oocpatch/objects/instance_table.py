@@ -46,19 +46,28 @@ class InstanceSection:
     pairs: Numbers
     total: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(a.nbytes for a in (self.places, self.numbers, self.sources, self.nodes, self.pairs))
 
-def make_table(neighbourhood: Neighbourhood, shape: Ints, looped: int, match: float) -> list[InstanceSection]:
+
+def make_table(
+    neighbourhood: Neighbourhood, looped: int, match: float, on_slab: Callable[[], None] = lambda: None
+) -> list[InstanceSection]:
     """Assemble the core of a block, compare its patches, and describe its objects.
 
     Args:
         neighbourhood: the patches.
-        shape: shape of the volume.
         looped: number of looped axes.
         match: least intersection over union of objects that are one.
+        on_slab: called before each slab.
     """
+    shape = neighbourhood.shape
     places = np.full(neighbourhood.count + 1, NOWHERE)
     pairs: list[list[Numbers]] = [[] for _ in neighbourhood.totals]
     for slab in neighbourhood.slabs():
+        on_slab()
         objects, _ = neighbourhood.assemble(slab)
         spatial = Box(slab.start[looped:], slab.stop[looped:])
         for at in itertools.product(*map(range, slab.shape[:looped])):
@@ -123,7 +132,7 @@ def decode_sections(content: bytes) -> list[InstanceSection]:
     ]
 
 
-def merge_instances(grid: MergeGrid, read: Callable[[int], InstanceSection], write: WriteIds, max_memory: int) -> int:
+def merge_table(grid: MergeGrid, read: Callable[[int], InstanceSection], write: WriteIds, max_memory: int) -> int:
     """Give ids to the objects of all blocks at one place of the looped axes, and return the number of objects.
 
     Raises:

@@ -15,42 +15,18 @@ by the block whose core has the lowest corner of the box that both see: it is on
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from oocpatch.engine.patch_objects import PatchObjects, StoredObjects, spill_of
+from oocpatch.objects.cache import Cache
 from oocpatch.objects.instances import Assembly, Flags, Numbers, matches
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box, Ints, unravel
 from oocpatch.planning.memory import OBJECT_CACHE_BYTES
 from oocpatch.workspace.partials import PartialReader
-
-Item = TypeVar("Item")
-
-
-@dataclass
-class _Cache(Generic[Item]):
-    """The items that were used last, at least two of them, and up to a number of bytes."""
-
-    limit: int
-    _items: OrderedDict[Any, tuple[Item, int]] = field(default_factory=OrderedDict)
-    _size: int = 0
-
-    def get(self, key: Any, load: Callable[[], tuple[Item, int]]) -> Item:
-        """Return an item; if it is not there, `load` returns it with its bytes."""
-        if key in self._items:
-            self._items.move_to_end(key)
-        else:
-            self._items[key] = load()
-            self._size += self._items[key][1]
-            while self._size > self.limit and len(self._items) > 2:
-                self._size -= self._items.popitem(last=False)[1][1]
-        return self._items[key][0]
 
 
 class Neighbourhood:
@@ -65,6 +41,7 @@ class Neighbourhood:
 
     Attributes:
         core: the block's core.
+        shape: shape of the volume.
         sources: for each patch, in the order of the grid, the block that has it, as a spill: 1 on axes where that block
             is the lower neighbour.
         sections: its place on the looped axes, in C order within the core.
@@ -78,7 +55,8 @@ class Neighbourhood:
         self, blocks: BlockGrid, index: int, *, number: int, looped: int, read: Callable[[int], PartialReader]
     ) -> None:
         block = blocks[index]
-        self.core, self._blocks, self._grid = block.core, blocks, blocks.grid
+        self._blocks, self._grid = blocks, blocks.grid
+        self.core, self.shape = block.core, self._grid.shape
         own = StoredObjects(read(index), blocks, number, looped)
         self.totals = own.totals
         self._stored = {0: own}
@@ -99,8 +77,8 @@ class Neighbourhood:
         self.firsts = np.cumsum(self.counts) - self.counts
         self._starts, self._stops = self._corners()
         self._position = {patch: i for i, patch in enumerate(self.patches.tolist())}
-        self._decoded: _Cache[PatchObjects] = _Cache(OBJECT_CACHE_BYTES)
-        self._files: _Cache[bytes] = _Cache(OBJECT_CACHE_BYTES)
+        self._decoded: Cache[PatchObjects] = Cache(OBJECT_CACHE_BYTES)
+        self._files: Cache[bytes] = Cache(OBJECT_CACHE_BYTES)
 
     @property
     def count(self) -> int:

@@ -292,8 +292,10 @@ def open_result(path: StoragePath) -> Result:
     else:
         dataset = xarray.open_zarr(path.xarray_source(), consolidated=consolidated)
         result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
-    if counts := record.details.get("objects"):
-        result.attrs["objects"] = counts[0] if len(counts) == 1 else counts
+    if counts := record.details.get("objects"):  # of several heads by name
+        for name, numbers in (counts if isinstance(counts, dict) else {heads[0]: counts}).items():
+            array = result if len(heads) == 1 else result[f"{name}/{name}" if record.details["tree"] else name]
+            array.attrs["objects"] = numbers[0] if len(numbers) == 1 else numbers
     for head, path_of_array in zip(heads, record.details["arrays"], strict=True):
         member = f"{head}/{head}" if record.details["tree"] else head
         array = result if isinstance(result, xarray.DataArray) else result[member]

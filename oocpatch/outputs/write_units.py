@@ -85,13 +85,14 @@ def unit_boxes(plan: Plan, stage: str, block: int) -> list[tuple[int, Box]]:
     """Return the boxes of the output that a stage of a block writes, each with the number of its head."""
     if plan.labelling is not None:  # labels are final after the merge
         return [(0, plan.frames[0][block].core)] if stage == "normalize" else []
-    blocks = [frame[block] for frame in plan.frames]
-    return [
-        (number, box)
-        for number, of_head in enumerate(blocks)
-        for box in ((of_head.direct,) if stage == "predict" else of_head.open_boxes)
-        if not box.empty
-    ]
+    boxes: list[tuple[int, Box]] = []
+    for number, (head, frame) in enumerate(zip(plan.heads, plan.frames, strict=True)):
+        of_head = frame[block]
+        if head.has_objects:
+            boxes += [(number, of_head.core)] if stage == "normalize" else []
+        else:
+            boxes += [(number, box) for box in ((of_head.direct,) if stage == "predict" else of_head.open_boxes)]
+    return [(number, box) for number, box in boxes if not box.empty]
 
 
 def unpack(plan: Plan, stage: str, block: int, packed: str) -> Iterator[tuple[int, Ints, int]]:

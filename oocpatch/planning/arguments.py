@@ -119,6 +119,18 @@ def real_number(name: str, value: float) -> float:
     return number if isinstance(number, int) else float(number)
 
 
+def share(name: str, value: float) -> float:
+    """Return a number above 0 and at most 1.
+
+    >>> share("match", 1)
+    1.0
+    """
+    number = float(real_number(name, value))
+    if not 0 < number <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+    return number
+
+
 def checked_work(value: float | str) -> float | str:
     """Return the argument `work` of `predict`: a name, or a number of operations.
 

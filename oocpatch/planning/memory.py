@@ -311,7 +311,9 @@ def tile_voxels(channels: int, *, staged: bool = False) -> int:
 
 
 def slab_bytes(frame: Frame, head: Head) -> int:
-    """Return the most bytes of a slab of any block, sums or values."""
+    """Return the most bytes of a slab of any block, sums or values; of a head of objects, none is downloaded."""
+    if head.has_objects:
+        return 0
     reach = [max(span.reach for span in axis.spans) for axis in frame.totals]
     reach[frame.blocks.sweep] = min(frame.blocks.step, reach[frame.blocks.sweep])
     return math.prod(reach) * max(head.sum_voxel_bytes, head.out_voxel_bytes)

@@ -184,14 +184,24 @@ class Plan:
         return self.block_grid.num_blocks
 
     @property
+    def has_objects(self) -> bool:
+        """Return whether an output of the model is objects, which are matched patch by patch."""
+        return any(head.has_objects for head in self.heads)
+
+    @property
+    def merges(self) -> bool:
+        """Return whether no block is final before the objects of all are merged."""
+        return self.labelling is not None or self.has_objects
+
+    @property
     def num_normalized(self) -> int:
         """Number of blocks with a normalize stage: those that seams enter; of `label`, which merges first, all."""
-        return self.block_grid.num_open if self.labelling is None else self.blocks
+        return self.blocks if self.merges else self.block_grid.num_open
 
     @cached_property
     def neighbours(self) -> Neighbours | AllBlocks:
         """The blocks whose normalize stages depend on each other's predict stages."""
-        return Neighbours(self.block_grid) if self.labelling is None else AllBlocks(self.blocks)
+        return AllBlocks(self.blocks) if self.merges else Neighbours(self.block_grid)
 
     @cached_property
     def patches_per_block(self) -> int:

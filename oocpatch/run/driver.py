@@ -11,7 +11,7 @@ from typing import Any
 from oocpatch.configuration.make_plan import counted
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputExists, RunMismatch
-from oocpatch.execution.merge_run import MergeRun
+from oocpatch.execution.merge_run import InstanceRun, MergeRun
 from oocpatch.execution.scheduler import Run
 from oocpatch.execution.task_context import RunExecutor, RunInputs, open_predict_tasks, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
@@ -25,6 +25,7 @@ from oocpatch.planning.choices import STATISTIC_PADDING
 from oocpatch.planning.plan import Plan, digest
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
+from oocpatch.run.instance_tasks import open_instance_tasks
 from oocpatch.run.label_tasks import open_label_tasks
 from oocpatch.storage.checksums import ABSENT, file_checksum
 from oocpatch.storage.journal import local_copy, replace_journal
@@ -188,7 +189,8 @@ def open_executor(
 @contextlib.contextmanager
 def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) -> Iterator[RunExecutor]:
     plan, execution = workspace.plan, config.execution
-    open_tasks = open_predict_tasks if plan.labelling is None else open_label_tasks
+    open_tasks = open_instance_tasks if plan.has_objects else open_predict_tasks
+    open_tasks = open_tasks if plan.labelling is None else open_label_tasks
     inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks)
     if not execution.is_distributed:
         with thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress) as executor:
@@ -235,6 +237,8 @@ def _progress_display(
 
 def run_of(plan: Plan) -> type[Run]:
     """Return what runs the stages of a plan."""
+    if plan.has_objects:
+        return InstanceRun
     return Run if plan.labelling is None else MergeRun
 
 
@@ -244,7 +248,7 @@ def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: f
         **({"statistics": plan.statistics} if plan.statistics else {}),
         **({"padding_value": plan.fill} if plan.padding_mode in STATISTIC_PADDING else {}),
         **({"halved_batches": halved} if halved else {}),
-        **({"objects": json.loads(progress.objects)} if plan.labelling is not None else {}),
+        **({"objects": json.loads(progress.objects)} if plan.merges else {}),
         "patches": plan.patches,
         "blocks": plan.blocks,
         "open_blocks": plan.num_normalized,

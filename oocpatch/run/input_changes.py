@@ -141,7 +141,7 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
         changes: the changes.
         normalized: the blocks whose normalize stage is done; None: all, and all partials are deleted.
     """
-    if plan.labelling is not None:  # ids depend on all blocks
+    if plan.merges:  # ids depend on all blocks
         again = range(plan.blocks) if normalized is None else changes.blocks
         return {*(("predict", block) for block in again), *(("normalize", block) for block in range(plan.blocks))}
     neighbours, stages = plan.neighbours, Stages()

@@ -66,6 +66,7 @@ def predict(
     patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
     overlap_mode: str | Mapping[str, str] = "hann",
     num_classes: int | None = None,
+    match: float = 0.5,
     padding_mode: str | None = None,
     fill: float = 0.0,
     batch_size: int | str = 1,
@@ -126,8 +127,11 @@ def predict(
             given.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
-            keeps the largest value; `"vote"` the most frequent label. A dict gives each output its own.
+            keeps the largest value; `"vote"` the most frequent label; `"instances"` joins objects of models that number
+            them anew in every patch, from 1. A dict gives each output its own.
         num_classes: number of labels that are voted on.
+        match: for `"instances"`, the least intersection over union of objects of two patches that are one, over the
+            voxels that both patches saw.
         padding_mode: `"constant"` (with `fill`), `"edge"` or `"replicate"`, `"reflect"`, `"symmetric"`, `"wrap"` or
             `"circular"`, or the `"mean"`, `"median"` or `"minimum"` of the whole volume: patches also cover
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
@@ -227,6 +231,7 @@ def predict(
         patch_overlap=patch_overlap,
         overlap_mode=overlap_mode,
         num_classes=num_classes,
+        match=match,
         padding_mode=padding_mode,
         fill=fill,
         batch_size=batch_size,
@@ -563,7 +568,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             delete_outputs=workspace.delete_outputs,
             ledger_tail=tail,
         )
-        to_normalize = own if plan.labelling is None else ()  # all blocks are merged first, by the part that ends last
+        to_normalize = () if plan.merges else own  # all blocks are merged first, by the part that ends last
         stages(to_predict=own, to_normalize=to_normalize, order=plan.in_order(own)).execute(executor.executor)
         executor.flush()  # the part that completes the output may run on another host
         with turn():

@@ -44,7 +44,7 @@ class DisplaySource:
             return None
         settings = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
         settings = [value.get(self.head) if isinstance(value, dict) else value for value in settings]
-        return True if "argmax" in settings or "vote" in settings else None
+        return True if {"argmax", "vote", "instances"}.intersection(map(str, settings)) else None
 
 
 def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> DisplaySource:

@@ -17,7 +17,7 @@ import numpy as np
 from oocpatch.storage.journal import Journal, decode_record, find_journals, read_journal, read_journal_after
 from oocpatch.storage.paths import StoragePath
 
-Kind = Literal["predict", "merge", "normalize", "undone", "failed", "begun"]
+Kind = Literal["predict", "assemble", "merge", "normalize", "undone", "failed", "begun"]
 
 WHOLE = "ledger"
 """Name of the segment of a whole run; those of parts begin with it and a dot."""
@@ -32,13 +32,13 @@ class Record:
 
     Attributes:
         kind: `predict` and `normalize`: the stage is done; `undone`: the predict stage must run again, because its
-            partials were damaged; `merge`: the objects of all blocks are merged; `failed`: the block failed, for the
-            reason in `note`; `begun`: a call went to work.
+            partials were damaged; `assemble`: the objects in the block's core are known; `merge`: the objects of all
+            blocks are merged; `failed`: the block failed, for the reason in `note`; `begun`: a call went to work.
         block: index of the block; 0 for `merge`.
-        digest: digest of the partials that the block left (`predict`), and of all ids (`merge`).
+        digest: digest of the partials that the block left (`predict`, `assemble`), and of all ids (`merge`).
         uncovered: voxels of the output where no patch was, among those the stage wrote.
-        note: a message (`failed`); the attempt that left the partials (`predict`) or ids (`merge`), or whose are
-            damaged (`undone`).
+        note: a message (`failed`); the attempt that left the partials (`predict`, `assemble`) or ids (`merge`), or
+            whose are damaged (`undone`).
         units: the CRCs of the output's write units that the stage is answerable for (`predict`, `normalize`); the
             numbers of objects as JSON (`merge`).
         at: when it was recorded, in seconds since 1970, for people.
@@ -82,6 +82,20 @@ NO_PARTIALS = PartialsRef(0, "")
 
 MERGED = -1
 """Key of what the merge left, among the partials of blocks."""
+
+
+def table_key(block: int) -> int:
+    """Return the key of what assembling the objects of a block left, among the partials of blocks."""
+    return MERGED - 1 - block
+
+
+def block_of(key: int) -> int:
+    """Return the block of a key; 0 for `MERGED`.
+
+    >>> block_of(3), block_of(table_key(3)), block_of(MERGED)
+    (3, 3, 0)
+    """
+    return key if key >= 0 else max(MERGED - 1 - key, 0)
 
 
 class Ledger(Journal):

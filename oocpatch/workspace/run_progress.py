@@ -91,6 +91,7 @@ class RunProgress:
     Attributes:
         blocks: number of blocks of the run.
         partials: the partials of each block whose predict stage is done.
+        tables: the tables of each block whose objects are assembled.
         normalized: the blocks whose normalize stage is done.
         merged: what the merge of objects left; none before it is done.
         objects: the numbers of objects that it found, as JSON.
@@ -102,6 +103,7 @@ class RunProgress:
 
     blocks: int
     partials: PartialsIndex = field(init=False)
+    tables: PartialsIndex = field(init=False)
     normalized: BlockSet = field(init=False)
     merged: PartialsRef = NO_PARTIALS
     objects: str = ""
@@ -114,6 +116,7 @@ class RunProgress:
 
     def __post_init__(self) -> None:
         self.partials = PartialsIndex(self.blocks)
+        self.tables = PartialsIndex(0)  # few runs have any
         self.normalized, self.recent_blocks = BlockSet(self.blocks), BlockSet(self.blocks)
 
     @property
@@ -144,12 +147,14 @@ class RunProgress:
             self.counts[record.kind, record.block] = record.uncovered, record.nonfinite
         elif record.kind in ("predict", "normalize"):  # the input may have changed since it was computed before
             self.counts.pop((record.kind, record.block), None)
-        if record.kind in ("predict", "merge", "normalize"):
+        if record.kind in ("predict", "assemble", "merge", "normalize"):
             self._add_done(record)
         elif record.kind == "undone":
             self._undone.add(record.note)
             if self.partials.get(record.block, NO_PARTIALS).attempt == record.note:
                 del self.partials[record.block]
+            if self.tables.get(record.block, NO_PARTIALS).attempt == record.note:
+                del self.tables[record.block]
             if self.merged.attempt == record.note:
                 self.merged = NO_PARTIALS
         elif record.kind == "begun":
@@ -168,6 +173,9 @@ class RunProgress:
         if record.kind == "predict":
             self.partials[record.block] = PartialsRef(record.digest, record.note)
             self.recent_blocks.add(record.block)
+        elif record.kind == "assemble":
+            self.tables = self.tables or PartialsIndex(self.blocks)
+            self.tables[record.block] = PartialsRef(record.digest, record.note)
         else:
             self.normalized.add(record.block)
         self.failed.pop(record.block, None)

@@ -33,7 +33,7 @@ from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
 from oocpatch.storage.journal import remove_journal
 from oocpatch.storage.paths import LocalPath, StoragePath, remove_trees
-from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, PartialsRef, read_ledger, segments
+from oocpatch.workspace.ledger import WHOLE, Ledger, PartialsRef, read_ledger, segments, table_key
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.stored_outputs import StoredOutputs
@@ -143,6 +143,10 @@ class Workspace:
         """Return a reader of the partials that the ledger records of a block; `CorruptPartial` if they are others."""
         return PartialReader(self.folder(block), self.plan.frames, block, ref)
 
+    def table_reader(self, block: int, ref: PartialsRef) -> PartialReader:
+        """Return a reader of what assembling the objects of a block left."""
+        return PartialReader(self.folder(block), self.plan.frames, table_key(block), ref)
+
     def outputs(self, block: int) -> StoredOutputs:
         """Return what is stored of the model's outputs for the batches of a block."""
         return StoredOutputs(self.root / "outputs" / str(block))
@@ -161,11 +165,12 @@ class Workspace:
         blocks = self.root / "blocks"
         gone = set()
         for block, attempt in (name.split("/") for name in blocks.list_folders(depth=2)):
-            recorded = progress.partials.get(int(block), NO_PARTIALS).attempt if block.isdigit() else ""
-            if attempt != recorded:
+            refs = [index.get(int(block)) for index in (progress.partials, progress.tables)] if block.isdigit() else []
+            recorded = {ref.attempt for ref in refs if ref is not None and ref.attempt}
+            if attempt not in recorded:
                 gone.add(f"{block}/{attempt}" if recorded else block)
         remove_trees([blocks / name for name in sorted(gone)])
-        if self.plan.labelling is not None:
+        if self.plan.merges:
             merged = self.root / "merged"
             remove_trees([merged / name for name in merged.list_folders() if name != progress.merged.attempt])
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.engine.patch_objects import PatchObjects, PatchObjectsWriter, patch_objects
-from oocpatch.objects.instance_table import decode_sections, encode_sections, make_table, merge_instances
+from oocpatch.objects.instance_table import decode_sections, encode_sections, make_table, merge_table
 from oocpatch.objects.instances import Assembly, matches
 from oocpatch.objects.merge import MergeGrid
 from oocpatch.objects.neighbourhood import Neighbourhood
@@ -171,7 +171,7 @@ def in_blocks(
         Neighbourhood(blocks, index, number=0, looped=looped, read=every.__getitem__)  # type: ignore[arg-type]
         for index in range(len(blocks))
     ]
-    tables = [decode_sections(encode_sections(make_table(one, shape, looped, match))) for one in around]
+    tables = [decode_sections(encode_sections(make_table(one, looped, match))) for one in around]
     ids: dict[tuple[int, int], list[Array]] = defaultdict(list)
     rows, plane = blocks.axes[looped], math.prod(shape[looped + 1 :])
     starts = [rows.core(row)[0] * plane for row in range(rows.count)]
@@ -181,7 +181,7 @@ def in_blocks(
         def write(block: int, _piece: int, new: Array) -> None:
             ids[first + block, section].append(new)
 
-        return merge_instances(places, lambda block: tables[first + block][section], write, max_memory)
+        return merge_table(places, lambda block: tables[first + block][section], write, max_memory)
 
     firsts = range(0, len(blocks), len(places))
     found = [merged(first, section) for first in firsts for section in range(len(tables[first]))]
