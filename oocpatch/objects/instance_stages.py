@@ -120,9 +120,8 @@ def merge_instances(context: TaskContext, refs: Refs) -> TaskResult:
         if count > np.iinfo(dtype).max:
             error = TooManyObjects(count, dtype)
             raise error if len(plan.heads) == 1 else InvalidVolume(str(error))
-    return TaskResult(
-        PartialsRef(digest or 1, attempt), unit_checksums=json.dumps(found if len(plan.heads) > 1 else counts)
-    )
+    numbers = json.dumps(found if len(plan.heads) > 1 else counts)
+    return TaskResult(PartialsRef(digest or 1, attempt), unit_checksums=numbers)
 
 
 def _merge_head(context: TaskContext, number: int, refs: Refs, writer: IdWriter) -> list[int]:
