@@ -55,7 +55,7 @@ class MergeRun(Run):
         return None
 
     def _tables(self) -> Mapping[int, PartialsRef]:
-        """Return the tables that the merge reads, by block."""
+        """Return the tables that the merge reads, by their keys."""
         return self.progress.partials
 
     def _read_for(self, index: int) -> dict[int, PartialsRef]:
@@ -145,7 +145,7 @@ class InstanceRun(MergeRun):
         super()._repair(task, error)
 
     def _tables(self) -> Mapping[int, PartialsRef]:
-        return self.progress.tables
+        return {table_key(index): ref for index, ref in self.progress.tables.items()}
 
     def _read_for(self, index: int) -> dict[int, PartialsRef]:
         return {**self._partials_for(index), table_key(index): self.progress.tables[index]}

@@ -132,7 +132,7 @@ def _merge_head(context: TaskContext, number: int, refs: Refs, writer: IdWriter)
     def section_of(block: int, section: int) -> InstanceSection:
         def load() -> tuple[list[InstanceSection], int]:
             context.report(block, 0)
-            sections = _sections(context, block, number, refs[block])
+            sections = _sections(context, block, number, refs[table_key(block)])
             return sections, sum(one.nbytes for one in sections)
 
         return tables.get(block, load)[section]

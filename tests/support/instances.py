@@ -61,6 +61,18 @@ def oracle(
     return result, len(ids)
 
 
+def owners(grid: PatchGrid) -> Array:
+    """The patch that decides each voxel: without half an overlap at sides that have a neighbour; later ones win."""
+    owner = np.full(grid.shape, -1)
+    for number, index in enumerate(itertools.product(*map(range, grid.counts))):
+        starts = [
+            max(0, axis.start(i) + (axis.overlap // 2 if i else 0)) for axis, i in zip(grid.axes, index, strict=True)
+        ]
+        stops = [axis.start(i) + axis.patch for axis, i in zip(grid.axes, index, strict=True)]
+        owner[tuple(slice(a, max(a, b)) for a, b in zip(starts, stops, strict=True))] = number
+    return owner
+
+
 def _views(
     shape: Ints, starts: Sequence[Voxel], patches: Sequence[Array]
 ) -> tuple[list[dict[Voxel, int]], dict[Thing, bool]]:

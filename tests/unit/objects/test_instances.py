@@ -16,7 +16,7 @@ from oocpatch.objects.instances import matches
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box
 from oocpatch.planning.grid import GridAxis, PatchGrid
-from tests.support.instances import assembled, in_blocks, oracle
+from tests.support.instances import assembled, in_blocks, oracle, owners
 
 Array = npt.NDArray[Any]
 
@@ -103,18 +103,6 @@ def test_objects_match_where_each_is_the_best_of_the_other(
 ) -> None:
     ones, others = matches(np.array(one), np.array(other), threshold)
     assert list(zip(ones.tolist(), others.tolist(), strict=True)) == pairs
-
-
-def owners(grid: PatchGrid) -> Array:
-    """The patch that decides each voxel: without half an overlap at sides that have a neighbour; later ones win."""
-    owner = np.full(grid.shape, -1)
-    for number, index in enumerate(itertools.product(*map(range, grid.counts))):
-        starts = [
-            max(0, axis.start(i) + (axis.overlap // 2 if i else 0)) for axis, i in zip(grid.axes, index, strict=True)
-        ]
-        stops = [axis.start(i) + axis.patch for axis, i in zip(grid.axes, index, strict=True)]
-        owner[tuple(slice(a, max(a, b)) for a, b in zip(starts, stops, strict=True))] = number
-    return owner
 
 
 @st.composite
