@@ -94,8 +94,17 @@ def scripted_model(patches: torch.Tensor) -> torch.Tensor:
     time.sleep(JOB.delay)
     if set(first) & set(JOB.fail_on):
         raise RuntimeError(f"the model fails on the patch that starts with {first}")
+    if JOB.options.get("overlap_mode") == "instances":
+        return objects_of(patches)
     ramp = torch.arange(1, patches[0].numel() + 1, dtype=torch.float32).reshape(patches.shape[1:])
     return patches * (ramp / ramp.max()) + ramp
+
+
+def objects_of(patches: torch.Tensor) -> torch.Tensor:
+    """Objects of three voxels with a gap after each, numbered from 1 in every patch."""
+    places = patches.to(torch.int64) - 1
+    numbers = places // 4 - places.reshape(len(places), -1).amin(1).reshape(-1, *(1,) * (places.ndim - 1)) // 4 + 1
+    return torch.where(places % 4 == 3, 0, numbers)
 
 
 def make_volume(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...]) -> None:

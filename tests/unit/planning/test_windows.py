@@ -9,7 +9,7 @@ from oocpatch.planning.choices import OVERLAP_MODES
 from oocpatch.planning.grid import GridAxis
 from oocpatch.planning.windows import axis_weights, axis_window
 
-WEIGHED = [mode for mode in OVERLAP_MODES if mode not in {"crop", "max", "vote"}]
+WEIGHED = [mode for mode in OVERLAP_MODES if mode not in {"crop", "max", "vote", "instances"}]
 
 
 def test_the_average_weighs_every_voxel_alike() -> None:
@@ -77,7 +77,7 @@ def test_crop_has_weights_of_one_and_no_window() -> None:
         axis_window("crop", 8)
 
 
-@pytest.mark.parametrize("mode", ["max", "vote", "linear"])
+@pytest.mark.parametrize("mode", ["max", "vote", "instances", "linear"])
 def test_a_mode_without_a_window_is_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=f"got '{mode}'"):
         axis_window(mode, 8)
