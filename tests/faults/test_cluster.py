@@ -30,6 +30,7 @@ from oocpatch.storage.paths import LocalPath
 from tests.support.children import file_digests
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
+from tests.support.instance_models import Renumber
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,12 @@ def test_a_cluster_gives_the_bytes_of_the_embedded_scheduler(small: SmallCluster
             "mask": (data > 0.9)[::4, ::4],
             "preprocess": "zscore",
             "augment": ["x"],
+        },
+        "objects": {
+            "model": Renumber(),
+            "model_args": None,
+            "volume": np.kron(np.arange(100).reshape(10, 10) + 1, np.ones((3, 3), np.int32))[:, :29],
+            "overlap_mode": "instances",
         },
     }
     with small.client() as client:
