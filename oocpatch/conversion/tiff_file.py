@@ -26,6 +26,7 @@ from oocpatch.conversion.file_order import THREADS, FileOrder, ahead, in_order
 from oocpatch.conversion.geometry import SECONDS, Spacing, factor_of, spacing, spatial_axes, time_spacing
 from oocpatch.outputs.pyramid import METHODS
 from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.volumes.formats.tiff import GEO_KEYS, PIXEL_IS_POINT, PIXEL_SCALE, TIE_POINT, geo_raster_type
 from oocpatch.volumes.ome_metadata import METERS
 from oocpatch.volumes.volume import Volume
 
@@ -37,10 +38,16 @@ TILE = 256
 SMALLEST = 256
 """A pyramid ends with the first level that has at most so many rows and columns."""
 
+COLUMNS = 4096
+"""Columns of which a mean is taken at a time; an even number."""
+
 COMPRESSION = 4
 
 BIG = (1 << 32) - (1 << 26)
 """Bytes above which a file has 64-bit offsets."""
+
+TRANSFORMATION = 34264
+"""Tag of a GeoTIFF whose axes do not lie as usual, with `y` upwards: a matrix."""
 
 RGB = 3
 """Channels of a picture."""
@@ -109,15 +116,17 @@ class TiffWriter:
         sizes = tuple(volume.source.shape[volume.axes.names.index(name)] for name in names)
         self._tile = tuple(min(TILE, ceil_to(n, 16)) for n in sizes[-inner:][:2])
         tile = int(np.prod(self._tile)) * max(1, RGB * self._is_rgb) * self._dtype.itemsize
-        # tiles in flight; rows of tiles of a level: as they are, cast, collected, and their sum in float64
+        # tiles in flight; rows of tiles that are cast; those of coarser levels, collected and joined; a part of a mean
         row = tile * -(-sizes[-inner + 1] // self._tile[1])
-        coding = 3 * (ahead(THREADS) + 1) * tile + row * 4 + row // self._dtype.itemsize * 8
+        coding = 3 * (ahead(THREADS) + 1) * tile + (2 + (self._dtype != volume.dtype)) * row
+        coding += TILE * COLUMNS * max(1, RGB * self._is_rgb) * 8
         self.order = FileOrder.plan(volume, names, inner, limit, rows=self._tile[0], coding=coding)
         self._levels = [Level(plane) for plane in level_shapes(self.order.plane, inner)]
         self._metadata = {"axes": "".join(letters), **_ome_metadata(volume, axes, mark)}
         if not self._is_rgb and (channels := names_of_channels(volume)):
             self._metadata["Channel"] = {"Name": channels}
         self._resolution = _resolution(self._metadata)
+        self._geo_tags = geo_tags(volume, axes)
 
     def write(self, path: Path, advance: Callable[[int], None]) -> None:
         """Write the file."""
@@ -144,6 +153,7 @@ class TiffWriter:
                     subfiletype=min(number, 1),
                     metadata=self._metadata if not number else None,
                     software=self._mark if not number else None,
+                    extratags=self._geo_tags if not number else None,
                     **(self._resolution if not number else {}),
                 )
                 if not number:  # the last tiles of the other levels
@@ -177,7 +187,9 @@ class TiffWriter:
         for start in range(0, level.plane[1], self._tile[1]):
             yield level, rows[:, start : start + self._tile[1]].copy()
         if number + 1 < len(self._levels):
-            yield from self._add(number + 1, self._method(rows, (2, 2, 1)[: rows.ndim]))
+            step = (2, 2, 1)[: rows.ndim]
+            parts = [self._method(rows[:, a : a + COLUMNS], step) for a in range(0, rows.shape[1], COLUMNS)]
+            yield from self._add(number + 1, np.concatenate(parts, axis=1))
 
     def _cast(self, values: Array) -> Array:
         """Return values in the dtype of the file.
@@ -249,6 +261,33 @@ def names_of_channels(volume: Volume) -> list[str]:
     if coordinate is None or coordinate.ndim != 1 or coordinate.dtype.kind in "biufmM":
         return []
     return [str(name) for name in coordinate.values]
+
+
+def geo_tags(volume: Volume, axes: dict[str, str]) -> list[tuple[int, str, int, Any, bool]]:
+    """Return the tags of a GeoTIFF, where the volume comes from one, at the place that its coordinates say.
+
+    Raises:
+        ValueError: if coordinates are not evenly spaced.
+    """
+    keys: Any = volume.source.attrs.get("geotiff_keys")
+    x, y = (spacing(volume, axes[role]) for role in "xy")
+    if not isinstance(keys, dict) or x is None or y is None or x.step is None or y.step is None:
+        return []
+    half = 0.0 if geo_raster_type(keys["34735"]) == PIXEL_IS_POINT else 0.5
+    left, top = x.start - half * x.step, y.start - half * y.step
+    tags: list[tuple[int, str, int, Any, bool]] = []
+    if x.step > 0 > y.step:
+        tags += [
+            (PIXEL_SCALE, "d", 3, (x.step, -y.step, 0.0), True),
+            (TIE_POINT, "d", 6, (0.0, 0.0, 0.0, left, top, 0.0), True),
+        ]
+    else:
+        matrix = (x.step, 0.0, 0.0, left, 0.0, y.step, 0.0, top, *(0.0,) * 7, 1.0)
+        tags.append((TRANSFORMATION, "d", 16, matrix, True))
+    for code, kind in GEO_KEYS.items():
+        if code in keys:
+            tags.append((int(code), kind, 0 if kind == "s" else len(keys[code]), keys[code], True))
+    return tags
 
 
 def _ome_metadata(volume: Volume, axes: dict[str, str], mark: str) -> dict[str, Any]:

@@ -19,6 +19,15 @@ from oocpatch.volumes.ome_metadata import coordinate
 CENTIMETER = 3
 """Value of the tag ResolutionUnit. Inches are ignored: they are mostly a default, meant for printers."""
 
+GEO_KEYS = {"34735": "H", "34736": "d", "34737": "s"}
+"""Tags that describe the coordinate system of a GeoTIFF, and the types of their values."""
+
+PIXEL_SCALE, TIE_POINT = 33550, 33922
+"""Tags of a GeoTIFF whose rows and columns are those of its coordinate system: sizes of a pixel, and a known place."""
+
+RASTER_TYPE, PIXEL_IS_POINT = 1025, 2
+"""Key of the meaning of a place, and its value where it is the centre of a pixel and not its corner."""
+
 
 class TiffFile:
     """A level of a series of a TIFF. Chunks are its tiles or strips."""
@@ -35,12 +44,13 @@ class TiffFile:
             self._array = array = zarr.open_array(self._store, mode="r")
             names = axis_names(level.axes) if len(level.axes) == array.ndim else None
             factors = {n: a / b for n, a, b in zip(names or (), series.levels[0].shape, array.shape, strict=False)}
+            sizes = dict(zip(names or (), array.shape, strict=False))
             self.metadata = FileMetadata(
                 shape=array.shape,
                 dtype=array.dtype,
                 chunks=array.chunks,
                 names=names,
-                coords=_coords(self._tiff, spec.series, dict(zip(names or (), array.shape, strict=False)), factors),
+                coords=_geo_coords(self._tiff, sizes, factors) or _coords(self._tiff, spec.series, sizes, factors),
                 attrs=_attrs(self._tiff),
             )
         except BaseException:
@@ -136,7 +146,40 @@ def _svs_metadata(tiff: Any) -> Any:
     return importlib.import_module("tifffile").tifffile.svs_description_metadata(tiff.pages[0].description)
 
 
+def geo_raster_type(keys: Any) -> int:
+    """Return the meaning of places by the key directory of a GeoTIFF.
+
+    >>> geo_raster_type([1, 1, 0, 2, 1024, 0, 1, 1, 1025, 0, 1, 2])
+    2
+    """
+    entries = {int(keys[i]): int(keys[i + 3]) for i in range(4, len(keys) - 3, 4)}
+    return entries.get(RASTER_TYPE, 1)
+
+
+def _geo_coords(tiff: Any, sizes: dict[str, int], factors: dict[str, float]) -> dict[str, xarray.Variable]:
+    """Return the coordinates of a GeoTIFF whose rows and columns are those of its coordinate system."""
+    tags = tiff.pages[0].tags
+    if not {PIXEL_SCALE, TIE_POINT, 34735} <= {int(tag.code) for tag in tags} or len(tags[TIE_POINT].value) != 6:
+        return {}
+    scale, place = tags[PIXEL_SCALE].value, tags[TIE_POINT].value
+    half = 0.0 if geo_raster_type(tags[34735].value) == PIXEL_IS_POINT else 0.5
+    coords = {}
+    for axis, (name, sign) in enumerate((("x", 1), ("y", -1))):
+        if name in sizes and scale[axis]:
+            step, factor = sign * scale[axis], factors[name]
+            start = place[axis + 3] + step * (half - place[axis] + (factor - 1) / 2)
+            coords[name] = coordinate(name, sizes[name], step * factor, start)
+    return coords
+
+
 def _attrs(tiff: Any) -> dict[str, Any]:
+    """Return what the file says of itself, and the keys of a GeoTIFF."""
+    tags = tiff.pages[0].tags
+    keys = {code: to_json(tags[int(code)].value) for code in GEO_KEYS if int(code) in tags}
+    return {**_description(tiff), **({"geotiff_keys": keys} if "34735" in keys else {})}
+
+
+def _description(tiff: Any) -> dict[str, Any]:
     """Return the scanner's record of an SVS, else the description of the file, unless it is XML or long."""
     if tiff.is_svs:
         return {str(k): to_json(v) for k, v in _svs_metadata(tiff).items() if isinstance(v, (str, int, float))}
