@@ -27,6 +27,9 @@ Polygons = Iterator[list[list[Ring]]]
 BATCH = 1 << 16
 """Rows that are written at a time."""
 
+TEXT_ROWS = 1 << 11
+"""Rows that are text at a time, which takes many times the memory of numbers."""
+
 HDF5_ROWS = 1 << 13
 """Rows of a chunk of an HDF5 file."""
 
@@ -49,8 +52,9 @@ class CsvFile:
         self._file.write(",".join(map(_quoted, schema.dtypes)) + "\n")
 
     def write(self, columns: Columns, polygons: Polygons | None) -> None:  # noqa: ARG002 - of TableFile
-        texts = [_texts(values) for values in columns.values()]
-        self._file.writelines(f"{','.join(row)}\n" for row in zip(*texts, strict=True))
+        for start in range(0, len(columns["label"]), TEXT_ROWS):
+            texts = [_texts(values[start : start + TEXT_ROWS]) for values in columns.values()]
+            self._file.writelines(f"{','.join(row)}\n" for row in zip(*texts, strict=True))
 
     def close(self) -> None:
         self._file.close()

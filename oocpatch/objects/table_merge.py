@@ -75,7 +75,7 @@ def write_objects(
             f"files alone but max_memory is {human(plan.max_memory)}; raise max_memory"
         )
     batches = Batches(file)
-    for tables in read_ranges(runs, sizes, limit // 2, lambda: None):
+    for tables in read_ranges(runs, sizes, limit // 4, lambda: None):
         rows, starts = moments.sort_rows(tables[ROWS], layout)
         if not len(starts):
             continue

@@ -182,7 +182,7 @@ def make_table_plan(
         )
 
     def scratch_for(threads: int) -> int:
-        return max(SMALLEST_SCRATCH, min(LARGEST_SCRATCH, max_memory // (3 * threads)))
+        return max(SMALLEST_SCRATCH, min(LARGEST_SCRATCH, max_memory // (4 * threads)))
 
     core = (*(1,) * looped, *(block_shape or _unit(labels, intensity, looped)))
     threads = workers or os.cpu_count() or 1

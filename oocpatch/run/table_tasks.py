@@ -13,10 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import ClusterLost
 from oocpatch.execution.scheduler import Executor, Stopped, Task, ThreadExecutor
 from oocpatch.objects.block_measurement import MeasurementContext, measure_block
+from oocpatch.objects.moments import SEGMENT
 from oocpatch.objects.table_plan import TablePlan
 from oocpatch.objects.table_workspace import PLAN, TableWorkspace
 from oocpatch.progress import OnProgress, TaskDone
@@ -50,6 +54,7 @@ def _context(
     workspace: TableWorkspace, labels: Volume, intensity: Volume | None, on_progress: OnProgress
 ) -> Iterator[MeasurementContext]:
     """Open what the tasks of one process share."""
+    lean_heap(workspace.plan.scratch, SEGMENT * np.dtype(np.int64).itemsize)
     with contextlib.ExitStack() as stack:
         opened = [None if volume is None else volume.for_run(1) for volume in (labels, intensity)]
         for volume in opened:
