@@ -40,7 +40,7 @@ def main() -> int:
             rule = Labelling(None, connectivity, per_class=bool(random.integers(2)), min_size=int(random.integers(4)))
             expected, count = oracle(values, rule)
             for _ in range(asked.blocks):
-                block = tuple(int(random.integers(1, n + 1)) for n in shape)
+                block = tuple(int(random.integers(max(1, n // 5), n + 1)) for n in shape)
                 labels, found = label_in_blocks(values, rule, block)
                 done += 1
                 if found != count or not np.array_equal(labels, expected):
