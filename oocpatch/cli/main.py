@@ -147,7 +147,7 @@ def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
                 click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
             raise
     seconds = round(time.monotonic() - start, 3)
-    counts = _voxel_counts(output)
+    counts = _counts(output)
     report = {"output": output, "complete": counts is not None, "seconds": seconds}
     line = "{output}: {seconds:.1f} s, this part is done, others are not"
     if counts is not None:
@@ -156,18 +156,28 @@ def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
         line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
         if counts["nonfinite_voxels"]:
             line += ", {nonfinite_voxels} that are NaN or infinite"
+        if isinstance(counts.get("objects"), int):
+            line += ", {objects} objects"
     click.echo(_as_json(report) if as_json else line.format(**report))
 
 
-def _voxel_counts(output: str) -> dict[str, int] | None:
-    """Return the numbers of uncovered and of non-finite voxels; None while parts of the run are not done."""
+def _counts(output: str) -> dict[str, Any] | None:
+    """Return the numbers of uncovered and of non-finite voxels, and of objects; None while parts are not done.
+
+    There are objects of a model that returns them: a list with several indices of time, a dict with several heads.
+    """
     from oocpatch.outputs.record import inspect_output
     from oocpatch.storage.paths import output_path
 
     record = inspect_output(output_path("output", output))
     if record is None or not record.complete:
         return None
-    return {name: int(record.details.get(name, 0)) for name in ("uncovered_voxels", "nonfinite_voxels")}
+    counts: dict[str, Any] = {n: int(record.details.get(n, 0)) for n in ("uncovered_voxels", "nonfinite_voxels")}
+    if objects := record.details.get("objects"):
+        single = {None: objects} if isinstance(objects, list) else objects
+        numbers = {head: found[0] if len(found) == 1 else found for head, found in single.items()}
+        counts["objects"] = numbers.get(None, numbers)
+    return counts
 
 
 @main.command()

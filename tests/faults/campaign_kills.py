@@ -257,7 +257,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--every-change", action="store_true")
     asked = parser.parse_args()
-    for mode in ("hann", "crop", "label") if asked.every_change else ():
+    for mode in ("hann", "crop", "instances", "label") if asked.every_change else ():
         with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:
             print(f"{mode}: died before each of {every_change(Path(folder), mode)} changes", flush=True)
     if asked.every_change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy.typing as npt
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from torch import nn
 
 import oocpatch
+from oocpatch.cli.main import main
 from oocpatch.execution.scheduler import Task
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.run.instance_tasks import InstanceTasks
@@ -135,6 +138,20 @@ def test_other_heads_are_as_without_objects(tissue: Array, tmp_path: Path) -> No
     assert both.cells.attrs["objects"] == alone.attrs["objects"]
     assert both.prob.dtype == np.float32
     assert oocpatch.verify(tmp_path / "both.zarr").passed
+
+
+def test_the_command_says_how_many_objects_there_are(tissue: Array, tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "v.zarr", data=tissue, chunks=(16, 16))
+    command = ["predict", str(tmp_path / "v.zarr"), "--patch-size", "12", "--patch-overlap", "6", "--progress", "none"]
+    reports = {}
+    for name, modes in {"Renumber": "instances", "WithScores": "cells=instances,prob=hann"}.items():
+        model = f"tests.support.instance_models:{name}"
+        arguments = [str(tmp_path / name), "--model", model, "--overlap-mode", modes, "--match", "0.6", "--json"]
+        result = CliRunner().invoke(main, [*command, *arguments])
+        assert result.exit_code == 0, result.output
+        reports[name] = json.loads(result.stdout)["objects"]
+    count = len(np.unique(tissue)) - 1
+    assert reports == {"Renumber": count, "WithScores": {"cells": count}}
 
 
 def test_voxels_without_a_patch_have_the_fill_unless_an_object_reaches_them(tmp_path: Path) -> None:
