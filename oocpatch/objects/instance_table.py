@@ -144,6 +144,8 @@ def merge_table(grid: MergeGrid, read: Callable[[int], InstanceSection], write: 
 class _InstanceMerge(Merge):
     """A merge whose nodes are the objects of all patches, in whichever blocks they have voxels."""
 
+    nodes_are, fewer = "objects of patches", "larger patches or less overlap"
+
     def __init__(self, grid: MergeGrid, read: Callable[[int], InstanceSection], max_memory: int) -> None:
         self._read_instances = read
         super().__init__(grid, NO_RULE, self._section, max_memory)

@@ -92,6 +92,8 @@ class Merge:
         places: per such object, the first place of its set, then the negative of its id; `DROPPED`: it is too small.
     """
 
+    nodes_are, fewer = "objects at the borders of blocks", "a larger block_shape"
+
     def __init__(self, grid: MergeGrid, rule: Labelling, read: ReadSection, max_memory: int) -> None:
         self.grid, self.rule, self.read = grid, rule, read
         counts = np.array([self._counts(block) for block in grid], np.int64)
@@ -101,8 +103,8 @@ class Merge:
         needed = nodes * MERGE_NODE_BYTES + SMALLEST_BATCH * MERGE_BATCH_BYTES
         if needed > max_memory:
             raise PlanTooLarge(
-                f"merging {nodes:,} objects at the borders of blocks needs {human(needed, up=True)} but max_memory is "
-                f"{human(max_memory)}; raise max_memory, or start afresh with a larger block_shape"
+                f"merging {nodes:,} {self.nodes_are} needs {human(needed, up=True)} but max_memory is "
+                f"{human(max_memory)}; raise max_memory, or start afresh with {self.fewer}"
             )
         self.batch = max(SMALLEST_BATCH, (max_memory - nodes * MERGE_NODE_BYTES) // MERGE_BATCH_BYTES)
         self.roots, self.places = self._sets(nodes)

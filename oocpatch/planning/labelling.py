@@ -7,6 +7,9 @@ from dataclasses import dataclass
 MERGE_NODE_BYTES, MERGE_BATCH_BYTES = 40, 160
 """Bytes of the merge of objects: per object at a border between blocks, and per pair of a batch or object in order."""
 
+LEAST_MERGE_BYTES = 1 << 21
+"""Bytes of a merge with few objects: half of it is for pairs, some thousands of them at least."""
+
 DTYPES = ("uint32", "uint64")
 """Dtypes of ids: the first that holds the number of objects."""
 

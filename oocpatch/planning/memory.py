@@ -22,6 +22,7 @@ from functools import cached_property
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
 from oocpatch.planning.heads import Head
+from oocpatch.planning.labelling import LEAST_MERGE_BYTES
 from oocpatch.planning.sweep import EXAMINED_BLOCKS, Frame, capacity
 
 TILE = 1 << 16
@@ -264,11 +265,12 @@ class MemoryUse:
     def _objects(self, frame: Frame, head: Head, core: list[int]) -> tuple[Ints, Ints]:
         """Return the same of a head of objects, whose labels are stored patch by patch, and assembled slab by slab."""
         patch, ndim = _patch_voxels(frame), len(core)
-        predict = 40 * patch + (2 << ndim) * OBJECT_FILE_BYTES
-        tables = math.prod(core) // VOXELS_PER_OBJECT * BYTES_PER_OBJECT
+        labels = 4 * patch * frame.blocks.grid.num_patches  # of all patches: small volumes need no more
+        predict = 40 * patch + 2 * min(OBJECT_FILE_BYTES << ndim, labels)
+        tables = max(math.prod(core) // VOXELS_PER_OBJECT * BYTES_PER_OBJECT, LEAST_MERGE_BYTES)
         core[frame.blocks.sweep] = min(frame.blocks.step, core[frame.blocks.sweep])
         slab = math.prod(core) * (16 + 2 * head.out_voxel_bytes)
-        cached = 2 * OBJECT_CACHE_BYTES + 8 * patch  # two patches at least, whose labels take four bytes at most
+        cached = 2 * min(OBJECT_CACHE_BYTES + OBJECT_FILE_BYTES, labels) + 8 * patch  # and at least two patches
         return (predict, 0, 0), (slab + 40 * patch + cached, tables, 0)
 
 

@@ -79,6 +79,12 @@ def test_slices_of_a_volume_need_no_overlap(tmp_path: Path) -> None:
     assert plan.heads[0].out_dtype == "uint32"
 
 
+def test_a_small_volume_needs_little_memory(tmp_path: Path) -> None:
+    assert planned(tmp_path, max_memory="3MiB", output_chunks=8).projected_memory < 3 << 20
+    with pytest.raises(oocpatch.PlanTooLarge, match=r"max_memory is 1\.0 MiB"):
+        planned(tmp_path, max_memory="1MiB", output_chunks=8)
+
+
 def test_match_identifies_runs_with_objects_only(tmp_path: Path) -> None:
     assert planned(tmp_path, match=0.3).parameters["match"] == 0.3
     assert "match" not in planned(tmp_path, overlap_mode="crop").parameters
