@@ -284,7 +284,9 @@ def test_a_frozen_worker_that_thaws_after_its_replacement_does_no_harm(small: Sm
         freezer.join()
     assert len([1 for _, first in small.calls() if first == frozen[0]]) >= 2, "its block was computed by another one"
     if thaws == "after the run":
-        assert small.digests() == expected
+        # it may have been frozen in the middle of a write, whose file has no name of a chunk yet
+        written = {name: digest for name, digest in small.digests().items() if ".partial/" not in name}
+        assert written == expected
         os.kill(small.workers[0], signal.SIGCONT)
     until(lambda: small.fork.poll(small.workers[0]) is not None)  # the scheduler has forgotten it, and it ends
     assert small.digests() == expected

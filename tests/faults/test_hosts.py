@@ -162,7 +162,9 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_on_its_host_and_when_s
     assert "on host-one for part 1/2" in told
     os.utime(lock, (0, lock.stat().st_mtime - STALE))
     assert call(fork, two, part=[1, 2], **FURTHER) == "done"
-    assert oocpatch.status(out).predict_done == 8
+    status = oocpatch.status(out)
+    assert status.predict_done in (7, 8), "as the first part had them, of 16 blocks with other numbers of patches"
+    assert abs(status.patches_done - status.patches_total / 2) <= status.patches_total / 16
     (tmp_path / "shared" / "first").mkdir()
     for name in ("out", "out.oocpatch"):
         (tmp_path / "shared" / name).rename(tmp_path / "shared" / "first" / name)

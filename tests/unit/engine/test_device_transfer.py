@@ -61,7 +61,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "crop": {"overlap_mode": "crop", "padding_mode": "reflect"},
     "skipped patches": {"skip_empty": True},
     "mask, labels": {"mask": MASK, "batch_size": 3, "postprocess": {"scores": "argmax"}},
-    "one at a time": {"workers": 1, "max_memory": "4MiB"},
+    "one at a time": {"workers": 1, "max_memory": "8MiB"},
 }
 
 
