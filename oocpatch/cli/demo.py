@@ -231,7 +231,7 @@ def run_demo(
     directory: Path | None = None,
     *,
     size: int = 512,
-    max_memory: str = "64MiB",
+    max_memory: str = "96MiB",
     keep: bool = True,
     progress: str = "auto",
     log: Callable[[str], None] = print,
