@@ -39,6 +39,10 @@ DOORS = {
         os.environ.get("OOCPATCH_REAL_DATA") == "1",
         "downloads published data; set OOCPATCH_REAL_DATA=1 to run it",
     ),
+    "compiler": (
+        os.environ.get("OOCPATCH_COMPILER") == "1",
+        "compiles with torch's own compiler, for a minute; set OOCPATCH_COMPILER=1 to run it",
+    ),
     "readers": (
         bool(os.environ.get("OOCPATCH_READERS")),
         "runs other programs; set OOCPATCH_READERS to the Python of an environment that has them",

@@ -28,7 +28,7 @@ def theirs(shape: tuple[int, ...], mode: str, overlap: Any, patches: list[aggreg
     return output
 
 
-@law(150)
+@law(80)
 @given(data=st.data(), mode=st.sampled_from(("crop", "average")), channels=st.integers(1, 3))
 def test_crop_and_average_are_those_of_torchio_in_any_order(data: st.DataObject, mode: str, channels: int) -> None:
     shape = tuple(data.draw(st.integers(1, 12)) for _ in range(3))

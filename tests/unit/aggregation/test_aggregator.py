@@ -44,7 +44,7 @@ def test_four_patches_give_the_values_that_torchio_1_gives(mode: str, rows: list
     np.testing.assert_allclose(aggregator.get_output()[0, 0], rows, rtol=1e-6, atol=1e-6)
 
 
-@law(100)
+@law(60)
 @given(loop=loops(), batch=st.integers(1, 4), on_disk=st.booleans())
 def test_any_loop_gives_what_the_oracle_says(loop: Loop, batch: int, on_disk: bool) -> None:
     with scratch() as root:
@@ -177,7 +177,7 @@ def test_the_same_grid_gives_what_predict_gives(
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@law(75)
+@law(45)
 @given(data=st.data(), mode=st.sampled_from(MODES))
 def test_the_identity_model_gives_the_volume_back(data: st.DataObject, mode: str) -> None:
     ndim = data.draw(st.integers(1, 4))
@@ -243,7 +243,7 @@ def test_an_upsampling_model_gives_the_volume_at_its_scale(mode: str) -> None:
     np.testing.assert_allclose(aggregator.get_output(), volume.repeat(2, 1).repeat(2, 2), rtol=1e-5, atol=1e-6)
 
 
-@law(75)
+@law(45)
 @given(
     data=st.data(),
     mode=st.sampled_from(MODES),

@@ -21,7 +21,7 @@ from tests.support.cases import MODES, law, scratch
 Ints = tuple[int, ...]
 
 
-@law(75)
+@law(40)
 @given(loop=loops_with_context(), on_disk=st.booleans())
 def test_a_loop_with_a_context_gives_what_the_oracle_says(loop: Loop, on_disk: bool) -> None:
     with scratch() as root:
@@ -128,7 +128,7 @@ def test_the_same_grid_gives_what_predict_gives_at_any_scale_context_and_overlap
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@law(75)
+@law(40)
 @given(
     data=st.data(),
     mode=st.sampled_from(MODES),

@@ -142,6 +142,7 @@ def test_planning_compiles_nothing_and_counts_the_compiler(
         oocpatch.plan(volume, Net(), tmp_path / "out", compile=True, max_memory="200MiB", **SETTINGS)
 
 
+@pytest.mark.compiler
 def test_really_compiled_a_run_that_died_in_one_part_ends_in_the_bytes_of_one_call(
     volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

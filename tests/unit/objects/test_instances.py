@@ -130,7 +130,7 @@ def volumes_in_patches(draw: st.DrawFn) -> tuple[PatchGrid, list[Array | None], 
     return grid, patches, draw(st.sampled_from([1e-9, 0.3, 0.5, 0.75, 1.0])), list(Box.of_shape(shape).split(step))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(volumes_in_patches())
 def test_objects_of_patches_are_those_of_loops_over_voxels(
     case: tuple[PatchGrid, list[Array | None], float, list[Box]],
