@@ -36,7 +36,7 @@ from oocpatch.planning.plan import human
 from oocpatch.visualization.canvas import Figure, Panel
 from oocpatch.visualization.colormaps import heat
 
-PATCH, OVERLAP, CHUNK = 96, 32, 64
+PATCH, OVERLAP, CHUNK = 80, 16, 64
 PITCH = 17
 """Voxels between the cells of the lattice that nuclei are scattered about."""
 JITTER = 4.5
@@ -231,7 +231,7 @@ def run_demo(
     directory: Path | None = None,
     *,
     size: int = 512,
-    max_memory: str = "96MiB",
+    max_memory: str = "64MiB",
     keep: bool = True,
     progress: str = "auto",
     log: Callable[[str], None] = print,
