@@ -84,8 +84,8 @@ def test_the_prediction_is_the_network_blended(shown: Shown) -> None:
 
 
 def test_the_report_and_the_story_tell_the_plan(shown: Shown) -> None:
-    assert shown.report.plan["patches"] == 8
-    assert "8 of 96 x 96 x 96, overlap 32 x 32 x 32, hann" in shown.said
+    assert shown.report.plan["patches"] == 27
+    assert "27 of 80 x 80 x 80, overlap 16 x 16 x 16, hann" in shown.said
     assert shown.said.index("patches") < shown.said.index("predicted")  # the plan comes first
     assert shown.report.limit == 96 << 20
     assert shown.report.seconds > 0
