@@ -13,17 +13,15 @@ arrives.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
-import os
 import pickle
-import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,19 +29,18 @@ from distributed import get_worker
 
 from oocpatch.engine.patch_selection import Mask
 from oocpatch.engine.stages import TaskResult
-from oocpatch.errors import ClusterLost
-from oocpatch.execution.dask_clients import MUST_AGREE, device_of_rank, disagreement, log_dashboard, versions_here
+from oocpatch.execution.dask_clients import device_of_rank, log_dashboard
 from oocpatch.execution.dask_cluster import ClusterExecutor
 from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
 from oocpatch.execution.task_context import RunExecutor, RunInputs, Tasks
+from oocpatch.execution.worker_calls import close_call, opened_call
 from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
-from oocpatch.storage.retries import transient
 from oocpatch.workspace.run_progress import BlockSet
 from oocpatch.workspace.workspace import PLAN, Workspace
 
@@ -154,23 +151,6 @@ class ProgressReporter:
             get_worker().log_event(self._token, (self._block, self._patches))
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenCall:
-    """What runs the tasks of a call, and what closes it."""
-
-    token: str
-    tasks: Tasks
-    stack: contextlib.ExitStack
-    stopped: threading.Event
-
-
-# A worker process has one call open at a time, so that memory is what the plan says.
-_open_call: _OpenCall | None = None
-_one_block = threading.Lock()
-"""One block at a time, whatever the number of Dask's threads: the device and `max_memory` are those of the process."""
-_closed: deque[str] = deque(maxlen=1000)
-
-
 def run_in_worker(handle: RunHandle, task: Task, rank: int) -> TaskResult:
     """Run one task of a call in a worker process, on the device of its rank on the host.
 
@@ -180,63 +160,21 @@ def run_in_worker(handle: RunHandle, task: Task, rank: int) -> TaskResult:
         ClusterLost: when this process cannot take part.
         Stopped: when the call is over.
     """
-    with _one_block:
-        call = _opened(handle, rank)
-        before, threads = call.tasks.halved(), torch.get_num_threads()
+    open_tasks = functools.partial(_open_tasks, handle, rank)
+    with opened_call(handle.token, handle.versions, open_tasks, _NEEDS) as tasks:
+        before, threads = tasks.halved(), torch.get_num_threads()
         use_threads(1)
         try:
-            result = call.tasks.run(task)
-            return replace(result, halved=call.tasks.halved() - before)
+            result: TaskResult = tasks.run(task)
+            return replace(result, halved=tasks.halved() - before)
         finally:
             use_threads(threads)
-            if call.stopped.is_set():
-                _close()
 
 
-def close_call(token: str) -> None:
-    """Close a call; a task that is under way stops at its next patch."""
-    _closed.append(token)
-    if _open_call is not None and _open_call.token == token:
-        _open_call.stopped.set()
-        if _one_block.acquire(blocking=False):
-            try:
-                _close()
-            finally:
-                _one_block.release()
-
-
-def _close() -> None:
-    global _open_call  # noqa: PLW0603 - one per process
-    if _open_call is not None:
-        _open_call.stack.close()
-        _open_call = None
-
-
-def _opened(handle: RunHandle, rank: int) -> _OpenCall:
-    """Return the open call; it is opened when its first task comes."""
-    global _open_call  # noqa: PLW0603 - one per process
-    if handle.token in _closed:
-        raise Stopped
-    if _open_call is not None and _open_call.token == handle.token:
-        return _open_call
-    _close()
-    process = f"worker process {os.getpid()} on {socket.gethostname()} cannot take part"
-    differing = disagreement(handle.versions, versions_here(), MUST_AGREE)
-    if differing:
-        raise ClusterLost(f"{process}: workers must have the client's versions: {differing}")
-    with contextlib.ExitStack() as stack:
-        stopped = threading.Event()
-        try:
-            tasks = _open_tasks(handle, rank, stopped, stack)
-        except Exception as error:
-            if transient(error) and not isinstance(error, ClusterLost):
-                raise
-            raise ClusterLost(
-                f"{process}: {type(error).__name__}: {error}; workers must see volume, output and workspace under the "
-                "paths that the client sees, and be able to import what the client imports"
-            ) from error
-        _open_call = _OpenCall(handle.token, tasks, stack.pop_all(), stopped)
-    return _open_call
+_NEEDS = (
+    "see volume, output and workspace under the paths that the client sees, and be able to import what the client "
+    "imports"
+)
 
 
 def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: contextlib.ExitStack) -> Tasks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -153,8 +152,3 @@ def _negative(labels: Array, core: Box, plan: TablePlan) -> str:
     place = np.unravel_index(int(np.argmin(labels)), labels.shape)[1:]
     at = ", ".join(f"{n}={a + int(p)}" for n, a, p in zip(plan.names, core.start, place, strict=True))
     return f"labels must be 0, where there is no object, or positive, got {int(labels.min())} at {at}"
-
-
-def measured_voxels(plan: TablePlan, blocks: Iterator[int]) -> int:
-    """Return the number of voxels of some blocks."""
-    return sum(math.prod(plan.core_of(block).shape) for block in blocks)

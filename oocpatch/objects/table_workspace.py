@@ -23,10 +23,10 @@ from typing import Any
 from oocpatch.errors import OutputExists
 from oocpatch.objects.table_plan import TablePlan
 from oocpatch.storage.checksums import measured, text_checksum
-from oocpatch.storage.journal import encode_record, read_journal, remove_journal, replace_journal
+from oocpatch.storage.journal import encode_record, read_journal, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import LocalPath, remove_trees
-from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, Record, latest_records, read_ledger, segments
+from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Ledger, Record, join_segments, latest_records, segments
 from oocpatch.workspace.run_progress import RunProgress
 
 PLAN = "plan.json"
@@ -75,14 +75,7 @@ class TableWorkspace:
 
     def join(self) -> None:
         """Move the records of all segments into the ledger; only when nobody writes to any of them."""
-        parts = [path for path in segments(self.root) if path.name != WHOLE]
-        if parts:
-            with self.ledger() as ledger:
-                for path in parts:
-                    for record in read_ledger(path):
-                        ledger.append(record)
-            for path in parts:
-                remove_journal(path)
+        join_segments(self.root)
 
     def sweep(self, progress: RunProgress) -> None:
         """Delete the tables that no record names; only where no other process records."""

@@ -32,7 +32,7 @@ from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
 from oocpatch.volumes.padding import padding_value
-from oocpatch.workspace.ledger import WHOLE, Ledger, Record, latest_records
+from oocpatch.workspace.ledger import WHOLE, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
 
@@ -153,17 +153,6 @@ def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collecti
         details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
         details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}
         write_record(path, replace(record, complete=False, details=details))
-
-
-@contextlib.contextmanager
-def open_ledger(workspace: Workspace, segment: str) -> Iterator[Ledger]:
-    """Open the ledger, or a segment of it; commit and close it at the end."""
-    ledger = workspace.ledger(segment)
-    ledger.append(Record("begun", 0))
-    try:
-        yield ledger
-    finally:
-        ledger.close()
 
 
 @contextlib.contextmanager

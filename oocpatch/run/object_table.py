@@ -37,7 +37,7 @@ from oocpatch.run.table_config import TableConfig
 from oocpatch.run.table_tasks import cluster_tasks, thread_tasks
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.storage.paths import LocalPath, StoragePath
-from oocpatch.workspace.ledger import WHOLE, Ledger, LedgerTail, Record, segments
+from oocpatch.workspace.ledger import WHOLE, Ledger, LedgerTail, Record, open_ledger, segments
 
 logger = logging.getLogger("oocpatch")
 
@@ -144,7 +144,7 @@ def _frame(config: TableConfig) -> Any:
     with tempfile.TemporaryDirectory(prefix="oocpatch-", dir=above) as folder:
         workspace = TableWorkspace.create(LocalPath(folder) / "table", config.plan)
         frame = FrameCollector(config.plan.schema, config.plan.max_memory)
-        with _ledger(workspace, WHOLE) as ledger:
+        with open_ledger(workspace.root, WHOLE) as ledger:
             _measure_and_merge(config, workspace, ledger, frame)
         return frame.frame()
 
@@ -175,7 +175,7 @@ def _table(config: TableConfig, output: LocalPath) -> LocalPath | None:
         if find_table(output) == record:
             workspace = _set_up(config, output)
             workspace.join()
-            with _ledger(workspace, WHOLE) as ledger:
+            with open_ledger(workspace.root, WHOLE) as ledger:
                 _complete(config, output, workspace, ledger, time.monotonic())
             return output
     return _table(config, output)  # another call was at work since this one looked
@@ -270,16 +270,6 @@ def _clear(root: LocalPath, output: LocalPath) -> None:
 
 
 @contextlib.contextmanager
-def _ledger(workspace: TableWorkspace, segment: str) -> Iterator[Ledger]:
-    ledger = workspace.ledger(segment)
-    ledger.append(Record("begun", 0))
-    try:
-        yield ledger
-    finally:
-        ledger.close()
-
-
-@contextlib.contextmanager
 def _tasks(
     config: TableConfig, workspace: TableWorkspace, blocks: Collection[int], done: Collection[int]
 ) -> Iterator[Executor]:
@@ -370,7 +360,7 @@ def _run_part(config: TableConfig, output: LocalPath, part: ArrayJobPart) -> Loc
                 return output
             workspace = _set_up(config, output)
             own, progress = part.blocks_of(np.ones(workspace.plan.blocks, np.int32)), workspace.progress()
-            ledger = stack.enter_context(_ledger(workspace, part.segment))
+            ledger = stack.enter_context(open_ledger(workspace.root, part.segment))
         with _tasks(config, workspace, own, progress.partials) as executor:
             tail = LedgerTail(workspace.root, part.segment)
             Run(

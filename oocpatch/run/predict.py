@@ -40,7 +40,6 @@ from oocpatch.run.driver import (
     find_workspace,
     new_root,
     open_executor,
-    open_ledger,
     plan_of,
     reopen,
     run_details,
@@ -51,7 +50,7 @@ from oocpatch.run.driver import (
 from oocpatch.run.export_result import check_export, export_result
 from oocpatch.run.input_changes import InputChanges, compare_input, stages_to_repeat
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
-from oocpatch.workspace.ledger import WHOLE, LedgerTail
+from oocpatch.workspace.ledger import WHOLE, LedgerTail, open_ledger
 from oocpatch.workspace.workspace import Workspace
 
 logger = logging.getLogger("oocpatch")
@@ -509,7 +508,7 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
         neighbours = plan.neighbours
         to_predict = sorted({*to_predict, *(s for block in to_predict for s in neighbours.sources(block))})
     with (
-        open_ledger(workspace, WHOLE) as ledger,
+        open_ledger(workspace.root, WHOLE) as ledger,
         open_executor(config, workspace, to_predict, progress) as executor,
     ):
         stages = run_of(plan)(
@@ -556,7 +555,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             workspace = set_up(config, stored or plan, resuming=stored is not None)
             plan = workspace.plan
             own, progress = part.blocks_of(plan.block_patches), workspace.progress()
-            ledger = stack.enter_context(open_ledger(workspace, part.segment))
+            ledger = stack.enter_context(open_ledger(workspace.root, part.segment))
             executor = stack.enter_context(open_executor(config, workspace, own, progress))
         tail = LedgerTail(workspace.root, part.segment)
         stages = functools.partial(

@@ -6,6 +6,8 @@ never a wrong voxel. The parts of an array job have segments of their own, each 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
@@ -14,7 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from oocpatch.storage.journal import Journal, decode_record, find_journals, read_journal, read_journal_after
+from oocpatch.storage.journal import (
+    Journal,
+    decode_record,
+    find_journals,
+    read_journal,
+    read_journal_after,
+    remove_journal,
+)
 from oocpatch.storage.paths import StoragePath
 
 Kind = Literal["predict", "assemble", "merge", "normalize", "undone", "failed", "begun"]
@@ -109,6 +118,28 @@ class Ledger(Journal):
 def segments(root: StoragePath) -> list[StoragePath]:
     """List the segments of a run: that of a whole run, and those of parts that have drivers of their own."""
     return find_journals(root, WHOLE)
+
+
+def join_segments(root: StoragePath) -> None:
+    """Move the records of all segments of a run into its ledger; only when nobody writes to any of them."""
+    parts = [path for path in segments(root) if path.name != WHOLE]
+    if parts:
+        with Ledger(root / WHOLE) as ledger:
+            for record in itertools.chain.from_iterable(map(read_ledger, parts)):
+                ledger.append(record)
+        for path in parts:
+            remove_journal(path)
+
+
+@contextlib.contextmanager
+def open_ledger(root: StoragePath, segment: str) -> Iterator[Ledger]:
+    """Open the ledger of a run, or a segment of it, with a record of the time; commit and close it at the end."""
+    ledger = Ledger(root / segment)
+    ledger.append(Record("begun", 0))
+    try:
+        yield ledger
+    finally:
+        ledger.close()
 
 
 def read_ledger(path: StoragePath) -> Iterator[Record]:

@@ -18,7 +18,6 @@ reads. `workspace/partials.py` has the layout of an attempt.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -31,9 +30,8 @@ from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
-from oocpatch.storage.journal import remove_journal
 from oocpatch.storage.paths import LocalPath, StoragePath, remove_trees
-from oocpatch.workspace.ledger import WHOLE, Ledger, PartialsRef, read_ledger, segments, table_key
+from oocpatch.workspace.ledger import WHOLE, Ledger, PartialsRef, join_segments, segments, table_key
 from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.stored_outputs import StoredOutputs
@@ -100,13 +98,7 @@ class Workspace:
 
     def join(self) -> None:
         """Move the records of all segments into the ledger; only when nobody writes to any of them."""
-        parts = [path for path in segments(self.root) if path.name != WHOLE]
-        if parts:
-            with self.ledger() as ledger:
-                for record in itertools.chain.from_iterable(map(read_ledger, parts)):
-                    ledger.append(record)
-            for path in parts:
-                remove_journal(path)
+        join_segments(self.root)
 
     def write_weights(self) -> None:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""

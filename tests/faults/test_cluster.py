@@ -22,7 +22,7 @@ from torch import nn
 
 import oocpatch
 from oocpatch.execution import dask_cluster as clusters
-from oocpatch.execution import worker
+from oocpatch.execution import worker, worker_calls
 from oocpatch.execution.dask_clients import check_versions, connected, versions_here
 from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush_file_system
@@ -170,7 +170,7 @@ def test_every_worker_flushes_what_it_wrote(small: SmallCluster) -> None:
 
 def open_call() -> str | None:
     """Return the call that a worker process has open."""
-    return None if worker._open_call is None else worker._open_call.token
+    return worker_calls.open_token()
 
 
 def test_a_run_survives_the_death_of_a_worker(small: SmallCluster) -> None:
