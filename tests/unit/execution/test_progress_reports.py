@@ -42,7 +42,7 @@ def test_progress_moves_within_a_block(tmp_path: Path, monkeypatch: pytest.Monke
     events: list[TaskDone] = []
     with (
         dask.config.set({"distributed.worker.memory.terminate": False}),
-        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         volume = np.ones((32, 32), np.float32)
