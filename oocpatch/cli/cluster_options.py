@@ -10,6 +10,12 @@ from typing import Any
 
 import click
 
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
+)
+
 
 @contextlib.contextmanager
 def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:

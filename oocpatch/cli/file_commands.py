@@ -12,29 +12,36 @@ from typing import Any
 
 import click
 
-from oocpatch.cli.types import size
+from oocpatch.cli.types import json_option, size
 
 _option = functools.partial(click.option, show_default=True)
-KINDS = ("auto", "labels", "scores", "image", "rgb")
-_json_option = _option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@click.command()
-@click.argument("volume", metavar="IN")
-@click.argument("output", metavar="OUT.zarr")
-@_option("--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names.")
-@_option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
-@_option("--chunks", type=size, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
-@_option("--shards", type=size, help="Shards in voxels, multiples of the chunks; default: none.")
-@_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
-@_option(
+_axes_option = _option(
+    "--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names."
+)
+_level_option = _option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
+_max_memory_option = _option(
+    "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB."
+)
+_progress_option = _option(
     "--progress",
     type=click.Choice(("auto", "bar", "plain", "json", "none")),
     default="auto",
     help="Progress on stderr.",
 )
+KINDS = ("auto", "labels", "scores", "image", "rgb")
+
+
+@click.command()
+@click.argument("volume", metavar="IN")
+@click.argument("output", metavar="OUT.zarr")
+@_axes_option
+@_level_option
+@_option("--chunks", type=size, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
+@_option("--shards", type=size, help="Shards in voxels, multiples of the chunks; default: none.")
+@_max_memory_option
+@_progress_option
 @_option("--overwrite", is_flag=True, help="Replace what another conversion wrote.")
-@_json_option
+@json_option
 def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Stream the volume IN, of any format that can be read, into the chunked Zarr OUT.zarr; run again to continue."""
     import oocpatch
@@ -59,22 +66,17 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("volume", metavar="IN")
 @click.argument("path", metavar="FILE")
-@_option("--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names.")
-@_option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
+@_axes_option
+@_level_option
 @_option(
     "--labels/--no-labels",
     default=None,
     help="Fill the levels of a pyramid with labels that were there, or with means; default: as the metadata say.",
 )
-@_option("--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB.")
-@_option(
-    "--progress",
-    type=click.Choice(("auto", "bar", "plain", "json", "none")),
-    default="auto",
-    help="Progress on stderr.",
-)
+@_max_memory_option
+@_progress_option
 @_option("--overwrite", is_flag=True, help="Replace a file that was exported before.")
-@_json_option
+@json_option
 def export(volume: str, path: str, *, as_json: bool, **options: Any) -> None:
     """Write the volume or result IN as FILE, a NIfTI (.nii, .nii.gz) or an OME-TIFF with a pyramid (.ome.tif, .tif)."""
     import oocpatch
@@ -106,7 +108,7 @@ def export(volume: str, path: str, *, as_json: bool, **options: Any) -> None:
 @_option("--serve", is_flag=True, help="Show it in a browser of this machine instead, with neuroglancer, until Ctrl-C.")
 @_option("--port", type=click.IntRange(0, 65535), default=0, help="Serve at this port; 0: any free one.")
 @_option("--browser/--no-browser", default=True, help="With --serve: open a browser where there is a desktop.")
-@_json_option
+@json_option
 def view(
     output: str,
     picture: str | None,
@@ -151,7 +153,7 @@ def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as
 @click.command()
 @click.argument("output", metavar="OUT")
 @click.argument("page", metavar="[HTML]", required=False)
-@_json_option
+@json_option
 def report(output: str, page: str | None, *, as_json: bool) -> None:
     """Write one HTML file about the run that wrote OUT: pictures, plan, time, memory, coverage, how to repeat it."""
     import oocpatch
@@ -161,7 +163,7 @@ def report(output: str, page: str | None, *, as_json: bool) -> None:
 
 
 @click.command()
-@_json_option
+@json_option
 def doctor(*, as_json: bool) -> None:
     """Show versions, CPU cores, memory, disk, devices and installed extras."""
     from oocpatch.cli.doctor import as_text, examine

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import click
 
 from oocpatch.cli import cluster_options, file_commands, object_commands
+from oocpatch.cli.cluster_options import scheduler_option
 from oocpatch.cli.config_file import config_option, read_environment
-from oocpatch.cli.types import UserPath, run_options
+from oocpatch.cli.types import UserPath, json_option, run_options
 from oocpatch.progress import DISPLAYS
 
 FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
@@ -80,13 +81,6 @@ def _as_json(record: object) -> str:
     return json.dumps(record, indent=1, default=str)
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_scheduler_option = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
-)
-
 CHECK_OPTIONS = (
     *("model", "weights", "model_args", "trust_pickle", "preprocess", "augment", "axes", "level"),
     *("patch_size", "patch_overlap", "overlap_mode", "num_classes", "match", "padding_mode", "fill", "batch_size"),
@@ -110,9 +104,9 @@ def main() -> None:
 @click.argument("output", metavar="OUT")
 @run_options(without=("progress",))
 @config_option
-@_scheduler_option
+@scheduler_option
 @click.option("--draw", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
-@_json_option
+@json_option
 def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
     import oocpatch
@@ -129,8 +123,8 @@ def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **option
 @click.argument("output", metavar="OUT")
 @run_options()
 @config_option
-@_scheduler_option
-@_json_option
+@scheduler_option
+@json_option
 def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed."""
     import oocpatch
@@ -182,7 +176,7 @@ def _counts(output: str) -> dict[str, Any] | None:
 
 @main.command()
 @click.argument("output", metavar="OUT")
-@_json_option
+@json_option
 def status(output: str, *, as_json: bool) -> None:
     """Show how far the run that writes OUT is."""
     import oocpatch
@@ -200,7 +194,7 @@ def status(output: str, *, as_json: bool) -> None:
 @click.option("--max-memory", metavar="SIZE", help="Bound on the memory the run adds.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the volumes where they are.")
 @click.option("--progress", type=click.Choice(DISPLAYS), default="auto", show_default=True, help="Show progress.")
-@_json_option
+@json_option
 def demo(*, as_json: bool, **options: Any) -> None:
     """Make a volume larger than its memory limit, find the nuclei in it, and draw the result. Needs no network."""
     from oocpatch.cli.demo import run_demo
@@ -217,7 +211,7 @@ def demo(*, as_json: bool, **options: Any) -> None:
 @click.option("--boxes", type=click.IntRange(min=1), default=3, show_default=True, help="Number of boxes to compare.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draw the boxes with this seed.")
 @click.option("--repair", is_flag=True, help="Let the same predict command compute damaged blocks anew.")
-@_json_option
+@json_option
 def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
     """Verify the output OUT by reading all of it; with a model, compare predict with a plain computation on IN.
 

@@ -8,26 +8,17 @@ from typing import Any
 
 import click
 
-from oocpatch.cli import cluster_options
+from oocpatch.cli.cluster_options import client_of, scheduler_option
 from oocpatch.cli.config_file import config_option
-from oocpatch.cli.types import number, run_options
+from oocpatch.cli.types import json_option, number, run_options
 
-LABEL_OPTIONS = (
-    *(
-        "axes",
-        "level",
-        "max_memory",
-        "block_shape",
-        "workers",
-        "processes",
-        "part",
-        "workspace",
-        "resume",
-        "overwrite",
-        "update",
-    ),
-    *("check_input", "output_chunks", "output_shards", "output_dtype", "output_format", "progress"),
+OBJECTS_OPTIONS = (
+    *("axes", "level", "max_memory", "block_shape", "workers", "processes", "part", "workspace"),
+    *("resume", "overwrite", "update", "check_input", "progress"),
 )
+"""The options of a run that `objects` takes."""
+
+LABEL_OPTIONS = (*OBJECTS_OPTIONS, "output_chunks", "output_shards", "output_dtype", "output_format")
 """The options of a run that `label` takes."""
 
 
@@ -42,18 +33,14 @@ LABEL_OPTIONS = (
 @click.option("--min-size", type=int, default=0, show_default=True, help="Drop objects of fewer voxels.")
 @run_options(LABEL_OPTIONS)
 @config_option
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@scheduler_option
+@json_option
 def label(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Label the connected components of the volume IN and write their ids to OUT; run again to continue."""
     import oocpatch
 
     start = time.monotonic()
-    with cluster_options.client_of({**options, "device": "cpu"}, lambda text: click.echo(text, err=True)) as arguments:
+    with client_of({**options, "device": "cpu"}, lambda text: click.echo(text, err=True)) as arguments:
         del arguments["device"]
         result = oocpatch.label(volume, output, **arguments)
     report = {
@@ -66,13 +53,6 @@ def label(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
         report["objects"] = result.attrs["objects"]
         line = "{output}: {seconds:.1f} s, {objects} objects"
     click.echo(json.dumps(report, indent=1) if as_json else line.format(**report))
-
-
-OBJECTS_OPTIONS = (
-    *("axes", "level", "max_memory", "block_shape", "workers", "processes", "part", "workspace"),
-    *("resume", "overwrite", "update", "check_input", "progress"),
-)
-"""The options of a run that `objects` takes."""
 
 
 def _spacing(_context: object, _parameter: object, text: str | None) -> Any:
@@ -105,18 +85,14 @@ def _spacing(_context: object, _parameter: object, text: str | None) -> Any:
 )
 @run_options(OBJECTS_OPTIONS)
 @config_option
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Compute on a Dask cluster: tcp://HOST:PORT, file:scheduler.json, or slurm:cores=4,memory=16GB.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@scheduler_option
+@json_option
 def objects(labels: str, output: str, *, as_json: bool, properties: str, **options: Any) -> None:
     """Measure the objects of LABELS and write a row for each to OUT: .parquet, .csv, .geojson or .h5ad."""
     import oocpatch
 
     start = time.monotonic()
-    with cluster_options.client_of({**options, "device": "cpu"}, lambda text: click.echo(text, err=True)) as arguments:
+    with client_of({**options, "device": "cpu"}, lambda text: click.echo(text, err=True)) as arguments:
         del arguments["device"]
         names = tuple(name.strip() for name in properties.split(","))
         path = oocpatch.objects(labels, output, properties=names, **arguments)

@@ -17,6 +17,8 @@ import click
 from oocpatch.configuration.options import OPTIONS
 from oocpatch.planning.choices import WORKS
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
 
 def size(value: Any) -> int | tuple[int, ...] | dict[str, int]:
     """Read `96`, the same on every axis, `32,96,96`, one per axis, or `z=32,y=96,x=96`, by their names.

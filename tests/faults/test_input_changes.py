@@ -191,7 +191,7 @@ def test_an_edit_between_calls_on_a_cluster(tmp_path: Path) -> None:
     mode = Mode({"model_id": "identity"}, expected=lambda data: {"prediction": data})
     settings = {**edits.SETTINGS, **mode.options}
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         cluster.get_client() as own,
     ):
         oocpatch.predict(stored.open(), "identity", tmp_path / "out", client=own, **settings)
