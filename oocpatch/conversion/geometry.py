@@ -129,11 +129,11 @@ def affine_of(volume: Volume) -> tuple[Affine, str | None]:
     """
     axes = spatial_axes(volume)
     spacings = {role: spacing(volume, axes.get(role, role)) for role in "xyz"}
-    given = input_affine(volume.source.attrs) if axes.keys() <= set(axes.values()) else None
+    source_affine = input_affine(volume.source.attrs) if axes.keys() <= set(axes.values()) else None
     units = [s.unit for s in spacings.values() if s is not None and s.unit]
     unit = next((u for u in units if u in METERS), units[0] if units else None)
-    if given is not None:
-        return given @ _in_input(given, spacings), unit
+    if source_affine is not None:
+        return source_affine @ _in_input(source_affine, spacings), unit
     affine = np.eye(4)
     for row, axis in enumerate(spacings.values()):
         if axis is not None:

@@ -38,7 +38,7 @@ from oocpatch.workspace.workspace import Workspace
 
 
 class Tasks(Protocol):
-    """What runs the tasks of one process."""
+    """Runs the tasks of one process."""
 
     def run(self, task: Task) -> TaskResult:
         """Run one task; idempotent."""

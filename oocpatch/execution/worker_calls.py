@@ -26,7 +26,7 @@ OpenContext = Callable[[threading.Event, contextlib.ExitStack], Any]
 
 @dataclass(frozen=True, slots=True)
 class _OpenCall:
-    """What the tasks of a call share, and what closes it."""
+    """A call that is open: its context, and the stack that closes it."""
 
     token: str
     context: Any

@@ -161,8 +161,8 @@ class Footprint(_OperatorHandler, TorchDispatchMode):  # type: ignore[no-untyped
         formula = self._formulas.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             with contextlib.suppress(Exception):  # a formula that does not know these operands: the call goes on
-                operands, options, made = map(self._with_shapes, (args, kwargs, result))
-                self.operations += int(formula(*operands, **options, out_val=made))
+                operands, options, output = map(self._with_shapes, (args, kwargs, result))
+                self.operations += int(formula(*operands, **options, out_val=output))
         for tensor in results:
             if tensor.layout != torch.strided or id(storage := tensor.untyped_storage()) in self._known:
                 continue

@@ -48,12 +48,12 @@ class Operand:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the last axis is dense, and each other one goes over those after it."""
+        """True where the last axis is dense, and each other one goes over those after it."""
         return self._is_dense(range(len(self.shape)))
 
     @property
     def is_channels_last(self) -> bool:
-        """Whether the channels are dense, and not the spatial axes."""
+        """True where the channels are dense, and not the spatial axes."""
         axes = len(self.shape)
         return axes > 3 and not self.is_contiguous and self._is_dense((0, *range(2, axes), 1))
 
@@ -124,11 +124,11 @@ def library_bytes(used: Collection[tuple[str, str]]) -> int:
     >>> library_bytes([]), library_bytes([("MKL", ""), ("oneDNN", "3x3")]) / 2**20
     (0, 12.25)
     """
-    kept = 0
+    total = 0
     for library, (first, each) in LIBRARIES.items():
         shapes = [shape for name, shape in used if name == library]
-        kept += bool(shapes) * first + min(MOST_BUFFERS, each * sum(map(bool, shapes)))
-    return kept
+        total += bool(shapes) * first + min(MOST_BUFFERS, each * sum(map(bool, shapes)))
+    return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ SIMPLE = 32
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one call of the model shows.
+    """The result of one call of the model.
 
     Attributes:
         outputs: zeros of the shapes and dtypes of the model's outputs for one patch, by name, `(1, C, *spatial)`,

@@ -1,4 +1,4 @@
-"""What one block tells the merge about its objects: a table per index of time and channel.
+"""The table of a block for the merge: its objects, per index of time and channel.
 
 ```text
  places    the first voxel of each object, in C order of the volume, ascending; object k has the label k + 1

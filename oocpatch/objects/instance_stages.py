@@ -109,18 +109,18 @@ def merge_instances(context: TaskContext, refs: Refs) -> TaskResult:
         PlanTooLarge: when there are more objects than `max_memory` holds.
         InvalidVolume: when the output's dtype does not hold the ids.
     """
-    plan, found, digest = context.plan, {}, 0
+    plan, counts_by_head, digest = context.plan, {}, 0
     counts: list[int] = []
     attempt = f"{secrets.randbelow(10**15):015d}"
     for number, _ in _heads(plan):
         writer = IdWriter(context.workspace.merged_folder(attempt) / str(number))
-        found[plan.heads[number].name] = counts = _merge_head(context, number, refs, writer)
+        counts_by_head[plan.heads[number].name] = counts = _merge_head(context, number, refs, writer)
         digest ^= writer.digest
         count, dtype = max(counts), plan.heads[number].out_dtype
         if count > np.iinfo(dtype).max:
             error = TooManyObjects(count, dtype)
             raise error if len(plan.heads) == 1 else InvalidVolume(str(error))
-    numbers = json.dumps(found if len(plan.heads) > 1 else counts)
+    numbers = json.dumps(counts_by_head if len(plan.heads) > 1 else counts)
     return TaskResult(PartialsRef(digest or 1, attempt), unit_checksums=numbers)
 
 
@@ -137,7 +137,7 @@ def _merge_head(context: TaskContext, number: int, refs: Refs, writer: IdWriter)
 
         return tables.get(block, load)[section]
 
-    places, found = _merge_grid(frame, looped), {}
+    places, counts = _merge_grid(frame, looped), {}
     for first, section, at in _places(frame, looped, len(places)):
 
         def write(block: int, piece: int, ids: Any, first: int = first, section: int = section) -> None:
@@ -146,8 +146,8 @@ def _merge_head(context: TaskContext, number: int, refs: Refs, writer: IdWriter)
         def read(block: int, first: int = first, section: int = section) -> InstanceSection:
             return section_of(first + block, section)
 
-        found[at] = merge_table(places, read, write, plan.merge_memory // 2)
-    return [found[at] for at in sorted(found)]
+        counts[at] = merge_table(places, read, write, plan.merge_memory // 2)
+    return [counts[at] for at in sorted(counts)]
 
 
 def _merge_grid(frame: BlockGrid, looped: int) -> MergeGrid:

@@ -1,4 +1,4 @@
-"""What one block tells the merge about the objects of patches: a table per place on the looped axes.
+"""The table of a block for the merge: the objects of its patches, per place on the looped axes.
 
 ```text
  places     the first voxel of each object in the core, in C order of the volume, ascending

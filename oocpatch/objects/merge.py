@@ -151,19 +151,19 @@ class Merge:
 
     def give_ids(self, write: WriteIds) -> int:
         """Give ids in the order of places, and return how many."""
-        given = 0
+        count = 0
         pieces: Counter[int] = Counter()
         for row in range(self.grid.counts[0]):
             blocks = [block for block in self.grid.row(row) if self.counts[block]]
             for low, high in self._ranges(blocks, *self.grid.row_places[row : row + 2]):
                 parts = [self._part(block, low, high) for block in blocks]
-                ids = self._number(parts, given)
+                ids = self._number(parts, count)
                 for part in parts:
                     if part.stop > part.start:
                         write(part.block, pieces[part.block], self._ids_of(part, ids))
                         pieces[part.block] += 1
-                given += len(ids)
-        return given
+                count += len(ids)
+        return count
 
     def _ranges(self, blocks: list[int], low: int, high: int) -> Iterator[tuple[int, int]]:
         """Cut the places of a row into ranges of no more objects than fit in memory, in order."""
@@ -194,11 +194,11 @@ class Merge:
         """Return the numbers of some border objects of a block."""
         return np.arange(first, last) + int(self.starts[block])
 
-    def _number(self, parts: list[_Part], given: int) -> Places:
+    def _number(self, parts: list[_Part], before: int) -> Places:
         """Return the ids of the objects of parts that have one of their own, part by part; sets remember theirs."""
         places = np.concatenate([*(part.places for part in parts), np.empty(0, np.int64)])
         ids = np.empty(len(places), np.int64)
-        ids[np.argsort(places, kind="stable")] = np.arange(given + 1, given + len(places) + 1)
+        ids[np.argsort(places, kind="stable")] = np.arange(before + 1, before + len(places) + 1)
         at = 0
         for part in parts:
             part.at, part.places = at, places[:0]

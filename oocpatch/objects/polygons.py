@@ -50,7 +50,7 @@ def find_corners(labels: Array, start: Sequence[int], index: Sequence[int], dtyp
     is_corner = ~(((a == b) & (c == d)) | ((a == c) & (b == d)))
     y, x = np.nonzero(is_corner)
     around = [view[y, x] for view in views]
-    found = []
+    parts = []
     for k, label in enumerate(around):
         weight = np.zeros(len(y), np.int8)
         is_first = label != 0
@@ -63,8 +63,8 @@ def find_corners(labels: Array, start: Sequence[int], index: Sequence[int], dtyp
         corners = np.zeros(len(keep), dtype)
         corners["label"], corners["index"], corners["weight"] = label[keep], index, weight[keep]
         corners["y"], corners["x"] = y[keep] + start[0], x[keep] + start[1]
-        found.append(corners)
-    return merge_corners(found)
+        parts.append(corners)
+    return merge_corners(parts)
 
 
 def merge_corners(parts: Sequence[Array]) -> Array:

@@ -40,8 +40,10 @@ def find_runs(workspace: TableWorkspace, refs: Mapping[int, PartialsRef]) -> dic
     dtypes = {ROWS: schema.layout.dtype, CORNERS: polygons.corner_dtype(schema.layout.indices)}
     runs: dict[str, list[SortedRun]] = {ROWS: [], CORNERS: []}
     for block in range(blocks):
-        found = read_runs(block_folder(workspace.root, block), block, refs[block], dtypes, samples_per_run(blocks))
-        for name, of_block in found.items():
+        runs_of_block = read_runs(
+            block_folder(workspace.root, block), block, refs[block], dtypes, samples_per_run(blocks)
+        )
+        for name, of_block in runs_of_block.items():
             runs[name] += of_block
     return runs
 

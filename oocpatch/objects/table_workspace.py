@@ -1,4 +1,4 @@
-"""What a table has on disk beside its file: the workspace while it is made, and then the record of how it was made.
+"""Files beside a table: its workspace while it is made, and then the record of how it was made.
 
 ```text
  cells.csv.oocpatch/          the workspace, deleted in the end

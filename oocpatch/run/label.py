@@ -100,7 +100,7 @@ def label(
     [[1, 0, 2], [1, 0, 2], [0, 0, 0], [3, 0, 0]] 3
     """
     require_libraries()
-    found = {"threshold": threshold, "connectivity": connectivity, "per_class": per_class, "min_size": min_size}
+    rules = {"threshold": threshold, "connectivity": connectivity, "per_class": per_class, "min_size": min_size}
     options = {
         "axes": axes,
         "level": level,
@@ -121,4 +121,4 @@ def label(
         "output_format": output_format,
         "progress": progress,
     }
-    return run(label_config(volume, output, **found, **options))
+    return run(label_config(volume, output, **rules, **options))

@@ -352,9 +352,9 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     """
     config = RunConfig.of(volume, model, output, **options)
     stored, record = _stored_run(config)
-    made = stored or make_plan(config)
-    check_export(config, record, made)
-    return PlannedRun(made, config, expected_occupancy(config, made))
+    chosen = stored or make_plan(config)
+    check_export(config, record, chosen)
+    return PlannedRun(chosen, config, expected_occupancy(config, chosen))
 
 
 @torch.inference_mode(mode=False)

@@ -15,7 +15,7 @@ from oocpatch.storage.paths import output_path
 from oocpatch.workspace.workspace import Workspace
 
 _WORDS = ("predict", "normalize", "patches")
-"""What the stages and the units of a run of `predict` are called."""
+"""Names of the stages and the units of a run of `predict`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Where the blocks of a table are measured: on threads of this process, or in the worker processes of a cluster."""
+"""The tasks of `objects`: blocks are measured on threads of this process, or in worker processes of a cluster."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Subject:
     _labels: frozenset[str]
     _metadata: dict[str, Any]
     applied_transforms: list[Any]
-    """What TorchIO's transforms have recorded."""
+    """The history that TorchIO's transforms have recorded."""
 
     def __init__(self, **volumes_and_metadata: Any) -> None:
         self._images, self._metadata, self._labels = {}, {}, frozenset()
