@@ -11,19 +11,24 @@ from benchmarks.contest import Job, chunks_of, contend
 from benchmarks.measure import answer
 
 
+def copy_by_chunks(source_path: Any, target_path: Any, threads: int) -> None:
+    """Copy a Zarr array, a chunk at a time on each of some threads."""
+    source = zarr.open_array(source_path, mode="r")
+    target = zarr.create_array(target_path, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
+
+    def move(box: tuple[slice, ...]) -> None:
+        target[box] = source[box]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(move, chunks_of(source)):
+            pass
+
+
 def zarr_python(threads: int, **job: Any) -> dict[str, Any]:
     """zarr-python, a chunk at a time on each of some threads."""
 
     def run(task: Job) -> None:
-        source = zarr.open_array(task.source, mode="r")
-        target = zarr.create_array(task.target, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
-
-        def move(box: tuple[slice, ...]) -> None:
-            target[box] = source[box]
-
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(move, chunks_of(source)):
-                pass
+        copy_by_chunks(task.source, task.target, threads)
 
     return contend(run, **job)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import zarr
 
 import oocpatch
 from benchmarks.contest import chunks_of
+from benchmarks.copies import copy_by_chunks
 from benchmarks.measure import answer, measured
 
 PROPERTIES = {
@@ -39,15 +39,9 @@ def make_cells(folder: str, size: int, chunk: int, cell: int) -> dict[str, Any]:
 
 def copy(folder: str, workers: int) -> dict[str, Any]:
     """Copy the labels, a chunk at a time on each of some threads."""
-    source, path = zarr.open_array(Path(folder, "labels.zarr"), mode="r"), Path(folder, "copy.zarr")
+    path = Path(folder, "copy.zarr")
     with measured() as usage:
-        target = zarr.create_array(path, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
-
-        def move(box: tuple[slice, ...]) -> None:
-            target[box] = source[box]
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(move, chunks_of(source)))
+        copy_by_chunks(Path(folder, "labels.zarr"), path, workers)
     shutil.rmtree(path)
     return vars(usage)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import zarr
 from scipy import ndimage
 
 import oocpatch
-from benchmarks.contest import chunks_of
+from benchmarks.copies import copy_by_chunks
 from benchmarks.measure import answer, measured
 
 OPTIONS: dict[str, dict[str, Any]] = {"scores": {"threshold": 0.8}, "mask": {}, "labels": {"per_class": True}}
@@ -40,15 +39,9 @@ def make(folder: str, kind: str, size: int, chunk: int) -> dict[str, Any]:
 
 def copy(folder: str, kind: str, workers: int) -> dict[str, Any]:
     """Copy the volume, a chunk at a time on each of some threads."""
-    source, path = zarr.open_array(Path(folder, f"{kind}.zarr"), mode="r"), Path(folder, "copy.zarr")
+    path = Path(folder, "copy.zarr")
     with measured() as usage:
-        target = zarr.create_array(path, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
-
-        def move(box: tuple[slice, ...]) -> None:
-            target[box] = source[box]
-
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(move, chunks_of(source)))
+        copy_by_chunks(Path(folder, f"{kind}.zarr"), path, workers)
     shutil.rmtree(path)
     return vars(usage)
 
