@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import oocpatch
+from tests.support.children import file_digests
 
 SETTINGS: dict[str, Any] = {"patch_size": 16, "patch_overlap": 8, "output_chunks": 16}
 VOLUME = np.zeros((64, 64, 64), np.uint8)
@@ -49,3 +51,16 @@ def test_threads_have_no_such_line_and_processes_need_their_number() -> None:
         oocpatch.plan(VOLUME, "identity", "none.zarr", processes=True, **SETTINGS)
     with pytest.raises(ValueError, match="part must be None with processes"):
         oocpatch.plan(VOLUME, "identity", "none.zarr", processes=True, workers=2, part=(1, 2), **SETTINGS)
+
+
+def test_processes_write_the_bytes_of_threads(tmp_path: Path) -> None:
+    volume = np.random.default_rng(5).integers(0, 200, VOLUME.shape, np.uint8)
+    for name, processes in {"threads": False, "processes": True}.items():
+        path = tmp_path / f"{name}.zarr"
+        oocpatch.predict(volume, "identity", path, work="heavy", workers=2, processes=processes, **SETTINGS)
+    chunks = [
+        {name: digest for name, digest in file_digests(tmp_path / kind).items() if "/c/" in name}
+        for kind in ("threads.zarr", "processes.zarr")
+    ]
+    assert len(chunks[0]) == 64
+    assert chunks[0] == chunks[1]
