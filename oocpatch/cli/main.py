@@ -83,7 +83,17 @@ def _as_json(record: object) -> str:
 
 CHECK_OPTIONS = (
     *("model", "weights", "model_args", "trust_pickle", "preprocess", "augment", "axes", "level"),
-    *("patch_size", "patch_overlap", "overlap_mode", "num_classes", "match", "padding_mode", "fill", "batch_size"),
+    *(
+        "patch_size",
+        "patch_overlap",
+        "patch_starts",
+        "overlap_mode",
+        "num_classes",
+        "match",
+        "padding_mode",
+        "fill",
+        "batch_size",
+    ),
     *("device", "autocast", "channels_last", "compile", "eval_mode", "postprocess", "output_dtype"),
 )
 """The options of a run that `check` takes."""

@@ -20,7 +20,7 @@ from oocpatch.models.predictor import resolve_device
 from oocpatch.models.preprocessing import NamedPreprocess, checked_preprocess, preprocess_json
 from oocpatch.planning import arguments
 from oocpatch.planning.box import Box, Ints
-from oocpatch.planning.choices import OUTPUT_FORMATS
+from oocpatch.planning.choices import OUTPUT_FORMATS, PATCH_STARTS
 from oocpatch.progress import OnProgress, display_of
 from oocpatch.storage.paths import LocalPath, local_path
 from oocpatch.volumes.volume import Volume, spatial_box, spatial_sizes
@@ -124,6 +124,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "overlap_mode": lambda _, value, __: arguments.per_head(value, arguments.checked_overlap_mode),
     "padding_mode": lambda _, value, __: arguments.checked_padding_mode(value),
     "part": _part,
+    "patch_starts": lambda name, value, _: arguments.one_of(name, value, PATCH_STARTS),
     "patch_size": _patch_size,
     "positive": _positive,
     "postprocess": _postprocess,

@@ -179,6 +179,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         in_chunks=volume.chunks,
         patch_size=config.patch_size,
         patch_overlap=config.patch_overlap,
+        patch_starts=config.patches.patch_starts,
         padding_mode=config.patches.padding_mode,
         fill=config.patches.fill,
         context=outputs.context,

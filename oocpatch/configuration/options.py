@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from oocpatch.models.options import ModelOptions
-from oocpatch.planning.choices import OUTPUT_FORMATS, OVERLAP_MODES, PADDING_MODES
+from oocpatch.planning.choices import OUTPUT_FORMATS, OVERLAP_MODES, PADDING_MODES, PATCH_STARTS
 from oocpatch.progress import DISPLAYS, OnProgress
 from oocpatch.provenance import option
 
@@ -64,6 +64,14 @@ class PatchOptions:
     patch_overlap: Ints = option(
         0, check="overlap", identity=True, kind="size", metavar="SIZE", help="Voxels that adjacent patches share."
     )
+    patch_starts: str = option(
+        "regular",
+        check="patch_starts",
+        identity=True,
+        kind="choice",
+        choices=PATCH_STARTS,
+        help="Begin a patch at every stride, or space the same number evenly, as nnU-Net does.",
+    )
     overlap_mode: Any = option(
         "hann",
         check="overlap_mode",
@@ -102,6 +110,16 @@ class PatchOptions:
     batch_size: int = option(
         1, check="batch_size", kind="size_or_auto", metavar="N", help="Patches per call of the model, or auto."
     )
+
+    @property
+    def is_padded(self) -> bool:
+        """Return whether patches begin before the volume."""
+        return self.padding_mode is not None
+
+    @property
+    def is_even(self) -> bool:
+        """Return whether patches are spaced evenly."""
+        return self.patch_starts == "even"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

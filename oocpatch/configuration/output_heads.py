@@ -90,8 +90,8 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
             f"got {config.patch_size[loops:]}"
         )
     around = (0,) * loops + context
-    padded = config.patches.padding_mode is not None
-    grid = patch_grid(config.volume.shape, config.patch_size, config.patch_overlap, around, snap, padded=padded)
+    sizes = (config.patch_size, config.patch_overlap, around, snap)
+    grid = patch_grid(config.volume.shape, *sizes, padded=config.patches.is_padded, even=config.patches.is_even)
     if config.finds_objects:
         _check_overlap(grid.axes[loops:], config.volume.names[loops:])
     heads = [

@@ -308,12 +308,12 @@ class RunConfig:
         unit = tuple(stored["unit"])
         core = (*unit[: self.looped], *(self.limits.block_shape or ()))
         geometry = (tuple(stored["context"]), tuple(stored["snap"]))
-        padded = self.patches.padding_mode is not None
-        grid = patch_grid(self.volume.shape, self.patch_size, self.patch_overlap, *geometry, padded=padded)
+        frame = (self.volume.shape, self.patch_size, self.patch_overlap, *geometry)
+        grid = patch_grid(*frame, padded=self.patches.is_padded, even=self.patches.is_even)
         return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
-_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True}
+_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True, "patch_starts": "regular"}
 """Parameters that are left out of the fingerprint where they have these values."""
 
 

@@ -89,7 +89,7 @@ class Neighbourhood:
         """Return start and stop of the voxels of the volume that each patch sees."""
         starts, stops = [], []
         for axis, at in zip(self._grid.axes, np.unravel_index(self.patches, self._grid.counts), strict=True):
-            start = np.minimum(axis.first + at * axis.stride, axis.last)
+            start = np.array([axis.start(i) for i in at.tolist()], dtype=np.int64)
             starts.append(np.maximum(start, 0))
             stops.append(np.minimum(start + axis.patch, axis.length))
         return np.stack(starts, axis=1), np.stack(stops, axis=1)

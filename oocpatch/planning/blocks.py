@@ -298,7 +298,7 @@ def _most_patches(axis: BlockAxis) -> int:
     3
     """
     count = axis.count
-    period = axis.grid.stride // math.gcd(axis.grid.stride, axis.size)
+    period = count if axis.grid.even else axis.grid.stride // math.gcd(axis.grid.stride, axis.size)
     return max(len(axis.patches(i)) for i in {*range(min(count, period + 1)), max(0, count - 2), count - 1})
 
 

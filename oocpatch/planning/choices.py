@@ -13,6 +13,7 @@ STATISTIC_PADDING = ("mean", "median", "minimum")
 PADDING_SYNONYMS = {"replicate": "edge", "circular": "wrap"}
 """Names of PyTorch and TorchIO, each with that of NumPy."""
 PADDING_MODES = ("constant", *FOLDED_PADDING, *STATISTIC_PADDING, *PADDING_SYNONYMS)
+PATCH_STARTS = ("regular", "even")
 POSTPROCESSES = ("argmax", "softmax", "sigmoid", "threshold")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 WORKS = ("light", "heavy")

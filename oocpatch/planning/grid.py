@@ -20,6 +20,15 @@ With a padded frame, the frame grows by `overlap // 2` on each side and the firs
  last                                     [==========]
 ```
 
+Starts can be spaced evenly instead, as nnU-Net spaces them: as many patches, `round(i * step)` apart, where no step is
+longer than the stride. A volume smaller than a patch then lies in the middle of it:
+
+```text
+ patch 0     [==========]
+ patch 1            [==========]
+ last                      [==========]        the last one ends at the border by itself
+```
+
 A volume smaller than a patch has one patch, at 0, that reaches beyond the border. An output at another scale has a grid
 of its own, with the same patches: each start and size is multiplied by the scale. Starts can snap to multiples so that
 the products are whole voxels; the last patch then reaches beyond the border:
@@ -35,6 +44,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,10 +63,14 @@ class GridAxis:
         snap: divisor of all starts, and of the stride.
         begin: start of the first patch; None: it follows from the rest.
         end: start of the last patch; None: it follows from the rest.
+        even: whether starts are spaced evenly, so that adjacent patches share at least `overlap` voxels.
 
     >>> axis = GridAxis(length=10, patch=4, overlap=2)
     >>> [axis.start(i) for i in range(axis.count)]
     [0, 2, 4, 6]
+    >>> axis = GridAxis(length=11, patch=4, overlap=1, even=True)
+    >>> [axis.start(i) for i in range(axis.count)]
+    [0, 2, 5, 7]
     """
 
     length: int
@@ -66,9 +80,11 @@ class GridAxis:
     snap: int = 1
     begin: int | None = None
     end: int | None = None
+    even: bool = False
 
     @property
     def stride(self) -> int:
+        """The distance of adjacent starts; the most that it is where they are spaced evenly."""
         return self.patch - self.overlap
 
     @property
@@ -76,6 +92,8 @@ class GridAxis:
         """Start of the first patch; negative in a padded frame."""
         if self.begin is not None:
             return self.begin
+        if self.even:
+            return -(max(0, self.patch - self.length) // 2)
         return -ceil_to(self.overlap // 2, self.snap) if self.padded else 0
 
     @property
@@ -90,6 +108,8 @@ class GridAxis:
         return 1 + -(-(self.last - self.first) // self.stride)
 
     def start(self, index: int) -> int:
+        if self.even:  # the floats that nnU-Net rounds, half to even, so that ties fall as there
+            return self.first + round((self.last - self.first) / max(1, self.count - 1) * index)
         return min(self.first + index * self.stride, self.last)
 
     def scaled(self, scale: Scale) -> GridAxis:
@@ -105,6 +125,8 @@ class GridAxis:
         times, per = scale
         if scale == (1, 1):
             return self
+        if self.even:
+            raise ValueError(f"patch_starts 'even' needs outputs of the volume's scale, got one of {times}/{per}")
         length = -(-self.length * times // per)
         sizes = (self.patch, self.overlap, self.first, self.last)
         if any(n * times % per for n in sizes):
@@ -117,7 +139,9 @@ class GridAxis:
         if not context:
             return self
         patch, overlap = self.patch + 2 * context, self.overlap + 2 * context
-        return GridAxis(self.length, patch, overlap, begin=self.first - context, end=self.last - context)
+        return GridAxis(
+            self.length, patch, overlap, begin=self.first - context, end=self.last - context, even=self.even
+        )
 
     def indices(self, start: int, stop: int) -> range:
         """Return the patches that the span `[start, stop)` of the volume owns: those that start in it.
@@ -138,6 +162,8 @@ class GridAxis:
         """Return the index of the first patch that starts at or after `value`, else `count`."""
         if value > self.last:
             return self.count
+        if self.even:
+            return bisect_left(range(self.count), value, key=self.start)
         return min(max(0, -(-(value - self.first) // self.stride)), self.count - 1)
 
     def crop_span(self, index: int) -> tuple[int, int]:

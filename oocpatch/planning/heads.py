@@ -124,12 +124,19 @@ def _itemsize(dtype: str) -> int:
 
 
 def patch_grid(
-    shape: Ints, patch_size: Ints, patch_overlap: Ints, context: Ints, snap: Ints, *, padded: bool = False
+    shape: Ints,
+    patch_size: Ints,
+    patch_overlap: Ints,
+    context: Ints,
+    snap: Ints,
+    *,
+    padded: bool = False,
+    even: bool = False,
 ) -> PatchGrid:
     """Return the grid of the model's output patches, in the frame of a volume; all sizes in voxels per axis.
 
     `patch_size` and `patch_overlap` are those of the model's input, which is larger by `context` on each side. `snap`
-    divides all starts; a `padded` frame grows by half an overlap on each side.
+    divides all starts; a `padded` frame grows by half an overlap on each side, unless starts are spaced evenly.
 
     Raises:
         ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.
@@ -142,8 +149,8 @@ def patch_grid(
     for n, patch, overlap, c, q in zip(shape, patch_size, patch_overlap, context, snap, strict=True):
         inner = patch - 2 * c
         stride = max(q, min(patch - overlap, inner) // q * q)
-        first = -(-(-(overlap // 2) // q) * q) if padded else 0
-        axes.append(GridAxis(n, inner, inner - stride, padded, q, begin=first if padded else None))
+        first = -(-(-(overlap // 2) // q) * q) if padded and not even else None
+        axes.append(GridAxis(n, inner, inner - stride, padded, q, begin=first, even=even))
     return PatchGrid(tuple(axes))
 
 

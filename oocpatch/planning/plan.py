@@ -47,6 +47,7 @@ class Plan:
         axes: names of the looped and the spatial axes, in the output's order.
         shape, in_channels, in_dtype, in_chunks: of the volume.
         patch_size, patch_overlap: of the model's input patches.
+        patch_starts: whether patches start at every stride, `"regular"`, or are spaced evenly, `"even"`.
         padding_mode: rule for the voxels outside the volume; None: the frame is not padded.
         fill: value outside the volume, for `constant`, and for the modes that a run computes it for: `mean` and others.
         context: input of the model beyond its output, on each side.
@@ -119,12 +120,14 @@ class Plan:
     stores_outputs: bool = False
     labelling: Labelling | None = None
     merge_memory: int = 0
+    patch_starts: str = "regular"
 
     @cached_property
     def grid(self) -> PatchGrid:
         """The output patches of the model, in the volume's frame."""
         sizes = (self.patch_size, self.patch_overlap, self.context, self.snap)
-        return patch_grid(self.shape, *sizes, padded=self.padding_mode is not None)
+        is_even, is_padded = self.patch_starts == "even", self.padding_mode is not None
+        return patch_grid(self.shape, *sizes, padded=is_padded, even=is_even)
 
     @cached_property
     def input_grid(self) -> PatchGrid:

@@ -73,14 +73,15 @@ def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *
     """Return the planes of the input ring and of the sums ring of a block, `(input, sums)`.
 
     With `prefetch`, the input of the next group is read while the current one is computed. Of many groups, one period
-    of the pattern that strides and chunks make is examined, and the last ones.
+    of the pattern that strides and chunks make is examined, and the last ones; all where starts are spaced evenly.
 
     >>> capacity(GridAxis(10, 4, 2), range(0, 4), 1, 1, prefetch=True)
     (6, 4)
     """
     reads, sums = 1, 1
     end = axis.start(layers[-1]) + axis.patch if layers else 0
-    for part in _excerpts(layers, layers_per_group, math.lcm(axis.stride, chunk) // axis.stride):
+    period = math.lcm(axis.stride, chunk) // axis.stride
+    for part in [layers] if axis.even else _excerpts(layers, layers_per_group, period):
         schedule = groups(axis, part, layers_per_group, chunk, end)
         for i, group in enumerate(schedule):
             following = schedule[min(i + prefetch, len(schedule) - 1)]
@@ -180,7 +181,7 @@ def axis_totals(axis: BlockAxis, chunk: int, context: int = 0) -> AxisTotals:
     """
     count = axis.count
     inner = range(1, count - 1)
-    if len(inner) > EXAMINED_BLOCKS:
+    if len(inner) > EXAMINED_BLOCKS and not axis.grid.even:
         period = math.lcm(axis.grid.stride, axis.size, chunk) // axis.size
         inner = range(1, 1 + max(1, min(period, EXAMINED_BLOCKS)))
     scale = (count - 2) / len(inner) if inner else 0.0

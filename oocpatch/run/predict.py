@@ -63,6 +63,7 @@ def predict(
     *,
     patch_size: int | Sequence[int] | Mapping[str, int] | str,
     patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
+    patch_starts: str = "regular",
     overlap_mode: str | Mapping[str, str] = "hann",
     num_classes: int | None = None,
     match: float = 0.5,
@@ -125,6 +126,9 @@ def predict(
         patch_size: size of the patches that the model takes; `"auto"`: chosen, and with it an overlap where none is
             given.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
+        patch_starts: `"regular"`: a patch starts at every stride, `patch_size - patch_overlap`, and the last is moved
+            back to end at the border; `"even"`: as many patches are spaced evenly, and a volume smaller than a patch
+            lies in the middle of it.
         overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"` and `"gaussian"` blend; `"max"`
             keeps the largest value; `"vote"` the most frequent label; `"instances"` joins objects of models that number
             them anew in every patch, from 1. A dict gives each output its own.
@@ -228,6 +232,7 @@ def predict(
         output,
         patch_size=patch_size,
         patch_overlap=patch_overlap,
+        patch_starts=patch_starts,
         overlap_mode=overlap_mode,
         num_classes=num_classes,
         match=match,

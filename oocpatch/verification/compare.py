@@ -181,6 +181,7 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
             model,
             patch_size=settings["patch_size"],
             patch_overlap=settings["patch_overlap"],
+            patch_starts=plan.patch_starts,
             overlap_mode=mode,
             padding_mode=plan.padding_mode,
             fill=plan.fill,

@@ -34,6 +34,7 @@ def reference_scores(
     *,
     patch_size: Sizes,
     patch_overlap: Sizes,
+    patch_starts: str = "regular",
     overlap_mode: str = "hann",
     padding_mode: str | None = None,
     fill: float = 0.0,
@@ -54,6 +55,8 @@ def reference_scores(
     """
     spatial = volume.shape[1:]
     before = [overlap // 2 if padding_mode else 0 for overlap in patch_overlap]
+    if patch_starts == "even":
+        before = [max(0, size - n) // 2 for size, n in zip(patch_size, spatial, strict=True)]
     # A volume smaller than a patch is padded at its end, up to one patch.
     after = [max(low, size - n - low) for low, size, n in zip(before, patch_size, spatial, strict=True)]
     if padding_mode in STATISTICS:
@@ -69,6 +72,8 @@ def reference_scores(
     sums: Array | None = None
     sizes = list(zip(frame.shape[1:], patch_size, patch_overlap, strict=True))
     starts = [[*range(0, n - size, size - overlap), n - size] for n, size, overlap in sizes]
+    if patch_starts == "even":
+        starts = [np.linspace(0, of_axis[-1], len(of_axis)).round().astype(int).tolist() for of_axis in starts]
     for corner in itertools.product(*starts):
         box = tuple(slice(start, start + size) for start, size in zip(corner, patch_size, strict=True))
         scores = _run(model, frame[(slice(None), *box)], device=device, autocast=autocast)

@@ -80,6 +80,7 @@ def test_a_model_that_looks_at_position_and_context_equals_the_oracle(case: Case
         overlap=case.overlap,
         mode=case.mode,
         padding_mode=case.padding,
+        even=case.even,
         **padded,
     )
     with scratch() as root:
@@ -201,6 +202,7 @@ def test_a_long_sweep_of_many_layers_is_as_exact_as_a_short_one(data: st.DataObj
         "axes": "yx",
         "patch_size": (patch, 4),
         "patch_overlap": (overlap, 2),
+        "patch_starts": data.draw(st.sampled_from(("regular", "even"))),
         "overlap_mode": mode,
         "block_shape": data.draw(st.sampled_from(((length, 6), (length // 2, 6)))),
         "output_chunks": (data.draw(sizes_of_chunks), 6),

@@ -60,15 +60,22 @@ class Case:
         return spatial + "c" if self.channel_last else "c" + spatial
 
     @property
+    def even(self) -> bool:
+        """Whether patches are spaced evenly."""
+        return self.options.get("patch_starts") == "even"
+
+    @property
     def patches(self) -> int:
-        grown = [n + 2 * (o // 2) * (self.padding is not None) for n, o in zip(self.shape, self.overlap, strict=True)]
+        padded = self.padding is not None and not self.even
+        grown = [n + 2 * (o // 2) * padded for n, o in zip(self.shape, self.overlap, strict=True)]
         axes = zip(grown, self.patch, self.overlap, strict=True)
         return math.prod(len(oracle.starts(max(n, p), p, o)) for n, p, o in axes)
 
     @property
     def coverage(self) -> int:
         """No voxel lies in more patches than this."""
-        return math.prod(-(-p // (p - o)) + 1 for p, o in zip(self.patch, self.overlap, strict=True))
+        closer = 1 + self.even  # evenly spaced, patches may be half a stride apart
+        return math.prod(-(-p // max(1, (p - o) // closer)) + 1 for p, o in zip(self.patch, self.overlap, strict=True))
 
     def rounding(self, largest: float) -> float:
         """Bound on the error of float32 sums and weights, for model outputs up to `largest`.
@@ -128,6 +135,7 @@ def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
         options["block_shape"] = draw(sizes(longest // 2 + 2, ndim))
     if limit == "memory":
         options["max_memory"] = "2MiB"
+    options["patch_starts"] = draw(st.sampled_from(("regular", "regular", "even")))
     channels = draw(st.sampled_from((None, None, 1, 2, 3)))
     case = Case(
         shape,

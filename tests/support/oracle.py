@@ -27,19 +27,31 @@ def window(mode: str, n: int) -> Array:
     raise ValueError(f"no such mode: {mode!r}")
 
 
-def starts(n: int, patch: int, overlap: int) -> list[int]:
-    """Patch starts along one axis of length `n >= patch`: the last one is moved back to end at the border."""
+def starts(n: int, patch: int, overlap: int, *, even: bool = False) -> list[int]:
+    """Patch starts along one axis of length `n >= patch`: the last moved back to the border, or all spaced evenly."""
+    if even:
+        count = -(-(n - patch) // (patch - overlap)) + 1
+        return [int(np.round((n - patch) / max(1, count - 1) * i)) for i in range(count)]
     return [*range(0, n - patch, patch - overlap), n - patch]
 
 
 def frame(
-    volume: Array, patch: tuple[int, ...], overlap: tuple[int, ...], padding_mode: str | None, fill: float
+    volume: Array,
+    patch: tuple[int, ...],
+    overlap: tuple[int, ...],
+    padding_mode: str | None,
+    fill: float,
+    *,
+    even: bool = False,
 ) -> tuple[Array, tuple[slice, ...]]:
     """`volume (C, *spatial)` padded, and where the volume lies in it.
 
-    It grows by `overlap // 2` on each side if there is a padding mode, and at its end to at least one patch.
+    It grows by `overlap // 2` on each side if there is a padding mode, and at its end to at least one patch; with even
+    starts only to one patch, at both ends.
     """
     grow = [o // 2 if padding_mode else 0 for o in overlap]
+    if even:
+        grow = [max(0, p - n) // 2 for n, p in zip(volume.shape[1:], patch, strict=True)]
     widths = [(g, g + max(0, p - n - 2 * g)) for g, n, p in zip(grow, volume.shape[1:], patch, strict=True)]
     how: dict[str, Any] = {"constant_values": fill} if padding_mode == "constant" else {}
     padded = np.pad(volume, [(0, 0), *widths], mode=padding_mode or "edge", **how)  # type: ignore[call-overload]
@@ -55,18 +67,19 @@ def predict(
     mode: str,
     padding_mode: str | None = None,
     fill: float = 0.0,
+    even: bool = False,
 ) -> Array:
     """Blend what `model`, `(C, *patch)` to `(C', *patch)`, makes of `volume (C, *spatial)`.
 
     Returns:
         `(C', *spatial)`: float64, or for `crop` the model's own values and dtype.
     """
-    padded, inside = frame(volume, patch, overlap, padding_mode, fill)
+    padded, inside = frame(volume, patch, overlap, padding_mode, fill, even=even)
     axes = list(zip(padded.shape[1:], patch, overlap, strict=True))
     weight = functools.reduce(np.multiply.outer, [window(mode, p) for p in patch])
     weights = np.zeros(padded.shape[1:])
     sums: Array = np.zeros(0)
-    for corner in itertools.product(*(starts(*axis) for axis in axes)):
+    for corner in itertools.product(*(starts(*axis, even=even) for axis in axes)):
         box = tuple(slice(s, s + p) for s, p in zip(corner, patch, strict=True))
         values = model(padded[(slice(None), *box)])
         if not sums.size:

@@ -111,7 +111,8 @@ def test_fields_that_identify_a_run_are_in_its_fingerprint_and_no_others(tmp_pat
     config = RunConfig.of(SAMPLE, "identity", tmp_path / "out", patch_size=8, channels_last=False)
     identifying = {name for name, field in OPTIONS.items() if field.metadata["identity"]}
     derived = {*DERIVED_IDENTITY, "volume", "torch"}
-    assert set(config.parameters) == (identifying | derived) - {"channels_last", "compile", "eval_mode", "match"}
+    without = {"channels_last", "compile", "eval_mode", "match", "patch_starts"}
+    assert set(config.parameters) == (identifying | derived) - without
     json.dumps(config.parameters)
 
 
@@ -120,6 +121,7 @@ def test_fields_that_identify_a_run_are_in_its_fingerprint_and_no_others(tmp_pat
     [
         ({"fill": 1.0, "padding_mode": "constant"}, "padding_mode"),
         ({"overlap_mode": "crop"}, "overlap_mode"),
+        ({"patch_starts": "even"}, "patch_starts"),
         ({"augment": "flips"}, "augment"),
         ({"preprocess": "zscore"}, "preprocess"),
         ({"postprocess": "sigmoid"}, "postprocess"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocpatch.planning.blocks import BlockGrid, Neighbours
-from oocpatch.planning.grid import PatchGrid
+from oocpatch.planning.heads import patch_grid
 
 
 @st.composite
@@ -21,7 +21,8 @@ def grids(draw: st.DrawFn) -> BlockGrid:
     )
     shape, patch, overlap, core, unit = zip(*axes, strict=True)
     overlap = tuple(min(o, p - 1) for o, p in zip(overlap, patch, strict=True))
-    grid = PatchGrid.of(shape, patch, overlap, padded=draw(st.booleans()))
+    none, one = (0,) * len(axes), (1,) * len(axes)
+    grid = patch_grid(shape, patch, overlap, none, one, padded=draw(st.booleans()), even=draw(st.booleans()))
     return BlockGrid.of(grid, core, unit, sweep=draw(st.integers(0, len(axes) - 1)), crop=draw(st.booleans()))
 
 

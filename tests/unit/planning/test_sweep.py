@@ -12,7 +12,8 @@ from oocpatch.planning.sweep import capacity, groups
 @given(st.data())
 def test_the_projected_capacity_holds_every_group_of_a_long_sweep_and_the_one_read_ahead(data: st.DataObject) -> None:
     patch = data.draw(st.integers(1, 9))
-    axis = GridAxis(data.draw(st.integers(1, 300)), patch, data.draw(st.integers(0, patch - 1)))
+    length, overlap = data.draw(st.integers(1, 300)), data.draw(st.integers(0, patch - 1))
+    axis = GridAxis(length, patch, overlap, even=data.draw(st.booleans()))
     chunk, per_group = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
     layers = range(axis.count)
     for prefetch in (False, True):
