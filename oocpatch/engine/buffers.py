@@ -33,10 +33,12 @@ HUGE = 16 << 20
 of the CPU time of a run. Smaller buffers would be resident to the last page, and use up the projection's margin."""
 
 
-def buffer(shape: Sequence[int], dtype: torch.dtype, device: str | torch.device) -> torch.Tensor:
-    """Return a tensor of zeros, mapped if it is large and in main memory."""
+def buffer(
+    shape: Sequence[int], dtype: torch.dtype, device: str | torch.device, least_mapped: int = SMALL
+) -> torch.Tensor:
+    """Return a tensor of zeros, mapped if it is in main memory and has at least so many bytes."""
     size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < SMALL:
+    if torch.device(device).type != "cpu" or size < least_mapped:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE:

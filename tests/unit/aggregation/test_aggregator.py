@@ -93,13 +93,21 @@ def grid_patches(shape: tuple[int, ...], patch: int, overlap: int, channels: int
     return [(start, aggregation.values_at(start, size, channels, "float32")) for start in starts]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("order", ["grid", "shuffled"])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "order", "known"),
+    [
+        ("crop", "grid", True),
+        ("crop", "shuffled", True),
+        ("hann", "grid", True),
+        ("hann", "shuffled", True),
+        ("hann", "grid", False),
+        ("gaussian", "shuffled", False),
+    ],
+)
 def test_a_tight_limit_changes_no_value(mode: str, order: str, known: bool, tmp_path: Path) -> None:
     """Sums take 240 KiB; under 128 KiB, most of which is for writing, they leave memory before they are complete."""
     patches = grid_patches((160, 192), 16, 8)
-    told = (8, 8) if known or mode == "crop" else (0, 0)
+    told = (8, 8) if known else (0, 0)
     if order == "shuffled":
         random.Random(3).shuffle(patches)
     loop = Loop((160, 192), mode, told, patches, (8, 8))
@@ -141,9 +149,19 @@ def test_complete_parts_are_written_before_the_loop_ends(tmp_path: Path) -> None
     assert not written[-8:].any()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("padding", [None, "edge"])
-@pytest.mark.parametrize(("patch", "overlap"), [((8, 6, 5), (4, 2, 0)), ((6, 6, 6), (4, 4, 4)), ((5, 7, 4), (2, 5, 3))])
+@pytest.mark.parametrize(
+    ("mode", "padding", "patch", "overlap"),
+    [
+        ("crop", None, (8, 6, 5), (4, 2, 0)),
+        ("crop", "edge", (6, 6, 6), (4, 4, 4)),
+        ("crop", None, (5, 7, 4), (2, 5, 3)),
+        ("hann", "edge", (8, 6, 5), (4, 2, 0)),
+        ("hann", None, (6, 6, 6), (4, 4, 4)),
+        ("hann", "edge", (5, 7, 4), (2, 5, 3)),
+        ("average", None, (5, 7, 4), (2, 5, 3)),
+        ("gaussian", "edge", (6, 6, 6), (4, 4, 4)),
+    ],
+)
 def test_the_same_grid_gives_what_predict_gives(
     mode: str, padding: str | None, patch: tuple[int, ...], overlap: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -405,7 +423,7 @@ def test_the_order_of_arrival_does_not_matter(mode: str) -> None:
         torch.testing.assert_close(other, found[0])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["crop", "hann"])
 def test_going_on_in_the_same_order_gives_the_same_bits(mode: str, tmp_path: Path) -> None:
     """Wherever the loop stops, and however batches fall after that, under a limit that moves sums in and out."""
     patches = grid_patches((64, 64), 16, 8)
