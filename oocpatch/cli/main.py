@@ -233,7 +233,7 @@ def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
     report: Any
     if options["model"] is None and options["patch_size"] is None:
         report = oocpatch.verify(volume, repair=repair)
-    elif options["model"] is None or options["patch_size"] is None or repair:
+    elif options["model"] is None or (options["patch_size"] is None and not _is_package(options["model"])) or repair:
         raise click.UsageError("To compare, check needs --model and --patch-size; to verify an output, neither.")
     else:
         report = oocpatch.check(volume, **options)
@@ -242,6 +242,13 @@ def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
         if repair:
             _log("damaged blocks are marked as not done: the same predict command computes them anew")
         raise click.exceptions.Exit(FAILED)
+
+
+def _is_package(model: Any) -> bool:
+    """Return whether a model spec names a package, which has a patch size."""
+    from oocpatch.models.packages.package import PackageSpec
+
+    return PackageSpec.of(model) is not None
 
 
 for _command in (*object_commands.COMMANDS, *file_commands.COMMANDS):

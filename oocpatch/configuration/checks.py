@@ -15,9 +15,10 @@ from oocpatch.engine.patch_selection import Mask
 from oocpatch.models.augmentation import Augmentation, checked_augmentation
 from oocpatch.models.compilation import checked_compile_mode
 from oocpatch.models.fingerprint import model_fingerprint
-from oocpatch.models.postprocessing import named_postprocess
+from oocpatch.models.postprocessing import checked_postprocess
 from oocpatch.models.predictor import resolve_device
-from oocpatch.models.preprocessing import NamedPreprocess, checked_preprocess, preprocess_json
+from oocpatch.models.preprocess_steps import Step
+from oocpatch.models.preprocessing import checked_preprocess, step_json
 from oocpatch.planning import arguments
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS, PATCH_STARTS
@@ -43,6 +44,8 @@ def _shards(name: str, value: Any, volume: Volume) -> Ints | None:
 
 
 def _patch_size(name: str, value: Any, volume: Volume) -> Ints:
+    if value is None:
+        raise TypeError("predict and plan need patch_size (--patch-size); only a model package has one of its own")
     return () if is_auto(value) else spatial_sizes(name, value, volume, least=1)
 
 
@@ -91,12 +94,7 @@ def _augment(_name: str, value: Any, volume: Volume) -> Augmentation | None:
 
 
 def _postprocess(_name: str, value: Any, _volume: Volume) -> Any:
-    def check(one: Any) -> Any:
-        if one is not None and not callable(one):
-            named_postprocess(str(one))
-        return one
-
-    return arguments.per_head(value, check)
+    return arguments.per_head(value, checked_postprocess)
 
 
 def _work(_name: str, value: Any, _volume: Volume) -> float | str | None:
@@ -140,9 +138,11 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
 
 
 def _code(value: Any) -> Any:
-    """Return the digest of a function, the JSON of a named preprocess, and a name as it is."""
-    if isinstance(value, NamedPreprocess):
-        return preprocess_json(value)
+    """Return the digest of a function, the JSON of a step of preprocessing, and a name as it is; of several, a list."""
+    if isinstance(value, tuple):
+        return [_code(one) for one in value]
+    if isinstance(value, Step):
+        return step_json(value)
     return model_fingerprint(value) if callable(value) else value
 
 

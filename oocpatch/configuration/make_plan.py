@@ -23,7 +23,8 @@ from oocpatch.engine.patch_selection import Selection
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
-from oocpatch.models.preprocessing import NamedPreprocess
+from oocpatch.models.preprocess_steps import Step
+from oocpatch.models.preprocessing import steps_of
 from oocpatch.models.probe import Probe, probe_model
 from oocpatch.models.work import workload_of
 from oocpatch.models.wrappers import ensemble
@@ -201,6 +202,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         task_memory=choice.projection.task_memory,
         memory_parts=choice.projection.parts,
         model_note=_note(config),
+        classes=() if config.package is None else config.package.classes,
         box=None if config.data.box is None else (config.data.box.start, config.data.box.stop),
         skip_value=config.skip_value,
         output_fill=config.outputs.output_fill,
@@ -237,10 +239,9 @@ def _note(config: RunConfig) -> str:
         notes.append(f"mean of {len(config.models)} models")
     if len(transforms) > 1:
         notes.append(f"mean of {len(transforms)} flips and rotations")
-    if isinstance(model.preprocess, NamedPreprocess):
-        notes.append(f"preprocess {model.preprocess.name}")
-    elif model.preprocess is not None:
-        notes.append("preprocess by a function")
+    if steps := steps_of(model.preprocess):
+        named = [step.name if isinstance(step, Step) else "by a function" for step in steps]
+        notes.append(f"preprocess {' and '.join(named)}")
     if model.channels_last:
         notes.append("channels last")
     if model.compile:

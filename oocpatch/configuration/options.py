@@ -59,7 +59,7 @@ class PatchOptions:
     """Patches and how they are blended. Sizes are spatial, in voxels; an empty patch size and a batch of 0 are open."""
 
     patch_size: Ints = option(
-        check="patch_size", kind="size_or_auto", metavar="SIZE", help="Voxels of a patch: 96, 32,96,96, or auto."
+        None, check="patch_size", kind="size_or_auto", metavar="SIZE", help="Voxels of a patch: 96, 32,96,96, or auto."
     )
     patch_overlap: Ints = option(
         0, check="overlap", identity=True, kind="size", metavar="SIZE", help="Voxels that adjacent patches share."

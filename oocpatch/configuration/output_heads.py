@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.models.postprocessing import POSTPROCESSES, Postprocess, postprocess_of
+from oocpatch.models.postprocessing import Postprocess, is_argmax, postprocess_of
 from oocpatch.models.probe import Geometry, Probe
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import image_groups
@@ -162,7 +162,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         if values.device.type != "cpu":  # normalize tasks have sums in main memory
             _postprocessed(postprocess, values.cpu(), loops)
         out_channels, out_dtype = result.shape[0], str(result.numpy(force=True).dtype)
-        if postprocess is POSTPROCESSES["argmax"]:
+        if is_argmax(postprocess):
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
     out_dtype = IDS if is_objects else out_dtype
     labels = np.dtype(out_dtype).kind in "bui"  # not because `output_dtype` asks for rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from oocpatch.errors import RunMismatch
 from oocpatch.models.compilation import check_compilation
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
+from oocpatch.models.packages.package import ModelPackage, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
@@ -57,6 +58,8 @@ class RunConfig:
         parameters: the fingerprint: the values that say whether two runs are the same, by name.
         settings: the arguments as they were given, as JSON.
         labelling: what objects are, of a call of `label`; None: the call is one of `predict`.
+        package: the model package, if the model is one.
+        of_package: the arguments that the package gave.
     """
 
     volume: Volume
@@ -72,6 +75,8 @@ class RunConfig:
     parameters: Mapping[str, Any]
     settings: Mapping[str, Any]
     labelling: Labelling | None = None
+    package: ModelPackage | None = None
+    of_package: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, volume: Any, model: Any, output: Any, **arguments: Any) -> RunConfig:
@@ -88,6 +93,10 @@ class RunConfig:
         if missing := [name for name in required if name not in arguments]:
             raise TypeError(f"predict and plan need {', '.join(missing)}")
         settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments)})
+        trust = bool(arguments.get("trust_pickle"))
+        package = load_package(model, trust_pickle=trust, device=arguments.get("device", "auto"))
+        of_package = settings_of_package(package, arguments)
+        arguments |= of_package
         target = output_path("output", output)
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
@@ -104,9 +113,11 @@ class RunConfig:
             volume=data,
             output=target,
             workspace=place,
-            models=load(groups["model"]),
+            models=load(groups["model"], package),
             parameters={},
             settings=settings,
+            package=package,
+            of_package=of_package,
             **groups,
         )
         config._check_together()
@@ -331,6 +342,12 @@ def _checked_group(group: type[Any], arguments: Mapping[str, Any], volume: Volum
         check = f.metadata["check"]
         values[f.name] = value if check is None else CHECKS[check](f.name, value, volume)
     return group(**values)
+
+
+def settings_of_package(package: ModelPackage | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model package that apply: those that the caller did not give, or gave as the default."""
+    given = _without_defaults(arguments)
+    return {} if package is None else {n: value for n, value in package.settings.items() if n not in given}
 
 
 def _without_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:

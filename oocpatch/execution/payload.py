@@ -25,6 +25,7 @@ from oocpatch.execution.dask_clients import check_client, check_versions, versio
 from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import OpenTasks, RunInputs
 from oocpatch.models.options import ModelOptions
+from oocpatch.models.packages.package import PackageSpec
 from oocpatch.models.pipeline import fingerprint_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath, expand_home
@@ -143,6 +144,8 @@ def absolute_spec(spec: Any) -> Any:
     """
     if not isinstance(spec, str):
         return spec
+    if (package := PackageSpec.of(spec)) is not None:
+        return package.absolute()
     head, colon, name = spec.rpartition(":")
     kind = "numpy:" if head.startswith("numpy:") else ""
     if colon and head.endswith(".py"):

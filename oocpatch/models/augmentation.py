@@ -92,8 +92,8 @@ def checked_augmentation(
     """Check the argument `augment` of `predict`.
 
     Args:
-        augment: `"flips"`, `"rotations"` or `"all"`, of all spatial axes; names of axes to flip; or a dict of a name
-            and of the axes it may use.
+        augment: `"flips"`, `"rotations"` or `"all"`, of all spatial axes; names of axes to flip; a dict of a name and
+            of the axes it may use; or `"none"`, as None.
         axes: names of the spatial axes.
 
     Raises:
@@ -102,7 +102,7 @@ def checked_augmentation(
     >>> checked_augmentation(["x"], "zyx"), checked_augmentation({"name": "rotations", "axes": "yx"}, "zyx")
     (Augmentation(name='flips', axes=('x',)), Augmentation(name='rotations', axes=('y', 'x')))
     """
-    if augment is None:
+    if augment is None or augment == "none":
         return None
     if isinstance(augment, str):
         augment = {"name": augment}

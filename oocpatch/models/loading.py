@@ -9,6 +9,7 @@ own.
  model.pt2                            torch.export
  model.pt .pth .ts .torchscript       TorchScript
  model.onnx                           ONNX, by onnxruntime
+ KIND:PATH                            a model package
 ```
 """
 
@@ -35,6 +36,7 @@ from torch import nn
 from oocpatch.errors import error_line
 from oocpatch.models.input_spec import ModelFile
 from oocpatch.models.onnx import load_onnx
+from oocpatch.models.packages.package import ModelPackage, load_package
 from oocpatch.models.predictor import resolve_device
 from oocpatch.models.torch_export import load_exported
 from oocpatch.models.wrappers import NumpyModel
@@ -56,7 +58,7 @@ def load_models(
     """Return the models of a call: one, or the members of an ensemble; specs are loaded, as `load_model` does.
 
     Args:
-        specs: a model or a spec, or a list of them.
+        specs: a model or a spec, or a list of them; or a loaded package.
         weights: file with the weights of each model; one spec and several files are as many models.
         model_args: as for `load_model`.
         trust_pickle: as for `load_model`.
@@ -70,6 +72,13 @@ def load_models(
     >>> len(load_models(["identity", nn.ReLU()]))
     2
     """
+    package = specs
+    if not isinstance(specs, ModelPackage):
+        package = load_package(specs, trust_pickle=trust_pickle, device=device)
+    if package is not None:
+        if weights is not None or model_args:
+            raise ValueError("weights and model_args must be left out with a model package, which has its own")
+        return tuple(package.models)
     members = list(specs) if isinstance(specs, (list, tuple)) else [specs]
     files = [weights] if weights is None or isinstance(weights, (str, pathlib.Path)) else list(weights)
     if not members or not files:
@@ -260,7 +269,7 @@ def _state_dict(state: object, weights: str) -> dict[str, Any]:
 
 SPEC_RULE = (
     "a model spec is package.module:name, file.py:name, numpy:package.module:name (a function of numpy arrays), "
-    "model.pt2 (torch.export), model.pt (TorchScript), model.onnx or identity"
+    "model.pt2 (torch.export), model.pt (TorchScript), model.onnx, a package (KIND:PATH) or identity"
 )
 
 

@@ -15,7 +15,7 @@ from oocpatch.provenance import option
 
 if TYPE_CHECKING:
     from oocpatch.models.augmentation import Augmentation
-    from oocpatch.models.preprocessing import NamedPreprocess, PatchFunction
+    from oocpatch.models.preprocessing import CheckedPreprocess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class ModelOptions:
     model: Any = option(
         kind="many",
         metavar="SPEC",
-        help="Model: package.module:name, file.py:name, a .pt2, .pt or .onnx file, or identity. Repeat it to average.",
+        help="Model: package.module:name, file.py:name, a .pt2, .pt or .onnx file, or KIND:PATH. Repeat it to average.",
     )
     weights: Any = option(
         None,
@@ -50,20 +50,20 @@ class ModelOptions:
         kind="switch",
         help="Call networks in evaluation mode; else each layer in the mode that it is in.",
     )
-    preprocess: NamedPreprocess | PatchFunction | None = option(
+    preprocess: CheckedPreprocess = option(
         None,
         check="preprocess",
         identity="code",
         kind="json",
-        metavar="[zscore|percentile|scale|JSON]",
-        help='Normalize patches first; with arguments as JSON: {"name": "percentile", "low": 1, "high": 99}.',
+        metavar="[zscore|percentile|scale|clip|binarize|sigmoid|none|JSON]",
+        help='Normalize patches first; arguments, and several steps, as JSON: [{"name": "clip", "low": 0}, "zscore"].',
     )
     augment: Augmentation | None = option(
         None,
         check="augment",
         identity="augmentation",
         kind="json",
-        metavar="[flips|rotations|all|JSON]",
+        metavar="[flips|rotations|all|none|JSON]",
         help='Average predictions over flipped and rotated patches; axes as JSON: {"name": "flips", "axes": ["x"]}.',
     )
     postprocess: Any = option(
@@ -72,7 +72,7 @@ class ModelOptions:
         identity="code_per_head",
         kind="per_head",
         choices=POSTPROCESSES,
-        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER]",
+        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER|none]",
         help="Apply a function to the blended scores; HEAD=NAME,... for several outputs.",
     )
     device: str = option(

@@ -12,12 +12,14 @@ from torch import nn
 
 from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
 from oocpatch.models.compilation import optimized_model, uses_graphs
-from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
+from oocpatch.models.fingerprint import Fingerprint, model_fingerprint, read_fingerprint
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.options import ModelOptions
+from oocpatch.models.packages.package import ModelPackage, package_fingerprint
 from oocpatch.models.predictor import Predictor
-from oocpatch.models.preprocessing import Statistics, preprocess_function
+from oocpatch.models.preprocess_steps import Statistics
+from oocpatch.models.preprocessing import preprocess_function
 from oocpatch.models.reach import callables_of
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Ints
@@ -25,14 +27,14 @@ from oocpatch.planning.box import Ints
 logger = logging.getLogger("oocpatch")
 
 
-def load(options: ModelOptions) -> tuple[Model, ...]:
-    """Load the model, or the members of an ensemble, for the device.
+def load(options: ModelOptions, package: ModelPackage | None = None) -> tuple[Model, ...]:
+    """Load the model, or the members of an ensemble, for the device; those of a package that is loaded are there.
 
     Raises:
         TypeError, ValueError: as `load_models`.
     """
     return load_models(
-        options.model,
+        options.model if package is None else package,
         weights=options.weights,
         model_args=options.model_args,
         trust_pickle=options.trust_pickle,
@@ -55,7 +57,9 @@ def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: b
     specs = list(options.model) if isinstance(options.model, (list, tuple)) else [options.model]
     specs *= len(models) // len(specs)  # one spec may be loaded with several weights
     fingerprints = [
-        read_fingerprint(model, sources=sources or isinstance(spec, str))
+        Fingerprint(digest, ())
+        if (digest := package_fingerprint(model))
+        else read_fingerprint(model, sources=sources or isinstance(spec, str))
         for model, spec in zip(models, specs, strict=True)
     ]
     unread = [part for fingerprint in fingerprints for part in fingerprint.unread]

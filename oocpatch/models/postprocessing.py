@@ -28,8 +28,26 @@ def threshold(scores: torch.Tensor, at: float) -> torch.Tensor:
     return (scores > at).to(torch.uint8)
 
 
+def checked_postprocess(value: Any) -> Any:
+    """Check the postprocess of a head: a name, a function, a sequence of these, or `"none"`, as None.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if value is None or callable(value) or (isinstance(value, str) and value == "none"):
+        return value if callable(value) else None
+    if isinstance(value, list | tuple):
+        steps = tuple(step for step in map(checked_postprocess, value) if step is not None)
+        return (steps if len(steps) > 1 else steps[0]) if steps else None
+    named_postprocess(str(value))
+    return value
+
+
 def named_postprocess(name: str) -> Postprocess:
-    """A postprocess by its name: one of `POSTPROCESSES`, or `threshold:0.3` for a threshold other than 0.5.
+    """A postprocess by its name: one of `POSTPROCESSES`, or one with numbers.
+
+    These are `threshold:0.3` for a threshold other than 0.5, `clip:0:1` for a range, and `linear:2:1` for a factor and
+    a number that is added.
 
     Raises:
         ValueError: for any other name.
@@ -39,18 +57,47 @@ def named_postprocess(name: str) -> Postprocess:
     """
     if name in POSTPROCESSES:
         return POSTPROCESSES[name]
-    kind, _, at = name.partition(":")
-    if kind == "threshold":
-        with contextlib.suppress(ValueError):
-            return functools.partial(threshold, at=float(at))
-    raise ValueError(f"postprocess must be one of {', '.join(POSTPROCESSES)} or threshold:NUMBER, got {name!r}")
+    kind, *texts = name.split(":")
+    with contextlib.suppress(ValueError):
+        numbers = [float(text) for text in texts]
+        if kind == "threshold" and len(numbers) == 1:
+            return functools.partial(threshold, at=numbers[0])
+        if kind in _RANGES and len(numbers) == 2:
+            return functools.partial(_RANGES[kind], one=numbers[0], other=numbers[1])
+    raise ValueError(
+        f"postprocess must be one of {', '.join(POSTPROCESSES)}, threshold:NUMBER, clip:LOW:HIGH or "
+        f"linear:FACTOR:SUMMAND, got {name!r}"
+    )
+
+
+def _clip(scores: torch.Tensor, one: float, other: float) -> torch.Tensor:
+    return scores.clamp(one, other)
+
+
+def _linear(scores: torch.Tensor, one: float, other: float) -> torch.Tensor:
+    return scores * one + other
+
+
+_RANGES: dict[str, Callable[..., torch.Tensor]] = {"clip": _clip, "linear": _linear}
+
+
+def is_argmax(postprocess: Postprocess | None) -> bool:
+    """Return whether a postprocess gives the index of the largest score, after other steps or at once."""
+    steps = postprocess.args[0] if isinstance(postprocess, functools.partial) and postprocess.args else (postprocess,)
+    return steps[-1] is POSTPROCESSES["argmax"]
+
+
+def _in_steps(steps: tuple[Postprocess, ...], scores: torch.Tensor) -> torch.Tensor:
+    for step in steps:
+        scores = torch.as_tensor(step(scores))
+    return scores
 
 
 def postprocess_of(postprocess: Any, name: str, mode: str) -> Postprocess | None:
     """Return the postprocess of a head as a function; votes are counted by one of their own.
 
     Args:
-        postprocess: a name or a function for all heads, or a dict of them by head.
+        postprocess: a name, a function or a sequence of these for all heads, or a dict of them by head.
         name: the head.
         mode: its overlap mode.
 
@@ -59,7 +106,10 @@ def postprocess_of(postprocess: Any, name: str, mode: str) -> Postprocess | None
     """
     value = of_head(postprocess, name, None)
     if mode not in {"vote", "instances"}:
-        return value if value is None or callable(value) else named_postprocess(str(value))
+        if not isinstance(value, list | tuple):
+            return value if value is None or callable(value) else named_postprocess(str(value))
+        steps = tuple(step if callable(step) else named_postprocess(str(step)) for step in value)
+        return functools.partial(_in_steps, steps)
     if value is not None:
         raise ValueError(f"postprocess must be None where overlap_mode is {mode!r}, got one for {name!r}")
     return POSTPROCESSES["argmax"] if mode == "vote" else None

@@ -136,6 +136,8 @@ def head_attributes(volume: Volume, plan: Plan, head: Head) -> dict[str, Any]:
     if not is_quantity or attributes.get("units") in DURATIONS:
         dropped.add("units")
     described = {k: v for k, v in attributes.items() if k not in dropped}
+    if plan.classes and len(plan.heads) == 1 and (head.labels or head.out_channels == len(plan.classes)):
+        described["classes"] = list(plan.classes)
     reference = volume.source.attrs.get("grid_mapping")
     return {**described, "grid_mapping": reference} if reference in volume.source.coords else described
 

@@ -76,6 +76,7 @@ class Plan:
         stores_outputs: whether the model's outputs are stored until their block is recorded, since a crash would cost
             more than it should.
         labelling: what objects are, of a run of `label`, whose patches are voxels; None: the run is one of `predict`.
+        classes: names of the output's channels or labels, of a model package that has them.
         merge_memory: bytes that the merge of objects may take, while no block is at work.
     """
 
@@ -121,6 +122,7 @@ class Plan:
     labelling: Labelling | None = None
     merge_memory: int = 0
     patch_starts: str = "regular"
+    classes: tuple[str, ...] = ()
 
     @cached_property
     def grid(self) -> PatchGrid:

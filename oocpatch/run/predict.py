@@ -32,6 +32,7 @@ from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
+from oocpatch.provenance import run_settings
 from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idle_workers
 from oocpatch.run.driver import (
     all_done,
@@ -61,7 +62,7 @@ def predict(
     model: Any,
     output: str | os.PathLike[str],
     *,
-    patch_size: int | Sequence[int] | Mapping[str, int] | str,
+    patch_size: int | Sequence[int] | Mapping[str, int] | str | None = None,
     patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
     patch_starts: str = "regular",
     overlap_mode: str | Mapping[str, str] = "hann",
@@ -80,9 +81,9 @@ def predict(
     trust_pickle: bool = False,
     model_id: str | None = None,
     eval_mode: bool = True,
-    preprocess: str | Mapping[str, Any] | Callable[..., Any] | None = None,
+    preprocess: str | Mapping[str, Any] | Callable[..., Any] | Sequence[Any] | None = None,
     augment: str | Sequence[str] | Mapping[str, Any] | None = None,
-    postprocess: str | Callable[..., Any] | Mapping[str, Any] | None = None,
+    postprocess: str | Callable[..., Any] | Sequence[Any] | Mapping[str, Any] | None = None,
     device: str = "auto",
     autocast: bool = False,
     channels_last: bool = False,
@@ -120,11 +121,11 @@ def predict(
             or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, see `docs/files.md`.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
-            mean of all.
+            mean of all. A model package sets parameters that are not given, see `docs/models.md`.
         output: path of the Zarr group to write, or its URL in an object store, `s3://bucket/out.zarr`.
 
         patch_size: size of the patches that the model takes; `"auto"`: chosen, and with it an overlap where none is
-            given.
+            given. It may be left out where the model is a package.
         patch_overlap: voxels shared by adjacent patches, in total, per axis.
         patch_starts: `"regular"`: a patch starts at every stride, `patch_size - patch_overlap`, and the last is moved
             back to end at the border; `"even"`: as many patches are spaced evenly, and a volume smaller than a patch
@@ -156,12 +157,14 @@ def predict(
             model.
         eval_mode: call networks in evaluation mode, wherever they are in the model; False: in the mode that each layer
             is in, as for dropout that samples.
-        preprocess: normalization of patches: `"zscore"`, `"percentile"`, `"scale"`, a dict of one of these and its
-            arguments, or a function of `(B, C, *patch)`.
+        preprocess: normalization of patches: `"zscore"`, `"percentile"`, `"scale"`, `"clip"`, `"binarize"`,
+            `"sigmoid"`, a dict of one of these and its arguments, a function of `(B, C, *patch)`, or a sequence of such
+            steps. Here, in `augment` and in `postprocess`, `"none"` leaves out what a model package asks for.
         augment: flips and rotations over which predictions are averaged: `"flips"`, `"rotations"`, `"all"`, names of
             axes to flip, or a dict of a name and the axes it may use.
-        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), or a function
-            of blended scores `(C, *box)` that works voxel by voxel. A dict gives each output its own.
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), `"clip:0:1"`,
+            `"linear:2:1"` (`2 x + 1`), or a function of blended scores `(C, *box)` that works voxel by voxel; or a list
+            of these. A dict gives each output its own.
         device: device of the model; `"auto"`: an accelerator when there is one.
         autocast: run the model under `torch.autocast`.
         channels_last: store patches and weights in torch's memory format with the channels last.
@@ -314,17 +317,20 @@ class PlannedRun:
         return getattr(self.plan, name)
 
     def to_json(self) -> str:
-        """Return the plan as JSON, with the expected use of workers if there are any."""
+        """Return the plan as JSON, with the expected use of workers and the settings of a model package, if any."""
+        more: dict[str, Any] = {} if self.occupancy is None else {"occupancy": self.occupancy.to_json()}
+        if self.config.package is not None:
+            more["package"] = run_settings(self.config.of_package)
         text = self.plan.to_json()
-        if self.occupancy is None:
-            return text
-        return json.dumps({**json.loads(text), "occupancy": self.occupancy.to_json()}, indent=1)
+        return json.dumps({**json.loads(text), **more}, indent=1) if more else text
 
     def __str__(self) -> str:
-        chosen = ""
+        chosen = of_package = ""
         if self.config.chooses_overlap:
             chosen = "chosen   patch_size and patch_overlap, by patch_size='auto'"
-        lines = (str(self.plan), chosen, describe_occupancy(self.config, self.plan, self.occupancy))
+        if settings := run_settings(self.config.of_package):
+            of_package = "package  " + ", ".join(f"{n}={json.dumps(value)}" for n, value in settings.items())
+        lines = (str(self.plan), chosen, of_package, describe_occupancy(self.config, self.plan, self.occupancy))
         return "\n".join(filter(None, lines))
 
     def __repr__(self) -> str:

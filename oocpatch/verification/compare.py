@@ -18,8 +18,11 @@ import numpy as np
 import torch
 import zarr
 
+from oocpatch.configuration.run_config import settings_of_package
 from oocpatch.models import augmentation, preprocessing
 from oocpatch.models.loading import Model, load_models
+from oocpatch.models.packages.package import load_package
+from oocpatch.models.postprocessing import checked_postprocess, postprocess_of
 from oocpatch.models.predictor import Predictor, resolve_device
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
@@ -105,7 +108,9 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     trust = bool(predict_kwargs.pop("trust_pickle", False))
     device = predict_kwargs.get("device", "auto")
     loading["eval_mode"] = predict_kwargs.get("eval_mode", True)
-    models = load_models(model, **loading, trust_pickle=trust, device=device)
+    package = load_package(model, trust_pickle=trust, device=device)
+    models = load_models(package or model, **loading, trust_pickle=trust, device=device)
+    predict_kwargs |= settings_of_package(package, predict_kwargs)
     source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
@@ -126,9 +131,10 @@ def _with_sizes(source: Volume, models: Sequence[Model], arguments: dict[str, An
 
 def _settings(source: Volume, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `predict` for a box: sizes per spatial axis, smallest blocks, no progress."""
-    if "patch_size" not in arguments:
+    if arguments.get("patch_size") is None:
         raise TypeError("check needs patch_size, as predict does")
     settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **arguments}
+    settings["postprocess"] = checked_postprocess(settings.get("postprocess"))
     size, overlap = (spatial_sizes(name, settings[name], source) for name in ("patch_size", "patch_overlap"))
     PatchGrid.of(source.shape[-source.spatial_ndim :], size, overlap)  # checks the sizes
     settings |= {"patch_size": size, "patch_overlap": overlap}
@@ -243,6 +249,7 @@ def _postprocessed(scores: Array, postprocess: Any) -> Array:
     if postprocess == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-scores)))
     if postprocess is not None:
+        postprocess = postprocess_of(postprocess, "", "hann") or postprocess
         return np.asarray(postprocess(torch.from_numpy(scores.astype(np.float32)))).astype(np.float64)
     return scores
 

@@ -59,6 +59,7 @@ class VolumeStatistics:
         max_memory: limit in bytes, which bounds the number of threads; a single thread may take more.
         progress: how progress is shown; see `oocpatch.progress`.
         pooled: whether all channels count as one.
+        prepare: function of the values of a box, `(C, *box)`, that returns what is measured; it may select channels.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
     >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
@@ -69,10 +70,21 @@ class VolumeStatistics:
     max_memory: int = 1 << 28
     progress: str | bool | OnProgress = False
     pooled: bool = False
+    prepare: Callable[[Array], Array] | None = None
+
+    @property
+    def _sample(self) -> Array:
+        """One voxel of what is measured: its channels and dtype."""
+        shape = (self.volume.channels, *(1,) * len(self.volume.shape))
+        return self._prepared(np.zeros(shape, self.volume.dtype))
 
     @property
     def _channels(self) -> int:
-        return 1 if self.pooled else self.volume.channels
+        return len(self._sample)
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return self._sample.dtype
 
     def means(self) -> tuple[Fraction, ...]:
         """Return the exact mean of each channel.
@@ -109,10 +121,10 @@ class VolumeStatistics:
         Raises:
             ValueError: if a channel has no finite value.
         """
-        if self.volume.dtype.itemsize * 8 <= DIGIT:
+        if self._dtype.itemsize * 8 <= DIGIT:
             counts = self._counts([[0]] * self._channels, 0)
             self._refuse_empty(counts.sum(axis=(1, 2)))
-            return tuple(_moments_of_counts(of_channel[0], self.volume.dtype) for of_channel in counts)
+            return tuple(_moments_of_counts(of_channel[0], self._dtype) for of_channel in counts)
         moments = self._pass(_moments_of, _merge_moments, 24 * self._channels)
         self._refuse_empty(moments[:, 0])
         return tuple((float(mean), math.sqrt(squares / count)) for count, mean, squares in moments)
@@ -133,7 +145,7 @@ class VolumeStatistics:
 
     def _neighbours(self, ranks: Sequence[float]) -> list[list[tuple[Any, Any, Fraction]]]:
         """Return, for each channel and rank, the two values next to it in sorted order and the weight of the second."""
-        channels, bits = self._channels, self.volume.dtype.itemsize * 8
+        channels, bits = self._channels, self._dtype.itemsize * 8
         wanted: list[list[_OrderStatistic]] = []
         for shift in reversed(range(0, bits, DIGIT)):
             prefixes = [sorted({w.prefix for w in of_channel}) for of_channel in wanted] or [[0]] * channels
@@ -150,7 +162,7 @@ class VolumeStatistics:
                 [w.refine(counts[channel, prefixes[channel].index(w.prefix)]) for w in of_channel]
                 for channel, of_channel in enumerate(wanted)
             ]
-        values = [_values(np.array([w.prefix for w in channel], np.uint64), self.volume.dtype) for channel in wanted]
+        values = [_values(np.array([w.prefix for w in channel], np.uint64), self._dtype) for channel in wanted]
         return [
             [(*two, p % 1) for *two, p in zip(v[::2].tolist(), v[1::2].tolist(), of_channel, strict=True)]
             for v, of_channel in zip(values, positions, strict=True)
@@ -164,7 +176,7 @@ class VolumeStatistics:
 
     def _counts(self, prefixes: Sequence[Sequence[int]], shift: int) -> Array:
         """Count how often each digit at `shift` follows each prefix: `(C, prefixes, digits)`, int64."""
-        shape = (len(prefixes), max(map(len, prefixes)), 1 << min(DIGIT, self.volume.dtype.itemsize * 8))
+        shape = (len(prefixes), max(map(len, prefixes)), 1 << min(DIGIT, self._dtype.itemsize * 8))
 
         def count(values: Array) -> Array:
             counts = np.zeros(shape, np.int64)
@@ -186,11 +198,12 @@ class VolumeStatistics:
         voxel = volume.channels * volume.dtype.itemsize
         step = worthwhile(volume.chunks, volume.shape, BOX_BYTES // voxel)
         box_bytes = voxel * math.prod(min(s, n) for s, n in zip(step, volume.shape, strict=True))
+        box_bytes += 0 if self.prepare is None else 24 * (box_bytes // volume.dtype.itemsize)  # float64, and copies
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
         reader = volume.for_run(threads)
         summaries = run_pass(
-            lambda box: summarize(self._pooled(reader.read(box))),
+            lambda box: summarize(self._prepared(reader.read(box))),
             Box.of_shape(volume.shape).split(step),
             threads=threads,
             name="statistics",
@@ -201,7 +214,8 @@ class VolumeStatistics:
         )
         return functools.reduce(merge, summaries)
 
-    def _pooled(self, values: Array) -> Array:
+    def _prepared(self, values: Array) -> Array:
+        values = values if self.prepare is None else self.prepare(values)
         return values.reshape(1, -1) if self.pooled else values
 
 

@@ -13,8 +13,16 @@ from torch import nn
 from oocpatch.models.augmentation import checked_augmentation, flips_and_rotations
 from oocpatch.models.input_spec import InputSpec, ModelFile, as_input, input_spec_of
 from oocpatch.models.predictor import Halving
-from oocpatch.models.preprocessing import Preprocess, Scale, checked_preprocess, scale_of
+from oocpatch.models.preprocess_steps import Measured, Percentile, Scale, Step, ZScore
+from oocpatch.models.preprocessing import (
+    Preprocess,
+    checked_preprocess,
+    preprocess_function,
+    preprocess_statistics,
+    step_json,
+)
 from oocpatch.models.wrappers import EnsembleModel, NumpyModel
+from oocpatch.volumes.volume import Volume
 
 Array = np.ndarray[Any, Any]
 
@@ -167,20 +175,20 @@ def test_the_input_of_a_formula_is_left_as_it_was() -> None:
 
 def test_scale_divides_integers_by_the_largest_of_their_dtype() -> None:
     for dtype, largest in (("uint8", 255), ("int16", 32767), ("uint16", 65535), ("bool", 1)):
-        scale = scale_of(checked_preprocess("scale", np.dtype(dtype), 1), ())  # type: ignore[arg-type]
+        scale = checked_preprocess("scale", np.dtype(dtype), 1)
         assert scale == Scale((0.0,), (float(largest),), clip=False)
 
 
 def test_a_channel_without_spread_is_only_shifted() -> None:
-    assert scale_of(checked_preprocess("zscore", np.dtype("uint8"), 1), ((5.0, 0.0),)).divide == (1.0,)  # type: ignore[arg-type]
-    assert scale_of(checked_preprocess("percentile", np.dtype("uint8"), 1), ((5.0, 5.0),)).divide == (1.0,)  # type: ignore[arg-type]
+    assert ZScore().scale(((5.0, 0.0),)).divide == (1.0,)
+    assert Percentile().scale(((5.0, 5.0),)).divide == (1.0,)
 
 
 @pytest.mark.parametrize(
     ("preprocess", "message"),
     [
-        ("whiten", "one of zscore, percentile, scale, or a function of patches, got 'whiten'"),
-        ({"name": "zscore", "mean": 3}, "preprocess zscore takes no arguments, got mean"),
+        ("whiten", "one of zscore, percentile, scale, clip, binarize, sigmoid, or a function of patches, got 'whiten'"),
+        ({"name": "zscore", "mean": 3}, "preprocess zscore takes channels, epsilon, pooled, nonzero, got mean"),
         ({"name": "percentile", "low": 9, "high": 3}, "0 <= low < high <= 100, got 9.0 and 3.0"),
         ({"name": "percentile", "high": 101}, "0 <= low < high <= 100"),
         ({"name": "percentile", "low": "1"}, "percentile's low must be a finite number, got '1'"),
@@ -189,6 +197,10 @@ def test_a_channel_without_spread_is_only_shifted() -> None:
         ({"name": "scale", "divide": 0}, "numbers other than 0"),
         ({"name": "scale", "divide": float("nan")}, "must be a finite number"),
         (3, "a name, a dict or a function, got int"),
+        ({"name": "zscore", "channels": [0, 3]}, "different numbers from 0 below 3"),
+        ({"name": "clip", "low": [1, 2], "channels": [0]}, "one number, or one per channel .1."),
+        (["clip", "scale"], "what to divide floats by"),
+        ([lambda x: x, "zscore"], "zscore must come before functions"),
     ],
 )
 def test_a_preprocess_that_is_none_is_refused(preprocess: Any, message: str) -> None:
@@ -321,3 +333,55 @@ def test_integers_are_not_cut_to_fit_a_model() -> None:
         as_input(torch.tensor([3.5]), torch.uint8)
     with pytest.raises(ValueError, match="takes patches of uint8, which do not hold int16"):
         as_input(torch.tensor([300], dtype=torch.int16), torch.uint8)
+
+
+SEVERAL: list[Any] = [
+    {"name": "clip", "low": -1.5, "high": [2, 1, 3]},
+    {"name": "zscore", "channels": [0, 2], "epsilon": 0.25},
+    {"name": "percentile", "pooled": True, "low": 10, "high": 80, "clip": False},
+    {"name": "sigmoid", "channels": [1]},
+    lambda patches: patches * 1,
+    {"name": "binarize", "at": 0.5, "channels": [2]},
+]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32", "float64"])
+def test_steps_follow_each_other_and_measure_what_the_ones_before_leave(dtype: str) -> None:
+    values = np.random.default_rng(0).normal(0, 3, (3, 20, 30)).astype(dtype)
+    checked = checked_preprocess(SEVERAL, values.dtype, 3)
+    volume = Volume(values, "cyx")
+    statistics = preprocess_statistics(checked, volume, 1 << 26, progress=False)
+    found = preprocess_function(checked, statistics)(torch.from_numpy(values)[None])[0].numpy()  # type: ignore[misc]
+
+    wide = values.astype(np.float64).clip(-1.5, np.reshape([2, 1, 3], (3, 1, 1)))
+    for channel in (0, 2):
+        wide[channel] = (wide[channel] - wide[channel].mean()) / (wide[channel].std() + 0.25)
+    low, high = np.percentile(wide, (10, 80))
+    wide = (wide - low) / (high - low)
+    wide[1] = 1 / (1 + np.exp(-wide[1]))
+    sure = np.abs(wide[2] - 0.5) > 1e-5
+    wide[2] = wide[2] > 0.5
+    np.testing.assert_allclose(found[:2], wide[:2], rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(found[2][sure], wide[2][sure])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_zeros_neither_count_nor_change_where_they_are_left_out(dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 5, (2, 20, 30)).astype(dtype)
+    checked = checked_preprocess({"name": "zscore", "nonzero": True}, values.dtype, 2)
+    statistics = preprocess_statistics(checked, Volume(values, "cyx"), 1 << 26, progress=False)
+    found = preprocess_function(checked, statistics)(torch.from_numpy(values)[None])[0].numpy()  # type: ignore[misc]
+    for channel in (0, 1):
+        inside = values[channel] != 0
+        kept = values[channel][inside].astype(np.float64)
+        np.testing.assert_allclose(found[channel][inside], (kept - kept.mean()) / kept.std(), rtol=1e-5, atol=1e-6)
+        assert not found[channel][~inside].any()
+
+
+def test_steps_are_the_json_that_asks_for_them() -> None:
+    checked = checked_preprocess([s for s in SEVERAL if isinstance(s, dict)], np.dtype("int16"), 3)
+    steps = [step for step in checked if isinstance(step, Step)]  # type: ignore[union-attr]
+    again = checked_preprocess([step_json(step) for step in steps], np.dtype("int16"), 3)
+    assert again == checked
+    assert isinstance(checked_preprocess("zscore", np.dtype("int16"), 3), Measured)
+    assert checked_preprocess("none", np.dtype("int16"), 3) is None

@@ -503,7 +503,10 @@ def test_the_command_line_has_all_of_it(code: Path, volume: Path, data: Array) -
         (["--model", "code.py:build", "--model-args", "depth=3"], "must be arguments of"),
         (["--model", "code.py:build", "--weights", "missing.pth"], "does not exist"),
         (["--model", "identity", "--preprocess", "whiten"], "preprocess must be one of"),
-        (["--model", "identity", "--preprocess", '{"name": "zscore", "by": 3}'], "takes no arguments, got by"),
+        (
+            ["--model", "identity", "--preprocess", '{"name": "zscore", "by": 3}'],
+            "takes channels, epsilon, pooled, nonzero, got by",
+        ),
         (["--model", "identity", "--augment", "mirrors"], "augment must be one of"),
         (["--model", "identity", "--batch-size", "many"], "got 'many'"),
     ],

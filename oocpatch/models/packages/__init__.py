@@ -1,0 +1,1 @@
+"""Model packages: models with what they say of their patches, preprocessing and outputs."""

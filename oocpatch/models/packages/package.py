@@ -1,0 +1,145 @@
+"""Model packages: models together with settings of `predict` that they were made for, named by specs.
+
+A spec is `KIND:PATH`, with options after commas (`NAME=VALUE`). Each kind has a module of this folder with a function
+`load(path, options, *, trust_pickle, device)` that returns a `ModelPackage`, or raises ValueError with the name of the
+part that cannot be honoured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from oocpatch.models.predictor import resolve_device
+from oocpatch.models.value_parts import file_digest
+from oocpatch.storage.paths import expand_home
+
+KINDS: tuple[str, ...] = ()
+"""Kinds of packages, and the names of their modules."""
+
+_OPTION = re.compile(r",(\w+)=([^,=]*)$")
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """A loaded model package.
+
+    Attributes:
+        models: the models; outputs of several are averaged.
+        settings: arguments of `predict` by name, as users pass them, which hold where the caller gives none.
+        files: the files that the models depend on.
+        classes: names of the output's channels, or of its labels from 0; may be empty.
+        libraries: names of the libraries whose code computes; their versions identify the models, too.
+    """
+
+    models: tuple[nn.Module | Callable[..., Any], ...]
+    settings: Mapping[str, Any]
+    files: tuple[Path, ...]
+    classes: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of the package's files."""
+        digest = hashlib.sha256()
+        for file in sorted(self.files):
+            digest.update(f"{file.name} {file_digest(str(file))}\n".encode())
+        for library in self.libraries:
+            digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PackageSpec:
+    """The parts of a spec.
+
+    >>> PackageSpec.of("package.module:name") is None
+    True
+    """
+
+    kind: str
+    path: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def of(cls, spec: Any) -> PackageSpec | None:
+        """Return the parts of a spec; None for what names no package."""
+        kind, _, path = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+        if kind not in KINDS:
+            return None
+        options: dict[str, str] = {}
+        while found := _OPTION.search(path):
+            options, path = {found[1]: found[2], **options}, path[: found.start()]
+        return cls(kind, path, options)
+
+    def absolute(self) -> str:
+        """Return the spec with the absolute path of the package."""
+        options = "".join(f",{name}={value}" for name, value in self.options.items())
+        return f"{self.kind}:{Path(expand_home(self.path)).absolute()}{options}"
+
+
+def load_package(model: Any, *, trust_pickle: bool = False, device: str = "cpu") -> ModelPackage | None:
+    """Load a model package.
+
+    Args:
+        model: the argument of `predict`; None is returned where it names no package.
+        trust_pickle: let the package run code of its own.
+        device: where the models will run.
+
+    Raises:
+        ValueError: for what the package says that cannot be honoured, naming the part.
+    """
+    members = list(model) if isinstance(model, (list, tuple)) else [model]
+    specs = [spec for spec in map(PackageSpec.of, members) if spec is not None]
+    if not specs:
+        return None
+    if len(members) > 1:
+        raise ValueError(f"a model package must be the only model, since it sets how patches are cut, got {members}")
+    (spec,) = specs
+    path = Path(expand_home(spec.path))
+    if not path.exists():
+        raise ValueError(f"the package of model spec {members[0]!r} does not exist: {str(path.absolute())!r}")
+    loader = importlib.import_module(f"oocpatch.models.packages.{spec.kind}")
+    package: ModelPackage = loader.load(path, spec.options, trust_pickle=trust_pickle, device=resolve_device(device))
+    fingerprint = package.fingerprint
+    for loaded in package.models:
+        loaded.package_fingerprint = fingerprint  # type: ignore[union-attr]
+    return package
+
+
+def package_fingerprint(model: Any) -> str | None:
+    """Return the fingerprint of the package that a model comes from; None for other models."""
+    return getattr(model, "package_fingerprint", None)
+
+
+def refuse_options(options: Mapping[str, str], allowed: tuple[str, ...], kind: str) -> None:
+    """Refuse options of a spec that its kind does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if unknown := sorted(options.keys() - set(allowed)):
+        takes = f"takes {', '.join(allowed)}" if allowed else "takes no options"
+        raise ValueError(f"a model spec {kind}:PATH {takes}, got {', '.join(unknown)}")
+
+
+def import_library(library: str, extra: str, purpose: str) -> Any:
+    """Import a library that is installed with an extra.
+
+    Raises:
+        ValueError: if it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(
+            f"{purpose} needs {error.name or library}, which is not installed; pip install 'oocpatch[{extra}]'"
+        ) from error
