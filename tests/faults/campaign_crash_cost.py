@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import zarr
 
-from tests.support.children import ROOT, file_digests
+from tests.support.children import ROOT, Children, file_digests
 from tests.support.cluster_child import CONFIG, MODEL
 from tests.support.clusters import Fork
 
@@ -110,7 +110,8 @@ def place(way: str, folder: Path) -> Iterator[tuple[Sequence[str], list[int], Fo
     elif way == "processes":
         yield ["--processes", "--workers", str(WORKERS)], [], None
     else:
-        with dask.config.set(CONFIG), Fork(folder) as fork:
+        with dask.config.set(CONFIG), Children() as children:
+            fork = Fork(children, folder)
             _, address = fork.scheduler()
             workers = [fork.start("worker", address, 1) for _ in range(WORKERS)]
             yield ["--scheduler", address], workers, fork

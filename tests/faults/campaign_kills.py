@@ -100,7 +100,8 @@ def _part(job: Job, number: int, count: int) -> Job:
 def on_cluster(folder: Path, kills: int, generator: random.Random) -> Tally:
     """Runs on a scheduler and two workers of which any may die or freeze."""
     tally = Tally()
-    with dask.config.set(CONFIG), Fork(folder) as fork:
+    with dask.config.set(CONFIG), Children() as children:
+        fork = Fork(children, folder)
         while sum(tally.kills.values()) < kills:
             place = folder / f"run{tally.runs}"
             place.mkdir()

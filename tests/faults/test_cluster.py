@@ -27,16 +27,16 @@ from oocpatch.execution.dask_clients import check_versions, connected, versions_
 from oocpatch.outputs.record import inspect_output
 from oocpatch.storage.files import flush_file_system
 from oocpatch.storage.paths import LocalPath
-from tests.support.children import file_digests
+from tests.support.children import Children, file_digests
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
 from tests.support.instance_models import Renumber
 
 
 @pytest.fixture(scope="module")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
-    with dask.config.set(CONFIG), Fork(tmp_path_factory.mktemp("cluster")) as running:
-        yield running
+def fork(tmp_path_factory: pytest.TempPathFactory, children: Children) -> Iterator[Fork]:
+    with dask.config.set(CONFIG):
+        yield Fork(children, tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.fixture

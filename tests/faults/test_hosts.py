@@ -16,7 +16,7 @@ import oocpatch
 from oocpatch.outputs.integrity import LEDGER
 from oocpatch.storage.locks import STALE, part_lock
 from tests.support import hosts
-from tests.support.children import file_digests
+from tests.support.children import Children, file_digests
 from tests.support.cluster_child import CONFIG
 from tests.support.clusters import BLOCK, OVERLAP, PATCH, SHAPE, Fork, until
 from tests.support.crash_child import make_volume
@@ -40,9 +40,9 @@ namespaces = pytest.mark.skipif(not ALLOWED, reason="needs the right to make nam
 
 
 @pytest.fixture(scope="module")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fork]:
-    with dask.config.set(CONFIG), Fork(tmp_path_factory.mktemp("hosts")) as running:
-        yield running
+def fork(tmp_path_factory: pytest.TempPathFactory, children: Children) -> Iterator[Fork]:
+    with dask.config.set(CONFIG):
+        yield Fork(children, tmp_path_factory.mktemp("hosts"))
 
 
 @pytest.fixture(params=["two_directories", pytest.param("two_namespaces", marks=namespaces)])

@@ -184,29 +184,28 @@ def test_answers_that_are_lost_change_no_byte_and_lose_no_lock(
 
 
 def test_a_run_that_is_killed_is_resumed_to_the_same_bytes_and_one_at_work_is_left_alone(
-    bucket: Bucket, volume: Path, tmp_path: Path
+    bucket: Bucket, volume: Path, children: Children, tmp_path: Path
 ) -> None:
     place = {"workspace": str(tmp_path / "work")}
-    with Children() as children:
-        job = Job(str(volume), str(tmp_path / "out"), str(tmp_path / "calls"), str(tmp_path / "report"))
-        options = {name: value for name, value in OPTIONS.items() if name != "progress"}
-        assert children.run(dataclasses.replace(job, options=options)) == 0
-        Path(job.log).unlink()
-        job = dataclasses.replace(job, output=bucket.url("killed.zarr"), options={**options, **place}, delay=0.005)
-        for kill in (4, 9):
-            pid = children.start(job)
-            until(lambda kill=kill: len(calls(job)) >= kill)
-            if kill == 9:
-                # The lock is known by the process that holds it; on another host, by how long ago it was touched.
-                os.kill(pid, signal.SIGSTOP)
-                refused = children.start(dataclasses.replace(job, report=f"{job.report}.second"))
-                assert children.wait(refused) == 1
-                said = report(dataclasses.replace(job, report=f"{job.report}.second"))
-                assert (said.error, f"process {pid} on" in said.message) == ("OutputBusy", True)
-            children.kill(pid)
-        assert bucket.objects("killed.zarr.oocpatch.lock"), "the lock of a process that was killed"
-        assert not json.loads(bucket.objects("killed.zarr/")["zarr.json"])["attributes"]["oocpatch"]["complete"]
-        assert children.run(job) == 0, report(job)
+    job = Job(str(volume), str(tmp_path / "out"), str(tmp_path / "calls"), str(tmp_path / "report"))
+    options = {name: value for name, value in OPTIONS.items() if name != "progress"}
+    assert children.run(dataclasses.replace(job, options=options)) == 0
+    Path(job.log).unlink()
+    job = dataclasses.replace(job, output=bucket.url("killed.zarr"), options={**options, **place}, delay=0.005)
+    for kill in (4, 9):
+        pid = children.start(job)
+        until(lambda kill=kill: len(calls(job)) >= kill)
+        if kill == 9:
+            # The lock is known by the process that holds it; on another host, by how long ago it was touched.
+            os.kill(pid, signal.SIGSTOP)
+            refused = children.start(dataclasses.replace(job, report=f"{job.report}.second"))
+            assert children.wait(refused) == 1
+            said = report(dataclasses.replace(job, report=f"{job.report}.second"))
+            assert (said.error, f"process {pid} on" in said.message) == ("OutputBusy", True)
+        children.kill(pid)
+    assert bucket.objects("killed.zarr.oocpatch.lock"), "the lock of a process that was killed"
+    assert not json.loads(bucket.objects("killed.zarr/")["zarr.json"])["attributes"]["oocpatch"]["complete"]
+    assert children.run(job) == 0, report(job)
     assert bucket.objects("killed.zarr/prediction/") == {
         name.removeprefix("prediction/"): content
         for name, content in files(tmp_path / "out").items()

@@ -29,13 +29,6 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 
 
 @pytest.fixture(scope="module")
-def children(bucket: Bucket) -> Iterator[Children]:
-    """Processes that know the way to the bucket."""
-    with Children() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory, children: Children) -> tuple[Job, dict[str, str]]:
     """The run over two axes, and the bytes of its output when it is done here."""
     job = small_run(tmp_path_factory.mktemp("local"))
@@ -156,16 +149,19 @@ def test_parts_share_a_workspace_in_the_bucket_and_one_that_dies_is_run_again(
     assert_done(bucket, "parts.zarr", local[1])
 
 
-def test_workers_of_a_cluster_share_a_workspace_in_the_bucket(bucket: Bucket, tmp_path: Path) -> None:
-    with Fork(tmp_path) as fork:
-        small = SmallCluster(fork, tmp_path)
-        expected = small.expected()
-        small.add(2)
-        small.behave(delay=0.01)
-        volume = zarr.open_array(small.folder / "volume.zarr", mode="r")[:]  # in memory: it is stored for them, too
-        with small.client() as client:
-            small.predict(output=bucket.url("cluster.zarr"), volume=volume, axes="yx", client=client)
-        assert {pid for pid, _ in small.calls()} == set(small.workers), "both of them took part"
+def test_workers_of_a_cluster_share_a_workspace_in_the_bucket(
+    bucket: Bucket, children: Children, tmp_path: Path
+) -> None:
+    fork = Fork(children, tmp_path)
+    small = SmallCluster(fork, tmp_path)
+    expected = small.expected()
+    small.add(2)
+    small.behave(delay=0.01)
+    volume = zarr.open_array(small.folder / "volume.zarr", mode="r")[:]  # in memory: it is stored for them, too
+    with small.client() as client:
+        small.predict(output=bucket.url("cluster.zarr"), volume=volume, axes="yx", client=client)
+    fork.kill_all()
+    assert {pid for pid, _ in small.calls()} == set(small.workers), "both of them took part"
     expected[LEDGER] = bucket.digests("cluster.zarr/prediction/")[LEDGER]  # with stamps of an array in memory
     assert_done(bucket, "cluster.zarr", expected)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
@@ -18,13 +17,7 @@ import torch
 from oocpatch import PatchAggregator, PatchGrid, PatchLocation
 from oocpatch.aggregation import aggregator as module
 from tests.support.aggregation import values_at
-from tests.support.crash_child import import_what_a_run_imports
 from tests.support.memory_child import PeakSampler
-
-
-def say(word: object) -> None:
-    """Print a line in one piece: a process and its child say things at the same time."""
-    os.write(1, f"{word}\n".encode())
 
 
 def loop(shape: tuple[int, ...], patch: int, overlap: int, seed: int | None) -> list[PatchLocation]:
@@ -37,6 +30,14 @@ def loop(shape: tuple[int, ...], patch: int, overlap: int, seed: int | None) -> 
 
 
 def main(store: str, options: dict[str, Any]) -> None:
+    """Do the loop whose log is named, else measure one."""
+    if "log" in options:
+        killed(store, options)
+    else:
+        measured(store, options)
+
+
+def measured(store: str, options: dict[str, Any]) -> None:
     """Print `{"added", "files"}`: bytes at the peak, and the most tiles that had files in the workspace at a time."""
     shape, patch, overlap = tuple(options["shape"]), options["patch"], options["overlap"]
     tensor = torch.ones(1, 1, *[patch] * len(shape))
@@ -72,7 +73,7 @@ def main(store: str, options: dict[str, Any]) -> None:
 
 
 def killed(store: str, options: dict[str, Any]) -> None:
-    """Add all patches that are not done, and finish; says on stdout when the first one is added, and at the end."""
+    """Add all patches that are not done, and finish; say on stdout when the first one is about to be added."""
     module.COMMIT_SECONDS = options["commit_seconds"]
     shape = tuple(options["shape"])
     aggregator = PatchAggregator(
@@ -88,9 +89,8 @@ def killed(store: str, options: dict[str, Any]) -> None:
     locations = loop(shape, options["patch"], options["overlap"], options["seed"])
     lost = [loc.index for loc in locations if loc.index in known and loc not in aggregator.done]
     if lost:
-        say(f"lost {lost}")
-        return
-    say("ready")
+        raise AssertionError(f"lost {lost}")
+    print("ready", flush=True)
     for location in locations:
         if options["skip"] and location in aggregator.done:
             continue
@@ -101,24 +101,3 @@ def killed(store: str, options: dict[str, Any]) -> None:
         aside.write_text(json.dumps([loc.index for loc in locations if loc in aggregator.done]))
         aside.replace(done)
     aggregator.get_array()
-    say("finished")
-
-
-def serve() -> None:
-    """Fork a child for each line, `[store, options]`, and say its process id, and that it has ended when it has."""
-    import_what_a_run_imports()
-    for line in sys.stdin:
-        pid = os.fork()
-        if not pid:
-            try:
-                killed(*json.loads(line))
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
-        say(pid)
-        os.waitpid(pid, 0)
-        say("ended")
-
-
-if __name__ == "__main__":
-    serve()

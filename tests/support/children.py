@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -24,16 +23,12 @@ PATIENCE = 120.0
 """Seconds after which a child counts as hanging."""
 
 
-class Forks(abc.ABC):
-    """A process that has imported everything and forks children, as it is told line by line.
+class Children:
+    """A process that has imported everything and forks children, as it is told line by line."""
 
-    Args:
-        module: the module of `tests.support` whose `serve` it runs.
-    """
-
-    def __init__(self, module: str) -> None:
+    def __init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", f"from tests.support import {module}; {module}.serve()"],
+            [sys.executable, "-c", "from tests.support import crash_child; crash_child.serve()"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -51,52 +46,40 @@ class Forks(abc.ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.kill_all()
+        for pid in list(self._alive):
+            self.kill(pid)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.close()
         self._server.wait(PATIENCE)
         self._server.stdout.close()
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, *question: Any) -> str:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(question + "\n")
+        self._server.stdin.write(json.dumps(question, default=str) + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline().strip()
         assert answer, "the process that forks the children has died"
         return answer
 
-    @abc.abstractmethod
-    def kill(self, pid: int) -> object:
-        """End a child, and see it gone."""
-
-    def kill_all(self) -> None:
-        for pid in list(self._alive):
-            self.kill(pid)
-
-
-class Children(Forks):
-    """A child per job."""
-
-    def __init__(self) -> None:
-        super().__init__("crash_child")
+    def fork(self, verb: str, *arguments: Any) -> int:
+        """Process id of a child; the variables that lead to an object store are those of this process now."""
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        pid = int(self._ask(verb, environment, *arguments))
+        self._alive.add(pid)
+        return pid
 
     def start(self, job: Job) -> int:
         """Process id of a child that does `job`."""
         Path(job.report).unlink(missing_ok=True)
-        pid = int(self._ask("start " + json.dumps(dataclasses.asdict(job))))
-        self._alive.add(pid)
-        return pid
+        return self.fork("start", dataclasses.asdict(job))
 
     def call(self, module: str, *arguments: Any, folder: Path = ROOT, merged: bool = False) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of `module.main(*arguments)` in a child; all in stdout if they are merged."""
         with tempfile.TemporaryDirectory() as aside:
             outputs = [Path(aside, name) for name in ("stdout", "stdout" if merged else "stderr")]
-            question = [module, arguments, str(folder), list(map(str, outputs))]
-            pid = int(self._ask("call " + json.dumps(question, default=str)))
-            self._alive.add(pid)
-            code = self.wait(pid, 500)
+            code = self.wait(self.fork("call", module, arguments, folder, outputs), 500)
             stdout, stderr = (path.read_text() for path in outputs)
         return code, stdout, "" if merged else stderr
 
@@ -109,7 +92,7 @@ class Children(Forks):
 
     def poll(self, pid: int, seconds: float = 0.0) -> int | None:
         """Exit code of a child, minus the signal if it was killed; None if it still runs after `seconds`."""
-        answer = self._ask(f"wait {pid} {seconds}")
+        answer = self._ask("wait", pid, seconds)
         if answer == "running":
             return None
         self._alive.discard(pid)

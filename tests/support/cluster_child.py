@@ -1,7 +1,4 @@
-"""The processes of a small cluster, forked from one that has imported everything: scheduler, workers, and a client.
-
-A fork costs a tenth of a second and importing costs seconds. `tests.support.clusters` is the other end.
-"""
+"""The processes of a small cluster: scheduler, workers, and a client. `tests.support.clusters` is the other end."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ import zarr
 
 import oocpatch
 import oocpatch.execution.worker
-from tests.support.crash_child import import_what_a_run_imports, reap
 
 MODEL = "tests.support.cluster_child:scripted"
 
@@ -124,29 +120,3 @@ def perform(role: str, arguments: list[Any], place: tuple[str, int] | None) -> N
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)
-
-
-def serve() -> None:
-    """Say `ready`, then answer each line of stdin: `[pid]` with an exit code, others with the pid of a child.
-
-    Others are `[role, [arguments], log, place]`; a place is a directory and the process that holds a host, or null.
-    """
-    import_what_a_run_imports()
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    for line in sys.stdin:
-        question = json.loads(line)
-        if len(question) == 1:
-            answer = reap(question[0], 0.0)
-        else:
-            role, arguments, log, place = question
-            pid = os.fork()
-            if not pid:
-                quiet = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(quiet, 1)
-                os.dup2(quiet, 2)
-                os.close(0)
-                perform(role, arguments, place)
-            answer = str(pid)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()

@@ -14,7 +14,7 @@ import distributed
 import numpy as np
 
 import oocpatch
-from tests.support.children import Forks, file_digests
+from tests.support.children import Children, file_digests
 from tests.support.cluster_child import MODEL
 from tests.support.crash_child import make_volume
 
@@ -26,20 +26,18 @@ MIDDLE = float(np.ravel_multi_index((8, 16), SHAPE) + 1)
 MIDDLE_BLOCK = 6
 
 
-class Fork(Forks):
+class Fork:
     """Processes forked on demand: a scheduler, workers, clients."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("cluster_child")
+    def __init__(self, children: Children, folder: Path) -> None:
+        self._children = children
         self.folder = folder
+        self._alive: set[int] = set()
         self._count = 0
-
-    def _tell(self, *question: Any) -> str:
-        return self._ask(json.dumps(question))
 
     def start(self, role: str, *arguments: Any, place: tuple[str, int] | None = None) -> int:
         """Process id of a child; a place is its working directory, and a process that holds its host or 0."""
-        pid = int(self._tell(role, arguments, str(self.folder / f"{role}.log"), place))
+        pid = self._children.fork("role", self.folder / f"{role}.log", role, arguments, place)
         self._alive.add(pid)
         return pid
 
@@ -53,16 +51,19 @@ class Fork(Forks):
 
     def poll(self, pid: int) -> int | None:
         """Exit code of a process; None while it runs."""
-        answer = self._tell(pid)
-        if answer == "running":
-            return None
-        self._alive.discard(pid)
-        return int(answer)
+        code = self._children.poll(pid)
+        self._alive -= set() if code is None else {pid}
+        return code
 
     def kill(self, pid: int) -> None:
+        """End a process, and see it gone."""
         os.kill(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGCONT)
         until(lambda: self.poll(pid) is not None)
+
+    def kill_all(self) -> None:
+        for pid in list(self._alive):
+            self.kill(pid)
 
 
 class SmallCluster:

@@ -1,6 +1,6 @@
 """The process that dies: one `predict` in a forked child, killed from outside or at a chosen change of the disk.
 
-Measurements and commands, which need a process that has done nothing before, are forked from the same one.
+Measurements, commands and the processes of a cluster are forked from the same one.
 
 `serve` runs in a process of its own that has imported everything and done nothing, so that a child costs a fork and not
 seconds of imports. `tests.support.children` is its other end.
@@ -283,7 +283,7 @@ def call(module: str, arguments: list[Any], folder: str, outputs: list[str]) -> 
     """Leave this process with what `module.main(*arguments)` ends with; two files, or one, take what it prints."""
     os.chdir(folder)
     for descriptor, path in zip((1, 2), outputs, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        redirect(path, descriptor)
     code: Any = 1
     try:
         importlib.import_module(module).main(*arguments)
@@ -298,36 +298,46 @@ def call(module: str, arguments: list[Any], folder: str, outputs: list[str]) -> 
 
 
 def serve() -> None:
-    """Say `ready`, then answer each line of stdin: `start <job>` with a pid, `wait <pid> <seconds>` with an exit code.
+    """Say `ready`, then answer each line of stdin, a verb and its arguments as JSON.
 
-    `call <arguments of call>` is answered with a pid, too. A child that has not ended in time is `running`.
+    `start`, `call` and `role` begin a child and are answered with its pid; the first argument is its environment for
+    object stores. `wait` is answered with the exit code of a child, or `running` when it has not ended in time.
     """
     import_what_a_run_imports()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        verb, _, rest = line.partition(" ")
-        if verb == "start":
-            job = Job(**json.loads(rest))
-            pid = os.fork()
-            if not pid:
-                quiet = os.open(job.report + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(quiet, 1)
-                os.dup2(quiet, 2)
-                os.close(0)
-                perform(job)
-            answer = str(pid)
-        elif verb == "call":
-            pid = os.fork()
-            if not pid:
-                os.close(0)
-                call(*json.loads(rest))
-            answer = str(pid)
-        else:
-            number, seconds = rest.split()
-            answer = reap(int(number), float(seconds))
+        verb, *arguments = json.loads(line)
+        answer = reap(*arguments) if verb == "wait" else str(fork(verb, *arguments))
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
+
+
+def fork(verb: str, environment: dict[str, str], *arguments: Any) -> int:
+    """Process id of a new child that does a job, calls a function, or plays a role in a cluster."""
+    role = importlib.import_module("tests.support.cluster_child").perform if verb == "role" else None
+    pid = os.fork()
+    if pid:
+        return pid
+    os.close(0)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(environment)
+    if verb == "start":
+        job = Job(**arguments[0])
+        redirect(job.report + ".stderr", 1, 2, fresh=True)
+        perform(job)
+    elif role is not None:
+        redirect(arguments[0], 1, 2)
+        role(*arguments[1:])
+    call(*arguments)
+
+
+def redirect(path: str, *descriptors: int, fresh: bool = False) -> None:
+    """Let descriptors of this process write to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if fresh else os.O_APPEND))
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
 
 
 def reap(pid: int, seconds: float) -> str:

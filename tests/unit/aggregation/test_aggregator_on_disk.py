@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,53 +30,14 @@ ROOT = Path(__file__).parents[3]
 MIB = 2**20
 
 
-class Loops:
-    """A process that has imported everything and forks a child per loop."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.aggregator_child"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-        )
-
-    def _line(self) -> str:
-        assert self._server.stdout is not None
-        return self._server.stdout.readline().strip()
-
-    def start(self, store: Path, options: dict[str, Any]) -> int:
-        """Process id of a child that adds what is not done yet; nothing that was done is lost."""
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps([str(store), options]) + "\n")
-        self._server.stdin.flush()
-        first, second = self._line(), self._line()
-        pid, said = (first, second) if first.isdigit() else (second, first)
-        assert said == "ready"
-        return int(pid)
-
-    def kill(self, pid: int) -> bool:
-        """Kill a child; whether it had not ended by itself."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        return not self.ended()
-
-    def ended(self) -> bool:
-        """Wait for the end of a child; whether it finished its loop."""
-        line = self._line()
-        return line == "finished" and self._line() == "ended"
-
-    def close(self) -> None:
-        self._server.communicate()
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Loops]:
-    found = Loops()
-    yield found
-    found.close()
+def started(children: Children, store: Path, options: dict[str, Any]) -> int:
+    """Process id of a child that adds what is not done yet; nothing that was done is lost."""
+    output = store.with_name("said")
+    output.write_text("")
+    pid = children.fork("call", "tests.support.aggregator_child", (store, options), ROOT, (output, output))
+    while output.read_text() != "ready\n":
+        assert children.poll(pid, 0.01) is None, output.read_text()
+    return pid
 
 
 # Memory
@@ -129,18 +88,17 @@ def loop_of(options: dict[str, Any]) -> Loop:
     ids=["in-order", "shuffled-tight-crop", "shuffled-tight", "everything-again-crop"],
 )
 def test_a_loop_that_is_killed_over_and_over_ends_with_the_same_output(
-    mode: str, seed: int | None, max_memory: str, *, skip: bool, tmp_path: Path, processes: Loops
+    mode: str, seed: int | None, max_memory: str, *, skip: bool, tmp_path: Path, children: Children
 ) -> None:
     """No location that was said to be done is lost."""
     moments = random.Random(f"{mode}{seed}")
     options = {**OPTIONS, "mode": mode, "seed": seed, "max_memory": max_memory, "skip": skip}
     options |= {"commit_seconds": 0.02, "log": str(tmp_path / "done.json")}
     for _ in range(KILLS):
-        pid = processes.start(tmp_path / "out.zarr", options)
+        pid = started(children, tmp_path / "out.zarr", options)
         time.sleep(moments.random() * 0.1)
-        assert processes.kill(pid), "the loop ended before it was killed"
-    processes.start(tmp_path / "out.zarr", options)
-    assert processes.ended()
+        assert children.kill(pid) == -signal.SIGKILL, "the loop ended before it was killed"
+    assert children.wait(started(children, tmp_path / "out.zarr", options)) == 0
     loop = loop_of(options)
     assert_as_expected(np.asarray(PatchAggregator(**arguments(loop, tmp_path / "out.zarr")).get_array()[...]), loop)
     assert not (tmp_path / "out.zarr.oocpatch").exists()
@@ -390,16 +348,16 @@ def test_an_output_of_predict_is_refused(tmp_path: Path) -> None:
         PatchAggregator((8, 8), store=tmp_path / "out")
 
 
-def test_another_process_at_work_is_refused_and_a_dead_one_is_not(tmp_path: Path, processes: Loops) -> None:
+def test_another_process_at_work_is_refused_and_a_dead_one_is_not(tmp_path: Path, children: Children) -> None:
     options = {**OPTIONS, "mode": "crop", "seed": None, "max_memory": "auto", "skip": True, "pause": 0.05}
     options |= {"commit_seconds": 0.0, "log": str(tmp_path / "done.json")}
     loop = loop_of(options)
-    pid = processes.start(tmp_path / "out.zarr", options)
+    pid = started(children, tmp_path / "out.zarr", options)
     while not (tmp_path / "done.json").exists():
         time.sleep(0.01)
     with pytest.raises(oocpatch.OutputBusy, match="another run is at work"):
         PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
-    assert processes.kill(pid)
+    assert children.kill(pid) == -signal.SIGKILL
     aggregator = PatchAggregator(**arguments(loop, tmp_path / "out.zarr"))
     assert any(aggregation.location(p) in aggregator.done for p in loop.patches)
 
