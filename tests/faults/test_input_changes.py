@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
-from distributed import LocalCluster
+from distributed import Client
 
 import oocpatch
 from oocpatch.outputs.integrity import METADATA_CRC, metadata_checksum
 from oocpatch.outputs.record import ATTRIBUTE
 from tests.support import edits
+from tests.support.children import Children
+from tests.support.clusters import Fork
 from tests.support.edits import (
     FORMATS,
     MODES,
@@ -186,14 +188,14 @@ def test_an_edit_between_parts(tmp_path: Path) -> None:
     check_values(tmp_path / "out", CROP, stored.data)
 
 
-def test_an_edit_between_calls_on_a_cluster(tmp_path: Path) -> None:
+def test_an_edit_between_calls_on_a_cluster(children: Children, tmp_path: Path) -> None:
     stored = Input.of("zarr", tmp_path / "in", edits.new_data(9))
     mode = Mode({"model_id": "identity"}, expected=lambda data: {"prediction": data})
     settings = {**edits.SETTINGS, **mode.options}
-    with (
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
-        cluster.get_client() as own,
-    ):
+    fork = Fork(children, tmp_path)
+    _, address = fork.scheduler()
+    fork.start("worker", address, 1)
+    with Client(address, set_as_default=False) as own:
         oocpatch.predict(stored.open(), "identity", tmp_path / "out", client=own, **settings)
         edits.delete_chunk(stored, np.random.default_rng(0))
         with pytest.raises(oocpatch.RunMismatch, match="1 of 16 chunks"):
@@ -201,5 +203,6 @@ def test_an_edit_between_calls_on_a_cluster(tmp_path: Path) -> None:
         events: list[Any] = []
         settings["progress"] = events.append
         oocpatch.predict(stored.open(), "identity", tmp_path / "out", client=own, update=True, **settings)
+    fork.kill_all()
     check_values(tmp_path / "out", mode, stored.data)
     assert 0 < sum(event.patches for event in events) < PATCHES

@@ -14,5 +14,5 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(childr
     assert children.run(job) == 0, report(job).message
     expected, changes = prediction(job), report(job).changes
     assert changes > 30, "objects and tables of two blocks, ids, and the output"
-    for number in range(0, changes, 13):  # the campaign does all
+    for number in range(0, changes, 19):  # the campaign does all
         die_and_resume(children, job, expected, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import shutil
@@ -26,7 +27,7 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(childr
     assert children.run(tiny) == 0
     expected, changes = prediction(tiny), report(tiny).changes
     assert changes > 30, "tables of two blocks, ids of both, and the output"
-    for number in range(0, changes, 7):  # the campaign does all, of a larger run
+    for number in range(0, changes, 10):  # the campaign does all, of a larger run
         die_and_resume(children, tiny, expected, number)
 
 
@@ -45,7 +46,7 @@ def merged(children: Children, job: Job) -> Path:
 
 
 def test_damage_of_tables_and_ids_is_repaired_to_the_same_bytes(children: Children, tiny: Job) -> None:
-    """Each kind of damage to each kind of file: table and ids of the block that is not written, and plan and ledger."""
+    """Each kind of damage to every second kind of file: tables, ids, plan and ledger; the next one to the others."""
     assert children.run(tiny) == 0
     expected = prediction(tiny)
     snapshot, generator = merged(children, fresh(tiny)), random.Random(2)
@@ -55,9 +56,7 @@ def test_damage_of_tables_and_ids_is_repaired_to_the_same_bytes(children: Childr
     assert {"blocks/#/#/table", "merged/#/#.#.#", "ledger", "plan.json"} <= set(kinds)
     wrong = []
     for number, damage in enumerate(DAMAGES):
-        for kind, name in kinds.items():
-            if "ledger" in kind and number % 2:
-                continue
+        for kind, name in itertools.islice(kinds.items(), number % 2, None, 2):
             fresh(tiny)
             shutil.copytree(snapshot, tiny.watch, dirs_exist_ok=True)
             damage(workspace / name, generator)
