@@ -135,7 +135,7 @@ def make_label_plan(config: RunConfig, rule: Labelling) -> Plan:
     probe = Probe({NAME: example}, {NAME: geometry}, copies_input=False, aliased=frozenset(), bytes=0)
     outputs = infer_heads(config, probe)
     (head,) = outputs.heads
-    unit = common_unit(outputs.heads)
+    unit = common_unit(outputs.heads, len(outputs.grid.axes))
     threads = io_threads(limit, max(volume.chunk_bytes, math.prod(head.unit) * head.out_voxel_bytes))
     shared = chunk_bytes(threads, max(volume.chunk_bytes, math.prod(head.unit) * head.out_voxel_bytes))
     loops = unit[: config.looped]

@@ -31,6 +31,7 @@ from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import is_metadata_damaged
 from oocpatch.outputs.pyramid import with_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord
+from oocpatch.outputs.row_arrays import with_rows
 from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human, pack_counts
@@ -158,7 +159,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
     volume, sizes = config.volume, _byte_sizes(config, outputs, probe)
     core = None
     if config.limits.block_shape is not None:
-        core = (*common_unit(outputs.heads)[: config.looped], *config.limits.block_shape)
+        core = (*common_unit(outputs.heads, len(volume.shape))[: config.looped], *config.limits.block_shape)
     transforms, device = len(config.pipeline.transforms), config.model.device
     workload = workload_of(config.limits.work, probe, config.models, transforms=transforms, device=device)
     choice = choose(
@@ -186,6 +187,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         context=outputs.context,
         snap=outputs.snap,
         heads=outputs.heads,
+        vectors=outputs.vectors,
         # what is compiled is compiled for one layout, and a view of the ring has another in each block
         copies_input=probe.copies_input or config.model.compile is not None,
         may_skip=config.skips,
@@ -214,7 +216,8 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
     mask = config.selection.mask
     if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
         plan = counted(plan, config.selection)
-    return with_pyramids(_with_stored_outputs(plan, config, probe), config.limits.max_memory)
+    plan = with_rows(_with_stored_outputs(plan, config, probe), config.limits.max_memory)
+    return with_pyramids(plan, config.limits.max_memory)
 
 
 def _with_stored_outputs(plan: Plan, config: RunConfig, probe: Probe) -> Plan:
@@ -308,6 +311,7 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         if head.votes or not (is_moved or output.dtype == torch.float32):  # a copy as float32, one channel per class
             patch_bytes += voxels * head.channels * 4
         windows += 4 * voxels if head.blended else 0
+    patch_bytes += sum(probe.outputs[v.name].shape[1] * probe.outputs[v.name].dtype.itemsize for v in outputs.vectors)
     return ByteSizes(
         in_voxel_bytes=volume.channels * volume.dtype.itemsize,
         in_chunks=volume.chunks,
@@ -321,4 +325,5 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         + compiled_bytes(config.model.compile, config.model.device, batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
         staged=is_staged(config.model.device),
+        row_bytes=sum(vectors.row_bytes for vectors in outputs.vectors),
     )

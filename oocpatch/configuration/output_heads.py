@@ -14,14 +14,16 @@ import torch
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.models.postprocessing import Postprocess, is_argmax, postprocess_of
+from oocpatch.models.predictor import is_vectors
 from oocpatch.models.probe import Geometry, Probe
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import image_groups
 from oocpatch.outputs.record import METADATA
+from oocpatch.outputs.row_arrays import LOOPS, STARTS
 from oocpatch.planning.arguments import check_fits, clipped_chunks, of_head, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
-from oocpatch.planning.heads import Head, distinct_channel_axes, patch_grid
+from oocpatch.planning.heads import Head, VectorHead, distinct_channel_axes, patch_grid
 from oocpatch.planning.shards import shards_of_input, shards_of_many_chunks
 from oocpatch.volumes.volume import default_chunks
 
@@ -41,12 +43,14 @@ class OutputHeads:
         context: voxels that the model takes beyond its output, on each side.
         snap: patch starts are multiples of it.
         grid: the patches that the model gives, in the volume's frame.
+        vectors: the outputs that are a vector per patch.
     """
 
     heads: tuple[Head, ...]
     context: Ints
     snap: Ints
     grid: PatchGrid
+    vectors: tuple[VectorHead, ...] = ()
 
 
 def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
@@ -74,15 +78,11 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
         unknown = sorted(set(value) - set(probe.outputs)) if isinstance(value, Mapping) else []
         if unknown:
             raise ValueError(f"{name} names {unknown}, but the model's outputs are {sorted(probe.outputs)}")
-    overlap = config.patch_overlap[loops:]
-    for name, output in probe.outputs.items():
-        if any(overlap) and _is_answer(config, output):
-            raise ValueError(
-                f"patch_overlap must be 0 where the model gives one answer per patch, a voxel of the output, "
-                f"got {overlap} for {name!r}; for a finer map, let the model expand its answer to the patch"
-            )
-    context, trims = _context(probe.geometry)
-    scales = {n: ((1, 1),) * loops + g.scale for n, g in probe.geometry.items()}
+    dense = {name: output for name, output in probe.outputs.items() if not is_vectors(output)}
+    vectors = tuple(_vector_head(config, name, o) for name, o in probe.outputs.items() if is_vectors(o))
+    geometry = _answers_per_stride(config, dense, probe.geometry)
+    context, trims = _context(geometry) if geometry else ((0,) * config.volume.spatial_ndim, {})
+    scales = {n: ((1, 1),) * loops + g.scale for n, g in geometry.items()}
     snap = tuple(math.lcm(*(s[a][1] for s in scales.values())) for a in range(len(config.patch_size)))
     if any(n <= 2 * c for n, c in zip(config.patch_size[loops:], context, strict=True)):
         raise ValueError(
@@ -94,10 +94,52 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
     grid = patch_grid(config.volume.shape, *sizes, padded=config.patches.is_padded, even=config.patches.is_even)
     if config.finds_objects:
         _check_overlap(grid.axes[loops:], config.volume.names[loops:])
-    heads = [
-        _head(config, name, output, scales[name], (0,) * loops + trims[name]) for name, output in probe.outputs.items()
-    ]
-    return OutputHeads(_with_channel_axes(config, heads), around, snap, grid)
+    heads = [_head(config, name, output, scales[name], (0,) * loops + trims[name]) for name, output in dense.items()]
+    return OutputHeads(_with_channel_axes(config, heads), around, snap, grid, vectors)
+
+
+def _vector_head(config: RunConfig, name: str, output: torch.Tensor) -> VectorHead:
+    """Return the head of an output that is a vector per patch, `(1, D)`.
+
+    Raises:
+        ValueError: for a name that another array has, and options that vectors do not have.
+    """
+    if name in {STARTS, LOOPS}:
+        raise ValueError(f"the model's output {name!r} must have another name where an output is a vector per patch")
+    if config.finds_objects:
+        raise ValueError(f"overlap_mode must not be 'instances' where an output is a vector per patch, as {name!r} is")
+    for option, value in (("postprocess", config.model.postprocess), ("overlap_mode", config.patches.overlap_mode)):
+        if isinstance(value, Mapping) and name in value:
+            raise ValueError(f"{option} must not name {name!r}, which is a vector per patch")
+    dtype = str(output.numpy(force=True).dtype)
+    asked = of_head(config.outputs.output_dtype, name, None)
+    if asked is not None and not (np.dtype(asked).kind == np.dtype(dtype).kind == "f"):
+        if isinstance(config.outputs.output_dtype, Mapping):
+            raise ValueError(f"output_dtype must be of floats for the vectors {name!r} of {dtype}, got {asked}")
+        asked = None  # it is that of the other outputs
+    return VectorHead(name, output.shape[1], str(np.dtype(asked or dtype)))
+
+
+def _answers_per_stride(
+    config: RunConfig, outputs: Mapping[str, torch.Tensor], geometry: Mapping[str, Geometry]
+) -> Mapping[str, Geometry]:
+    """Return the geometry of outputs, where one answer per patch is a voxel per stride, in the middle of its patch.
+
+    Raises:
+        ValueError: where patches overlap by an odd number, or other outputs have more voxels.
+    """
+    overlap, names = config.patch_overlap[config.looped :], [n for n, o in outputs.items() if _is_answer(config, o)]
+    if not any(overlap) or not names:
+        return geometry
+    if len(names) < len(outputs) or any(o % 2 for o in overlap) or config.patches.is_even:
+        raise ValueError(
+            "patch_overlap must be 0, or even where all outputs are one answer per patch, a voxel of the output, and "
+            f"patch_starts is 'regular', got {overlap} for {', '.join(map(repr, names))}; or let the model expand its "
+            "answer to the patch"
+        )
+    sizes = zip(config.patch_size[config.looped :], overlap, strict=True)
+    of_all = Geometry(tuple((1, size - o) for size, o in sizes), tuple(o // 2 for o in overlap))
+    return dict.fromkeys(geometry, of_all)
 
 
 def _with_channel_axes(config: RunConfig, heads: list[Head]) -> tuple[Head, ...]:

@@ -32,6 +32,7 @@ from oocpatch.engine.input_reader import InputReader
 from oocpatch.engine.normalize import Counts, Normalizer
 from oocpatch.engine.partial_sums import FilledPiece, PartialSums, SlabPiece, SlabSums, open_name, seam_name
 from oocpatch.engine.patch_objects import PatchObjectsWriter
+from oocpatch.engine.patch_rows import RowsWriter
 from oocpatch.engine.patch_selection import Selection
 from oocpatch.models.predictor import Predictor
 from oocpatch.outputs.output import Output
@@ -145,7 +146,8 @@ class TaskResult:
         """Return the result of a task from the counts of each head, the CRCs of its writes and the stamps of reads."""
         nonfinite = sum(head.nonfinite for head in counts)
         packed = "" if stamps is None else stamps.pack()
-        return cls(partials_ref, counts[0].uncovered, nonfinite, checksums.pack(), packed)
+        uncovered = counts[0].uncovered if counts else 0
+        return cls(partials_ref, uncovered, nonfinite, checksums.pack(), packed)
 
 
 def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
@@ -226,6 +228,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.slab_bytes
     ]
     sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
+    rows = RowsWriter(partials, plan, index)
     reader = InputReader(
         context.volume,
         region,
@@ -251,13 +254,14 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
             step = next(steps, None)
             if prefetch and step is not None and reader.fits(step[0], group.start):
                 reader.request(step[0], group.start)
-            _compute(context, index, sums, reader, members)
+            _compute(context, index, sums, rows, reader=reader, members=members)
         for head_sums, frame in zip(sums, plan.frames, strict=True):
             head_sums.advance(frame[index].reach.stop[plan.sweep])
         for writer in writers:
             writer.pending.wait()
         for head_sums in sums:
             head_sums.close()
+        rows.close()
         partials_ref = partials.close()
     finally:
         reader.pending.cancel_and_wait()
@@ -266,7 +270,8 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         partials.discard()
     if plan.may_skip:
         context.output.remove_empty(checksums)
-    return TaskResult.of([head_sums.counts for head_sums in sums], checksums, partials_ref, stamps)
+    counts = [*(head_sums.counts for head_sums in sums), rows.counts]
+    return TaskResult.of(counts, checksums, partials_ref, stamps)
 
 
 def _head_sums(
@@ -322,7 +327,9 @@ def _steps(
 def _compute(
     context: TaskContext,
     index: int,
-    sums: list[PartialSums | PatchObjectsWriter],
+    sums: Sequence[PartialSums | PatchObjectsWriter],
+    rows: RowsWriter,
+    *,
     reader: InputReader,
     members: list[Ints],
 ) -> None:
@@ -348,6 +355,7 @@ def _compute(
                 box = grid.box(member)
                 inside = grid.crop_box(member) & block.reach if head.crop else box & Box.of_shape(grid.shape)
                 head_sums.add(box.start, inside, patch)
+        rows.add(batch, outputs)
         context.report(index, len(batch))
 
 

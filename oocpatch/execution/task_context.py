@@ -132,8 +132,8 @@ def open_predict_tasks(
     unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
     volume, threads = inputs.volume, plan.io_strategy.threads
     mask = None if inputs.mask is None else inputs.mask.for_run()
-    heap_bytes = heap_chunk_bytes(threads, max(volume.chunk_bytes, *unit_bytes))
-    lean_heap(heap_bytes, max(volume.chunk_bytes, *chunk_bytes))
+    heap_bytes = heap_chunk_bytes(threads, max([volume.chunk_bytes, *unit_bytes]))
+    lean_heap(heap_bytes, max([volume.chunk_bytes, *chunk_bytes]))
     looped = len(plan.axes) - plan.spatial
     pipeline = Pipeline(inputs.options, inputs.models, plan.axes[looped:], plan.patch_size[looped:], looped)
     predictor = pipeline.predictor(

@@ -56,8 +56,8 @@ class FlipRotate:
         return _flipped(permuted, self.flipped).contiguous()
 
     def invert(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Return the outputs for transformed patches as those for the patches; they may have another scale."""
-        if self.is_identity:
+        """Return the outputs for transformed patches as those for the patches: of any scale, or vectors."""
+        if self.is_identity or outputs.ndim == 2:
             return outputs
         origin = sorted(range(len(self.order)), key=lambda axis: self.order[axis])
         return _flipped(outputs, self.flipped).permute(0, 1, *(2 + axis for axis in origin))

@@ -33,7 +33,8 @@ class Predictor:
     """The user's model as a function of batches.
 
     Args:
-        model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a dict of such tensors.
+        model: a `torch.nn.Module`, or a callable: `(B, C, *patch)` -> `(B, C', *spatial)`, or a vector per patch,
+            `(B, D)`, or a dict of such tensors.
         device: where it runs, e.g. `"cpu"` or `"cuda:0"`; `"cuda"` is the current one of the thread that makes this.
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
@@ -96,10 +97,10 @@ class Predictor:
             yield
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)`.
+        """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)` or `(B, D)`.
 
         Raises:
-            ValueError: when it does not return tensors of real numbers with as many axes.
+            ValueError: when it does not return tensors of real numbers with as many axes, or vectors.
         """
         looped = tuple(range(2, 2 + self.looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
@@ -113,7 +114,7 @@ class Predictor:
             for name, result in results.items()
         }
         for axis in looped:
-            outputs = {name: output.unsqueeze(axis) for name, output in outputs.items()}
+            outputs = {name: o if is_vectors(o) else o.unsqueeze(axis) for name, o in outputs.items()}
         return outputs
 
     def _run(self, inputs: torch.Tensor) -> dict[str, Any]:
@@ -142,12 +143,13 @@ class Predictor:
                 raise ValueError(f"the model must return a tensor{which}, got {type(result).__name__}") from error
         if result.layout != torch.strided:
             raise ValueError(f"the model must return dense tensors{which}, got a sparse one; return x.to_dense()")
-        if result.ndim != inputs.ndim or result.shape[0] != inputs.shape[0] or 0 in result.shape[1:]:
+        has_axes = is_vectors(result) or result.ndim == inputs.ndim
+        if not has_axes or result.shape[0] != inputs.shape[0] or 0 in result.shape[1:]:
             expected = f"({inputs.shape[0]}, C, {', '.join(map(str, inputs.shape[2:]))})"
-            advice = ""
-            if result.ndim == 2 and result.shape[0] == inputs.shape[0] and result.shape[1]:  # one answer per patch
-                ones = ", None" * (inputs.ndim - 2)
-                advice = f"; for one answer per patch return answer[:, :{ones}], or expand it to the patch"
+            advice = ", or (B, D) for a vector per patch"
+            if result.shape == inputs.shape[:1]:  # one number per patch
+                ones = ", None" * (inputs.ndim - 1)
+                advice = f"; for one number per patch return answer[:, None] for rows, answer[:{ones}] for a map"
             raise ValueError(f"the model must return shape {expected}{which}, got {tuple(result.shape)}{advice}")
         if result.dtype == torch.bfloat16:  # Zarr has no such dtype, and float32 holds every value
             result = result.to(torch.float32)
@@ -159,6 +161,15 @@ class Predictor:
             )
         output: torch.Tensor = result
         return output
+
+
+def is_vectors(output: torch.Tensor) -> bool:
+    """Return whether an output is a vector per patch, `(B, D)`; others have the axes of patches, one at least.
+
+    >>> is_vectors(torch.zeros(4, 512)), is_vectors(torch.zeros(4, 512, 1))
+    (True, False)
+    """
+    return output.ndim == 2
 
 
 def version(tensor: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.named_outputs import in_same_memory
 from oocpatch.models.onnx import OnnxSession
-from oocpatch.models.predictor import Predictor, out_of_memory, version
+from oocpatch.models.predictor import Predictor, is_vectors, out_of_memory, version
 from oocpatch.models.reach import callables_of
 from oocpatch.models.wrappers import writes_unseen
 from oocpatch.planning.box import Ints
@@ -43,8 +43,8 @@ class Probe:
 
     Attributes:
         outputs: zeros of the shapes and dtypes of the model's outputs for one patch, by name, `(1, C, *spatial)`,
-            looped axes included; all values of one are one in memory.
-        geometry: how the spatial size of each follows from the patch's.
+            looped axes included, or a vector `(1, D)`; all values of one are one in memory.
+        geometry: how the spatial size of each follows from the patch's; vectors have none.
         copies_input: whether the model must get copies of patches, because it writes to its input.
         aliased: names of the outputs that are the input's memory.
         bytes: memory that the call added at its peak, outputs included, input not.
@@ -157,7 +157,9 @@ def _stand_in(output: torch.Tensor) -> torch.Tensor:
 
 
 def _sizes(probe: Probe, looped: int) -> dict[str, Ints]:
-    return {name: tuple(output.shape[2 + looped :]) for name, output in probe.outputs.items()}
+    """Return the spatial sizes of the outputs that have some."""
+    outputs = probe.outputs.items()
+    return {name: tuple(output.shape[2 + looped :]) for name, output in outputs if not is_vectors(output)}
 
 
 def _rejection(

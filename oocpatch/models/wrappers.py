@@ -158,7 +158,7 @@ def _scores(name: str, value: Any, patches: torch.Tensor) -> torch.Tensor:
     if value is None or isinstance(value, str):
         raise ValueError(f"the model must return a tensor or a dict of tensors, got {type(value).__name__}")
     values = torch.as_tensor(value, device=patches.device)
-    if values.ndim != patches.ndim:
+    if values.ndim not in {2, patches.ndim}:
         raise ValueError(f"the model must return {patches.ndim} axes (B, C, *patch), got shape {tuple(values.shape)}")
     if not values.is_floating_point():
         raise ValueError(

@@ -56,8 +56,8 @@ def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
         ValueError: if a head has a reserved name.
     """
     images = [head for head in heads if not head.labels]
-    if len(heads) == 1:
-        return {heads[0].name: ""}
+    if len(heads) <= 1:
+        return {head.name: "" for head in heads}
     fits = (h.scale == images[0].scale and h.out_channels in {1, images[0].out_channels} for h in heads if images)
     if len(images) == 1 and all(fits):
         return {h.name: f"labels/{h.name}" if h.labels else "" for h in heads}

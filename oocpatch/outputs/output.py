@@ -27,6 +27,7 @@ from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, is_ome_zarr, root_attributes
 from oocpatch.outputs.omero import channel_settings, write_channel_settings
 from oocpatch.outputs.record import ATTRIBUTE, METADATA, OutputRecord, require_output, write_record
+from oocpatch.outputs.row_arrays import create_rows, row_files, row_members
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, Ints, unit_positions, worthwhile
 from oocpatch.planning.heads import Head, distinct_channel_axes
@@ -47,7 +48,7 @@ def create_output(
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     split, parent = is_tree(plan.heads), parent_image(path)
     images = images_of(plan, volume, parent.levels if parent else None) if is_ome_zarr(plan) else ()
-    heads = tuple(h.name for h in plan.heads)
+    heads, rows = tuple(h.name for h in plan.heads), row_members(plan)
     common = {} if split else {name: variable for of_head in coords[::-1] for name, variable in of_head.items()}
     members = (*heads, *map(str, common))
     if images:
@@ -59,6 +60,7 @@ def create_output(
         "snap": list(plan.snap),
         "unit": list(plan.unit),
         "heads": list(heads),
+        **({"rows": list(rows)} if rows else {}),
         "tree": split,
         "arrays": array_paths(plan),
         "display": {h.name: volume.source.display for h in plan.heads if _shows_channels(h, volume)},
@@ -66,7 +68,7 @@ def create_output(
         "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
     parameters = json.loads(json.dumps(plan.parameters, default=list))
-    record = OutputRecord(root.name, False, parameters, str(root.parent), members, details)
+    record = OutputRecord(root.name, False, parameters, str(root.parent), (*members, *rows), details)
     store = path.store()
     # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
     attributes = {ATTRIBUTE: record.to_dict(path), **root_attributes(images, in_parent=parent is not None)}
@@ -84,6 +86,7 @@ def create_output(
                 zarr.create_group(store, path=head.name, zarr_format=3)
                 write_coords(path / head.name, coords[number], {})
             _create_array(store, number, plan, volume)
+    create_rows(path, plan)
     files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
     write_record(path, replace(record, details={**details, "files": files}))
 
@@ -117,9 +120,17 @@ def array_paths(plan: Plan) -> list[str]:
     return [f"{head.name}/{head.name}" if is_tree(plan.heads) else head.name for head in plan.heads]
 
 
+def ledger_path(plan: Plan) -> str:
+    """Return the path of the ledger in a complete output: in its first array."""
+    first, *_ = *array_paths(plan), *row_members(plan)
+    return f"{first}/{LEDGER}"
+
+
 def channel_position(plan: Plan) -> int:
     """Return the position of the channel axis in the arrays that have one: in an OME-Zarr after time."""
-    return len(plan.axes) - plan.spatial if is_ome_zarr(plan) else plan.heads[0].channel_position
+    if is_ome_zarr(plan):
+        return len(plan.axes) - plan.spatial
+    return plan.heads[0].channel_position if plan.heads else 0
 
 
 def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None:
@@ -245,8 +256,9 @@ class Output:
         )
         record = replace(incomplete, details=recorded)
         verify_files(self.path, record.details)
-        copy = f"{self._paths[0]}/{LEDGER}"
-        files = {**record.details["files"], copy: copy_ledger(ledger, self.path / copy, self._plan.blocks)}
+        copy = ledger_path(self._plan)
+        files = {**record.details["files"], **row_files(self.path, self._plan)}
+        files[copy] = copy_ledger(ledger, self.path / copy, self._plan.blocks)
         details = {**record.details, **details, "plan": json.loads(self._plan.to_json()), "files": files}
         self.path.flush()
         consolidate(self.path)
@@ -257,7 +269,8 @@ class Output:
     def _sweep(self, record: OutputRecord) -> None:
         """Delete the temporary files of a crash in the middle of a chunk."""
         levels = [path for pyramid in record.details.get("pyramids", ()) for path in pyramid["levels"]]
-        folders = [self.path / path for path in {*self._paths, *levels} if isinstance(self.path, LocalPath)]
+        arrays = {*self._paths, *levels, *row_members(self._plan)}
+        folders = [self.path / path for path in arrays if isinstance(self.path, LocalPath)]
         for left in [left for folder in folders for left in folder.rglob("*.partial")]:
             if left.is_dir():
                 sweep_staging(left)
@@ -269,10 +282,14 @@ Result = xarray.DataArray | xarray.Dataset | xarray.DataTree
 
 
 def open_result(path: StoragePath) -> Result:
-    """Open an output lazily: as an array, a dataset of several heads, or a tree of heads of different scales."""
+    """Open an output lazily: as an array, a dataset of several heads, or a tree of heads of different scales.
+
+    Vectors of patches are arrays of the dataset along `patch`, or of the root of the tree.
+    """
     record = require_output(path)
     heads = record.details["heads"]
     consolidated = None if record.complete else False  # metadata is consolidated at the end of the run
+    rows = list(record.details.get("rows", ()))
     result: Result
     if record.details.get("pyramids"):
         arrays = {}
@@ -286,15 +303,22 @@ def open_result(path: StoragePath) -> Result:
         if record.details["tree"]:
             result = xarray.DataTree.from_dict({n: array.to_dataset() for n, array in arrays.items()})
         else:
-            result = arrays[heads[0]] if len(heads) == 1 else xarray.Dataset(arrays)
+            result = arrays[heads[0]] if len(heads) == 1 and not rows else xarray.Dataset(arrays)
+        if rows and not isinstance(result, xarray.DataArray):
+            of_rows = xarray.open_zarr(path.xarray_source(), consolidated=False)[rows]
+            result = result.assign(of_rows.variables)
     elif record.details["tree"]:
         result = xarray.open_datatree(path.xarray_source(), engine="zarr", consolidated=consolidated)
     else:
         dataset = xarray.open_zarr(path.xarray_source(), consolidated=consolidated)
-        result = dataset[heads[0]] if len(heads) == 1 else dataset[heads]
+        result = dataset[heads[0]] if len(heads) == 1 and not rows else dataset[[*heads, *rows]]
     if counts := record.details.get("objects"):  # of several heads by name
         for name, numbers in (counts if isinstance(counts, dict) else {heads[0]: counts}).items():
-            array = result if len(heads) == 1 else result[f"{name}/{name}" if record.details["tree"] else name]
+            array = (
+                result
+                if isinstance(result, xarray.DataArray)
+                else result[f"{name}/{name}" if record.details["tree"] else name]
+            )
             array.attrs["objects"] = numbers[0] if len(numbers) == 1 else numbers
     for head, path_of_array in zip(heads, record.details["arrays"], strict=True):
         member = f"{head}/{head}" if record.details["tree"] else head

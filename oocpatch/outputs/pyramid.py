@@ -261,7 +261,7 @@ def with_pyramids(plan: Plan, max_memory: int) -> Plan:
     Raises:
         PlanTooLarge: if that exceeds the limit.
     """
-    if not is_ome_zarr(plan):
+    if not is_ome_zarr(plan) or not plan.heads:
         return plan
     needed = OVERHEAD + max(_task_memory(plan, number) for number in range(len(plan.heads)))
     if needed > max_memory:

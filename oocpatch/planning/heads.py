@@ -118,6 +118,25 @@ class Head:
         return any(s != (1, 1) for s in self.scale)
 
 
+@dataclass(frozen=True, slots=True)
+class VectorHead:
+    """One output of the model that is a vector per patch, and its array of rows.
+
+    Attributes:
+        name: name of the array.
+        length: numbers of a vector.
+        dtype: of the array.
+    """
+
+    name: str
+    length: int
+    dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        return self.length * _itemsize(self.dtype)
+
+
 @cache
 def _itemsize(dtype: str) -> int:
     return np.dtype(dtype).itemsize  # numpy takes a microsecond, and a planner compares thousands of candidates
@@ -167,8 +186,10 @@ def distinct_channel_axes(heads: Sequence[Head], in_channels: int) -> tuple[str 
     )
 
 
-def common_unit(heads: Sequence[Head]) -> Ints:
+def common_unit(heads: Sequence[Head], ndim: int) -> Ints:
     """Return the divisor of all cores, in the volume's voxels: a whole number of write units in every head's frame."""
+    if not heads:
+        return (1,) * ndim
     per_axis = zip(*(zip(head.unit, head.scale, strict=True) for head in heads), strict=True)
     return tuple(math.lcm(*(n * per // math.gcd(n * per, times) for n, (times, per) in axis)) for axis in per_axis)
 

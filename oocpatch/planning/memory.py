@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
 from oocpatch.planning.heads import Head
@@ -30,6 +31,12 @@ TILE = 1 << 16
 
 DEVICE_TILE = 1 << 20
 """Values that are normalized at a time on a device with its own memory, where each step is a launch."""
+
+ROWS_BYTES = 1 << 20
+"""Bytes of a chunk of vectors of patches in the output; each is a row."""
+
+ROWS_FILE_BYTES = 1 << 18
+"""Most bytes of a file of rows in the workspace, unless one alone is larger."""
 
 READ_BYTES = 1 << 20
 """Most bytes of one read where chunks are smaller; `volumes.volume` splits its reads by it."""
@@ -67,6 +74,7 @@ class ByteSizes:
         model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
         staged: whether input and results go through buffers, since the model's device has memory of its own.
+        row_bytes: bytes of all vectors of a patch.
     """
 
     in_voxel_bytes: int
@@ -80,11 +88,12 @@ class ByteSizes:
     model_bytes: int
     batch_bytes: int
     staged: bool = False
+    row_bytes: int = 0
 
     @property
     def unit_bytes(self) -> int:
         """Bytes of the largest array that is coded in one piece: a chunk of the volume or a write unit of an output."""
-        return max(self.in_chunk_bytes, *(math.prod(h.unit) * h.out_voxel_bytes for h in self.heads))
+        return max([self.in_chunk_bytes, *(math.prod(h.unit) * h.out_voxel_bytes for h in self.heads)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +158,11 @@ def traffic(
     swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(frame, sizes.in_chunks[sweep])
     decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
-    return Traffic(_disk(heads, sizes, stored, concurrency), decoded * sizes.in_voxel_bytes + stored, written + stored)
+    rows = frame.blocks.grid.num_patches * sizes.row_bytes  # in the workspace, and then in the output
+    disk = _disk(frame.blocks, heads, sizes, stored, concurrency)
+    if rows:
+        disk += rows + frame.blocks.num_blocks * (PIECE_BYTES + 2 * rows // ROWS_FILE_BYTES // frame.blocks.num_blocks)
+    return Traffic(disk, decoded * sizes.in_voxel_bytes + stored + rows, written + stored + 2 * rows)
 
 
 def _of_objects(heads: tuple[Frame, ...], sizes: ByteSizes) -> list[tuple[Frame, Head]]:
@@ -222,7 +235,9 @@ class MemoryUse:
         section = math.prod(s.extent for a, s in enumerate(spans) if a != sweep)
         planes = self.frame.blocks.grid.patch_size[sweep] + (self._group - 1) * axis.grid.stride
         heads = [self._head(f, h, which) for f, h in zip(self.heads, sizes.heads, strict=True)]
-        sums, staged, tile = (sum(column) for column in zip(*(predict for predict, _ in heads), strict=True))
+        none = (0, 0, 0)  # a model may give vectors only
+        sums, staged, tile = (sum(column) for column in zip(none, *(predict for predict, _ in heads), strict=True))
+        rows = math.prod(s.patch_count for s in spans) * sizes.row_bytes
         predict: Parts = (
             ("input", in_planes * section * sizes.in_voxel_bytes),
             ("sums", sums),
@@ -230,12 +245,13 @@ class MemoryUse:
             ("tile", tile),
             ("batch", sizes.batch_bytes),
             ("mask", math.ceil(planes * section * sizes.mask_voxel_bytes)),
+            ("rows", rows + min(rows, max(ROWS_FILE_BYTES, sizes.row_bytes))),
         )
         if sizes.staged:
             slabs = (pinned_bytes(slab_bytes(f, h)) for f, h in zip(self.heads, sizes.heads, strict=True))
             predict = (*predict, ("downloads", sum(slabs)))
         # one head after the other
-        sums, staged, tile = (max(column) for column in zip(*(normalize for _, normalize in heads), strict=True))
+        sums, staged, tile = (max(column) for column in zip(none, *(normalize for _, normalize in heads), strict=True))
         normalize = (("sums", sums), ("staged", staged), ("tile", tile))
         return max(predict, normalize, key=_total)
 
@@ -282,9 +298,8 @@ def _decoded_unaligned(frame: Frame, chunk: int) -> int:
     return max(frame.totals[frame.blocks.sweep].decoded, round(sum(spans) / len(spans) * axis.count))
 
 
-def _disk(heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: int) -> int:
+def _disk(blocks: BlockGrid, heads: tuple[Frame, ...], sizes: ByteSizes, stored: int, concurrency: int) -> int:
     """Return the bytes of the workspace at its fullest: partials of all blocks between a block and its last reader."""
-    blocks = heads[0].blocks
     axes = sum(sum(f.blocks.grid.shape) for f in heads)
     bookkeeping = PLAN_BYTES + RECORD_BYTES * 2 * blocks.num_blocks + 8 * axes
     if not stored:

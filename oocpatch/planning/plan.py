@@ -24,7 +24,7 @@ from oocpatch.planning.arguments import json_number
 from oocpatch.planning.blocks import AllBlocks, BlockGrid, Neighbours
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
-from oocpatch.planning.heads import Head, common_unit, crops, patch_grid
+from oocpatch.planning.heads import Head, VectorHead, common_unit, crops, patch_grid
 from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
 from oocpatch.planning.schedule import in_order
@@ -52,7 +52,7 @@ class Plan:
         fill: value outside the volume, for `constant`, and for the modes that a run computes it for: `mean` and others.
         context: input of the model beyond its output, on each side.
         snap: divisor of all patch starts.
-        heads: outputs of the model; one, or several from a dict.
+        heads: outputs of the model that are volumes; one, or several from a dict.
         copies_input: whether the model gets copies of the input, because it writes to them.
         core: shape of a block's core.
         sweep: the axis along which blocks are computed.
@@ -78,6 +78,7 @@ class Plan:
         labelling: what objects are, of a run of `label`, whose patches are voxels; None: the run is one of `predict`.
         classes: names of the output's channels or labels, of a model package that has them.
         merge_memory: bytes that the merge of objects may take, while no block is at work.
+        vectors: outputs of the model that are a vector per patch.
     """
 
     parameters: Mapping[str, Any]
@@ -123,6 +124,7 @@ class Plan:
     merge_memory: int = 0
     patch_starts: str = "regular"
     classes: tuple[str, ...] = ()
+    vectors: tuple[VectorHead, ...] = ()
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -139,7 +141,7 @@ class Plan:
     @cached_property
     def unit(self) -> Ints:
         """Divisor of all cores: whole write units of every head."""
-        return common_unit(self.heads)
+        return common_unit(self.heads, len(self.axes))
 
     @cached_property
     def block_grid(self) -> BlockGrid:
@@ -250,6 +252,7 @@ class Plan:
         """Digest of everything the bytes of the result depend on."""
         names = ("parameters", "core", "sweep", "context", "snap", "torch_threads")
         values = {name: getattr(self, name) for name in names}
+        values |= {"vectors": [asdict(v) for v in self.vectors]} if self.vectors else {}
         return digest({"format": FORMAT, "heads": [asdict(h) for h in self.heads], **values})
 
     def to_json(self) -> str:
@@ -258,6 +261,7 @@ class Plan:
         derived = {name: getattr(self, name) for name in names}
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record["heads"], record["io_strategy"] = [asdict(h) for h in self.heads], asdict(self.io_strategy)
+        record["vectors"] = [asdict(v) for v in self.vectors]
         record["labelling"] = None if self.labelling is None else asdict(self.labelling)
         record |= {name: json_number(record[name]) for name in ("fill", "output_fill")}
         return json.dumps({"format": FORMAT, **derived, **record}, indent=1, default=list)
@@ -285,6 +289,7 @@ class Plan:
         values |= {name: float(values[name]) for name in ("fill", "output_fill") if isinstance(values.get(name), str)}
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
+        values["vectors"] = tuple(VectorHead(**v) for v in record.get("vectors", ()))
         values["io_strategy"] = IoStrategy(**record["io_strategy"])
         values["labelling"] = None if record.get("labelling") is None else Labelling(**record["labelling"])
         return cls(**values)
@@ -314,7 +319,7 @@ class Plan:
         rule, at_a_time = self.labelling, f"{self.concurrency} at a time"
         swept = f"swept along {self.axes[self.sweep]}, {at_a_time}"
         modes = ", ".join(dict.fromkeys(h.mode for h in self.heads))
-        patches += f", {modes}, batches of {self.batch_size}{left_out}{self._filling()}"
+        patches += f"{f', {modes}' if modes else ''}, batches of {self.batch_size}{left_out}{self._filling()}"
         outputs = {
             "output" if i == 0 else f"output {i + 1}": f"{h.name}: {h.out_channels} channel(s), {h.out_dtype}, "
             f"chunks {size(h.chunks[spatial])}"
@@ -322,6 +327,9 @@ class Plan:
             + (f", scale {_scales(h.scale[spatial])}" if h.scaled else "")
             for i, h in enumerate(self.heads)
         }
+        for vectors in self.vectors:
+            name = f"output {len(outputs) + 1}" if outputs else "output"
+            outputs[name] = f"{vectors.name}: a vector of {vectors.length} per patch, {vectors.dtype}"
         rows = {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
             **({"objects": str(rule)} if rule else {"patches": patches}),

@@ -82,7 +82,7 @@ def choose(
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and the parameters to change.
     """
-    grids = list(_block_grids(grid, common_unit(sizes.heads), block_shape, crop=crops(sizes.heads)))
+    grids = list(_block_grids(grid, common_unit(sizes.heads, len(grid.axes)), block_shape, crop=crops(sizes.heads)))
     candidates: list[_Candidate] = []
     for threads in dict.fromkeys((io_threads(max_memory, sizes.unit_bytes), 1)):  # one only where more do not fit
         candidates = _with_io(grids, sizes, threads)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 from oocpatch.configuration.make_plan import counted
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputExists, RunMismatch
+from oocpatch.engine.patch_rows import write_rows
+from oocpatch.errors import CorruptData, OutputExists, RunMismatch
 from oocpatch.execution.merge_run import InstanceRun, MergeRun
-from oocpatch.execution.scheduler import Run
+from oocpatch.execution.scheduler import REPAIRS, Executor, Run
 from oocpatch.execution.task_context import RunExecutor, RunInputs, open_predict_tasks, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
 from oocpatch.outputs.ome_labels import register_label
-from oocpatch.outputs.output import Output, array_paths, create_output
+from oocpatch.outputs.output import Output, create_output, ledger_path
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import OutputRecord, inspect_output, write_record
+from oocpatch.outputs.row_arrays import row_members
 from oocpatch.outputs.write_units import unpack
 from oocpatch.planning.choices import STATISTIC_PADDING
 from oocpatch.planning.plan import Plan, digest
@@ -32,9 +36,11 @@ from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
 from oocpatch.volumes.padding import padding_value
-from oocpatch.workspace.ledger import WHOLE, latest_records
+from oocpatch.workspace.ledger import WHOLE, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
+
+logger = logging.getLogger("oocpatch")
 
 
 def workspace_root(record: OutputRecord) -> StoragePath:
@@ -143,8 +149,10 @@ def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collecti
     """
     root = workspace_root(record)
     if record.complete:
+        if plan.vectors:  # those of all blocks are put in order again
+            stages = {*stages, *(("predict", block) for block in range(plan.blocks))}
         Workspace.create(root, plan, path)
-        ledger = path / array_paths(plan)[0] / LEDGER
+        ledger = path / ledger_path(plan)
     else:
         Workspace(root, plan).join()
         ledger = root / WHOLE
@@ -152,6 +160,8 @@ def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collecti
     if record.complete:
         details = {name: value for name, value in record.details.items() if name not in ("plan", METADATA_CRC)}
         details["files"] = {name: crc for name, crc in details["files"].items() if not name.endswith(LEDGER)}
+        rows = row_members(plan)
+        details["files"] = {n: crc for n, crc in details["files"].items() if n.partition("/")[0] not in rows}
         write_record(path, replace(record, complete=False, details=details))
 
 
@@ -247,6 +257,33 @@ def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: f
         "torch_threads": plan.torch_threads,
         **run_facts(config.settings),
     }
+
+
+def complete_rows(config: RunConfig, workspace: Workspace, stages: functools.partial[Run], executor: Executor) -> None:
+    """Write the rows of vectors of patches, if the model gives any, when all blocks are done.
+
+    Args:
+        config: the configuration.
+        workspace: the workspace, which has the plan.
+        stages: the run with its blocks, its progress and its ledger, which gets a record of each block that is damaged.
+        executor: computes these blocks again.
+
+    Raises:
+        CorruptData: when blocks are damaged however often they are computed.
+    """
+    plan, (_, progress, ledger, *_) = workspace.plan, stages.args
+    for _ in range(REPAIRS + 1 if plan.vectors else 0):
+        damaged = write_rows(config.output, plan, lambda block: workspace.reader(block, progress.partials[block]))
+        if not damaged:
+            return
+        for error in damaged:
+            logger.warning("%s; computing block %d again", error, error.block)
+            record = Record("undone", error.block, note=progress.partials[error.block].attempt)
+            ledger.append(record)
+            progress.add(record)
+        stages(to_predict=[error.block for error in damaged], to_normalize=()).execute(executor)
+    if plan.vectors:
+        raise CorruptData(f"{damaged[0]}; it was computed again {REPAIRS} times and damaged each time")
 
 
 def complete(config: RunConfig, workspace: Workspace, details: dict[str, Any]) -> None:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.models.preprocessing import preprocess_statistics
-from oocpatch.outputs.integrity import LEDGER
-from oocpatch.outputs.output import array_paths
+from oocpatch.outputs.output import ledger_path
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
@@ -120,7 +119,7 @@ class InputChanges:
 
 def changes_of_complete(config: RunConfig, plan: Plan) -> InputChanges:
     """Compare the input with the stamps of a complete output."""
-    ledger = config.output / array_paths(plan)[0] / LEDGER
+    ledger = config.output / ledger_path(plan)
     return _compare(config, plan, [ledger], lambda _block, _attempt: True)
 
 
@@ -141,6 +140,8 @@ def stages_to_repeat(plan: Plan, changes: InputChanges, normalized: Collection[i
         changes: the changes.
         normalized: the blocks whose normalize stage is done; None: all, and all partials are deleted.
     """
+    if plan.vectors and normalized is None:  # the rows of all blocks are put in order again
+        return {(stage, block) for stage in ("predict", "normalize") for block in range(plan.blocks)}
     if plan.merges:  # ids depend on all blocks
         again = range(plan.blocks) if normalized is None else changes.blocks
         return {*(("predict", block) for block in again), *(("normalize", block) for block in range(plan.blocks))}

@@ -37,6 +37,7 @@ from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idl
 from oocpatch.run.driver import (
     all_done,
     complete,
+    complete_rows,
     discard_workspace,
     find_workspace,
     new_root,
@@ -522,23 +523,18 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
         open_ledger(workspace.root, WHOLE) as ledger,
         open_executor(config, workspace, to_predict, progress) as executor,
     ):
-        stages = run_of(plan)(
-            plan.block_grid,
-            progress,
-            ledger,
-            workspace.delete,
-            to_predict=to_predict,
-            to_normalize=to_normalize,
-            delete_outputs=workspace.delete_outputs,
-            order=plan.in_order(to_predict),
+        stages = functools.partial(
+            run_of(plan), plan.block_grid, progress, ledger, workspace.delete, delete_outputs=workspace.delete_outputs
         )
-        stages.execute(executor.executor)
+        first = stages(to_predict=to_predict, to_normalize=to_normalize, order=plan.in_order(to_predict))
+        first.execute(executor.executor)
         if config.execution.is_distributed:
             executor.flush()  # workers on other hosts; what this one wrote is flushed when the output is completed
         if not all_done(plan, progress):
             if blocks is None:
                 raise RuntimeError("the stages ended with blocks left to do: a fault of oocpatch, please report it")
             return None
+        complete_rows(config, workspace, stages, executor.executor)
         return run_details(config, plan, progress, time.monotonic() - started, executor.halved())
 
 
@@ -590,6 +586,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
                 executor.flush()
                 completed = all_done(plan, progress)
                 if completed:
+                    complete_rows(config, workspace, stages, executor.executor)
                     workspace.join()
                     seconds = time.monotonic() - started
                     complete(config, workspace, run_details(config, plan, progress, seconds, executor.halved()))

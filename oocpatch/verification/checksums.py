@@ -22,7 +22,7 @@ from typing import Any
 from oocpatch.errors import CorruptData, OutputBusy, OutputExists
 from oocpatch.execution.array_job import busy_holder
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, metadata_checksum
-from oocpatch.outputs.output import array_paths, channel_position
+from oocpatch.outputs.output import array_paths, channel_position, ledger_path
 from oocpatch.outputs.pyramid import compare_pyramids
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output
 from oocpatch.outputs.write_units import unpack
@@ -204,7 +204,7 @@ def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[Sto
             f"{path} keeps no checksums that this version can read; only outputs of predict() do "
             f"({type(error).__name__})"
         ) from error
-    return plan, [path / array_paths(plan)[0] / LEDGER]
+    return plan, [path / ledger_path(plan)]
 
 
 def _check_files(path: StoragePath, record: OutputRecord) -> Iterator[Checked]:

@@ -172,8 +172,14 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
     chunks = tuple(max(1, -(-n // 2)) for n in stored.shape)
     zarr.create_array(folder / "volume", data=stored, chunks=chunks)
     plan = plan_run(folder / "volume", list(models), folder / "output", axes=axes, **settings)
-    mode = plan.heads[0].mode
-    if len(plan.heads) > 1 or plan.heads[0].scaled or any(plan.context) or mode in {"max", "vote", "instances"}:
+    mode = plan.heads[0].mode if plan.heads else ""
+    if (
+        len(plan.heads) != 1
+        or plan.vectors
+        or plan.heads[0].scaled
+        or any(plan.context)
+        or mode in {"max", "vote", "instances"}
+    ):
         raise ValueError("check compares models that give one output of the patch's size, blended or cropped")
     output = np.asarray(plan.run())
     model = _whole_model(models, Volume(folder / "volume", axes), settings)

@@ -149,8 +149,12 @@ class Workspace:
             remove_trees([self.root / "outputs" / str(block) for block in blocks])
 
     def delete(self, blocks: Iterable[int]) -> None:
-        """Delete the partials of blocks."""
-        remove_trees([self.folder(block) for block in blocks])
+        """Delete the partials of blocks; vectors of patches stay until the run is complete."""
+        folders = [self.folder(block) for block in blocks]
+        if self.plan.vectors:
+            numbers = range(len(self.plan.heads))
+            folders = [f / attempt / str(number) for f in folders for attempt in f.list_folders() for number in numbers]
+        remove_trees(folders)
 
     def sweep(self, progress: RunProgress) -> None:
         """Delete the partials that no record names, of dead and late attempts; only where no other process records."""

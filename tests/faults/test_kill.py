@@ -109,6 +109,17 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
         die_and_resume(children, tiny, expected, number)
 
 
+def test_a_run_with_vectors_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
+    children: Children, tiny: Job
+) -> None:
+    job = dataclasses.replace(tiny, options={**tiny.options, "model_id": "vectors"})
+    assert children.run(job) == 0, report(job).message
+    expected, changes = prediction(job), report(job).changes
+    assert {name.split("/")[0] for name in expected} == {"prediction", "vectors", "starts"}
+    for number in range(0, changes, 13):  # the campaign does all
+        die_and_resume(children, job, expected, number)
+
+
 def test_a_run_that_dies_anywhere_in_its_pyramid_ends_in_the_same_bytes(children: Children, tmp_path: Path) -> None:
     make_volume(tmp_path / "volume.zarr", (12, 9), (12, 9))
     job = job_in(tmp_path, patch_size=12, output_chunks=(6, 9), output_format="ome-zarr", workers=1)

@@ -69,7 +69,9 @@ def fresh(job: Job, **changes: Any) -> Job:
 
 
 def prediction(job: Job) -> dict[str, str]:
-    return file_digests(Path(job.output) / {"label": "labels"}.get(job.verb, "prediction"))
+    arrays = ("labels", "prediction", "vectors", "starts")
+    digests = {name: file_digests(Path(job.output) / name) for name in arrays if Path(job.output, name).exists()}
+    return {f"{name}/{file}": digest for name, files in digests.items() for file, digest in files.items()}
 
 
 def block_of(first: float) -> tuple[int, ...]:

@@ -128,7 +128,7 @@ def test_one_model_with_a_preprocess_gives_its_own_output() -> None:
         ([lambda x: x, lambda x: x[..., :-1]], "one shape for all"),
         ([lambda x: [x, "text"], lambda x: [x, "text"]], "a tensor or a dict of tensors, got str"),
         ([lambda x: x, lambda _: None], "got NoneType"),
-        ([lambda x: x[0], lambda x: x[0]], "3 axes"),
+        ([lambda x: x[0, 0], lambda x: x[0, 0]], "3 axes"),
     ],
 )
 def test_outputs_that_cannot_be_averaged_are_refused(models: list[Any], message: str) -> None:

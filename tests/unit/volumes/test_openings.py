@@ -349,10 +349,26 @@ def test_one_answer_per_patch_is_a_voxel_per_patch(
 def test_one_answer_per_patch_says_how_to_overlap_and_what_to_return(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"axes": "cyx", "patch_size": 8, "progress": False}
     data = np.zeros((1, 32, 32), np.float32)
-    with pytest.raises(ValueError, match=r"patch_overlap must be 0 .* one answer per patch.* expand its answer"):
-        oocpatch.plan(data, lambda p: p.mean((2, 3), True), tmp_path / "a.zarr", patch_overlap=4, **settings)
-    with pytest.raises(ValueError, match=r"return answer\[:, :, None, None\], or expand"):
-        oocpatch.plan(data, lambda p: p.mean((2, 3)), tmp_path / "a.zarr", **settings)
+    with pytest.raises(
+        ValueError, match=r"patch_overlap must be 0, or even where all .* one answer .* expand its answer"
+    ):
+        oocpatch.plan(data, lambda p: p.mean((2, 3), True), tmp_path / "a.zarr", patch_overlap=3, **settings)
+    with pytest.raises(ValueError, match=r"return answer\[:, None\] for rows, answer\[:, None, None, None\] for a map"):
+        oocpatch.plan(data, lambda p: p.mean((1, 2, 3)), tmp_path / "a.zarr", **settings)
+
+
+def test_one_answer_per_patch_is_a_voxel_per_stride_in_the_middle_of_its_patch(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).random((37, 45), dtype=np.float32)
+    result = oocpatch.predict(
+        data, lambda p: p.mean((2, 3), True), tmp_path / "a.zarr", axes="yx", patch_size=(8, 12), patch_overlap=(4, 2),
+        overlap_mode="crop", block_shape=16, progress=False,
+    )  # fmt: skip
+    padded = np.pad(data, [(2, 14), (1, 21)], "edge")
+    starts = [range(0, 37, 4), range(0, 45, 10)]
+    wanted = [[padded[y : y + 8, x : x + 12].mean() for x in starts[1]] for y in starts[0]]
+    assert np.allclose(result, wanted)
+    assert np.allclose(result.y, 1.5 + np.arange(0, 37, 4))
+    assert np.allclose(result.x, 4.5 + np.arange(0, 45, 10))
 
 
 @pytest.mark.parametrize("signs", list(itertools.product((1, -1), repeat=3)), ids=str)
