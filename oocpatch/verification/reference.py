@@ -101,12 +101,12 @@ def reference_scores(
 def _window(mode: str, size: int) -> Array:
     if mode == "hann":
         return np.hanning(size + 2)[1:-1]
-    if mode == "gaussian":
-        position = np.arange(size) - (size - 1) / 2
+    if mode in ("gaussian", "nnunet"):
+        position = np.arange(size) - (size // 2 if mode == "nnunet" else (size - 1) / 2)
         return np.asarray(np.exp(-((position / (size / 8)) ** 2) / 2))
     if mode in ("average", "crop"):
         return np.ones(size)
-    raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, got {mode!r}")
+    raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, nnunet, got {mode!r}")
 
 
 def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool) -> Array:

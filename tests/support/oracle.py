@@ -22,6 +22,8 @@ def window(mode: str, n: int) -> Array:
         return np.hanning(n + 2)[1:-1]
     if mode == "gaussian":
         return np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2)
+    if mode == "nnunet":
+        return np.exp(-0.5 * ((np.arange(n) - n // 2) / (n / 8)) ** 2)
     if mode in ("average", "crop"):
         return np.ones(n)
     raise ValueError(f"no such mode: {mode!r}")

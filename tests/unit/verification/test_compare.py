@@ -41,7 +41,7 @@ def ramp(patch: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding_mode", [None, "reflect", "constant"])
-@pytest.mark.parametrize("overlap_mode", ["crop", "average", "hann", "gaussian"])
+@pytest.mark.parametrize("overlap_mode", ["crop", "average", "hann", "gaussian", "nnunet"])
 def test_a_model_that_depends_on_the_place_in_the_patch_passes(
     volume: str, overlap_mode: str, padding_mode: str | None
 ) -> None:
@@ -51,6 +51,12 @@ def test_a_model_that_depends_on_the_place_in_the_patch_passes(
     )  # fmt: skip
     assert report.passed, str(report)
     assert all((box.tolerance == 0) == (overlap_mode == "crop") for box in report.boxes)
+
+
+def test_evenly_spaced_patches_pass_in_volumes_larger_and_smaller_than_a_patch(volume: str) -> None:
+    options = {"patch_overlap": (3, 4, 2), "patch_starts": "even", "padding_mode": "constant", "fill": 7.0}
+    report = check(volume, ramp, boxes=2, patch_size=(8, 64, 9), **options)
+    assert report.passed, str(report)
 
 
 def test_boxes_hold_several_blocks_and_lie_in_the_volume(volume: str) -> None:
