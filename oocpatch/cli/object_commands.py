@@ -10,7 +10,7 @@ import click
 
 from oocpatch.cli.cluster_options import client_of, scheduler_option
 from oocpatch.cli.config_file import config_option
-from oocpatch.cli.types import json_option, number, run_options
+from oocpatch.cli.types import json_option, number, run_options, spacing
 
 OBJECTS_OPTIONS = (
     *("axes", "level", "max_memory", "block_shape", "workers", "processes", "part", "workspace"),
@@ -55,17 +55,6 @@ def label(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     click.echo(json.dumps(report, indent=1) if as_json else line.format(**report))
 
 
-def _spacing(_context: object, _parameter: object, text: str | None) -> Any:
-    """Read `0.5`, the same on every axis, `2,0.5,0.5`, one per axis, or `z=2,y=0.5,x=0.5`."""
-    if text is None:
-        return None
-    names, _, numbers = zip(*(part.rpartition("=") for part in text.split(",")), strict=True)
-    values = [number(one) for one in numbers]
-    if any(names):
-        return dict(zip(names, values, strict=True))
-    return values if len(values) > 1 else values[0]
-
-
 @click.command()
 @click.argument("labels", metavar="LABELS")
 @click.argument("output", metavar="OUT")
@@ -79,7 +68,7 @@ def _spacing(_context: object, _parameter: object, text: str | None) -> Any:
 )
 @click.option(
     "--spacing",
-    callback=_spacing,
+    type=spacing,
     metavar="SIZES",
     help="Size of a voxel: 0.5, or per axis 2,0.5,0.5; default: from the coordinates.",
 )

@@ -54,6 +54,22 @@ def size_or_none(value: Any) -> int | str | tuple[int, ...] | dict[str, int]:
     return "none" if value == "none" else size(value)
 
 
+def spacing(value: Any) -> Any:
+    """Read `0.5` or `0.5um`, the same on every axis, `2,0.5,0.5`, one per axis, or `z=2,y=0.5,x=0.5`, by their names.
+
+    >>> spacing("0.5um"), spacing("2,0.5"), spacing("z=2,y=500nm")
+    ('0.5um', [2, 0.5], {'z': 2, 'y': '500nm'})
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    names, _, texts = zip(*(str(part).rpartition("=") for part in parts), strict=True)
+    values = [text if text.strip()[-1:].isalpha() else number(text) for text in texts]
+    if any(names):
+        return dict(zip(names, values, strict=True))
+    return values if len(values) > 1 else values[0]
+
+
 def box(value: Any) -> list[tuple[int | None, int | None]]:
     """Read `START:STOP` per axis; either may be left out.
 
@@ -159,6 +175,7 @@ READERS: dict[str, Any] = {
     "size": size,
     "size_or_auto": size_or_auto,
     "size_or_none": size_or_none,
+    "spacing": spacing,
     "box": box,
     "part": part,
     "json": json_or_text,

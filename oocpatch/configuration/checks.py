@@ -24,6 +24,8 @@ from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS, PATCH_STARTS
 from oocpatch.progress import OnProgress, display_of
 from oocpatch.storage.paths import LocalPath, local_path
+from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume, spatial_box, spatial_sizes
 
 AUTO = "auto"
@@ -126,11 +128,12 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "patch_size": _patch_size,
     "positive": _positive,
     "postprocess": _postprocess,
-    "preprocess": lambda _, value, volume: checked_preprocess(value, volume.dtype, volume.channels),
+    "preprocess": lambda _, value, volume: checked_preprocess(value, stored_volume(volume).dtype, volume.channels),
     "progress": _progress,
     "shards": _shards,
     "share": lambda name, value, _: arguments.share(name, value),
     "sizes": _sizes,
+    "spacing": lambda _, value, volume: ModelGrid.of(value, volume),
     "switch": lambda name, value, _: arguments.switch(name, value),
     "work": _work,
 }
@@ -151,6 +154,7 @@ IDENTITIES: dict[str, Callable[[Any], Any]] = {
     "code": _code,
     "code_per_head": lambda value: arguments.per_head(value, _code),
     "device_type": lambda value: torch.device(value).type,
+    "grid": lambda grid: None if grid is None else grid.to_json(),
     "json_number": arguments.json_number,
     "mask": lambda mask: None if mask is None else mask.signature,
     "shards": lambda value: "none" if value == () else value,

@@ -20,6 +20,7 @@ from oocpatch.provenance import option
 if TYPE_CHECKING:
     from oocpatch.engine.patch_selection import Mask
     from oocpatch.planning.box import Box, Ints
+    from oocpatch.volumes.model_grid import ModelGrid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,14 @@ class DataOptions:
     )
     level: int | str = option(
         0, metavar="LEVEL", help="Read this level of an OME-Zarr's pyramid, by its number or path."
+    )
+    spacing: ModelGrid | None = option(
+        None,
+        check="spacing",
+        identity="grid",
+        kind="spacing",
+        metavar="SIZES",
+        help="Read the volume at this distance of voxels: 0.5um, or z=1,y=0.5,x=0.5 in the units of the axes.",
     )
     mask: Mask | None = option(
         None,

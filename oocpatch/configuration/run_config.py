@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -42,6 +43,8 @@ from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
+from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
 
@@ -101,7 +104,7 @@ class RunConfig:
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
-        data = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
+        data, arguments = _on_grid(volume, arguments)
         for name, path in (("output", target), ("workspace", place)):
             refuse_overlap(name, path, data)
             path.check_writable(name)
@@ -230,10 +233,11 @@ class RunConfig:
         """The value of voxels that were never written, where patches of nothing else are skipped."""
         if not self.data.skip_empty:
             return None
-        array = self.volume.source.array
+        source = stored_volume(self.volume).source
+        array = source.array
         value = None if array is None else array.fill_value
         value = np.asarray(0 if value is None else value)
-        return float(decoded(value, packing) if (packing := self.volume.source.packing) else value)
+        return float(decoded(value, packing) if (packing := source.packing) else value)
 
     @property
     def skips(self) -> bool:
@@ -324,7 +328,7 @@ class RunConfig:
         return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
-_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True, "patch_starts": "regular"}
+_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True, "patch_starts": "regular", "spacing": None}
 """Parameters that are left out of the fingerprint where they have these values."""
 
 
@@ -332,6 +336,22 @@ def _opened(volume: Any, axes: Any, level: int | str) -> Volume:
     if isinstance(volume, Volume):
         return volume if axes is None else Volume(volume.source, axes, level)
     return Volume(volume, axes, level)
+
+
+def _on_grid(volume: Any, arguments: dict[str, Any]) -> tuple[Volume, dict[str, Any]]:
+    """Return the volume on the grid that the arguments name, and the arguments with their box on that grid."""
+    axes, level = arguments.get("axes"), arguments.get("level", 0)
+    data = _opened(volume, axes, level)
+    grid = ModelGrid.of(arguments.get("spacing"), data)
+    if grid is None:
+        return data, arguments
+    box = CHECKS["box"]("box", arguments.get("box"), data)
+    has_levels = not isinstance(volume, Volume) and str(level) == "0"
+    on_grid = grid.over(data, functools.partial(_opened, volume, axes) if has_levels else None)
+    if box is not None:
+        box, looped = grid.box(box, data), len(data.shape) - data.spatial_ndim
+        arguments = {**arguments, "box": list(zip(box.start, box.stop, strict=True))[looped:]}
+    return on_grid, {**arguments, "spacing": grid}
 
 
 def _checked_group(group: type[Any], arguments: Mapping[str, Any], volume: Volume) -> Any:

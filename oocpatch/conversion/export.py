@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from oocpatch.conversion import nifti_file, tiff_file
-from oocpatch.conversion.geometry import spacing, spatial_axes
+from oocpatch.conversion.geometry import spatial_axes
 from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.outputs.record import ATTRIBUTE
 from oocpatch.planning.arguments import memory_limit
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.storage.locks import locked
 from oocpatch.storage.paths import LocalPath, StoragePath, local_path, output_path
+from oocpatch.volumes.affine import spacing_along
 from oocpatch.volumes.ome_metadata import ome_attributes
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
@@ -151,7 +152,7 @@ def check_exportable(name: str, path: LocalPath, volume: Volume) -> None:
     refuse_overlap(name, path, volume)
     path.check_writable(name)
     for axis in spatial_axes(volume).values():
-        spacing(volume, axis)
+        spacing_along(volume.source, axis)
     if len(volume.axes.looped) > 1:
         raise ValueError(
             f"export writes at most one axis of time, got {', '.join(volume.axes.names[a] for a in volume.axes.looped)}"

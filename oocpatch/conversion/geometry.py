@@ -9,19 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from oocpatch.volumes.ome_metadata import METERS, long_unit
+from oocpatch.volumes.affine import EVEN, Affine, Spacing, spacing_along
+from oocpatch.volumes.ome_metadata import METERS
 from oocpatch.volumes.volume import Volume
-
-Affine = npt.NDArray[np.float64]
-
-EVEN = 1e-3
-"""Difference from an even spacing, as a part of a step, that is due to rounding."""
 
 SECONDS = {
     "nanosecond": 1e-9,
@@ -33,21 +27,6 @@ SECONDS = {
     "day": 86400.0,
 }
 """Units of time, by their names in OME-Zarr."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spacing:
-    """Evenly spaced coordinates of an axis.
-
-    Attributes:
-        step: distance of adjacent voxels, negative where coordinates decrease; None: not known.
-        start: coordinate of the first voxel.
-        unit: name of the unit, if it has one.
-    """
-
-    step: float | None = None
-    start: float = 0.0
-    unit: str | None = None
 
 
 def spatial_axes(volume: Volume) -> dict[str, str]:
@@ -71,46 +50,13 @@ def spatial_axes(volume: Volume) -> dict[str, str]:
     return dict(zip("xyz", reversed(names), strict=False))
 
 
-def spacing(volume: Volume, name: str) -> Spacing | None:
-    """Return the spacing of an axis by its coordinate; None where it has none, or one that is no number.
-
-    Raises:
-        ValueError: if it is not evenly spaced.
-
-    >>> import xarray
-    >>> spacing(Volume(xarray.DataArray(np.zeros((2, 3)), {"x": [5.0, 4.5, 4.0]}, ("y", "x"))), "x")
-    Spacing(step=-0.5, start=5.0, unit=None)
-    """
-    coordinate: Any = volume.source.coords.get(name)
-    if coordinate is None or coordinate.ndim > 1 or coordinate.size < 1:
-        return None
-    values, unit = np.atleast_1d(np.asarray(coordinate.values)), long_unit(coordinate.attrs.get("units"))
-    if values.dtype.kind == "m" or (values.dtype.kind == "M" and len(values) > 1):
-        values, unit = (values - values[0] if values.dtype.kind == "M" else values) / np.timedelta64(1, "s"), "second"
-    if values.dtype.kind not in "iuf":
-        return None
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"the coordinates of axis {name!r} must be finite, got {values.min()} to {values.max()}")
-    if len(values) == 1:
-        return Spacing(None, float(values[0]), unit)
-    step = (values[-1] - values[0]) / (len(values) - 1)
-    error = float(np.abs(values - (values[0] + step * np.arange(len(values)))).max())
-    if step == 0 or error > EVEN * abs(step):
-        raise ValueError(
-            f"the coordinates of axis {name!r} must be evenly spaced, since the file stores one distance per axis, got "
-            f"distances from {np.diff(values).min():g} to {np.diff(values).max():g}; drop the coordinate, or resample"
-        )
-    return Spacing(float(step), float(values[0]), unit)
-
-
 def time_spacing(volume: Volume) -> Spacing | None:
     """Return the spacing of the axis of time, if the volume has one with even steps; uneven ones are warned about."""
     names = [volume.axes.names[a] for a in volume.axes.looped]
     if not names:
         return None
     try:
-        return spacing(volume, names[0])
+        return spacing_along(volume.source, names[0])
     except ValueError as error:
         warnings.warn(f"times are not written: {error}", stacklevel=2)
         return None
@@ -128,7 +74,7 @@ def affine_of(volume: Volume) -> tuple[Affine, str | None]:
     [-0.5, 2.0, 1.0, 1.0]
     """
     axes = spatial_axes(volume)
-    spacings = {role: spacing(volume, axes.get(role, role)) for role in "xyz"}
+    spacings = {role: spacing_along(volume.source, axes.get(role, role)) for role in "xyz"}
     source_affine = input_affine(volume.source.attrs) if axes.keys() <= set(axes.values()) else None
     units = [s.unit for s in spacings.values() if s is not None and s.unit]
     unit = next((u for u in units if u in METERS), units[0] if units else None)

@@ -23,9 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.conversion.file_order import THREADS, FileOrder, ahead, in_order
-from oocpatch.conversion.geometry import SECONDS, Spacing, factor_of, spacing, spatial_axes, time_spacing
+from oocpatch.conversion.geometry import SECONDS, factor_of, spatial_axes, time_spacing
 from oocpatch.outputs.pyramid import METHODS
 from oocpatch.planning.box import Ints, ceil_to
+from oocpatch.volumes.affine import Spacing, spacing_along
 from oocpatch.volumes.formats.tiff import GEO_KEYS, PIXEL_IS_POINT, PIXEL_SCALE, TIE_POINT, geo_raster_type
 from oocpatch.volumes.ome_metadata import METERS
 from oocpatch.volumes.volume import Volume
@@ -270,7 +271,7 @@ def geo_tags(volume: Volume, axes: dict[str, str]) -> list[tuple[int, str, int, 
         ValueError: if coordinates are not evenly spaced.
     """
     keys: Any = volume.source.attrs.get("geotiff_keys")
-    x, y = (spacing(volume, axes[role]) for role in "xy")
+    x, y = (spacing_along(volume.source, axes[role]) for role in "xy")
     if not isinstance(keys, dict) or x is None or y is None or x.step is None or y.step is None:
         return []
     half = 0.0 if geo_raster_type(keys["34735"]) == PIXEL_IS_POINT else 0.5
@@ -294,7 +295,7 @@ def _ome_metadata(volume: Volume, axes: dict[str, str], mark: str) -> dict[str, 
     """Return what tifffile writes as OME-XML about sizes."""
     metadata: dict[str, Any] = {"UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, mark))}
     for role, name in axes.items():
-        axis = spacing(volume, name)
+        axis = spacing_along(volume.source, name)
         if axis is not None and axis.step:
             size, unit = _known_size(axis)
             metadata |= {f"PhysicalSize{role.upper()}": size, f"PhysicalSize{role.upper()}Unit": unit}

@@ -19,6 +19,7 @@ from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.cf_decoding import DECODED
+from oocpatch.volumes.resampling import values_at
 from oocpatch.volumes.volume import Volume
 
 SHORT_LIVED = frozenset({"uncovered_voxels", "nonfinite_voxels", "complete"})
@@ -175,9 +176,5 @@ def at_centres(values: npt.NDArray[np.float64], scale: Scale) -> npt.NDArray[np.
     [5.0, 25.0]
     """
     times, per = scale
-    n = len(values)
-    centres = (np.arange(-(-n * times // per)) + 0.5) * per / times - 0.5
-    if n == 1:
-        return np.full(len(centres), values[0])
-    low = np.clip(np.floor(centres).astype(int), 0, n - 2)  # extrapolate beyond the ends
-    return np.asarray(values[low] + (centres - low) * (values[low + 1] - values[low]))
+    centres = (np.arange(-(-len(values) * times // per)) + 0.5) * per / times - 0.5
+    return values_at(values, centres)

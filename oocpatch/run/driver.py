@@ -36,6 +36,7 @@ from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
 from oocpatch.volumes.padding import padding_value
+from oocpatch.volumes.resampling import stored_volume
 from oocpatch.workspace.ledger import WHOLE, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
@@ -117,7 +118,7 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
 
 def _with_statistics(plan: Plan, config: RunConfig) -> Plan:
     """Return the plan with what its preprocess and its padding need to know about the whole volume."""
-    preprocess, volume = config.model.preprocess, config.volume
+    preprocess, volume = config.model.preprocess, stored_volume(config.volume)
     mode = plan.padding_mode if plan.padding_mode in STATISTIC_PADDING else None
     limit, progress = config.limits.max_memory, config.execution.progress
     statistics_of = volume.fingerprint if mode is not None or needs_statistics(preprocess) else ""

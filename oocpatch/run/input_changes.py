@@ -26,6 +26,7 @@ from oocpatch.storage.unit_tags import UnitRecords
 from oocpatch.volumes.content import MASK, VOLUME, PartStamp, changed_units, changed_units_of_part, unpack_stamps
 from oocpatch.volumes.padding import padding_value, reading_rule
 from oocpatch.volumes.passes import run_pass
+from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import Record, latest_records, segments
 from oocpatch.workspace.run_progress import RunProgress
@@ -191,7 +192,7 @@ def _compare(
     inputs = {VOLUME: config.volume.for_run(1)} | ({} if mask is None else {MASK: mask.volume.for_run()})
     changed, progress = functools.partial(_changed, inputs, plan), config.execution.progress
     changes = compare_inputs(inputs, ledgers, plan.blocks, counts=counts, changed=changed, progress=progress)
-    changes.other_statistics = _other_statistics(config, plan, inputs[VOLUME])
+    changes.other_statistics = _other_statistics(config, plan, stored_volume(inputs[VOLUME]))
     skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
     changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
     return changes

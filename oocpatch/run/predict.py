@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from oocpatch.configuration.label_plan import with_larger_ids
-from oocpatch.configuration.make_plan import check_same_run, counted, make_plan, resumed_plan
+from oocpatch.configuration.make_plan import counted, make_plan, resumed_plan
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.errors import OutputBusy, OutputExists, TooManyObjects
-from oocpatch.execution.array_job import ArrayJobPart, busy_holder
+from oocpatch.errors import OutputBusy, TooManyObjects
+from oocpatch.execution.array_job import ArrayJobPart
 from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
-from oocpatch.outputs.record import OutputRecord, inspect_output
+from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
@@ -39,18 +39,14 @@ from oocpatch.run.driver import (
     complete,
     complete_rows,
     discard_workspace,
-    find_workspace,
-    new_root,
     open_executor,
     plan_of,
-    reopen,
     run_details,
     run_of,
     set_up,
-    workspace_root,
 )
 from oocpatch.run.export_result import check_export, export_result
-from oocpatch.run.input_changes import InputChanges, compare_input, stages_to_repeat
+from oocpatch.run.input_changes import InputChanges, compare_input
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail, open_ledger
 from oocpatch.workspace.workspace import Workspace
@@ -74,6 +70,7 @@ def predict(
     batch_size: int | str = 1,
     axes: str | Sequence[str] | None = None,
     level: int | str = 0,
+    spacing: float | str | Sequence[float | str] | Mapping[str, float | str] | None = None,
     mask: Any = None,
     box: Any = None,
     skip_empty: bool = False,
@@ -146,6 +143,8 @@ def predict(
 
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
         level: level of an OME-Zarr's pyramid to read, by its number (0: the finest) or its path in the group.
+        spacing: distance of the voxels that the model takes, `"0.5um"`, or by axis in its unit, `{"z": 1.0, "y": 0.5,
+            "x": 0.5}`: the nearest finer level is read and resampled linearly.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
         box: a pair `(start, stop)` or slice per spatial axis: only patches that meet it are computed. Within it the
@@ -246,6 +245,7 @@ def predict(
         batch_size=batch_size,
         axes=axes,
         level=level,
+        spacing=spacing,
         mask=mask,
         box=box,
         skip_empty=skip_empty,
@@ -364,7 +364,7 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     (9, 1, (64, 64))
     """
     config = RunConfig.of(volume, model, output, **options)
-    stored, record = _stored_run(config)
+    stored, record = stored_run(config)
     chosen = stored or make_plan(config)
     check_export(config, record, chosen)
     return PlannedRun(chosen, config, expected_occupancy(config, chosen))
@@ -390,7 +390,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
 def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) -> Result:
     """Run a configuration without the export of its output."""
     asked = config
-    stored, record = _stored_run(config)
+    stored, record = stored_run(config)
     changes = compare_input(config, stored, record)
     if changes.concern_all:  # a fresh run
         config = replace(config, execution=replace(config.execution, overwrite=True))
@@ -416,11 +416,11 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
     with locked(beside(config.output, ".lock"), str(config.output)):
         process = next(filter(None, map(holder, locks(config.output)[1:])), None)
         if process is not None:  # a part that began meanwhile
-            raise OutputBusy(_busy(config, process))
+            raise OutputBusy(busy(config, process))
         if inspect_output(config.output) == record:
             if changes and record is not None:
                 plan = counted(plan, config.selection)  # it may be the mask that has changed
-                _reopen(config, plan, record, changes)
+                reopen_changed(config, plan, record, changes)
             return _locked_run(config, plan, chosen, resuming=stored is not None)
     return _run(asked, planned, chosen)  # another call was at work since this one looked
 
@@ -443,71 +443,10 @@ def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, 
     return open_result(config.output)
 
 
-def _busy(config: RunConfig, process: str) -> str:
-    return f"another run is at work on {config.output} ({process}); wait for it, or stop it first"
-
-
 def _incomplete(config: RunConfig) -> Result:
     result = open_result(config.output)
     result.attrs["complete"] = False
     return result
-
-
-def _stored_run(config: RunConfig) -> tuple[Plan | None, OutputRecord | None]:
-    """Return the stored plan to continue, if there is one, and the record of the output, if there is one.
-
-    Raises:
-        OutputExists, OutputBusy, RunMismatch: when this call must not touch the output.
-    """
-    execution = config.execution
-    if execution.is_distributed:
-        from oocpatch.execution.payload import check_cluster  # noqa: PLC0415 - a second of imports, for clusters only
-
-        check_cluster(config.model, execution.client)
-    process = busy_holder(config.output, None if execution.part is None else ArrayJobPart(*execution.part))
-    if process is not None:
-        raise OutputBusy(_busy(config, process))
-    record = inspect_output(config.output)
-    if record is None or execution.overwrite:
-        return None, record
-    if not execution.resume:
-        state = "complete" if record.complete else "incomplete"
-        raise OutputExists(f"{config.output} is there ({state}) and resume is off; pass overwrite=True to replace it")
-    stored = _stored_plan(config, record)
-    if stored is None and execution.part is None:  # another part may be at the set-up: a part looks in its turn
-        _warn_of_lost_workspace(config, record)
-    return stored, record
-
-
-def _warn_of_lost_workspace(config: RunConfig, record: OutputRecord) -> None:
-    """Say that an incomplete output is computed afresh."""
-    if not record.complete:
-        logger.warning(
-            "%s is incomplete, and its workspace, %s, is not there or is of another output: it is computed afresh",
-            config.output,
-            workspace_root(record),
-        )
-
-
-def _reopen(config: RunConfig, plan: Plan, record: OutputRecord, changes: InputChanges) -> None:
-    """Mark the stages that depend on changes of the input as not done."""
-    workspace = None if record.complete else find_workspace(config, record)
-    root = new_root(config, plan) if workspace is None else workspace.root
-    stages = stages_to_repeat(plan, changes, None if workspace is None else workspace.progress().normalized)
-    again = len({block for stage, block in stages if stage == "predict"})
-    logger.info("%s: %s; %d of %d blocks are computed again", config.output, changes, again, plan.blocks)
-    reopen(config.output, replace(record, run_id=root.name, workspace=str(root.parent)), plan, stages)
-
-
-def _stored_plan(config: RunConfig, record: OutputRecord) -> Plan | None:
-    """Return the stored plan to continue; None where there is none, or nothing is left to do.
-
-    Raises:
-        RunMismatch: when it is of a run with other parameters. CorruptData: when it only seems so.
-    """
-    workspace = None if record.complete else find_workspace(config, record)
-    check_same_run(config, record, None if workspace is None else workspace.plan)
-    return None if workspace is None else resumed_plan(workspace.plan, config)
 
 
 def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] | None) -> dict[str, Any] | None:
@@ -555,11 +494,11 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             own_lock = stack.enter_context(contextlib.ExitStack())
             own_lock.enter_context(locked(part.lock(output), name, str(part)))
             record = inspect_output(output)  # once more, now that no other part sets it up
-            stored = None if record is None else _stored_plan(config, record)
+            stored = None if record is None else stored_plan(config, record)
             if record is not None and record.complete:
                 return open_result(output)
             if record is not None and stored is None:
-                _warn_of_lost_workspace(config, record)
+                warn_of_lost_workspace(config, record)
             workspace = set_up(config, stored or plan, resuming=stored is not None)
             plan = workspace.plan
             own, progress = part.blocks_of(plan.block_patches), workspace.progress()

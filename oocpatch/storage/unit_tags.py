@@ -252,6 +252,13 @@ def _mixed(numbers: Iterable[int]) -> int:
     return max(mixed * FACTORS[2] % (1 << 64), UNKNOWN + 1)
 
 
+def common_tag(tags: Tags) -> Tags:
+    """Return the tag of several units as one; unknown where one of them is, none where there are none."""
+    if not tags.size:
+        return tags
+    return _array([UNKNOWN if UNKNOWN in tags else _mixed(tags.tolist())])
+
+
 def _decoding(array: zarr.Array[Any]) -> int:
     """Return a tag of the metadata of an array: with others, its chunks have other values."""
     return _text_tag(json.dumps(array.metadata.to_dict(), sort_keys=True, default=str))

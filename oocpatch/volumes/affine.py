@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Ints
 from oocpatch.volumes.axes import Axes
+from oocpatch.volumes.ome_metadata import long_unit
 from oocpatch.volumes.sources import Source
 
 Affine = npt.NDArray[np.float64]
@@ -16,8 +18,26 @@ Affine = npt.NDArray[np.float64]
 WORLD = "xyz"
 """Axes of the affines of files."""
 
+EVEN = 1e-3
+"""Difference from an even spacing, as a part of a step, that is due to rounding."""
+
 ENDS = ("LR", "PA", "IS")
 """Letters for the ends of the axes of the world."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spacing:
+    """Evenly spaced coordinates of an axis.
+
+    Attributes:
+        step: distance of adjacent voxels, negative where coordinates decrease; None: not known.
+        start: coordinate of the first voxel.
+        unit: name of the unit, if it has one.
+    """
+
+    step: float | None = None
+    start: float = 0.0
+    unit: str | None = None
 
 
 def affine_of(source: Source, axes: Axes) -> Affine:
@@ -78,6 +98,41 @@ def orientation_of(affine: Affine) -> tuple[str, ...]:
         codes[column] = ENDS[row][int(directions[row, column] > 0)]
         taken[row], taken[:, column] = 9, 9
     return tuple(codes)
+
+
+def spacing_along(source: Source, name: str) -> Spacing | None:
+    """Return the spacing of an axis by its coordinate; None where it has none, or one that is no number.
+
+    Raises:
+        ValueError: if it is not evenly spaced.
+
+    >>> import xarray
+    >>> from oocpatch.volumes.sources import open_source
+    >>> array = xarray.DataArray(np.zeros((2, 3)), {"x": [5.0, 4.5, 4.0]}, ("y", "x"))
+    >>> spacing_along(open_source(array), "x")
+    Spacing(step=-0.5, start=5.0, unit=None)
+    """
+    coordinate: Any = source.coords.get(name)
+    if coordinate is None or coordinate.ndim > 1 or coordinate.size < 1:
+        return None
+    values, unit = np.atleast_1d(np.asarray(coordinate.values)), long_unit(coordinate.attrs.get("units"))
+    if values.dtype.kind == "m" or (values.dtype.kind == "M" and len(values) > 1):
+        values, unit = (values - values[0] if values.dtype.kind == "M" else values) / np.timedelta64(1, "s"), "second"
+    if values.dtype.kind not in "iuf":
+        return None
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"the coordinates of axis {name!r} must be finite, got {values.min()} to {values.max()}")
+    if len(values) == 1:
+        return Spacing(None, float(values[0]), unit)
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    error = float(np.abs(values - (values[0] + step * np.arange(len(values)))).max())
+    if step == 0 or error > EVEN * abs(step):
+        raise ValueError(
+            f"the coordinates of axis {name!r} must be evenly spaced, since the file stores one distance per axis, got "
+            f"distances from {np.diff(values).min():g} to {np.diff(values).max():g}; drop the coordinate, or resample"
+        )
+    return Spacing(float(step), float(values[0]), unit)
 
 
 def _even(coordinate: Any) -> tuple[float, float]:

@@ -21,6 +21,7 @@ import xarray
 from oocpatch.planning.box import Ints
 from oocpatch.volumes.axes import CHANNEL_NAMES, LOOP_NAMES, Axes
 from oocpatch.volumes.ome_metadata import METERS, long_unit
+from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume
 
 NEAR = 0.5 * (1 + 1e-6)
@@ -60,7 +61,9 @@ def align(name: str, array: Volume, volume: Volume) -> tuple[Volume, Placement]:
     for a, b in order:
         own, n = array.source.shape[a], 1 if b is None else volume.shape[b]
         axis_name = axes.names[a]
-        if own > n:
+        if (
+            own > n and stored_volume(volume) is volume
+        ):  # a volume on another grid may be coarser than what it is made of
             raise ValueError(
                 f"{name} must not have more voxels than the volume on any axis, got {own} for {n} along {axis_name}"
             )

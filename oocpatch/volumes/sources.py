@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,23 @@ DISPLAY = "ome_display"
 """Entry in xarray's encoding of a level of an OME-Zarr, which passes `Source.display` on."""
 
 
+@runtime_checkable
+class ClosableReader(Protocol):
+    """A reader of selections that holds files open: of a format, or of the volumes that its array is computed from."""
+
+    def __call__(self, selection: tuple[slice, ...], /) -> npt.NDArray[Any]:
+        """Read a selection."""
+        ...
+
+    def for_run(self, threads: int) -> ClosableReader:
+        """Return the same reader with its files opened anew; see `Volume.for_run`."""
+        ...
+
+    def close(self) -> None:
+        """Close its files."""
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
     """An array that a volume reads from.
@@ -76,6 +93,7 @@ class Source:
         roles: names that determine the roles of the axes, if `names` do not.
         image: metadata of an OME-Zarr, with the one level that this is.
         packing: attributes by which `load` decodes what the array or file stores; see `cf_decoding`.
+        read_bytes: bytes that reading a chunk takes, of an array that is computed from another one.
         display: colours of an OME-Zarr's channels by their names, empty if it has none; None: another source.
     """
 
@@ -94,6 +112,7 @@ class Source:
     roles: tuple[str, ...] | None = None
     image: Multiscale | None = None
     packing: Mapping[str, Any] = field(default_factory=dict)
+    read_bytes: int = 0
     display: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
@@ -112,12 +131,12 @@ class Source:
     def close(self) -> None:
         """Close the file of another format than Zarr, if it is open."""
         load = self.load.load if isinstance(self.load, DecodedReader) else self.load
-        if isinstance(load, FileReader):
+        if isinstance(load, ClosableReader):
             load.close()
 
-    def reopened(self) -> Source:
-        """Return the source with its file opened anew: it may have been replaced."""
-        return replace(self, load=_reopened(self.load))
+    def reopened(self, threads: int = 0) -> Source:
+        """Return the source with its file opened anew: it may have been replaced. Threads: see `Volume.for_run`."""
+        return replace(self, load=_reopened(self.load, threads))
 
 
 def open_source(source: Any, level: int | str = 0) -> Source:
@@ -347,10 +366,10 @@ def _from_zarr(array: zarr.Array[Any], **others: Any) -> Source:
     return _unpacked(replace(source, **others), packing)
 
 
-def _reopened(load: Callable[..., Any]) -> Callable[..., Any]:
+def _reopened(load: Callable[..., Any], threads: int) -> Callable[..., Any]:
     if isinstance(load, DecodedReader):
-        return replace(load, load=_reopened(load.load))
-    return FileReader(load.spec) if isinstance(load, FileReader) else load
+        return replace(load, load=_reopened(load.load, threads))
+    return load.for_run(threads) if isinstance(load, ClosableReader) else load
 
 
 def _unpacked(source: Source, packing: Mapping[str, Any] | None) -> Source:

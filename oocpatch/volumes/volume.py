@@ -130,8 +130,9 @@ class Volume:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one decoded chunk; 0 if the source is in memory."""
-        return math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
+        """Bytes of one decoded chunk, or of what it is computed from; 0 if the source is in memory."""
+        size = math.prod(self.source.chunks) * self.dtype.itemsize if self.source.chunked else 0
+        return max(size, self.source.read_bytes)
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +152,7 @@ class Volume:
         many threads of zarrs. A process with threads of zarrs must not fork.
         """
         volume = copy.copy(self)
-        volume.source = source = self.source.reopened()
+        volume.source = source = self.source.reopened(threads)
         volume._tag_reader = None if source.units is None else source.units.reader()  # noqa: SLF001 - its own
         if threads and source.array is not None and not source.packing:
             volume.chunk_reader = PlainArray.of(source.array) or ZarrsArray.open(source.array, threads)

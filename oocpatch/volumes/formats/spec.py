@@ -219,6 +219,10 @@ class FileReader:
             _, file = self._open
         return file.read(selection)
 
+    def for_run(self, _threads: int) -> FileReader:
+        """Return the same reader with its file opened anew."""
+        return FileReader(self.spec)
+
     def close(self) -> None:
         """Close the file, so that others may write to it; the next call opens it anew."""
         with self._lock:
