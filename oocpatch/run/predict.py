@@ -47,6 +47,7 @@ from oocpatch.run.driver import (
 )
 from oocpatch.run.export_result import check_export, export_result
 from oocpatch.run.input_changes import InputChanges, compare_input
+from oocpatch.run.stored_run import busy, reopen_changed, stored_plan, stored_run, warn_of_lost_workspace
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail, open_ledger
 from oocpatch.workspace.workspace import Workspace

@@ -75,4 +75,5 @@ def stored_plan(config: RunConfig, record: OutputRecord) -> Plan | None:
 
 
 def busy(config: RunConfig, process: str) -> str:
+    """Return the message that another process is at work on an output."""
     return f"another run is at work on {config.output} ({process}); wait for it, or stop it first"
