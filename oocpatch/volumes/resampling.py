@@ -12,7 +12,7 @@ boxes. Beyond its ends a volume goes on with its last voxels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
-from oocpatch.planning.box import Box, Ints, selected, worthwhile
+from oocpatch.planning.box import Box, Ints, worthwhile
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.unit_tags import TagReader, Tags, common_tag
 from oocpatch.volumes.ome_metadata import Multiscale
-from oocpatch.volumes.volume import Volume, chunks_in_memory
+from oocpatch.volumes.volume import Volume, chunks_in_memory, read_selection
 
 Array = npt.NDArray[Any]
 
@@ -102,7 +102,7 @@ class AxisMap:
         ends = self.positions(start, stop)[[0, -1]]
         low, high = float(ends.min()), float(ends.max())
         if self.moves or self.order == 0:
-            return math.floor(low + 0.5), math.floor(high + 0.5) + 1
+            return math.floor(low + 0.5 + EXACT), math.floor(high + 0.5 + EXACT) + 1
         margin = 0 if self.order == 1 else MARGIN + 1
         return math.floor(low) - margin, math.ceil(high) + 1 + margin
 
@@ -110,7 +110,7 @@ class AxisMap:
         """Return some voxels of the grid from those that they depend on, `values`, which begin at `first`."""
         at = self.positions(start, stop)
         if self.moves or self.order == 0:
-            return np.take(values, np.floor(at + 0.5).astype(np.int64) - first, axis)
+            return np.take(values, np.floor(at + 0.5 + EXACT).astype(np.int64) - first, axis)
         base = np.floor(at)
         t, index = at - base, base.astype(np.int64) - first
         if self.order == 1:
@@ -171,13 +171,8 @@ class ResampledReader:
     dtype: np.dtype[Any]
 
     def __call__(self, selection: tuple[slice, ...]) -> Array:
-        axes, shape = self.volume.axes, grid_shape(self.volume, self.maps)
-        whole = selected(selection, shape)
-        box = Box(tuple(whole.start[a] for a in axes.order), tuple(whole.stop[a] for a in axes.order))
-        values = self.read(box)
-        if axes.channel is None:
-            return np.transpose(values[0], np.argsort(axes.order))
-        return np.transpose(values[selection[axes.channel]], np.argsort((axes.channel, *axes.order)))
+        shape = tuple(m.size for m in self.maps)
+        return read_selection(self.volume.axes, shape, self.volume.channels, selection, self.read)
 
     def read(self, box: Box) -> Array:
         """Read a box of the grid, `(C, *box.shape)`."""
@@ -211,30 +206,28 @@ class ResampledReader:
 
 
 @dataclass(frozen=True)
-class ResampledUnits:
-    """The stored units of a volume on another grid, as one unit: its tag is that of all units that a box depends on."""
+class CommonUnits:
+    """The stored units that an array is computed from, as one unit: its tag is that of all units a box depends on.
 
-    reader_of: ResampledReader
+    Attributes:
+        unit: shape of the array.
+        order: the axes of boxes, as positions in it.
+        volumes: the volumes that it is computed from, each with a function that returns the box that a box depends on.
+    """
+
     unit: Ints
+    order: Ints
+    volumes: tuple[tuple[Volume, Callable[[Box], Box]], ...]
 
     def reader(self) -> TagReader:
         """Return a function that reads tags as they are now; for one run."""
-        grid, volume = self.reader_of, self.reader_of.volume.for_run()
-        order = volume.axes.order
+        opened = [(volume.for_run(), support) for volume, support in self.volumes]
 
         def read(box: Box) -> Tags:
-            inner = Box(tuple(box.start[a] for a in order), tuple(box.stop[a] for a in order))
-            return common_tag(volume.tags(grid.support(inner)))
+            inner = Box(tuple(box.start[a] for a in self.order), tuple(box.stop[a] for a in self.order))
+            return common_tag(np.concatenate([volume.tags(support(inner)) for volume, support in opened]))
 
         return read
-
-
-def grid_shape(volume: Volume, maps: Sequence[AxisMap]) -> Ints:
-    """Return the shape of a volume's source on another grid."""
-    shape = list(volume.source.shape)
-    for position, axis_map in zip(volume.axes.order, maps, strict=True):
-        shape[position] = axis_map.size
-    return tuple(shape)
 
 
 def resampled(volume: Volume, maps: Sequence[AxisMap]) -> Volume:
@@ -253,21 +246,23 @@ def resampled(volume: Volume, maps: Sequence[AxisMap]) -> Volume:
     if not all(m.moves or m.order == 0 for m in maps):
         dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     reader = ResampledReader(volume, tuple(maps), dtype)
-    shape, chunks = grid_shape(volume, maps), list(source.chunks)
+    shape, chunks = list(source.shape), list(source.chunks)
     for position, m in zip(order, maps, strict=True):
+        shape[position] = m.size
         if source.chunked and not m.is_identity:
             chunk = max(LEAST_CHUNK, round(source.chunks[position] / abs(m.scale)))
             chunks[position] = min(chunk, m.size)
+    units = None if source.units is None else CommonUnits(tuple(shape), order, ((volume, reader.support),))
     by_name = {volume.axes.names[a]: m for a, m in zip(order, maps, strict=True) if not m.is_identity}
     on_grid = replace(
         source,
-        shape=shape,
+        shape=tuple(shape),
         dtype=dtype,
         chunks=tuple(chunks),
         load=reader,
         array=None,
         files=None,
-        units=None if source.units is None else ResampledUnits(reader, shape),
+        units=units,
         coords=_coords(source.coords, by_name),
         packing={},
     )

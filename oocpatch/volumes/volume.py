@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.arguments import one_of, per_axis
-from oocpatch.planning.box import Box, Ints, unravel, worthwhile
+from oocpatch.planning.box import Box, Ints, selected, unravel, worthwhile
 from oocpatch.planning.choices import FOLDED_PADDING
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.storage.chunk_guard import ChunkGuard
@@ -299,6 +299,30 @@ class Volume:
             return None
         target = (out[0] if self.axes.channel is None else out).transpose(np.argsort(self._positions))
         return target if isinstance(self.chunk_reader, PlainArray) or target.flags.c_contiguous else None
+
+
+def read_selection(
+    axes: Axes,
+    shape: Ints,
+    channels: int,
+    selection: tuple[slice, ...],
+    read: Callable[[Box], npt.NDArray[Any]],
+) -> npt.NDArray[Any]:
+    """Read a selection of an array that is computed box by box.
+
+    Args:
+        axes: the axes of the array.
+        shape: its extent along looped and spatial axes, in the order of boxes.
+        channels: number of channels.
+        selection: one slice per axis of the array.
+        read: computes a box, `(C, *box.shape)`.
+    """
+    box = selected(tuple(selection[a] for a in axes.order), shape)
+    values = read(box)
+    if axes.channel is None:
+        return np.transpose(values[0], np.argsort(axes.order))
+    whole = slice(*selection[axes.channel].indices(channels))
+    return np.transpose(values[whole], np.argsort((axes.channel, *axes.order)))
 
 
 def _renamed(source: Source, axes: str | Sequence[str] | None) -> Source:

@@ -56,7 +56,7 @@ def test_scores_of_patches_are_those_of_the_whole_volume_resampled_at_once(
         edges = 3 - step / 2, 3 - step / 2 + n * step
         own = (edges[1] - edges[0]) / result.sizes[name]
         np.testing.assert_allclose(result[name], np.arange(edges[0] + own / 2, edges[1], own))
-        assert result[name].attrs["units"] == "micrometer"
+        assert result[name].attrs["units"] == "um"
 
 
 def test_a_mask_and_a_box_are_those_of_the_volume(scan: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_mask_and_a_box_are_those_of_the_volume(scan: Path, tmp_path: Path) ->
 
 def test_preprocessing_knows_the_statistics_of_the_volume_as_it_is_stored(scan: Path, tmp_path: Path) -> None:
     data = np.asarray(zarr.open_array(scan / "image")[:], np.float64)
-    options = {**SETTINGS, "spacing": 1.0, "preprocess": "zscore", "processes": True, "workers": 1}
+    options = {**SETTINGS, "spacing": 1.0, "preprocess": "zscore"}
     result = oocpatch.predict(scan, "identity", tmp_path / "out.zarr", **options)
     expected = (whole(data, result.shape, (1, 1, 1)) - data.mean()) / data.std()
     np.testing.assert_allclose(result, expected, atol=1e-5)
