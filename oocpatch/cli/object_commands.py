@@ -89,9 +89,9 @@ def objects(labels: str, output: str, *, as_json: bool, properties: str, **optio
     report: dict[str, Any] = {"output": output, "complete": path is not None, "seconds": seconds}
     line = "{output}: {seconds:.1f} s, this part is done, others are not"
     if path is not None:
-        from oocpatch.objects.table_workspace import find_table
+        from oocpatch.outputs.record import inspect_output
 
-        record = find_table(path)
+        record = inspect_output(path)
         report["objects"] = 0 if record is None else record.details["objects"]
         line = "{output}: {seconds:.1f} s, {objects} objects"
     click.echo(json.dumps(report, indent=1) if as_json else line.format(**report))

@@ -129,7 +129,7 @@ def make_label_plan(config: RunConfig, rule: Labelling) -> Plan:
     voxels = math.prod(volume.shape[config.looped :])
     if voxels > np.iinfo(np.int64).max:
         raise PlanTooLarge(f"label numbers at most {np.iinfo(np.int64).max:,} voxels, got {voxels:,}")
-    axes, ones = len(volume.shape), (1,) * len(volume.shape)
+    ones = (1,) * len(volume.shape)
     example = torch.zeros((1, volume.channels, *ones), dtype=torch.int32, device="cpu")
     geometry = Geometry(((1, 1),) * volume.spatial_ndim, (0,) * volume.spatial_ndim)
     probe = Probe({NAME: example}, {NAME: geometry}, copies_input=False, aliased=frozenset(), bytes=0)
@@ -157,7 +157,28 @@ def make_label_plan(config: RunConfig, rule: Labelling) -> Plan:
     workers = config.execution.threads or min(os.cpu_count() or 1, MOST_WORKERS)
     concurrency = max(1, min(workers, blocks.num_blocks, (limit - shared) // need))
     size = math.prod(volume.shape) * volume.channels
-    plan = Plan(
+    plan = replace(
+        voxel_plan(config, tuple(axis.size for axis in blocks.axes), concurrency, need),
+        context=outputs.context,
+        snap=outputs.snap,
+        heads=outputs.heads,
+        sweep=blocks.sweep,
+        io_strategy=IoStrategy(aligned_reads=True, prefetch=False, threads=threads),
+        torch_threads=torch.get_num_threads(),
+        projected_memory=shared + concurrency * need,
+        projected_disk=_disk(blocks, config.looped) * volume.channels,
+        bytes_read=2 * size * volume.dtype.itemsize,
+        bytes_written=size * np.dtype(head.out_dtype).itemsize,
+        memory_parts=(("blocks", need), ("chunks", shared)),
+        labelling=rule,
+    )
+    return with_pyramids(plan, limit)
+
+
+def voxel_plan(config: RunConfig, core: Ints, concurrency: int, task_memory: int) -> Plan:
+    """Return the plan of a run whose patches are voxels, which no model sees, without heads."""
+    volume, axes = config.volume, len(config.volume.shape)
+    return Plan(
         parameters=config.parameters,
         axes=volume.names,
         spatial=volume.spatial_ndim,
@@ -165,31 +186,28 @@ def make_label_plan(config: RunConfig, rule: Labelling) -> Plan:
         in_channels=volume.channels,
         in_dtype=str(volume.dtype),
         in_chunks=volume.chunks,
-        patch_size=ones,
+        patch_size=(1,) * axes,
         patch_overlap=(0,) * axes,
         padding_mode=None,
         fill=0,
-        context=outputs.context,
-        snap=outputs.snap,
-        heads=outputs.heads,
+        context=(0,) * axes,
+        snap=(1,) * axes,
+        heads=(),
         copies_input=False,
         may_skip=False,
-        core=tuple(axis.size for axis in blocks.axes),
-        sweep=blocks.sweep,
-        io_strategy=IoStrategy(aligned_reads=True, prefetch=False, threads=threads),
+        core=core,
+        sweep=0,
+        io_strategy=IoStrategy(aligned_reads=False, prefetch=False, threads=1),
         concurrency=concurrency,
         batch_size=1,
-        torch_threads=torch.get_num_threads(),
-        projected_memory=shared + concurrency * need,
-        projected_disk=_disk(blocks, config.looped) * volume.channels,
-        bytes_read=2 * size * volume.dtype.itemsize,
-        bytes_written=size * np.dtype(head.out_dtype).itemsize,
-        task_memory=need,
-        memory_parts=(("blocks", need), ("chunks", shared)),
-        labelling=rule,
-        merge_memory=limit,
+        torch_threads=1,
+        projected_memory=concurrency * task_memory,
+        projected_disk=0,
+        bytes_read=math.prod(volume.shape) * volume.channels * volume.dtype.itemsize,
+        bytes_written=0,
+        task_memory=task_memory,
+        merge_memory=config.limits.max_memory,
     )
-    return with_pyramids(plan, limit)
 
 
 def with_larger_ids(config: RunConfig, error: TooManyObjects) -> RunConfig:

@@ -17,6 +17,7 @@ import torch
 from oocpatch.configuration.label_plan import make_label_plan
 from oocpatch.configuration.output_heads import OutputHeads, default_shards, infer_heads
 from oocpatch.configuration.run_config import RunConfig
+from oocpatch.configuration.table_plan import make_table_plan
 from oocpatch.engine.buffers import torch_dtype
 from oocpatch.engine.device_transfer import is_staged
 from oocpatch.engine.patch_selection import Selection
@@ -61,6 +62,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     if config.labelling is not None:
         return make_label_plan(config, config.labelling)
+    if config.table is not None:
+        return make_table_plan(config, config.table)
     if config.patch_size:
         return _planned(config)
     failures: list[ValueError] = []
@@ -293,7 +296,7 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
             f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
             f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
         )
-    shared = 0 if plan.labelling is not None else needed - workers * plan.task_memory
+    shared = 0 if plan.reads_voxels else needed - workers * plan.task_memory
     merge_memory = config.limits.max_memory - shared if plan.merges else 0
     return replace(plan, concurrency=workers, projected_memory=needed, merge_memory=merge_memory)
 

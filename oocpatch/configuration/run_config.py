@@ -43,6 +43,7 @@ from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
+from oocpatch.volumes.content import INTENSITY, LABELS, MASK, VOLUME
 from oocpatch.volumes.model_grid import ModelGrid
 from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume, refuse_overlap
@@ -60,9 +61,11 @@ class RunConfig:
         data, model, patches, outputs, limits, execution: the groups of options.
         parameters: the fingerprint: the values that say whether two runs are the same, by name.
         settings: the arguments as they were given, as JSON.
-        labelling: what objects are, of a call of `label`; None: the call is one of `predict`.
         package: the model package, if the model is one.
         of_package: the arguments that the package gave.
+        labelling: what objects are, of a call of `label`; None: the call is another one.
+        table: the columns of a table, of a call of `objects`; None: the call is another one.
+        intensity: what a table measures besides, over the labels that are its volume.
     """
 
     volume: Volume
@@ -80,6 +83,8 @@ class RunConfig:
     labelling: Labelling | None = None
     package: ModelPackage | None = None
     of_package: Mapping[str, Any] = field(default_factory=dict)
+    table: Mapping[str, Any] | None = None
+    intensity: Volume | None = None
 
     @classmethod
     def of(cls, volume: Any, model: Any, output: Any, **arguments: Any) -> RunConfig:
@@ -224,6 +229,14 @@ class RunConfig:
         return (*(0,) * self.looped, *self.patches.patch_overlap)
 
     @property
+    def inputs(self) -> dict[str, Volume]:
+        """The volumes that blocks read, by the names of their parameters."""
+        mask = None if self.data.mask is None else self.data.mask.volume
+        volumes = {VOLUME: self.volume, MASK: mask}
+        volumes = volumes if self.table is None else {LABELS: self.volume, INTENSITY: self.intensity}
+        return {name: volume for name, volume in volumes.items() if volume is not None}
+
+    @property
     def selection(self) -> Selection:
         """The patches to compute."""
         return Selection(self.data.mask, self.data.box)
@@ -265,7 +278,7 @@ class RunConfig:
 
         With a patch size that was left open comes an overlap, unless one was given.
         """
-        if self.labelling is not None:  # patches are voxels, which identify no run
+        if self.labelling is not None or self.table is not None:  # patches are voxels, which identify no run
             return self
         patches = replace(
             self.patches,

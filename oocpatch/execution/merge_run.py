@@ -1,4 +1,4 @@
-"""A run whose second stage needs the first one of all blocks, merged: of `oocpatch.label`.
+"""A run whose second stage needs the first one of all blocks, merged: of `oocpatch.label`, and of others like it.
 
 ```text
  predict 0, 1, 2 ... (tables of objects) --all there--> merge (ids) --> normalize 0, 1, 2 ... (labels)
@@ -73,13 +73,16 @@ class MergeRun(Run):
             return
         self._is_merging = False
         if error is None:
-            result = future.result()
-            ids = result.partials_ref
-            self._record(Record("merge", 0, digest=ids.digest, note=ids.attempt, units=result.unit_checksums))
+            self._take_merged(future.result())
         elif isinstance(error, CorruptPartial):
             self._repair(task, error)
         elif not isinstance(error, Stopped):
             raise error
+
+    def _take_merged(self, result: TaskResult) -> None:
+        """Record what the merge left."""
+        ids = result.partials_ref
+        self._record(Record("merge", 0, digest=ids.digest, note=ids.attempt, units=result.unit_checksums))
 
     def _repair(self, task: Task, error: CorruptPartial) -> None:
         """Label a block again whose table is damaged, or merge again; what was to read it comes after that."""
@@ -156,3 +159,21 @@ class InstanceRun(MergeRun):
 
     def _ref(self, key: int) -> PartialsRef | None:
         return self.progress.tables.get(block_of(key)) if key < MERGED else super()._ref(key)
+
+
+@dataclass
+class TableRun(MergeRun):
+    """One execution of the stages of `objects`, whose merge writes the table.
+
+    A call that is continued writes it again: the merge is not recorded, so that no file of an earlier call is taken.
+
+    ```text
+     predict 0, 1, 2 ... (tables of blocks) --all there--> merge (the file)
+    ```
+    """
+
+    def _next_of_all(self) -> Task | None:
+        return super()._next_of_all() if self.progress.merged == NO_PARTIALS else None
+
+    def _take_merged(self, result: TaskResult) -> None:
+        self.progress.merged, self.progress.objects = result.partials_ref, result.unit_checksums

@@ -101,6 +101,7 @@ class WorkerPayload:
     output: StoragePath
     fingerprint: Any
     open_tasks: OpenTasks
+    intensity: VolumeRef | None
 
 
 def check_cluster(options: ModelOptions, client: Any) -> None:
@@ -181,6 +182,9 @@ def published_payload(
             output=output,
             fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
             open_tasks=inputs.open_tasks,
+            intensity=None
+            if inputs.intensity is None
+            else volume_ref(inputs.intensity, folder, "intensity", free_disk),
         )
         data = pickled(payload)
         (folder / PAYLOAD).write_plain(data)

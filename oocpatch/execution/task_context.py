@@ -56,13 +56,17 @@ OpenTasks = Callable[
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """Volume, mask of patches to compute, loaded models and their options, and what runs tasks on them."""
+    """Volume, mask of patches to compute, loaded models and their options, and what runs tasks on them.
+
+    The intensity is what `objects` measures besides.
+    """
 
     options: ModelOptions
     volume: Volume
     mask: Mask | None
     models: tuple[Model, ...]
     open_tasks: OpenTasks
+    intensity: Volume | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def thread_executor(
         ThreadPoolExecutor(plan.concurrency, "oocpatch-block", use_threads, (1,)) as pool,
     ):
         executor = ThreadExecutor(pool, plan.concurrency, tasks.run, stop)
-        yield RunExecutor(executor, tasks.halved, output.path.flush)
+        yield RunExecutor(executor, tasks.halved, output.flush)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
+from oocpatch.volumes.content import INTENSITY, LABELS, VOLUME
 from oocpatch.workspace.run_progress import BlockSet
 from oocpatch.workspace.workspace import PLAN, Workspace
 
@@ -76,13 +77,14 @@ def cluster_executor(
             patches = plan.patches_in([task.index])
             on_progress(TaskDone(task.index, patches, patches * plan.bytes_per_patch))
 
+    flush = output.flush if plan.table is None else output.parent.flush
     log_dashboard(client)
     with (
         published_payload(plan, inputs, workspace, output, max_disk) as handle,
         reports.received(client, handle.token),
         ClusterExecutor(client, handle, run_in_worker, close_call, processes, on_done) as cluster,
     ):
-        yield RunExecutor(cluster, lambda: halved, lambda: cluster.run_on_all_workers(output.flush))
+        yield RunExecutor(cluster, lambda: halved, lambda: cluster.run_on_all_workers(flush))
 
 
 class ProgressReports:
@@ -185,8 +187,12 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
     payload: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
     plan = Plan.from_json(payload.plan)
     volume = payload.volume.open()
-    if volume.signature != plan.parameters["volume"]:
-        raise ValueError(f"the volume at {volume.source.location} is not the one that the client reads")
+    intensity = None if payload.intensity is None else payload.intensity.open()
+    inputs_here = {VOLUME: volume} if plan.table is None else {LABELS: volume, INTENSITY: intensity}
+    for name, opened in inputs_here.items():
+        expected = plan.parameters[name]  # of an intensity with the names of channels
+        if opened is not None and opened.signature != (expected if isinstance(expected, str) else expected[0]):
+            raise ValueError(f"the {name} at {opened.source.location} is not the one that the client reads")
     device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())
     options = replace(payload.options, device=device)
     models = load(options)
@@ -204,7 +210,7 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
         reporter(event)
 
     output = GuardedOutput(payload.output, plan, guard)
-    inputs = RunInputs(options, volume, mask, models, payload.open_tasks)
+    inputs = RunInputs(options, volume, mask, models, payload.open_tasks, intensity)
     return stack.enter_context(inputs.open_tasks(plan, inputs, Workspace(handle.root, plan), output, check_stopped))
 
 

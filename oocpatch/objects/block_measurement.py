@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,17 @@ import numpy.typing as npt
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import InvalidVolume
 from oocpatch.objects import moments, polygons
+from oocpatch.objects.columns import TableSchema
 from oocpatch.objects.table_parts import PartWriter
-from oocpatch.objects.table_plan import TablePlan
 from oocpatch.planning.box import Box
+from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import LocalPath
-from oocpatch.volumes.content import InputStamps
+from oocpatch.volumes.content import INTENSITY, LABELS, InputStamps
 from oocpatch.volumes.volume import Volume
+from oocpatch.workspace.workspace import Workspace
 
 Array = npt.NDArray[Any]
-LABELS, INTENSITY = "labels", "intensity"
-"""Names of the inputs, as stamps have them: those of the parameters."""
-
 ROWS, CORNERS = "rows", "corners"
 """Names of the tables of a block."""
 
@@ -35,20 +35,35 @@ class MeasurementContext:
 
     Attributes:
         labels, intensity: open for a run.
-        root: the workspace.
+        name: name of the table's file.
         on_progress: receives an event per block; it raises to stop.
     """
 
-    plan: TablePlan
+    plan: Plan
     labels: Volume
     intensity: Volume | None
-    root: LocalPath
+    workspace: Workspace
+    name: str
     on_progress: OnProgress
 
+    @cached_property
+    def schema(self) -> TableSchema:
+        """The columns."""
+        return TableSchema.of(self.plan.table or {})
 
-def block_folder(root: LocalPath, block: int) -> LocalPath:
-    """Return the directory of the attempts at a block."""
-    return root / "blocks" / str(block)
+    @property
+    def has_polygons(self) -> bool:
+        """True where the file has polygons."""
+        return self.name.lower().endswith(".geojson")
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that measuring a block takes beside the block itself."""
+        return dict(self.plan.memory_parts)["scratch"]
+
+    def check(self) -> None:
+        """Stop if the run is stopped."""
+        self.on_progress(TaskDone(0, 0, 0.0))
 
 
 def measure_block(context: MeasurementContext, block: int) -> TaskResult:
@@ -59,17 +74,16 @@ def measure_block(context: MeasurementContext, block: int) -> TaskResult:
     Raises:
         InvalidVolume: when a label is negative.
     """
-    plan, core = context.plan, context.plan.core_of(block)
-    stamps = InputStamps()
-    context.on_progress(TaskDone(block, 0, 0))
+    core, stamps = context.plan.block_grid[block].core, InputStamps()
+    context.check()
     labels = _read(context.labels, LABELS, core, stamps)
     labels = labels.view(np.uint8) if labels.dtype == bool else labels
     if labels.dtype.kind == "i" and labels.size and int(labels.min()) < 0:
-        raise InvalidVolume(_negative(labels, core, plan))
+        raise InvalidVolume(_negative(labels, core, context.plan))
     intensity = None if context.intensity is None else _read(context.intensity, INTENSITY, core, stamps)
-    writer = PartWriter(block_folder(context.root, block))
+    writer = PartWriter(LocalPath(str(context.workspace.folder(block))))
     try:
-        for name, rows in measured_tables(plan, core, labels, intensity):
+        for name, rows in measured_tables(context, core, labels, intensity):
             writer.write(name, rows)
         ref = writer.close()
     except BaseException:
@@ -79,29 +93,32 @@ def measure_block(context: MeasurementContext, block: int) -> TaskResult:
     return TaskResult(ref, input_stamps=stamps.pack())
 
 
-def measured_tables(plan: TablePlan, core: Box, labels: Array, intensity: Array | None) -> Iterator[tuple[str, Array]]:
+def measured_tables(
+    context: MeasurementContext, core: Box, labels: Array, intensity: Array | None
+) -> Iterator[tuple[str, Array]]:
     """Yield the sorted runs of the tables of a block, mostly one of each: a pure function of what the block holds.
 
     Args:
-        plan: the plan.
+        context: the plan, and the file's format.
         core: the block's box.
         labels: `(C, *core.shape)`.
         intensity: `(C, *core.shape)`, or None.
     """
-    layout, looped = plan.schema.layout, len(plan.shape) - plan.spatial
+    plan, layout, scratch = context.plan, context.schema.layout, context.scratch
+    looped = len(plan.shape) - plan.spatial
     start = core.start[looped:]
-    rows = _Runs(ROWS, plan.scratch // (8 * layout.dtype.itemsize), lambda parts: moments.merge(parts, layout))
+    rows = _Runs(ROWS, scratch // (8 * layout.dtype.itemsize), lambda parts: moments.merge(parts, layout))
     dtype = polygons.corner_dtype(layout.indices)
-    corners = _Runs(CORNERS, plan.scratch // (8 * dtype.itemsize), polygons.merge_corners)
-    segment = min(moments.SEGMENT, plan.scratch // (2 * moments.BYTES_PER_VOXEL))
-    for channel, *place in itertools.product(range(plan.channels), *map(range, core.shape[:looped])):
+    corners = _Runs(CORNERS, scratch // (8 * dtype.itemsize), polygons.merge_corners)
+    segment = min(moments.SEGMENT, scratch // (2 * moments.BYTES_PER_VOXEL))
+    for channel, *place in itertools.product(range(plan.in_channels), *map(range, core.shape[:looped])):
         position = [core.start[a] + p for a, p in enumerate(place) if plan.shape[a] > 1]
-        index = (*position, channel) if plan.channels > 1 else tuple(position)
+        index = (*position, channel) if plan.in_channels > 1 else tuple(position)
         values = labels[(channel, *place)]
         of_place = None if intensity is None else np.moveaxis(intensity, 0, looped)[tuple(place)]
         for part in moments.measure(values, of_place, layout, start=start, index=index, segment_size=segment):
             yield from rows.add(part)
-        if plan.has_polygons:
+        if context.has_polygons:
             lines = max(1, segment // values.shape[1])
             for top in range(0, values.shape[0], lines):
                 strip = values[top : top + lines]
@@ -148,7 +165,7 @@ def _read(volume: Volume, name: str, core: Box, stamps: InputStamps) -> Array:
     return out.reshape(volume.channels, *core.shape)
 
 
-def _negative(labels: Array, core: Box, plan: TablePlan) -> str:
+def _negative(labels: Array, core: Box, plan: Plan) -> str:
     place = np.unravel_index(int(np.argmin(labels)), labels.shape)[1:]
-    at = ", ".join(f"{n}={a + int(p)}" for n, a, p in zip(plan.names, core.start, place, strict=True))
+    at = ", ".join(f"{n}={a + int(p)}" for n, a, p in zip(plan.axes, core.start, place, strict=True))
     return f"labels must be 0, where there is no object, or positive, got {int(labels.min())} at {at}"

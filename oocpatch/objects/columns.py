@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,11 @@ class TableSchema:
         order = known if len(known) == len(self.axes) else self.axes[::-1]
         return [f"centroid_{axis}" for axis in order]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the schema as JSON stores it."""
-        return asdict(self)
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TableSchema:
+        """Return the schema that JSON stored."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     def columns(self, merged: Rows, rows: Rows, starts: Array) -> Columns:
         """Return the columns of objects.

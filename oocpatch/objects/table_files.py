@@ -204,16 +204,13 @@ def _append(dataset: Any, values: Array) -> None:
     dataset[before:] = values
 
 
-class FrameCollector:
-    """A `pandas.DataFrame`, if it fits in memory."""
+class FrameFile:
+    """A table that is returned as a `pandas.DataFrame`, if it fits in memory: arrays of some rows, column by column."""
 
-    def __init__(self, schema: TableSchema, limit: int) -> None:
-        self._schema, self._limit = schema, limit
-        self._batches: list[Columns] = []
-        self._rows = 0
+    def __init__(self, path: Path, schema: TableSchema, limit: int) -> None:
+        self._file, self._schema, self._limit, self._rows = path.open("wb"), schema, limit, 0
 
     def write(self, columns: Columns, polygons: Polygons | None) -> None:  # noqa: ARG002 - of TableFile
-        self._batches.append(columns)
         self._rows += len(columns["label"])
         # Batches and the frame that is made of them are both in memory in the end.
         size = 2 * self._rows * sum(dtype.itemsize for dtype in self._schema.dtypes.values())
@@ -222,19 +219,25 @@ class FrameCollector:
                 f"the table has {self._rows:,} rows or more, which need {human(size, up=True)}, but max_memory is "
                 f"{human(self._limit)}; write it to a file with output=, or raise max_memory"
             )
+        for values in columns.values():
+            np.save(self._file, values, allow_pickle=False)
 
     def close(self) -> None:
-        """Leave the batches to `frame`."""
+        self._file.close()
 
-    def frame(self) -> Any:
-        """Return the table, with the units of its columns in `attrs`."""
-        pd = importlib.import_module("pandas")  # half a second of imports
-        empty = {name: np.empty(0, dtype) for name, dtype in self._schema.dtypes.items()}
-        batches = self._batches or [empty]
-        frame = pd.DataFrame({name: np.concatenate([batch[name] for batch in batches]) for name in empty})
-        units = {name: unit for name, unit in column_units(self._schema).items() if unit}
-        frame.attrs.update({"units": units} if units else {})
-        return frame
+
+def read_frame(path: Path, schema: TableSchema) -> Any:
+    """Return the table that a `FrameFile` wrote, with the units of its columns in `attrs`."""
+    pd = importlib.import_module("pandas")  # half a second of imports
+    batches = {name: [np.empty(0, dtype)] for name, dtype in schema.dtypes.items()}
+    with path.open("rb") as file:
+        while file.tell() < path.stat().st_size:
+            for of_column in batches.values():
+                of_column.append(np.load(file, allow_pickle=False))
+    frame = pd.DataFrame({name: np.concatenate(of_column) for name, of_column in batches.items()})
+    units = {name: unit for name, unit in column_units(schema).items() if unit}
+    frame.attrs.update({"units": units} if units else {})
+    return frame
 
 
 class Batches:
@@ -302,6 +305,12 @@ def check_format(name: str) -> str:
     if library is not None and importlib.util.find_spec(library) is None:
         raise ValueError(f"writing {name!r} needs {library}: pip install 'oocpatch[{extra}]'")
     return suffix
+
+
+def open_file(path: Path, name: str, schema: TableSchema, limit: int) -> TableFile:
+    """Open the file at a path for a table of a name, or for a data frame of so many bytes where it has no ending."""
+    suffix = next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
+    return FrameFile(path, schema, limit) if suffix is None else FORMATS[suffix][0](path, schema)
 
 
 def properties_for(suffix: str | None, properties: Sequence[str], *, has_intensity: bool) -> tuple[str, ...]:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import PlanTooLarge
 from oocpatch.objects import moments, polygons
-from oocpatch.objects.block_measurement import CORNERS, ROWS, block_folder
-from oocpatch.objects.table_files import Batches, TableFile
+from oocpatch.objects.block_measurement import CORNERS, ROWS, MeasurementContext
+from oocpatch.objects.columns import TableSchema
+from oocpatch.objects.table_files import Batches, TableFile, open_file
 from oocpatch.objects.table_parts import SortedRun, read_ranges, read_runs, samples_per_run
-from oocpatch.objects.table_workspace import TableWorkspace
 from oocpatch.planning.plan import human
+from oocpatch.storage.checksums import measured
+from oocpatch.storage.paths import LocalPath
 from oocpatch.workspace.ledger import PartialsRef
+from oocpatch.workspace.workspace import Workspace
 
 Array = npt.NDArray[Any]
+
+TABLE = "table"
+"""Name of the table's file in the workspace."""
 
 ROW_COPIES = 8
 """Bytes that merging a row takes, in its own: it is sorted, shifted, merged, and made into columns."""
@@ -30,62 +39,69 @@ RUN_BYTES = 1 << 10
 """Bytes that a sorted run takes while it is open, and each of its sampled labels eight more."""
 
 
-def find_runs(workspace: TableWorkspace, refs: Mapping[int, PartialsRef]) -> dict[str, list[SortedRun]]:
-    """Return the sorted runs of all blocks in their order, verified.
+def find_runs(workspace: Workspace, schema: TableSchema, block: int, ref: PartialsRef) -> dict[str, list[SortedRun]]:
+    """Return the sorted runs of a block, verified.
 
     Raises:
         CorruptPartial: when one is missing or damaged.
     """
-    schema, blocks = workspace.plan.schema, workspace.plan.blocks
     dtypes = {ROWS: schema.layout.dtype, CORNERS: polygons.corner_dtype(schema.layout.indices)}
-    runs: dict[str, list[SortedRun]] = {ROWS: [], CORNERS: []}
-    for block in range(blocks):
-        runs_of_block = read_runs(
-            block_folder(workspace.root, block), block, refs[block], dtypes, samples_per_run(blocks)
-        )
-        for name, of_block in runs_of_block.items():
-            runs[name] += of_block
-    return runs
+    samples = samples_per_run(workspace.plan.blocks)
+    return read_runs(LocalPath(str(workspace.folder(block))), block, ref, dtypes, samples)
 
 
-def write_objects(
-    workspace: TableWorkspace,
-    runs: dict[str, list[SortedRun]],
-    file: TableFile,
-    advance: Callable[[int], None],
-) -> int:
-    """Merge sorted runs by label, write a row per object, close the file, and return how many there are.
+def merge_tables(context: MeasurementContext, refs: Mapping[int, PartialsRef]) -> TaskResult:
+    """Merge the tables of all blocks by label, and write a row per object to the table's file.
 
-    Args:
-        workspace: the workspace.
-        runs: those of the blocks, in their order.
-        file: receives the rows.
-        advance: called with the number of rows of runs that were merged.
+    Idempotent: writes only a new directory in `merged`.
+
+    Returns:
+        The attempt with the CRC of the file, and the number of objects, as the text of checksums.
 
     Raises:
-        PlanTooLarge: when there are too many runs for `max_memory`.
+        CorruptPartial: when the table of a block is damaged.
+        PlanTooLarge: when there are too many blocks for `max_memory`, or a table that is returned does not fit.
     """
-    plan, objects = workspace.plan, 0
-    layout = plan.schema.layout
+    runs: dict[str, list[SortedRun]] = {ROWS: [], CORNERS: []}
+    for block in range(context.plan.blocks):
+        context.check()
+        for name, of_block in find_runs(context.workspace, context.schema, block, refs[block]).items():
+            runs[name] += of_block
+    attempt = f"{secrets.randbelow(10**15):015d}"
+    folder = context.workspace.merged_folder(attempt)
+    folder.make_folder()
+    path = LocalPath(str(folder / TABLE))
+    file = open_file(path, context.name, context.schema, context.plan.merge_memory)
+    try:
+        count = _write_objects(context, runs, file)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.close()
+        raise
+    return TaskResult(PartialsRef(measured(path)[1], attempt), unit_checksums=json.dumps(count))
+
+
+def _write_objects(context: MeasurementContext, runs: dict[str, list[SortedRun]], file: TableFile) -> int:
+    """Merge sorted runs by label, write a row per object, close the file, and return how many there are."""
+    schema, limit, objects = context.schema, context.plan.merge_memory, 0
+    layout = schema.layout
     sizes = {ROWS: ROW_COPIES * layout.dtype.itemsize, CORNERS: CORNER_BYTES}
     open_bytes = sum(RUN_BYTES + 24 * len(run.sample) for of_table in runs.values() for run in of_table)
-    limit = plan.max_memory - open_bytes
-    if 2 * limit < plan.max_memory:
+    if 2 * open_bytes > limit:
         count = sum(map(len, runs.values()))
         raise PlanTooLarge(
-            f"merging the tables of {plan.blocks:,} blocks needs {human(2 * open_bytes, up=True)} for their {count:,} "
-            f"files alone but max_memory is {human(plan.max_memory)}; raise max_memory"
+            f"merging the tables of {context.plan.blocks:,} blocks needs {human(2 * open_bytes, up=True)} for their "
+            f"{count:,} files alone but max_memory is {human(limit)}; raise max_memory"
         )
     batches = Batches(file)
-    for tables in read_ranges(runs, sizes, limit // 4, lambda: None):
+    for tables in read_ranges(runs, sizes, (limit - open_bytes) // 4, context.check):
         rows, starts = moments.sort_rows(tables[ROWS], layout)
         if not len(starts):
             continue
         merged = moments.merge_sorted(rows, starts, layout)
-        shapes = _polygons(tables[CORNERS]) if plan.has_polygons else None
-        batches.write(plan.schema.columns(merged, rows, starts), shapes)
+        shapes = _polygons(tables[CORNERS]) if context.has_polygons else None
+        batches.write(schema.columns(merged, rows, starts), shapes)
         objects += len(merged)
-        advance(len(rows))
     batches.close()
     return objects
 
@@ -96,8 +112,3 @@ def _polygons(parts: list[Array]) -> Iterator[list[list[polygons.Ring]]]:
     bounds = [0, *polygons.object_starts(corners)[:: polygons.TRACED].tolist()[1:], len(corners)]
     for start, stop in pairwise(bounds):
         yield from polygons.trace(corners[start:stop])
-
-
-def count_rows(runs: Mapping[str, list[SortedRun]]) -> int:
-    """Return the number of rows of all runs."""
-    return int(np.sum([run.count for run in runs[ROWS]], dtype=np.int64))

@@ -22,11 +22,20 @@ from zarr.abc.store import Store
 
 from oocpatch.errors import CorruptData
 from oocpatch.outputs.coordinates import head_attributes, scaled_coords, write_coords
-from oocpatch.outputs.integrity import LEDGER, copy_ledger, other_files, verify_files
+from oocpatch.outputs.integrity import LEDGER, copy_ledger, latest_lines, other_files, verify_files
 from oocpatch.outputs.ome_labels import parent_image
 from oocpatch.outputs.ome_zarr import ARRAY, create_images, image_groups, images_of, is_ome_zarr, root_attributes
 from oocpatch.outputs.omero import channel_settings, write_channel_settings
-from oocpatch.outputs.record import ATTRIBUTE, METADATA, OutputRecord, require_output, write_record
+from oocpatch.outputs.record import (
+    ATTRIBUTE,
+    METADATA,
+    OutputRecord,
+    publish_table,
+    require_output,
+    table_record,
+    write_record,
+    write_table_record,
+)
 from oocpatch.outputs.row_arrays import create_rows, row_files, row_members
 from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, Ints, unit_positions, worthwhile
@@ -43,8 +52,16 @@ def create_output(
 ) -> None:
     """Create the groups, arrays and coordinates of an output; only what a previous run wrote is replaced.
 
-    `root` is the workspace of the run.
+    `root` is the workspace of the run. A table begins with its record alone.
     """
+    parameters = json.loads(json.dumps(plan.parameters, default=list))
+    sizes = {"block_shape": plan.block_shape, "context": plan.context, "snap": plan.snap, "unit": plan.unit}
+    details: dict[str, Any] = {name: list(values) for name, values in sizes.items()}
+    if plan.table is not None:
+        if previous is not None:
+            path.unlink(missing_ok=True)
+        write_table_record(path, OutputRecord(root.name, False, parameters, str(root.parent), (), details))
+        return
     coords = [scaled_coords(volume, plan, head) for head in plan.heads]
     split, parent = is_tree(plan.heads), parent_image(path)
     images = images_of(plan, volume, parent.levels if parent else None) if is_ome_zarr(plan) else ()
@@ -54,11 +71,7 @@ def create_output(
     if images:
         members = tuple(dict.fromkeys(p.split("/")[0] for image in images for p in image.paths))
         members = (*members, "OME") if all(image.group for image in images) else members
-    details = {
-        "block_shape": list(plan.block_shape),
-        "context": list(plan.context),
-        "snap": list(plan.snap),
-        "unit": list(plan.unit),
+    details |= {
         "heads": list(heads),
         **({"rows": list(rows)} if rows else {}),
         "tree": split,
@@ -67,7 +80,6 @@ def create_output(
         "channel_axes": list(distinct_channel_axes(plan.heads, plan.in_channels)),
         "pyramids": [{"levels": list(image.paths), "method": image.method} for image in images],
     }
-    parameters = json.loads(json.dumps(plan.parameters, default=list))
     record = OutputRecord(root.name, False, parameters, str(root.parent), (*members, *rows), details)
     store = path.store()
     # xarray replaces the attributes of a group: without the record, a crash would leave an output nobody may replace
@@ -110,6 +122,11 @@ def _replace(path: StoragePath, previous: OutputRecord, attributes: Mapping[str,
 def is_tree(heads: Sequence[Head]) -> bool:
     """Return whether each head has a group of its own, since heads of different scales cannot share coordinates."""
     return len({h.scale for h in heads}) > 1
+
+
+def stored_ledger(path: StoragePath, plan: Plan) -> StoragePath:
+    """Return where a complete output has the records of its run."""
+    return table_record(path) if plan.table is not None else path / ledger_path(plan)
 
 
 def array_paths(plan: Plan) -> list[str]:
@@ -194,6 +211,10 @@ class Output:
                     staged.close()
             self._staged = [None] * len(self._arrays)
 
+    def flush(self) -> None:
+        """Wait until what was written to the output's file system is on the disk."""
+        (self.path if self._plan.table is None else self.path.parent).flush()
+
     def split_writes(self, head: int, box: Box) -> Iterator[Box]:
         """Cut a box of whole write units into writes large enough for their overhead; they cover it exactly once."""
         settings = self._heads[head]
@@ -240,14 +261,23 @@ class Output:
         """Hashes of the names of the objects that were there at first: one listing instead of many requests."""
         return frozenset(map(hash, self.path.list_files()))
 
-    def complete(self, details: Mapping[str, Any], ledger: StoragePath) -> None:
+    def complete(self, details: Mapping[str, Any], ledger: StoragePath, table: StoragePath | None = None) -> None:
         """Flush the output to disk, consolidate its metadata, and mark it complete in its record.
 
         The output stores what `oocpatch check` needs: the plan, the records of the ledger, and the CRCs of other files.
 
+        Args:
+            details: facts about the run.
+            ledger: its ledger.
+            table: the file of a table.
+
         Raises:
             CorruptData: if a file was changed after it was written.
         """
+        details = {**details, "plan": json.loads(self._plan.to_json())}
+        if isinstance(self.path, LocalPath) and isinstance(table, LocalPath):
+            publish_table(self.path, table, details, latest_lines(ledger, self._plan.blocks))
+            return
         incomplete = require_output(self.path)
         self._sweep(incomplete)
         settings = channel_settings(self.path, incomplete.details, incomplete.parameters)
@@ -259,7 +289,7 @@ class Output:
         copy = ledger_path(self._plan)
         files = {**record.details["files"], **row_files(self.path, self._plan)}
         files[copy] = copy_ledger(ledger, self.path / copy, self._plan.blocks)
-        details = {**record.details, **details, "plan": json.loads(self._plan.to_json()), "files": files}
+        details = {**record.details, **details, "files": files}
         self.path.flush()
         consolidate(self.path)
         done = replace(record, complete=True, details=details)

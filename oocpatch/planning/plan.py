@@ -77,6 +77,8 @@ class Plan:
             more than it should.
         labelling: what objects are, of a run of `label`, whose patches are voxels; None: the run is one of `predict`.
         classes: names of the output's channels or labels, of a model package that has them.
+        table: the columns of a run of `objects`, as JSON; its patches are voxels, and it has no heads. None: the run is
+            another one.
         merge_memory: bytes that the merge of objects may take, while no block is at work.
         vectors: outputs of the model that are a vector per patch.
     """
@@ -121,6 +123,7 @@ class Plan:
     selected: str = ""
     stores_outputs: bool = False
     labelling: Labelling | None = None
+    table: Mapping[str, Any] | None = None
     merge_memory: int = 0
     patch_starts: str = "regular"
     classes: tuple[str, ...] = ()
@@ -198,11 +201,18 @@ class Plan:
     @property
     def merges(self) -> bool:
         """Return whether no block is final before the objects of all are merged."""
-        return self.labelling is not None or self.has_objects
+        return self.reads_voxels or self.has_objects
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Return whether patches are voxels, which no model sees: in runs of `label` and `objects`."""
+        return self.labelling is not None or self.table is not None
 
     @property
     def num_normalized(self) -> int:
-        """Number of blocks with a normalize stage: those that seams enter; of `label`, which merges first, all."""
+        """Number of blocks with a normalize stage: those that seams enter; after a merge all; of a table none."""
+        if self.table is not None:
+            return 0
         return self.blocks if self.merges else self.block_grid.num_open
 
     @cached_property

@@ -14,13 +14,14 @@ from oocpatch.configuration.make_plan import counted
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.engine.patch_rows import write_rows
 from oocpatch.errors import CorruptData, OutputExists, RunMismatch
-from oocpatch.execution.merge_run import InstanceRun, MergeRun
+from oocpatch.execution.merge_run import InstanceRun, MergeRun, TableRun
 from oocpatch.execution.scheduler import REPAIRS, Executor, Run
 from oocpatch.execution.task_context import RunExecutor, RunInputs, open_predict_tasks, thread_executor
 from oocpatch.models.preprocessing import needs_statistics, preprocess_statistics
+from oocpatch.objects.table_merge import TABLE
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, latest_lines
 from oocpatch.outputs.ome_labels import register_label
-from oocpatch.outputs.output import Output, create_output, ledger_path
+from oocpatch.outputs.output import Output, create_output, stored_ledger
 from oocpatch.outputs.pyramid import build_pyramids
 from oocpatch.outputs.record import OutputRecord, inspect_output, write_record
 from oocpatch.outputs.row_arrays import row_members
@@ -31,13 +32,14 @@ from oocpatch.progress import OnProgress, show_progress
 from oocpatch.provenance import run_facts
 from oocpatch.run.instance_tasks import open_instance_tasks
 from oocpatch.run.label_tasks import open_label_tasks
+from oocpatch.run.table_tasks import open_table_tasks
 from oocpatch.storage.checksums import ABSENT, file_checksum
 from oocpatch.storage.journal import local_copy, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
 from oocpatch.volumes.padding import padding_value
 from oocpatch.volumes.resampling import stored_volume
-from oocpatch.workspace.ledger import WHOLE, Record, latest_records
+from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
 
@@ -56,8 +58,9 @@ def plan_of(record: OutputRecord) -> Plan | None:
 
 
 def all_done(plan: Plan, progress: RunProgress) -> bool:
-    """Return whether both stages of all blocks are recorded."""
-    return len(progress.partials) == plan.blocks and len(progress.normalized) == plan.num_normalized
+    """Return whether both stages of all blocks are recorded, and their merge, if there is one."""
+    is_merged = not plan.merges or progress.merged != NO_PARTIALS
+    return is_merged and len(progress.partials) == plan.blocks and len(progress.normalized) == plan.num_normalized
 
 
 def find_workspace(config: RunConfig, record: OutputRecord) -> Workspace | None:
@@ -153,7 +156,7 @@ def reopen(path: StoragePath, record: OutputRecord, plan: Plan, stages: Collecti
         if plan.vectors:  # those of all blocks are put in order again
             stages = {*stages, *(("predict", block) for block in range(plan.blocks))}
         Workspace.create(root, plan, path)
-        ledger = path / ledger_path(plan)
+        ledger = stored_ledger(path, plan)
     else:
         Workspace(root, plan).join()
         ledger = root / WHOLE
@@ -191,7 +194,8 @@ def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) 
     plan, execution = workspace.plan, config.execution
     open_tasks = open_instance_tasks if plan.has_objects else open_predict_tasks
     open_tasks = open_tasks if plan.labelling is None else open_label_tasks
-    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks)
+    open_tasks = open_tasks if plan.table is None else open_table_tasks
+    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks, config.intensity)
     if not execution.is_distributed:
         with thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress) as executor:
             yield executor
@@ -228,7 +232,9 @@ def _progress_display(
     total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
     resumed = plan.patches_in([i for i in blocks if i in done.partials])
     verb, unit = "predict", "patches"
-    if plan.labelling is not None:  # each block is read twice
+    if plan.table is not None:
+        verb, unit = "objects", "voxels"
+    elif plan.labelling is not None:  # each block is read twice
         verb, unit, total = "label", "voxels", 2 * total
         resumed += plan.patches_in(done.normalized)
     with show_progress(progress, verb, unit, total, resumed=resumed, bytes_each=plan.bytes_per_patch) as on_patches:
@@ -239,6 +245,8 @@ def run_of(plan: Plan) -> type[Run]:
     """Return what runs the stages of a plan."""
     if plan.has_objects:
         return InstanceRun
+    if plan.table is not None:
+        return TableRun
     return Run if plan.labelling is None else MergeRun
 
 
@@ -249,6 +257,7 @@ def run_details(config: RunConfig, plan: Plan, progress: RunProgress, seconds: f
         **({"padding_value": plan.fill} if plan.padding_mode in STATISTIC_PADDING else {}),
         **({"halved_batches": halved} if halved else {}),
         **({"objects": json.loads(progress.objects)} if plan.merges else {}),
+        **({"crc": progress.merged.digest, "attempt": progress.merged.attempt} if plan.table is not None else {}),
         "patches": plan.patches,
         "blocks": plan.blocks,
         "open_blocks": plan.num_normalized,
@@ -289,14 +298,17 @@ def complete_rows(config: RunConfig, workspace: Workspace, stages: functools.par
 
 def complete(config: RunConfig, workspace: Workspace, details: dict[str, Any]) -> None:
     """Make the coarser levels of a pyramid, if there is one, record success, and delete the workspace."""
-    plan = workspace.plan
-    build_pyramids(
-        config.output,
-        workspace.root,
-        max_memory=config.limits.max_memory,
-        workers=plan.concurrency,
-        progress=config.execution.progress,
-    )
-    Output(config.output, plan).complete(details, workspace.root / WHOLE)
+    plan, table = workspace.plan, None
+    if plan.table is not None:
+        table = workspace.merged_folder(details["attempt"]) / TABLE
+    else:
+        build_pyramids(
+            config.output,
+            workspace.root,
+            max_memory=config.limits.max_memory,
+            workers=plan.concurrency,
+            progress=config.execution.progress,
+        )
+    Output(config.output, plan).complete(details, workspace.root / WHOLE, table)
     register_label(config.output)
     remove_workspace(workspace.root)

@@ -13,12 +13,11 @@ from typing import NamedTuple
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.models.preprocessing import preprocess_statistics
-from oocpatch.outputs.output import ledger_path
+from oocpatch.outputs.output import stored_ledger
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
-from oocpatch.progress import OnProgress
 from oocpatch.run.driver import find_workspace, plan_of
 from oocpatch.storage.journal import local_copy
 from oocpatch.storage.paths import StoragePath
@@ -120,8 +119,9 @@ class InputChanges:
 
 def changes_of_complete(config: RunConfig, plan: Plan) -> InputChanges:
     """Compare the input with the stamps of a complete output."""
-    ledger = config.output / ledger_path(plan)
-    return _compare(config, plan, [ledger], lambda _block, _attempt: True)
+    changes = _compare(config, plan, [stored_ledger(config.output, plan)], lambda _block, _attempt: True)
+    changes.other_plan |= plan.table is not None  # what its blocks have was deleted: all are measured again
+    return changes
 
 
 def changes_of_unfinished(config: RunConfig, workspace: Workspace, progress: RunProgress) -> InputChanges:
@@ -188,42 +188,14 @@ def _compare(
     config: RunConfig, plan: Plan, ledgers: list[StoragePath], counts: Callable[[int, str], bool]
 ) -> InputChanges:
     """Compare the parts of all records of predict stages that count, in parallel."""
-    mask = config.data.mask
-    inputs = {VOLUME: config.volume.for_run(1)} | ({} if mask is None else {MASK: mask.volume.for_run()})
-    changed, progress = functools.partial(_changed, inputs, plan), config.execution.progress
-    changes = compare_inputs(inputs, ledgers, plan.blocks, counts=counts, changed=changed, progress=progress)
-    changes.other_statistics = _other_statistics(config, plan, stored_volume(inputs[VOLUME]))
-    skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
-    changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
-    return changes
-
-
-def compare_inputs(
-    inputs: Mapping[str, Volume],
-    ledgers: Sequence[StoragePath],
-    blocks: int,
-    *,
-    counts: Callable[[int, str], bool],
-    changed: Callable[[Batch], tuple[int, list[Change]]],
-    progress: str | bool | OnProgress,
-) -> InputChanges:
-    """Compare inputs with the stamps of what blocks have read of them, in parallel.
-
-    Args:
-        inputs: the volumes by the names of their parameters, open for a run.
-        ledgers: journals with the records of blocks.
-        blocks: number of blocks.
-        counts: returns whether the record of a block's attempt counts.
-        changed: returns what has changed in a batch; reads only.
-        progress: the display.
-    """
+    inputs = {name: volume.for_run(int(name != MASK)) for name, volume in config.inputs.items()}
     changes = InputChanges()
     with contextlib.ExitStack() as stack:
         copies = [stack.enter_context(local_copy(ledger)) for ledger in ledgers]
 
         def batches() -> Iterator[Batch]:
             for copy in copies:
-                for record in latest_records(copy, blocks):
+                for record in latest_records(copy, plan.blocks):
                     if record.kind == "predict" and counts(record.block, record.note):
                         yield from _batches(record)
 
@@ -238,29 +210,21 @@ def compare_inputs(
             else:
                 changes.parts[name] = set()
         for block, of_block in run_pass(
-            changed,
+            functools.partial(_changed, inputs, plan),
             batches(),
             threads=THREADS,
             name="compare the input",
             unit="parts",
             size=lambda batch: _size(batch[1]),
             total=sum(changes.totals.values()),
-            progress=progress,
+            progress=config.execution.progress,
         ):
             for change in of_block:
                 changes.add(block, change)
+    changes.other_statistics = _other_statistics(config, plan, stored_volume(next(iter(inputs.values()))))
+    skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
+    changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
     return changes
-
-
-def changed_parts(inputs: Mapping[str, Volume], batch: Batch) -> tuple[int, list[Change]]:
-    """Return the parts of a batch that have changed, of inputs whose parts alone are stamped; reads only."""
-    block, stamps = batch
-    changes = []
-    for part in stamps if isinstance(stamps, list) else ():
-        units = changed_units_of_part(part, inputs[part.name], "edge", 0.0)
-        if units is not None:
-            changes.append(Change(part.name, part.box, units, part.box))
-    return block, changes
 
 
 def _batches(record: Record) -> Iterator[Batch]:

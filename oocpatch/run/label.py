@@ -121,4 +121,5 @@ def label(
         "output_format": output_format,
         "progress": progress,
     }
-    return run(label_config(volume, output, **rules, **options))
+    result: Result = run(label_config(volume, output, **rules, **options))
+    return result

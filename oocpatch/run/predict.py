@@ -284,7 +284,8 @@ def predict(
         check_input=check_input,
         progress=progress,
     )
-    return run(config)
+    result: Result = run(config)
+    return result
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,8 @@ class PlannedRun:
         Raises:
             As `predict`.
         """
-        return run(self.config, self.plan, blocks)
+        result: Result = run(self.config, self.plan, blocks)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # copy and pickle look for these before there is a plan
@@ -372,7 +374,7 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
 
 
 @torch.inference_mode(mode=False)
-def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | None = None) -> Result:
+def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | None = None) -> Any:
     """Run a configuration: resume what its output has, or begin.
 
     Args:
@@ -388,7 +390,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     return result
 
 
-def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) -> Result:
+def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) -> Any:
     """Run a configuration without the export of its output."""
     asked = config
     stored, record = stored_run(config)
@@ -402,7 +404,7 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
         for lock in locks(config.output):
             clear_dead(lock)
         register_label(config.output)  # a crash after success may have come before this
-        return open_result(config.output)
+        return _result(config)
     if changes and record is not None and record.complete and (stored := plan_of(record)) is not None:
         stored = resumed_plan(stored, config)
     plan = stored or planned or make_plan(config)
@@ -426,7 +428,7 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
     return _run(asked, planned, chosen)  # another call was at work since this one looked
 
 
-def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, resuming: bool) -> Result:
+def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, resuming: bool) -> Any:
     """Run a plan, with the output's lock."""
     workspace = set_up(config, plan, resuming=resuming)
     workspace.join()
@@ -438,15 +440,19 @@ def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, 
         config = with_larger_ids(config, error)
         return _locked_run(config, make_plan(config), blocks, resuming=False)
     if details is None:
-        return _incomplete(config)
+        return _result(config, complete=False)
     complete(config, workspace, details)
     logger.info("%s is complete after %s s", config.output, details["seconds"])
-    return open_result(config.output)
+    return _result(config)
 
 
-def _incomplete(config: RunConfig) -> Result:
+def _result(config: RunConfig, *, complete: bool = True) -> Any:
+    """Return the output, opened; of a table its path, and None while it is not complete."""
+    if config.table is not None:
+        return config.output if complete else None
     result = open_result(config.output)
-    result.attrs["complete"] = False
+    if not complete:
+        result.attrs["complete"] = False
     return result
 
 
@@ -486,7 +492,7 @@ def _checked_blocks(plan: Plan, blocks: Iterable[int]) -> list[int]:
     return chosen
 
 
-def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
+def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Any:
     """Run one part, and complete the output if it is the last one."""
     started, output, name = time.monotonic(), config.output, str(config.output)
     turn = functools.partial(locked_in_turn, beside(output, ".lock"), name, str(part))
@@ -497,7 +503,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
             record = inspect_output(output)  # once more, now that no other part sets it up
             stored = None if record is None else stored_plan(config, record)
             if record is not None and record.complete:
-                return open_result(output)
+                return _result(config)
             if record is not None and stored is None:
                 warn_of_lost_workspace(config, record)
             workspace = set_up(config, stored or plan, resuming=stored is not None)
@@ -532,4 +538,4 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Result:
                     seconds = time.monotonic() - started
                     complete(config, workspace, run_details(config, plan, progress, seconds, executor.halved()))
             own_lock.close()  # within the turn: the next one sees that this part is gone, and leaves nothing to it
-    return open_result(output) if completed else _incomplete(config)
+    return _result(config, complete=completed)

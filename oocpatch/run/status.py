@@ -14,8 +14,12 @@ from oocpatch.storage.locks import holder, locks
 from oocpatch.storage.paths import output_path
 from oocpatch.workspace.workspace import Workspace
 
-_WORDS = ("predict", "normalize", "patches")
-"""Names of the stages and the units of a run of `predict`."""
+_WORDS = {
+    "predict": ("predict", "normalize", "patches"),
+    "label": ("label", "relabel", "voxels"),
+    "objects": ("measure", "", "voxels"),
+}
+"""Names of the stages and the units of a run, by its verb."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class RunStatus:
         blocks_per_second: of the last call, from the times of its records; 0: not known yet.
         patches_per_second: the same in patches.
         seconds_left: what the rest takes at that speed; None: not known.
-        verb: `predict`, or `label`, whose patches are voxels, and whose blocks are predicted, merged and normalized.
+        verb: `predict`; `label`, whose patches are voxels, and whose blocks are predicted, merged and normalized; or
+            `objects`, whose blocks are predicted, and merged into a table.
     """
 
     output: str
@@ -60,7 +65,7 @@ class RunStatus:
 
     def __str__(self) -> str:
         lines = [f"{self.output}: {self.state}"]
-        first, second, unit = ("label", "relabel", "voxels") if self.verb == "label" else _WORDS
+        first, second, unit = _WORDS[self.verb]
         if self.predict_total:
             lines.append(f"{first:<10} {self.predict_done} of {self.predict_total} blocks")
         if self.normalize_total:
@@ -86,7 +91,8 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     record = find_output(path)
     if record is None:
         return RunStatus(str(path), "", "absent", 0, 0, 0, 0, {})
-    verb = "label" if "connectivity" in record.parameters else "predict"
+    named = {"connectivity": "label", "labels": "objects"}
+    verb = next((verb for name, verb in named.items() if name in record.parameters), "predict")
     if record.complete:
         blocks, opened, patches = (int(record.details.get(n, 0)) for n in ("blocks", "open_blocks", "patches"))
         return RunStatus(str(path), "", "complete", blocks, blocks, opened, opened, {}, patches, patches, verb=verb)

@@ -1,162 +1,98 @@
-"""The checked arguments of a call that makes a table of objects."""
+"""The configuration of a call that makes a table of objects: its arguments, checked before any voxel is read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, replace
 from typing import Any
 
-from oocpatch.objects.block_measurement import INTENSITY, LABELS
+from oocpatch.configuration.run_config import RunConfig
+from oocpatch.errors import OutputExists
 from oocpatch.objects.columns import TableSchema, checked_properties
 from oocpatch.objects.table_files import check_format, properties_for
-from oocpatch.objects.table_input import VoxelGrid, open_intensity, open_labels
-from oocpatch.objects.table_plan import TablePlan, make_schema, make_table_plan
-from oocpatch.planning.arguments import checked_part, memory_limit, positive, switch
-from oocpatch.planning.box import Ints
-from oocpatch.planning.plan import digest
-from oocpatch.progress import OnProgress, display_of
+from oocpatch.objects.table_input import VoxelGrid, channel_names, open_intensity, open_labels
+from oocpatch.outputs.record import table_record
 from oocpatch.provenance import run_settings
-from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import LocalPath, local_path
-from oocpatch.volumes.volume import Volume, refuse_overlap, spatial_sizes
+from oocpatch.volumes.volume import Volume, refuse_overlap
 
-SWITCHES = ("processes", "resume", "overwrite", "update", "check_input")
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """The checked arguments of a call.
-
-    Attributes:
-        plan: what a fresh run would do.
-        inputs: the volumes by the names of their parameters.
-    """
-
-    plan: TablePlan
-    output: LocalPath | None
-    labels: Volume
-    intensity: Volume | None
-    block_shape: Ints | None
-    workers: int | None
-    processes: bool
-    client: Any
-    part: tuple[int, int] | None
-    workspace: LocalPath | None
-    resume: bool
-    overwrite: bool
-    update: bool
-    check_input: bool
-    progress: str | bool | OnProgress
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, labels: Any, output: Any, **arguments: Any) -> TableConfig:
-        """Check the arguments of a call.
-
-        Raises:
-            ValueError, TypeError: with the rule and the value.
-        """
-        suffix = ""
-        target = None if output is None else local_path("output", output)
-        if target is not None:
-            suffix = check_format(target.name)
-            target.check_writable("output")
-        volume = open_labels(labels, arguments["axes"], arguments["level"])
-        intensity = open_intensity(arguments["intensity"], volume, arguments["level"])
-        if suffix == ".geojson" and volume.spatial_ndim != 2:
-            raise ValueError(
-                f"output must be a table such as .parquet for {volume.spatial_ndim} spatial axes, since GeoJSON has "
-                f"polygons in the plane, got {target}"
-            )
-        for other in filter(None, (volume, intensity)):
-            if target is not None:
-                refuse_overlap("output", target, other)
-        properties = checked_properties(
-            arguments["properties"], volume.spatial_ndim, has_intensity=intensity is not None
-        )
-        grid = VoxelGrid.of(volume, arguments["spacing"])
-        schema = make_schema(
-            volume, intensity, grid, properties_for(suffix, properties, has_intensity=intensity is not None)
-        )
-        workers = None if arguments["workers"] is None else positive("workers", arguments["workers"])
-        switches = {name: switch(name, arguments[name]) for name in SWITCHES}
-        is_distributed = arguments["client"] is not None or switches["processes"]
-        part = _checked_part(arguments["part"], target, switches, is_distributed=is_distributed)
-        if switches["processes"] and arguments["client"] is not None:
-            raise ValueError("processes must be False with a client: its workers are the processes")
-        if switches["processes"] and workers is None:
-            raise ValueError("processes=True needs their number: pass workers=N")
-        display_of(arguments["progress"])
-        shape = arguments["block_shape"]
-        block_shape = None if shape is None else spatial_sizes("block_shape", shape, volume, least=1)
-        if arguments["client"] is not None:
-            from oocpatch.execution.dask_clients import check_client  # noqa: PLC0415 - a second of imports
-
-            check_client(arguments["client"])
-        plan = make_table_plan(
-            volume,
-            intensity,
-            schema,
-            _parameters(volume, intensity, schema),
-            suffix=suffix,
-            block_shape=block_shape,
-            max_memory=memory_limit(arguments["max_memory"]),
-            workers=1 if is_distributed else workers,
-        )
-        return cls(
-            plan=plan,
-            output=target,
-            labels=volume,
-            intensity=intensity,
-            block_shape=block_shape,
-            workers=workers,
-            client=arguments["client"],
-            part=part,
-            workspace=None if arguments["workspace"] is None else local_path("workspace", arguments["workspace"]),
-            **switches,
-            progress=arguments["progress"],
-            settings=run_settings({"labels": labels, "output": output, **arguments}),
-        )
-
-    @property
-    def inputs(self) -> dict[str, Volume]:
-        """The volumes by the names of their parameters."""
-        return {LABELS: self.labels, **({} if self.intensity is None else {INTENSITY: self.intensity})}
-
-    def root(self, output: LocalPath) -> LocalPath:
-        """Return the workspace of an output; others may share the directory that `workspace` names."""
-        if self.workspace is None:
-            return output.with_name(beside(output, "").name)
-        return self.workspace / digest(["objects", str(output)])
+FRAME = "table"
+"""Name of the file that a table is in before it is returned."""
 
 
-def _checked_part(
-    part: Any, output: LocalPath | None, switches: Mapping[str, bool], *, is_distributed: bool
-) -> tuple[int, int] | None:
-    """Return a checked part of a run.
+def table_config(
+    labels: Any,
+    output: Any,
+    *,
+    intensity: Any,
+    properties: Any,
+    spacing: Any,
+    axes: Any,
+    level: Any,
+    **options: Any,
+) -> RunConfig:
+    """Check the arguments of `objects`.
+
+    Without an output, the output is one in a directory for temporary files.
 
     Raises:
-        ValueError, TypeError: when it is none, or does not go with other arguments.
+        ValueError, TypeError: with the rule and the value.
+        OutputExists: if there is something at the output that oocpatch did not write.
     """
-    if part is None:
-        return None
-    if output is None:
+    target = LocalPath(tempfile.gettempdir()) / FRAME if output is None else local_path("output", output)
+    suffix = "" if output is None else check_format(target.name)
+    if options["workspace"] is not None:
+        local_path("workspace", options["workspace"])
+    if output is None and options["part"] is not None:
         raise ValueError("output must be a file for a part of a run, got None")
-    if is_distributed:
-        raise ValueError("part must be None with a client or processes: parts are for jobs without a scheduler")
-    if switches["update"]:
-        raise ValueError("update must be False with part: update the table in one call")
-    if switches["overwrite"]:
-        raise ValueError("overwrite must be False with part: a part would delete the others' work; delete the table")
-    return checked_part(part)
-
-
-def _parameters(labels: Volume, intensity: Volume | None, schema: TableSchema) -> dict[str, Any]:
-    """Return the fingerprint of a table: what says whether two runs are the same, besides the content of the input."""
-    return {
-        "labels": labels.signature,
-        "intensity": None if intensity is None else [intensity.signature, *schema.channels],
-        "axes": [*labels.axes.names],
+    volume = open_labels(labels, axes, level)
+    of_intensity = open_intensity(intensity, volume, level)
+    if suffix == ".geojson" and volume.spatial_ndim != 2:
+        raise ValueError(
+            f"output must be a table such as .parquet for {volume.spatial_ndim} spatial axes, since GeoJSON has "
+            f"polygons in the plane, got {target}"
+        )
+    has_intensity = of_intensity is not None
+    columns = checked_properties(properties, volume.spatial_ndim, has_intensity=has_intensity)
+    columns = properties_for(suffix, columns, has_intensity=has_intensity)
+    schema = _schema(volume, of_intensity, VoxelGrid.of(volume, spacing), columns)
+    config = RunConfig.of(
+        volume, "identity", target, patch_size=1, overlap_mode="crop", output_format="zarr", device="cpu", **options
+    )
+    if of_intensity is not None:
+        refuse_overlap("output", target, of_intensity)
+    if output is not None and target.exists() and not table_record(target).is_file():
+        raise OutputExists(
+            f"output must be a new path or a table that oocpatch wrote, but {target} holds other data; choose another "
+            "path, or delete it"
+        )
+    parameters = {
+        "labels": volume.signature,
+        "intensity": None if of_intensity is None else [of_intensity.signature, *schema.channels],
+        "axes": [*volume.axes.names],
         "spacing": [list(schema.scale), list(schema.offset), list(schema.units)],
         "properties": list(schema.properties),
     }
+    asked = {"intensity": intensity, "properties": properties, "spacing": spacing, "axes": axes, "level": level}
+    settings = run_settings({"labels": labels, "output": output, **asked, **options})
+    return replace(config, parameters=parameters, settings=settings, table=asdict(schema), intensity=of_intensity)
+
+
+def _schema(labels: Volume, intensity: Volume | None, grid: VoxelGrid, properties: tuple[str, ...]) -> TableSchema:
+    """Return the columns of a table."""
+    looped = len(labels.shape) - labels.spatial_ndim
+    indices = [name for name, n in zip(labels.names[:looped], labels.shape, strict=False) if n > 1]
+    indices += [str(labels.channel_axis)] if labels.channels > 1 else []
+    return TableSchema(
+        axes=labels.names[looped:],
+        scale=grid.scale,
+        offset=grid.offset,
+        units=grid.units,
+        is_physical=grid.is_physical,
+        indices=tuple(indices),
+        properties=properties,
+        channels=channel_names(intensity),
+        label_dtype=str(labels.dtype),
+        intensity_dtype="u1" if intensity is None else intensity.dtype.str,
+        wide=max(labels.shape) >= 2**31,
+    )

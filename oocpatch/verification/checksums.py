@@ -19,12 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from oocpatch.errors import CorruptData, OutputBusy, OutputExists
+from oocpatch.errors import CorruptData, CorruptPartial, OutputBusy, OutputExists
 from oocpatch.execution.array_job import busy_holder
+from oocpatch.objects.columns import TableSchema
+from oocpatch.objects.table_merge import find_runs
 from oocpatch.outputs.integrity import LEDGER, METADATA_CRC, metadata_checksum
-from oocpatch.outputs.output import array_paths, channel_position, ledger_path
+from oocpatch.outputs.output import array_paths, channel_position, stored_ledger
 from oocpatch.outputs.pyramid import compare_pyramids
-from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output
+from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, find_output, read_table_record
 from oocpatch.outputs.write_units import unpack
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.plan import Plan, human
@@ -136,6 +138,8 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     holder = busy_holder(path, None)
     if holder is not None:
         raise OutputBusy(f"a run is at work on {path} ({holder}); verify it when that is done")
+    if (of_table := read_table_record(path)) is not None:
+        return _verify_table(path, of_table, repair=repair)
     record, damage = _record(path)
     if record is None or damage:
         if repair:
@@ -165,6 +169,30 @@ def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verificat
     if repair and damage:
         _repair(path, record, plan, result)
     return result
+
+
+def _verify_table(path: StoragePath, record: OutputRecord, *, repair: bool) -> Verification:
+    """Compare the file of a table with its CRC; of one that is not complete, what its blocks left."""
+    units = size = 0
+    damage: list[Damage] = []
+    if record.complete and path.exists():
+        units, (_, size, damaged) = 1, _compare(path.parent, Damage("", path.name, ""), int(record.details["crc"]))
+        damage += [damaged] if damaged else []
+        if repair and damage:
+            raise CorruptData(f"{path} cannot be repaired; delete it, and the same call makes it anew")
+        return Verification(str(path), complete=True, units=units, bytes=size, damaged=tuple(damage))
+    begun = find_output(path)
+    if begun is None:
+        raise ValueError(f"output not found: {path} does not exist")
+    if (workspace := Workspace.find(workspace_root(begun))) is not None:
+        schema = TableSchema.of(workspace.plan.table or {})
+        for block, ref in workspace.progress().partials.items():
+            try:  # what is damaged is measured again by the same call
+                runs = list(itertools.chain.from_iterable(find_runs(workspace, schema, block, ref).values()))
+                units, size = units + len(runs), size + sum(run.count * run.dtype.itemsize for run in runs)
+            except CorruptPartial as error:
+                damage.append(Damage("", f"blocks/{block}", str(error), block=block, stage="predict"))
+    return Verification(str(path), complete=False, units=units, bytes=size, damaged=tuple(damage))
 
 
 def _record(path: StoragePath) -> tuple[OutputRecord | None, list[Damage]]:
@@ -204,7 +232,7 @@ def _stored(path: StoragePath, record: OutputRecord) -> tuple[Plan, Sequence[Sto
             f"{path} keeps no checksums that this version can read; only outputs of predict() do "
             f"({type(error).__name__})"
         ) from error
-    return plan, [path / ledger_path(plan)]
+    return plan, [stored_ledger(path, plan)]
 
 
 def _check_files(path: StoragePath, record: OutputRecord) -> Iterator[Checked]:

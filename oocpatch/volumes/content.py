@@ -28,7 +28,7 @@ from oocpatch.storage.checksums import checksum
 from oocpatch.storage.unit_tags import UNKNOWN, Tags, UnitRecords, UnitStamps
 from oocpatch.volumes.volume import Volume
 
-VOLUME, MASK = "volume", "mask"
+VOLUME, MASK, LABELS, INTENSITY = "volume", "mask", "labels", "intensity"
 """Names of the inputs: those of the parameters."""
 
 

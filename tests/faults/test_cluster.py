@@ -120,6 +120,7 @@ def test_workers_measure_objects_as_this_process_would_and_one_of_them_may_die(s
         table = oocpatch.objects(labels, small.folder / "there.csv", client=client, **options)
         assert table.read_bytes() == expected
         killing.join()
+        assert len(oocpatch.objects(labels, client=client, **options)) == 49
         with pytest.raises(oocpatch.InvalidVolume, match="got -7"):
             oocpatch.objects(labels.astype(np.int32) - 7, small.folder / "bad.csv", client=client, progress=False)
     assert not [path.name for path in small.folder.glob("*.oocpatch") if path.name.startswith(("here", "there"))]

@@ -146,7 +146,7 @@ def test_rows_that_do_not_fit_are_spilled(volumes, tmp_path, monkeypatch):
     runs = []
     write = block_measurement.PartWriter.write
     monkeypatch.setattr(block_measurement.PartWriter, "write", lambda *a: (runs.append(1), write(*a)))
-    plan = importlib.import_module("oocpatch.objects.table_plan")
+    plan = importlib.import_module("oocpatch.configuration.table_plan")
     monkeypatch.setattr(plan, "SMALLEST_SCRATCH", 4096)
     monkeypatch.setattr(plan, "LARGEST_SCRATCH", 4096)
     assert make(volumes, tmp_path / "b.csv", block_shape=64, workers=1).read_bytes() == expected
@@ -217,7 +217,7 @@ def test_damage_in_the_workspace_is_measured_again(volumes, tmp_path, monkeypatc
                 result = real(context, block)
                 if block == 3 and not struck:
                     struck.append(block)
-                    damage(next((Path(context.root) / "blocks" / "3").glob(f"*/{name}")))
+                    damage(next((Path(context.workspace.root) / "blocks" / "3").glob(f"*/{name}")))
                 return result
 
             monkeypatch.setattr(table_tasks, "measure_block", spoil)
@@ -449,3 +449,42 @@ def test_progress_counts_voxels():
     oocpatch.objects(small_labels(), block_shape=8, progress=events.append)
     assert sum(event.patches for event in events) == np.prod(SHAPE)
     assert all(a is not b for a, b in pairwise(events))
+
+
+def test_status_and_check_know_a_table_and_what_is_left_of_one(volumes, tmp_path, monkeypatch):
+    output, real, measured = tmp_path / "cells.csv", table_tasks.measure_block, []
+
+    def stop_at_the_fifth(context, block):
+        measured.append(block)
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        return real(context, block)
+
+    assert oocpatch.status(output).state == "absent"
+    with pytest.raises(ValueError, match="output not found"):
+        oocpatch.verify(output)
+    monkeypatch.setattr(table_tasks, "measure_block", stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        make(volumes, output, block_shape=8, workers=1)
+    status = oocpatch.status(output)
+    assert (status.state, status.verb, status.predict_done, status.predict_total) == ("incomplete", "objects", 4, 36)
+    assert "measure    4 of 36 blocks\nvoxels     1,792 of 13,440" in str(status)
+    begun = oocpatch.verify(output)
+    assert (begun.passed, begun.complete, begun.units) == (True, False, 4)
+    rows = next(tmp_path.glob("cells.csv.oocpatch/*/blocks/2/*/rows"))
+    rows.write_bytes(rows.read_bytes()[:-1])
+    assert [damage.block for damage in oocpatch.verify(output).damaged] == [2]
+    make(volumes, output, workers=1)
+    assert measured.count(2) == 2
+    status = oocpatch.status(output)
+    assert (status.state, status.predict_done) == ("complete", 36)
+    done = oocpatch.verify(output)
+    assert (done.passed, done.complete, done.bytes) == (True, True, output.stat().st_size)
+    output.write_bytes(output.read_bytes().replace(b"1", b"2", 1))
+    edited = oocpatch.verify(output)
+    assert str(edited).splitlines()[1:] == ["damaged    cells.csv is not what was written", "FAIL: 1 damaged"]
+    with pytest.raises(oocpatch.CorruptData, match="delete it, and the same call makes it anew"):
+        oocpatch.verify(output, repair=True)
+    output.unlink()
+    assert oocpatch.status(output).state == "absent"
+    make(volumes, output, properties=("area",), workers=1)  # another call, since the table is gone
