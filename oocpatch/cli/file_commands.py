@@ -108,6 +108,7 @@ def export(volume: str, path: str, *, as_json: bool, **options: Any) -> None:
 @_option("--serve", is_flag=True, help="Show it in a browser of this machine instead, with neuroglancer, until Ctrl-C.")
 @_option("--port", type=click.IntRange(0, 65535), default=0, help="Serve at this port; 0: any free one.")
 @_option("--browser/--no-browser", default=True, help="With --serve: open a browser where there is a desktop.")
+@_option("--table", metavar="FILE", help="With --serve: show the rows of this table of objects, .parquet or .csv.")
 @json_option
 def view(
     output: str,
@@ -116,6 +117,7 @@ def view(
     as_json: bool,
     no_volume: bool,
     serve: bool,
+    table: str | None,
     port: int,
     browser: bool,
     **options: Any,
@@ -126,8 +128,10 @@ def view(
         if picture is not None:
             raise click.UsageError("--serve draws no PNG: leave one of them out.")
         del options["pixels"]
-        _serve(output, port, options, browser=browser, as_json=as_json)
+        _serve(output, port, {**options, "table": table}, browser=browser, as_json=as_json)
         return
+    if table is not None:
+        raise click.UsageError("--table needs --serve: a PNG shows no table.")
     import oocpatch
 
     path = oocpatch.view(output, picture, **options)
@@ -153,12 +157,13 @@ def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as
 @click.command()
 @click.argument("output", metavar="OUT")
 @click.argument("page", metavar="[HTML]", required=False)
+@_option("--table", metavar="FILE", help="Draw the areas of this table of objects, .parquet or .csv.")
 @json_option
-def report(output: str, page: str | None, *, as_json: bool) -> None:
+def report(output: str, page: str | None, *, table: str | None, as_json: bool) -> None:
     """Write one HTML file about the run that wrote OUT: pictures, plan, time, memory, coverage, how to repeat it."""
     import oocpatch
 
-    path = oocpatch.report(output, page)
+    path = oocpatch.report(output, page, table=table)
     click.echo(json.dumps({"report": str(path)}) if as_json else str(path))
 
 

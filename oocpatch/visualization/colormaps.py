@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ PALETTE = (
     (63, 185, 130), (247, 90, 160), (250, 180, 60), (88, 166, 255), (188, 140, 255), (255, 123, 94),
     (86, 211, 224), (214, 214, 92), (160, 120, 80), (230, 160, 210),
 )  # fmt: skip
-"""Colours of the labels 1 to 10; later labels get theirs by hue."""
+"""Colours of the labels 1 to 10."""
 
 HEAT = ((0, 0.25, 0.5, 0.75, 1), ((8, 8, 24), (84, 22, 109), (187, 55, 84), (249, 140, 10), (252, 253, 190)))
 
@@ -25,26 +24,47 @@ FEW_LABELS = 64
 """Integers that take no more different values are taken for labels."""
 
 
+def label_colours(labels: Array) -> Array:
+    """Return the colours `(N, 3)` of labels, of 0 to 1; 0 is black, and each colour is a function of the label alone.
+
+    Labels beyond the palette have colours by the bits of a hash (splitmix64): objects that lie side by side have
+    numbers with some small difference, which must not give similar colours.
+    """
+    bits = np.asarray(labels).astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    hue, grey, dark = ((bits >> np.uint64(shift) & np.uint64(0xFFFF))[:, None] / 0x10000 for shift in (0, 16, 32))
+    sectors = (np.array([5, 3, 1]) + 6 * hue) % 6
+    colours = (1 - 0.3 * dark) * (1 - (0.9 - 0.45 * grey) * np.clip(np.minimum(sectors, 4 - sectors), 0, 1))
+    few = np.flatnonzero((labels >= 0) & (labels <= len(PALETTE)))
+    colours[few] = np.array([(0, 0, 0), *PALETTE])[labels[few].astype(np.intp)] / 255
+    return np.asarray(colours)
+
+
 def label_colour(label: int) -> tuple[int, int, int]:
     """Return the colour of a label; 0 is background.
 
-    >>> label_colour(1), label_colour(0)
-    ((63, 185, 130), (0, 0, 0))
+    >>> label_colour(1), label_colour(0), label_colour(12345)
+    ((63, 185, 130), (0, 0, 0), (183, 40, 156))
     """
-    if label == 0:
-        return 0, 0, 0
-    if 0 < label <= len(PALETTE):
-        return PALETTE[label - 1]
-    hue = label * 0.6180339887 % 1  # successive labels are far apart
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (label % 3) / 2, 0.95)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    red, green, blue = np.rint(255 * label_colours(np.array([label]))[0]).astype(int).tolist()
+    return red, green, blue
 
 
 def labels_to_rgb(labels: Array) -> Array:
     """Map integers `(H, W)` to colours `(H, W, 3)` of 0 to 1."""
     values, index = np.unique(labels, return_inverse=True)
-    table = np.array([label_colour(int(v)) for v in values], np.float64) / 255
-    return np.asarray(table[index.reshape(labels.shape)])
+    return np.asarray(label_colours(values)[index.reshape(labels.shape)])
+
+
+def outlines(labels: Array) -> Array:
+    """Return where labels `(H, W)` other than 0 have a neighbour with another value."""
+    edges: Array = np.zeros(labels.shape, np.bool_)
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        differ = labels[one] != labels[other]
+        edges[one] |= differ
+        edges[other] |= differ
+    return np.asarray(edges & (labels != 0))
 
 
 def window_of(planes: list[Array]) -> tuple[float, float]:

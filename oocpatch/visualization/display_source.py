@@ -42,9 +42,17 @@ class DisplaySource:
         """True when the run's settings give labels; None where they leave it open."""
         if self.record is None or self.head is None:
             return None
-        settings = [self.record.parameters.get(name) for name in ("postprocess", "overlap_mode")]
+        parameters = self.record.parameters
+        settings = [parameters.get(name) for name in ("postprocess", "overlap_mode")]
         settings = [value.get(self.head) if isinstance(value, dict) else value for value in settings]
-        return True if {"argmax", "vote", "instances"}.intersection(map(str, settings)) else None
+        is_labelled = "connectivity" in parameters  # by `label`
+        return True if is_labelled or {"argmax", "vote", "instances"}.intersection(map(str, settings)) else None
+
+    @property
+    def objects(self) -> list[int]:
+        """Numbers of objects, of each index of time; none where the values are not ids of objects, or not yet."""
+        counts = {} if self.record is None else self.record.details.get("objects", {})
+        return list(counts.get(self.head, []) if isinstance(counts, dict) else counts)
 
 
 def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> DisplaySource:

@@ -20,7 +20,8 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.run.driver import plan_of, workspace_root
 from oocpatch.run.status import RunStatus, status
 from oocpatch.storage.paths import local_path
-from oocpatch.visualization.display_source import local_name, record_of
+from oocpatch.visualization.display_source import local_name, open_display_source, record_of
+from oocpatch.visualization.object_table import histogram, measured_areas, read_table
 from oocpatch.visualization.picture import figure_of
 from oocpatch.workspace.workspace import Workspace
 
@@ -43,27 +44,35 @@ svg{max-width:100%;height:auto}
 """.strip()
 
 
-def report(output: str | os.PathLike[str], page: str | os.PathLike[str] | None = None) -> Path:
+def report(
+    output: str | os.PathLike[str],
+    page: str | os.PathLike[str] | None = None,
+    *,
+    table: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write one self-contained HTML file about the run that wrote an output.
 
-    Pictures of every head, the plan and its drawing, time, memory, coverage, checksums if the output keeps any, the
-    settings, versions, and the command that repeats it. A run that is not finished has a report as well.
+    Pictures of every head, a histogram of the areas of objects, the plan and its drawing, time, memory, coverage,
+    checksums if the output keeps any, the settings, versions, and the command that repeats it. A run that is not
+    finished has a report as well.
 
     Args:
-        output: output of `predict`.
+        output: output of `predict` or `label`.
         page: the file; default: beside the output.
+        table: of the output's objects, `.parquet` or `.csv`, with the areas to draw; default: they are measured, if the
+            labels take at most 1 GiB.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: when there is no such output, or without Pillow.
+        ValueError: when there is no such output or table, or without Pillow.
     """
     record = record_of(output)
     if record is None:
         raise ValueError(f"a report needs the output of a run, got {os.fspath(output)}")
     place = Path(f"{local_name(output)}.report.html") if page is None else local_path("page", page)
-    text = _page(os.fspath(output), record, _plan_of(record), status(output))
+    text = _page(os.fspath(output), record, _plan_of(record), status(output), _areas(output, record, table))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
     return place
@@ -77,7 +86,23 @@ def _plan_of(record: OutputRecord) -> Plan | None:
     return None if workspace is None else workspace.plan
 
 
-def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus) -> str:
+def _areas(output: Any, record: OutputRecord, table: Any) -> dict[str, str]:
+    """Return a histogram of the areas of objects: of a table, or of each head that has objects."""
+    if table is not None:
+        frame = read_table(table)
+        if "area" not in frame.columns:
+            raise ValueError(f"table must have a column `area`, got {', '.join(frame.columns)}")
+        return {"": histogram(frame["area"].to_numpy(), "")} if len(frame) else {}
+    heads = record.details["heads"]
+    frames = {head: measured_areas(open_display_source(output, 1, head=head)) for head in heads}
+    return {
+        head: histogram(frame["area"].to_numpy(), frame.attrs.get("units", {}).get("area", "voxels"))
+        for head, frame in frames.items()
+        if frame is not None and len(frame)
+    }
+
+
+def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus, areas: Mapping[str, str]) -> str:
     pictures = [figure_of(output, head=head).png() for head in record.details["heads"]]
     named = zip(record.details["heads"], pictures, strict=True)
     images = "".join(
@@ -92,6 +117,9 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
         f"<div class='facts'>{tiles}</div>",
         f"<h2>Result</h2><section class='card'>{images}</section>",
     ]
+    for head, drawing in areas.items():
+        of_head = f" of {_text(head)}" if len(areas) > 1 else ""
+        parts.append(f"<h2>Areas of the objects{of_head}</h2><section class='card'>{drawing}</section>")
     if plan is not None:
         parts.append(f"<h2>Plan</h2><section class='card'><pre>{_text(plan)}</pre>{plan.draw()}</section>")
     if state.failed:
@@ -124,8 +152,10 @@ def _figures(record: OutputRecord, plan: Plan | None) -> dict[str, str]:
             size = math.prod(plan.shape) * plan.in_channels * np.dtype(plan.in_dtype).itemsize
             figures[f"{unit} per second"] = f"{plan.patches / details['seconds']:,.1f}"
             figures["of the volume per second"] = human(size / details["seconds"])
-        if "objects" in details:
-            figures["objects"] = ", ".join(f"{count:,}" for count in details["objects"])
+        if counts := details.get("objects"):
+            of_heads = counts if isinstance(counts, dict) else {"": counts}
+            texts = (f"{', '.join(f'{n:,}' for n in found)} {head}".strip() for head, found in of_heads.items())
+            figures["objects"] = "; ".join(texts)
         elif "uncovered_voxels" in details:
             figures["voxels that no patch covers"] = f"{details['uncovered_voxels']:,}"
         figures["memory, projected"] = human(plan.projected_memory)

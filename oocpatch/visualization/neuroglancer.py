@@ -12,8 +12,8 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,6 +27,7 @@ from oocpatch.outputs.record import array_path
 from oocpatch.storage.paths import LocalPath, expand_home
 from oocpatch.visualization import colormaps
 from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
+from oocpatch.visualization.object_table import read_table, segment_properties
 from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
 from oocpatch.visualization.slices import plane
 from oocpatch.volumes.formats.spec import parse_address
@@ -43,6 +44,9 @@ DTYPES = frozenset({"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint
 HOSTS = r"^(127\.0\.0\.1|localhost)$"
 PIXELS = 256  # of the plane that windows are computed from
 PANEL, SCREEN = 330, 700  # pixels, about, of one of four panels and of one alone: the volume fills it at first
+TABLE = ".segment-properties"  # below a layer's URL
+TABLE_WIDTH = 560  # pixels
+COLUMNS, PLACES = 6, ("bbox_", "centroid_")  # of the table: how many are shown at first, and which are not
 RGB = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 MIXED = 6  # channels that are mixed at most; of more, one is shown, with a slider
 SHADER = """#uicontrol invlerp normalized
@@ -60,6 +64,7 @@ class Layer:
         kind: `"labels"`, `"scores"`, `"image"` or `"rgb"`.
         is_ome: OME-Zarr metadata give the positions of its voxels.
         windows: values shown as black and white, per channel.
+        properties: the table of its objects, as `segment_properties` returns it; None: there is none.
     """
 
     name: str
@@ -69,16 +74,26 @@ class Layer:
     kind: str
     is_ome: bool
     windows: tuple[tuple[float, float], ...] = ()
+    properties: Mapping[str, Any] | None = None
 
 
 def layers_of(
-    output: Any, *, volume: Any = None, head: str | None = None, kind: str = "auto", axes: str | None = None
+    output: Any,
+    *,
+    volume: Any = None,
+    head: str | None = None,
+    kind: str = "auto",
+    axes: str | None = None,
+    table: Any = None,
 ) -> tuple[list[Layer], list[str]]:
     """Return the layers of a result or a volume, the input first, and messages about those that cannot be shown.
 
+    The first layer of labels that is not the input has the rows of the table as properties of its segments.
+
     Raises:
-        ValueError: when nothing can be shown.
+        ValueError: when nothing can be shown, or there are no labels for a table.
     """
+    properties = None if table is None else segment_properties(read_table(table))
     record = record_of(output)
     heads = [head] if record is None or head is not None else list(record.details["heads"])
     sources = [open_display_source(output, PIXELS, head=name, axes=axes if record is None else None) for name in heads]
@@ -94,6 +109,11 @@ def layers_of(
             refused.append(str(error))
     if not layers:
         raise ValueError("; ".join(refused))
+    if table is not None:
+        labels = [n for n, layer in enumerate(layers) if layer.kind == "labels" and layer.source is not below]
+        if not labels:
+            raise ValueError(f"a table needs labels, but {os.fspath(output)} is shown as {layers[-1].kind}")
+        layers[labels[0]] = replace(layers[labels[0]], properties=properties)
     return layers, refused
 
 
@@ -144,7 +164,9 @@ def state_of(layers: list[Layer], urls: list[str]) -> dict[str, Any]:
     steps = [_step(volume, name)[0] for name in names]
     extents = [n * step for n, step in zip(volume.shape[-len(names) :], steps, strict=True)]
     extent = max(extents) / min(steps)  # in voxels
+    tables = [layer.name for layer in layers if layer.properties is not None]
     return {
+        **({"selectedLayer": {"layer": tables[0], "visible": True, "size": TABLE_WIDTH}} if tables else {}),
         "dimensions": {name: list(_step(volume, name)[:2]) for name in reversed(volume.names)},
         "displayDimensions": list(reversed(names)),
         "crossSectionScale": extent / (PANEL if len(names) > 2 else SCREEN),
@@ -177,6 +199,10 @@ def _layer_states(layer: Layer, url: str, number: int) -> Iterator[dict[str, Any
     if not layer.is_ome:
         common["source"] = {"url": url, "transform": _transform(volume)}
     if layer.kind == "labels":
+        if layer.properties is not None:
+            columns = [p["id"] for p in layer.properties["inline"]["properties"] if not p["id"].startswith(PLACES)]
+            common |= {"tab": "segments", "segmentQuery": " ".join(f"|{name}" for name in columns[:COLUMNS])}
+            common["source"] = [common["source"], f"{url.rpartition('/|')[0]}/{TABLE}/|neuroglancer-precomputed:"]
         yield {"type": "segmentation", **common, "selectedAlpha": 0.5, "notSelectedAlpha": 0.2}
         return
     common = {"type": "image", **common, "opacity": 0.6 if number else 1}
@@ -208,6 +234,19 @@ def _transform(volume: Volume) -> dict[str, Any]:
         corner = (start if math.isfinite(start) else 0.0) - 0.5  # positions are those of centres
         matrix.append([*(float(b == a) for b in range(len(volume.axes.names))), corner])
     return {"outputDimensions": outputs, "inputDimensions": inputs, "matrix": matrix}
+
+
+class Properties(tornado.web.RequestHandler):
+    """Serves the table of a layer's objects."""
+
+    def initialize(self, properties: Mapping[str, Any]) -> None:
+        """Take what is served."""
+        self.properties = properties
+
+    def get(self) -> None:
+        """Answer with the table, as JSON."""
+        self.set_header("Cache-Control", "no-store")
+        self.finish(dict(self.properties))
 
 
 class ZarrFiles(tornado.web.StaticFileHandler):
@@ -243,11 +282,14 @@ def serve(layers: list[Layer], port: int, ready: Callable[[str], None]) -> None:
     neuroglancer.set_server_bind_address("127.0.0.1", port)
     viewer = neuroglancer.UnsynchronizedViewer(allow_credentials=False)
     try:
-        root, urls, handlers = f"/data/{viewer.token}", [], []
+        root, urls = f"/data/{viewer.token}", []
+        handlers: list[tuple[str, type[tornado.web.RequestHandler], dict[str, Any]]] = []
         for number, layer in enumerate(layers):
             driver = "zarr3" if (layer.folder / layer.path / "zarr.json").exists() else "zarr2"
             place = f"{number}/{quote(layer.path)}".rstrip("/")
             urls.append(f"{neuroglancer.server.get_server_url()}{root}/{place}/|{driver}:")
+            if layer.properties is not None:
+                handlers.append((rf"{root}/{place}/{TABLE}/info", Properties, {"properties": layer.properties}))
             handlers.append((rf"{root}/{number}/(.*)", ZarrFiles, {"path": str(layer.folder)}))
         # The application that neuroglancer started has no handler for files.
         neuroglancer.server.global_server.app.add_handlers(HOSTS, handlers)

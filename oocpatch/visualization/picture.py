@@ -25,7 +25,9 @@ KINDS = ("auto", "labels", "scores", "image", "rgb")
 BRIGHT = 0.5
 """An input that is lighter on average, such as a slide, has scores in dark colormaps over it."""
 SHOWN = 24
-"""Labels that a legend names."""
+"""Labels that a legend names; of more, which are objects, it names none."""
+INSIDE = 0.45
+"""Opacity of a label over its input, within its outline."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def kind_of(source: DisplaySource, values: list[Array]) -> str:
         return "rgb"
     if source.volume.channels == 1 and source.volume.dtype.kind in "bui":
         labels = np.unique(np.concatenate([v.reshape(-1) for v in values]))
+        if source.volume.dtype.itemsize >= 4 and labels[0] >= 0:
+            return "labels"
         if len(labels) <= colormaps.FEW_LABELS and int(labels[-1]) - int(labels[0]) < colormaps.FEW_LABELS:
             return "labels"
     return "scores" if source.record is not None and fractions(values) else "image"
@@ -219,9 +223,10 @@ def _picture(values: Array, kind: str, windows: list[tuple[float, float]]) -> Ar
 
 
 def _over(below: Array, values: Array, kind: str, windows: list[tuple[float, float]], *, bright: bool) -> Array:
-    """Return a result over its input: labels half transparent, scores as opaque as they are high."""
+    """Return a result over its input: labels with opaque outlines, scores as opaque as they are high."""
     if kind == "labels":
-        return colormaps.laid_over(below, colormaps.labels_to_rgb(values[0]), 0.55 * (values[0] != 0))
+        opacity = np.where(colormaps.outlines(values[0]), 1, INSIDE * (values[0] != 0))
+        return colormaps.laid_over(below, colormaps.labels_to_rgb(values[0]), opacity)
     level = colormaps.scaled(values, windows[0])
     if len(level) > 1:
         return colormaps.laid_over(0.8 * below, colormaps.mixed(level), 0.75 * level.max(axis=0))
@@ -245,16 +250,17 @@ def _subtitle(source: DisplaySource) -> str:
     channels = f", {volume.channels} channels" if volume.channels > 1 else ""
     level = f", level {source.level}" if source.level else ""
     total = human(float(np.prod(volume.shape, dtype=np.float64)) * volume.channels * volume.dtype.itemsize)
+    objects = f", {sum(source.objects):,} objects" if source.objects else ""
     state = ", not finished yet" if source.record is not None and not source.record.complete else ""
-    return f"{size} ({', '.join(volume.names)}){channels}, {volume.dtype}, {total}{level}{state}"
+    return f"{size} ({', '.join(volume.names)}){channels}, {volume.dtype}, {total}{objects}{level}{state}"
 
 
 def _legend(
     source: DisplaySource, kind: str, values: list[Array], windows: list[tuple[float, float]], *, bright: bool
 ) -> Legend:
     if kind == "labels":
-        labels = [int(v) for v in np.unique(np.concatenate([v.reshape(-1) for v in values])) if v][:SHOWN]
-        return tuple((colormaps.label_colour(v), str(v)) for v in labels)
+        labels = [int(v) for v in np.unique(np.concatenate([v.reshape(-1) for v in values])) if v]
+        return tuple((colormaps.label_colour(v), str(v)) for v in labels) if len(labels) <= SHOWN else ()
     if kind == "rgb":
         return ()
     if len(values[0]) > 1:

@@ -60,6 +60,7 @@ LIBRARIES = {
     "visualization": ON_DISK,
     "visualization/canvas": "PIL",
     "visualization/neuroglancer": "neuroglancer tornado",
+    "visualization/object_table": "pandas",
     "xarray": "xarray",
     "__init__": "lazy_loader torchio",
     "cli": "click numpy",

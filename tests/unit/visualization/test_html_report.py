@@ -143,6 +143,48 @@ def test_a_run_notes_its_settings_versions_and_plan(scan: Path) -> None:
     assert "# model: <Identity> oocpatch.predict( volume=" in " ".join(page.text.split())
 
 
+def test_a_report_of_objects_has_a_histogram_of_their_areas(scan: Path) -> None:
+    sides = (2, 3, 4, 5, 8)  # squares, whose areas are 4 to 64
+    image = np.zeros((32, 96), np.float32)
+    for n, side in enumerate(sides * 2):
+        image[8 : 8 + side, 9 * n : 9 * n + side] = 1
+    oocpatch.label(image, "cells.zarr", threshold=0.5, progress=False)
+    page = Page(oocpatch.report("cells.zarr").read_text())
+    assert page.open == []
+    assert "10 in number; smallest 4, median 16, mean 23.6, largest 64 voxels; at most 2 in a bin" in page.text
+    frame = oocpatch.objects("cells.zarr", spacing=0.5, progress=False)
+    frame[frame["area"] > 2].to_csv("large.csv", index=False)
+    page = Page(oocpatch.report("cells.zarr", table="large.csv").read_text())
+    assert "8 in number; smallest 2.25, median 5.125, mean 7.125, largest 16; at most 2 in a bin" in page.text
+    for table, reason in (
+        ("cells.zarr", "must end in .parquet or .csv"),
+        ("none.csv", "must be a file"),
+        ("a.csv", "`area`"),
+    ):
+        (scan / "a.csv").write_text("label,size\n1,2\n")
+        done = CliRunner().invoke(cli.main, ["report", "cells.zarr", "--table", table])
+        assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
+
+
+def test_a_report_of_several_heads_has_the_areas_of_those_with_objects(scan: Path) -> None:
+    cells = np.zeros((24, 24), np.int32)
+    cells[2:6, 2:6], cells[10:20, 10:20] = 3, 5
+
+    def model(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"cells": x, "half": (x == 3).to(torch.int32), "prob": x.to(torch.float32)}
+
+    modes = {"cells": "instances", "half": "instances", "prob": "hann"}
+    oocpatch.predict(
+        cells, model, "out.zarr", overlap_mode=modes, patch_size=16, patch_overlap=8, work="light", progress=False
+    )
+    text = Page(oocpatch.report("out.zarr").read_text()).text
+    assert "2 cells; 1 half" in text
+    assert "Areas of the objects of cells" in text
+    assert "2 in number; smallest 16, median 58" in text
+    assert "1 in number; smallest 16, median 16" in text
+    assert "Areas of the objects of prob" not in text
+
+
 def test_a_run_that_failed_has_a_report_that_names_the_blocks(scan: Path) -> None:
     def fragile(x: torch.Tensor) -> torch.Tensor:
         if x.any():

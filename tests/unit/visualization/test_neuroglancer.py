@@ -63,13 +63,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Served]:
-    command = [sys.executable, "-m", "oocpatch", "view", "out.zarr", "--serve", "--no-browser", "--json"]
+@contextlib.contextmanager
+def serving(folder: Path, *words: str) -> Iterator[Served]:
+    command = [sys.executable, "-m", "oocpatch", "view", *words, "--serve", "--no-browser", "--json"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield Served(process, json.loads(process.stdout.readline())["url"])
-        process.kill()
+        try:
+            yield Served(process, json.loads(process.stdout.readline())["url"])
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Served]:
+    with serving(folder, "out.zarr") as served:
+        yield served
 
 
 def test_the_page_and_its_scripts_come_from_this_machine(served: Served) -> None:
@@ -166,6 +174,46 @@ def test_channels_are_layers_that_are_added_up(tmp_path: Path) -> None:
     assert list(transform["outputDimensions"]) == ["c'", "y", "x"]
     assert transform["outputDimensions"]["x"] == [pytest.approx(1e-7), "m"]
     assert transform["matrix"] == [[1, 0, 0, 0], [0, 1, 0, -0.5], [0, 0, 1, -0.5]]
+
+
+def test_labels_have_the_rows_of_a_table_as_properties_of_their_segments(tmp_path: Path) -> None:
+    labels = np.zeros((16, 16), np.uint32)
+    labels[2:4, 2:8], labels[9:12, 9:12] = 7, 4_000_000_000
+    zarr.create_array(tmp_path / "cells.zarr", data=labels, dimension_names=("y", "x"))
+    image = np.where(labels == 7, 2.5, np.nan).astype(np.float32)
+    frame = oocpatch.objects(labels, intensity=image, axes="yx", progress=False)
+    frame.assign(kind=["round", "flat"]).to_parquet(tmp_path / "cells.parquet")
+    with serving(tmp_path, "cells.zarr", "--table", "cells.parquet") as served:
+        (layer,) = served.state["layers"]
+        assert layer["type"] == "segmentation"
+        assert layer["segmentQuery"] == "|area |mean |min |max |std |kind"
+        assert served.state["selectedLayer"]["layer"] == layer["name"]
+        place, driver = layer["source"][1].split("|")
+        assert driver == "neuroglancer-precomputed:"
+        status, headers, body = served.fetch(f"{urlsplit(place).path}info")
+    assert (status, headers["Cache-Control"]) == (200, "no-store")
+    table = json.loads(body)
+    assert table["@type"] == "neuroglancer_segment_properties"
+    assert table["inline"]["ids"] == ["7", "4000000000"]
+    columns = {column.pop("id"): column for column in table["inline"]["properties"]}
+    assert columns["area"] == {"type": "number", "data_type": "int32", "values": [12, 9]}
+    assert columns["centroid_x"] == {"type": "number", "data_type": "float32", "values": [4.5, 10.0]}
+    assert columns["mean"]["values"] == [2.5, "nan"]
+    assert columns["kind"] == {"type": "string", "values": ["round", "flat"]}
+
+
+def test_a_table_that_fits_no_labels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    zarr.create_array("good.zarr", data=np.zeros((8, 8), "f4"))
+    (tmp_path / "a.csv").write_text("label,area\n1,2\n")
+    (tmp_path / "twice.csv").write_text("label,t,area\n1,0,2\n1,1,3\n")
+    for words, reason in (
+        (["--table", "a.csv"], "--table needs --serve"),
+        (["--table", "a.csv", "--serve"], "a table needs labels, but"),
+        (["--table", "twice.csv", "--serve"], "one row per label"),
+    ):
+        done = CliRunner().invoke(main, ["view", "good.zarr", *words])
+        assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
 
 
 def test_outputs_that_the_viewer_cannot_read_are_reported(tmp_path: Path) -> None:

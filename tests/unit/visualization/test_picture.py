@@ -19,7 +19,7 @@ from PIL import Image
 import oocpatch
 from oocpatch.cli import main as cli
 from oocpatch.visualization.canvas import Panel
-from oocpatch.visualization.colormaps import GREENS, label_colour
+from oocpatch.visualization.colormaps import GREENS, label_colour, labels_to_rgb
 from oocpatch.visualization.display_source import open_display_source
 from oocpatch.visualization.picture import figure_of
 from oocpatch.visualization.slices import places, plane, projection, sample
@@ -76,8 +76,10 @@ def test_a_result_is_laid_over_the_input_that_its_run_noted(tmp_path: Path) -> N
     assert (above[:, :40] == 0).all()
     assert (above[40:, 40:] == 128).all()  # 1 of 0 to 2
     np.testing.assert_array_equal(below[40:], above[40:])
-    mixed = 0.45 * 255 + 0.55 * np.array(label_colour(1))
-    assert np.abs(below[16:32, 60:] - mixed).max() <= 1
+    mixed = 0.55 * 255 + 0.45 * np.array(label_colour(1))
+    assert np.abs(below[17:31, 61:] - mixed).max() <= 1
+    for edge in (below[16, 60:], below[31, 60:], below[16:32, 60]):
+        assert (edge == label_colour(1)).all()
     alone = oocpatch.view(tmp_path / "out.zarr", tmp_path / "alone.png", volume=False, pixels=80)
     (only,) = drawn(alone, figure_of(tmp_path / "out.zarr", volume=False, pixels=80).corners())
     assert (only[16:32, 60:] == label_colour(1)).all()
@@ -117,6 +119,40 @@ def test_scores_over_a_bright_picture_are_dark_and_no_stain(tmp_path: Path) -> N
     assert (below[16:32] == GREENS[1][-1]).all()
     assert (below[:16] == 240).all()
     assert sheet.legend[-1] == (GREENS[1][-1], "1")
+
+
+def test_the_colour_of_a_label_depends_on_nothing_else_and_differs_from_that_of_numbers_nearby() -> None:
+    labels = np.arange(20_000).reshape(100, 200)
+    colours = labels_to_rgb(labels)
+    np.testing.assert_array_equal(labels_to_rgb(labels[50:60, ::3]), colours[50:60, ::3])
+    np.testing.assert_allclose(colours[3, 7], np.array(label_colour(607)) / 255, atol=0.5 / 255)
+    assert colours[0, 0].max() == 0
+    assert colours.reshape(-1, 3)[1:].max(axis=1).min() > 0.6  # none is as dark as the background
+    flat = colours.reshape(-1, 3)
+    for step in (1, 2, 3, 5, 8, 13, 144, 233):  # numbers of neighbours differ by about the objects in a row
+        assert (np.abs(flat[step + 11 :] - flat[11:-step]).max(axis=1) < 0.1).mean() < 0.03
+
+
+def test_objects_of_label_are_labels_with_outlines_where_they_touch_and_no_legend(tmp_path: Path) -> None:
+    cells = np.arange(1, 65).reshape(8, 8).repeat(8, axis=0).repeat(8, axis=1).astype(np.uint16)
+    zarr.create_array(tmp_path / "in.zarr", data=cells, chunks=(32, 32), dimension_names=("y", "x"))
+    oocpatch.label(tmp_path / "in.zarr", tmp_path / "out.zarr", per_class=True, progress=False)
+    sheet = figure_of(tmp_path / "out.zarr", pixels=64)
+    assert sheet.rows[1][0].caption == "labels over it, yx"
+    assert sheet.legend == ()
+    assert "64 objects" in sheet.subtitle
+    over, plain = sheet.rows[1][0].picture, labels_to_rgb(cells)
+    np.testing.assert_array_equal(over[7, 8:16], plain[7, 8:16])
+    np.testing.assert_array_equal(over[8, 8:16], plain[8, 8:16])
+    ground = sheet.rows[0][0].picture
+    np.testing.assert_allclose(over[10:14, 10:14], 0.55 * ground[10:14, 10:14] + 0.45 * plain[10:14, 10:14])
+
+
+def test_integers_of_32_bits_without_negative_ones_are_labels_and_others_are_not(tmp_path: Path) -> None:
+    values = np.arange(256).reshape(16, 16)
+    for number, (array, legend) in enumerate(((values.astype("u4"), 0), (values.astype("u2"), 5), (values - 9, 5))):
+        zarr.create_array(tmp_path / f"{number}.zarr", data=array)
+        assert len(figure_of(tmp_path / f"{number}.zarr", pixels=16).legend) == legend
 
 
 def test_proportions_are_those_of_the_world(tmp_path: Path) -> None:
