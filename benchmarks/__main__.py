@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import (
     content,
+    drawings,
     flush,
     gpu,
     instances,
@@ -60,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         verb.add_argument("--json", action="store_true", help="print JSON instead of a table")
         benchmark.add_arguments(verb)
         verb.set_defaults(run=lambda arguments, run=benchmark.run: _in_directory(run, arguments))
-    for command in (report, peers):
+    for command in (report, peers, drawings):
         verb = _verb(verbs, command)
         command.add_arguments(verb)
         verb.set_defaults(run=command.run)

@@ -1,4 +1,4 @@
-"""What `benchmarks.instances` measures; each task in a process of its own."""
+"""Tasks of `benchmarks.instances`, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,32 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import zarr
-from scipy import ndimage
-from scipy.spatial import cKDTree
 from torch import nn
 
 import oocpatch
+from benchmarks.cells import compare, make_cells, renumbered
 from benchmarks.measure import answer, measured
-
-Array = npt.NDArray[Any]
-
-
-def make_cells(path: str, shape: list[int], cells: int, chunk: int) -> dict[str, Any]:
-    """Store touching convex cells: each voxel has the number of the nearest of so many random points, from 1."""
-    points = np.random.default_rng(0).random((cells, len(shape))) * shape
-    tree = cKDTree(points)
-    array = zarr.create_array(path, shape=tuple(shape), chunks=(chunk,) * len(shape), dtype="int32", overwrite=True)
-    present = np.zeros(cells + 1, np.bool_)
-    for start in range(0, shape[0], chunk):
-        rows = [np.arange(start, min(start + chunk, shape[0])), *map(np.arange, shape[1:])]
-        grid = np.stack(np.meshgrid(*rows, indexing="ij"), axis=-1).reshape(-1, len(shape))
-        slab = tree.query(grid, workers=-1)[1].astype(np.int32).reshape([len(r) for r in rows]) + 1
-        array[start : start + chunk] = slab
-        present[slab.reshape(-1)] = True
-    return {"cells": int(present.sum())}
 
 
 class Oracle(nn.Module):
@@ -43,18 +24,8 @@ class Oracle(nn.Module):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Return the labels of patches `(B, 1, *patch)`."""
-        return torch.from_numpy(np.stack([self._one(patch) for patch in batch[:, 0].numpy(force=True)])[:, None])
-
-    def _one(self, patch: Array) -> Array:
-        found, labels = np.unique(patch, return_inverse=True)
-        random = np.random.default_rng(int(patch.sum(dtype=np.int64)))
-        numbers = random.permutation(len(found)).astype(np.int32) + 1
-        renumbered: Array = numbers[labels].reshape(patch.shape)
-        if self.perturbed:  # each cell grows by a voxel into those with a lower number, another one in every patch
-            renumbered = ndimage.grey_dilation(
-                renumbered, footprint=ndimage.generate_binary_structure(patch.ndim, 1), mode="nearest"
-            )
-        return renumbered
+        patches = batch[:, 0].numpy(force=True)
+        return torch.from_numpy(np.stack([renumbered(p, perturbed=self.perturbed) for p in patches])[:, None])
 
 
 def join(path: str, output: str, *, patch: int, overlap: int, perturbed: bool, workers: int | None) -> dict[str, Any]:
@@ -80,26 +51,6 @@ def join(path: str, output: str, *, patch: int, overlap: int, perturbed: bool, w
         "wall": usage.wall,
         "peak": usage.peak,
     }
-
-
-def compare(truth: Any, result: Any) -> dict[str, int]:
-    """Count the cells that are the best cell of several objects (split), or of none (merged)."""
-    pairs, voxels = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    width, step = 1 << 31, truth.chunks[0]
-    for start in range(0, truth.shape[0], step):
-        rows = slice(start, start + step)
-        keys = truth[rows].astype(np.int64).reshape(-1) * width + result[rows].reshape(-1)
-        new, counts = np.unique(keys, return_counts=True)
-        merged, places = np.unique(np.concatenate([pairs, new]), return_inverse=True)
-        voxels = np.bincount(places, np.concatenate([voxels, counts])).astype(np.int64)
-        pairs = merged
-    cells, objects = np.divmod(pairs, width)
-    order = np.lexsort((-voxels, objects))
-    order = order[objects[order] > 0]
-    best = cells[order[np.unique(objects[order], return_index=True)[1]]]
-    number, times = np.unique(best, return_counts=True)
-    every = np.unique(cells)
-    return {"cells": len(every), "split": int((times > 1).sum()), "merged": len(every) - len(number)}
 
 
 if __name__ == "__main__":

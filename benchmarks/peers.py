@@ -8,24 +8,33 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = {"zarr3": HERE / "peers.txt", "zarr2": HERE / "peers-zarr2.txt"}
+ENVIRONMENTS = {
+    "zarr3": HERE / "peers.txt",
+    "zarr2": HERE / "peers-zarr2.txt",
+    "objects": HERE / "peers-objects.txt",
+}
 """The requirements of each."""
+NO_DEPS = {"objects": ("--no-deps",)}
+"""Of a library that is used without its networks, the rest is not installed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     parser.add_argument(
-        "--make-environment", type=Path, required=True, metavar="DIR", help="where the two environments go; 3 GB"
+        "--make-environment", type=Path, required=True, metavar="DIR", help="where the environments go; 3 GB"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make both environments; what is there already is only completed."""
+    """Make the environments; what is there already is only completed."""
     for name, requirements in ENVIRONMENTS.items():
         python = python_of(arguments.make_environment, name)
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", str(requirements)], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", *NO_DEPS.get(name, ()), "-r", str(requirements)],
+            check=True,
+        )
         print(python)
 
 

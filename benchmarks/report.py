@@ -140,7 +140,7 @@ def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     results["commit"] = commit()
     results["note"] = arguments.note if arguments.note is not None else results["note"]
     results["versions"]["here"] = versions([library for library in LIBRARIES if library not in PEERS])
-    for name in ENVIRONMENTS if arguments.peers is not None else ():
+    for name in sorted(ENVIRONMENTS.keys() - {"objects"}) if arguments.peers is not None else ():
         if not (python := python_of(arguments.peers, name).absolute()).exists():
             raise SystemExit(f"{python} is not there; make it with `python -m benchmarks peers --make-environment`")
         results["versions"][name] = in_fresh_process("versions", "benchmarks.machine", python=python)
