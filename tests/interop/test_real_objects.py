@@ -12,7 +12,7 @@ import tifffile
 import zarr
 from PIL import Image
 from scipy import ndimage
-from skimage import color, draw, feature, segmentation
+from skimage import color, draw, segmentation
 
 import oocpatch
 from tests.support.instance_models import Renumber
@@ -72,9 +72,7 @@ def dark_nuclei(picture: Array) -> Array:
     stain = ndimage.gaussian_filter(color.rgb2hed(picture)[..., 0], 1)
     dark = stain > 0.07
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(dark), 1.5)
-    seeds = np.zeros(dark.shape, np.int32)
-    tops = feature.peak_local_max(depth, min_distance=4, labels=dark.astype(np.uint8), exclude_border=False)
-    seeds[tuple(tops.T)] = np.arange(1, len(tops) + 1)
+    seeds, _ = ndimage.label(dark & (depth == ndimage.maximum_filter(depth, 9)))
     return np.asarray(segmentation.watershed(-depth, seeds, mask=dark), np.int32)
 
 
