@@ -21,7 +21,7 @@ from oocpatch.models.preprocess_steps import Step
 from oocpatch.models.preprocessing import checked_preprocess, step_json
 from oocpatch.planning import arguments
 from oocpatch.planning.box import Box, Ints
-from oocpatch.planning.choices import OUTPUT_FORMATS, PATCH_STARTS
+from oocpatch.planning.choices import OUTPUT_FORMATS, OUTPUT_GRIDS, PATCH_STARTS
 from oocpatch.progress import OnProgress, display_of
 from oocpatch.storage.paths import LocalPath, local_path
 from oocpatch.volumes.model_grid import ModelGrid
@@ -119,6 +119,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "memory_limit": lambda _, value, __: arguments.memory_limit(value),
     "num_bytes": _num_bytes,
     "number": lambda name, value, _: arguments.real_number(name, value),
+    "output_grid": lambda name, value, _: arguments.one_of(name, value, OUTPUT_GRIDS),
     "output_format": lambda name, value, _: arguments.one_of(name, value, OUTPUT_FORMATS),
     "overlap": spatial_sizes,
     "overlap_mode": lambda _, value, __: arguments.per_head(value, arguments.checked_overlap_mode),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from oocpatch.models.options import ModelOptions
-from oocpatch.planning.choices import OUTPUT_FORMATS, OVERLAP_MODES, PADDING_MODES, PATCH_STARTS
+from oocpatch.planning.choices import OUTPUT_FORMATS, OUTPUT_GRIDS, OVERLAP_MODES, PADDING_MODES, PATCH_STARTS
 from oocpatch.progress import DISPLAYS, OnProgress
 from oocpatch.provenance import option
 
@@ -163,6 +163,14 @@ class OutputOptions:
         kind="choice",
         choices=OUTPUT_FORMATS,
         help="Write plain Zarr, or OME-Zarr with a pyramid; auto: as the input is.",
+    )
+    output_grid: str = option(
+        "volume",
+        check="output_grid",
+        identity=True,
+        kind="choice",
+        choices=OUTPUT_GRIDS,
+        help="Write scores of a model with a spacing on the grid of the volume, or as they are, on that of the model.",
     )
     allow_nonfinite: bool = option(
         False,

@@ -208,7 +208,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
     out_dtype = IDS if is_objects else out_dtype
     labels = np.dtype(out_dtype).kind in "bui"  # not because `output_dtype` asks for rounding
-    axis = config.volume.channel_axis
+    axis = (config.target or config.volume).channel_axis
     if axis is None and out_channels > 1:
         axis = "channel"
     if out_channels == 1 and _is_answer(config, output):

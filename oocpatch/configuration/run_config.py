@@ -61,6 +61,8 @@ class RunConfig:
         data, model, patches, outputs, limits, execution: the groups of options.
         parameters: the fingerprint: the values that say whether two runs are the same, by name.
         settings: the arguments as they were given, as JSON.
+        target: the volume whose grid the output has, where the model takes another one; None: they are the same.
+        scores: the configuration of the run whose output this one resamples, see `output_grid`; None: there is none.
         package: the model package, if the model is one.
         of_package: the arguments that the package gave.
         labelling: what objects are, of a call of `label`; None: the call is another one.
@@ -81,6 +83,8 @@ class RunConfig:
     parameters: Mapping[str, Any]
     settings: Mapping[str, Any]
     labelling: Labelling | None = None
+    target: Volume | None = None
+    scores: RunConfig | None = None
     package: ModelPackage | None = None
     of_package: Mapping[str, Any] = field(default_factory=dict)
     table: Mapping[str, Any] | None = None
@@ -109,13 +113,17 @@ class RunConfig:
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
-        data, arguments = _on_grid(volume, arguments)
+        own = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
+        data, arguments = _on_grid(own, volume, arguments)
         for name, path in (("output", target), ("workspace", place)):
             refuse_overlap(name, path, data)
             path.check_writable(name)
         groups = {name: _checked_group(group, arguments, data) for name, group in GROUPS.items()}
         outputs = groups["outputs"]
-        output_format = checked_output_format(format_in_parent(target, outputs.output_format), data)
+        is_moved = data is not own and outputs.output_grid == "volume"
+        output_format = checked_output_format(
+            format_in_parent(target, outputs.output_format), own if is_moved else data
+        )
         groups["outputs"] = replace(outputs, output_format=output_format)
         config = cls(
             volume=data,
@@ -124,6 +132,7 @@ class RunConfig:
             models=load(groups["model"], package),
             parameters={},
             settings=settings,
+            target=own if is_moved else None,
             package=package,
             of_package=of_package,
             **groups,
@@ -154,6 +163,8 @@ class RunConfig:
             check_fits("fill", patches.fill, str(self.volume.dtype))
         if self.finds_objects:
             self._check_objects()
+        if self.finds_objects and self.target is not None:
+            raise ValueError("output_grid must be 'model' for overlap_mode 'instances': objects are not resampled")
         if self.execution.processes and self.execution.client is not None:
             raise ValueError("processes must be False with a client: its workers are the processes")
         if self.execution.processes and self.execution.workers is None:
@@ -194,7 +205,7 @@ class RunConfig:
         """Return the values that say whether two runs are the same, by the names of the parameters."""
         box = self.data.box
         values: dict[str, Any] = {
-            "volume": self.volume.signature,
+            "volume": stored_volume(self.volume).signature,
             "axes": list(self.volume.axes.names),
             "model": fingerprint_of(self.model, self.models),
             "patch_size": self.patches.patch_size or AUTO,
@@ -312,7 +323,7 @@ class RunConfig:
             return
         # parameters that are off are not in the fingerprint
         differing = differences({**dict.fromkeys(record.parameters), **self.parameters}, record.parameters)
-        if not differing and self.limits.block_shape is not None:
+        if not differing and self.limits.block_shape is not None and self.target is None:
             asked, stored = self._planned_block_shape(record.details), record.details["block_shape"]
             if list(asked) != list(stored):
                 differing["block_shape"] = (list(asked), list(stored))
@@ -341,7 +352,14 @@ class RunConfig:
         return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
-_OMITTED = {"channels_last": False, "compile": None, "eval_mode": True, "patch_starts": "regular", "spacing": None}
+_OMITTED = {
+    "channels_last": False,
+    "compile": None,
+    "eval_mode": True,
+    "patch_starts": "regular",
+    "spacing": None,
+    "output_grid": "volume",
+}
 """Parameters that are left out of the fingerprint where they have these values."""
 
 
@@ -351,10 +369,12 @@ def _opened(volume: Any, axes: Any, level: int | str) -> Volume:
     return Volume(volume, axes, level)
 
 
-def _on_grid(volume: Any, arguments: dict[str, Any]) -> tuple[Volume, dict[str, Any]]:
-    """Return the volume on the grid that the arguments name, and the arguments with their box on that grid."""
+def _on_grid(data: Volume, volume: Any, arguments: dict[str, Any]) -> tuple[Volume, dict[str, Any]]:
+    """Return a volume on the grid that the arguments name, and the arguments with their box on that grid.
+
+    Its levels are those of `volume`, as it was given.
+    """
     axes, level = arguments.get("axes"), arguments.get("level", 0)
-    data = _opened(volume, axes, level)
     grid = ModelGrid.of(arguments.get("spacing"), data)
     if grid is None:
         return data, arguments

@@ -49,6 +49,7 @@ class Normalizer:
         dense: whether the last channel of the sums is the weights, zero without a patch.
         divide: whether sums are divided by dense weights, which otherwise mark the voxels of patches.
         fill: value of voxels without a patch.
+        nan_is_empty: whether a voxel with NaN in a channel counts as one without a patch.
         allow_nonfinite: whether values may be NaN or infinite; they are counted then.
 
     >>> normalizer = Normalizer((torch.tensor([1.0, 2.0, 4.0]),), postprocess=None, looped=0, tile=64)
@@ -67,6 +68,7 @@ class Normalizer:
     divide: bool = True
     fill: float = 0.0
     allow_nonfinite: bool = False
+    nan_is_empty: bool = False
 
     def to(self, device: str, tile: int) -> Normalizer:
         """Return the same conversion for sums on a device, in tiles of so many voxels."""
@@ -90,6 +92,10 @@ class Normalizer:
             values, target = sums[(slice(None), *inner)], out[(slice(None), *inner)]
             if self.dense:
                 counts += self._normalize_dense(values, target)
+                continue
+            if self.nan_is_empty and values.is_floating_point():
+                marks = (~values.isnan().any(dim=0, keepdim=True)).to(values.dtype)
+                counts += self._normalize_dense(torch.cat([values, marks]), target)
                 continue
             if weights is not None:
                 if plain:

@@ -90,6 +90,7 @@ class WorkerPayload:
     Attributes:
         plan: the plan as JSON.
         options: the model's options, with absolute paths.
+        signature: the signature of the volume.
         fingerprint: the fingerprint of the model as a worker reads it.
         open_tasks: opens what the tasks share.
     """
@@ -99,6 +100,7 @@ class WorkerPayload:
     volume: VolumeRef
     mask: tuple[VolumeRef, Placement] | None
     output: StoragePath
+    signature: str
     fingerprint: Any
     open_tasks: OpenTasks
     intensity: VolumeRef | None
@@ -180,6 +182,7 @@ def published_payload(
             volume=volume_ref(inputs.volume, folder, "volume", free_disk),
             mask=None if mask is None else (volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
             output=output,
+            signature=inputs.volume.signature,
             fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
             open_tasks=inputs.open_tasks,
             intensity=None

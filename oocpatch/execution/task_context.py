@@ -184,5 +184,6 @@ def _normalizer(plan: Plan, options: ModelOptions, workspace: Workspace, number:
         dense=head.dense,
         divide=head.blended,
         fill=plan.output_fill,
-        allow_nonfinite=plan.allow_nonfinite,
+        allow_nonfinite=plan.allow_nonfinite if not plan.scores else bool(plan.parameters["allow_nonfinite"]),
+        nan_is_empty=plan.scores_may_lack,
     )

@@ -190,7 +190,9 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
     intensity = None if payload.intensity is None else payload.intensity.open()
     inputs_here = {VOLUME: volume} if plan.table is None else {LABELS: volume, INTENSITY: intensity}
     for name, opened in inputs_here.items():
-        expected = plan.parameters[name]  # of an intensity with the names of channels
+        expected = (
+            payload.signature if name == VOLUME else plan.parameters[name]
+        )  # of an intensity with the names of channels
         if opened is not None and opened.signature != (expected if isinstance(expected, str) else expected[0]):
             raise ValueError(f"the {name} at {opened.source.location} is not the one that the client reads")
     device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())

@@ -18,3 +18,4 @@ POSTPROCESSES = ("argmax", "softmax", "sigmoid", "threshold", "clip", "linear", 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 WORKS = ("light", "heavy")
 OUTPUT_FORMATS = ("auto", "zarr", "ome-zarr")
+OUTPUT_GRIDS = ("volume", "model")

@@ -79,6 +79,7 @@ class Plan:
         classes: names of the output's channels or labels, of a model package that has them.
         table: the columns of a run of `objects`, as JSON; its patches are voxels, and it has no heads. None: the run is
             another one.
+        scores: plan of the run whose output this one resamples, as JSON; empty: there is none.
         merge_memory: bytes that the merge of objects may take, while no block is at work.
         vectors: outputs of the model that are a vector per patch.
     """
@@ -125,6 +126,7 @@ class Plan:
     labelling: Labelling | None = None
     table: Mapping[str, Any] | None = None
     merge_memory: int = 0
+    scores: str = ""
     patch_starts: str = "regular"
     classes: tuple[str, ...] = ()
     vectors: tuple[VectorHead, ...] = ()
@@ -170,6 +172,11 @@ class Plan:
     def slab_bytes(self) -> tuple[int, ...]:
         """Most bytes of one slab of each head, sums or values, in any block."""
         return tuple(slab_bytes(Frame.of(f), h) for f, h in zip(self.frames, self.heads, strict=True))
+
+    @cached_property
+    def scores_may_lack(self) -> bool:
+        """Return whether scores that are resampled are NaN where no patch has computed any."""
+        return bool(self.scores) and json.loads(self.scores)["output_fill"] == json_number(math.nan)
 
     @property
     def bytes_per_patch(self) -> float:

@@ -21,7 +21,7 @@ def expected_occupancy(config: RunConfig, plan: Plan) -> Occupancy | None:
 
 def idle_workers(config: RunConfig, plan: Plan, use: Occupancy | None) -> str:
     """Say that there are fewer blocks than workers, and which parameter would help; nothing where there are enough."""
-    if use is None or use.blocks >= use.workers:
+    if use is None or use.blocks >= use.workers or plan.scores:
         return ""
     if config.limits.block_shape is not None:
         advice = "a smaller block_shape makes more blocks"

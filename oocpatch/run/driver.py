@@ -226,13 +226,18 @@ def _progress_display(
     plan: Plan, progress: str | bool | OnProgress, blocks: Collection[int], done: RunProgress
 ) -> Iterator[OnProgress]:
     """Show the progress over the patches of some blocks; yield a function of its events."""
+    if callable(progress) and plan.scores:  # the patches are those of the scores
+        yield lambda _: None
+        return
     if callable(progress):
         yield lambda event: progress(event) if event.patches else None
         return
     total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
     resumed = plan.patches_in([i for i in blocks if i in done.partials])
     verb, unit = "predict", "patches"
-    if plan.table is not None:
+    if plan.scores:
+        verb = "resample"
+    elif plan.table is not None:
         verb, unit = "objects", "voxels"
     elif plan.labelling is not None:  # each block is read twice
         verb, unit, total = "label", "voxels", 2 * total

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.models.preprocessing import preprocess_statistics
-from oocpatch.outputs.output import stored_ledger
+from oocpatch.outputs.output import ledger_path, stored_ledger
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
@@ -118,10 +118,18 @@ class InputChanges:
 
 
 def changes_of_complete(config: RunConfig, plan: Plan) -> InputChanges:
-    """Compare the input with the stamps of a complete output."""
-    changes = _compare(config, plan, [stored_ledger(config.output, plan)], lambda _block, _attempt: True)
-    changes.other_plan |= plan.table is not None  # what its blocks have was deleted: all are measured again
+    """Compare the input with the stamps of a complete output, or of the scores that it was resampled from."""
+    scores = Plan.from_json(plan.scores) if plan.scores else None
+    ledger = stored_ledger(config.output, plan) if scores is None else config.output / scores_ledger(plan)
+    changes = _compare(config, scores or plan, [ledger], lambda _block, _attempt: True)
+    # what blocks of a table have was deleted, and so were scores: all are computed again
+    changes.other_plan |= plan.table is not None or scores is not None
     return changes
+
+
+def scores_ledger(plan: Plan) -> str:
+    """Return the path in a complete output of the ledger of the scores that it was resampled from."""
+    return f"{ledger_path(plan)}.scores"
 
 
 def changes_of_unfinished(config: RunConfig, workspace: Workspace, progress: RunProgress) -> InputChanges:
@@ -288,6 +296,8 @@ def compare_input(config: RunConfig, stored: Plan | None, record: OutputRecord |
         if plan is None or not (execution.check_input or execution.update):
             return InputChanges()
         changes = changes_of_complete(config, plan)
+    elif config.target is not None and config.scores is None:
+        return InputChanges()  # the run of the scores compares
     else:
         workspace = None if stored is None else find_workspace(config, record)
         if workspace is None:

@@ -23,6 +23,7 @@ import torch
 
 from oocpatch.configuration.label_plan import with_larger_ids
 from oocpatch.configuration.make_plan import counted, make_plan, resumed_plan
+from oocpatch.configuration.output_grid import on_output_grid
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputBusy, TooManyObjects
 from oocpatch.execution.array_job import ArrayJobPart
@@ -47,6 +48,7 @@ from oocpatch.run.driver import (
 )
 from oocpatch.run.export_result import check_export, export_result
 from oocpatch.run.input_changes import InputChanges, compare_input
+from oocpatch.run.output_grid_run import keep_scores_record, run_part, shown_plan, with_computed_scores
 from oocpatch.run.stored_run import busy, reopen_changed, stored_plan, stored_run, warn_of_lost_workspace
 from oocpatch.storage.locks import beside, clear_dead, holder, locked, locked_in_turn, locks
 from oocpatch.workspace.ledger import WHOLE, LedgerTail, open_ledger
@@ -92,6 +94,7 @@ def predict(
     output_shards: int | str | Sequence[int] | Mapping[str, int] | None = None,
     output_fill: float = 0,
     output_format: str = "auto",
+    output_grid: str = "volume",
     allow_nonfinite: bool = False,
     export: str | os.PathLike[str] | None = None,
     max_memory: int | float | str = "auto",
@@ -179,6 +182,8 @@ def predict(
             input, or the largest whole fraction that blocks can hold; for more than 100,000 chunks up to 256 MiB.
         output_fill: value of voxels that no patch covers.
         output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
+        output_grid: with `spacing`, `"volume"` resamples scores to the volume's grid before they are postprocessed, and
+            `"model"` leaves them on the model's.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
         export: NIfTI or OME-TIFF to write when the output is complete, as `oocpatch.export` does, unless it is there.
 
@@ -247,6 +252,7 @@ def predict(
         axes=axes,
         level=level,
         spacing=spacing,
+        output_grid=output_grid,
         mask=mask,
         box=box,
         skip_empty=skip_empty,
@@ -368,7 +374,7 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     """
     config = RunConfig.of(volume, model, output, **options)
     stored, record = stored_run(config)
-    chosen = stored or make_plan(config)
+    chosen = shown_plan(_to_run(config, stored, None)[1])
     check_export(config, record, chosen)
     return PlannedRun(chosen, config, expected_occupancy(config, chosen))
 
@@ -407,15 +413,16 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
         return _result(config)
     if changes and record is not None and record.complete and (stored := plan_of(record)) is not None:
         stored = resumed_plan(stored, config)
-    plan = stored or planned or make_plan(config)
+    config, plan = _to_run(config, stored, planned)
     check_export(config, record, plan)
     chosen = None if blocks is None else _checked_blocks(plan, blocks)
     if chosen is None and (warning := idle_workers(config, plan, expected_occupancy(config, plan))):
         logger.warning("%s: %s", config.output, warning)
-    config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
     config.output.parent.make_folder()
     if config.execution.part is not None:
-        return _run_part(config, plan, ArrayJobPart(*config.execution.part))
+        part = ArrayJobPart(*config.execution.part)
+        has_scores = config.scores is not None
+        return _run_part_of_scores(config, asked, plan, part) if has_scores else _run_part(config, plan, part)
     with locked(beside(config.output, ".lock"), str(config.output)):
         process = next(filter(None, map(holder, locks(config.output)[1:])), None)
         if process is not None:  # a part that began meanwhile
@@ -428,12 +435,21 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
     return _run(asked, planned, chosen)  # another call was at work since this one looked
 
 
+def _to_run(config: RunConfig, stored: Plan | None, planned: Plan | None) -> tuple[RunConfig, Plan]:
+    """Return the configuration and the plan of the run: of the output, where scores are resampled to its grid."""
+    if config.target is not None and config.scores is None:
+        return on_output_grid(config, stored, planned)
+    plan = stored or planned or make_plan(config)
+    return config.with_sizes(plan.patch_size[config.looped :], plan.batch_size), plan
+
+
 def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, resuming: bool) -> Any:
     """Run a plan, with the output's lock."""
     workspace = set_up(config, plan, resuming=resuming)
     workspace.join()
     verb = "resumes" if resuming else "starts"
     logger.info("%s %s: %d patches in %d blocks", config.output, verb, plan.patches, plan.blocks)
+    config = with_computed_scores(config, workspace, _run)
     try:
         details = _run_stages(config, workspace, blocks)
     except TooManyObjects as error:
@@ -441,7 +457,7 @@ def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, 
         return _locked_run(config, make_plan(config), blocks, resuming=False)
     if details is None:
         return _result(config, complete=False)
-    complete(config, workspace, details)
+    complete(config, workspace, {**details, **keep_scores_record(config, workspace)})
     logger.info("%s is complete after %s s", config.output, details["seconds"])
     return _result(config)
 
@@ -486,10 +502,18 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
 
 
 def _checked_blocks(plan: Plan, blocks: Iterable[int]) -> list[int]:
+    if plan.scores:
+        raise ValueError("blocks must be None where scores are resampled; pass output_grid='model' to look at blocks")
     chosen = sorted({int(block) for block in blocks})
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < plan.blocks:
         raise ValueError(f"blocks must be indices from 0 to {plan.blocks - 1}, got {chosen}")
     return chosen
+
+
+def _run_part_of_scores(config: RunConfig, asked: RunConfig, plan: Plan, part: ArrayJobPart) -> Any:
+    """Run one part of the scores of an output, and the output itself, if it is the last one."""
+    result = run_part(config, asked, plan, part, _run)
+    return _result(config, complete=False) if result is None else result
 
 
 def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
+from oocpatch.configuration.output_grid import SCORES
 from oocpatch.outputs.record import find_output
 from oocpatch.run.driver import workspace_root
 from oocpatch.storage.locks import holder, locks
@@ -101,6 +102,10 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     workspace = Workspace.find(workspace_root(record))
     if workspace is None:
         return RunStatus(str(path), str(workspace_root(record)), state, 0, 0, 0, 0, {}, verb=verb)
+    scores = workspace.root / SCORES
+    if workspace.plan.scores and scores.exists() and (of_scores := status(str(scores))).state != "complete":
+        state = of_scores.state if of_scores.state == "running" else state
+        return replace(of_scores, output=str(path), workspace=str(workspace.root), state=state)
     done, grid = workspace.progress(), workspace.plan.block_grid
     patches = workspace.plan.patches_in(done.partials)
     recent = workspace.plan.patches_in(done.recent_blocks)

@@ -29,6 +29,7 @@ from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.run.predict import plan as plan_run
 from oocpatch.verification.reference import reference_scores
+from oocpatch.volumes.model_grid import ModelGrid
 from oocpatch.volumes.volume import Volume, spatial_sizes
 
 Array = np.ndarray[Any, Any]
@@ -112,6 +113,9 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     models = load_models(package or model, **loading, trust_pickle=trust, device=device)
     predict_kwargs |= settings_of_package(package, predict_kwargs)
     source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
+    if (grid := ModelGrid.of(predict_kwargs.pop("spacing", None), source)) is not None:
+        source = grid.over(source)  # what is compared are the scores on that grid
+    predict_kwargs.pop("output_grid", None)
     generator = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="oocpatch-check-") as folder:
         settings = _settings(source, _with_sizes(source, models, predict_kwargs, Path(folder)))

@@ -97,6 +97,15 @@ class ModelGrid:
             chosen, maps = Volume(level.source, volume.axes), at_level
         return resampled(chosen, maps)
 
+    def back(self, volume: Volume) -> dict[str, AxisMap]:
+        """Return the voxels of a volume on this grid, by the names of its axes."""
+        oriented = volume if self.orientation is None else _oriented(volume, self.orientation)
+        maps = {}
+        for axis, (name, length) in enumerate(zip(oriented.names, oriented.shape, strict=True)):
+            order = self.scores.get(name, 1) if isinstance(self.scores, Mapping) else self.scores
+            maps[name] = self._map(oriented, axis).reversed_to(length, order)
+        return maps
+
     def box(self, box: Box, volume: Volume) -> Box:
         """Return the box on the grid that covers a box of a volume."""
         oriented = volume if self.orientation is None else _oriented(volume, self.orientation)

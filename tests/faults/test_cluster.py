@@ -17,6 +17,7 @@ import distributed
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from torch import nn
 
@@ -74,6 +75,13 @@ def test_a_cluster_gives_the_bytes_of_the_embedded_scheduler(small: SmallCluster
             "mask": (data > 0.9)[::4, ::4],
             "preprocess": "zscore",
             "augment": ["x"],
+        },
+        "resampled": {
+            "model": Net(),
+            "model_args": None,
+            "volume": xarray.DataArray(data, {n: (n, np.arange(32.0)) for n in "yx"}, ("y", "x")),
+            "spacing": {"y": 1.5, "x": 0.8},
+            "postprocess": "argmax",
         },
         "objects": {
             "model": Renumber(),

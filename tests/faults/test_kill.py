@@ -14,7 +14,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
 from oocpatch.storage.journal import read_journal
 from oocpatch.storage.paths import LocalPath
@@ -287,3 +289,20 @@ def test_the_marker_of_completion_is_written_last(children: Children, job: Job) 
         else:
             incomplete += 1
     assert incomplete
+
+
+def test_a_run_whose_scores_are_resampled_ends_in_the_same_bytes_wherever_it_is_killed(
+    children: Children, tmp_path: Path
+) -> None:
+    """Kills at changes of the disk that are spread over the run of the scores, and that of the output."""
+    group = zarr.create_group(tmp_path / "volume.zarr")
+    group.create_array("v", data=np.arange(1, 25, dtype=np.float32), chunks=(4,), dimension_names=("x",))
+    group.create_array("x", data=np.arange(24.0), dimension_names=("x",))
+    tiny = {"patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 12, "workers": 1}
+    job = job_in(tmp_path, spacing=1.5, **tiny)
+    expected = undisturbed(children, job)
+    assert len(expected) > 1
+    assert children.run(fresh(job)) == 0
+    changes = report(job).changes
+    for number in range(3, changes, changes // 9):
+        die_and_resume(children, job, expected, number)

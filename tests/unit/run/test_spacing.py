@@ -8,6 +8,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import xarray
 import zarr
@@ -31,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "max_memory": "64MiB",
     "progress": False,
 }
+MODEL_GRID = {**SETTINGS, "output_grid": "model"}
 OBLIQUE = np.array([[0.9, 0.3, 0, 5], [-0.25, 1.1, 0.2, -7], [0.1, -0.2, 2.0, 30], [0, 0, 0, 1]])
 
 
@@ -49,7 +51,7 @@ def test_scores_of_patches_are_those_of_the_whole_volume_resampled_at_once(
 ) -> None:
     data = np.asarray(zarr.open_array(scan / "image")[:])
     spacing = "0.6um" if order == 1 else ModelGrid("0.6um", order=order)
-    result = oocpatch.predict(scan, torch.nn.Identity(), tmp_path / "out.zarr", spacing=spacing, **SETTINGS)
+    result = oocpatch.predict(scan, torch.nn.Identity(), tmp_path / "out.zarr", spacing=spacing, **MODEL_GRID)
     assert result.shape == (33, 33, 38)
     np.testing.assert_allclose(result, whole(data, result.shape, (order,) * 3), rtol=0, atol=1e-5 * 200)
     for name, n, step in zip("zyx", (25, 40, 45), (0.8, 0.5, 0.5), strict=True):
@@ -62,7 +64,7 @@ def test_scores_of_patches_are_those_of_the_whole_volume_resampled_at_once(
 def test_a_mask_and_a_box_are_those_of_the_volume(scan: Path, tmp_path: Path) -> None:
     mask = np.zeros((25, 40, 45), bool)
     mask[3, 5, 7] = True  # a voxel that no voxel of the grid takes its value from
-    options = {**SETTINGS, "patch_overlap": 0, "spacing": 2.5, "patch_size": 4, "output_fill": -1}
+    options = {**MODEL_GRID, "patch_overlap": 0, "spacing": 2.5, "patch_size": 4, "output_fill": -1}
     result = oocpatch.predict(scan, "identity", tmp_path / "mask.zarr", mask=mask, **options)
     covered = np.argwhere(np.asarray(result) != -1)
     assert covered.min(axis=0).tolist() == [0, 0, 0]
@@ -76,14 +78,15 @@ def test_a_mask_and_a_box_are_those_of_the_volume(scan: Path, tmp_path: Path) ->
 
 def test_preprocessing_knows_the_statistics_of_the_volume_as_it_is_stored(scan: Path, tmp_path: Path) -> None:
     data = np.asarray(zarr.open_array(scan / "image")[:], np.float64)
-    options = {**SETTINGS, "spacing": 1.0, "preprocess": "zscore"}
+    options = {**MODEL_GRID, "spacing": 1.0, "preprocess": "zscore"}
     result = oocpatch.predict(scan, "identity", tmp_path / "out.zarr", **options)
     expected = (whole(data, result.shape, (1, 1, 1)) - data.mean()) / data.std()
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_another_spacing_is_another_run_and_changed_voxels_are_seen(scan: Path, tmp_path: Path) -> None:
-    options = {**SETTINGS, "spacing": 1.0}
+@pytest.mark.parametrize("grid", ["model", "volume"])
+def test_another_spacing_is_another_run_and_changed_voxels_are_seen(grid: str, scan: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "spacing": 1.0, "output_grid": grid}
     oocpatch.predict(scan, "identity", tmp_path / "out.zarr", **options)
     with pytest.raises(oocpatch.RunMismatch, match=r"spacing: .*1.0.* before, .*1.5.* now"):
         oocpatch.predict(scan, "identity", tmp_path / "out.zarr", **{**options, "spacing": 1.5})
@@ -100,8 +103,18 @@ def test_another_spacing_is_another_run_and_changed_voxels_are_seen(scan: Path, 
         array[3, 3, 3] = before
 
 
-@pytest.mark.parametrize("code", ["RAS", "LAS", "LPS", "PIR", "oblique"])
-def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "grid"),
+    [
+        ("RAS", "model"),
+        ("LAS", "volume"),
+        ("LPS", "model"),
+        ("PIR", "volume"),
+        ("oblique", "model"),
+        ("oblique", "volume"),
+    ],
+)
+def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, grid: str, tmp_path: Path) -> None:
     shape = (14, 15, 16)
     affine = OBLIQUE if code == "oblique" else inv_ornt_aff(axcodes2ornt(code), shape) @ np.diag([0.5, 0.75, 2, 1])
     places = np.moveaxis(np.indices(shape), 0, -1)
@@ -110,6 +123,7 @@ def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, tm
     file = tmp_path / "scan.nii.gz"
     nibabel.save(nibabel.Nifti1Image(data, affine), file)
     options = {"patch_size": 8, "patch_overlap": 2, "spacing": 1.1, "output_format": "ome-zarr", "progress": False}
+    options["output_grid"] = grid
     result = oocpatch.predict(file, "identity", tmp_path / "out.zarr", export=tmp_path / "out.nii", **options)
     written = nibabel.load(tmp_path / "out.nii")
     assert written.shape == result.shape
@@ -117,6 +131,8 @@ def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, tm
     at = apply_affine(written.affine, np.moveaxis(np.indices(written.shape), 0, -1))
     np.testing.assert_allclose((at @ [1.0, -2.0, 0.5] + 100)[inner], np.asarray(written.dataobj)[inner], rtol=1e-4)
     assert nibabel.aff2axcodes(written.affine) == nibabel.aff2axcodes(affine)
+    if grid == "volume":
+        np.testing.assert_allclose(written.affine, affine, atol=1e-5)
     turned = ModelGrid.of(ModelGrid(orientation="LPS"), Volume(file))
     assert turned is not None
     volume = turned.over(Volume(file))
@@ -128,6 +144,7 @@ def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, tm
 def test_coordinates_that_fall_are_legal_in_an_ome_zarr(tmp_path: Path) -> None:
     data = image((20, 24), (0.5, -0.25))
     options: dict[str, Any] = {"patch_size": 8, "output_format": "ome-zarr", "progress": False}
+    options["output_grid"] = "model"
     oocpatch.predict(data, "identity", tmp_path / "out.zarr", spacing=0.5, **options)
     read = Volume(tmp_path / "out.zarr")
     assert read.source.coords["x"].values[:2].tolist() == pytest.approx([2.875, 2.375])
@@ -138,9 +155,109 @@ def test_coordinates_that_fall_are_legal_in_an_ome_zarr(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_a_spacing(scan: Path, tmp_path: Path) -> None:
     words = ["predict", str(scan), str(tmp_path / "out.zarr"), "--model", "identity", "--patch-size", "8"]
+    words += ["--output-grid", "model"]
     done = CliRunner().invoke(main, [*words, "--spacing", "z=2,y=1000nm", "--progress", "none"])
     assert done.exit_code == 0, done.output
     assert xarray.open_zarr(tmp_path / "out.zarr").prediction.shape == (10, 20, 45)
     refused = CliRunner().invoke(main, [*words, "--spacing", "2 inches"])
     assert refused.exit_code == 2
     assert "spacing must be in the unit of axis z, micrometer, got inches" in refused.output
+
+
+class Classes(torch.nn.Module):
+    """Three scores that are largest where voxels are large, medium and small."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the scores."""
+        return torch.cat([patches, 100 + 0 * patches, 200 - patches], 1)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_scores_are_resampled_back_as_those_of_the_whole_volume(order: int, scan: Path, tmp_path: Path) -> None:
+    spacing = ModelGrid("0.6um", scores=order)
+    options = {**SETTINGS, "spacing": spacing}
+    scores = oocpatch.predict(scan, Classes(), tmp_path / "scores.zarr", output_grid="model", **options)
+    expected = np.stack([whole(channel, (25, 40, 45), (order,) * 3) for channel in np.asarray(scores)])
+    planned = oocpatch.plan(scan, Classes(), tmp_path / "out.zarr", **options)
+    assert (
+        planned.patches == oocpatch.plan(scan, Classes(), tmp_path / "x.zarr", output_grid="model", **options).patches
+    )
+    assert "scores are resampled to 25 x 40 x 45 voxels" in str(planned)
+    result = planned.run()
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * 200)
+    original = Volume(scan)
+    for name in "zyx":
+        assert np.array_equal(result[name], original.source.coords[name])
+    labels = oocpatch.predict(scan, Classes(), tmp_path / "labels.zarr", postprocess="argmax", **options)
+    assert labels.dtype == np.uint8
+    first, second = np.sort(expected, axis=0)[[-2, -1]]
+    clear = second - first > 1e-3
+    assert np.array_equal(np.asarray(labels)[clear], expected.argmax(axis=0)[clear])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.zarr", "out.zarr", "scores.zarr"]
+    assert oocpatch.verify(tmp_path / "labels.zarr").passed
+
+
+def test_voxels_without_scores_hold_the_fill_value(scan: Path, tmp_path: Path) -> None:
+    options = {
+        **SETTINGS,
+        "spacing": 1.0,
+        "patch_overlap": 0,
+        "patch_size": 8,
+        "output_fill": 9,
+        "postprocess": "argmax",
+    }
+    box = [(0, 5), (0, 10), (0, 8)]
+    result = oocpatch.predict(scan, Classes(), tmp_path / "out.zarr", box=box, **options)
+    values = np.asarray(result)
+    covered = values != 9
+    assert covered[:5, :10, :8].all()
+    assert values[covered].max() <= 2
+    # one patch of 8 voxels of 1 um, but for the voxels between its last ones and those that no patch covers
+    assert np.argwhere(covered).max(axis=0).tolist() == [8, 14, 14]
+    assert result.attrs["uncovered_voxels"] == (~covered).sum()
+
+
+def test_heads_of_several_scales_and_dtypes_lie_on_the_grid_of_the_volume(scan: Path, tmp_path: Path) -> None:
+    def model(patches: torch.Tensor) -> dict[str, torch.Tensor]:
+        half = torch.nn.functional.avg_pool3d(patches.float(), 2)
+        return {"half": half, "large": (patches > 100).to(torch.uint8)}
+
+    options = {**SETTINGS, "spacing": 0.6, "overlap_mode": {"half": "hann", "large": "crop"}}
+    result = oocpatch.predict(scan, model, tmp_path / "out.zarr", **options)
+    assert result.half.shape == result.large.shape == (25, 40, 45)
+    assert (result.half.dtype, result.large.dtype) == (np.float32, np.uint8)
+    data = np.asarray(zarr.open_array(scan / "image")[:])
+    on_grid = whole(data, (33, 33, 38), (1, 1, 1))
+    nearest = whole(on_grid > 100, data.shape, (0, 0, 0))
+    assert (np.asarray(result.large) == nearest).mean() > 0.999
+    inner = (slice(4, -4),) * 3
+    padded = np.pad(on_grid, [(0, 1), (0, 1), (0, 0)], mode="edge")
+    means = padded.reshape(17, 2, 17, 2, 19, 2).mean(axis=(1, 3, 5))
+    at = [(np.arange(n) + 0.5) * m / n / 2 - 0.5 for n, m in zip(data.shape, (33, 33, 38), strict=True)]
+    expected = scipy.ndimage.map_coordinates(means, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
+    np.testing.assert_allclose(np.asarray(result.half)[inner], expected[inner], atol=1e-3)
+
+
+def test_parts_compute_scores_and_the_last_one_resamples_them(scan: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "spacing": 0.6, "postprocess": "argmax"}
+    expected = oocpatch.predict(scan, Classes(), tmp_path / "whole.zarr", **options)
+    first = oocpatch.predict(scan, Classes(), tmp_path / "out.zarr", part=(2, 2), **options)
+    assert first.attrs["complete"] is False
+    state = oocpatch.status(tmp_path / "out.zarr")
+    assert 0 < state.predict_done < state.predict_total
+    assert state.state == "incomplete"
+    last = oocpatch.predict(scan, Classes(), tmp_path / "out.zarr", part=(1, 2), **options)
+    assert "complete" not in last.attrs
+    assert np.array_equal(last, expected)
+
+
+def test_what_cannot_be_resampled_back_is_refused(scan: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "spacing": 0.6}
+    with pytest.raises(ValueError, match="output_grid must be 'model' for overlap_mode 'instances'"):
+        oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options, overlap_mode="instances")
+    with pytest.raises(ValueError, match="output_grid must be one of volume, model, got 'patches'"):
+        oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options, output_grid="patches")
+    with pytest.raises(oocpatch.PlanTooLarge, match=r"scores on the grid of the model .* pass output_grid='model'"):
+        oocpatch.plan(scan, Classes(), tmp_path / "out.zarr", **options, max_disk="300KiB")
+    with pytest.raises(ValueError, match="blocks must be None where scores are resampled"):
+        oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options).run(blocks=[0])
