@@ -91,11 +91,7 @@ def on_output_grid(config: RunConfig, stored: Plan | None, planned: Plan | None 
 
 
 def _plan_of_scores(config: RunConfig) -> Plan:
-    scores = _scores_config(config)
-    plan = make_plan(scores)
-    limit = config.limits.max_disk
-    if limit is not None and scores_bytes(plan) < limit < scores_bytes(plan) + plan.projected_disk:
-        plan = make_plan(replace(scores, limits=replace(scores.limits, max_disk=limit - scores_bytes(plan))))
+    plan = make_plan(_scores_config(config))
     if not config.skips:
         return plan
     # NaN, where there is one, so that the voxels without scores are known after they are resampled

@@ -29,13 +29,16 @@ DESCRIBED = "described"
 METADATA_CRC = "metadata_crc"
 
 
-def copy_ledger(source: StoragePath, target: StoragePath, blocks: int) -> int:
-    """Write the latest record of each stage of each block in a ledger to a file, atomically, and return its CRC."""
+def copy_ledger(source: StoragePath, target: StoragePath, blocks: int, *, stamps: bool = True) -> int:
+    """Write the latest record of each stage of each block in a ledger to a file, atomically, and return its CRC.
+
+    Without `stamps`, those of the input are left out.
+    """
     crc = 0
 
     def lines() -> Iterator[bytes]:
         nonlocal crc
-        for line in latest_lines(source, blocks):
+        for line in latest_lines(source, blocks, stamps=stamps):
             crc = bytes_checksum(line, crc)
             yield line
 
@@ -44,7 +47,12 @@ def copy_ledger(source: StoragePath, target: StoragePath, blocks: int) -> int:
 
 
 def latest_lines(
-    source: StoragePath, blocks: int, *, without: frozenset[tuple[str, int]] = frozenset(), plain: bool = True
+    source: StoragePath,
+    blocks: int,
+    *,
+    without: frozenset[tuple[str, int]] = frozenset(),
+    plain: bool = True,
+    stamps: bool = True,
 ) -> Iterator[bytes]:
     """Yield the latest record of each stage of each block in a ledger as lines of a journal.
 
@@ -53,11 +61,13 @@ def latest_lines(
         blocks: number of blocks.
         without: stages and blocks whose records are left out.
         plain: whether to leave out times and notes, so that equal runs have equal files.
+        stamps: whether to keep the stamps of the input.
     """
     with local_copy(source) as ledger:
         for record in latest_records(ledger, blocks):
             if (record.kind, record.block) not in without:
-                yield encode_record((replace(record, note="", at=0.0) if plain else record).values())
+                kept = replace(record, note="", at=0.0) if plain else record
+                yield encode_record((kept if stamps else replace(kept, stamps="")).values())
 
 
 def other_files(path: StoragePath, members: Sequence[str], arrays: Sequence[str]) -> Iterator[str]:

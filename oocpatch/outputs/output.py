@@ -288,7 +288,8 @@ class Output:
         verify_files(self.path, record.details)
         copy = ledger_path(self._plan)
         files = {**record.details["files"], **row_files(self.path, self._plan)}
-        files[copy] = copy_ledger(ledger, self.path / copy, self._plan.blocks)
+        has_scores = bool(self._plan.scores)  # whose files are gone
+        files[copy] = copy_ledger(ledger, self.path / copy, self._plan.blocks, stamps=not has_scores)
         details = {**record.details, **details, "files": files}
         self.path.flush()
         consolidate(self.path)

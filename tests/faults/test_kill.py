@@ -304,5 +304,5 @@ def test_a_run_whose_scores_are_resampled_ends_in_the_same_bytes_wherever_it_is_
     assert len(expected) > 1
     assert children.run(fresh(job)) == 0
     changes = report(job).changes
-    for number in range(3, changes, changes // 9):
+    for number in range(3, changes, changes // 5):
         die_and_resume(children, job, expected, number)
