@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 
 from oocpatch.configuration.make_plan import make_plan
 from oocpatch.configuration.options import DataOptions, PatchOptions
@@ -33,7 +32,7 @@ from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.resampling import AxisMap, resampled
-from oocpatch.volumes.sources import Source, open_source
+from oocpatch.volumes.sources import Source, array_source
 from oocpatch.volumes.stack import stacked
 from oocpatch.volumes.volume import Volume
 
@@ -216,7 +215,7 @@ def _scores_volume(config: RunConfig, target: Volume, plan: Plan, scores: Storag
                 load=_not_there,
             )
         else:
-            source = open_source(zarr.open_array(scores.store(), path=path, mode="r"))
+            source = array_source(scores, path)
         axes_roles = tuple("c" if name == head.channel_axis else roles[name] for name in names)
         order = tuple(names.index(name) for name in target.names)
         part = Volume(replace(source, names=names, coords={}, attrs={}), Axes(names, axes_roles, order))

@@ -206,6 +206,11 @@ def open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
         ) from error
 
 
+def array_source(path: StoragePath, name: str) -> Source:
+    """Return the source of an array of a Zarr group that oocpatch wrote."""
+    return _from_zarr(zarr.open_array(path.store(), path=name, mode="r"))
+
+
 def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
     """Open the array or group at a URL to read."""
     is_bucket = scheme_of(path.url) in BUCKETS
