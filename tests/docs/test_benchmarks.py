@@ -71,8 +71,15 @@ def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path, ca
     assert ours in (tmp_path / "speed.svg").read_text()
 
 
-def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_labels(tmp_path, capsys):
+def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_labels(
+    tmp_path, capsys, children, monkeypatch
+):
     """On the CPU, where the share says nothing, but each step is taken and the labels are right."""
+
+    def forked(task, module, **arguments):
+        return children.measure("tests.support.task_child", module, task, arguments)
+
+    monkeypatch.setattr(gpu, "in_fresh_process", forked)
     sizes = ["--side", "24", "--chunk", "8", "--patch-size", "16", "--patch-overlap", "8", "--width", "2"]
     command = [*sizes, "--batch-size", "3", "--variants", "plain", "--rounds", "1", "--max-memory", "256MiB"]
     main(["gpu", "--device", "cpu", "--directory", str(tmp_path), *command, "--json"])

@@ -333,7 +333,7 @@ def test_torchio_refuses_maps_beyond_two_to_the_24(monkeypatch: pytest.MonkeyPat
     assert corners(sampler) == [(1, 2000, 4000)]
 
 
-@law(150)
+@law(80)
 @given(st.data())
 def test_masses_are_those_of_the_valid_centres_cell_by_cell(data: st.DataObject) -> None:
     """Against a plain sum over each chunk of a mask of the centres."""
