@@ -333,8 +333,7 @@ def test_the_command_says_so_in_one_line(
 
 
 @pytest.mark.parametrize("codec", ["zstd", "blosc", "gzip", "bz2", "xz", "none"])
-@pytest.mark.parametrize("level", [1, 9])
-@pytest.mark.parametrize("shards", [None, (500, 250)])
+@pytest.mark.parametrize(("level", "shards"), [(1, None), (9, (500, 250))])
 def test_what_compresses_very_well_is_no_attack(
     codec: str, level: int, shards: tuple[int, int] | None, tmp_path: Path
 ) -> None:

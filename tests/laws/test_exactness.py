@@ -94,7 +94,7 @@ def test_a_model_that_looks_at_position_and_context_equals_the_oracle(case: Case
         np.testing.assert_allclose(values, expected, rtol=0, atol=case.rounding(250))
 
 
-SPLITS = {
+SPLITS: dict[str, dict[str, Any]] = {
     "one block": {},
     "blocks": {"block_shape": (8, 8), "output_chunks": 4},
     "uneven blocks": {"block_shape": (9, 12), "output_chunks": (3, 4)},
@@ -105,9 +105,12 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("options", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("mode", MODES)
-def test_any_split_into_blocks_gives_the_same_voxels(mode: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "split"),
+    [(mode, split) for n, split in enumerate(SPLITS) for mode in ("crop", ("hann", "average", "gaussian")[n % 3])],
+)
+def test_any_split_into_blocks_gives_the_same_voxels(mode: str, split: str, tmp_path: Path) -> None:
+    options = SPLITS[split]
     case = Case((31, 26), (8, 7), (3, 4), mode, None, chunks=(5, 9))
     data = small_integers((1, *case.shape))
     expected = oracle.predict(data, position_model, patch=case.patch, overlap=case.overlap, mode=mode)

@@ -113,8 +113,8 @@ def as_numpy(function):
 
 @pytest.mark.parametrize("mode", ["average", "hann", "gaussian", "max"])
 @pytest.mark.parametrize("scale", SCALED)
-@pytest.mark.parametrize("padding_mode", [None, "reflect"])
-def test_an_output_of_another_scale_is_what_blending_whole_arrays_gives(scale, mode, padding_mode, tmp_path):
+def test_an_output_of_another_scale_is_what_blending_whole_arrays_gives(scale, mode, tmp_path):
+    padding_mode = "reflect" if (mode in {"hann", "max"}) == (scale in {"1/4", "2", "3/2"}) else None
     model, factor, snap = SCALED[scale]
     data = RNG.random((53, 70)).astype("float32") + 1
     result = oocpatch.predict(
