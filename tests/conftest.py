@@ -1,4 +1,4 @@
-"""What all tests share: Hypothesis profiles, runs to stop, commands, the door to the tests that download real data."""
+"""What all tests share: Hypothesis profiles, runs to stop, commands, the markers of tests that run on demand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ settings.register_profile("explore", deadline=None, max_examples=2000, print_blo
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "promise"))
 
 
-DOORS = {
+ON_DEMAND = {
     "real_data": (
         os.environ.get("OOCPATCH_REAL_DATA") == "1",
         "downloads published data; set OOCPATCH_REAL_DATA=1 to run it",
@@ -54,7 +54,7 @@ DOORS = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what downloads, or needs other programs, unless it was asked for."""
     for item in items:
-        for marker, (asked, reason) in DOORS.items():
+        for marker, (asked, reason) in ON_DEMAND.items():
             if item.get_closest_marker(marker) and not asked:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -58,9 +58,9 @@ class Tally:
     def __str__(self) -> str:
         kills = sum(self.kills.values())
         lost = (self.computed - PATCHES * self.runs) / max(1, kills)
-        told = ", ".join(f"{count} {name}" for name, count in sorted(self.kills.items()))
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(self.kills.items()))
         wrong = f"{self.wrong} wrong, {lost:.1f} patches lost a kill"
-        return f"{kills} kills ({told}), {self.runs} runs, {wrong}, {self.seconds:.0f} s"
+        return f"{kills} kills ({listed}), {self.runs} runs, {wrong}, {self.seconds:.0f} s"
 
 
 def in_threads(folder: Path, kills: int, generator: random.Random, *, parts: int = 1) -> Tally:

@@ -128,8 +128,8 @@ def lives(asked: argparse.Namespace) -> int:
             left = [key for key in bucket.objects() if key.startswith(f"{name}.")]
             wrong += found != expected or bool(left) or workspace.exists()
             tally["patches computed twice"] += len(patch_calls(job)) - patches
-    told = ", ".join(f"{count} {what}" for what, count in sorted(tally.items()))
-    print(f"{asked.lives} lives: {told}; {wrong} wrong, {time.monotonic() - began:.0f} s")
+    listed = ", ".join(f"{count} {what}" for what, count in sorted(tally.items()))
+    print(f"{asked.lives} lives: {listed}; {wrong} wrong, {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 
 

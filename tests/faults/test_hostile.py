@@ -327,9 +327,9 @@ def test_the_command_says_so_in_one_line(
     with unchanged(tmp_path / "volume.zarr"), pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1
-    told = capfd.readouterr().err
-    assert "must decode to 4096 bytes" in told
-    assert "Traceback" not in told
+    printed = capfd.readouterr().err
+    assert "must decode to 4096 bytes" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("codec", ["zstd", "blosc", "gzip", "bz2", "xz", "none"])

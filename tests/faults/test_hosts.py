@@ -157,9 +157,9 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_on_its_host_and_when_s
     killed()
     assert json.loads(lock.read_text())["host"] == "host-one"
     os.utime(lock)
-    told = call(fork, two, part=[1, 2], **FURTHER)
-    assert told.startswith("OutputBusy: "), told
-    assert "on host-one for part 1/2" in told
+    ending = call(fork, two, part=[1, 2], **FURTHER)
+    assert ending.startswith("OutputBusy: "), ending
+    assert "on host-one for part 1/2" in ending
     os.utime(lock, (0, lock.stat().st_mtime - STALE))
     assert call(fork, two, part=[1, 2], **FURTHER) == "done"
     status = oocpatch.status(out)

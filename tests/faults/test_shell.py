@@ -18,12 +18,12 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_dask_oocpatch_is_oocpatch(tmp_path: Path) -> None:
-    told = run(str(BIN / "dask"), "oocpatch", "--help", folder=tmp_path)
-    assert told.returncode == 0, told.stderr
+    dask_help = run(str(BIN / "dask"), "oocpatch", "--help", folder=tmp_path)
+    assert dask_help.returncode == 0, dask_help.stderr
     own = run(str(BIN / "oocpatch"), "--help", folder=tmp_path)
     # All but the first line, which names the program.
-    assert told.stdout.splitlines()[1:] == own.stdout.splitlines()[1:]
-    assert "predict" in told.stdout
+    assert dask_help.stdout.splitlines()[1:] == own.stdout.splitlines()[1:]
+    assert "predict" in dask_help.stdout
 
 
 def test_a_command_under_dask_s_name_does_its_work_and_ends_in_the_same_codes(tmp_path: Path) -> None:

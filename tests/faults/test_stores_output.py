@@ -66,13 +66,13 @@ def assert_same(there: dict[str, bytes], here: dict[str, bytes]) -> None:
     """The same files with the same bytes; of the group's metadata all but what tells of the call itself."""
     assert there.keys() == here.keys()
     assert [name for name in here if name != "zarr.json" and there[name] != here[name]] == []
-    told = [json.loads(found["zarr.json"]) for found in (there, here)]
-    for one in told:
+    documents = [json.loads(found["zarr.json"]) for found in (there, here)]
+    for one in documents:
         record = one["attributes"]["oocpatch"]
         record["workspace"] = ""
         for name in ("settings", "seconds", "process_peak_memory", "metadata_crc"):
             del record["details"][name]
-    assert told[0] == told[1]
+    assert documents[0] == documents[1]
 
 
 def half(patches: torch.Tensor) -> dict[str, torch.Tensor]:

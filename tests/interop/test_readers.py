@@ -25,7 +25,7 @@ from tests.support.stores import BUCKET, served
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What all readers say of the images of all runs."""
     folder = tmp_path_factory.mktemp("readers") / "runs"  # napari makes a group of what is two folders above labels
     for number, (name, run) in enumerate(RUNS.items()):
@@ -53,9 +53,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.readers
-def test_other_programs_see_the_same_axes_scales_and_voxels(told: dict[str, Any]) -> None:
-    assert len(told) >= 6 * len(RUNS)
-    for key, seen in told.items():
+def test_other_programs_see_the_same_axes_scales_and_voxels(answers: dict[str, Any]) -> None:
+    assert len(answers) >= 6 * len(RUNS)
+    for key, seen in answers.items():
         name, head = key.partition(" ")[0].replace("_", " ").rsplit("-", 1)
         run = RUNS[name]
         assert all(seen["same"]), key

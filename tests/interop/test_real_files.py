@@ -106,8 +106,8 @@ def test_an_atlas_keeps_its_labels_and_its_places(
     assert made.dtype == labels.dtype
     np.testing.assert_array_equal(made, labels)
     np.testing.assert_array_equal(made.x, first + step * np.arange(len(labels)))
-    told = {"mm": "millimeter", "unknown": None}  # the atlas says nothing, the flipped one mm
-    assert made.x.attrs.get("units") == told[nibabel.load(path).header.get_xyzt_units()[0]]
+    units_of = {"mm": "millimeter", "unknown": None}  # the atlas says nothing, the flipped one mm
+    assert made.x.attrs.get("units") == units_of[nibabel.load(path).header.get_xyzt_units()[0]]
     converted = oocpatch.convert(path, tmp_path / "converted.zarr", chunks=64, progress=False)
     assert converted.identical(xr.open_zarr(tmp_path / "converted.zarr").volume)
     np.testing.assert_array_equal(converted, labels)

@@ -16,7 +16,6 @@ import pytest
 import zarr
 
 from benchmarks.architectures import ARCHITECTURES
-from benchmarks.measure import in_fresh_process
 from tests.support.children import Children
 
 MIB = 2**20
@@ -76,11 +75,13 @@ def test_memory_that_a_light_model_allocates_is_freed(measured: Measured, tmp_pa
 
 
 @pytest.mark.parametrize(("network", "limit"), [("StarDist, 3 heads, 256^2", "160MiB"), ("32 channels", "128MiB")])
-def test_a_network_adds_no_more_memory_than_its_plan(network: str, limit: str, tmp_path: Path) -> None:
+def test_a_network_adds_no_more_memory_than_its_plan(
+    network: str, limit: str, children: Children, tmp_path: Path
+) -> None:
     """Two of those that `python -m benchmarks networks` measures."""
     name = next(name for name in ARCHITECTURES if network in name)
-    options = {"directory": str(tmp_path), "max_memory": limit, "threads": 1, "batch_size": 1}
-    run = in_fresh_process("run_network", "benchmarks.network_tasks", name=name, **options)
+    options = {"name": name, "directory": str(tmp_path), "max_memory": limit, "threads": 1, "batch_size": 1}
+    run = children.measure("tests.support.task_child", "benchmarks.network_tasks", "run_network", options)
     assert run["peak"] <= run["projected"] <= 1.4 * run["peak"]
     assert run["planning_peak"] < 16 * MIB
 

@@ -102,7 +102,7 @@ class Loop:
     shape: Ints
     mode: str
     overlap: Ints
-    """What the aggregator is told; in the blending modes it need not be true."""
+    """What the aggregator is given; in the blending modes it need not be true."""
     patches: list[Patch]
     chunks: Ints | None
     context: Ints | None = None
@@ -160,12 +160,12 @@ def loops(draw: st.DrawFn, modes: Sequence[str] = ("crop", "average", "hann", "g
     order = draw(st.permutations(range(len(places)))) if draw(st.booleans()) else list(range(len(places)))
     order = order[: draw(st.integers(1, len(order)))] if kind == "part" else order
     order = [*order, *draw(st.lists(st.sampled_from(order), max_size=3))]
-    told = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
+    stated = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
     dtype = draw(st.sampled_from(("float32", "uint8", "int16", "float64"))) if mode == "crop" else "float32"
     channels = draw(st.integers(1, 3))
     chunks = tuple(draw(st.integers(1, n)) for n in shape) if draw(st.booleans()) else None
     patches = [(s, values_at(s, size, channels, dtype)) for s, size in places]
-    return Loop(shape, mode, told, [patches[i] for i in order], chunks)
+    return Loop(shape, mode, stated, [patches[i] for i in order], chunks)
 
 
 def assert_as_expected(found: Array, loop: Loop) -> None:
@@ -195,5 +195,5 @@ def loops_with_context(draw: st.DrawFn) -> Loop:
     patches = [(start, values_at(start, size, channels, "float32")) for start in starts]
     chunks = tuple(draw(st.integers(1, n)) for n in shape)
     mode = draw(st.sampled_from(("crop", "average", "hann", "gaussian")))
-    told = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
-    return Loop(shape, mode, told, draw(st.permutations(patches)), chunks, context)
+    stated = overlap if mode == "crop" or draw(st.booleans()) else (0,) * ndim
+    return Loop(shape, mode, stated, draw(st.permutations(patches)), chunks, context)

@@ -19,8 +19,8 @@ import torch
 import zarr
 
 import oocpatch
-from oocpatch.configuration import make_plan as decide
-from oocpatch.execution import task_context as job
+from oocpatch.configuration import make_plan
+from oocpatch.execution import task_context
 
 SAMPLE_SECONDS = 0.005
 
@@ -73,7 +73,7 @@ def light(patches: torch.Tensor) -> torch.Tensor:
 def main(volume: str, output: str, options: dict[str, Any]) -> None:
     """Print `{"added", "projected", "written"}` in bytes, and the extremes of the output."""
     if options.pop("staged", False):  # the CPU stands in for a device with memory of its own
-        decide.is_staged = job.is_staged = lambda _: True
+        make_plan.is_staged = task_context.is_staged = lambda _: True
     with tempfile.TemporaryDirectory() as warm_up:
         # Imports on first use, thread pools and the like belong to the process and not to the run.
         small = zarr.create_array(f"{warm_up}/in", shape=(64, 64, 64), chunks=(32, 32, 32), dtype="float32")

@@ -155,10 +155,10 @@ class Protocol(RuleBasedStateMachine):
             if self.run() == 0 and self.agree():
                 self.count(f"settled after {attempt}")
                 return
-            told = report(self.job).message
+            message = report(self.job).message
             try:
                 oocpatch.verify(self.job.output, repair=True)
-                afresh = "start afresh with overwrite=True" in told
+                afresh = "start afresh with overwrite=True" in message
             except (oocpatch.OocpatchError, ValueError):
                 afresh = True
             if afresh:

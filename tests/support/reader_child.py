@@ -19,11 +19,11 @@ import numpy as np
 import zarr
 
 
-def seen(values: list[Any], expected: list[np.ndarray], **told: Any) -> dict[str, Any]:
+def seen(values: list[Any], expected: list[np.ndarray], **facts: Any) -> dict[str, Any]:
     """What a reader tells, and whether its voxels are right."""
     arrays = [np.asarray(value) for value in values]
     same = [np.array_equal(a.reshape(e.shape), e) and a.dtype == e.dtype for a, e in zip(arrays, expected, strict=True)]
-    return {"shapes": [list(a.shape) for a in arrays], "same": same, **told}
+    return {"shapes": [list(a.shape) for a in arrays], "same": same, **facts}
 
 
 def ome_zarr(path: Path, expected: list[np.ndarray]) -> dict[str, Any]:

@@ -165,8 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         keys = [part.partition("</Key>")[0] for part in body.decode().split("<Key>")[1:]]
         for key in keys:
             (folder / quote(key, safe="")).unlink(missing_ok=True)
-        told = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
-        return 200, {"Content-Type": "application/xml"}, f"<DeleteResult>{told}</DeleteResult>".encode()
+        deleted = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
+        return 200, {"Content-Type": "application/xml"}, f"<DeleteResult>{deleted}</DeleteResult>".encode()
 
     def _list(self, folder: Path, query: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
@@ -179,14 +179,14 @@ class Handler(BaseHTTPRequestHandler):
                 entries[prefix + rest.partition(delimiter)[0] + delimiter if shared else key] = shared
         names = [name for name in entries if name > after]
         page = names[: min(PAGE, int(query.get("max-keys", PAGE)))]
-        told = []
+        entries = []
         for name in page:
             if entries[name]:
-                told.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
+                entries.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
                 continue
             with contextlib.suppress(FileNotFoundError):
                 data = (folder / quote(name, safe="")).read_bytes()
-                told.append(
+                entries.append(
                     f"<Contents><Key>{escape(name)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
                     f"<ETag>{escape(etag(data))}</ETag><Size>{len(data)}</Size></Contents>"
                 )
@@ -194,16 +194,16 @@ class Handler(BaseHTTPRequestHandler):
         token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         text = (
             f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{str(more).lower()}'
-            f"</IsTruncated>{token}{''.join(told)}</ListBucketResult>"
+            f"</IsTruncated>{token}{''.join(entries)}</ListBucketResult>"
         )
         return 200, {"Content-Type": "application/xml"}, text.encode()
 
 
-def end(told: Path) -> None:
-    """Kill the process whose number is told, or is about to be."""
-    while not told.exists():
+def end(pid_file: Path) -> None:
+    """Kill the process whose number is in a file, or is about to be."""
+    while not pid_file.exists():
         time.sleep(0.001)
-    os.kill(int(told.read_text()), signal.SIGKILL)
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 def etag(data: bytes) -> str:

@@ -128,11 +128,11 @@ class Bucket:
 
 def killed_before(children: Children, bucket: Bucket, job: Job, change: int) -> bool:
     """Run a job that is killed before a change of what is in the bucket; whether it was."""
-    told = bucket.folder / f"{uuid.uuid4().hex}.pid"
-    bucket.behave(kill=str(told), before=change)
+    pid_file = bucket.folder / f"{uuid.uuid4().hex}.pid"
+    bucket.behave(kill=str(pid_file), before=change)
     pid = children.start(job)
-    told.with_suffix(".new").write_text(str(pid))
-    told.with_suffix(".new").rename(told)
+    pid_file.with_suffix(".new").write_text(str(pid))
+    pid_file.with_suffix(".new").rename(pid_file)
     code = children.wait(pid)
     bucket.behave()
     assert code in {0, -signal.SIGKILL}, report(job)

@@ -107,14 +107,14 @@ def grid_patches(shape: tuple[int, ...], patch: int, overlap: int, channels: int
 def test_a_tight_limit_changes_no_value(mode: str, order: str, known: bool, tmp_path: Path) -> None:
     """Sums take 240 KiB; under 128 KiB, most of which is for writing, they leave memory before they are complete."""
     patches = grid_patches((160, 192), 16, 8)
-    told = (8, 8) if known else (0, 0)
+    stated = (8, 8) if known else (0, 0)
     if order == "shuffled":
         random.Random(3).shuffle(patches)
-    loop = Loop((160, 192), mode, told, patches, (8, 8))
+    loop = Loop((160, 192), mode, stated, patches, (8, 8))
     aggregator = loop.aggregator(store=tmp_path / "out.zarr", max_memory="128KiB")
     add(aggregator, patches, 3)
     spilled = list((tmp_path / "out.zarr.oocpatch").glob("*/tiles/*"))
-    assert spilled or (order == "grid" and told == (8, 8)), "the limit was not tight enough to test anything"
+    assert spilled or (order == "grid" and stated == (8, 8)), "the limit was not tight enough to test anything"
     assert_as_expected(np.asarray(aggregator.get_array()[...]), loop)
     assert not (tmp_path / "out.zarr.oocpatch").exists()
 

@@ -64,11 +64,11 @@ def test_what_others_wrote_stays(image: Path) -> None:
     assert zarr.open_array(image / "labels/theirs", mode="r")[...].tolist() == [0, 1, 2, 3, 4]
     label(image, "nuclei", postprocess="threshold:2", overwrite=True)
     assert listed(image) == ["theirs", "nuclei"]
-    told = [json.loads(text) for text in (before, (image / "zarr.json").read_bytes())]
-    for one in told:
+    documents = [json.loads(text) for text in (before, (image / "zarr.json").read_bytes())]
+    for one in documents:
         one.pop("consolidated_metadata", None)
         one["attributes"]["oocpatch"]["details"].pop("metadata_crc", None)
-    assert told[0] == told[1]
+    assert documents[0] == documents[1]
 
 
 def test_the_same_call_again_lists_labels_that_a_crash_left_out(image: Path) -> None:

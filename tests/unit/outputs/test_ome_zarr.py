@@ -54,8 +54,8 @@ def assert_image(name: str, head: str, group: Path) -> None:
     expected = level_0(name, head)
     assert "".join(axis["name"] for axis in found["axes"]) == run.axes
     kinds = {"t": ("time", "second"), "c": ("channel", None)}
-    told = [(axis["type"], axis.get("unit")) for axis in found["axes"]]
-    assert told == [kinds.get(axis, ("space", "micrometer")) for axis in run.axes]
+    kinds_and_units = [(axis["type"], axis.get("unit")) for axis in found["axes"]]
+    assert kinds_and_units == [kinds.get(axis, ("space", "micrometer")) for axis in run.axes]
     labels = name == "labels" or head in {"nuclei", "cells"}
     assert ("image-label" in metadata(group)) == labels
     if labels:

@@ -282,10 +282,10 @@ def test_the_memory_that_a_refusal_names_is_enough(tmp_path: Path) -> None:
         asked = {"patch_size": 32, "output_chunks": (1, chunk, chunk), "axes": "zyx"}
         with pytest.raises(oocpatch.PlanTooLarge) as refusal:
             oocpatch.plan(volume, net, tmp_path / "o", **asked, max_memory="2MiB")
-        told = re.search(r"needs (\d+\.\d [KM]iB)", str(refusal.value))
-        assert told
-        plan = oocpatch.plan(volume, net, tmp_path / "o", **asked, max_memory=told[1])
-        assert plan.projected_memory <= num_bytes("max_memory", told[1])
+        needed = re.search(r"needs (\d+\.\d [KM]iB)", str(refusal.value))
+        assert needed
+        plan = oocpatch.plan(volume, net, tmp_path / "o", **asked, max_memory=needed[1])
+        assert plan.projected_memory <= num_bytes("max_memory", needed[1])
 
 
 @pytest.mark.parametrize(("dtype", "fill"), [("uint8", 300), ("uint8", -1), ("int16", 0.5), ("uint8", float("nan"))])
