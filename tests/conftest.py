@@ -27,11 +27,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same commit gives the same verdict, on any machine and however busy it is: no deadline, no random seed.
-# `HYPOTHESIS_PROFILE=explore` looks for new counterexamples instead.
+# `--hypothesis-profile=explore` looks for new counterexamples instead.
 _QUIET = [HealthCheck.too_slow]
 settings.register_profile("promise", deadline=None, derandomize=True, print_blob=True, suppress_health_check=_QUIET)
 settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=_QUIET)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "promise"))
+settings.load_profile("promise")
 
 
 ON_DEMAND = {

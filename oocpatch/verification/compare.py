@@ -6,11 +6,10 @@ all tested. The reference shares no code with the engine.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +187,9 @@ def _compare(source: Volume, box: Box, models: Sequence[Model], settings: dict[s
     output = np.asarray(plan.run())
     model = _whole_model(models, Volume(folder / "volume", axes), settings)
     device = resolve_device(settings.get("device", "auto"))
-    with (
-        _torch_threads(plan.torch_threads),
-        Predictor(model, device=device, eval_mode=settings.get("eval_mode", True)).ready(),
-    ):
+    eval_mode = settings.get("eval_mode", True)
+    with Predictor(model, device=device, eval_mode=eval_mode).ready():  # which puts the number of threads back
+        torch.set_num_threads(plan.torch_threads)  # with another one it rounds differently
         scores = reference_scores(
             data,
             model,
@@ -278,14 +276,3 @@ def _tolerance(model: Model, settings: dict[str, Any], output: Array) -> float:
     elif settings.get("device", "auto") != "cpu" and torch.cuda.is_available():
         kinds.add("float16")  # convolutions on a GPU round as coarsely by default
     return max(ROUNDING.get(kind, ROUNDING["float32"]) for kind in kinds)
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    """Set the number of threads of torch for a while: it rounds differently with another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -37,7 +37,7 @@ from tests.support.children import file_digests
 
 
 @given(case=cases(("crop",)), dtype=st.sampled_from(("bool", "float16", "float32", "float64", *INTEGERS)))
-@law(40)
+@law(26)
 def test_crop_with_the_identity_model_gives_the_input_back_exactly(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -48,7 +48,7 @@ def test_crop_with_the_identity_model_gives_the_input_back_exactly(case: Case, d
 
 
 @given(case=cases(MODES[1:]), dtype=st.sampled_from(("float16", "float32", "float64")))
-@law(40)
+@law(26)
 def test_blending_the_identity_model_gives_the_input_back_to_rounding(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -59,7 +59,7 @@ def test_blending_the_identity_model_gives_the_input_back_to_rounding(case: Case
 
 
 @given(case=cases(MODES[1:]), dtype=st.sampled_from(("int8", "int16", "uint8", "uint16")))
-@law(20)
+@law(14)
 def test_blending_the_identity_model_into_the_inputs_integers_is_exact(case: Case, dtype: str) -> None:
     data = random_values(dtype, (case.channels or 1, *case.shape))
     with scratch() as root:
@@ -69,7 +69,7 @@ def test_blending_the_identity_model_into_the_inputs_integers_is_exact(case: Cas
 
 
 @given(case=cases(), fill=st.sampled_from((0.0, -7.0)))
-@law(45)
+@law(32)
 def test_a_model_that_looks_at_position_and_context_equals_the_oracle(case: Case, fill: float) -> None:
     data = small_integers((case.channels or 1, *case.shape))
     padded = {"fill": fill} if case.padding == "constant" else {}
@@ -141,7 +141,7 @@ def test_every_kind_of_volume_gives_the_same_voxels(kind: str, tmp_path: Path) -
 
 
 @given(case=cases())
-@law(18)
+@law(12)
 def test_the_number_of_workers_does_not_change_a_byte(case: Case) -> None:
     data = small_integers((case.channels or 1, *case.shape))
     fixed = {"output_chunks": case.patch, "block_shape": case.patch, **case.options}
@@ -175,7 +175,7 @@ def failing(patches: torch.Tensor) -> torch.Tensor:
 
 
 @given(case=cases(), calls=st.lists(st.integers(1, 40), min_size=1, max_size=4))
-@law(15)
+@law(11)
 def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, calls: list[int]) -> None:
     data = small_integers((case.channels or 1, *case.shape))
     fixed = {"output_chunks": case.patch, "block_shape": case.patch, **case.options, "workers": 1}
@@ -193,7 +193,7 @@ def test_a_run_that_fails_and_is_run_again_gives_the_same_bytes(case: Case, call
 
 
 @given(data=st.data(), mode=st.sampled_from(MODES))
-@law(15)
+@law(11)
 def test_a_long_sweep_of_many_layers_is_as_exact_as_a_short_one(data: st.DataObject, mode: str) -> None:
     # A ring that holds too few planes shows only after its layers have gone around it in step with the chunks.
     length = data.draw(st.integers(150, 500))

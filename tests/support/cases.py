@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ MOST_PATCHES = 120
 
 def law(examples: int) -> settings:
     """So many examples, thirty times as many to explore; all else as the profile says."""
-    return settings(max_examples=examples * (30 if os.environ.get("HYPOTHESIS_PROFILE") == "explore" else 1))
+    return settings(max_examples=examples * (30 if settings.get_current_profile_name() == "explore" else 1))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oocpatch.engine.patch_objects import compact, patch_objects, seen_whole
@@ -16,6 +16,7 @@ from oocpatch.objects.instances import matches
 from oocpatch.planning.blocks import BlockGrid
 from oocpatch.planning.box import Box
 from oocpatch.planning.grid import GridAxis, PatchGrid
+from tests.support.cases import law
 from tests.support.instances import assembled, in_blocks, oracle, owners
 
 Array = npt.NDArray[Any]
@@ -130,7 +131,7 @@ def volumes_in_patches(draw: st.DrawFn) -> tuple[PatchGrid, list[Array | None], 
     return grid, patches, draw(st.sampled_from([1e-9, 0.3, 0.5, 0.75, 1.0])), list(Box.of_shape(shape).split(step))
 
 
-@settings(max_examples=60)
+@law(60)
 @given(volumes_in_patches())
 def test_objects_of_patches_are_those_of_loops_over_voxels(
     case: tuple[PatchGrid, list[Array | None], float, list[Box]],
@@ -148,7 +149,7 @@ def test_objects_of_patches_are_those_of_loops_over_voxels(
     assert found == count
 
 
-@settings(max_examples=60)
+@law(60)
 @given(volumes_in_patches(), st.data())
 def test_objects_do_not_depend_on_blocks(
     case: tuple[PatchGrid, list[Array | None], float, list[Box]], data: st.DataObject
@@ -164,7 +165,7 @@ def test_objects_do_not_depend_on_blocks(
     assert found == [count]
 
 
-@settings(max_examples=20)
+@law(20)
 @given(volumes_in_patches(), st.data())
 def test_objects_are_counted_at_each_time(
     case: tuple[PatchGrid, list[Array | None], float, list[Box]], data: st.DataObject

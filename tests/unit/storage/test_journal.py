@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oocpatch.errors import CorruptData
@@ -24,6 +24,7 @@ from oocpatch.storage.journal import (
     replace_journal,
 )
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath
+from tests.support.cases import law
 from tests.support.stores import Bucket, served
 
 
@@ -40,7 +41,7 @@ def places(bucket: Bucket, folder: str) -> list[StoragePath]:
 STEPS = st.lists(st.sampled_from(["append", "append", "commit", "crash", "read"]), max_size=25)
 
 
-@settings(max_examples=40)
+@law(40)
 @given(steps=STEPS)
 def test_what_is_committed_is_read_in_order_by_all(steps: list[str], bucket: Bucket) -> None:
     with tempfile.TemporaryDirectory() as folder:
