@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch is loaded: its threads would spin while they wait for work, and take the cores from other tests. With
+# three workers on two cores that was half of the CPU time of a test that trains a network; values stay the same.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 from hypothesis import HealthCheck, settings
 
