@@ -1,4 +1,7 @@
-"""A whole slide: RGB, masked, three classes, argmax; time beside a plain copy, memory, and whether it is right."""
+"""A whole slide: RGB, masked, three classes, argmax; time beside a plain copy, memory, and whether it is right.
+
+With `--vectors` an encoder gives a vector per patch of the tissue: patches per second, and those of the encoder alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=60000, help="edge of the slide in pixels")
     parser.add_argument("--patch-overlap", type=int, default=128)
     parser.add_argument("--max-memory", default="768MiB")
+    parser.add_argument("--vectors", action="store_true", help="a vector per patch of 224^2, without overlap")
+    parser.add_argument("--batch-size", type=int, default=32, help="patches per call of the encoder")
     parser.set_defaults(patch_size=512)
 
 
@@ -23,6 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     names = ("slide.zarr", "mask.zarr", "copy_slide.zarr", "segment.zarr")
     here = {name: str(arguments.directory / name) for name in names}
     made = _task("make_slide", path=here["slide.zarr"], mask=here["mask.zarr"], size=arguments.size)
+    if arguments.vectors:
+        _encode(arguments, here)
+        return
     job = {"source": here["slide.zarr"], "patch": arguments.patch_size, "overlap": arguments.patch_overlap}
     job |= {"target": here["copy_slide.zarr"], "chunk": CHUNK, "model": "two", "compare": False}
     options = {**run_options(arguments), "mask": here["mask.zarr"]}
@@ -41,6 +49,19 @@ def run(arguments: argparse.Namespace) -> None:
         for name, record in list(records.items())[1:]
     ]  # fmt: skip
     print(table(["", "wall s", "CPU s", "peak MiB", "patches", "computed", "wrong pixels"], rows))
+
+
+def _encode(arguments: argparse.Namespace, here: dict[str, str]) -> None:
+    """Encode the patches of the tissue, and as many from memory before and after it."""
+    options = {"max_memory": arguments.max_memory, "workers": arguments.workers, "mask": here["mask.zarr"]}
+    options |= {"batch_size": arguments.batch_size}
+    record = _task("encode", source=here["slide.zarr"], target=here["segment.zarr"], options=options)
+    if arguments.json:
+        print(json.dumps(record, indent=1))
+        return
+    share, peak = record["rate"] / record["bare"], record["peak"] / MIB
+    print(f"{record['patches']:,} patches of 224^2: {record['rate']:.1f} per second, peak {peak:.0f} MiB")
+    print(f"the encoder alone: {record['bare']:.1f} per second; the run has {share:.1%} of it")
 
 
 def _task(name: str, **arguments: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
 @_option("--overwrite", is_flag=True, help="Replace a file that was exported before.")
 @json_option
 def export(volume: str, path: str, *, as_json: bool, **options: Any) -> None:
-    """Write the volume or result IN as FILE, a NIfTI (.nii, .nii.gz) or an OME-TIFF with a pyramid (.ome.tif, .tif)."""
+    """Write the volume or result IN as FILE: .nii, .nii.gz, .ome.tif or .tif, .h5 or .h5ad for vectors."""
     import oocpatch
 
     start = time.monotonic()

@@ -183,7 +183,7 @@ class OutputOptions:
         None,
         check="export",
         metavar="FILE",
-        help="Write the complete output as this NIfTI or OME-TIFF, too: .nii, .nii.gz, .ome.tif, .tif.",
+        help="Write the complete output as this file, too: .nii, .nii.gz, .ome.tif, .tif; vectors as .h5, .h5ad.",
     )
 
     @property

@@ -14,13 +14,14 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oocpatch.conversion import nifti_file, tiff_file
+from oocpatch.conversion import nifti_file, tiff_file, vector_file
 from oocpatch.conversion.geometry import spatial_axes
 from oocpatch.errors import OutputExists, RunMismatch
 from oocpatch.outputs.record import ATTRIBUTE
@@ -39,9 +40,10 @@ LABEL_ATTRIBUTES = frozenset({"flag_values", "flag_meanings", "objects"})
 """Attributes that only labels have."""
 
 FILES = {".nii": "nifti", ".nii.gz": "nifti", ".ome.tif": "tiff", ".ome.tiff": "tiff", ".tif": "tiff", ".tiff": "tiff"}
+FILES |= {".h5": "hdf5", ".h5ad": "hdf5"}
 """Formats by the endings of their files."""
 
-LIBRARIES = {"nifti": "nibabel", "tiff": "tifffile"}
+LIBRARIES = {"nifti": "nibabel", "tiff": "tifffile", "hdf5": "h5py"}
 
 
 def export(
@@ -55,7 +57,7 @@ def export(
     overwrite: bool = False,
     progress: str | bool | OnProgress = "auto",
 ) -> Path:
-    """Write a volume or a result of `predict` as one NIfTI or OME-TIFF, streamed within a memory limit.
+    """Write a volume or a result of `predict` as one NIfTI, OME-TIFF or HDF5 file, streamed within a memory limit.
 
     The same call again returns at once if the file has this volume. An interrupted call leaves no file at `path`.
 
@@ -63,9 +65,11 @@ def export(
       the volume was scaled, cropped or flipped; without one it comes from the coordinates.
     - `.ome.tif`, `.ome.tiff`, `.tif`, `.tiff`: axes time, channel, `z`, `y`, `x`, with physical sizes, in tiles, with a
       pyramid. Pictures of three 8-bit channels are RGB.
+    - `.h5`, `.h5ad`: vectors of patches. An `.h5` has the datasets `features` and `coords` that CLAM and TRIDENT read,
+      an `.h5ad` is an AnnData with the middle of each patch in `obsm["spatial"]`.
 
     Args:
-        volume: as for `predict`.
+        volume: as for `predict`; for vectors the path of the output, or of the output and a head, `out.zarr/features`.
         path: file to write; it does not exist, or the same call wrote it.
         axes: names of the volume's axes, e.g. `"zyx"`.
         level: level of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
@@ -93,6 +97,8 @@ def export(
     (4, 3, 2) 23
     """
     target = local_path("path", path)
+    if format_of("path", target) == "hdf5":
+        return _export_vectors(volume, target, memory_limit(max_memory), overwrite=overwrite, progress=progress)
     if isinstance(volume, Volume):
         data = volume if axes is None else Volume(volume.source, axes)
     else:
@@ -113,15 +119,44 @@ def export(
         writer = nifti_file.NiftiWriter(data, labels=is_labels, mark=mark, limit=limit, is_packed=is_packed)
     else:
         writer = tiff_file.TiffWriter(data, labels=is_labels, mark=mark, limit=limit)
+    total, itemsize = int(np.prod(data.source.shape, dtype=object)), data.dtype.itemsize
+    display = show_progress(progress, "export", "voxels", total, bytes_each=itemsize)
+    return _write(target, identity, writer.write, display, overwrite=overwrite)
+
+
+def _export_vectors(
+    volume: Any, target: LocalPath, limit: int, *, overwrite: bool, progress: str | bool | OnProgress
+) -> Path:
+    """Write the vectors of an output."""
+    _require_library(target)
+    target.check_writable("path")
+    vectors = vector_file.Vectors.of(volume)
+    identity = _digest(vectors.identity)
+    if target.exists() and not _may_write(target, identity, overwrite=overwrite):
+        return Path(target)
+    is_anndata = target.name.lower().endswith(".h5ad")
+    writer = vector_file.VectorWriter(vectors, mark=f"{MARK} {identity}", limit=limit, is_anndata=is_anndata)
+    display = show_progress(progress, "export", "vectors", writer.count)
+    return _write(target, identity, writer.write, display, overwrite=overwrite)
+
+
+def _write(
+    target: LocalPath,
+    identity: str,
+    write: Callable[[Path, Callable[[int], None]], None],
+    display: AbstractContextManager[Callable[[int], None]],
+    *,
+    overwrite: bool,
+) -> Path:
+    """Write a file whole or not at all; nothing if another call has just written it."""
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.partial.lock"), str(target)):
         if target.exists() and not _may_write(target, identity, overwrite=overwrite):
             return Path(target)
-        total, itemsize = int(np.prod(data.source.shape, dtype=object)), data.dtype.itemsize
         try:
-            with show_progress(progress, "export", "voxels", total, bytes_each=itemsize) as advance:
-                writer.write(Path(partial), advance)
+            with display as advance:
+                write(Path(partial), advance)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(target)
@@ -142,6 +177,21 @@ def check_exportable(name: str, path: LocalPath, volume: Volume) -> None:
         ValueError: in that case.
     """
     file_format = format_of(name, path)
+    _require_library(path)
+    refuse_overlap(name, path, volume)
+    path.check_writable(name)
+    if file_format == "hdf5":
+        return
+    for axis in spatial_axes(volume).values():
+        spacing_along(volume.source, axis)
+    if len(volume.axes.looped) > 1:
+        raise ValueError(
+            f"export writes at most one axis of time, got {', '.join(volume.axes.names[a] for a in volume.axes.looped)}"
+        )
+
+
+def _require_library(path: LocalPath) -> None:
+    file_format = format_of("path", path)
     library = LIBRARIES[file_format]
     try:
         importlib.import_module(library)
@@ -149,14 +199,6 @@ def check_exportable(name: str, path: LocalPath, volume: Volume) -> None:
         raise ValueError(
             f"writing {path.name} needs {library}, which is not installed; pip install 'oocpatch[{file_format}]'"
         ) from error
-    refuse_overlap(name, path, volume)
-    path.check_writable(name)
-    for axis in spatial_axes(volume).values():
-        spacing_along(volume.source, axis)
-    if len(volume.axes.looped) > 1:
-        raise ValueError(
-            f"export writes at most one axis of time, got {', '.join(volume.axes.names[a] for a in volume.axes.looped)}"
-        )
 
 
 def format_of(name: str, path: LocalPath) -> str:
@@ -237,6 +279,10 @@ def _identity(data: Volume, level: int | str, attributes: Mapping[str, Any], *, 
     coords = {name: np.asarray(v.values).astype(str).tolist() for name, v in sorted(data.source.coords.items())}
     affine = str(data.source.attrs.get("affine"))
     facts = [content, list(data.axes.names), list(data.axes.roles), str(level), labels, coords, affine]
+    return _digest(facts)
+
+
+def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -245,8 +291,8 @@ def mark_of(path: LocalPath) -> str | None:
     if path.is_symlink() or not path.is_file():
         return None
     try:
-        read = nifti_file.description_of if format_of("path", path) == "nifti" else tiff_file.software_of
-        text = read(Path(path))
+        read = {"nifti": nifti_file.description_of, "tiff": tiff_file.software_of, "hdf5": vector_file.mark_in}
+        text = read[format_of("path", path)](Path(path))
     except Exception:  # noqa: BLE001 - of any other file, in any state
         return None
     return text if text.startswith(f"{MARK} ") else None

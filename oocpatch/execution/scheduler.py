@@ -273,7 +273,8 @@ class Run:
         """Mark the blocks whose partials are not needed any more, now that this one is normalized."""
         for i in self._read_by(index):
             readers = self._neighbours.readers(i)
-            if readers and all(r in self.progress.normalized for r in readers):
+            is_there = i in self.progress.partials  # else a task may be writing them again, after a repair
+            if is_there and readers and all(r in self.progress.normalized for r in readers):
                 self._unneeded.append(i)
 
     def _commit_and_delete(self, *, force: bool = False) -> None:

@@ -98,7 +98,7 @@ def create_output(
                 zarr.create_group(store, path=head.name, zarr_format=3)
                 write_coords(path / head.name, coords[number], {})
             _create_array(store, number, plan, volume)
-    create_rows(path, plan)
+    create_rows(path, plan, volume)
     files = {name: file_checksum(path / name) for name in other_files(path, members, array_paths(plan))}
     write_record(path, replace(record, details={**details, "files": files}))
 

@@ -28,6 +28,8 @@ from oocpatch.planning.memory import ROWS_BYTES, ROWS_FILE_BYTES
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.checksums import file_checksum
 from oocpatch.storage.paths import StoragePath
+from oocpatch.volumes.affine import affine_of
+from oocpatch.volumes.volume import Volume
 
 STARTS, LOOPS = "starts", "loops"
 """Names of the arrays beside the vectors."""
@@ -43,15 +45,16 @@ def row_members(plan: Plan) -> tuple[str, ...]:
     return (*(head.name for head in plan.vectors), STARTS, *([LOOPS] if len(plan.axes) > plan.spatial else []))
 
 
-def create_rows(path: StoragePath, plan: Plan) -> None:
-    """Create the arrays of rows, without a row."""
+def create_rows(path: StoragePath, plan: Plan, volume: Volume) -> None:
+    """Create the arrays of rows, without a row; `starts` has the affine from voxels to the volume's coordinates."""
     looped, is_one = len(plan.axes) - plan.spatial, len({head.length for head in plan.vectors}) == 1
     rows: dict[str, tuple[int, str, str, dict[str, Any]]] = {
         head.name: (head.length, head.dtype, "feature" if is_one else f"feature_{head.name}", {})
         for head in plan.vectors
     }
     patch = {"patch_size": list(plan.patch_size[looped:]), "patch_overlap": list(plan.patch_overlap[looped:])}
-    rows[STARTS] = plan.spatial, "int64", "axis", {"axes": list(plan.axes[looped:]), **patch}
+    affine = affine_of(replace(volume.source, attrs={}), volume.axes).tolist()
+    rows[STARTS] = plan.spatial, "int64", "axis", {"axes": list(plan.axes[looped:]), **patch, "affine": affine}
     rows[LOOPS] = looped, "int64", "looped_axis", {"axes": list(plan.axes[:looped])}
     for name in row_members(plan):
         length, dtype, dimension, attributes = rows[name]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from oocpatch.configuration.run_config import RunConfig
-from oocpatch.conversion.export import check_exportable, export, mark_of
+from oocpatch.conversion.export import check_exportable, export, format_of, mark_of
+from oocpatch.conversion.vector_file import vector_heads
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
@@ -26,11 +27,19 @@ def check_export(config: RunConfig, record: OutputRecord | None, plan: Plan | No
     path = config.outputs.export
     if path is None:
         return
-    heads = [head.name for head in plan.heads] if plan is not None else record.details["heads"] if record else []
-    if len(heads) > 1:
+    heads, vectors = [], []
+    if plan is not None:
+        heads, vectors = [head.name for head in plan.heads], [head.name for head in plan.vectors]
+    elif record is not None:
+        heads, vectors = record.details["heads"], vector_heads(record)
+    fitting, kind = (vectors, "a vector per patch") if format_of("export", path) == "hdf5" else (heads, "a volume")
+    if not fitting and (heads or vectors):
+        others = ", ".join([*heads, *vectors])
+        raise ValueError(f"export must be a file for the model's outputs, but {path.name} is for {kind}, got {others}")
+    if len(fitting) > 1:
         raise ValueError(
-            f"export must be None for a model of several outputs ({', '.join(heads)}): export one of them afterwards, "
-            f"oocpatch.export({str(config.output / heads[0])!r}, {path.name!r})"
+            f"export must be None for a model of several outputs ({', '.join(fitting)}): export one of them "
+            f"afterwards, oocpatch.export({str(config.output / fitting[0])!r}, {path.name!r})"
         )
     check_exportable("export", path, config.volume)
     if not path.exists():
@@ -53,7 +62,10 @@ def export_result(config: RunConfig) -> None:
     record = None if path is None else inspect_output(config.output)
     if path is None or record is None or not record.complete:
         return
-    volume, limit, progress = str(config.output), config.limits.max_memory, config.execution.progress
+    limit, progress = config.limits.max_memory, config.execution.progress
+    is_hdf5 = format_of("export", path) == "hdf5"
+    head = (vector_heads(record) if is_hdf5 else record.details["heads"])[0]
+    volume = str(config.output / head if is_hdf5 or vector_heads(record) else config.output)
     # another part of the run may be exporting already
     with contextlib.suppress(*([OutputBusy] if config.execution.part is not None else [])):
         try:

@@ -185,7 +185,8 @@ def predict(
         output_grid: with `spacing`, `"volume"` resamples scores to the volume's grid before they are postprocessed, and
             `"model"` leaves them on the model's.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
-        export: NIfTI or OME-TIFF to write when the output is complete, as `oocpatch.export` does, unless it is there.
+        export: NIfTI, OME-TIFF or HDF5 to write when the output is complete, as `oocpatch.export` does, unless it is
+            there.
 
         max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
         max_disk: bytes that the workspace may take.

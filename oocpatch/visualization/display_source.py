@@ -64,10 +64,13 @@ def open_display_source(source: Any, pixels: int, *, head: str | None = None, ax
     record = record_of(source)
     if record is not None:
         path, heads = output_path("output", source), list(record.details["heads"])
+        has_rows = bool(record.details.get("rows"))
+        if not heads:
+            raise ValueError(f"{path} has no picture: the model gave a vector per patch; export it as .h5 or .h5ad")
         chosen = heads[0] if head is None else head
         if chosen not in heads:
             raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
-        if record.complete and not record.details["tree"] and len(heads) == 1:
+        if record.complete and not record.details["tree"] and len(heads) == 1 and not has_rows:
             volume = Volume(str(path), axes)
         elif record.complete:
             result = open_result(path)

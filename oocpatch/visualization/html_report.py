@@ -115,7 +115,7 @@ def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus
     parts = [
         f"<h1>{_text(name)}</h1><p class='state'>{_text(f'{state.state}{count}: {state.output}')}</p>",
         f"<div class='facts'>{tiles}</div>",
-        f"<h2>Result</h2><section class='card'>{images}</section>",
+        f"<h2>Result</h2><section class='card'>{images}</section>" if images else "",
     ]
     for head, drawing in areas.items():
         of_head = f" of {_text(head)}" if len(areas) > 1 else ""

@@ -95,7 +95,7 @@ def layers_of(
     """
     properties = None if table is None else segment_properties(read_table(table))
     record = record_of(output)
-    heads = [head] if record is None or head is not None else list(record.details["heads"])
+    heads = [head] if record is None or head is not None else list(record.details["heads"]) or [None]
     sources = [open_display_source(output, PIXELS, head=name, axes=axes if record is None else None) for name in heads]
     candidates = [(s.head or Path(os.fspath(output)).name, output, s, kind) for s in sources]
     below = input_of(sources[0], volume, PIXELS)

@@ -52,6 +52,7 @@ LIBRARIES = {
     "conversion": ON_DISK,
     "conversion/nifti_file": "nibabel",
     "conversion/tiff_file": "tifffile",
+    "conversion/vector_file": "h5py",
     "configuration": "numpy torch",
     "execution": ON_DISK + " torch dask distributed cloudpickle",
     "execution/dask_clients": "dask_jobqueue",
