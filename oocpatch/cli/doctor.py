@@ -24,6 +24,7 @@ EXTRAS = {
     "fast": ("zarrs",),
     "onnx": ("onnxruntime",),
     "safetensors": ("safetensors",),
+    "bioimageio": ("bioimageio",),
     "tiff": ("tifffile", "imagecodecs"),
     "slide": ("openslide",),
     "nifti": ("nibabel",),

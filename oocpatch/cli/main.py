@@ -226,12 +226,14 @@ def check(volume: str, *, as_json: bool, repair: bool, **options: Any) -> None:
     """Verify the output OUT by reading all of it; with a model, compare predict with a plain computation on IN.
 
     An output is compared with the checksums that were taken while it was written. Else predict runs on a few random
-    boxes of the volume IN.
+    boxes of the volume IN. A model package alone, such as bioimageio:PATH, is compared with its own test tensors.
     """
     import oocpatch
 
     report: Any
-    if options["model"] is None and options["patch_size"] is None:
+    if options["model"] is None and _is_package(volume):
+        report = oocpatch.check(volume, **options)
+    elif options["model"] is None and options["patch_size"] is None:
         report = oocpatch.verify(volume, repair=repair)
     elif options["model"] is None or (options["patch_size"] is None and not _is_package(options["model"])) or repair:
         raise click.UsageError("To compare, check needs --model and --patch-size; to verify an output, neither.")

@@ -26,7 +26,7 @@ from oocpatch.errors import RunMismatch
 from oocpatch.models.compilation import check_compilation
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
-from oocpatch.models.packages.package import ModelPackage, load_package
+from oocpatch.models.packages.package import ModelPackage, Refused, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
@@ -398,9 +398,17 @@ def _checked_group(group: type[Any], arguments: Mapping[str, Any], volume: Volum
 
 
 def settings_of_package(package: ModelPackage | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model package that apply: those that the caller did not give, or gave as the default."""
+    """Return the settings of a model package that apply: those that the caller did not give, or gave as the default.
+
+    Raises:
+        ValueError: for one that cannot be honoured.
+    """
     given = _without_defaults(arguments)
-    return {} if package is None else {n: value for n, value in package.settings.items() if n not in given}
+    settings = {} if package is None else {n: value for n, value in package.settings.items() if n not in given}
+    for value in settings.values():
+        if isinstance(value, Refused):
+            raise ValueError(str(value))
+    return settings
 
 
 def _without_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.run.predict import plan as plan_run
+from oocpatch.verification.package_example import PackageReport, check_example
 from oocpatch.verification.reference import reference_scores
 from oocpatch.volumes.model_grid import ModelGrid
 from oocpatch.volumes.volume import Volume, spatial_sizes
@@ -86,11 +87,14 @@ class CheckReport:
         return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
 
 
-def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any) -> CheckReport:
+def check(
+    volume: Any, model: Any = None, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any
+) -> CheckReport | PackageReport:
     """Compare `predict` with a simple in-memory computation on random boxes of a volume.
 
     Args:
-        volume: as for `predict`.
+        volume: as for `predict`; or, without a model, the spec of a model package, which is compared with its own test
+            tensors.
         model: as for `predict`, with `weights`, `model_args` and `trust_pickle`.
         boxes: number of boxes to draw.
         seed: seed of the random boxes.
@@ -104,6 +108,9 @@ def check(volume: Any, model: Any, *, boxes: int = 3, seed: int = 0, **predict_k
     >>> check(np.ones((40, 40), np.float32), torch.nn.Identity(), boxes=1, patch_size=8, patch_overlap=4).passed
     True
     """
+    if model is None:
+        given = {name: predict_kwargs[name] for name in ("trust_pickle", "device") if name in predict_kwargs}
+        return check_example(volume, **given)
     loading = {name: predict_kwargs.pop(name, None) for name in ("weights", "model_args")}
     trust = bool(predict_kwargs.pop("trust_pickle", False))
     device = predict_kwargs.get("device", "auto")

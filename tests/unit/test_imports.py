@@ -44,6 +44,7 @@ LIBRARIES = {
     "models": "numpy torch google_crc32c",
     "models/loading": "safetensors",
     "models/onnx": "onnxruntime",
+    "models/packages/bioimageio": "bioimageio.spec",
     "sampling": ON_DISK + " torch",
     "engine": "numpy torch",
     "aggregation": ON_DISK + " torch",

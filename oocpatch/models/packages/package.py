@@ -7,25 +7,51 @@ part that cannot be honoured.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 from torch import nn
 
 from oocpatch.models.predictor import resolve_device
 from oocpatch.models.value_parts import file_digest
 from oocpatch.storage.paths import expand_home
 
-KINDS: tuple[str, ...] = ()
+KINDS: tuple[str, ...] = ("bioimageio",)
 """Kinds of packages, and the names of their modules."""
 
 _OPTION = re.compile(r",(\w+)=([^,=]*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedOutput:
+    """An output that a package promises for its example.
+
+    Attributes:
+        values: the output, `(B, C, *spatial)`.
+        relative, absolute: by how much values may differ: `absolute + relative * |value|`.
+        share: share of the values that may differ by more.
+    """
+
+    values: npt.NDArray[Any]
+    relative: float
+    absolute: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An input of a package, `(B, C, *spatial)`, and the outputs that it promises, by name."""
+
+    values: npt.NDArray[Any]
+    outputs: Mapping[str, ExpectedOutput]
 
 
 @dataclass(frozen=True)
@@ -34,10 +60,12 @@ class ModelPackage:
 
     Attributes:
         models: the models; outputs of several are averaged.
-        settings: arguments of `predict` by name, as users pass them, which hold where the caller gives none.
+        settings: arguments of `predict` by name, as users pass them, which hold where the caller gives none; `Refused`
+            in the place of one that cannot be honoured.
         files: the files that the models depend on.
         classes: names of the output's channels, or of its labels from 0; may be empty.
         libraries: names of the libraries whose code computes; their versions identify the models, too.
+        example: returns an example to compare the model with; None: the kind has none.
     """
 
     models: tuple[nn.Module | Callable[..., Any], ...]
@@ -45,6 +73,7 @@ class ModelPackage:
     files: tuple[Path, ...]
     classes: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
+    example: Callable[[], Example] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -113,6 +142,21 @@ def load_package(model: Any, *, trust_pickle: bool = False, device: str = "cpu")
     for loaded in package.models:
         loaded.package_fingerprint = fingerprint  # type: ignore[union-attr]
     return package
+
+
+class Refused(str):
+    """A message in the place of a setting of a package that cannot be honoured; the caller may give another value."""
+
+    __slots__ = ()
+
+
+@contextlib.contextmanager
+def refused_unless_given(settings: dict[str, Any], name: str) -> Iterator[None]:
+    """Put a ValueError into the place of a setting: it is raised where the caller does not give the parameter."""
+    try:
+        yield
+    except ValueError as error:
+        settings[name] = Refused(f"{error}; pass {name}= to do without what the package says")
 
 
 def package_fingerprint(model: Any) -> str | None:
