@@ -28,6 +28,7 @@ EXTRAS = {
     "tiff": ("tifffile", "imagecodecs"),
     "slide": ("openslide",),
     "nifti": ("nibabel",),
+    "nnunet": ("dynamic_network_architectures",),
     "hdf5": ("h5py",),
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),

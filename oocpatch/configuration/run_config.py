@@ -28,6 +28,7 @@ from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, Refused, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
+from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
@@ -68,6 +69,7 @@ class RunConfig:
         labelling: what objects are, of a call of `label`; None: the call is another one.
         table: the columns of a table, of a call of `objects`; None: the call is another one.
         intensity: what a table measures besides, over the labels that are its volume.
+        normalization: the package's preprocess, where the volume is already preprocessed.
     """
 
     volume: Volume
@@ -89,6 +91,7 @@ class RunConfig:
     of_package: Mapping[str, Any] = field(default_factory=dict)
     table: Mapping[str, Any] | None = None
     intensity: Volume | None = None
+    normalization: Normalization | None = None
 
     @classmethod
     def of(cls, volume: Any, model: Any, output: Any, **arguments: Any) -> RunConfig:
@@ -113,14 +116,18 @@ class RunConfig:
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
-        own = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
-        data, arguments = _on_grid(own, volume, arguments)
+        own = base = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
+        normalization = None
+        if package is not None and package.normalizes_first and "preprocess" in of_package:
+            normalization, arguments = _normalization(own, arguments), {**arguments, "preprocess": None}
+            base = normalization.over(own)
+        data, arguments = _on_grid(base, volume, arguments, normalization)
         for name, path in (("output", target), ("workspace", place)):
             refuse_overlap(name, path, data)
             path.check_writable(name)
         groups = {name: _checked_group(group, arguments, data) for name, group in GROUPS.items()}
         outputs = groups["outputs"]
-        is_moved = data is not own and outputs.output_grid == "volume"
+        is_moved = data is not base and outputs.output_grid == "volume"
         output_format = checked_output_format(
             format_in_parent(target, outputs.output_format), own if is_moved else data
         )
@@ -129,12 +136,13 @@ class RunConfig:
             volume=data,
             output=target,
             workspace=place,
-            models=load(groups["model"], package),
+            models=load(groups["model"], package, data.names[-data.spatial_ndim :]),
             parameters={},
             settings=settings,
             target=own if is_moved else None,
             package=package,
             of_package=of_package,
+            normalization=normalization,
             **groups,
         )
         config._check_together()
@@ -222,6 +230,8 @@ class RunConfig:
                     values[f.name] = value if identity is True else IDENTITIES[identity](value)
         if not self.finds_objects:
             del values["match"]
+        if self.normalization is not None:
+            values["preprocess"] = self.normalization.to_json()
         return {name: value for name, value in values.items() if name not in _OMITTED or value != _OMITTED[name]}
 
     @property
@@ -369,22 +379,37 @@ def _opened(volume: Any, axes: Any, level: int | str) -> Volume:
     return Volume(volume, axes, level)
 
 
-def _on_grid(data: Volume, volume: Any, arguments: dict[str, Any]) -> tuple[Volume, dict[str, Any]]:
+def _on_grid(
+    data: Volume, volume: Any, arguments: dict[str, Any], normalization: Normalization | None
+) -> tuple[Volume, dict[str, Any]]:
     """Return a volume on the grid that the arguments name, and the arguments with their box on that grid.
 
-    Its levels are those of `volume`, as it was given.
+    Its levels are those of `volume`, as it was given, unless it is normalized.
     """
     axes, level = arguments.get("axes"), arguments.get("level", 0)
     grid = ModelGrid.of(arguments.get("spacing"), data)
     if grid is None:
         return data, arguments
     box = CHECKS["box"]("box", arguments.get("box"), data)
-    has_levels = not isinstance(volume, Volume) and str(level) == "0"
-    on_grid = grid.over(data, functools.partial(_opened, volume, axes) if has_levels else None)
+    has_levels = not isinstance(volume, Volume) and str(level) == "0" and normalization is None
+    limits = () if normalization is None else normalization.limits
+    on_grid = grid.over(data, functools.partial(_opened, volume, axes) if has_levels else None, limits)
     if box is not None:
         box, looped = grid.box(box, data), len(data.shape) - data.spatial_ndim
         arguments = {**arguments, "box": list(zip(box.start, box.stop, strict=True))[looped:]}
     return on_grid, {**arguments, "spacing": grid}
+
+
+def _normalization(data: Volume, arguments: dict[str, Any]) -> Normalization:
+    """Return the named preprocess of the arguments with what it needs to know of the volume, which is read for it."""
+    options = {name: arguments.get(name, OPTIONS[name].default) for name in ("max_memory", "progress")}
+    options["max_memory"] = CHECKS["memory_limit"]("max_memory", options["max_memory"], data)
+    steps = CHECKS["preprocess"]("preprocess", arguments["preprocess"], data)
+    normalization = Normalization.of(data, steps, **options)
+    grid = ModelGrid.of(arguments.get("spacing"), data)
+    if interpolates_beyond(grid) and grid is not None and grid.over(data) is not data:
+        normalization = normalization.within_limits(data, **options)
+    return normalization
 
 
 def _checked_group(group: type[Any], arguments: Mapping[str, Any], volume: Volume) -> Any:

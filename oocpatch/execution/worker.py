@@ -197,7 +197,7 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
             raise ValueError(f"the {name} at {opened.source.location} is not the one that the client reads")
     device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())
     options = replace(payload.options, device=device)
-    models = load(options)
+    models = load(options, axes=volume.names[-volume.spatial_ndim :])
     if fingerprint_of(options, models, sources=False) != payload.fingerprint:
         raise ValueError("the model that is loaded here is not the one that the client has")
     mask = None if payload.mask is None else Mask(payload.mask[0].open(), volume.shape, payload.mask[1])

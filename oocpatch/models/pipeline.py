@@ -16,7 +16,7 @@ from oocpatch.models.fingerprint import Fingerprint, model_fingerprint, read_fin
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.options import ModelOptions
-from oocpatch.models.packages.package import ModelPackage, package_fingerprint
+from oocpatch.models.packages.package import ModelPackage, NamedAxes, package_fingerprint
 from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocess_steps import Statistics
 from oocpatch.models.preprocessing import preprocess_function
@@ -27,13 +27,15 @@ from oocpatch.planning.box import Ints
 logger = logging.getLogger("oocpatch")
 
 
-def load(options: ModelOptions, package: ModelPackage | None = None) -> tuple[Model, ...]:
+def load(options: ModelOptions, package: ModelPackage | None = None, axes: Sequence[str] = ()) -> tuple[Model, ...]:
     """Load the model, or the members of an ensemble, for the device; those of a package that is loaded are there.
+
+    Networks whose axes have names take patches with spatial axes named `axes`, in this order.
 
     Raises:
         TypeError, ValueError: as `load_models`.
     """
-    return load_models(
+    models = load_models(
         options.model if package is None else package,
         weights=options.weights,
         model_args=options.model_args,
@@ -41,6 +43,7 @@ def load(options: ModelOptions, package: ModelPackage | None = None) -> tuple[Mo
         device=options.device,
         eval_mode=options.eval_mode,
     )
+    return tuple(model.for_axes(axes) if isinstance(model, NamedAxes) else model for model in models)
 
 
 def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: bool = True) -> Any:

@@ -35,12 +35,15 @@ class ModelGrid:
         order: order of the splines along each axis, see `AxisMap`: one for all, or by their names.
         scores: the same, for scores that are resampled to the grid of the volume.
         orientation: the end of the world to which each axis of the patches points, such as `RAS`; None: as stored.
+        separate: ratio of voxel sizes beyond which no value is interpolated along the one axis with the largest, in
+            the volume or, if it is isotropic enough, on the grid; as nnU-Net treats thick slices.
     """
 
     spacing: Any = None
     order: Orders = 1
     scores: Orders = 1
     orientation: str | None = None
+    separate: float = math.inf
 
     @classmethod
     def of(cls, value: Any, volume: Volume) -> ModelGrid | None:
@@ -69,20 +72,26 @@ class ModelGrid:
         if unknown := sorted(set(spacing) - set(names)):
             raise ValueError(f"spacing must name spatial axes ({', '.join(names)}), got {', '.join(unknown)}")
         sizes = {str(name): _quantity(size) for name, size in spacing.items()}
-        return cls(sizes, grid.order, grid.scores, grid.orientation)
+        return cls(sizes, grid.order, grid.scores, grid.orientation, grid.separate)
 
     def to_json(self) -> Any:
         """Return what identifies a run on the grid."""
         sizes = {name: size if unit is None else f"{size!r} {unit}" for name, (size, unit) in self.spacing.items()}
-        is_plain = (self.order, self.scores, self.orientation) == (1, 1, None)
-        return sizes if is_plain else [sizes, self.order, self.scores, self.orientation]
+        is_plain = (self.order, self.scores, self.orientation, self.separate) == (1, 1, None, math.inf)
+        return sizes if is_plain else [sizes, self.order, self.scores, self.orientation, str(self.separate)]
 
-    def over(self, volume: Volume, levels: Callable[[int], Volume] | None = None) -> Volume:
+    def over(
+        self,
+        volume: Volume,
+        levels: Callable[[int], Volume] | None = None,
+        limits: tuple[tuple[float, float], ...] = (),
+    ) -> Volume:
         """Return a volume on the grid; the volume itself where that is its own.
 
         Args:
             volume: the volume, whose outer edges are those of the grid.
             levels: opens a coarser level by its number: the coarsest that is no coarser than the grid is read.
+            limits: see `ResampledReader`.
 
         Raises:
             ValueError: if the volume has no evenly spaced coordinates along an axis with a spacing.
@@ -95,7 +104,7 @@ class ModelGrid:
             if at_level is None or level.shape == chosen.shape:  # files without levels
                 break
             chosen, maps = Volume(level.source, volume.axes), at_level
-        return resampled(chosen, maps)
+        return resampled(chosen, maps, limits)
 
     def back(self, volume: Volume) -> dict[str, AxisMap]:
         """Return the voxels of a volume on this grid, by the names of its axes."""
@@ -103,6 +112,7 @@ class ModelGrid:
         maps = {}
         for axis, (name, length) in enumerate(zip(oriented.names, oriented.shape, strict=True)):
             order = self.scores.get(name, 1) if isinstance(self.scores, Mapping) else self.scores
+            order = 0 if name == self._coarsest(oriented, back=True) else order
             maps[name] = self._map(oriented, axis).reversed_to(length, order)
         return maps
 
@@ -134,8 +144,23 @@ class ModelGrid:
                     "with voxel sizes, or an xarray.DataArray with coordinates"
                 )
             size = max(1, round(length * abs(own.step) / (asked * _factor(name, unit, own.unit))))
-        grid = AxisMap.over(length, size, order)
+        grid = AxisMap.over(length, size, 0 if name == self._coarsest(volume) else order)
         return grid.after(-1, length - 1) if is_flipped else grid
+
+    def _coarsest(self, volume: Volume, *, back: bool = False) -> str | None:
+        """Return the axis that `separate` is about, if there is one; `back`: of resampling from the grid."""
+        own, on_grid = {}, {}
+        for name in volume.names[-volume.spatial_ndim :] if math.isfinite(self.separate) else ():
+            along = spacing_along(volume.source, name)
+            if along is None or along.step is None:
+                continue
+            asked, unit = self.spacing.get(name, (abs(along.step), None))
+            own[name], on_grid[name] = abs(along.step), asked * _factor(name, unit, along.unit)
+        for sizes in (on_grid, own) if back else (own, on_grid):
+            coarsest = [name for name, size in sizes.items() if size == max(sizes.values())]
+            if coarsest and max(sizes.values()) > self.separate * min(sizes.values()):
+                return coarsest[0] if len(coarsest) == 1 else None
+        return None
 
 
 def _quantity(value: Any) -> tuple[float, str | None]:

@@ -164,11 +164,13 @@ class ResampledReader:
         volume: the volume.
         maps: the grid along its looped and spatial axes, in their order.
         dtype: dtype of the values.
+        limits: least and greatest value of each channel, as cubic splines go beyond those of the voxels; may be empty.
     """
 
     volume: Volume
     maps: tuple[AxisMap, ...]
     dtype: np.dtype[Any]
+    limits: tuple[tuple[float, float], ...] = ()
 
     def __call__(self, selection: tuple[slice, ...]) -> Array:
         shape = tuple(m.size for m in self.maps)
@@ -183,6 +185,8 @@ class ResampledReader:
         for axis, (axis_map, first, start, stop) in enumerate(spans, 1):
             if not axis_map.is_identity:
                 values = axis_map.resample(values, axis, first, start, stop)
+        for of_channel, (low, high) in zip(values, self.limits, strict=False):
+            np.clip(of_channel, low, high, out=of_channel)
         return values
 
     def support(self, box: Box) -> Box:
@@ -230,10 +234,10 @@ class CommonUnits:
         return read
 
 
-def resampled(volume: Volume, maps: Sequence[AxisMap]) -> Volume:
+def resampled(volume: Volume, maps: Sequence[AxisMap], limits: tuple[tuple[float, float], ...] = ()) -> Volume:
     """Return a volume on another grid, one map per looped and spatial axis; the volume itself where that is its own.
 
-    Integers become float32 unless every voxel of the grid is one of the volume.
+    Integers become float32 unless every voxel of the grid is one of the volume. Values stay within `limits`, if given.
 
     >>> volume = Volume(np.array([[0, 10, 20, 30]]))
     >>> resampled(volume, (AxisMap(1), AxisMap.over(4, 2))).read(Box((0, 0), (1, 2))).tolist()
@@ -245,7 +249,7 @@ def resampled(volume: Volume, maps: Sequence[AxisMap]) -> Volume:
     dtype = volume.dtype
     if not all(m.moves or m.order == 0 for m in maps):
         dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    reader = ResampledReader(volume, tuple(maps), dtype)
+    reader = ResampledReader(volume, tuple(maps), dtype, limits)
     shape, chunks = list(source.shape), list(source.chunks)
     for position, m in zip(order, maps, strict=True):
         shape[position] = m.size

@@ -107,6 +107,16 @@ class VolumeStatistics:
             for [(low, high, weight)] in self._neighbours((50,))
         )
 
+    def extremes(self) -> tuple[tuple[float, float], ...]:
+        """Return the smallest and the largest value of each channel.
+
+        Raises:
+            ValueError: if a channel has no finite value.
+        """
+        found = self._pass(_extremes_of, np.maximum, 16 * self._channels)
+        self._refuse_empty(np.isfinite(found[:, 0]))
+        return tuple((-float(low), float(high)) for low, high in found)
+
     def minima(self) -> tuple[float, ...]:
         """Return the smallest value of each channel; an int for integers.
 
@@ -256,6 +266,15 @@ def _moments_of(values: Array) -> Array:
             part = np.array([[wide.size, mean, wide @ wide]])
             moments[channel] = _merge_moments(moments[channel : channel + 1], part)
     return moments
+
+
+def _extremes_of(values: Array) -> Array:
+    """Return the negative of the smallest value, and the largest one, of each channel: `(C, 2)`, float64."""
+    found = np.full((len(values), 2), -np.inf)
+    for channel, piece in _pieces(values):
+        if piece.size:
+            found[channel] = np.maximum(found[channel], (-float(piece.min()), float(piece.max())))
+    return found
 
 
 def _sums_of(values: Array) -> Array:

@@ -12,19 +12,21 @@ import hashlib
 import importlib
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import torch
 from torch import nn
 
+from oocpatch.models.input_spec import InputSpec
 from oocpatch.models.predictor import resolve_device
 from oocpatch.models.value_parts import file_digest
 from oocpatch.storage.paths import expand_home
 
-KINDS: tuple[str, ...] = ("bioimageio",)
+KINDS: tuple[str, ...] = ("bioimageio", "nnunet")
 """Kinds of packages, and the names of their modules."""
 
 _OPTION = re.compile(r",(\w+)=([^,=]*)$")
@@ -66,6 +68,7 @@ class ModelPackage:
         classes: names of the output's channels, or of its labels from 0; may be empty.
         libraries: names of the libraries whose code computes; their versions identify the models, too.
         example: returns an example to compare the model with; None: the kind has none.
+        normalizes_first: whether the package's preprocess comes before resampling, as the volume is read.
     """
 
     models: tuple[nn.Module | Callable[..., Any], ...]
@@ -74,6 +77,7 @@ class ModelPackage:
     classes: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     example: Callable[[], Example] | None = None
+    normalizes_first: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -84,6 +88,45 @@ class ModelPackage:
         for library in self.libraries:
             digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
         return digest.hexdigest()
+
+
+class NamedAxes(nn.Module):
+    """A network that takes its spatial axes in another order than the volume's; of two axes, slices of patches.
+
+    Args:
+        network: takes `(B, C, *patch)`.
+        axes: names of the spatial axes that the network takes, in its order.
+        channels: number of channels that it takes.
+    """
+
+    def __init__(self, network: nn.Module, axes: Sequence[str], channels: int) -> None:
+        super().__init__()
+        self.network, self.axes, self.order = network, tuple(axes), tuple(range(len(axes)))
+        self.input_spec = InputSpec(channels=channels, dtype=torch.float32)
+
+    def for_axes(self, names: Sequence[str]) -> NamedAxes:
+        """Let patches have spatial axes of these names, in this order.
+
+        Raises:
+            ValueError: if an axis of the network is missing, or there is more than one that it does not have.
+        """
+        others = [name for name in names if name not in self.axes]
+        if set(self.axes) - set(names) or len(others) > 1:
+            raise ValueError(
+                f"the package's network takes spatial axes {', '.join(self.axes)}, got {', '.join(names)}; name those "
+                "of the volume with axes"
+            )
+        self.order = tuple(names.index(name) for name in (*others, *self.axes))
+        return self
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return scores `(B, C', *patch)`."""
+        values = patches.permute(0, 1, *(2 + axis for axis in self.order))
+        if is_sliced := len(self.order) > len(self.axes):
+            values = values[:, :, 0]  # patches of one slice
+        scores: torch.Tensor = self.network(values)
+        scores = scores[:, :, None] if is_sliced else scores
+        return scores.permute(0, 1, *(2 + self.order.index(axis) for axis in range(len(self.order))))
 
 
 @dataclass(frozen=True)
