@@ -241,6 +241,8 @@ def _note(config: RunConfig) -> str:
     model, transforms = config.model, config.pipeline.transforms
     input_spec = input_spec_of(ensemble(config.models))
     notes = []
+    if config.data.spacing is not None:
+        notes.append(str(config.data.spacing))
     if len(config.models) > 1:
         notes.append(f"mean of {len(config.models)} models")
     if len(transforms) > 1:

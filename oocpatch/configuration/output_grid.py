@@ -63,30 +63,29 @@ class SplitHeads:
         return {name: part.to(getattr(torch, dtype)) for (name, _, dtype), part in zip(self.heads, parts, strict=True)}
 
 
-def on_output_grid(config: RunConfig, stored: Plan | None, planned: Plan | None = None) -> tuple[RunConfig, Plan]:
+def on_output_grid(config: RunConfig, made: Plan | None) -> tuple[RunConfig, Plan]:
     """Return the configuration and the plan of the run of the output, with the plan of its scores.
 
     Args:
         config: the configuration of the call.
-        stored: the plan of the run of the output, if it has one.
-        planned: the plan of the run that computes the scores; default: it is made.
+        made: the plan of the run of the output, if there is one; default: it is made.
 
     Raises:
         ValueError, PlanTooLarge: as `make_plan`, and for outputs that cannot be resampled.
     """
-    plan = Plan.from_json(stored.scores) if stored is not None else planned or _plan_of_scores(config)
+    plan = _plan_of_scores(config) if made is None else Plan.from_json(made.scores)
     config = config.with_sizes(plan.patch_size[config.looped :], plan.batch_size)
     config = _output_config(config, plan)
-    if stored is not None:
-        return config, stored
-    made = make_plan(config)
-    limit, disk = config.limits.max_disk, made.projected_disk + scores_bytes(plan) + plan.projected_disk
+    if made is not None:
+        return config, made
+    output_plan = make_plan(config)
+    limit, disk = config.limits.max_disk, output_plan.projected_disk + scores_bytes(plan) + plan.projected_disk
     if limit is not None and disk > limit:
         raise PlanTooLarge(
             f"the workspace needs {human(disk, up=True)} (scores on the grid of the model "
             f"{human(scores_bytes(plan))}) but max_disk is {human(limit)}; raise max_disk, or pass output_grid='model'"
         )
-    return config, replace(made, scores=plan.to_json(), projected_disk=disk)
+    return config, replace(output_plan, scores=plan.to_json(), projected_disk=disk)
 
 
 def _plan_of_scores(config: RunConfig) -> Plan:

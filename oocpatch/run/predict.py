@@ -303,11 +303,13 @@ class PlannedRun:
         plan: the plan.
         config: the checked arguments.
         occupancy: the expected use of a cluster's workers, of processes, or of parts; None for threads.
+        to_run: the plan that is carried out, where that is another one: of an output that scores are resampled to.
     """
 
     plan: Plan
     config: RunConfig
     occupancy: Occupancy | None = None
+    to_run: Plan | None = None
 
     def run(self, blocks: Iterable[int] | None = None) -> Result:
         """Carry the plan out: the same as `predict` with the arguments that the plan was made with.
@@ -320,7 +322,7 @@ class PlannedRun:
         Raises:
             As `predict`.
         """
-        result: Result = run(self.config, self.plan, blocks)
+        result: Result = run(self.config, self.to_run or self.plan, blocks)
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -375,9 +377,10 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     """
     config = RunConfig.of(volume, model, output, **options)
     stored, record = stored_run(config)
-    chosen = shown_plan(_to_run(config, stored, None)[1])
+    to_run = _to_run(config, stored, None)[1]
+    chosen = shown_plan(to_run)
     check_export(config, record, chosen)
-    return PlannedRun(chosen, config, expected_occupancy(config, chosen))
+    return PlannedRun(chosen, config, expected_occupancy(config, chosen), to_run)
 
 
 @torch.inference_mode(mode=False)
@@ -439,7 +442,7 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
 def _to_run(config: RunConfig, stored: Plan | None, planned: Plan | None) -> tuple[RunConfig, Plan]:
     """Return the configuration and the plan of the run: of the output, where scores are resampled to its grid."""
     if config.target is not None and config.scores is None:
-        return on_output_grid(config, stored, planned)
+        return on_output_grid(config, stored or planned)
     plan = stored or planned or make_plan(config)
     return config.with_sizes(plan.patch_size[config.looped :], plan.batch_size), plan
 

@@ -74,6 +74,11 @@ class ModelGrid:
         sizes = {str(name): _quantity(size) for name, size in spacing.items()}
         return cls(sizes, grid.order, grid.scores, grid.orientation, grid.separate)
 
+    def __str__(self) -> str:
+        sizes = (f"{name} {size:g} {unit or ''}".strip() for name, (size, unit) in self.spacing.items())
+        oriented = "" if self.orientation is None else f" in the orientation {self.orientation}"
+        return f"takes voxels of {', '.join(sizes) or 'the volume'}{oriented}"
+
     def to_json(self) -> Any:
         """Return what identifies a run on the grid."""
         sizes = {name: size if unit is None else f"{size!r} {unit}" for name, (size, unit) in self.spacing.items()}

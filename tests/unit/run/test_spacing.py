@@ -174,7 +174,9 @@ def test_scores_are_resampled_back_as_those_of_the_whole_volume(scan: Path, tmp_
         planned.patches == oocpatch.plan(scan, Classes(), tmp_path / "x.zarr", output_grid="model", **options).patches
     )
     assert "scores are resampled to 25 x 40 x 45 voxels" in str(planned)
+    assert "takes voxels of z 0.6 micrometer, y 0.6 micrometer" in str(planned)
     result = planned.run()
+    assert str(oocpatch.plan(scan, Classes(), tmp_path / "out.zarr", overwrite=True, **options)) == str(planned)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * 200)
     original = Volume(scan)
     for name in "zyx":
