@@ -106,7 +106,7 @@ class ModelGrid:
         chosen, own = volume, maps
         for level in () if levels is None or all(m.is_identity for m in maps) else _levels(levels):
             at_level = _at_level(volume, level, own)
-            if at_level is None or level.shape == chosen.shape:  # files without levels
+            if at_level is None or level.source.shape == chosen.source.shape:  # files without levels
                 break
             chosen, maps = Volume(level.source, volume.axes), at_level
         return resampled(chosen, maps, limits)
