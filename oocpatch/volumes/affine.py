@@ -129,7 +129,7 @@ def spacing_along(source: Source, name: str) -> Spacing | None:
     error = float(np.abs(values - (values[0] + step * np.arange(len(values)))).max())
     if step == 0 or error > EVEN * abs(step):
         raise ValueError(
-            f"the coordinates of axis {name!r} must be evenly spaced, since the file stores one distance per axis, got "
+            f"the coordinates of axis {name!r} must be evenly spaced, to have one distance, got "
             f"distances from {np.diff(values).min():g} to {np.diff(values).max():g}; drop the coordinate, or resample"
         )
     return Spacing(float(step), float(values[0]), unit)

@@ -40,6 +40,9 @@ EXACT = 1e-6
 LEAST_CHUNK = 4
 """Least voxels of a chunk along an axis: thinner ones would be read several times for the voxels around them."""
 
+CHUNK_BYTES = 1 << 23
+"""Bytes of a chunk of a grid, unless chunks of the volume have half of it: on finer grids they have more voxels."""
+
 ORDERS = (0, 1, 3)
 
 
@@ -256,6 +259,10 @@ def resampled(volume: Volume, maps: Sequence[AxisMap], limits: tuple[tuple[float
         if source.chunked and not m.is_identity:
             chunk = max(LEAST_CHUNK, round(source.chunks[position] / abs(m.scale)))
             chunks[position] = min(chunk, m.size)
+    largest = max(CHUNK_BYTES, 2 * volume.chunk_bytes) // dtype.itemsize
+    while source.chunked and math.prod(chunks) > largest and max(chunks[a] for a in order) > LEAST_CHUNK:
+        position = max(order, key=lambda a: chunks[a])
+        chunks[position] = -(-chunks[position] // 2)
     units = None if source.units is None else CommonUnits(tuple(shape), order, ((volume, reader.support),))
     by_name = {volume.axes.names[a]: m for a, m in zip(order, maps, strict=True) if not m.is_identity}
     on_grid = replace(

@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "patch_size": 12,
     "patch_overlap": 4,
     "block_shape": 16,
-    "output_chunks": 8,
+    "output_chunks": 16,
     "max_memory": "64MiB",
     "progress": False,
 }

@@ -44,7 +44,7 @@ def image(shape: tuple[int, ...], steps: tuple[float, ...], dtype: str = "float3
     return xarray.DataArray(values, dims=tuple(names), coords=coords)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     sizes=st.tuples(*[st.tuples(st.integers(1, 40), st.integers(1, 40)) for _ in range(2)]),
     orders=st.tuples(*[st.sampled_from([0, 1, 3])] * 2),
