@@ -185,6 +185,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         patch_size=config.patch_size,
         patch_overlap=config.patch_overlap,
         patch_starts=config.patches.patch_starts,
+        extent=config.extent,
         padding_mode=config.patches.padding_mode,
         fill=config.patches.fill,
         context=outputs.context,

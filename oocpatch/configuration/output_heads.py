@@ -91,7 +91,8 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
         )
     around = (0,) * loops + context
     sizes = (config.patch_size, config.patch_overlap, around, snap)
-    grid = patch_grid(config.volume.shape, *sizes, padded=config.patches.is_padded, even=config.patches.is_even)
+    is_padded, is_even = config.patches.is_padded, config.patches.is_even
+    grid = patch_grid(config.volume.shape, *sizes, padded=is_padded, even=is_even, extent=config.extent)
     if config.finds_objects:
         _check_overlap(grid.axes[loops:], config.volume.names[loops:])
     heads = [_head(config, name, output, scales[name], (0,) * loops + trims[name]) for name, output in dense.items()]

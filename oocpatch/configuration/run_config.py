@@ -28,7 +28,7 @@ from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, Refused, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
-from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond
+from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond, nonzero_box
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
@@ -276,7 +276,18 @@ class RunConfig:
     @property
     def skips(self) -> bool:
         """Return whether patches may be skipped."""
-        return bool(self.selection) or self.data.skip_empty
+        return bool(self.selection) or self.data.skip_empty or self.extent is not None
+
+    @property
+    def extent(self) -> tuple[Ints, Ints] | None:
+        """Start and stop of the box that evenly spaced patches cover, where the volume is zero without; else None."""
+        box = None if self.normalization is None else self.normalization.box
+        is_blended = self.patches.overlap_mode in ("average", "hann", "gaussian", "nnunet")
+        if box is None or self.scores is not None or not (self.patches.is_even and is_blended):
+            return None
+        if self.data.spacing is not None:
+            box = self.data.spacing.box(box, stored_volume(self.volume))
+        return box.start, box.stop
 
     @property
     def pipeline(self) -> Pipeline:
@@ -358,7 +369,7 @@ class RunConfig:
         core = (*unit[: self.looped], *(self.limits.block_shape or ()))
         geometry = (tuple(stored["context"]), tuple(stored["snap"]))
         frame = (self.volume.shape, self.patch_size, self.patch_overlap, *geometry)
-        grid = patch_grid(*frame, padded=self.patches.is_padded, even=self.patches.is_even)
+        grid = patch_grid(*frame, padded=self.patches.is_padded, even=self.patches.is_even, extent=self.extent)
         return BlockGrid.of(grid, core, unit, 0, crop=False).core_shape[self.looped :]
 
 
@@ -405,7 +416,7 @@ def _normalization(data: Volume, arguments: dict[str, Any]) -> Normalization:
     options = {name: arguments.get(name, OPTIONS[name].default) for name in ("max_memory", "progress")}
     options["max_memory"] = CHECKS["memory_limit"]("max_memory", options["max_memory"], data)
     steps = CHECKS["preprocess"]("preprocess", arguments["preprocess"], data)
-    normalization = Normalization.of(data, steps, **options)
+    normalization = Normalization.of(data, steps, nonzero_box(data, **options), **options)
     grid = ModelGrid.of(arguments.get("spacing"), data)
     if interpolates_beyond(grid) and grid is not None and grid.over(data) is not data:
         normalization = normalization.within_limits(data, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,10 @@ from oocpatch.models.preprocessing import (
     step_json,
     steps_of,
 )
-from oocpatch.planning.box import Box
+from oocpatch.planning.box import Box, worthwhile
 from oocpatch.progress import OnProgress
 from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume, read_selection
 
@@ -61,23 +62,31 @@ class Normalization:
     Attributes:
         steps: the steps.
         statistics: as `preprocess_statistics` returns them.
+        box: the part of the volume that has voxels other than zero, which is measured; None: all of it.
         limits: least and greatest value of each channel, which cubic resampling must not go beyond; may be empty.
     """
 
     steps: CheckedPreprocess
     statistics: Statistics
+    box: Box | None = None
     limits: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of(
-        cls, volume: Volume, steps: CheckedPreprocess, *, max_memory: int, progress: str | bool | OnProgress
+        cls,
+        volume: Volume,
+        steps: CheckedPreprocess,
+        box: Box | None,
+        *,
+        max_memory: int,
+        progress: str | bool | OnProgress,
     ) -> Normalization:
-        """Return the steps with statistics, for which the volume is read once per step that needs them."""
-        return cls(steps, preprocess_statistics(steps, volume, max_memory, progress=progress))
+        """Return the steps with statistics, for which the box is read once per step that needs them."""
+        return cls(steps, preprocess_statistics(steps, volume, max_memory, progress=progress, box=box), box)
 
     def within_limits(self, volume: Volume, *, max_memory: int, progress: str | bool | OnProgress) -> Normalization:
         """Return the same with the limits of the preprocessed volume, which is read once."""
-        return replace(self, limits=VolumeStatistics(self.over(volume), max_memory, progress).extremes())
+        return replace(self, limits=VolumeStatistics(self.over(volume), max_memory, progress, box=self.box).extremes())
 
     def over(self, volume: Volume) -> Volume:
         """Return a volume of preprocessed values."""
@@ -99,7 +108,47 @@ class Normalization:
     def to_json(self) -> list[Any]:
         """Return what identifies a run with these steps."""
         steps = [step_json(step) for step in steps_of(self.steps) if isinstance(step, Step)]
-        return [steps, [list(pair) for pair in self.statistics], [list(pair) for pair in self.limits]]
+        box = None if self.box is None else [list(self.box.start), list(self.box.stop)]
+        return [steps, [list(pair) for pair in self.statistics], [list(pair) for pair in self.limits], box]
+
+
+SCANNED = 4 << 20
+"""Bytes that are read at a time to find the voxels that are not zero."""
+
+
+def nonzero_box(volume: Volume, *, max_memory: int, progress: str | bool | OnProgress) -> Box | None:
+    """Return the box of the voxels that are not zero in all channels; None where it is the whole volume, or empty.
+
+    Of a volume with such voxels at each of its sides, only these are read. Looped axes are not cut.
+    """
+    reader, shape = volume.for_run(), volume.shape
+    whole, looped = Box.of_shape(shape), len(shape) - volume.spatial_ndim
+    step = worthwhile(volume.chunks, shape, SCANNED // (volume.channels * volume.dtype.itemsize))
+
+    def spans(box: Box) -> list[tuple[int, int]] | None:
+        is_set = (reader.read(box) != 0).any(axis=0)
+        at = [np.flatnonzero(is_set.any(axis=tuple(set(range(len(shape))) - {axis}))) for axis in range(len(shape))]
+        return [(a + int(p[0]), a + int(p[-1]) + 1) for a, p in zip(box.start, at, strict=True)] if at[0].size else None
+
+    def found(region: Box) -> Iterator[list[tuple[int, int]]]:
+        parts = run_pass(
+            spans,
+            region.split(step),
+            threads=max(1, min(2, max_memory // (8 * SCANNED))),
+            name="extent",
+            unit="voxels",
+            size=lambda box: box.size,
+            total=region.size,
+            progress=progress,
+        )
+        return (part for part in parts if part is not None)
+
+    sides = [whole.along(a, end, end + 1) for a, n in enumerate(shape) if a >= looped for end in (0, n - 1)]
+    if all(any(True for _ in found(side)) for side in sides) or not (parts := list(found(whole))):
+        return None
+    low = [min(part[a][0] for part in parts) if a >= looped else 0 for a in range(len(shape))]
+    high = [max(part[a][1] for part in parts) if a >= looped else n for a, n in enumerate(shape)]
+    return Box(tuple(low), tuple(high))
 
 
 def interpolates_beyond(grid: ModelGrid | None) -> bool:

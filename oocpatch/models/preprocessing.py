@@ -21,6 +21,7 @@ from torch import nn
 
 from oocpatch.models.preprocess_steps import STEPS, Measured, Statistics, Step
 from oocpatch.models.wrappers import as_module
+from oocpatch.planning.box import Box
 from oocpatch.progress import OnProgress
 from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume
@@ -120,9 +121,14 @@ def needs_statistics(preprocess: CheckedPreprocess) -> bool:
 
 
 def preprocess_statistics(
-    preprocess: CheckedPreprocess, volume: Volume, max_memory: int, *, progress: str | bool | OnProgress
+    preprocess: CheckedPreprocess,
+    volume: Volume,
+    max_memory: int,
+    *,
+    progress: str | bool | OnProgress,
+    box: Box | None = None,
 ) -> Statistics:
-    """Return the statistics of the whole volume that a preprocess needs; reads all of it, or nothing.
+    """Return the statistics of the whole volume, or of a box, that a preprocess needs; reads all of it, or nothing.
 
     Returns:
         Two numbers per channel of the volume for each step that needs them, step after step.
@@ -137,7 +143,7 @@ def preprocess_statistics(
         prepare = None
         if before is not None or step.nonzero or step.channels:
             prepare = functools.partial(_prepared, before=before, channels=chosen, nonzero=step.nonzero)
-        statistics = VolumeStatistics(volume, max_memory, progress, pooled=step.pooled, prepare=prepare)
+        statistics = VolumeStatistics(volume, max_memory, progress, pooled=step.pooled, prepare=prepare, box=box)
         of_step = step.measure(statistics) * (len(chosen) if step.pooled else 1)
         by_channel = dict(zip(chosen, of_step, strict=True))
         measured += [by_channel.get(channel, (0.0, 0.0)) for channel in range(volume.channels)]

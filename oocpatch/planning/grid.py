@@ -46,7 +46,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 
@@ -142,6 +142,16 @@ class GridAxis:
         return GridAxis(
             self.length, patch, overlap, begin=self.first - context, end=self.last - context, even=self.even
         )
+
+    def within(self, start: int, stop: int) -> GridAxis:
+        """Return the evenly spaced patches that cover a span of the volume, and no more of it than they must.
+
+        >>> axis = GridAxis(30, 4, 2, even=True).within(10, 19)
+        >>> [axis.start(i) for i in range(axis.count)]
+        [10, 12, 13, 15]
+        """
+        begin = start - max(0, self.patch - (stop - start)) // 2
+        return replace(self, begin=begin, end=max(begin, stop - self.patch))
 
     def indices(self, start: int, stop: int) -> range:
         """Return the patches that the span `[start, stop)` of the volume owns: those that start in it.

@@ -151,11 +151,13 @@ def patch_grid(
     *,
     padded: bool = False,
     even: bool = False,
+    extent: tuple[Ints, Ints] | None = None,
 ) -> PatchGrid:
     """Return the grid of the model's output patches, in the frame of a volume; all sizes in voxels per axis.
 
     `patch_size` and `patch_overlap` are those of the model's input, which is larger by `context` on each side. `snap`
-    divides all starts; a `padded` frame grows by half an overlap on each side, unless starts are spaced evenly.
+    divides all starts; a `padded` frame grows by half an overlap on each side, unless starts are spaced evenly. Evenly
+    spaced patches may cover only an `extent`, the start and the stop of a box.
 
     Raises:
         ValueError: when a size is not positive, or an overlap is not in `[0, patch_size)`.
@@ -170,6 +172,8 @@ def patch_grid(
         stride = max(q, min(patch - overlap, inner) // q * q)
         first = -(-(-(overlap // 2) // q) * q) if padded and not even else None
         axes.append(GridAxis(n, inner, inner - stride, padded, q, begin=first, even=even))
+    if even and extent is not None:
+        axes = [axis.within(start, stop) for axis, start, stop in zip(axes, *extent, strict=True)]
     return PatchGrid(tuple(axes))
 
 

@@ -48,6 +48,7 @@ class Plan:
         shape, in_channels, in_dtype, in_chunks: of the volume.
         patch_size, patch_overlap: of the model's input patches.
         patch_starts: whether patches start at every stride, `"regular"`, or are spaced evenly, `"even"`.
+        extent: start and stop of the box that evenly spaced patches cover; None: the volume.
         padding_mode: rule for the voxels outside the volume; None: the frame is not padded.
         fill: value outside the volume, for `constant`, and for the modes that a run computes it for: `mean` and others.
         context: input of the model beyond its output, on each side.
@@ -128,6 +129,7 @@ class Plan:
     merge_memory: int = 0
     scores: str = ""
     patch_starts: str = "regular"
+    extent: tuple[Ints, Ints] | None = None
     classes: tuple[str, ...] = ()
     vectors: tuple[VectorHead, ...] = ()
 
@@ -136,7 +138,7 @@ class Plan:
         """The output patches of the model, in the volume's frame."""
         sizes = (self.patch_size, self.patch_overlap, self.context, self.snap)
         is_even, is_padded = self.patch_starts == "even", self.padding_mode is not None
-        return patch_grid(self.shape, *sizes, padded=is_padded, even=is_even)
+        return patch_grid(self.shape, *sizes, padded=is_padded, even=is_even, extent=self.extent)
 
     @cached_property
     def input_grid(self) -> PatchGrid:

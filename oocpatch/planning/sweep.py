@@ -208,8 +208,11 @@ def _extent(axis: BlockAxis, index: int, context: int) -> tuple[int, int]:
 def _span(axis: BlockAxis, indices: list[int], context: int) -> Span:
     cores = [stop - start for start, stop in map(axis.core, indices)]
     opens = [axis.open(i) for i in indices]
+    members = axis.patches(indices[0])
+    if axis.grid.even:  # no two blocks need have the same starts: those of all together bound each
+        members = range(members.start, max(axis.patches(i).stop for i in indices))
     return Span(
-        members=axis.patches(indices[0]),
+        members=members,
         core=max(cores),
         halo=max(axis.spill(i) for i in indices),
         open=max(opens),

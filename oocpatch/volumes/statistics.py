@@ -60,6 +60,7 @@ class VolumeStatistics:
         progress: how progress is shown; see `oocpatch.progress`.
         pooled: whether all channels count as one.
         prepare: function of the values of a box, `(C, *box)`, that returns what is measured; it may select channels.
+        box: the part of the volume that is measured; None: all of it.
 
     >>> volume = Volume(np.arange(10.0).reshape(2, 5))
     >>> VolumeStatistics(volume).moments(), VolumeStatistics(volume).percentiles((0.0, 50.0))
@@ -71,6 +72,7 @@ class VolumeStatistics:
     progress: str | bool | OnProgress = False
     pooled: bool = False
     prepare: Callable[[Array], Array] | None = None
+    box: Box | None = None
 
     @property
     def _sample(self) -> Array:
@@ -211,15 +213,15 @@ class VolumeStatistics:
         box_bytes += 0 if self.prepare is None else 24 * (box_bytes // volume.dtype.itemsize)  # float64, and copies
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
         threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
-        reader = volume.for_run(threads)
+        reader, whole = volume.for_run(threads), self.box or Box.of_shape(volume.shape)
         summaries = run_pass(
             lambda box: summarize(self._prepared(reader.read(box))),
-            Box.of_shape(volume.shape).split(step),
+            whole.split(step),
             threads=threads,
             name="statistics",
             unit="voxels",
             size=lambda box: box.size,
-            total=math.prod(volume.shape),
+            total=whole.size,
             progress=self.progress,
         )
         return functools.reduce(merge, summaries)

@@ -75,6 +75,7 @@ class Case:
     labels: dict[str, Any] = field(default_factory=lambda: {"background": 0, "one": 1, "two": 2, "ignore": 3})
     order: tuple[int, ...] = ()
     holes: bool = False
+    border: int = 0
 
     @property
     def volume(self) -> Array:
@@ -87,6 +88,10 @@ class Case:
         values *= 1000 / np.abs(values).max()
         if self.holes:  # a part of each slice has no signal, but no whole face of the volume
             values[:, :, :9, 8:] = 0
+        if self.border:
+            inside = np.zeros(self.shape, bool)
+            inside[self.border :, self.border : -1, : -self.border] = True
+            values[:, ~inside] = 0
         return values.astype(np.float32)
 
     def write(self, folder: Path) -> None:
@@ -164,6 +169,15 @@ CASES = {
         schemes=("ZScoreNormalization", "RescaleTo01Normalization"), labels=REGIONS, order=(1, 2), mirrored=(0,)
     ),
     "masked": Case(schemes=("ZScoreNormalization",), masked=True, holes=True, mirrored=None),
+    "cropped": Case(shape=(28, 30, 27), border=4, schemes=("ZScoreNormalization",), mirrored=None),
+    "cropped, finer": Case(
+        shape=(20, 21, 22),
+        border=4,
+        schemes=("ZScoreNormalization",),
+        masked=True,
+        mirrored=None,
+        model_spacing=(0.8,) * 3,
+    ),
     "transposed, larger patch": Case(transpose=(1, 0, 2), patch=(14, 32, 12), mirrored=(1,)),
     "slices": Case(patch=(14, 12), model_spacing=(1.0, 1.0), mirrored=(0, 1), schemes=("ZScoreNormalization",)),
     "finer": Case(shape=(14, 17, 18), model_spacing=(0.8, 0.7, 0.9), mirrored=None),
