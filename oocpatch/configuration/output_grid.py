@@ -90,7 +90,7 @@ def on_output_grid(config: RunConfig, made: Plan | None) -> tuple[RunConfig, Pla
 
 def _plan_of_scores(config: RunConfig) -> Plan:
     plan = make_plan(_scores_config(config))
-    if not config.skips:
+    if not config.skips and config.crop is None:
         return plan
     # NaN, where there is one, so that the voxels without scores are known after they are resampled
     has_nan = all(np.dtype(head.out_dtype).kind == "f" for head in plan.heads)
@@ -200,7 +200,7 @@ def _scores_volume(config: RunConfig, target: Volume, plan: Plan, scores: Storag
     """
     if config.data.spacing is None:
         raise ValueError("only scores of a model with a spacing are resampled")
-    back = config.data.spacing.back(target)
+    back = config.data.spacing.back(target, config.crop)
     roles = dict(zip(config.volume.axes.names, config.volume.axes.roles, strict=True))
     position = channel_position(plan)
     parts = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.arguments import check_fits
 from oocpatch.planning.blocks import BlockGrid
-from oocpatch.planning.box import Ints
+from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.labelling import Labelling
@@ -46,7 +46,7 @@ from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
 from oocpatch.volumes.content import INTENSITY, LABELS, MASK, VOLUME
 from oocpatch.volumes.model_grid import ModelGrid
-from oocpatch.volumes.resampling import stored_volume
+from oocpatch.volumes.resampling import cropped, stored_volume
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
 
@@ -281,13 +281,16 @@ class RunConfig:
     @property
     def extent(self) -> tuple[Ints, Ints] | None:
         """Start and stop of the box that evenly spaced patches cover, where the volume is zero without; else None."""
-        box = None if self.normalization is None else self.normalization.box
+        box = None if self.normalization is None or self.crop is not None else self.normalization.box
         is_blended = self.patches.overlap_mode in ("average", "hann", "gaussian", "nnunet")
-        if box is None or self.scores is not None or not (self.patches.is_even and is_blended):
-            return None
-        if self.data.spacing is not None:
-            box = self.data.spacing.box(box, stored_volume(self.volume))
-        return box.start, box.stop
+        is_used = self.scores is None and self.patches.is_even and is_blended
+        return (box.start, box.stop) if box is not None and is_used else None
+
+    @property
+    def crop(self) -> Box | None:
+        """The box of the volume, zero without, that alone is resampled; None: all of it, or nothing."""
+        is_resampled = stored_volume(self.volume) is not self.volume
+        return None if self.normalization is None or not is_resampled else self.normalization.box
 
     @property
     def pipeline(self) -> Pipeline:
@@ -402,6 +405,12 @@ def _on_grid(
     if grid is None:
         return data, arguments
     box = CHECKS["box"]("box", arguments.get("box"), data)
+    crop = None if normalization is None or grid.over(data) is data else normalization.box
+    if crop is not None:
+        data = cropped(data, crop)
+        if box is not None and (box & crop).empty:
+            raise ValueError(f"box must meet the voxels that are not zero, {crop.start} to {crop.stop}, got {box}")
+        box = None if box is None else Box(*(tuple(np.subtract(e, crop.start)) for e in astuple(box & crop)))
     has_levels = not isinstance(volume, Volume) and str(level) == "0" and normalization is None
     limits = () if normalization is None else normalization.limits
     on_grid = grid.over(data, functools.partial(_opened, volume, axes) if has_levels else None, limits)

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from oocpatch.planning.box import Box
 from oocpatch.volumes.affine import EVEN, WORLD, orientation_of, spacing_along
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.ome_metadata import METERS, long_unit
-from oocpatch.volumes.resampling import EXACT, ORDERS, AxisMap, resampled
+from oocpatch.volumes.resampling import EXACT, ORDERS, AxisMap, cropped, resampled
 from oocpatch.volumes.volume import Volume
 
 QUANTITY = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(.*)", re.IGNORECASE)
@@ -111,8 +111,17 @@ class ModelGrid:
             chosen, maps = Volume(level.source, volume.axes), at_level
         return resampled(chosen, maps, limits)
 
-    def back(self, volume: Volume) -> dict[str, AxisMap]:
-        """Return the voxels of a volume on this grid, by the names of its axes."""
+    def back(self, volume: Volume, crop: Box | None = None) -> dict[str, AxisMap]:
+        """Return the voxels of a volume on this grid, by the names of its axes.
+
+        With `crop`, the grid lies over this box of the volume, and voxels outside have no values.
+        """
+        if crop is not None:
+            inner, maps = self.back(cropped(volume, crop)), {}
+            for name, length, start, stop in zip(volume.names, volume.shape, crop.start, crop.stop, strict=True):
+                shifted = replace(inner[name], size=length, offset=inner[name].offset - start * inner[name].scale)
+                maps[name] = replace(shifted, inside=(start, stop)) if (start, stop) != (0, length) else shifted
+            return maps
         oriented = volume if self.orientation is None else _oriented(volume, self.orientation)
         maps = {}
         for axis, (name, length) in enumerate(zip(oriented.names, oriented.shape, strict=True)):

@@ -55,12 +55,14 @@ class AxisMap:
         scale: negative where the grid goes the other way.
         offset: position of the first voxel, in voxels of the volume.
         order: order of the spline between voxels: 0 takes the nearest, 1 is linear, 3 cubic.
+        inside: start and stop of the voxels of the grid that have values; others are NaN. None: all have.
     """
 
     size: int
     scale: float = 1.0
     offset: float = 0.0
     order: int = 1
+    inside: tuple[int, int] | None = None
 
     @classmethod
     def over(cls, length: int, size: int, order: int = 1) -> AxisMap:
@@ -80,7 +82,7 @@ class AxisMap:
     @property
     def is_identity(self) -> bool:
         """Return whether the voxels of the grid are those of the volume."""
-        return self.moves and self.scale > 0 and round(self.offset) == 0
+        return self.moves and self.scale > 0 and round(self.offset) == 0 and self.inside is None
 
     def after(self, scale: float, offset: float) -> AxisMap:
         """Return the same grid along another axis, on which a position of this one lies at `scale * x + offset`."""
@@ -92,7 +94,10 @@ class AxisMap:
 
     def positions(self, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return the positions of some voxels."""
-        values = self.scale * np.arange(start, stop, dtype=np.float64) + self.offset
+        voxels = np.arange(start, stop, dtype=np.float64)
+        if self.inside is not None:
+            voxels = voxels.clip(self.inside[0], self.inside[1] - 1)
+        values = self.scale * voxels + self.offset
         whole = np.rint(values)
         return np.where(np.abs(values - whole) < EXACT, whole, values)
 
@@ -111,6 +116,15 @@ class AxisMap:
 
     def resample(self, values: Array, axis: int, first: int, start: int, stop: int) -> Array:
         """Return some voxels of the grid from those that they depend on, `values`, which begin at `first`."""
+        result = self._interpolate(values, axis, first, start, stop)
+        if self.inside is not None:
+            low, high = (max(0, end - start) for end in self.inside)
+            along = np.moveaxis(result, axis, 0)
+            along[:low] = along[high:] = np.nan
+        return result
+
+    def _interpolate(self, values: Array, axis: int, first: int, start: int, stop: int) -> Array:
+        """Return the same, with those of the nearest voxels in place of missing ones."""
         at = self.positions(start, stop)
         if self.moves or self.order == 0:
             return np.take(values, np.floor(at + 0.5 + EXACT).astype(np.int64) - first, axis)
@@ -284,6 +298,15 @@ def resampled(volume: Volume, maps: Sequence[AxisMap], limits: tuple[tuple[float
     part = worthwhile(step, result.shape, READ_BYTES // (2 * result.channels * dtype.itemsize))
     part = tuple(min(p, n) for p, n in zip(part, result.shape, strict=True))
     return Volume(replace(on_grid, read_bytes=reader.read_bytes(part)), volume.axes)
+
+
+def cropped(volume: Volume, box: Box) -> Volume:
+    """Return the part of a volume in a box.
+
+    >>> cropped(Volume(np.array([[0, 10, 20, 30]])), Box((0, 1), (1, 3))).read(Box((0, 0), (1, 2))).tolist()
+    [[[10, 20]]]
+    """
+    return resampled(volume, [AxisMap(b - a, 1.0, a, 0) for a, b in zip(box.start, box.stop, strict=True)])
 
 
 def _coords(coords: Mapping[str, Any], maps: Mapping[str, AxisMap]) -> dict[str, Any]:

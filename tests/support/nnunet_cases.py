@@ -60,6 +60,8 @@ class Case:
         shape, spacing: of the volume.
         patch, model_spacing: of the plans, in their order of axes; two of each for slices.
         schemes: of normalization, one per channel.
+        holes: whether a part of each slice is zero.
+        border: voxels of zeros at some sides, which nnU-Net crops.
         border: voxels at each side of the volume that are zero in all channels.
     """
 
@@ -171,12 +173,7 @@ CASES = {
     "masked": Case(schemes=("ZScoreNormalization",), masked=True, holes=True, mirrored=None),
     "cropped": Case(shape=(28, 30, 27), border=4, schemes=("ZScoreNormalization",), mirrored=None),
     "cropped, finer": Case(
-        shape=(20, 21, 22),
-        border=4,
-        schemes=("ZScoreNormalization",),
-        masked=True,
-        mirrored=None,
-        model_spacing=(0.8,) * 3,
+        shape=(20, 21, 22), border=4, schemes=("ZScoreNormalization",), mirrored=None, model_spacing=(0.8, 0.8, 0.8)
     ),
     "transposed, larger patch": Case(transpose=(1, 0, 2), patch=(14, 32, 12), mirrored=(1,)),
     "slices": Case(patch=(14, 12), model_spacing=(1.0, 1.0), mirrored=(0, 1), schemes=("ZScoreNormalization",)),

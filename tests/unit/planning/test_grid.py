@@ -25,8 +25,14 @@ def axes(draw: st.DrawFn) -> GridAxis:
 def test_evenly_spaced_patches_are_found_by_the_spans_that_they_start_in_and_meet(
     axis: GridAxis, data: st.DataObject
 ) -> None:
+    if data.draw(st.booleans()):
+        low = data.draw(st.integers(0, axis.length - 1))
+        high = data.draw(st.integers(low + 1, axis.length))
+        axis = axis.within(low, high)
+        assert axis.start(0) <= low < high <= axis.start(axis.count - 1) + axis.patch
+        assert high - low < axis.patch or (axis.start(0), axis.last + axis.patch) == (low, high)
     starts = [axis.start(i) for i in range(axis.count)]
-    spans = st.integers(axis.first, axis.length + 3)
+    spans = st.integers(min(axis.first, 0), axis.length + 3)
     start, stop = sorted((data.draw(spans), data.draw(spans)))
     owned = [i for i, s in enumerate(starts) if (start <= s or start <= 0) and s < stop]
     assert list(axis.indices(start, stop)) == owned
