@@ -18,6 +18,7 @@ from .planning.grid import PatchLocation as PatchLocation
 from .planning.plan import Plan as Plan
 from .progress import TaskDone as TaskDone
 from .run.label import label as label
+from .run.lazy import lazy as lazy
 from .run.object_table import objects as objects
 from .run.predict import PlannedRun as PlannedRun
 from .run.predict import plan as plan

@@ -25,7 +25,7 @@ class Accessor:
         self._array = array
 
     def __repr__(self) -> str:
-        return "oocpatch on this array: .predict(model, output, ...) and .plan(model, output, ...)"
+        return "oocpatch on this array: .predict(model, output, ...), .plan(model, output, ...) and .lazy(model, ...)"
 
     def predict(self, model: Any, output: str | os.PathLike[str], **arguments: Any) -> Result:
         """Run a model over the array and write the result to `output`: see `oocpatch.predict`.
@@ -45,3 +45,9 @@ class Accessor:
         from oocpatch.run.predict import plan  # noqa: PLC0415 - torch is heavy
 
         return plan(self._array, model, output, **arguments)
+
+    def lazy(self, model: Any, **arguments: Any) -> Result:
+        """Return what `predict` would write as a lazy array, and write nothing: see `oocpatch.lazy`."""
+        from oocpatch.run.lazy import lazy  # noqa: PLC0415 - torch is heavy
+
+        return lazy(self._array, model, **arguments)

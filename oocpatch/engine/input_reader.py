@@ -35,7 +35,7 @@ class InputReader:
         transfer: copies to that device.
         pool: threads that read chunks.
         padding_mode, fill: rule for voxels outside the volume, and their value for `constant`.
-        stamps: receives the stamps of the parts that are read.
+        stamps: receives the stamps of the parts that are read; None: nobody needs them.
 
     Attributes:
         pending: the reads that are under way.
@@ -54,7 +54,7 @@ class InputReader:
         pool: Executor,
         padding_mode: str,
         fill: float,
-        stamps: InputStamps,
+        stamps: InputStamps | None,
     ) -> None:
         self._volume = volume
         self._axis = axis
@@ -116,9 +116,13 @@ class InputReader:
         return all(bool((view.isnan() if math.isnan(value) else view == value).all()) for view in views)
 
     def _read(self, box: Box, stamped: list[Box], view: torch.Tensor, after: torch.cuda.Event | None) -> None:
-        units = self._stamps.units
-        tags = [self._volume.tags(part, self._padding[0]) for part in stamped] if units is None else []
+        stamps = self._stamps
+        units = None if stamps is None else stamps.units
+        if stamps is None or units is not None:
+            stamped = []
+        tags = [self._volume.tags(part, self._padding[0]) for part in stamped]
         with self._transfer.upload(view, after) as target:
             self._volume.read_into(target, box, *self._padding, units)
-            for part, part_tags in zip(stamped, tags, strict=False):  # none where stored units are stamped
-                self._stamps.add(VOLUME, part, target[(slice(None), *part.slices(box.start))], part_tags)
+            for part, part_tags in zip(stamped, tags, strict=True):
+                if stamps is not None:
+                    stamps.add(VOLUME, part, target[(slice(None), *part.slices(box.start))], part_tags)

@@ -95,7 +95,102 @@ def slabs(blocks: BlockGrid, block: Block, head: int = 0) -> Iterator[tuple[Box,
             yield slab, [piece for piece in pieces if not piece.box.empty]
 
 
-class PartialSums:
+class PatchSums:
+    """The sums of patches over a region, in the frame of one head.
+
+    Args:
+        region: the region.
+        axis: the swept axis.
+        capacity: planes of the ring that holds them; all of the region by default.
+        window: `(1, *patch)` on the device; None where values are not weighed.
+        check_finite: whether to raise on NaN and infinities.
+
+    Attributes:
+        ring: the sums, `(C, *region)` of all planes or some.
+        touched: end of the planes that have a patch.
+    """
+
+    def __init__(
+        self,
+        region: Box,
+        *,
+        head: Head,
+        axis: int,
+        window: torch.Tensor | None,
+        device: str,
+        check_finite: bool,
+        capacity: int | None = None,
+    ) -> None:
+        dtype = torch_dtype(head.dtype)
+        capacity = region.shape[axis] if capacity is None else capacity
+        self.ring = RingBuffer.of(
+            region, channels=head.stored_channels, capacity=capacity, axis=axis, dtype=dtype, device=device
+        )
+        self.touched = region.start[axis]
+        self._axis = axis
+        self._head = head
+        self._window = window
+        self._check = check_finite and dtype.is_floating_point
+        if head.takes_maximum:
+            self._clear(self.ring.data)
+
+    def add(self, start: tuple[int, ...], inside: Box, values: torch.Tensor) -> None:
+        """Add the voxels `inside` of the patch whose corner is `start`; its `values` are `(C, *patch)`.
+
+        Raises:
+            ValueError: when maxima are taken and a value is not finite.
+        """
+        if inside.empty:
+            return
+        self.touched = max(self.touched, inside.stop[self._axis])
+        for part, ring in self.ring.parts(inside):
+            inner = (slice(None), *part.slices(start))
+            sums, new = ring[: self._head.channels], values[inner]
+            if self._window is not None:
+                window = self._window[inner]
+                sums.addcmul_(new, window)
+            elif self._head.takes_maximum:
+                if self._check and not torch.isfinite(new).all():
+                    self._raise_nonfinite(new, part)
+                torch.maximum(sums, new, out=sums)
+            else:
+                sums.copy_(new)
+            if self._head.dense and self._window is not None:
+                ring[-1:].add_(window)
+            elif self._head.dense:
+                ring[-1].fill_(1)
+
+    def check_finite(self, planes: Box) -> None:
+        """Check the sums of some planes, where that is asked for.
+
+        Raises:
+            ValueError: when one is not finite.
+        """
+        if not self._check or self._head.takes_maximum:
+            return
+        for part, sums in self.ring.parts(planes):
+            # The sum is not finite if a value is not. It may overflow, too: only then is each value examined.
+            if not torch.isfinite(sums.sum(dtype=torch.float32)) and not torch.isfinite(sums).all():
+                self._raise_nonfinite(sums, part)
+
+    def _clear(self, sums: torch.Tensor) -> None:
+        """Set sums to the neutral element of adding a patch."""
+        if self._head.takes_maximum:
+            sums[: self._head.channels].fill_(-math.inf)
+            sums[self._head.channels :].zero_()
+        else:
+            sums.zero_()
+
+    def _raise_nonfinite(self, values: torch.Tensor, box: Box) -> NoReturn:
+        bad = ~torch.isfinite(values).all(dim=0)
+        voxel = tuple(a + b for a, b in zip(bad.nonzero()[0].tolist(), box.start, strict=True))
+        raise ValueError(
+            f"the model's output must be finite, got NaN or infinity at voxel {voxel} and in {int(bad.sum())} of "
+            f"the {box.size} voxels around it; pass allow_nonfinite=True to keep such values where they are"
+        )
+
+
+class PartialSums(PatchSums):
     """The sums of one block over its reach, in the frame of one head, as far as they are not final.
 
     Slabs without a patch are skipped: they are not written, and count as zero where they are read.
@@ -130,49 +225,22 @@ class PartialSums:
         check_finite: bool,
     ) -> None:
         block = blocks[index]
-        dtype = torch_dtype(head.dtype)
-        self._axis = blocks.sweep
-        self._head = head
-        self._ring = RingBuffer.of(
-            block.reach, channels=head.stored_channels, capacity=capacity, axis=blocks.sweep, dtype=dtype, device=device
+        super().__init__(
+            block.reach,
+            head=head,
+            axis=blocks.sweep,
+            window=window,
+            device=device,
+            check_finite=check_finite,
+            capacity=capacity,
         )
-        self._window = window
         self._normalizer = normalizer
         self._flush_slab = flush_slab
-        self._check = check_finite and dtype.is_floating_point
         self._slabs = slabs(blocks, block, number)
         self._slab: tuple[Box, list[FilledPiece]] | None = None
         self._free: list[torch.Tensor] = []
-        self._position = self._touched = block.reach.start[blocks.sweep]
+        self._position = self.touched
         self.counts = Counts()
-        if head.takes_maximum:
-            self._clear(self._ring.data)
-
-    def add(self, start: tuple[int, ...], inside: Box, values: torch.Tensor) -> None:
-        """Add the voxels `inside` of the patch whose corner is `start`; its `values` are `(C, *patch)`.
-
-        Raises:
-            ValueError: when maxima are taken and a value is not finite.
-        """
-        if inside.empty:
-            return
-        self._touched = max(self._touched, inside.stop[self._axis])
-        for part, ring in self._ring.parts(inside):
-            inner = (slice(None), *part.slices(start))
-            sums, new = ring[: self._head.channels], values[inner]
-            if self._window is not None:
-                window = self._window[inner]
-                sums.addcmul_(new, window)
-            elif self._head.takes_maximum:
-                if self._check and not torch.isfinite(new).all():
-                    self._raise_nonfinite(new, part)
-                torch.maximum(sums, new, out=sums)
-            else:
-                sums.copy_(new)
-            if self._head.dense and self._window is not None:
-                ring[-1:].add_(window)
-            elif self._head.dense:
-                ring[-1].fill_(1)
 
     def advance(self, to: int) -> None:
         """Move all voxels before `to` on the swept axis out of the ring: they are final.
@@ -183,19 +251,19 @@ class PartialSums:
         while self._position < to:
             if self._slab is None:
                 slab, pieces = next(self._slabs)
-                if self._touched <= slab.start[self._axis] and slab.stop[self._axis] <= to:  # without a patch
+                if self.touched <= slab.start[self._axis] and slab.stop[self._axis] <= to:  # without a patch
                     self.counts += Counts(sum(piece.box.size for piece in pieces if piece.name is None))
                     self._position = slab.stop[self._axis]
                     continue
                 self._slab = slab, [FilledPiece(piece, self._memory(piece)) for piece in pieces]
                 self._free = []  # memory of other shapes must not stay beside the memory that replaces it
             slab, filled = self._slab
-            stop = min(to, slab.stop[self._axis], self._position + self._ring.capacity)
+            stop = min(to, slab.stop[self._axis], self._position + self.ring.capacity)
             planes = slab.along(self._axis, self._position, stop)
-            self._check_finite(planes)
+            self.check_finite(planes)
             for piece in filled:
                 self._move_out(planes & piece.piece.box, piece)
-            for _, sums in self._ring.parts(planes):
+            for _, sums in self.ring.parts(planes):
                 self._clear(sums)
             self._position = stop
             if stop == slab.stop[self._axis]:
@@ -205,17 +273,9 @@ class PartialSums:
     def close(self) -> None:
         """Do nothing: all that is final has left the ring."""
 
-    def _clear(self, sums: torch.Tensor) -> None:
-        """Set sums to the neutral element of adding a patch."""
-        if self._head.takes_maximum:
-            sums[: self._head.channels].fill_(-math.inf)
-            sums[self._head.channels :].zero_()
-        else:
-            sums.zero_()
-
     def _memory(self, piece: SlabPiece) -> torch.Tensor:
         """Return memory for a piece, if possible that of a written one: new pages cost as much as filling them."""
-        sums, head = self._ring.data, self._head
+        sums, head = self.ring.data, self._head
         out = (head.out_channels, torch_dtype(head.out_dtype))
         channels, dtype = out if piece.name is None else (sums.shape[0], sums.dtype)
         shape = (channels, *piece.box.shape)
@@ -228,28 +288,12 @@ class PartialSums:
         """Copy the final sums of a box to a piece, normalized where it goes to the output."""
         if box.empty:
             return
-        for part, sums in self._ring.parts(box):
+        for part, sums in self.ring.parts(box):
             target = filled.data[(slice(None), *part.slices(filled.piece.box.start))]
             if filled.piece.name is None:
                 self.counts += self._normalizer.normalize(sums, part, target)
             else:
                 target.copy_(sums)
-
-    def _check_finite(self, planes: Box) -> None:
-        if not self._check or self._head.takes_maximum:
-            return
-        for part, sums in self._ring.parts(planes):
-            # The sum is not finite if a value is not. It may overflow, too: only then is each value examined.
-            if not torch.isfinite(sums.sum(dtype=torch.float32)) and not torch.isfinite(sums).all():
-                self._raise_nonfinite(sums, part)
-
-    def _raise_nonfinite(self, values: torch.Tensor, box: Box) -> NoReturn:
-        bad = ~torch.isfinite(values).all(dim=0)
-        voxel = tuple(a + b for a, b in zip(bad.nonzero()[0].tolist(), box.start, strict=True))
-        raise ValueError(
-            f"the model's output must be finite, got NaN or infinity at voxel {voxel} and in {int(bad.sum())} of "
-            f"the {box.size} voxels around it; pass allow_nonfinite=True to keep such values where they are"
-        )
 
 
 class SlabSums:

@@ -1,10 +1,10 @@
 """Ring buffers: a moving window of planes of a volume, in memory of fixed size.
 
-Along the swept axis, voxel `v` lies at `v % capacity`, so that new planes replace old ones and nothing is ever moved. A
-box that wraps around the end is seen as two parts:
+Along the swept axis, plane `v` of the region lies at `v % capacity`, so that new planes replace old ones and nothing is
+ever moved. A box that wraps around the end is seen as two parts:
 
 ```text
- planes of the volume      4   5   6   7   8   9
+ planes of the region      4   5   6   7   8   9
  capacity 6            +---+---+---+---+---+---+
                        | 6 | 7 | 8 | 9 | 4 | 5 |      box 5 to 8: planes 5, and 6 to 7
                        +---+---+---+---+---+---+
@@ -61,7 +61,7 @@ class RingBuffer:
         if stop - start > self.capacity:
             raise ValueError(f"a ring of {self.capacity} planes cannot hold {stop - start}")
         while start < stop:
-            plane = start % self.capacity
+            plane = (start - self.region.start[self.axis]) % self.capacity
             end = min(stop, start + self.capacity - plane)
             part = box.along(self.axis, start, end)
             inner = part.slices(self.region.start)

@@ -30,7 +30,15 @@ from oocpatch.engine.buffers import FutureGroup, buffer, torch_dtype
 from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import InputReader
 from oocpatch.engine.normalize import Counts, Normalizer
-from oocpatch.engine.partial_sums import FilledPiece, PartialSums, SlabPiece, SlabSums, open_name, seam_name
+from oocpatch.engine.partial_sums import (
+    FilledPiece,
+    PartialSums,
+    PatchSums,
+    SlabPiece,
+    SlabSums,
+    open_name,
+    seam_name,
+)
 from oocpatch.engine.patch_objects import PatchObjectsWriter
 from oocpatch.engine.patch_rows import RowsWriter
 from oocpatch.engine.patch_selection import Selection
@@ -38,6 +46,7 @@ from oocpatch.models.predictor import Predictor
 from oocpatch.outputs.output import Output
 from oocpatch.outputs.write_units import WriteChecksums
 from oocpatch.planning.box import Box, Ints
+from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import Head
 from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.plan import Plan
@@ -62,18 +71,15 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class TaskContext:
-    """Everything that the tasks of one process share.
+class PatchContext:
+    """What computing patches takes, in one process.
 
     Attributes:
         selection: the patches to compute.
         transfer: copies to and from the model's device.
         windows: per head, the result of `patch_window`.
         normalizers: per head, the conversion of sums to output values.
-        read_pool, write_pool: threads for chunks; two pools, since late input costs more than late output.
-        allow_nonfinite: keep NaN and infinities instead of failing.
-        skip_value: patches of this value alone are skipped; None: no patch is.
-        on_progress: receives an event for patches that were computed or skipped.
+        read_pool: threads that read chunks.
     """
 
     plan: Plan
@@ -81,14 +87,34 @@ class TaskContext:
     selection: Selection
     predictor: Predictor
     transfer: Transfer
-    workspace: Workspace
     windows: tuple[torch.Tensor | None, ...]
-    output: Output
     normalizers: tuple[Normalizer, ...]
     read_pool: Executor
+
+    def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: ARG002 - as below
+        """Return the model's outputs for a batch of a block that begins with a patch.
+
+        Raises:
+            ValueError: when they are not as they should be; see `Predictor`.
+        """
+        return self.predictor(batch)
+
+    def report(self, block: int, patches: int) -> None:
+        """Report patches of a block that were computed or skipped; nobody waits for them here."""
+
+
+@dataclass(frozen=True)
+class TaskContext(PatchContext):
+    """Everything that the tasks of one process share.
+
+    Attributes:
+        write_pool: threads that write; not those that read, since late input costs more than late output.
+        on_progress: receives an event for patches that were computed or skipped.
+    """
+
+    workspace: Workspace
+    output: Output
     write_pool: Executor
-    allow_nonfinite: bool
-    skip_value: float | None
     on_progress: OnProgress
 
     def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -229,6 +255,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     ]
     sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
     rows = RowsWriter(partials, plan, index)
+    targets = [(frame[index].reach, head_sums) for frame, head_sums in zip(plan.frames, sums, strict=True)]
     reader = InputReader(
         context.volume,
         region,
@@ -254,7 +281,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
             step = next(steps, None)
             if prefetch and step is not None and reader.fits(step[0], group.start):
                 reader.request(step[0], group.start)
-            _compute(context, index, sums, rows, reader=reader, members=members)
+            add_patches(context, index, targets, reader=reader, members=members, rows=rows)
         for head_sums, frame in zip(sums, plan.frames, strict=True):
             head_sums.advance(frame[index].reach.stop[plan.sweep])
         for writer in writers:
@@ -294,7 +321,7 @@ def _head_sums(
         normalizer=context.normalizers[number].to(context.predictor.device, tile),
         device=context.predictor.device,
         flush_slab=writer.flush_slab,
-        check_finite=not context.allow_nonfinite,
+        check_finite=not plan.allow_nonfinite,
     )
 
 
@@ -324,21 +351,23 @@ def _steps(
             yield group, members
 
 
-def _compute(
-    context: TaskContext,
+def add_patches(
+    context: PatchContext,
     index: int,
-    sums: Sequence[PartialSums | PatchObjectsWriter],
-    rows: RowsWriter,
+    targets: Sequence[tuple[Box, PatchSums | PatchObjectsWriter]],
     *,
     reader: InputReader,
     members: list[Ints],
+    rows: RowsWriter | None = None,
 ) -> None:
-    """Run the model on the patches of a group, batch by batch, and add its outputs in the order of the patches."""
+    """Run the model on patches of a block, batch by batch, and add its outputs in the order of the patches.
+
+    Each head has a region and the sums to which the values in it are added; vectors go to `rows`.
+    """
     plan, is_full = context.plan, context.plan.fills_batches
-    blocks = [frame[index] for frame in plan.frames]
     grids = [frame.grid for frame in plan.frames]
-    if context.skip_value is not None:
-        computed = [m for m in members if not reader.is_constant(context.skip_value, plan.input_grid.box(m))]
+    if plan.skip_value is not None:
+        computed = [m for m in members if not reader.is_constant(plan.skip_value, plan.input_grid.box(m))]
         context.report(index, len(members) - len(computed))
         members = computed
     for i in range(0, len(members), plan.batch_size):
@@ -346,17 +375,21 @@ def _compute(
         boxes = [plan.input_grid.box(m) for m in batch]
         inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
         outputs = context.outputs(index, batch[0], inputs)
-        for head, grid, block, head_sums in zip(plan.heads, grids, blocks, sums, strict=True):
+        for head, grid, (region, head_sums) in zip(plan.heads, grids, targets, strict=True):
             values = _head_values(head, outputs, grid.patch_size)
             for member, patch in zip(batch, values, strict=not is_full):  # what fills up a batch is dropped
                 if isinstance(head_sums, PatchObjectsWriter):
                     head_sums.add(member, patch)
                     continue
-                box = grid.box(member)
-                inside = grid.crop_box(member) & block.reach if head.crop else box & Box.of_shape(grid.shape)
-                head_sums.add(box.start, inside, patch)
-        rows.add(batch, outputs)
+                head_sums.add(grid.box(member).start, decided_box(head, grid, member) & region, patch)
+        if rows is not None:
+            rows.add(batch, outputs)
         context.report(index, len(batch))
+
+
+def decided_box(head: Head, grid: PatchGrid, member: Ints) -> Box:
+    """Return the voxels that a patch has a say in, in the frame of a head."""
+    return grid.crop_box(member) if head.crop else grid.box(member)
 
 
 def _head_values(head: Head, outputs: Mapping[str, torch.Tensor], patch: Ints) -> torch.Tensor:

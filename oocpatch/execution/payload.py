@@ -17,20 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from zarr.storage import MemoryStore
 
+from oocpatch.engine.patch_selection import Mask
 from oocpatch.errors import PlanTooLarge
-from oocpatch.execution.dask_clients import check_client, check_versions, versions_here
+from oocpatch.execution.dask_clients import check_client, check_versions, device_of_rank, versions_here
 from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import OpenTasks, RunInputs
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import PackageSpec
-from oocpatch.models.pipeline import fingerprint_of
+from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath, expand_home
 from oocpatch.volumes.alignment import Placement
 from oocpatch.volumes.axes import Axes
+from oocpatch.volumes.content import INTENSITY, LABELS, VOLUME
 from oocpatch.volumes.sources import Source, open_source
 from oocpatch.volumes.volume import Volume, chunks_in_memory
 from oocpatch.workspace.workspace import Workspace
@@ -49,6 +52,7 @@ class RunHandle:
         digest: SHA-256 of the payload.
         versions: versions of the client; a worker with other ones refuses.
         path: directories where the client finds modules, besides what is installed.
+        output: where the result is written.
     """
 
     token: str
@@ -56,6 +60,7 @@ class RunHandle:
     digest: str
     versions: dict[str, str | None]
     path: tuple[str, ...]
+    output: StoragePath
 
     @property
     def folder(self) -> StoragePath:
@@ -99,11 +104,46 @@ class WorkerPayload:
     options: ModelOptions
     volume: VolumeRef
     mask: tuple[VolumeRef, Placement] | None
-    output: StoragePath
     signature: str
     fingerprint: Any
     open_tasks: OpenTasks
     intensity: VolumeRef | None
+
+    @classmethod
+    def of(cls, plan: Plan, inputs: RunInputs, refer: Callable[[Volume, str], VolumeRef]) -> WorkerPayload:
+        """Return the payload of a run; `refer` says where other processes find a volume, by its name."""
+        mask = inputs.mask
+        return cls(
+            plan=plan.to_json(),
+            options=_with_absolute_paths(inputs.options),
+            volume=refer(inputs.volume, "volume"),
+            mask=None if mask is None else (refer(mask.volume, "mask"), mask.placement),
+            signature=inputs.volume.signature,
+            fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
+            open_tasks=inputs.open_tasks,
+            intensity=None if inputs.intensity is None else refer(inputs.intensity, "intensity"),
+        )
+
+    def open(self, rank: int) -> tuple[Plan, RunInputs]:
+        """Load the model, for the device of a process's rank on its host, and open the arrays.
+
+        Raises:
+            ValueError: when arrays or model are not those of the client.
+        """
+        plan, volume = Plan.from_json(self.plan), self.volume.open()
+        intensity = None if self.intensity is None else self.intensity.open()
+        inputs_here = {VOLUME: volume} if plan.table is None else {LABELS: volume, INTENSITY: intensity}
+        for name, opened in inputs_here.items():  # of an intensity with the names of channels
+            expected = self.signature if name == VOLUME else plan.parameters[name]
+            if opened is not None and opened.signature != (expected if isinstance(expected, str) else expected[0]):
+                raise ValueError(f"the {name} at {opened.source.location} is not the one that the client reads")
+        device = device_of_rank(rank, self.options.device, torch.cuda.device_count())
+        options = replace(self.options, device=device)
+        models = load(options, axes=volume.names[-volume.spatial_ndim :])
+        if fingerprint_of(options, models, sources=False) != self.fingerprint:
+            raise ValueError("the model that is loaded here is not the one that the client has")
+        mask = None if self.mask is None else Mask(self.mask[0].open(), volume.shape, self.mask[1])
+        return plan, RunInputs(options, volume, mask, models, self.open_tasks, intensity)
 
 
 def check_cluster(options: ModelOptions, client: Any) -> None:
@@ -170,32 +210,45 @@ def published_payload(
     Raises:
         PlanTooLarge: when a volume in memory, which must be stored for them, takes more disk than allowed.
     """
-    token, mask = secrets.token_hex(8), inputs.mask
+    token = secrets.token_hex(8)
     folder = workspace.root / "calls" / token
     folder.parent.remove_tree()  # of calls that were killed
     folder.make_folder()
     free_disk = None if max_disk is None else max_disk - plan.projected_disk
     try:
-        payload = WorkerPayload(
-            plan=plan.to_json(),
-            options=_with_absolute_paths(inputs.options),
-            volume=volume_ref(inputs.volume, folder, "volume", free_disk),
-            mask=None if mask is None else (volume_ref(mask.volume, folder, "mask", free_disk), mask.placement),
-            output=output,
-            signature=inputs.volume.signature,
-            fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
-            open_tasks=inputs.open_tasks,
-            intensity=None
-            if inputs.intensity is None
-            else volume_ref(inputs.intensity, folder, "intensity", free_disk),
-        )
+        payload = WorkerPayload.of(plan, inputs, lambda volume, name: volume_ref(volume, folder, name, free_disk))
         data = pickled(payload)
         (folder / PAYLOAD).write_plain(data)
-        path = (str(Path.cwd()), *sys.path[:1])
-        yield RunHandle(token, workspace.root, hashlib.sha256(data).hexdigest(), versions_here(), path)
+        digest = hashlib.sha256(data).hexdigest()
+        yield RunHandle(token, workspace.root, digest, versions_here(), import_folders(), output)
     finally:
         folder.remove_tree()
         folder.parent.remove_if_empty()
+
+
+def import_folders() -> tuple[str, ...]:
+    """Return where this process finds modules, besides what is installed."""
+    return (str(Path.cwd()), *sys.path[:1])
+
+
+@contextlib.contextmanager
+def importable(folders: tuple[str, ...]) -> Iterator[None]:
+    """Find the client's modules, too, after everything that is installed here."""
+    before = list(sys.path)
+    sys.path += folders
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def as_given(volume: Volume) -> VolumeRef:
+    """Return a volume by its address, or as it is where that alone does not open it: one in memory by its values."""
+    source = volume.source
+    # A packed array, or a level of an image in Zarr 2, may be decoded otherwise if its path alone is known.
+    is_plain = not source.packing and source.image is None
+    location = source.location if source.array is not None and source.location and is_plain else source
+    return VolumeRef(location, volume.axes)
 
 
 def volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | None) -> VolumeRef:
@@ -203,10 +256,7 @@ def volume_ref(volume: Volume, folder: StoragePath, name: str, free_disk: int | 
     source = volume.source
     in_memory = not source.chunked or (source.array is not None and isinstance(source.array.store, MemoryStore))
     if not in_memory:
-        # A packed array, or a level of an image in Zarr 2, may be decoded otherwise if its path alone is known.
-        is_plain = not source.packing and source.image is None
-        location = source.location if source.array is not None and source.location and is_plain else source
-        return VolumeRef(location, volume.axes)
+        return as_given(volume)
     size = int(np.prod(source.shape, dtype=object)) * volume.dtype.itemsize
     if free_disk is not None and size > free_disk:
         raise PlanTooLarge(

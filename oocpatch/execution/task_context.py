@@ -8,28 +8,30 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from oocpatch.engine.buffers import lean_heap
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
 from oocpatch.engine.patch_selection import Mask, Selection
-from oocpatch.engine.stages import TaskContext, TaskResult, normalize_block, patch_window, predict_block
+from oocpatch.engine.stages import PatchContext, TaskContext, TaskResult, normalize_block, patch_window, predict_block
 from oocpatch.execution.scheduler import Executor, Stopped, Task, ThreadExecutor
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import Pipeline
 from oocpatch.models.postprocessing import postprocess_of
-from oocpatch.models.predictor import use_threads
+from oocpatch.models.predictor import Predictor, use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.box import Box
+from oocpatch.planning.heads import Head
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
@@ -46,6 +48,8 @@ class Tasks(Protocol):
     def halved(self) -> int:
         """Return the number of batches that were halved because memory ran out."""
 
+
+Weights = Sequence[npt.NDArray[np.float64]]
 
 OpenTasks = Callable[
     [Plan, "RunInputs", Workspace, Output, OnProgress],
@@ -67,6 +71,43 @@ class RunInputs:
     models: tuple[Model, ...]
     open_tasks: OpenTasks
     intensity: Volume | None = None
+
+    def predictor(self, plan: Plan) -> Predictor:
+        """Return the models as a function of batches."""
+        looped = len(plan.axes) - plan.spatial
+        pipeline = Pipeline(self.options, self.models, plan.axes[looped:], plan.patch_size[looped:], looped)
+        return pipeline.predictor(
+            copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
+        )
+
+    @contextlib.contextmanager
+    def opened(self, plan: Plan, predictor: Predictor, weights: Sequence[Weights | None]) -> Iterator[PatchContext]:
+        """Put the model on its device, and open the arrays to read, as long as the `with` block lasts.
+
+        `weights` has those of the full grid, along each axis, for each head that needs them.
+        """
+        volume, threads = self.volume, reader_threads(plan.io_strategy.threads)
+        opened = volume.for_run(threads)
+        mask = None if self.mask is None else self.mask.for_run()
+        device = predictor.device
+        with contextlib.ExitStack() as stack:
+            stack.callback(opened.source.close)  # a file that stays open cannot be edited: HDF5 refuses
+            if mask is not None:
+                stack.callback(mask.volume.source.close)
+            stack.enter_context(predictor.ready())
+            reads = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-read"))
+            yield PatchContext(
+                plan=plan,
+                volume=opened,
+                selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
+                predictor=predictor,
+                transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),
+                windows=tuple(patch_window(plan, head, device) for head in plan.heads),
+                normalizers=tuple(
+                    _normalizer(plan, self.options, head, w) for head, w in zip(plan.heads, weights, strict=True)
+                ),
+                read_pool=reads,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,49 +176,23 @@ def open_predict_tasks(
     chunk_bytes = [math.prod(head.unit) * np.dtype(head.out_dtype).itemsize for head in plan.heads]
     unit_bytes = [size * head.out_channels for size, head in zip(chunk_bytes, plan.heads, strict=True)]
     volume, threads = inputs.volume, plan.io_strategy.threads
-    mask = None if inputs.mask is None else inputs.mask.for_run()
     heap_bytes = heap_chunk_bytes(threads, max([volume.chunk_bytes, *unit_bytes]))
     lean_heap(heap_bytes, max([volume.chunk_bytes, *chunk_bytes]))
-    looped = len(plan.axes) - plan.spatial
-    pipeline = Pipeline(inputs.options, inputs.models, plan.axes[looped:], plan.patch_size[looped:], looped)
-    predictor = pipeline.predictor(
-        copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
-    )
-    device = predictor.device
-    opened = volume.for_run(reader_threads(threads))
+    weights = [workspace.weights(n) if head.needs_weights else None for n, head in enumerate(plan.heads)]
     with contextlib.ExitStack() as stack:
-        stack.callback(opened.source.close)  # a file that stays open cannot be edited: HDF5 refuses
-        if mask is not None:
-            stack.callback(mask.volume.source.close)
-        stack.enter_context(predictor.ready())
-        reads = stack.enter_context(ThreadPoolExecutor(reader_threads(threads), thread_name_prefix="oocpatch-read"))
+        patches = stack.enter_context(inputs.opened(plan, inputs.predictor(plan), weights))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
         context = TaskContext(
-            plan=plan,
-            volume=opened,
-            selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
-            predictor=predictor,
-            transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),
-            workspace=workspace,
-            windows=tuple(patch_window(plan, head, device) for head in plan.heads),
-            output=output,
-            normalizers=tuple(_normalizer(plan, inputs.options, workspace, n) for n in range(len(plan.heads))),
-            read_pool=reads,
-            write_pool=writes,
-            allow_nonfinite=plan.allow_nonfinite,
-            skip_value=plan.skip_value,
-            on_progress=on_progress,
+            **vars(patches), workspace=workspace, output=output, write_pool=writes, on_progress=on_progress
         )
         yield PredictTasks(context)
 
 
-def _normalizer(plan: Plan, options: ModelOptions, workspace: Workspace, number: int) -> Normalizer:
-    head, weights = plan.heads[number], None
-    if head.blended and not head.dense:
-        weights = tuple(torch.from_numpy(w).to(torch.float32) for w in workspace.weights(number))
+def _normalizer(plan: Plan, options: ModelOptions, head: Head, weights: Weights | None) -> Normalizer:
+    """Return the conversion of the sums of a head to values."""
     return Normalizer(
-        weights,
+        None if weights is None else tuple(torch.from_numpy(w).to(torch.float32) for w in weights),
         postprocess_of(options.postprocess, head.name, head.mode),
         len(plan.axes) - plan.spatial,
         tile_voxels(head.max_channels),

@@ -17,7 +17,6 @@ import functools
 import hashlib
 import math
 import pickle
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,21 +26,18 @@ from typing import Any
 import torch
 from distributed import get_worker
 
-from oocpatch.engine.patch_selection import Mask
 from oocpatch.engine.stages import TaskResult
-from oocpatch.execution.dask_clients import device_of_rank, log_dashboard
+from oocpatch.execution.dask_clients import log_dashboard
 from oocpatch.execution.dask_cluster import ClusterExecutor
-from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, published_payload
+from oocpatch.execution.payload import PAYLOAD, RunHandle, WorkerPayload, importable, published_payload
 from oocpatch.execution.scheduler import Stopped, Task
 from oocpatch.execution.task_context import RunExecutor, RunInputs, Tasks
 from oocpatch.execution.worker_calls import close_call, opened_call
-from oocpatch.models.pipeline import fingerprint_of, load
 from oocpatch.models.predictor import use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.paths import StoragePath
-from oocpatch.volumes.content import INTENSITY, LABELS, VOLUME
 from oocpatch.workspace.run_progress import BlockSet
 from oocpatch.workspace.workspace import PLAN, Workspace
 
@@ -183,24 +179,9 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
     data = (handle.folder / PAYLOAD).read_bytes()
     if hashlib.sha256(data).hexdigest() != handle.digest:
         raise ValueError("the payload of the run is not the one that the client wrote")
-    stack.enter_context(_importable(handle.path))
+    stack.enter_context(importable(handle.path))
     payload: WorkerPayload = pickle.loads(data)  # noqa: S301 - what the client wrote, by its SHA-256
-    plan = Plan.from_json(payload.plan)
-    volume = payload.volume.open()
-    intensity = None if payload.intensity is None else payload.intensity.open()
-    inputs_here = {VOLUME: volume} if plan.table is None else {LABELS: volume, INTENSITY: intensity}
-    for name, opened in inputs_here.items():
-        expected = (
-            payload.signature if name == VOLUME else plan.parameters[name]
-        )  # of an intensity with the names of channels
-        if opened is not None and opened.signature != (expected if isinstance(expected, str) else expected[0]):
-            raise ValueError(f"the {name} at {opened.source.location} is not the one that the client reads")
-    device = device_of_rank(rank, payload.options.device, torch.cuda.device_count())
-    options = replace(payload.options, device=device)
-    models = load(options, axes=volume.names[-volume.spatial_ndim :])
-    if fingerprint_of(options, models, sources=False) != payload.fingerprint:
-        raise ValueError("the model that is loaded here is not the one that the client has")
-    mask = None if payload.mask is None else Mask(payload.mask[0].open(), volume.shape, payload.mask[1])
+    plan, inputs = payload.open(rank)
     guard = RunGuard(handle.root / PLAN)
 
     reporter = ProgressReporter(handle.token)
@@ -211,20 +192,8 @@ def _open_tasks(handle: RunHandle, rank: int, stopped: threading.Event, stack: c
         guard.check(LOOK_SECONDS)
         reporter(event)
 
-    output = GuardedOutput(payload.output, plan, guard)
-    inputs = RunInputs(options, volume, mask, models, payload.open_tasks, intensity)
+    output = GuardedOutput(handle.output, plan, guard)
     return stack.enter_context(inputs.open_tasks(plan, inputs, Workspace(handle.root, plan), output, check_stopped))
-
-
-@contextlib.contextmanager
-def _importable(folders: tuple[str, ...]) -> Iterator[None]:
-    """Find the client's modules, too, after everything that is installed here."""
-    before = list(sys.path)
-    sys.path += folders
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 class RunGuard:

@@ -86,6 +86,11 @@ class Head:
         return self.mode == "max"
 
     @property
+    def needs_weights(self) -> bool:
+        """True where sums are divided by the weights of a full grid."""
+        return self.blended and not self.dense
+
+    @property
     def votes(self) -> bool:
         """True where patches are labels, of which the most frequent wins: they are added as one channel per class."""
         return self.mode == "vote"

@@ -112,14 +112,14 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
         return workspace
     if record is not None:
         discard_workspace(config, record)
-    plan = _with_statistics(plan, config)
+    plan = with_statistics(plan, config)
     plan = plan if plan.selected else counted(plan, config.selection)  # the mask was too large to be read for a plan
     root = new_root(config, plan)
     create_output(config.output, plan, config.volume, root, record)
     return Workspace.create(root, plan, config.output)
 
 
-def _with_statistics(plan: Plan, config: RunConfig) -> Plan:
+def with_statistics(plan: Plan, config: RunConfig) -> Plan:
     """Return the plan with what its preprocess and its padding need to know about the whole volume."""
     preprocess, volume = config.model.preprocess, stored_volume(config.volume)
     mode = plan.padding_mode if plan.padding_mode in STATISTIC_PADDING else None

@@ -104,7 +104,7 @@ class Workspace:
         """Write the weights of the full grid anew; the same bytes whenever it is called."""
         (self.root / "weights").remove_tree()
         for number, (head, frame) in enumerate(zip(self.plan.heads, self.plan.frames, strict=True)):
-            if head.blended and not head.dense:
+            if head.needs_weights:
                 for name, axis in zip(self.plan.axes, frame.grid.axes, strict=True):
                     values = axis_weights(head.window, axis)
                     place = self.root / "weights" / str(number)

@@ -30,7 +30,7 @@ from oocpatch.storage.files import flush_file_system
 from oocpatch.storage.paths import LocalPath
 from tests.support.children import Children, file_digests
 from tests.support.cluster_child import CONFIG
-from tests.support.clusters import MIDDLE, MIDDLE_BLOCK, Fork, SmallCluster, until
+from tests.support.clusters import BLOCK, MIDDLE, MIDDLE_BLOCK, OVERLAP, PATCH, Fork, SmallCluster, until
 from tests.support.instance_models import Renumber
 
 
@@ -427,3 +427,34 @@ def test_a_closed_client_is_refused(small: SmallCluster) -> None:
     client.close()
     with pytest.raises(ValueError, match="but it is closed"):
         small.predict(client=client)
+
+
+FACTORY = """
+import os, torch
+
+def net():
+    with open({log!r}, "a") as log:
+        log.write(f"{{os.getpid()}} ")
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(1, 3, 3, padding=1)
+"""
+
+
+def test_workers_compute_lazy_chunks_with_the_bits_of_predict_and_load_a_model_once(
+    small: SmallCluster, tmp_path: Path
+) -> None:
+    """A spec and a module, from disk and from memory, in several calls of `compute`."""
+    log, model = tmp_path / "loads", tmp_path / "net.py"
+    model.write_text(FACTORY.format(log=str(log)))
+    small.add(1, threads=2)
+    settings = {"patch_size": PATCH, "patch_overlap": OVERLAP, "output_chunks": 4, "block_shape": BLOCK}
+    data = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    for volume, net in ((small.folder / "volume.zarr", f"{model}:net"), (data, Net())):
+        options = {**settings, "postprocess": "argmax", "mask": (data > 0.9)[::4, ::4]}
+        expected = oocpatch.predict(volume, net, tmp_path / f"{type(net).__name__}.zarr", progress=False, **options)
+        with small.client() as client:
+            result = oocpatch.lazy(volume, net, **options)
+            for rows in (slice(0, 7), slice(16, 32)):
+                part = client.compute(result[rows]).result(timeout=60)
+                np.testing.assert_array_equal(part, expected[rows])
+    assert [int(pid) for pid in log.read_text().split()].count(small.workers[0]) == 1
