@@ -180,7 +180,11 @@ def test_a_model_that_cannot_be_sent_is_refused_by_name() -> None:
     ("options", "error", "message"),
     [
         ({"workers": 2, "export": "a.nii"}, TypeError, "lazy takes no export, workers: it writes nothing"),
-        ({"overlap_mode": "instances", "patch_overlap": 5}, ValueError, "overlap_mode must not be 'instances' for a lazy result"),
+        (
+            {"overlap_mode": "instances", "patch_overlap": 5},
+            ValueError,
+            "overlap_mode must not be 'instances' for a lazy result",
+        ),
         (
             {"max_memory": "40MiB", "patch_size": 96, "output_chunks": 32},
             oocpatch.PlanTooLarge,
