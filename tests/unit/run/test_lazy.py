@@ -186,7 +186,7 @@ def test_a_model_that_cannot_be_sent_is_refused_by_name() -> None:
             "overlap_mode must not be 'instances' for a lazy result",
         ),
         (
-            {"max_memory": "40MiB", "patch_size": 96, "output_chunks": 32},
+            {"max_memory": "40MiB", "patch_size": 96, "patch_overlap": 0, "output_chunks": 32},
             oocpatch.PlanTooLarge,
             "needs .*lower output_chunks or patch_size",
         ),
