@@ -32,7 +32,7 @@ REFUSED = {f.name for f in fields(ExecutionOptions)} - {"progress"} | {"output",
 
 @torch.inference_mode(mode=False)
 def lazy(
-    volume: Any, model: Any, *, patch_size: int | Sequence[int] | Mapping[str, int] | str, **options: Any
+    volume: Any, model: Any, *, patch_size: int | Sequence[int] | Mapping[str, int] | str | None = None, **options: Any
 ) -> Result:
     """Return the result of `predict` as an array over Dask, which computes what is asked for and writes nothing.
 
