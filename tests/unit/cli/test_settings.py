@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,7 @@ from click.testing import CliRunner, Result
 import oocpatch
 from oocpatch.cli import main as cli
 from oocpatch.progress import ProgressCounter, show_progress
-
-ROOT = Path(__file__).parents[3]
+from tests.support.children import Children
 
 CONFIG = """
 volume = "in.zarr"
@@ -131,14 +127,11 @@ def test_a_file_that_is_wrong_is_one_clear_message(text: str, message: str) -> N
     assert re.search(message, " ".join(result.stderr.split()))
 
 
-def test_progress_for_programs_is_an_object_per_line_and_ends_with_all() -> None:
+def test_progress_for_programs_is_an_object_per_line_and_ends_with_all(children: Children) -> None:
     command = ["predict", "in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8", "--progress", "json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "oocpatch", *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    code, _, stderr = children.call("tests.support.command_child", *command, folder=Path.cwd())
+    assert code == 0, stderr
+    lines = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
     assert (lines[0]["done"], lines[0]["total"]) == (0, 20)
     assert lines[-1]["done"] == 20
     assert lines[-1]["verb"] == "predict"
