@@ -55,9 +55,8 @@ def test_threads_have_no_such_line_and_processes_need_their_number() -> None:
 
 def test_processes_write_the_bytes_of_threads(tmp_path: Path) -> None:
     volume = np.random.default_rng(5).integers(0, 200, VOLUME.shape, np.uint8)
-    for name, processes in {"threads": False, "processes": True}.items():
-        path = tmp_path / f"{name}.zarr"
-        oocpatch.predict(volume, "identity", path, work="heavy", workers=2, processes=processes, **SETTINGS)
+    for name, settings in {"threads": {"workers": 2}, "processes": {"workers": 1, "processes": True}}.items():
+        oocpatch.predict(volume, "identity", tmp_path / f"{name}.zarr", work="heavy", **settings, **SETTINGS)
     chunks = [
         {name: digest for name, digest in file_digests(tmp_path / kind).items() if "/c/" in name}
         for kind in ("threads.zarr", "processes.zarr")
