@@ -100,7 +100,9 @@ def _plain(value: Any) -> Any:
 
 
 def _described(value: Any) -> str:
-    """Describe an object by its type, shape and name."""
+    """Describe an object by its type, shape and name; one of the package's own by its fields."""
+    if dataclasses.is_dataclass(value) and type(value).__module__.startswith("oocpatch.") and not callable(value):
+        return repr(value)
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape:
         return f"<{type(value).__name__} of shape {' x '.join(map(str, shape))}>"
