@@ -92,6 +92,8 @@ def _plain(value: Any) -> Any:
         return value.__name__
     if module == "numpy" and value.shape == ():
         return _plain(value.item())
+    if dataclasses.is_dataclass(value) and not callable(value):  # such as a grid
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

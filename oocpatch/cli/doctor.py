@@ -25,6 +25,7 @@ EXTRAS = {
     "onnx": ("onnxruntime",),
     "safetensors": ("safetensors",),
     "bioimageio": ("bioimageio",),
+    "monai": ("monai",),
     "tiff": ("tifffile", "imagecodecs"),
     "slide": ("openslide",),
     "nifti": ("nibabel",),

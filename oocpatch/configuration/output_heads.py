@@ -225,7 +225,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         trim=trim,
         channels=channels,
         dtype=str(torch.empty(0, dtype=values.dtype, device="cpu").numpy().dtype),
-        dense=config.skips and not is_objects,
+        dense=(config.skips or mode == "monai") and not is_objects,
         out_channels=out_channels,
         out_dtype=out_dtype,
         channel_axis=axis,

@@ -117,6 +117,7 @@ class RunConfig:
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
         own = base = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
+        _check_axes(of_package.get("patch_size"), own)
         normalization = None
         if package is not None and package.normalizes_first and "preprocess" in of_package:
             normalization, arguments = _normalization(own, arguments), {**arguments, "preprocess": None}
@@ -454,6 +455,20 @@ def settings_of_package(package: ModelPackage | None, arguments: Mapping[str, An
         if isinstance(value, Refused):
             raise ValueError(str(value))
     return settings
+
+
+def _check_axes(patch_size: Any, volume: Volume) -> None:
+    """Refuse a volume of other spatial axes than the patches of a model package.
+
+    Raises:
+        ValueError: naming the axes.
+    """
+    if isinstance(patch_size, tuple) and len(patch_size) != volume.spatial_ndim:
+        names = ", ".join(volume.names[-volume.spatial_ndim :])
+        raise ValueError(
+            f"the model package takes patches of {len(patch_size)} spatial axes, and the volume has "
+            f"{volume.spatial_ndim} ({names}); name its axes with axes, such as tyx to loop over the first of three"
+        )
 
 
 def _without_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:

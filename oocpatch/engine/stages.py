@@ -51,7 +51,7 @@ from oocpatch.planning.heads import Head
 from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group, capacity, groups
-from oocpatch.planning.windows import axis_window
+from oocpatch.planning.windows import FLOOR, axis_window
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.checksums import checksum
 from oocpatch.volumes.content import InputStamps
@@ -184,6 +184,8 @@ def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
     for axis, scale in zip(reversed(plan.grid.axes), reversed(head.scale), strict=True):
         factor = torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)).to(torch.float32)
         product = factor.reshape(-1, *(1,) * product.ndim) * product
+    if head.has_floor:
+        product.clamp_(min=max(float(product.min()), FLOOR))
     return product[None].to(device)
 
 

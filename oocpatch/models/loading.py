@@ -145,7 +145,7 @@ def load_model(
     target = torch.device(resolve_device(device))
     model = _load(spec, target, dict(model_args or {}), trust_pickle=trust_pickle)
     if weights is not None:
-        _load_weights(model, spec, weights, trust_pickle=trust_pickle)
+        load_weights(model, spec, weights, trust_pickle=trust_pickle)
     if isinstance(model, nn.Module):
         model = model.to(target)
         # A program in a file is fixed in the mode it was exported in, and refuses eval().
@@ -204,7 +204,18 @@ def _load_torchscript(spec: str, device: torch.device) -> nn.Module:
     return model
 
 
-def _load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) -> None:
+def load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) -> None:
+    """Load the weights of a file into a model.
+
+    Args:
+        model: the model.
+        spec: the name of the model, for messages.
+        weights: as for `load_model`.
+        trust_pickle: as for `load_model`.
+
+    Raises:
+        ValueError: when the file cannot be read, or does not fit the model.
+    """
     if not isinstance(model, nn.Module) or not model.state_dict():
         raise ValueError(f"weights need a module that has parameters, but {spec!r} has none; leave {weights!r} out")
     file = pathlib.Path(expand_home(weights))

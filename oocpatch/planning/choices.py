@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-OverlapMode = Literal["crop", "average", "hann", "gaussian", "nnunet", "max", "vote", "instances"]
+OverlapMode = Literal["crop", "average", "hann", "gaussian", "nnunet", "monai", "max", "vote", "instances"]
 OVERLAP_MODES: tuple[str, ...] = get_args(OverlapMode)
 FOLDED_PADDING = ("edge", "reflect", "symmetric", "wrap")
 """Rules of padding that repeat voxels of the volume."""

@@ -77,6 +77,11 @@ class Head:
         return not (self.crop or self.takes_maximum or self.has_objects)
 
     @property
+    def has_floor(self) -> bool:
+        """True where weights are no product over the axes: they are `dense` then."""
+        return self.mode == "monai"
+
+    @property
     def has_objects(self) -> bool:
         """True where patches are labels of objects, which are matched: there are no sums, and no block is final."""
         return self.mode == "instances"

@@ -309,7 +309,7 @@ def chosen_overlap(patch_size: Ints, shape: Ints, overlap_mode: object) -> Ints:
     ((32, 0), (16, 16))
     """
     modes = set(overlap_mode.values()) if isinstance(overlap_mode, Mapping) else {overlap_mode}
-    parts = 2 if modes & {"hann", "gaussian", "nnunet"} else 4
+    parts = 2 if modes & {"hann", "gaussian", "nnunet", "monai"} else 4
     return tuple(0 if n <= p else p // (2 * parts) * 2 for p, n in zip(patch_size, shape, strict=True))
 
 

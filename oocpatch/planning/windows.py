@@ -14,13 +14,17 @@ from oocpatch.planning.grid import GridAxis
 
 Floats = npt.NDArray[np.float64]
 
+FLOOR = 1e-3
+"""Least weight of a patch for `monai`; the smallest product, if that is larger."""
+
 
 def axis_window(mode: str, n: int) -> Floats:
     """Return the blending weights of a patch along one axis of `n` voxels, float64 `(n,)`, all above zero.
 
     `average`: ones. `hann`: the symmetric Hann window of `n + 2` points without its two zeros. `gaussian`: sigma
     `n / 8` about the centre, without a floor (a floor makes seams: measured 1.4e-3 rms against 1.8e-5). `nnunet`: the
-    same about voxel `n // 2`, which is half a voxel beyond the centre where `n` is even.
+    same about voxel `n // 2`, which is half a voxel beyond the centre where `n` is even. `monai`: as `gaussian`; the
+    product over the axes has a floor, see `FLOOR`.
 
     Raises:
         ValueError: for an unknown mode; `crop` has no blending weights.
@@ -33,7 +37,7 @@ def axis_window(mode: str, n: int) -> Floats:
         return np.ones(n)
     if mode == "hann":
         return np.asarray(np.sin(np.pi * (i + 1) / (n + 1)) ** 2)
-    if mode in ("gaussian", "nnunet"):
+    if mode in ("gaussian", "nnunet", "monai"):
         centre = n // 2 if mode == "nnunet" else (n - 1) / 2
         return np.asarray(np.exp(-0.5 * ((i - centre) / (n / 8)) ** 2))
     raise ValueError(f"overlap_mode must be one of {', '.join(OVERLAP_MODES)}, got {mode!r}")

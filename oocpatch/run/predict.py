@@ -132,10 +132,10 @@ def predict(
         patch_starts: `"regular"`: a patch starts at every stride, `patch_size - patch_overlap`, and the last is moved
             back to end at the border; `"even"`: as many patches are spaced evenly, and a volume smaller than a patch
             lies in the middle of it.
-        overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"`, `"gaussian"` and `"nnunet"` (a
-            gaussian about voxel `n // 2` of a patch of `n`) blend; `"max"` keeps the largest value; `"vote"` the most
-            frequent label; `"instances"` joins objects of models that number them anew in every patch, from 1. A dict
-            gives each output its own.
+        overlap_mode: `"crop"` moves values without arithmetic; `"average"`, `"hann"`, `"gaussian"`, `"nnunet"` (a
+            gaussian about voxel `n // 2` of a patch of `n`) and `"monai"` (one with a floor of 0.001) blend; `"max"`
+            keeps the largest value; `"vote"` the most frequent label; `"instances"` joins objects of models that number
+            them anew in every patch, from 1. A dict gives each output its own.
         num_classes: number of labels that are voted on.
         match: for `"instances"`, the least intersection over union of objects of two patches that are one, over the
             voxels that both patches saw.

@@ -68,6 +68,8 @@ def reference_scores(
     window = np.ones(())
     for size in patch_size:
         window = window[..., None] * _window(overlap_mode, size)
+    if overlap_mode == "monai":
+        window = np.maximum(window, 1e-3)
     weights = np.zeros(frame.shape[1:])
     sums: Array | None = None
     sizes = list(zip(frame.shape[1:], patch_size, patch_overlap, strict=True))
@@ -101,12 +103,12 @@ def reference_scores(
 def _window(mode: str, size: int) -> Array:
     if mode == "hann":
         return np.hanning(size + 2)[1:-1]
-    if mode in ("gaussian", "nnunet"):
+    if mode in ("gaussian", "nnunet", "monai"):
         position = np.arange(size) - (size // 2 if mode == "nnunet" else (size - 1) / 2)
         return np.asarray(np.exp(-((position / (size / 8)) ** 2) / 2))
     if mode in ("average", "crop"):
         return np.ones(size)
-    raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, nnunet, got {mode!r}")
+    raise ValueError(f"overlap_mode must be one of average, crop, gaussian, hann, nnunet, monai, got {mode!r}")
 
 
 def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool) -> Array:

@@ -20,7 +20,7 @@ def window(mode: str, n: int) -> Array:
     """The blending weights of one axis of length `n`."""
     if mode == "hann":
         return np.hanning(n + 2)[1:-1]
-    if mode == "gaussian":
+    if mode in ("gaussian", "monai"):
         return np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2)
     if mode == "nnunet":
         return np.exp(-0.5 * ((np.arange(n) - n // 2) / (n / 8)) ** 2)
@@ -79,6 +79,7 @@ def predict(
     padded, inside = frame(volume, patch, overlap, padding_mode, fill, even=even)
     axes = list(zip(padded.shape[1:], patch, overlap, strict=True))
     weight = functools.reduce(np.multiply.outer, [window(mode, p) for p in patch])
+    weight = weight.clip(1e-3) if mode == "monai" else weight
     weights = np.zeros(padded.shape[1:])
     sums: Array = np.zeros(0)
     for corner in itertools.product(*(starts(*axis, even=even) for axis in axes)):

@@ -45,6 +45,7 @@ LIBRARIES = {
     "models/loading": "safetensors",
     "models/onnx": "onnxruntime",
     "models/packages/bioimageio": "bioimageio.spec",
+    "models/packages/monai": "monai yaml",
     "sampling": ON_DISK + " torch",
     "engine": "numpy torch",
     "aggregation": ON_DISK + " torch",

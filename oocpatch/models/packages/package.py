@@ -26,7 +26,7 @@ from oocpatch.models.predictor import resolve_device
 from oocpatch.models.value_parts import file_digest
 from oocpatch.storage.paths import expand_home
 
-KINDS: tuple[str, ...] = ("bioimageio", "nnunet")
+KINDS: tuple[str, ...] = ("bioimageio", "monai", "nnunet")
 """Kinds of packages, and the names of their modules."""
 
 _OPTION = re.compile(r",(\w+)=([^,=]*)$")
@@ -84,7 +84,7 @@ class ModelPackage:
         """The digest of the package's files."""
         digest = hashlib.sha256()
         for file in sorted(self.files):
-            digest.update(f"{file.name} {file_digest(str(file))}\n".encode())
+            digest.update(f"{file_digest(str(file))}\n".encode())
         for library in self.libraries:
             digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
         return digest.hexdigest()

@@ -50,6 +50,7 @@ def ramp(patch: torch.Tensor) -> torch.Tensor:
         ("hann", "constant"),
         ("gaussian", "reflect"),
         ("nnunet", "constant"),
+        ("monai", None),
     ],
 )
 def test_a_model_that_depends_on_the_place_in_the_patch_passes(
