@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure import MIB, TaskFailed, in_fresh_process, table
 from benchmarks.peers import python_of
 
-TASKS, PEER_TASKS = "benchmarks.instances_tasks", "benchmarks.instances_peer_tasks"
+TASKS, PEER_TASKS = "benchmarks.instances_tasks", "benchmarks.object_peer_tasks"
 PEERS: dict[str, tuple[str, dict[str, str]]] = {
     "patchworks, by touching": ("patchworks", {"stitch": "touch"}),
     "patchworks, by overlap": ("patchworks", {"stitch": "iou"}),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import MIB, in_fresh_process, table
+from benchmarks.peers import python_of
 
-MODULE = "benchmarks.objects_tasks"
+MODULE, PEER_MODULE = "benchmarks.objects_tasks", "benchmarks.object_peer_tasks"
 KINDS = {"scores": "scores, float32", "mask": "mask, uint8", "labels": "labels, uint32, per class"}
 
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--objects", type=int, default=10_000_000, help="objects in it")
     parser.add_argument("--max-memory", default="1GiB")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="what `peers --make-environment` made; else no peers")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,13 +34,17 @@ def run(arguments: argparse.Namespace) -> None:
     for kind in KINDS if arguments.size else ():
         job: dict[str, Any] = {"folder": folder, "kind": kind, "workers": arguments.workers or 2}
         in_fresh_process("make", MODULE, folder=folder, kind=kind, size=arguments.size, chunk=arguments.chunk)
-        contenders = ["label", *(["dask_image"] if importlib.util.find_spec("dask_image") and kind != "labels" else [])]
+        threshold = {"threshold": 0.8 if kind == "scores" else None}
+        contenders: dict[str, tuple[str, dict[str, Any]]] = {"label": (MODULE, {})}
+        if arguments.peers is not None and kind != "labels":  # it has no classes
+            python = python_of(arguments.peers, "objects").absolute()
+            contenders["dask_image"] = (PEER_MODULE, {"python": python, **threshold})
         rounds: list[dict[str, float]] = []
         for _ in range(arguments.rounds):
             copied = in_fresh_process("copy", MODULE, **job)
             figures = {"copy": copied["wall"], "copy cpu": copied["cpu"]}
-            for name in contenders:
-                used = in_fresh_process(name, MODULE, **job)
+            for name, (module, more) in contenders.items():
+                used = in_fresh_process(name, module, **job, **more)
                 figures |= {name: used["wall"] / copied["wall"], f"{name} cpu": used["cpu"] / copied["cpu"]}
             rounds.append(figures)
         results[kind] = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}

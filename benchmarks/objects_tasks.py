@@ -56,21 +56,6 @@ def label(folder: str, kind: str, workers: int) -> dict[str, Any]:
     return vars(usage)
 
 
-def dask_image(folder: str, kind: str, workers: int) -> dict[str, Any]:
-    """Label the volume with dask-image, on as many threads."""
-    import dask.array  # noqa: PLC0415
-    from dask_image.ndmeasure import label as dask_label  # noqa: PLC0415 - not among what the package asks for
-
-    path = Path(folder, "dask.zarr")
-    with measured() as usage, dask.config.set(scheduler="threads", num_workers=workers):
-        volume = dask.array.from_zarr(str(Path(folder, f"{kind}.zarr"))).rechunk(256)
-        foreground = volume > OPTIONS[kind]["threshold"] if kind == "scores" else volume
-        labels, _ = dask_label(foreground)
-        labels.rechunk(64).to_zarr(str(path), compute=True)
-    shutil.rmtree(path)
-    return vars(usage)
-
-
 def make_sparse(folder: str, size: int, count: int) -> dict[str, Any]:
     """Write so many single voxels, densely in few chunks of a float32 volume; no other chunk is stored."""
     chunk = 128
@@ -112,4 +97,4 @@ def _warm_up(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    answer(make, copy, label, dask_image, make_sparse, label_sparse)
+    answer(make, copy, label, make_sparse, label_sparse)

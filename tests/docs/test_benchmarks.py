@@ -8,12 +8,18 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, ledger_tasks, training_tasks
+from benchmarks import drawings, gpu, ledger_tasks, training_tasks
 from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
 from benchmarks.models import UNet3d
 from benchmarks.tables import ratios, speed_table, targets_table
 from benchmarks.workloads import WORKLOADS
+
+
+def test_the_drawing_of_matching_is_what_oocpatch_makes_of_its_scenes():
+    assert (ROOT / "docs/pictures/matching.svg").read_text() == drawings.matching()
+    results = [drawings.joined(*drawings.patches_of(scene)) for scene in drawings.SCENES.values()]
+    assert [result.max() for result in results] == [1, 2, 2, 2]
 
 
 def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):

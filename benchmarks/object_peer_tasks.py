@@ -1,11 +1,14 @@
-"""What other libraries make of the patches of `benchmarks.instances`; in an environment of theirs, without oocpatch.
+"""What other libraries do with the volumes of `benchmarks.instances` and `benchmarks.objects`, without oocpatch.
 
-Each gets the same patches from the same model: a tile of theirs is a stride of ours, with half an overlap on each side.
+They run in an environment of their own. Where objects are joined, each gets the same patches from the same model: a
+tile of theirs is a stride of ours, with half an overlap on each side.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,5 +71,18 @@ def cellpose(path: str, output: str, *, patch: int, overlap: int, perturbed: boo
     return {**compare(volume, zarr.open_array(output, mode="r")), **vars(usage)}
 
 
+def dask_image(folder: str, kind: str, workers: int, threshold: float | None) -> dict[str, Any]:
+    """Label connected components with dask-image, on as many threads."""
+    from dask_image.ndmeasure import label  # noqa: PLC0415
+
+    path = Path(folder, "dask.zarr")
+    with measured() as usage, dask.config.set(scheduler="threads", num_workers=workers):
+        volume = dask.array.from_zarr(str(Path(folder, f"{kind}.zarr"))).rechunk(256)
+        labels, _ = label(volume if threshold is None else volume > threshold)
+        labels.rechunk(64).to_zarr(str(path), compute=True)
+    shutil.rmtree(path)
+    return vars(usage)
+
+
 if __name__ == "__main__":
-    answer(patchworks, cellpose)
+    answer(patchworks, cellpose, dask_image)
