@@ -1,4 +1,4 @@
-"""Other programs read what is written: ome-zarr, ome-zarr-models, bioio-ome-zarr, tensorstore, napari-ome-zarr, s3fs.
+"""Other programs read what is written: ome-zarr, ome-zarr-models, bioio, tensorstore, napari, geopandas, s3fs.
 
 They need versions of libraries that oocpatch's own environment does not have, so they run in one of their own, which
 `.ci/readers.txt` pins: `python3.11 -m venv readers && readers/bin/pip install --no-deps -r .ci/readers.txt`, and then
@@ -98,6 +98,35 @@ def assert_layer(run: Run, name: str, head: str, sizes: list[float], seen: dict[
         assert all(0 <= low < high <= 6 for low, high in contrast), (name, head)
     if name == "labels beside an image":
         assert seen["others"] == ["labels/labels/cells", "labels/labels/nuclei"]
+
+
+POLYGONS = """
+import geopandas, json, numpy as np, shapely, sys
+folder = sys.argv[1]
+labels = np.load(f"{folder}/labels.npy")
+shapes = geopandas.read_file(f"{folder}/cells.geojson")
+y, x = np.mgrid[: labels.shape[0], : labels.shape[1]] + 0.5
+burnt = np.zeros(labels.shape, labels.dtype)
+for label, shape in zip(shapes["label"], shapes.geometry, strict=True):
+    burnt[shapely.contains_xy(shape, x, y)] = label
+valid, same = bool(shapes.geometry.is_valid.all()), bool((burnt == labels).all())
+print(json.dumps({"valid": valid, "same": same}))
+"""
+
+
+@pytest.mark.readers
+def test_geopandas_reads_polygons_that_are_the_objects(tmp_path: Path) -> None:
+    place = np.stack(np.mgrid[:40, :50]) // 10  # touching cells, one with a hole, and one in two pieces
+    labels = (1 + place[0] * 5 + place[1]).astype(np.uint32)
+    labels[13:16, 14:17] = 0
+    labels[34:36, :] = 99
+    np.save(tmp_path / "labels.npy", labels)
+    oocpatch.objects(labels, tmp_path / "cells.geojson", axes="yx", progress=False)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["OOCPATCH_READERS"], "-c", POLYGONS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"valid": True, "same": True}
 
 
 S3FS = """
