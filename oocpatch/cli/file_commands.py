@@ -135,7 +135,13 @@ def view(
     import oocpatch
 
     path = oocpatch.view(output, picture, **options)
-    click.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
+    if not as_json:
+        click.echo(path)
+        return
+    from oocpatch.visualization.display_source import open_display_source
+
+    objects = open_display_source(output, 1, head=options["head"], axes=options["axes"]).objects
+    click.echo(json.dumps({"picture": str(path), **({"objects": sum(objects)} if objects else {})}))
 
 
 def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:

@@ -90,16 +90,18 @@ def _areas(output: Any, record: OutputRecord, table: Any) -> dict[str, str]:
     """Return a histogram of the areas of objects: of a table, or of each head that has objects."""
     if table is not None:
         frame = read_table(table)
-        if "area" not in frame.columns:
-            raise ValueError(f"table must have a column `area`, got {', '.join(frame.columns)}")
-        return {"": histogram(frame["area"].to_numpy(), "")} if len(frame) else {}
-    heads = record.details["heads"]
-    frames = {head: measured_areas(open_display_source(output, 1, head=head)) for head in heads}
-    return {
-        head: histogram(frame["area"].to_numpy(), frame.attrs.get("units", {}).get("area", "voxels"))
-        for head, frame in frames.items()
-        if frame is not None and len(frame)
-    }
+        if "area" not in frame.columns or frame["area"].dtype.kind not in "iuf":
+            raise ValueError(f"table must have numbers in a column `area`, got {', '.join(frame.columns)}")
+        drawn = {"": histogram(frame["area"].to_numpy(), "")}
+    else:
+        heads = record.details["heads"]
+        frames = {head: measured_areas(open_display_source(output, 1, head=head)) for head in heads}
+        drawn = {
+            head: histogram(frame["area"].to_numpy(), frame.attrs.get("units", {}).get("area", "voxels"))
+            for head, frame in frames.items()
+            if frame is not None
+        }
+    return {head: drawing for head, drawing in drawn.items() if drawing}
 
 
 def _page(output: str, record: OutputRecord, plan: Plan | None, state: RunStatus, areas: Mapping[str, str]) -> str:

@@ -58,11 +58,16 @@ def measured_areas(source: DisplaySource) -> Any:
 
 
 def histogram(areas: Array, unit: str) -> str:
-    """Return a histogram of areas as an SVG with a caption; the bins have one ratio of upper to lower end.
+    """Return a histogram of areas as an SVG with a caption, or nothing without any above zero.
+
+    The upper end of each bin is the same multiple of its lower end.
 
     >>> histogram(np.array([4, 4, 8]), "um^2").count("<rect")
     32
     """
+    areas = areas[areas > 0]
+    if not len(areas):
+        return ""
     least, most = float(areas.min()), float(areas.max())
     edges = np.geomspace(least, max(most, least * 2), BINS + 1)
     edges[[0, -1]] = least, max(most, least * 2)  # but for rounding

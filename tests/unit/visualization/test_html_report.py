@@ -161,9 +161,16 @@ def test_a_report_of_objects_has_a_histogram_of_their_areas(scan: Path) -> None:
         ("none.csv", "must be a file"),
         ("a.csv", "`area`"),
     ):
-        (scan / "a.csv").write_text("label,size\n1,2\n")
+        (scan / "a.csv").write_text("label,area\n1,large\n")
         done = CliRunner().invoke(cli.main, ["report", "cells.zarr", "--table", table])
         assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
+
+
+def test_a_report_without_objects_has_no_histogram(scan: Path) -> None:
+    oocpatch.label(np.zeros((8, 8), np.uint8), "none.zarr", progress=False)
+    assert "Areas" not in Page(oocpatch.report("none.zarr").read_text()).text
+    (scan / "zero.csv").write_text("label,area\n1,0\n")
+    assert "Areas" not in Page(oocpatch.report("none.zarr", table="zero.csv").read_text()).text
 
 
 def test_a_report_of_several_heads_has_the_areas_of_those_with_objects(scan: Path) -> None:

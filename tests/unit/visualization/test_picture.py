@@ -137,6 +137,8 @@ def test_objects_of_label_are_labels_with_outlines_where_they_touch_and_no_legen
     cells = np.arange(1, 65).reshape(8, 8).repeat(8, axis=0).repeat(8, axis=1).astype(np.uint16)
     zarr.create_array(tmp_path / "in.zarr", data=cells, chunks=(32, 32), dimension_names=("y", "x"))
     oocpatch.label(tmp_path / "in.zarr", tmp_path / "out.zarr", per_class=True, progress=False)
+    done = CliRunner().invoke(cli.main, ["view", str(tmp_path / "out.zarr"), str(tmp_path / "a.png"), "--json"])
+    assert json.loads(done.stdout) == {"picture": str(tmp_path / "a.png"), "objects": 64}
     sheet = figure_of(tmp_path / "out.zarr", pixels=64)
     assert sheet.rows[1][0].caption == "labels over it, yx"
     assert sheet.legend == ()
