@@ -79,7 +79,9 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
         return text if "://" in text else str(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111 - as `storage.paths`
-    return _plain(value)
+    if isinstance(value, Mapping):
+        return {str(name): _absolute(each) for name, each in value.items()}
+    return [_absolute(each) for each in value] if isinstance(value, (list, tuple)) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ import click
 from oocpatch.cli import cluster_options, file_commands, object_commands
 from oocpatch.cli.cluster_options import scheduler_option
 from oocpatch.cli.config_file import config_option, read_environment
-from oocpatch.cli.types import UserPath, json_option, run_options
+from oocpatch.cli.types import UserPath, json_option, run_options, volumes
 from oocpatch.progress import DISPLAYS
 
 FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 3, 130
@@ -110,14 +110,14 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("volume", metavar="IN")
+@click.argument("volume", metavar="IN[,IN...]", callback=volumes)
 @click.argument("output", metavar="OUT")
 @run_options(without=("progress",))
 @config_option
 @scheduler_option
 @click.option("--draw", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")
 @json_option
-def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
+def plan(volume: Any, output: str, *, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
     import oocpatch
 
@@ -129,14 +129,17 @@ def plan(volume: str, output: str, *, as_json: bool, draw: Path | None, **option
 
 
 @main.command()
-@click.argument("volume", metavar="IN")
+@click.argument("volume", metavar="IN[,IN...]", callback=volumes)
 @click.argument("output", metavar="OUT")
 @run_options()
 @config_option
 @scheduler_option
 @json_option
-def predict(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed."""
+def predict(volume: Any, output: str, *, as_json: bool, **options: Any) -> None:
+    """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed.
+
+    Several volumes of one grid are channels: t1.zarr,t2.zarr; or inputs of the model: image=a.zarr,prior=b.zarr.
+    """
     import oocpatch
 
     start = time.monotonic()

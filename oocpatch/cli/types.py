@@ -70,6 +70,21 @@ def spacing(value: Any) -> Any:
     return values if len(values) > 1 else values[0]
 
 
+def volumes(_context: object, _parameter: object, text: str) -> str | list[str] | dict[str, str]:
+    """Read the path or URL of a volume, several as `t1.zarr,t2.zarr`, or named ones as `image=a.zarr,prior=b.zarr`.
+
+    >>> volumes(None, None, "a.zarr"), volumes(None, None, "a.zarr,b.zarr"), volumes(None, None, "image=a,prior=b")
+    ('a.zarr', ['a.zarr', 'b.zarr'], {'image': 'a', 'prior': 'b'})
+    """
+    parts = text.split(",")
+    if len(parts) == 1 or os.path.lexists(text):
+        return text
+    pairs = [part.partition("=") for part in parts]
+    if all(name.strip().isidentifier() and path for name, _, path in pairs):
+        return {name.strip(): path for name, _, path in pairs}
+    return parts
+
+
 def box(value: Any) -> list[tuple[int | None, int | None]]:
     """Read `START:STOP` per axis; either may be left out.
 

@@ -102,7 +102,8 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     predictor = config.pipeline.predictor(torch_threads=threads)
     with predictor.ready():
         dtype = torch_dtype(str(volume.dtype))
-        call = functools.partial(probe_model, predictor, volume.channels, config.patch_size, dtype)
+        channels = sum(count for _, count in config.model_inputs) or volume.channels
+        call = functools.partial(probe_model, predictor, channels, config.patch_size, dtype)
         return in_new_thread_if_forked(functools.partial(call, config.limits.max_memory))
 
 
@@ -192,6 +193,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         snap=outputs.snap,
         heads=outputs.heads,
         vectors=outputs.vectors,
+        model_inputs=config.model_inputs,
         # what is compiled is compiled for one layout, and a view of the ring has another in each block
         copies_input=probe.copies_input or config.model.compile is not None,
         may_skip=config.skips,
@@ -317,11 +319,14 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         if head.votes or not (is_moved or output.dtype == torch.float32):  # a copy as float32, one channel per class
             patch_bytes += voxels * head.channels * 4
         windows += 4 * voxels if head.blended else 0
+    if config.context is not None:  # and what both are joined in
+        both = volume.channels + 2 * config.context.channels
+        patch_bytes += math.prod(config.patch_size) * both * volume.dtype.itemsize
     patch_bytes += sum(probe.outputs[v.name].shape[1] * probe.outputs[v.name].dtype.itemsize for v in outputs.vectors)
     return ByteSizes(
         in_voxel_bytes=volume.channels * volume.dtype.itemsize,
         in_chunks=volume.chunks,
-        in_chunk_bytes=volume.chunk_bytes,
+        in_chunk_bytes=max(volume.chunk_bytes, 0 if config.context is None else config.context.chunk_bytes),
         context=outputs.context,
         heads=outputs.heads,
         mask_voxel_bytes=0.0 if config.selection.mask is None else config.selection.mask.voxel_bytes,

@@ -36,6 +36,12 @@ class DataOptions:
     level: int | str = option(
         0, metavar="LEVEL", help="Read this level of an OME-Zarr's pyramid, by its number or path."
     )
+    context_level: int | str | None = option(
+        None,
+        identity=True,
+        metavar="LEVEL",
+        help="Pass the patch of this coarser level around the same centre to the model, too, as its argument context.",
+    )
     spacing: ModelGrid | None = option(
         None,
         check="spacing",

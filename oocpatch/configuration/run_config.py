@@ -29,6 +29,7 @@ from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, Refused, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
 from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond, nonzero_box
+from oocpatch.models.preprocessing import needs_statistics
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
@@ -44,9 +45,10 @@ from oocpatch.provenance import run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
-from oocpatch.volumes.content import INTENSITY, LABELS, MASK, VOLUME
+from oocpatch.volumes.content import CONTEXT, INTENSITY, LABELS, MASK, VOLUME
 from oocpatch.volumes.model_grid import ModelGrid
 from oocpatch.volumes.resampling import cropped, stored_volume
+from oocpatch.volumes.stack import grid_differences, parts_of, stacked_on_grid
 from oocpatch.volumes.volume import Volume, refuse_overlap
 
 
@@ -70,6 +72,8 @@ class RunConfig:
         table: the columns of a table, of a call of `objects`; None: the call is another one.
         intensity: what a table measures besides, over the labels that are its volume.
         normalization: the package's preprocess, where the volume is already preprocessed.
+        model_inputs: names and numbers of channels of the tensors that the model is called with; none: with one.
+        context: the level of which patches are the model's context; None: there is none.
     """
 
     volume: Volume
@@ -92,6 +96,8 @@ class RunConfig:
     table: Mapping[str, Any] | None = None
     intensity: Volume | None = None
     normalization: Normalization | None = None
+    model_inputs: tuple[tuple[str, int], ...] = ()
+    context: Volume | None = None
 
     @classmethod
     def of(cls, volume: Any, model: Any, output: Any, **arguments: Any) -> RunConfig:
@@ -116,21 +122,18 @@ class RunConfig:
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
         place = beside(target, "") if workspace is None else output_path("workspace", workspace)
-        own = base = _opened(volume, arguments.get("axes"), arguments.get("level", 0))
-        _check_axes(of_package.get("patch_size"), own)
-        normalization = None
-        if package is not None and package.normalizes_first and "preprocess" in of_package:
-            normalization, arguments = _normalization(own, arguments), {**arguments, "preprocess": None}
-            base = normalization.over(own)
-        data, arguments = _on_grid(base, volume, arguments, normalization)
+        volumes, own, data, arguments, normalization = _read_volume(volume, arguments, package, of_package)
         for name, path in (("output", target), ("workspace", place)):
-            refuse_overlap(name, path, data)
+            for each in volumes.values():
+                refuse_overlap(name, path, each)
             path.check_writable(name)
+        context = _context(volume, data, arguments)
+        named = volumes if isinstance(volume, Mapping) else {} if context is None else {"": data, "context": context}
         groups = {name: _checked_group(group, arguments, data) for name, group in GROUPS.items()}
         outputs = groups["outputs"]
-        is_moved = data is not base and outputs.output_grid == "volume"
+        is_moved = own is not None and outputs.output_grid == "volume"
         output_format = checked_output_format(
-            format_in_parent(target, outputs.output_format), own if is_moved else data
+            format_in_parent(target, outputs.output_format), own if own is not None and is_moved else data
         )
         groups["outputs"] = replace(outputs, output_format=output_format)
         config = cls(
@@ -144,6 +147,8 @@ class RunConfig:
             package=package,
             of_package=of_package,
             normalization=normalization,
+            model_inputs=tuple((name, each.channels) for name, each in named.items()),
+            context=context,
             **groups,
         )
         config._check_together()
@@ -233,6 +238,8 @@ class RunConfig:
             del values["match"]
         if self.normalization is not None:
             values["preprocess"] = self.normalization.to_json()
+        if self.model_inputs:
+            values["inputs"] = [list(part) for part in self.model_inputs]
         return {name: value for name, value in values.items() if name not in _OMITTED or value != _OMITTED[name]}
 
     @property
@@ -254,7 +261,7 @@ class RunConfig:
     def inputs(self) -> dict[str, Volume]:
         """The volumes that blocks read, by the names of their parameters."""
         mask = None if self.data.mask is None else self.data.mask.volume
-        volumes = {VOLUME: self.volume, MASK: mask}
+        volumes = {VOLUME: self.volume, MASK: mask, CONTEXT: self.context}
         volumes = volumes if self.table is None else {LABELS: self.volume, INTENSITY: self.intensity}
         return {name: volume for name, volume in volumes.items() if volume is not None}
 
@@ -297,7 +304,7 @@ class RunConfig:
     def pipeline(self) -> Pipeline:
         """The models with what is around them."""
         axes = self.volume.names[self.looped :]
-        return Pipeline(self.model, self.models, axes, self.patches.patch_size, self.looped)
+        return Pipeline(self.model, self.models, axes, self.patches.patch_size, self.looped, self.model_inputs)
 
     def check_patches(self) -> None:
         """Refuse patches that the model's file, or what is around the model, rules out.
@@ -384,14 +391,69 @@ _OMITTED = {
     "patch_starts": "regular",
     "spacing": None,
     "output_grid": "volume",
+    "context_level": None,
 }
 """Parameters that are left out of the fingerprint where they have these values."""
 
 
 def _opened(volume: Any, axes: Any, level: int | str) -> Volume:
+    if isinstance(volume, list | tuple | Mapping):
+        return stacked_on_grid({name: _opened(part, axes, level) for name, part in parts_of(volume).items()})
     if isinstance(volume, Volume):
         return volume if axes is None else Volume(volume.source, axes, level)
     return Volume(volume, axes, level)
+
+
+def _read_volume(
+    volume: Any, arguments: dict[str, Any], package: ModelPackage | None, of_package: Mapping[str, Any]
+) -> tuple[dict[str, Volume], Volume | None, Volume, dict[str, Any], Normalization | None]:
+    """Open the volumes.
+
+    Several are the channels of one. Those of different grids are resampled one by one, where there is a spacing.
+
+    Returns:
+        The volumes by name, the one on whose grid scores may be resampled back, the one that is read, the arguments for
+        it, and how it is normalized.
+    """
+    axes, level, normalization = arguments.get("axes"), arguments.get("level", 0), None
+    volumes = {name: _opened(part, axes, level) for name, part in parts_of(volume).items()}
+    is_several = isinstance(volume, list | tuple | Mapping)
+    normalizes = package is not None and package.normalizes_first and "preprocess" in of_package
+    if is_several and arguments.get("spacing") is not None and not normalizes and grid_differences(volumes):
+        parts = zip(volumes.items(), parts_of(volume).values(), strict=True)
+        on_grid = {name: _on_grid(own, part, arguments, None) for (name, own), part in parts}
+        first = next(iter(volumes))
+        data = stacked_on_grid({name: one for name, (one, _) in on_grid.items()})
+        return volumes, volumes[first], data, on_grid[first][1], None
+    own = base = stacked_on_grid(volumes) if is_several else volumes["volume"]
+    _check_axes(of_package.get("patch_size"), own)
+    if normalizes:
+        normalization, arguments = _normalization(own, arguments), {**arguments, "preprocess": None}
+        base = normalization.over(own)
+    data, arguments = _on_grid(base, volume, arguments, normalization)
+    return volumes, None if data is base else own, data, arguments, normalization
+
+
+def _context(volume: Any, data: Volume, arguments: Mapping[str, Any]) -> Volume | None:
+    """Return the level of which patches are the context of others, if there is one.
+
+    Raises:
+        ValueError: if it is no coarser level of one volume, or preprocess needs statistics, which are of one level.
+    """
+    asked = arguments.get("context_level")
+    if asked is None:
+        return None
+    if isinstance(volume, list | tuple | Mapping) or arguments.get("spacing") is not None:
+        raise ValueError("context_level must be None with several volumes, and with spacing")
+    level = _opened(volume, arguments.get("axes"), asked)
+    level = Volume(level.source, data.axes)
+    if level.channels != data.channels or any(n > m for n, m in zip(level.shape, data.shape, strict=True)):
+        raise ValueError(
+            f"context_level must be coarser than the level that is read, {data.shape} voxels, got {level.shape}"
+        )
+    if needs_statistics(CHECKS["preprocess"]("preprocess", arguments.get("preprocess"), data)):
+        raise ValueError("preprocess must not need statistics of the volume with context_level: pass a function")
+    return level
 
 
 def _on_grid(

@@ -39,6 +39,7 @@ class InputReader:
 
     Attributes:
         pending: the reads that are under way.
+        stamps: of what was read; None: nobody needs them.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class InputReader:
         )
         self._transfer = transfer
         self._padding = padding_mode, fill
-        self._stamps = stamps
+        self.stamps = stamps
         self._requested = region.start[axis]
         self._batch: torch.Tensor | None = None
         self.pending = FutureGroup(pool)
@@ -116,7 +117,7 @@ class InputReader:
         return all(bool((view.isnan() if math.isnan(value) else view == value).all()) for view in views)
 
     def _read(self, box: Box, stamped: list[Box], view: torch.Tensor, after: torch.cuda.Event | None) -> None:
-        stamps = self._stamps
+        stamps = self.stamps
         units = None if stamps is None else stamps.units
         if stamps is None or units is not None:
             stamped = []

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.engine.buffers import FutureGroup, buffer, torch_dtype
+from oocpatch.engine.context_patches import ContextPatches
 from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import InputReader
 from oocpatch.engine.normalize import Counts, Normalizer
@@ -80,6 +81,7 @@ class PatchContext:
         windows: per head, the result of `patch_window`.
         normalizers: per head, the conversion of sums to output values.
         read_pool: threads that read chunks.
+        coarse: reads the context of patches; None: the model takes none.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class PatchContext:
     windows: tuple[torch.Tensor | None, ...]
     normalizers: tuple[Normalizer, ...]
     read_pool: Executor
+    coarse: ContextPatches | None
 
     def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: ARG002 - as below
         """Return the model's outputs for a batch of a block that begins with a patch.
@@ -376,6 +379,8 @@ def add_patches(
         batch = members[i : i + plan.batch_size]
         boxes = [plan.input_grid.box(m) for m in batch]
         inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
+        if context.coarse is not None:
+            inputs = context.coarse.extend(inputs, boxes, reader.stamps)
         outputs = context.outputs(index, batch[0], inputs)
         for head, grid, (region, head_sums) in zip(plan.heads, grids, targets, strict=True):
             values = _head_values(head, outputs, grid.patch_size)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.engine.buffers import lean_heap
+from oocpatch.engine.context_patches import ContextPatches
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
 from oocpatch.engine.patch_selection import Mask, Selection
@@ -35,6 +36,7 @@ from oocpatch.planning.heads import Head
 from oocpatch.planning.memory import heap_chunk_bytes, read_buffer_bytes, reader_threads, tile_voxels
 from oocpatch.planning.plan import Plan
 from oocpatch.progress import OnProgress, TaskDone
+from oocpatch.volumes.padding import reading_rule
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.workspace import Workspace
 
@@ -62,7 +64,7 @@ OpenTasks = Callable[
 class RunInputs:
     """Volume, mask of patches to compute, loaded models and their options, and what runs tasks on them.
 
-    The intensity is what `objects` measures besides.
+    The intensity is what `objects` measures besides; of `predict`, it is the level of the patches' context.
     """
 
     options: ModelOptions
@@ -75,7 +77,8 @@ class RunInputs:
     def predictor(self, plan: Plan) -> Predictor:
         """Return the models as a function of batches."""
         looped = len(plan.axes) - plan.spatial
-        pipeline = Pipeline(self.options, self.models, plan.axes[looped:], plan.patch_size[looped:], looped)
+        sizes = (plan.axes[looped:], plan.patch_size[looped:], looped)
+        pipeline = Pipeline(self.options, self.models, *sizes, plan.model_inputs)
         return pipeline.predictor(
             copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
         )
@@ -94,6 +97,11 @@ class RunInputs:
             stack.callback(opened.source.close)  # a file that stays open cannot be edited: HDF5 refuses
             if mask is not None:
                 stack.callback(mask.volume.source.close)
+            coarse = None
+            if self.intensity is not None:
+                level = self.intensity.for_run(threads)
+                stack.callback(level.source.close)
+                coarse = ContextPatches(level, plan.shape, reading_rule(plan.padding_mode, plan.fill))
             stack.enter_context(predictor.ready())
             reads = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-read"))
             yield PatchContext(
@@ -107,6 +115,7 @@ class RunInputs:
                     _normalizer(plan, self.options, head, w) for head, w in zip(plan.heads, weights, strict=True)
                 ),
                 read_pool=reads,
+                coarse=coarse,
             )
 
 

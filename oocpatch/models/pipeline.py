@@ -21,7 +21,7 @@ from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocess_steps import Statistics
 from oocpatch.models.preprocessing import preprocess_function
 from oocpatch.models.reach import callables_of
-from oocpatch.models.wrappers import ensemble
+from oocpatch.models.wrappers import NamedInputs, ensemble
 from oocpatch.planning.box import Ints
 
 logger = logging.getLogger("oocpatch")
@@ -88,6 +88,7 @@ class Pipeline:
         axes: names of the spatial axes.
         patch_size: spatial size of the patches that the model takes, in voxels.
         looped: number of looped axes in front of the spatial ones.
+        inputs: names and numbers of channels of the tensors that the models are called with; none: with one.
     """
 
     options: ModelOptions
@@ -95,6 +96,7 @@ class Pipeline:
     axes: tuple[str, ...]
     patch_size: Ints
     looped: int
+    inputs: tuple[tuple[str, int], ...] = ()
 
     @property
     def transforms(self) -> tuple[FlipRotate, ...]:
@@ -123,7 +125,8 @@ class Pipeline:
             device=options.device,
         )
         preprocess = preprocess_function(options.preprocess, statistics)
-        model = ensemble([prepare(member) for member in self.models], preprocess, self.transforms)
+        models = [NamedInputs(model, self.inputs) for model in self.models] if self.inputs else self.models
+        model = ensemble([prepare(member) for member in models], preprocess, self.transforms)
         return Predictor(
             model,
             device=options.device,

@@ -142,6 +142,12 @@ def probe_model(
             raise ValueError(
                 f"one patch of {_sides(spatial)} is too much for the model: {error}; lower patch_size"
             ) from error
+        if not dtype.is_floating_point and _takes(predictor, (1, channels, *looped, *spatial), torch.float32):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the model does not take patches of {kind}, the volume's dtype, but those of float32 "
+                f"({_reason(error)}); pass preprocess='scale', or a function such as preprocess=torch.Tensor.float"
+            ) from error
         raise ValueError(_rejection(channels, spatial, error, output_sizes)) from error
     return replace(probe, geometry=measure(spatial, _sizes(probe, predictor.looped), output_sizes))
 
@@ -179,9 +185,22 @@ def _rejection(
                 f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
                 f"nearest: {_sides(below)}, {_sides(above)}"
             )
-    reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
-    shape = (1, channels, *spatial)
-    return f"the model rejects patches of shape {shape}: {type(error).__name__}: {reason.strip()[:300]}"
+    return f"the model rejects patches of shape {(1, channels, *spatial)}: {_reason(error)}"
+
+
+def _takes(predictor: Predictor, shape: Ints, dtype: torch.dtype) -> bool:
+    """Return whether a model takes a batch of zeros."""
+    try:
+        predictor(torch.zeros(shape, dtype=dtype, device=predictor.device))
+    except Exception:  # noqa: BLE001 - whatever the model raises, it does not take this batch
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind of an error and the last line of its message."""
+    line = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
+    return f"{type(error).__name__}: {line.strip()[:300]}"
 
 
 def _sides(shape: Ints) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,29 @@ def as_module(model: nn.Module | Callable[..., Any]) -> nn.Module:
 def writes_unseen(model: Any) -> bool:
     """Return True if a model might write to its input without torch noticing: any code that is not a module's."""
     return any(isinstance(module, Function) for module in as_module(model).modules())
+
+
+class NamedInputs(nn.Module):
+    """A model of several tensors as one of a single tensor, whose channels are those of all.
+
+    Args:
+        model: is called with a tensor `(B, C, *patch)` by keyword for each input; first with one without a name.
+        inputs: name and number of channels of each.
+
+    >>> NamedInputs(lambda image, prior: image * prior, [("image", 1), ("prior", 1)])(torch.tensor([[[2], [3]]]))
+    tensor([[[6]]])
+    """
+
+    def __init__(self, model: nn.Module | Callable[..., Any], inputs: Sequence[tuple[str, int]]) -> None:
+        super().__init__()
+        self.model, self.inputs = model, tuple(inputs)
+        self._ends = list(itertools.accumulate(count for _, count in self.inputs[:-1]))
+
+    def forward(self, patches: torch.Tensor) -> Any:
+        """Return the model's output for a batch."""
+        parts = torch.tensor_split(patches, self._ends, dim=1)
+        named = {name: part for (name, _), part in zip(self.inputs, parts, strict=True)}
+        return self.model(*([named.pop("")] if "" in named else []), **named)
 
 
 def ensemble(

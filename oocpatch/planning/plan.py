@@ -83,6 +83,7 @@ class Plan:
         scores: plan of the run whose output this one resamples, as JSON; empty: there is none.
         merge_memory: bytes that the merge of objects may take, while no block is at work.
         vectors: outputs of the model that are a vector per patch.
+        model_inputs: names and numbers of channels of the tensors that the model is called with; none: with one.
     """
 
     parameters: Mapping[str, Any]
@@ -132,6 +133,7 @@ class Plan:
     extent: tuple[Ints, Ints] | None = None
     classes: tuple[str, ...] = ()
     vectors: tuple[VectorHead, ...] = ()
+    model_inputs: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def grid(self) -> PatchGrid:

@@ -195,7 +195,8 @@ def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) 
     open_tasks = open_instance_tasks if plan.has_objects else open_predict_tasks
     open_tasks = open_tasks if plan.labelling is None else open_label_tasks
     open_tasks = open_tasks if plan.table is None else open_table_tasks
-    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks, config.intensity)
+    second = config.intensity or config.context
+    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_tasks, second)
     if not execution.is_distributed:
         with thread_executor(plan, inputs, workspace, Output(config.output, plan), on_progress) as executor:
             yield executor

@@ -267,7 +267,7 @@ def _changed(inputs: Mapping[str, Volume], plan: Plan, batch: Batch) -> tuple[in
         padding = ("edge", 0.0) if part.name == MASK else reading_rule(plan.padding_mode, plan.fill)
         units_of_part = changed_units_of_part(part, inputs[part.name], *padding)
         if units_of_part is not None:
-            changes.append(Change(part.name, None if part.name == MASK else part.box, units_of_part, part.box))
+            changes.append(Change(part.name, part.box if part.name == VOLUME else None, units_of_part, part.box))
     return block, changes
 
 

@@ -92,7 +92,8 @@ def lazy(
         )
     plan = with_statistics(plan, config)
     cell = common_unit([replace(head, unit=head.chunks) for head in plan.heads], len(plan.axes))
-    inputs = RunInputs(config.model, config.volume, config.data.mask, config.models, open_predict_tasks)
+    volumes = (config.volume, config.data.mask)
+    inputs = RunInputs(config.model, *volumes, config.models, open_predict_tasks, config.context)
     source = ChunkSource(plan, inputs, cell, _at_a_time(plan, cell, config.limits.max_memory))
     heads, arrays = plan.heads, {}
     if is_ome_zarr(plan) and not is_tree(heads):  # whose arrays are opened by themselves

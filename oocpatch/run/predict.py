@@ -73,6 +73,7 @@ def predict(
     batch_size: int | str = 1,
     axes: str | Sequence[str] | None = None,
     level: int | str = 0,
+    context_level: int | str | None = None,
     spacing: float | str | Sequence[float | str] | Mapping[str, float | str] | None = None,
     mask: Any = None,
     box: Any = None,
@@ -120,7 +121,8 @@ def predict(
 
     Args:
         volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array;
-            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, see `docs/files.md`.
+            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, see `docs/files.md`. A list of volumes of one
+            grid: as channels of one. A dict: as tensors that the model is called with, by their names.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
             `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
             mean of all. A model package sets parameters that are not given, see `docs/models.md`.
@@ -147,6 +149,8 @@ def predict(
 
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
         level: level of an OME-Zarr's pyramid to read, by its number (0: the finest) or its path in the group.
+        context_level: coarser level of the pyramid; the model is called with a patch of it around the same centre, of
+            as many voxels, as its argument `context`.
         spacing: distance of the voxels that the model takes, `"0.5um"`, or by axis in its unit, `{"z": 1.0, "y": 0.5,
             "x": 0.5}`: the nearest finer level is read and resampled linearly.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
@@ -252,6 +256,7 @@ def predict(
         batch_size=batch_size,
         axes=axes,
         level=level,
+        context_level=context_level,
         spacing=spacing,
         output_grid=output_grid,
         mask=mask,

@@ -30,6 +30,7 @@ from oocpatch.run.predict import plan as plan_run
 from oocpatch.verification.package_example import PackageReport, check_example
 from oocpatch.verification.reference import reference_scores
 from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.stack import parts_of, stacked_on_grid
 from oocpatch.volumes.volume import Volume, spatial_sizes
 
 Array = np.ndarray[Any, Any]
@@ -118,7 +119,11 @@ def check(
     package = load_package(model, trust_pickle=trust, device=device)
     models = load_models(package or model, **loading, trust_pickle=trust, device=device)
     predict_kwargs |= settings_of_package(package, predict_kwargs)
-    source = Volume(volume, predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0))
+    axes, level = predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0)
+    if isinstance(volume, list | tuple):
+        source = stacked_on_grid({name: Volume(part, axes, level) for name, part in parts_of(volume).items()})
+    else:
+        source = Volume(volume, axes, level)
     if (grid := ModelGrid.of(predict_kwargs.pop("spacing", None), source)) is not None:
         source = grid.over(source)  # what is compared are the scores on that grid
     predict_kwargs.pop("output_grid", None)

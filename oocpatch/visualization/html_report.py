@@ -171,6 +171,8 @@ def command_of(settings: Mapping[str, Any]) -> str:
 
     >>> command_of({"volume": "/a.zarr", "output": "/o.zarr", "model": "net.py:net", "patch_size": [8, 16]})
     'oocpatch predict /a.zarr /o.zarr --model net.py:net --patch-size 8,16'
+    >>> command_of({"volume": {"t1": "/a", "t2": "/b"}, "output": "/o.zarr", "model": "net.py:net", "patch_size": 8})
+    'oocpatch predict t1=/a,t2=/b /o.zarr --model net.py:net --patch-size 8'
     >>> command_of({"volume": "/a.zarr", "output": "/o.zarr", "connectivity": 1, "threshold": 0.5})
     'oocpatch label /a.zarr /o.zarr --connectivity 1 --threshold 0.5'
     """
@@ -181,7 +183,11 @@ def command_of(settings: Mapping[str, Any]) -> str:
     if objects:
         lines = "".join(f"    {n}={n if n in objects else repr(v)},\n" for n, v in changed.items())
         return "".join(f"# {n}: {changed[n]}\n" for n in objects) + f"oocpatch.{verb}(\n{lines})"
-    words = ["oocpatch", verb, *(str(changed.pop(n)) for n in ("volume", "output") if n in changed)]
+    volume = changed.pop("volume", None)
+    if isinstance(volume, Mapping):
+        volume = [f"{name}={each}" for name, each in volume.items()]
+    words = ["oocpatch", verb, *([] if volume is None else [",".join(map(str, _listed(volume)))])]
+    words += [str(changed.pop("output"))] if "output" in changed else []
     for name in sorted(changed.keys() - OPTIONS.keys()) if verb == "label" else ():
         words += _typed(f"--{name.replace('_', '-')}", "flag" if changed[name] is True else "text", changed[name])
     for name, field in OPTIONS.items():

@@ -124,6 +124,8 @@ def _row(pictures: list[Array], start: str, captions: list[str]) -> tuple[Panel,
 def noted_volume(source: DisplaySource) -> str | None:
     """Return the path of the volume that a run noted, if the volume still exists."""
     noted = None if source.record is None else source.record.details.get("settings", {}).get("volume")
+    if isinstance(noted, list | dict):  # several are the channels of the input
+        noted = next(iter(noted.values() if isinstance(noted, dict) else noted))
     exists = isinstance(noted, str) and (Path(noted.partition("::")[0]).exists() or folder_of(noted) is not None)
     return noted if exists else None
 
@@ -134,7 +136,11 @@ def input_of(source: DisplaySource, volume: Any, pixels: int) -> DisplaySource |
     volume = noted if volume is None else volume
     if volume is None or volume is False:
         return None
-    axes = source.record.parameters.get("axes") if noted and source.record is not None else None
+    axes = None
+    if noted and source.record is not None:
+        settings = source.record.details["settings"]
+        is_one = isinstance(settings["volume"], str)  # else the axes are those of the channels, too
+        axes = source.record.parameters.get("axes") if is_one else settings.get("axes")
     below = open_display_source(volume, pixels, axes=axes)
     if len(below.volume.shape) != len(source.volume.shape):
         if noted is None:

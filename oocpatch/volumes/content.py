@@ -29,6 +29,7 @@ from oocpatch.storage.unit_tags import UNKNOWN, Tags, UnitRecords, UnitStamps
 from oocpatch.volumes.volume import Volume
 
 VOLUME, MASK, LABELS, INTENSITY = "volume", "mask", "labels", "intensity"
+CONTEXT = "context_level"
 """Names of the inputs: those of the parameters."""
 
 

@@ -111,7 +111,16 @@ def test_fields_that_identify_a_run_are_in_its_fingerprint_and_no_others(tmp_pat
     config = RunConfig.of(SAMPLE, "identity", tmp_path / "out", patch_size=8, channels_last=False)
     identifying = {name for name, field in OPTIONS.items() if field.metadata["identity"]}
     derived = {*DERIVED_IDENTITY, "volume", "torch"}
-    without = {"channels_last", "compile", "eval_mode", "match", "patch_starts", "spacing", "output_grid"}
+    without = {
+        "channels_last",
+        "compile",
+        "eval_mode",
+        "match",
+        "patch_starts",
+        "spacing",
+        "output_grid",
+        "context_level",
+    }
     assert set(config.parameters) == (identifying | derived) - without
     json.dumps(config.parameters)
 

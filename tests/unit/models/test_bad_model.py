@@ -224,3 +224,14 @@ def test_an_output_with_the_name_of_a_coordinate_is_refused(model: Any, name: st
     with pytest.raises(ValueError, match=rf"output '{name}' must not have the name of a coordinate.*drop_vars"):
         oocpatch.predict(image, model, tmp_path / "out.zarr", patch_size=8, progress=False)
     oocpatch.predict(image.drop_vars(name), model, tmp_path / "out.zarr", patch_size=8, progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint8"])
+def test_a_function_that_does_not_take_the_dtype_of_the_volume_says_so_and_what_helps(
+    dtype: str, tmp_path: Path
+) -> None:
+    volume, settings = np.ones((16, 16), dtype), {"patch_size": 8, "progress": False}
+    with pytest.raises(ValueError, match=f"does not take patches of {dtype}, .* but those of float32 .*preprocess="):
+        oocpatch.plan(volume, lambda p: p.softmax(1), tmp_path / "out", **settings)
+    for preprocess in ("scale", torch.Tensor.float):
+        oocpatch.plan(volume, lambda p: p.softmax(1), tmp_path / "out", preprocess=preprocess, **settings)
