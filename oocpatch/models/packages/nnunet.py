@@ -234,8 +234,8 @@ class NnunetPlan:
     @property
     def grid(self) -> ModelGrid | None:
         """The voxel sizes that the network takes, and how is resampled to them and back."""
-        if self.configuration["resampling_fn_data"] == NO_RESAMPLING:
-            return None
+        if self.configuration["resampling_fn_data"] == NO_RESAMPLING or "z" not in self.names:
+            return None  # pictures have no voxel size
         spacing = dict(zip(self.axes, map(float, self.configuration["spacing"]), strict=True))
         data, scores = (self.configuration[f"resampling_fn_{name}_kwargs"] for name in ("data", "probabilities"))
         for name, value in (("data", data), ("probabilities", scores)):
