@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from oocpatch.planning.box import Box, worthwhile
 from oocpatch.progress import OnProgress
 from oocpatch.volumes.model_grid import ModelGrid
 from oocpatch.volumes.passes import run_pass
+from oocpatch.volumes.resampling import largest_read
 from oocpatch.volumes.statistics import VolumeStatistics
 from oocpatch.volumes.volume import Volume, read_selection
 
@@ -93,7 +95,6 @@ class Normalization:
         function: Any = preprocess_function(self.steps, self.statistics)
         if function is None:
             return volume
-        voxel = 3 * max(8, volume.dtype.itemsize)  # as read, in float64, and in float32
         source = replace(
             volume.source,
             load=PreprocessedReader(volume, function),
@@ -101,9 +102,11 @@ class Normalization:
             array=None,
             files=None,
             packing={},
-            read_bytes=voxel * volume.channels * int(np.prod(volume.chunks)) + volume.chunk_bytes,
         )
-        return Volume(source, volume.axes)
+        result = Volume(source, volume.axes)
+        voxel = volume.dtype.itemsize + 16  # as read, in float64, in float32 and where zeros are
+        read_bytes = voxel * volume.channels * math.prod(largest_read(result)) + volume.chunk_bytes
+        return Volume(replace(source, read_bytes=read_bytes), volume.axes)
 
     def to_json(self) -> list[Any]:
         """Return what identifies a run with these steps."""

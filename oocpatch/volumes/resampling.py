@@ -294,10 +294,14 @@ def resampled(volume: Volume, maps: Sequence[AxisMap], limits: tuple[tuple[float
     if source.image is not None:
         on_grid = replace(on_grid, image=_image(source.image, by_name))
     result = Volume(on_grid, volume.axes)
-    step = result.chunks if source.chunked else chunks_in_memory(on_grid, order)
-    part = worthwhile(step, result.shape, READ_BYTES // (2 * result.channels * dtype.itemsize))
-    part = tuple(min(p, n) for p, n in zip(part, result.shape, strict=True))
-    return Volume(replace(on_grid, read_bytes=reader.read_bytes(part)), volume.axes)
+    return Volume(replace(on_grid, read_bytes=reader.read_bytes(largest_read(result))), volume.axes)
+
+
+def largest_read(volume: Volume) -> Ints:
+    """Return the shape of the largest box of a volume that is read at a time."""
+    step = volume.chunks if volume.source.chunked else chunks_in_memory(volume.source, volume.axes.order)
+    part = worthwhile(step, volume.shape, READ_BYTES // (2 * volume.channels * volume.dtype.itemsize))
+    return tuple(min(p, n) for p, n in zip(part, volume.shape, strict=True))
 
 
 def cropped(volume: Volume, box: Box) -> Volume:

@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 
 import oocpatch
+from oocpatch.models.packages.nnunet import NnunetPlan
 from tests.support.nnunet_cases import CASES, REFERENCE, Case
 
 LABELS = np.load(REFERENCE)
@@ -107,6 +108,24 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         predicted(CASES["ct"])
+
+
+def test_plans_of_the_first_versions_describe_their_network_by_numbers(tmp_path: Path) -> None:
+    CASES["ct"].write(tmp_path / "folder")
+    path = tmp_path / "folder" / "plans.json"
+    plans = json.loads(path.read_text())
+    older = plans["configurations"]["base"]
+    del older["architecture"]
+    older |= {"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 8, "unet_max_num_features": 20}
+    older |= {"n_conv_per_stage_encoder": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
+    older |= {"conv_kernel_sizes": [[3, 3, 3]] * 3, "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2], [1, 2, 2]]}
+    checkpoint = {"init_args": {"configuration": "3d_fullres"}}
+    dataset = json.loads((tmp_path / "folder" / "dataset.json").read_text())
+    architecture = NnunetPlan.of(plans, dataset, checkpoint).architecture
+    assert architecture["network_class_name"] == "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    assert architecture["arch_kwargs"]["features_per_stage"] == [8, 16, 20]
+    assert architecture["arch_kwargs"]["conv_op"] == "torch.nn.Conv3d"
+    assert architecture["arch_kwargs"]["strides"] == older["pool_op_kernel_sizes"]
 
 
 def test_a_folder_that_is_none_and_missing_folds_are_named(
