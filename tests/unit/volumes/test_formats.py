@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import oocpatch
 from oocpatch.planning.box import Box
 from oocpatch.volumes.formats.raw import read_box
 from oocpatch.volumes.formats.spec import FileSpec, parse_address
+from tests.support.children import Children
 
 Array = np.ndarray[Any, Any]
 
@@ -381,18 +381,12 @@ def test_a_raw_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
         volume.read(Box((0, 0, 0), (50, 40, 12)))
 
 
-def test_the_command_line_takes_a_scan_as_it_is(tmp_path: Path) -> None:
+def test_the_command_line_takes_a_scan_as_it_is(children: Children, tmp_path: Path) -> None:
     expected = nifti(tmp_path / "scan.nii.gz")
     arguments = ["predict", "scan.nii.gz", "out.zarr", "--model", "identity", "--patch-size", "16", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "oocpatch", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["complete"]
+    code, stdout, stderr = children.call("tests.support.command_child", *arguments, folder=tmp_path)
+    assert code == 0, stderr
+    assert json.loads(stdout)["complete"]
     found = xr.open_zarr(tmp_path / "out.zarr").prediction
     assert found.dims == ("x", "y", "z")
     assert found.z.values[:3].tolist() == [0, 2, 4]
