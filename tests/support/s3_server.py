@@ -179,14 +179,14 @@ class Handler(BaseHTTPRequestHandler):
                 entries[prefix + rest.partition(delimiter)[0] + delimiter if shared else key] = shared
         names = [name for name in entries if name > after]
         page = names[: min(PAGE, int(query.get("max-keys", PAGE)))]
-        entries = []
+        elements = []
         for name in page:
             if entries[name]:
-                entries.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
+                elements.append(f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>")
                 continue
             with contextlib.suppress(FileNotFoundError):
                 data = (folder / quote(name, safe="")).read_bytes()
-                entries.append(
+                elements.append(
                     f"<Contents><Key>{escape(name)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
                     f"<ETag>{escape(etag(data))}</ETag><Size>{len(data)}</Size></Contents>"
                 )
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         token = f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if more else ""
         text = (
             f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{str(more).lower()}'
-            f"</IsTruncated>{token}{''.join(entries)}</ListBucketResult>"
+            f"</IsTruncated>{token}{''.join(elements)}</ListBucketResult>"
         )
         return 200, {"Content-Type": "application/xml"}, text.encode()
 
