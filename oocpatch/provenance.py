@@ -7,10 +7,11 @@ import importlib.metadata
 import math
 import os
 import platform
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from oocpatch.system import peak_memory
 
 LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
@@ -119,5 +120,5 @@ def run_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings": dict(settings),
         "versions": versions(),
-        "process_peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "process_peak_memory": peak_memory(),
     }

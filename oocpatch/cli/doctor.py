@@ -19,6 +19,7 @@ from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.plan import human
 from oocpatch.provenance import versions
 from oocpatch.storage.zarrs_codec import ZarrsArray
+from oocpatch.system import usable_cores
 
 EXTRAS = {
     "fast": ("zarrs",),
@@ -54,7 +55,7 @@ def examine(directory: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": {
             "machine": os.cpu_count(),
-            "allowed": len(os.sched_getaffinity(0)),
+            "allowed": usable_cores(),
             "torch_threads": torch.get_num_threads(),
         },
         "memory": {"total": memory.total, "available": memory.available, "auto": memory_limit("auto")},

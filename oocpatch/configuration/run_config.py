@@ -173,6 +173,10 @@ class RunConfig:
             compile_mode=self.model.compile,
             device=self.model.device,
         )
+        if torch.device(self.model.device).type == "mps" and self.volume.dtype == np.float64:
+            raise ValueError(
+                "device must not be 'mps' for a volume of float64, which it has not; convert it to float32"
+            )
         if patches.padding_mode == "constant":
             check_fits("fill", patches.fill, str(self.volume.dtype))
         if self.finds_objects:

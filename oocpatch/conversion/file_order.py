@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from oocpatch import system
 from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.box import Box, Ints, cut
 from oocpatch.planning.memory import READ_BYTES
@@ -262,7 +263,7 @@ def write_at(descriptor: int, values: Array, offset: int) -> None:
     """Write an array at a place of a file."""
     view = np.ascontiguousarray(values).data.cast("B")
     while view:
-        written = os.pwrite(descriptor, view, offset)
+        written = system.write_at(descriptor, view, offset)
         view, offset = view[written:], offset + written
 
 
@@ -270,7 +271,7 @@ def _read_at(descriptor: int, out: Array, offset: int) -> None:
     """Fill an array from a place of a file."""
     view = out.data.cast("B")
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        count = system.read_at(descriptor, view, offset)
         if not count:
             raise OSError(f"a temporary file ends too early, at byte {offset}")
         view, offset = view[count:], offset + count

@@ -6,10 +6,7 @@ mapped instead: they have the size that the plan projects, and are zero without 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import torch
 
 from oocpatch.planning.memory import HEAP_LIMIT, LEAST_MAPPED
+from oocpatch.system import c_function, mapped_memory
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,10 +38,7 @@ def buffer(
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < least_mapped:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= HUGE:
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = mapped_memory(size, huge=size >= HUGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(tuple(shape))
 
 
@@ -69,8 +64,7 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
             exceeded the projected memory by 31 MiB.
     """
     mapped = min(HEAP_LIMIT, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
+    if (mallopt := c_function("mallopt")) is not None:
         mallopt(MMAP_THRESHOLD, mapped)
         mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)

@@ -17,7 +17,6 @@ The masses of a map on disk are stored beside it, for the next sampler and for o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -38,6 +37,7 @@ from oocpatch.sampling.images import LoadedVolume
 from oocpatch.sampling.map_cells import Cells
 from oocpatch.sampling.subject import as_volume
 from oocpatch.storage.paths import LocalPath
+from oocpatch.system import folder_lock, usable_cores
 from oocpatch.volumes.passes import run_pass
 from oocpatch.volumes.volume import Volume
 
@@ -129,7 +129,7 @@ def measure(volume: Volume, cells: Cells, summarize: Summary, name: str) -> Mass
 
     per_task = max(1, TASK_BYTES // (math.prod(cells.step) * volume.dtype.itemsize))
     tasks = [range(i, min(i + per_task, len(cells))) for i in range(0, len(cells), per_task)]
-    threads = min(len(tasks), len(os.sched_getaffinity(0)), MOST_THREADS)
+    threads = min(len(tasks), usable_cores(), MOST_THREADS)
     title, total = f"masses of {name}", len(cells)
     parts = run_pass(summarized, tasks, threads=threads, name=title, unit="cells", size=len, total=total)
     return Masses.joined(list(parts))
@@ -277,20 +277,15 @@ def _stamp(files: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Create a directory and hold a lock on it; if it cannot be created, continue without."""
+    """Create a directory and hold a lock on it; without one, work may be done twice."""
     try:
         folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         logger.info("masses cannot be stored in %s: %s", folder, error)
         yield
         return
-    try:
-        with contextlib.suppress(OSError):  # on a file system without locks the work may be done twice
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with folder_lock(folder):
         yield
-    finally:
-        os.close(handle)
 
 
 def _load(file: LocalPath, stamp: str) -> Masses | None:

@@ -30,6 +30,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Ints, unit_positions
+from oocpatch.system import read_at
 
 FACTOR, SLACK = 8, 1 << 20  # filters may widen what a codec decodes: so many times the chunk, and bytes, are accepted
 ABSENT = 2**64 - 1  # both numbers of an inner chunk that is not stored, in the index of a shard
@@ -116,7 +117,7 @@ class ChunkGuard:
         counts = tuple(s // c for s, c in zip(shard, chunk, strict=True))
         nbytes, checksum = 16 * math.prod(counts), 4 * (len(sharding.index_codecs) - 1)
         start = 0 if sharding.index_location.value == "start" else size - nbytes - checksum
-        raw = os.pread(file, nbytes, start) if start >= 0 else b""
+        raw = _read(file, nbytes, start) if start >= 0 else b""
         if len(raw) < nbytes:
             return  # cut off: the decoder reports it
         endian = getattr(sharding.index_codecs[0], "endian", None)
@@ -149,7 +150,12 @@ def limit(expected: int) -> int:
 
 
 def _read_part(file: int, first: int, length: int, start: int, count: int) -> bytes:
-    return os.pread(file, max(0, min(count, length - start)), first + start)
+    return _read(file, max(0, min(count, length - start)), first + start)
+
+
+def _read(file: int, count: int, offset: int) -> bytes:
+    data = bytearray(count)
+    return bytes(data[: read_at(file, memoryview(data), offset)])
 
 
 def _sharding_of(array: zarr.Array[Any]) -> ShardingCodec | None:

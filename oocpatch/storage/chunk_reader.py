@@ -31,6 +31,7 @@ from zarr.storage import LocalStore
 from oocpatch.planning.box import Box, Ints, selected, unit_positions
 from oocpatch.storage.chunk_guard import ChunkGuard, declared_size
 from oocpatch.storage.unit_tags import UnitStamps, settled
+from oocpatch.system import open_to_read, read_at
 
 Array = npt.NDArray[Any]
 Selection = tuple[slice, ...]
@@ -91,7 +92,7 @@ class PlainArray:
         key = self._array.metadata.encode_chunk_key(position)
         try:
             # Not to wait for what is no file: the guard refuses it.
-            file = os.open(self._folder / key, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = open_to_read(self._folder / key)
         except FileNotFoundError:
             if stamps is not None:
                 stamps.add(position, None, b"")
@@ -114,7 +115,7 @@ class PlainArray:
         """Read a file into memory of this thread."""
         data = self._memory_of("file", size)[:size].data
         at = 0
-        while at < size and (count := os.readv(file, [data[at:]])):
+        while at < size and (count := read_at(file, data[at:], at)):
             at += count
         return data[:at]
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from oocpatch.system import after_fork
+
 THREADED = ("torch", "zarrs")
 """Libraries that keep threads, and that can be used otherwise, or not at all, where those are lost."""
 
@@ -25,7 +27,7 @@ def _remember() -> None:
         vars(threaded).get("pools", {}).clear()
 
 
-os.register_at_fork(after_in_child=_remember)
+after_fork(_remember)
 if multiprocessing.parent_process() is not None:  # a fork before this was imported, or an interpreter started anew
     _remember()
 

@@ -173,7 +173,7 @@ class _FileLines:
 
     def open(self) -> None:
         """Open the file to append to it; a torn end is cut off."""
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         whole = self._path.read_bytes().rfind(b"\n") + 1
         if whole < self._path.size():
             os.truncate(self._file, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,8 +80,20 @@ def local_or_url(address: str | os.PathLike[str]) -> LocalPath | str:
     """
     text = os.fspath(address)
     if text.startswith("file://"):
-        return LocalPath(text.removeprefix("file://"))
+        return LocalPath(file_url_path(text))
     return text if "://" in text else LocalPath(expand_home(text))
+
+
+def file_url_path(url: str, *, windows: bool = sys.platform == "win32") -> str:
+    """Return the path that a `file://` URL names.
+
+    >>> file_url_path("file:///data/scan.zarr", windows=False), file_url_path("file:///C:/scan.zarr", windows=True)
+    ('/data/scan.zarr', 'C:/scan.zarr')
+    """
+    path = url.removeprefix("file://")
+    if not windows:
+        return path
+    return path[1:] if path[2:3] == ":" else f"//{path}"
 
 
 def expand_home(path: str | os.PathLike[str]) -> str:

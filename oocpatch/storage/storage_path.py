@@ -9,6 +9,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from oocpatch.storage.files import flush_file_system, write_file
+from oocpatch.system import move_if_absent
 
 PIECE = 1 << 20
 """Bytes of a file or an object that are read at a time."""
@@ -186,7 +188,13 @@ class StoragePath(ABC):
         return self if self.is_local else self.store(read_only=True)
 
 
-class LocalPath(pathlib.PosixPath, StoragePath):
+if sys.platform == "win32":
+    _PlatformPath = pathlib.WindowsPath
+else:
+    _PlatformPath = pathlib.PosixPath
+
+
+class LocalPath(_PlatformPath, StoragePath):
     """A path on the local file system: pathlib's, with what a `StoragePath` has besides.
 
     >>> LocalPath("/data") / "out.zarr" == pathlib.Path("/data/out.zarr"), LocalPath("/data/a").with_name("b")
@@ -219,12 +227,12 @@ class LocalPath(pathlib.PosixPath, StoragePath):
 
     def list_files(self, *, skip: Skip | None = None) -> Iterator[str]:
         for folder, folders, files in os.walk(self):
-            inside = pathlib.PurePosixPath(os.path.relpath(folder, self))
+            inside = pathlib.PurePosixPath(pathlib.Path(folder).relative_to(self).as_posix())
             folders[:] = sorted(name for name in folders if skip is None or not skip(str(inside / name)))
             yield from (str(inside / name) for name in sorted(files))
 
     def list_folders(self, depth: Literal[1, 2] = 1) -> list[str]:
-        return sorted(str(path.relative_to(self)) for path in self.glob("/".join("*" * depth)) if path.is_dir())
+        return sorted(path.relative_to(self).as_posix() for path in self.glob("/".join("*" * depth)) if path.is_dir())
 
     def list_siblings(self, start: str) -> list[Self]:
         return sorted(self.parent.glob(f"{glob.escape(start)}*"))
@@ -251,7 +259,7 @@ class LocalPath(pathlib.PosixPath, StoragePath):
                 self.rename(staging)
         staging.write_bytes(content)
         try:
-            os.link(staging, self)
+            move_if_absent(staging, self)
         except FileExistsError:
             return False
         finally:

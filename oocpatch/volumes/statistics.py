@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from oocpatch.planning.box import Box, worthwhile
 from oocpatch.progress import OnProgress
+from oocpatch.system import usable_cores
 from oocpatch.volumes.passes import WAVE, run_pass
 from oocpatch.volumes.volume import Volume
 
@@ -212,7 +212,7 @@ class VolumeStatistics:
         box_bytes = voxel * math.prod(min(s, n) for s, n in zip(step, volume.shape, strict=True))
         box_bytes += 0 if self.prepare is None else 24 * (box_bytes // volume.dtype.itemsize)  # float64, and copies
         need = 3 * max(box_bytes, volume.chunk_bytes) + PIECE_BYTES + (WAVE + 1) * summary_bytes
-        threads = max(1, min(self.max_memory // need, len(os.sched_getaffinity(0))))
+        threads = max(1, min(self.max_memory // need, usable_cores()))
         reader, whole = volume.for_run(threads), self.box or Box.of_shape(volume.shape)
         summaries = run_pass(
             lambda box: summarize(self._prepared(reader.read(box))),

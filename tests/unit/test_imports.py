@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "oocpatch"
 MAX_LINES = 600
 
 LAW = """
-errors < progress < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling} < engine
-< {aggregation, conversion, configuration, execution, objects} < run < {verification, visualization, xarray}
+errors < progress < system < provenance < planning < storage < {volumes, workspace} < {outputs, models, sampling}
+< engine < {aggregation, conversion, configuration, execution, objects} < run < {verification, visualization, xarray}
 < __init__ < cli < __main__
 """
 """A name imports only what stands left of it; those in braces do not know each other."""
@@ -23,6 +23,7 @@ errors < progress < provenance < planning < storage < {volumes, workspace} < {ou
 ON_DISK = "numpy zarr xarray dask.array google_crc32c psutil"
 LIBRARIES = {
     "progress": "tqdm",
+    "system": "psutil",
     "planning": "numpy",
     "planning/arguments": "psutil dask.utils",  # how much memory there is; reads "2GiB"
     "storage": ON_DISK,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 import threading
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from oocpatch.system import expect_random_reads
 from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
@@ -114,7 +114,7 @@ class NiftiFile:
                 while piece := packed.read(PIECE):
                     file.write(piece)
             file.flush()
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            expect_random_reads(file.fileno())
         except BaseException:
             file.close()
             raise

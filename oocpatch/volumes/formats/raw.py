@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from oocpatch.system import read_at
 
 ROW = 1 << 16
 """Rows of at most so many bytes are read whole and together: reading a gap costs less than another call."""
@@ -61,7 +62,7 @@ def _fill_rows(file: int, offset: int, target: npt.NDArray[Any], row: int, colum
 def _fill(file: int, offset: int, target: npt.NDArray[Any]) -> None:
     view = target.reshape(-1).view(np.uint8).data
     while view:
-        count = os.preadv(file, [view], offset)
+        count = read_at(file, view, offset)
         if not count:
             raise OSError(f"the file ends {len(view)} bytes too early")
         view, offset = view[count:], offset + count

@@ -1,0 +1,137 @@
+"""The operating system: calls that exist on Linux or on POSIX only, each with what takes its place elsewhere.
+
+No other module makes such a call: `tests/unit/test_system.py` has the list, and runs the package without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_POSITION = threading.Lock()
+"""Held while the position in a file is moved, where no call reads or writes at a place."""
+
+
+def _module(name: str) -> Any:
+    """Return a module of the standard library; None on systems that do not have it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+_fcntl, _resource = _module("fcntl"), _module("resource")
+
+
+def c_function(name: str) -> Any:
+    """Return a function of the C library, which sets `ctypes.get_errno()`; None where there is none of this name."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # on Windows the library has no name
+        return getattr(ctypes.CDLL(None, use_errno=True), name)
+    return None
+
+
+def sync_all() -> None:
+    """Have all file systems take what was written to them, where there is such a call."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were resident in this process since its start."""
+    if _resource is None:
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))  # of Windows
+    peak = int(_resource.getrusage(_resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def mapped_memory(size: int, *, huge: bool) -> mmap.mmap:
+    """Return so many bytes of zeros that go back to the system when they are dropped; `huge` asks for huge pages."""
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    memory = mmap.mmap(-1, size, flags=flags) if flags else mmap.mmap(-1, size)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def after_fork(function: Callable[[], None]) -> None:
+    """Call a function in each process that is forked from this one, where processes are forked."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)
+
+
+def open_to_read(path: Path) -> int:
+    """Return the descriptor of a file, without waiting for one that is no file, such as a pipe."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+
+
+def expect_random_reads(descriptor: int) -> None:
+    """Tell the system, where it listens, that a file is read here and there: it then reads no further than asked."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def read_at(descriptor: int, out: memoryview, offset: int) -> int:
+    """Read bytes at a place of a file, from any thread, and return their number: 0 at its end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [out], offset)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(out))
+    out[: len(data)] = data
+    return len(data)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write bytes at a place of a file, from any thread, and return their number."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
+
+
+def move_if_absent(source: Path, target: Path) -> None:
+    """Give a file a name that no other file has; of several processes that try at the same time, one succeeds.
+
+    Where a file cannot have two names, the new one is there a moment before its content.
+
+    Raises:
+        FileExistsError: when there is a file of this name.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except (OSError, AttributeError):  # of file systems, and of systems, without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        source.replace(target)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a lock on a directory, for which others wait; without one where there are none."""
+    with contextlib.ExitStack() as stack:
+        if _fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                _fcntl.flock(handle, _fcntl.LOCK_EX)
+        yield
