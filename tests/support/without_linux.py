@@ -18,7 +18,6 @@ from typing import Any
 NAMES: dict[ModuleType, tuple[str, ...]] = {
     os: (
         "O_NONBLOCK",
-        "link",
         "posix_fadvise",
         "pread",
         "preadv",
