@@ -6,14 +6,13 @@ have as well, say which voxel of the input each voxel was.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from oocpatch.volumes.affine import EVEN, Affine, Spacing, spacing_along
+from oocpatch.volumes.affine import Affine, Spacing, spacing_along, to_input
 from oocpatch.volumes.ome_metadata import METERS
 from oocpatch.volumes.volume import Volume
 
@@ -79,7 +78,7 @@ def affine_of(volume: Volume) -> tuple[Affine, str | None]:
     units = [s.unit for s in spacings.values() if s is not None and s.unit]
     unit = next((u for u in units if u in METERS), units[0] if units else None)
     if source_affine is not None:
-        return source_affine @ _in_input(source_affine, spacings), unit
+        return source_affine @ to_input(source_affine, spacings), unit
     affine = np.eye(4)
     for row, axis in enumerate(spacings.values()):
         if axis is not None:
@@ -97,35 +96,6 @@ def input_affine(attrs: Mapping[str, Any]) -> Affine | None:
         return None
     is_affine = affine.shape == (4, 4) and np.isfinite(affine).all() and abs(np.linalg.det(affine)) > 0
     return affine if is_affine else None
-
-
-def axis_scales(affine: Affine) -> tuple[tuple[float, float], ...]:
-    """Return step and start of the coordinates that a NIfTI with an affine has, per axis.
-
-    They are positions in the world where the axes are those of the world, else multiples of the voxel size.
-
-    >>> axis_scales(np.array([[0, -2, 0, 9], [3, 0, 0, 9], [0, 0, 1, 9], [0, 0, 0, 1.0]]))
-    ((3.0, 0.0), (2.0, 0.0), (1.0, 0.0))
-    """
-    linear = affine[:3, :3]
-    if np.allclose(linear, np.diag(np.diag(linear))):
-        return tuple((float(linear[a, a]), float(affine[a, 3])) for a in range(3))
-    return tuple((float(np.linalg.norm(linear[:, a])), 0.0) for a in range(3))
-
-
-def _in_input(affine: Affine, spacings: Mapping[str, Spacing | None]) -> Affine:
-    """Return the affine from the voxels of a volume to those of the input whose affine it has."""
-    to_input = np.eye(4)
-    for row, (axis, (step, start)) in enumerate(zip(spacings.values(), axis_scales(affine), strict=True)):
-        if axis is None or not step:
-            continue
-        scale = 1.0 if axis.step is None else axis.step / step
-        offset = (axis.start - start) / step
-        # coordinates have the rounding of the file's float32: where it was the same grid, it is the same affine
-        whole = round(offset)
-        to_input[row, row] = math.copysign(1.0, scale) if abs(abs(scale) - 1) < EVEN / 10 else scale
-        to_input[row, 3] = whole if abs(offset - whole) < EVEN * (1 + abs(offset) / 10) else offset
-    return to_input
 
 
 def factor_of(unit: str | None, target: str | None) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,7 @@ class Spacing:
 def affine_of(source: Source, axes: Axes) -> Affine:
     """Return the affine of the spatial axes of an array, from its file's affine, else from evenly spaced coordinates.
 
+    An affine among the attributes is that of the file that the array came from; its coordinates say which part it is.
     Axes without either have a spacing of 1 and begin at 0. Rows are x, y and z where a file has an affine, else in the
     order of the axes.
 
@@ -55,12 +59,45 @@ def affine_of(source: Source, axes: Axes) -> Affine:
     names = [axes.names[a] for a in axes.order if a in axes.spatial]
     stored = np.asarray(source.attrs.get("affine", ()), np.float64)
     if stored.shape == (4, 4) and sorted(names) == list(WORLD):
-        return stored[:, [*(WORLD.index(name) for name in names), 3]]
+        spacings: dict[str, Spacing | None] = dict.fromkeys(WORLD)
+        with contextlib.suppress(ValueError):  # of uneven coordinates, which say nothing
+            spacings = {name: spacing_along(source, name) for name in WORLD}
+        moved = stored @ to_input(stored, spacings)
+        return np.asarray(moved[:, [*(WORLD.index(name) for name in names), 3]], np.float64)
     affine = np.eye(len(names) + 1)
     for i, name in enumerate(names):
         spacing, origin = _even(source.coords.get(name))
         affine[i, i], affine[i, -1] = spacing, origin
     return affine
+
+
+def axis_scales(affine: Affine) -> tuple[tuple[float, float], ...]:
+    """Return step and start of the coordinates that a NIfTI with an affine has, per axis.
+
+    They are positions in the world where the axes are those of the world, else multiples of the voxel size.
+
+    >>> axis_scales(np.array([[0, -2, 0, 9], [3, 0, 0, 9], [0, 0, 1, 9], [0, 0, 0, 1.0]]))
+    ((3.0, 0.0), (2.0, 0.0), (1.0, 0.0))
+    """
+    linear = affine[:3, :3]
+    if np.allclose(linear, np.diag(np.diag(linear))):
+        return tuple((float(linear[a, a]), float(affine[a, 3])) for a in range(3))
+    return tuple((float(np.linalg.norm(linear[:, a])), 0.0) for a in range(3))
+
+
+def to_input(affine: Affine, spacings: Mapping[str, Spacing | None]) -> Affine:
+    """Return the affine from the voxels of a volume to those of the input whose affine it has, by its coordinates."""
+    matrix = np.eye(4)
+    for row, (axis, (step, start)) in enumerate(zip(spacings.values(), axis_scales(affine), strict=True)):
+        if axis is None or not step:
+            continue
+        scale = 1.0 if axis.step is None else axis.step / step
+        offset = (axis.start - start) / step
+        # coordinates have the rounding of the file's float32: where it was the same grid, it is the same affine
+        whole = round(offset)
+        matrix[row, row] = math.copysign(1.0, scale) if abs(abs(scale) - 1) < EVEN / 10 else scale
+        matrix[row, 3] = whole if abs(offset - whole) < EVEN * (1 + abs(offset) / 10) else offset
+    return matrix
 
 
 def shifted(affine: Affine, corner: Ints) -> Affine:

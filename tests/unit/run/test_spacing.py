@@ -123,6 +123,7 @@ def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, gr
     at = apply_affine(written.affine, np.moveaxis(np.indices(written.shape), 0, -1))
     np.testing.assert_allclose((at @ [1.0, -2.0, 0.5] + 100)[inner], np.asarray(written.dataobj)[inner], rtol=1e-4)
     assert nibabel.aff2axcodes(written.affine) == nibabel.aff2axcodes(affine)
+    np.testing.assert_allclose(Volume(tmp_path / "out.zarr").affine, written.affine, atol=1e-5)
     if grid == "volume":
         np.testing.assert_allclose(written.affine, affine, atol=1e-5)
     if code == "PIR":  # the model gets patches (z, x, y), one of these axes flipped
