@@ -3,7 +3,8 @@
 Small runs are killed at random times until they are complete, and their bytes compared with those of a run that nothing
 disturbed: in threads, in parts, in worker processes of one machine, and on a cluster, where the victim is a worker
 (killed, or frozen and thawed later), all workers, the scheduler, or the client. With `--every-change`, a tiny run dies
-before each change of the disk instead, and is run again; one of `label`, too. Exits with 1 if one result is wrong.
+before each change of the disk instead, and is run again; one of `label`, and one whose scores are resampled, too. Exits
+with 1 if one result is wrong.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tests.support.small_run import (
     labelling_job,
     patch_calls,
     prediction,
+    resampling_job,
     small_run,
     undisturbed,
 )
@@ -240,6 +242,8 @@ def every_change(folder: Path, mode: str) -> int:
     """Let a tiny run die before each of its changes of the disk; return their number."""
     if mode == "label":
         job = labelling_job(folder, (16, 16))
+    elif mode == "resampled":
+        job = resampling_job(folder)
     else:
         make_volume(folder / "volume.zarr", (16,), (8,))
         job = job_in(folder, **TINY, overlap_mode=mode)
@@ -258,7 +262,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--every-change", action="store_true")
     asked = parser.parse_args()
-    for mode in ("hann", "crop", "instances", "label") if asked.every_change else ():
+    for mode in ("hann", "crop", "instances", "label", "resampled") if asked.every_change else ():
         with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:
             print(f"{mode}: died before each of {every_change(Path(folder), mode)} changes", flush=True)
     if asked.every_change:

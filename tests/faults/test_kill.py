@@ -14,9 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-import zarr
 
 from oocpatch.storage.journal import read_journal
 from oocpatch.storage.paths import LocalPath
@@ -32,6 +30,7 @@ from tests.support.small_run import (
     job_in,
     patch_calls,
     prediction,
+    resampling_job,
     undisturbed,
 )
 
@@ -295,11 +294,7 @@ def test_a_run_whose_scores_are_resampled_ends_in_the_same_bytes_wherever_it_is_
     children: Children, tmp_path: Path
 ) -> None:
     """Kills at changes of the disk that are spread over the run of the scores, and that of the output."""
-    group = zarr.create_group(tmp_path / "volume.zarr")
-    group.create_array("v", data=np.arange(1, 25, dtype=np.float32), chunks=(4,), dimension_names=("x",))
-    group.create_array("x", data=np.arange(24.0), dimension_names=("x",))
-    tiny = {"patch_size": 6, "patch_overlap": 3, "block_shape": 8, "output_chunks": 12, "workers": 1}
-    job = job_in(tmp_path, spacing=1.5, **tiny)
+    job = resampling_job(tmp_path)
     expected = undisturbed(children, job)
     assert len(expected) > 1
     assert children.run(fresh(job)) == 0

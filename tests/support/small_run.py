@@ -48,6 +48,14 @@ def labelling_job(root: Path, shape: tuple[int, ...] = (16,), **options: Any) ->
     return dataclasses.replace(job_in(root, block_shape=8, output_chunks=4, workers=1, **options), verb="label")
 
 
+def resampling_job(root: Path) -> Job:
+    """A run in an empty directory whose scores, of two blocks on another grid, are resampled to that of the volume."""
+    group = zarr.create_group(root / "volume.zarr")
+    group.create_array("v", data=np.arange(1, 25, dtype=np.float32), chunks=(4,), dimension_names=("x",))
+    group.create_array("x", data=np.arange(24.0), dimension_names=("x",))
+    return job_in(root, **{**TINY, "output_chunks": 12}, spacing=1.5)
+
+
 def job_in(root: Path, **options: Any) -> Job:
     (root / "run").mkdir()
     return Job(
