@@ -92,7 +92,7 @@ def test_the_recipes_name_what_is_there() -> None:
 
 def test_each_recipe_names_the_test_files_that_it_changes() -> None:
     parts = re.split(r"^### ", recipes(), flags=re.MULTILINE)[1:]
-    assert len(parts) == 7
+    assert len(parts) == 8
     for part in parts:
         tests = re.findall(r"`(tests/[\w/]+\.py)`", part)
         assert tests, part.partition("\n")[0]
