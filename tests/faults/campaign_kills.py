@@ -246,7 +246,7 @@ def every_change(folder: Path, mode: str) -> int:
         job = resampling_job(folder)
     else:
         make_volume(folder / "volume.zarr", (16,), (8,))
-        job = job_in(folder, **TINY, overlap_mode=mode)
+        job = job_in(folder, **TINY, **({"model_id": mode} if mode == "vectors" else {"overlap_mode": mode}))
     with Children() as children:
         assert children.run(job) == 0
         expected, changes = prediction(job), report(job).changes
@@ -262,7 +262,8 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--every-change", action="store_true")
     asked = parser.parse_args()
-    for mode in ("hann", "crop", "instances", "label", "resampled") if asked.every_change else ():
+    modes = ("hann", "crop", "instances", "label", "resampled", "vectors")
+    for mode in modes if asked.every_change else ():
         with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:
             print(f"{mode}: died before each of {every_change(Path(folder), mode)} changes", flush=True)
     if asked.every_change:

@@ -117,7 +117,7 @@ def test_a_run_with_vectors_that_dies_at_any_change_of_the_disk_ends_in_the_same
     assert children.run(job) == 0, report(job).message
     expected, changes = prediction(job), report(job).changes
     assert {name.split("/")[0] for name in expected} == {"prediction", "vectors", "starts"}
-    for number in range(0, changes, 13):  # the campaign does all
+    for number in range(0, changes, 23):  # the campaign does all
         die_and_resume(children, job, expected, number)
 
 

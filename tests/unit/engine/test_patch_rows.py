@@ -50,7 +50,7 @@ def grids(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(grids())
 def test_rows_are_those_of_a_plain_loop_over_the_grid_to_the_last_bit(grid: dict[str, Any]) -> None:
     shape, patch, overlap = grid["shape"], grid["patch"], grid["overlap"]
