@@ -116,12 +116,12 @@ class ChunkGuard:
             return
         counts = tuple(s // c for s, c in zip(shard, chunk, strict=True))
         nbytes, checksum = 16 * math.prod(counts), 4 * (len(sharding.index_codecs) - 1)
-        start = 0 if sharding.index_location.value == "start" else size - nbytes - checksum
+        start = 0 if setting(sharding.index_location) == "start" else size - nbytes - checksum
         raw = _read(file, nbytes, start) if start >= 0 else b""
         if len(raw) < nbytes:
             return  # cut off: the decoder reports it
         endian = getattr(sharding.index_codecs[0], "endian", None)
-        order = ">u8" if endian is not None and endian.value == "big" else "<u8"
+        order = ">u8" if setting(endian) == "big" else "<u8"
         index = np.frombuffer(raw, order).reshape(*counts, 2)
         spans = zip(position, shard, chunk, bounds, strict=True)
         ranges = [range(max(a - p * s, 0) // c, -(-min(b - p * s, s) // c)) for p, s, c, (a, b) in spans]
@@ -142,6 +142,15 @@ class ChunkGuard:
                 f"chunk {key} of {self.folder} must decode to {expected} bytes, as its metadata says, "
                 f"but would decode to {size} or more; it is damaged or hostile"
             )
+
+
+def setting(value: Any) -> str:
+    """Return a setting of a codec as text, empty for none: an enumeration's member before zarr-python 3.4.
+
+    >>> setting("little"), setting(None)
+    ('little', '')
+    """
+    return "" if value is None else str(getattr(value, "value", value))
 
 
 def limit(expected: int) -> int:

@@ -29,7 +29,7 @@ from zarr.codecs import BloscCodec, BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from oocpatch.planning.box import Box, Ints, selected, unit_positions
-from oocpatch.storage.chunk_guard import ChunkGuard, declared_size
+from oocpatch.storage.chunk_guard import ChunkGuard, declared_size, setting
 from oocpatch.storage.unit_tags import UnitStamps, settled
 from oocpatch.system import open_to_read, read_at
 
@@ -167,7 +167,7 @@ def _codec_of(array: zarr.Array[Any]) -> tuple[Any, bool] | None:
         in_order = array.order == "C"
     else:
         endian = getattr(array.serializer, "endian", None)
-        in_order = isinstance(array.serializer, BytesCodec) and (endian is None or endian.value == sys.byteorder)
+        in_order = isinstance(array.serializer, BytesCodec) and setting(endian) in {"", sys.byteorder}
     if not in_order:
         return None
     if not array.compressors:
