@@ -205,7 +205,7 @@ def _head(config: RunConfig, name: str, output: torch.Tensor, scale: tuple[Scale
         if values.device.type != "cpu":  # normalize tasks have sums in main memory
             _postprocessed(postprocess, values.cpu(), loops)
         out_channels, out_dtype = result.shape[0], str(result.numpy(force=True).dtype)
-        if is_argmax(postprocess):
+        if is_argmax(postprocess, channels):
             out_dtype = str(np.min_scalar_type(max(channels - 1, 0)))
     out_dtype = IDS if is_objects else out_dtype
     labels = np.dtype(out_dtype).kind in "bui"  # not because `output_dtype` asks for rounding

@@ -28,6 +28,7 @@ from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, Refused, load_package
 from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
+from oocpatch.models.postprocessing import joins_voxels
 from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond, nonzero_box
 from oocpatch.models.preprocessing import needs_statistics
 from oocpatch.outputs.ome_labels import format_in_parent
@@ -181,6 +182,8 @@ class RunConfig:
             check_fits("fill", patches.fill, str(self.volume.dtype))
         if self.finds_objects:
             self._check_objects()
+        if self.labels_result:
+            self._check_labels()
         if self.finds_objects and self.target is not None:
             raise ValueError("output_grid must be 'model' for overlap_mode 'instances': objects are not resampled")
         if self.execution.processes and self.execution.client is not None:
@@ -212,6 +215,31 @@ class RunConfig:
                 "patch_overlap must not be 0 for overlap_mode 'instances': objects are matched where patches overlap; "
                 "let it be as long as an object"
             )
+
+    def _check_labels(self) -> None:
+        """Refuse what does not go with a postprocess that labels.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if self.target is not None:
+            raise ValueError("output_grid must be 'model' for postprocess 'label': label what was resampled afterwards")
+        if self.outputs.output_fill != 0:
+            raise ValueError(f"output_fill must be 0 for postprocess 'label', got {self.outputs.output_fill}")
+        dtype = self.outputs.output_dtype
+        if dtype is not None and (isinstance(dtype, Mapping) or np.dtype(dtype).kind not in "iu"):
+            raise ValueError(f"output_dtype must be of integers for postprocess 'label', which hold ids, got {dtype!r}")
+
+    @property
+    def labels_result(self) -> bool:
+        """Return whether connected voxels of the result are labelled."""
+        postprocess = self.model.postprocess
+        return any(map(joins_voxels, postprocess.values() if isinstance(postprocess, Mapping) else [postprocess]))
+
+    @property
+    def is_made_of_scores(self) -> bool:
+        """Return whether the output is made of that of another run, which is `scores` once it is known."""
+        return self.scores is None and (self.target is not None or self.labels_result)
 
     @property
     def finds_objects(self) -> bool:
@@ -359,7 +387,8 @@ class RunConfig:
             return
         # parameters that are off are not in the fingerprint
         differing = differences({**dict.fromkeys(record.parameters), **self.parameters}, record.parameters)
-        if not differing and self.limits.block_shape is not None and self.target is None:
+        is_of_own_blocks = self.target is None and not self.labels_result
+        if not differing and self.limits.block_shape is not None and is_of_own_blocks:
             asked, stored = self._planned_block_shape(record.details), record.details["block_shape"]
             if list(asked) != list(stored):
                 differing["block_shape"] = (list(asked), list(stored))

@@ -72,7 +72,7 @@ class ModelOptions:
         identity="code_per_head",
         kind="per_head",
         choices=POSTPROCESSES,
-        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER|none]",
+        metavar="[argmax|softmax|sigmoid|threshold|threshold:NUMBER|label|label:NUMBER|none]",
         help="Apply a function to the blended scores; HEAD=NAME,... for several outputs.",
     )
     device: str = option(

@@ -207,9 +207,11 @@ def _inspect_table(path: StoragePath) -> OutputRecord | None:
 
 
 def write_table_record(path: StoragePath, record: OutputRecord, lines: Iterable[bytes] = ()) -> None:
-    """Replace the record of a table, atomically, with lines of its ledger after it."""
-    text = json.dumps(record.to_dict(path))
-    replace_journal(table_record(path), (encode_record(Record("begun", 0, note=text).values()), *lines))
+    """Replace the record of a table, atomically, with lines of its ledger after it; only with the output's lock."""
+    text, place = json.dumps(record.to_dict(path)), table_record(path)
+    for left in place.list_siblings(f"{place.name}."):  # of a crash before the record was renamed
+        left.unlink(missing_ok=True)
+    replace_journal(place, (encode_record(Record("begun", 0, note=text).values()), *lines))
 
 
 def publish_table(path: LocalPath, file: LocalPath, details: Mapping[str, Any], lines: Iterable[bytes]) -> None:

@@ -236,7 +236,7 @@ def _progress_display(
     total = plan.patches if len(blocks) == plan.blocks else plan.patches_in(blocks)
     resumed = plan.patches_in([i for i in blocks if i in done.partials])
     verb, unit = "predict", "patches"
-    if plan.scores:
+    if plan.scores and plan.labelling is None:
         verb = "resample"
     elif plan.table is not None:
         verb, unit = "objects", "voxels"

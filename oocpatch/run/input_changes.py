@@ -296,7 +296,7 @@ def compare_input(config: RunConfig, stored: Plan | None, record: OutputRecord |
         if plan is None or not (execution.check_input or execution.update):
             return InputChanges()
         changes = changes_of_complete(config, plan)
-    elif config.target is not None and config.scores is None:
+    elif config.is_made_of_scores:
         return InputChanges()  # the run of the scores compares
     else:
         workspace = None if stored is None else find_workspace(config, record)

@@ -79,6 +79,8 @@ def lazy(
             "overlap_mode must not be 'instances' for a lazy result: the ids of objects depend on the whole volume; "
             "call predict"
         )
+    if config.labels_result:
+        raise ValueError("postprocess must not be 'label' for lazy: ids depend on the whole volume; use predict")
     if config.target is not None:
         raise ValueError(
             "output_grid must be 'model' for a lazy result with spacing: on the grid of the volume, stored scores are "

@@ -1,4 +1,4 @@
-"""A run whose output lies on the grid of the volume: the run of its scores, in its workspace, and then its own.
+"""A run whose output is resampled or labelled: the run of its scores, in its workspace, and then its own.
 
 ```text
  lock, output, workspace --> scores: a whole run, or a part --> resample: the stages of the output --> complete
@@ -40,7 +40,7 @@ def shown_plan(plan: Plan) -> Plan:
         return plan
     scores = Plan.from_json(plan.scores)
     size = " x ".join(map(str, plan.shape[-plan.spatial :]))
-    note = f"scores are resampled to {size} voxels"
+    note = f"scores are resampled to {size} voxels" if plan.labelling is None else "connected voxels are labelled"
     return replace(
         scores,
         projected_memory=max(scores.projected_memory, plan.projected_memory),
@@ -92,7 +92,8 @@ def keep_scores_record(config: RunConfig, workspace: Workspace) -> dict[str, Any
     (config.output / name).write_atomic(source.read_bytes())
     files = {**own.details["files"], name: file_checksum(config.output / name)}
     write_record(config.output, replace(own, details={**own.details, "files": files}))
-    return {fact: record.details[fact] for fact in OF_SCORES if fact in record.details}
+    facts = OF_SCORES if workspace.plan.labelling is None else (*OF_SCORES, "uncovered_voxels", "nonfinite_voxels")
+    return {fact: record.details[fact] for fact in facts if fact in record.details}
 
 
 def run_part(config: RunConfig, asked: RunConfig, plan: Plan, part: ArrayJobPart, run: RunScores) -> Result | None:

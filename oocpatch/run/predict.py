@@ -445,8 +445,8 @@ def _run(config: RunConfig, planned: Plan | None, blocks: Iterable[int] | None) 
 
 
 def _to_run(config: RunConfig, stored: Plan | None, planned: Plan | None) -> tuple[RunConfig, Plan]:
-    """Return the configuration and the plan of the run: of the output, where scores are resampled to its grid."""
-    if config.target is not None and config.scores is None:
+    """Return the configuration and the plan of the run: of the output, where it is made of scores."""
+    if config.is_made_of_scores:
         return on_output_grid(config, stored or planned)
     plan = stored or planned or make_plan(config)
     return config.with_sizes(plan.patch_size[config.looped :], plan.batch_size), plan
@@ -463,7 +463,7 @@ def _locked_run(config: RunConfig, plan: Plan, blocks: Sequence[int] | None, *, 
         details = _run_stages(config, workspace, blocks)
     except TooManyObjects as error:
         config = with_larger_ids(config, error)
-        return _locked_run(config, make_plan(config), blocks, resuming=False)
+        return _locked_run(config, replace(make_plan(config), scores=plan.scores), blocks, resuming=False)
     if details is None:
         return _result(config, complete=False)
     complete(config, workspace, {**details, **keep_scores_record(config, workspace)})
@@ -512,7 +512,7 @@ def _run_stages(config: RunConfig, workspace: Workspace, blocks: Sequence[int] |
 
 def _checked_blocks(plan: Plan, blocks: Iterable[int]) -> list[int]:
     if plan.scores:
-        raise ValueError("blocks must be None where scores are resampled; pass output_grid='model' to look at blocks")
+        raise ValueError("blocks must be None where scores are resampled or labelled; look at blocks of the scores")
     chosen = sorted({int(block) for block in blocks})
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < plan.blocks:
         raise ValueError(f"blocks must be indices from 0 to {plan.blocks - 1}, got {chosen}")

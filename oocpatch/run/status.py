@@ -113,6 +113,7 @@ def status(output: str | os.PathLike[str]) -> RunStatus:
     seconds = (max(done.last_at, time.time()) if running else done.last_at) - done.begun_at
     speed = recent / seconds if done.begun_at and seconds > 0 else 0.0
     left = workspace.plan.patches - patches
+    verb = verb if workspace.plan.labelling is None else "label"
     if verb == "label":  # voxels are read once more
         left += workspace.plan.patches - workspace.plan.patches_in(done.normalized)
     return RunStatus(

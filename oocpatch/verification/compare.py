@@ -21,7 +21,7 @@ from oocpatch.configuration.run_config import settings_of_package
 from oocpatch.models import augmentation, preprocessing
 from oocpatch.models.loading import Model, load_models
 from oocpatch.models.packages.package import load_package
-from oocpatch.models.postprocessing import checked_postprocess, postprocess_of
+from oocpatch.models.postprocessing import checked_postprocess, joins_voxels, postprocess_of
 from oocpatch.models.predictor import Predictor, resolve_device
 from oocpatch.models.wrappers import ensemble
 from oocpatch.planning.box import Box, Ints
@@ -150,6 +150,8 @@ def _settings(source: Volume, arguments: dict[str, Any]) -> dict[str, Any]:
         raise TypeError("check needs patch_size, as predict does")
     settings = {"patch_overlap": 0, "overlap_mode": "hann", "batch_size": 1, "progress": False, **arguments}
     settings["postprocess"] = checked_postprocess(settings.get("postprocess"))
+    if joins_voxels(settings["postprocess"]):
+        raise ValueError("postprocess must not be 'label' for check: compare the classes, such as those of 'argmax'")
     size, overlap = (spatial_sizes(name, settings[name], source) for name in ("patch_size", "patch_overlap"))
     PatchGrid.of(source.shape[-source.spatial_ndim :], size, overlap)  # checks the sizes
     settings |= {"patch_size": size, "patch_overlap": overlap}

@@ -3,8 +3,8 @@
 Small runs are killed at random times until they are complete, and their bytes compared with those of a run that nothing
 disturbed: in threads, in parts, in worker processes of one machine, and on a cluster, where the victim is a worker
 (killed, or frozen and thawed later), all workers, the scheduler, or the client. With `--every-change`, a tiny run dies
-before each change of the disk instead, and is run again; one of `label`, and one whose scores are resampled, too. Exits
-with 1 if one result is wrong.
+before each change of the disk instead, and is run again; those of `label` and `objects`, and one whose scores are
+resampled, too. Exits with 1 if one result is wrong.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from tests.support.small_run import (
     prediction,
     resampling_job,
     small_run,
+    table_job,
     undisturbed,
 )
 
@@ -240,10 +241,13 @@ WAYS: dict[str, Callable[[Path, int, random.Random], Tally]] = {
 
 def every_change(folder: Path, mode: str) -> int:
     """Let a tiny run die before each of its changes of the disk; return their number."""
-    if mode == "label":
-        job = labelling_job(folder, (16, 16))
+    if mode in {"label", "objects"}:
+        job = labelling_job(folder, (16, 16)) if mode == "label" else table_job(folder)
     elif mode == "resampled":
         job = resampling_job(folder)
+    elif mode == "predict and label":
+        make_volume(folder / "volume.zarr", (16,), (8,))
+        job = job_in(folder, **TINY, postprocess="label:7.5")
     else:
         make_volume(folder / "volume.zarr", (16,), (8,))
         job = job_in(folder, **TINY, **({"model_id": mode} if mode == "vectors" else {"overlap_mode": mode}))
@@ -262,7 +266,7 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--every-change", action="store_true")
     asked = parser.parse_args()
-    modes = ("hann", "crop", "instances", "label", "resampled", "vectors")
+    modes = ("hann", "crop", "instances", "label", "resampled", "vectors", "predict and label", "objects")
     for mode in modes if asked.every_change else ():
         with tempfile.TemporaryDirectory(prefix="oocpatch-campaign-") as folder:
             print(f"{mode}: died before each of {every_change(Path(folder), mode)} changes", flush=True)

@@ -1,4 +1,4 @@
-"""Promises on faults of `label`: killed, damaged or on a cluster, it ends in the same bytes."""
+"""Promises on faults of `label` and `objects`: killed, damaged or on a cluster, they end in the same bytes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import xarray
 
+import oocpatch
 from oocpatch.storage.paths import LocalPath
 from oocpatch.workspace.ledger import read_ledger
 from tests.faults.test_damage import DAMAGES
 from tests.support.children import Children, report
-from tests.support.crash_child import Job
-from tests.support.small_run import die_and_resume, fresh, labelling_job, prediction
+from tests.support.crash_child import Job, make_volume
+from tests.support.small_run import TINY, die_and_resume, fresh, job_in, labelling_job, prediction, table_job
 
 
 @pytest.fixture
@@ -29,6 +31,32 @@ def test_a_run_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(childr
     assert changes > 30, "tables of two blocks, ids of both, and the output"
     for number in range(0, changes, 10):  # the campaign does all, of a larger run
         die_and_resume(children, tiny, expected, number)
+
+
+def test_a_prediction_that_is_labelled_and_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(
+    children: Children, tmp_path: Path
+) -> None:
+    """In the run of the classes, in that of the labels, and between them."""
+    make_volume(tmp_path / "volume.zarr", (16,), (8,))
+    job = job_in(tmp_path, **TINY, postprocess="threshold:7.5")
+    assert children.run(job) == 0
+    labels = oocpatch.label(f"{job.output}/prediction", tmp_path / "labels", progress=False)
+    job = fresh(job, options={**TINY, "postprocess": "label:7.5"})
+    assert children.run(job) == 0
+    expected, changes = prediction(job), report(job).changes
+    assert xarray.open_zarr(job.output)["labels"].values.tolist() == labels.values.tolist()
+    for number in range(3, changes, 19):
+        die_and_resume(children, job, expected, number)
+
+
+def test_a_table_that_dies_at_any_change_of_the_disk_ends_in_the_same_bytes(children: Children, tmp_path: Path) -> None:
+    """At some changes while blocks are measured, and at each while the table is completed."""
+    job = table_job(tmp_path)
+    assert children.run(job) == 0
+    expected, changes = prediction(job), report(job).changes
+    assert expected["table"].splitlines()[1:3] == ["1,48,3,6,0,16,4.0,7.5", "2,48,6,9,0,16,7.0,7.5"]
+    for number in (*range(1, changes - 9, 9), *range(changes - 9, changes)):
+        die_and_resume(children, job, expected, number)
 
 
 def merged(children: Children, job: Job) -> Path:

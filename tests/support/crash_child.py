@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `predict`, or of `label`, and what shall happen to it. Travels as JSON."""
+    """One call of `predict`, `label` or `objects`, and what shall happen to it. Travels as JSON."""
 
     volume: str
     output: str
@@ -241,8 +241,8 @@ def perform(job: Job) -> NoReturn:
     try:
         # JSON knows no tuples.
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in job.options.items()}
-        if job.verb == "label":
-            oocpatch.label(job.volume, job.output, progress=False, **options)
+        if job.verb != "predict":
+            getattr(oocpatch, job.verb)(job.volume, job.output, progress=False, **options)
         else:
             oocpatch.predict(job.volume, scripted_model, job.output, progress=False, **options)
     except KeyboardInterrupt:
@@ -266,6 +266,7 @@ def import_what_a_run_imports() -> None:
             settings = {"patch_size": 8, "output_chunks": 4, "progress": False, "output_format": "ome-zarr"}
             oocpatch.predict(np.zeros((8, 8), np.float32), scripted_model, f"{root}/out", **settings)
             oocpatch.label(np.eye(8, dtype=bool), f"{root}/labels", block_shape=4, progress=False)
+            oocpatch.objects(np.eye(8, dtype=bool), f"{root}/table.csv", progress=False)
         with os.fdopen(sender, "w") as pipe:
             json.dump(list(sys.modules), pipe)
         os._exit(0)

@@ -18,8 +18,7 @@ import zarr
 import oocpatch
 from oocpatch.objects import block_measurement, table_files
 from oocpatch.run import table_tasks
-from tests.support.children import Children, unchanged
-from tests.support.crash_child import DIED
+from tests.support.children import unchanged
 from tests.support.measured_objects import expected_columns, filled
 
 SHAPE, CHUNKS = (20, 24, 28), (8, 8, 8)
@@ -181,29 +180,6 @@ def test_a_stopped_call_is_continued(volumes, tmp_path, monkeypatch):
     ]
     make(volumes, output, workers=1)
     assert len(measured) == 37
-
-
-def test_a_process_that_dies_at_any_change_of_the_disk_is_continued(volumes, tmp_path, children: Children):
-    expected = make(volumes, tmp_path / "whole.csv", block_shape=16).read_bytes()
-    labels, image = volumes[0] / "labels.zarr", str(volumes[0] / "image.zarr")
-    options = {"intensity": image, "block_shape": 16, "workers": 1}
-    folder = tmp_path / "here"
-    folder.mkdir()
-    output = folder / "cells.csv"
-    changes = children.measure("tests.support.table_child", labels, output, folder, None, options)["changes"]
-    assert output.read_bytes() == expected
-    rng = np.random.default_rng(0)
-    late = range(changes - 8, changes)  # what completes a table
-    for die_before in sorted({*rng.integers(0, changes, 4).tolist(), *late}):
-        for path in folder.glob("*"):
-            if path.is_file():
-                path.unlink()
-        code, _, _ = children.call("tests.support.table_child", labels, output, folder, die_before, options)
-        assert code == DIED
-        assert not output.exists() or output.read_bytes() == expected
-        make(volumes, output, block_shape=16, workers=1)
-        assert output.read_bytes() == expected
-        assert sorted(path.name for path in folder.iterdir()) == ["cells.csv", "cells.csv.oocpatch.record"]
 
 
 def test_damage_in_the_workspace_is_measured_again(volumes, tmp_path, monkeypatch):
