@@ -171,7 +171,8 @@ def predict(
             steps. Here, in `augment` and in `postprocess`, `"none"` leaves out what a model package asks for.
         augment: flips and rotations over which predictions are averaged: `"flips"`, `"rotations"`, `"all"`, names of
             axes to flip, or a dict of a name and the axes it may use.
-        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), `"clip:0:1"`,
+        postprocess: `"argmax"`, `"softmax"`, `"sigmoid"`, `"threshold"` (at 0.5; else `"threshold:0.3"`), `"label"`
+            (connected voxels of a class, or of scores above 0.5 or another `"label:0.3"`, get an id), `"clip:0:1"`,
             `"linear:2:1"` (`2 x + 1`), or a function of blended scores `(C, *box)` that works voxel by voxel; or a list
             of these. A dict gives each output its own.
         device: device of the model; `"auto"`: an accelerator when there is one.
