@@ -15,10 +15,10 @@ from oocpatch.outputs.integrity import LEDGER
 from oocpatch.storage.paths import output_path
 from oocpatch.workspace.ledger import segments
 from oocpatch.workspace.workspace import Workspace
-from tests.support.children import Children, report
+from tests.support.children import Children, file_digests, report
 from tests.support.clusters import Fork, SmallCluster, until
 from tests.support.crash_child import Job, make_volume
-from tests.support.small_run import MIDDLE, MOST_IN_BLOCK, TINY, all_patches, patch_calls, prediction, small_run
+from tests.support.small_run import MIDDLE, MOST_IN_BLOCK, TINY, all_patches, patch_calls, small_run
 from tests.support.stores import Bucket, killed_before, served, with_environment
 
 
@@ -33,7 +33,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, children: Children) -> tuple
     """The run over two axes, and the bytes of its output when it is done here."""
     job = small_run(tmp_path_factory.mktemp("local"))
     assert children.run(job) == 0
-    return job, prediction(job)
+    return job, file_digests(Path(job.output) / "prediction")
 
 
 def there(job: Job, bucket: Bucket, name: str, **options: Any) -> Job:

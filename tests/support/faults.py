@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import oocpatch
-from tests.support.children import Children, file_digests, report
+from tests.support.children import Children, report
 from tests.support.crash_child import Job
-from tests.support.small_run import fresh
+from tests.support.small_run import fresh, prediction
 
 LOUD, SILENT = ("eio", "enospc", "slow"), ("tear", "flip", "stale")
 HONEST = {"OSError", "BlockFailed", "CorruptData", "OutputExists", "FileNotFoundError"}
@@ -48,11 +47,11 @@ def outcome(children: Children, job: Job, expected: dict[str, str], fault: str, 
     except (oocpatch.OutputExists, oocpatch.CorruptData):  # what the output says of itself is damaged
         return _afresh(children, job, expected, where)
     if found.passed:
-        if file_digests(Path(job.output) / "prediction") != expected:
+        if prediction(job) != expected:
             raise Wrong(f"{where}: other bytes, and check found nothing")
         return how
     code = children.run(job)
-    if code or file_digests(Path(job.output) / "prediction") != expected or not oocpatch.verify(job.output).passed:
+    if code or prediction(job) != expected or not oocpatch.verify(job.output).passed:
         raise Wrong(f"{where}: not mended by repair: {report(job).message}")
     return "mended"
 
@@ -66,6 +65,6 @@ def _afresh(children: Children, job: Job, expected: dict[str, str], where: str) 
         again = fresh(job)
         if children.run(again):
             raise Wrong(f"{where}, and in an empty place: {report(again).message}")
-    if file_digests(Path(job.output) / "prediction") != expected or not oocpatch.verify(job.output).passed:
+    if prediction(job) != expected or not oocpatch.verify(job.output).passed:
         raise Wrong(f"{where}: starting afresh gave other bytes")
     return "afresh"
