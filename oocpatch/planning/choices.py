@@ -14,7 +14,7 @@ PADDING_SYNONYMS = {"replicate": "edge", "circular": "wrap"}
 """Names of PyTorch and TorchIO, each with that of NumPy."""
 PADDING_MODES = ("constant", *FOLDED_PADDING, *STATISTIC_PADDING, *PADDING_SYNONYMS)
 PATCH_STARTS = ("regular", "even")
-POSTPROCESSES = ("argmax", "softmax", "sigmoid", "threshold", "clip", "linear", "none")
+POSTPROCESSES = ("argmax", "softmax", "sigmoid", "threshold", "label", "clip", "linear", "none")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 WORKS = ("light", "heavy")
 OUTPUT_FORMATS = ("auto", "zarr", "ome-zarr")
