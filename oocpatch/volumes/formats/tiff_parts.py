@@ -31,7 +31,7 @@ def check_complete(tiff: Any, level: Any, path: Path) -> None:
         _check_chain(tiff, path)
     if level.kind in ("generic", "uniform", ""):
         _check_promises(tiff, level, path)
-    shape = level.get_shape(False)
+    shape, names = _unsqueezed(level)
     if contiguous:
         _check_end(level[0], level.dataoffset + math.prod(shape) * level.dtype.itemsize)
         return
@@ -45,7 +45,7 @@ def check_complete(tiff: Any, level: Any, path: Path) -> None:
             _check_end(page, max(a + b for a, b in zip(page.dataoffsets, page.databytecounts, strict=False)))
     missing.extend(range(present, count))
     if missing:
-        axes = [(name, n) for name, n in zip(level.get_axes(False).lower(), shape, strict=True) if name not in "yxs"]
+        axes = [(name, n) for name, n in zip(names.lower(), shape, strict=True) if name not in "yxs"]
         sizes = tuple(n for _, n in axes)
         index = np.unravel_index(missing[0], sizes) if math.prod(sizes) == count else ()
         first = ", ".join(f"{name}={i}" for (name, n), i in zip(axes, index, strict=False) if n > 1)
@@ -134,3 +134,10 @@ def _missing_files(tiff: Any, level: Any) -> str:
     missing = [name for name in names if name and Path(name).name not in loaded]
     more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     return ", ".join(itertools.islice(missing, SHOWN)) + more
+
+
+def _unsqueezed(level: Any) -> tuple[tuple[int, ...], str]:
+    """Return shape and axes of a series with those of length 1; tifffile has no others since 2026.11."""
+    if hasattr(level, "get_shape"):
+        return level.get_shape(False), level.get_axes(False)
+    return level.shape, level.axes
