@@ -52,6 +52,27 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class DefaultText(str):
+    """A default value that is equal to the same text given by a caller, and told from it by its type."""
+
+    __slots__ = ()
+
+
+class DefaultNumber(int):
+    """A default value that is equal to the same number given by a caller, and told from it by its type.
+
+    >>> DefaultNumber(1) == 1, is_given(DefaultNumber(1)), is_given(1)
+    (True, False, True)
+    """
+
+    __slots__ = ()
+
+
+def is_given(value: Any) -> bool:
+    """Return whether a caller gave this value; None is no value."""
+    return value is not None and not isinstance(value, (DefaultText, DefaultNumber))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed libraries that results depend on."""
     installed = {"python": platform.python_version()}

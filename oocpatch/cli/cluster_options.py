@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 scheduler_option = click.option(
     "--scheduler",
@@ -30,13 +31,13 @@ def client_of(options: dict[str, Any], log: Any) -> Iterator[dict[str, Any]]:
         return
     from oocpatch.execution.dask_clients import connected, log_dashboard
 
-    with connected(scheduler, arguments["workers"] or 0, arguments["device"]) as client:
+    with connected(scheduler, options["workers"] or 0, options["device"]) as client:
         log(f"dashboard: {log_dashboard(client)}")
         yield {
             **arguments,
             "client": client,
             "processes": False,
-            "workers": None if processes else arguments["workers"],
+            "workers": None if processes else options["workers"],
         }
 
 
@@ -60,15 +61,17 @@ def as_planned(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], str | None, bool]:
-    arguments = dict(options)
-    scheduler, processes = arguments.pop("scheduler"), arguments["processes"]
+    """Return the arguments that were given, the scheduler, and whether tasks run in processes."""
+    scheduler, processes = options["scheduler"], options["processes"]
+    source = click.get_current_context().get_parameter_source
+    arguments = {n: value for n, value in options.items() if source(n) != ParameterSource.DEFAULT and n != "scheduler"}
     if scheduler and processes:
         raise click.UsageError("--scheduler and --processes are two ways to the same: give one of them.")
-    if (processes or is_slurm(scheduler)) and not arguments["workers"]:
+    if (processes or is_slurm(scheduler)) and not options["workers"]:
         raise click.UsageError(
             f"--{'processes' if processes else 'scheduler slurm'} needs their number: give --workers N."
         )
-    if (scheduler or processes) and arguments["part"]:
+    if (scheduler or processes) and options["part"]:
         raise click.UsageError("--part is for jobs without a scheduler: give one of the two.")
     return arguments, scheduler, processes
 

@@ -42,7 +42,7 @@ from oocpatch.planning.heads import patch_grid
 from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.plan import differences
 from oocpatch.planning.planner import chosen_overlap
-from oocpatch.provenance import run_settings
+from oocpatch.provenance import is_given, run_settings
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
@@ -114,10 +114,11 @@ class RunConfig:
             raise TypeError(f"predict and plan have no argument {', '.join(unknown)}")
         if missing := [name for name in required if name not in arguments]:
             raise TypeError(f"predict and plan need {', '.join(missing)}")
-        settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments)})
         trust = bool(arguments.get("trust_pickle"))
         package = load_package(model, trust_pickle=trust, device=arguments.get("device", "auto"))
         of_package = settings_of_package(package, arguments)
+        kept = {} if package is None else {n: arguments[n] for n in package.settings if is_given(arguments.get(n))}
+        settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments), **kept})
         arguments |= of_package
         target = output_path("output", output)
         check_is_zarr("output", target)
@@ -539,13 +540,13 @@ def _checked_group(group: type[Any], arguments: Mapping[str, Any], volume: Volum
 
 
 def settings_of_package(package: ModelPackage | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model package that apply: those that the caller did not give, or gave as the default.
+    """Return the settings of a model package that apply: those that the caller did not give.
 
     Raises:
         ValueError: for one that cannot be honoured.
     """
-    given = _without_defaults(arguments)
-    settings = {} if package is None else {n: value for n, value in package.settings.items() if n not in given}
+    settings = {} if package is None else package.settings
+    settings = {name: value for name, value in settings.items() if not is_given(arguments.get(name))}
     for value in settings.values():
         if isinstance(value, Refused):
             raise ValueError(str(value))

@@ -33,7 +33,7 @@ from oocpatch.outputs.record import inspect_output
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
-from oocpatch.provenance import run_settings
+from oocpatch.provenance import DefaultNumber, DefaultText, run_settings
 from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idle_workers
 from oocpatch.run.driver import (
     all_done,
@@ -56,6 +56,10 @@ from oocpatch.workspace.workspace import Workspace
 
 logger = logging.getLogger("oocpatch")
 
+# Defaults of what a model package may set: an equal value that the caller gives wins over the package's.
+_NO_OVERLAP, _ONE_PATCH = DefaultNumber(0), DefaultNumber(1)
+_REGULAR, _HANN = DefaultText("regular"), DefaultText("hann")
+
 
 def predict(
     volume: Any,
@@ -63,14 +67,14 @@ def predict(
     output: str | os.PathLike[str],
     *,
     patch_size: int | Sequence[int] | Mapping[str, int] | str | None = None,
-    patch_overlap: int | Sequence[int] | Mapping[str, int] = 0,
-    patch_starts: str = "regular",
-    overlap_mode: str | Mapping[str, str] = "hann",
+    patch_overlap: int | Sequence[int] | Mapping[str, int] = _NO_OVERLAP,
+    patch_starts: str = _REGULAR,
+    overlap_mode: str | Mapping[str, str] = _HANN,
     num_classes: int | None = None,
     match: float = 0.5,
     padding_mode: str | None = None,
     fill: float = 0.0,
-    batch_size: int | str = 1,
+    batch_size: int | str = _ONE_PATCH,
     axes: str | Sequence[str] | None = None,
     level: int | str = 0,
     context_level: int | str | None = None,

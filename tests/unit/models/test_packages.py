@@ -60,6 +60,23 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return write
 
 
+def test_a_given_value_wins_where_it_is_the_default(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = write({"patch_size": 16, "patch_overlap": 8, "overlap_mode": "crop", "batch_size": 4})
+    arguments: dict[str, Any] = {"overlap_mode": "hann", "patch_overlap": 0}
+    oocpatch.predict(SCAN, spec, "out", **arguments, progress=False)
+    record = json.loads((tmp_path / "out/zarr.json").read_text())["attributes"]["oocpatch"]
+    settings, parameters = record["details"]["settings"], record["parameters"]
+    assert {name: settings[name] for name in arguments} == arguments
+    assert "batch_size" not in settings
+    assert [parameters[n] for n in ("overlap_mode", "patch_overlap", "batch_size")] == ["hann", [0, 0], 4]
+    typed = ["plan", "out", "new", "--model", spec, "--overlap-mode", "hann", "--json"]
+    main(typed, standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["package"] == {"patch_size": 16, "patch_overlap": 8, "batch_size": 4}
+
+
 def test_settings_come_from_the_package_unless_they_are_given(write: Any, tmp_path: Path) -> None:
     settings = {"patch_size": [16, 32], "patch_overlap": 8, "augment": "flips", "overlap_mode": "crop"}
     spec = write({**settings, "preprocess": {"name": "scale", "divide": 4}, "postprocess": "sigmoid"})
