@@ -17,7 +17,7 @@ import oocpatch
 from oocpatch import system
 from oocpatch.sampling.weighted import LabelSampler
 from oocpatch.storage.paths import LocalPath, file_url_path, local_or_url
-from tests.support.without_linux import MODULES, NAMES, without_linux
+from tests.without_linux import MODULES, NAMES, without_linux
 
 PACKAGE = Path(oocpatch.__file__).parent
 DATA = np.random.default_rng(0).integers(0, 5, (24, 20, 28)).astype(np.float32)

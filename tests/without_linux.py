@@ -1,6 +1,6 @@
 """The package without what Linux or POSIX alone have, as on Windows or macOS: for one test, or for many.
 
-pytest -p tests.support.without_linux tests/unit
+pytest -p tests.without_linux tests/unit
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def hide(stack: contextlib.ExitStack) -> None:
 
 def pytest_load_initial_conftests() -> None:
     """Hide the names before the package is imported; only a plugin that `-p` names is asked so early."""
+    for name in ("psutil", "torch", "zarr"):  # which go by the name of the system
+        importlib.import_module(name)
     stack = contextlib.ExitStack()
     hide(stack)
     importlib.import_module("oocpatch.system")
