@@ -130,7 +130,7 @@ class RunConfig:
                 refuse_overlap(name, path, each)
             path.check_writable(name)
         context = _context(volume, data, arguments)
-        named = volumes if isinstance(volume, Mapping) else {} if context is None else {"": data, "context": context}
+        named = volumes if isinstance(volume, dict) else {} if context is None else {"": data, "context": context}
         groups = {name: _checked_group(group, arguments, data) for name, group in GROUPS.items()}
         outputs = groups["outputs"]
         is_moved = own is not None and outputs.output_grid == "volume"
@@ -431,7 +431,7 @@ _OMITTED = {
 
 
 def _opened(volume: Any, axes: Any, level: int | str) -> Volume:
-    if isinstance(volume, list | tuple | Mapping):
+    if isinstance(volume, list | tuple | dict):
         return stacked_on_grid({name: _opened(part, axes, level) for name, part in parts_of(volume).items()})
     if isinstance(volume, Volume):
         return volume if axes is None else Volume(volume.source, axes, level)
@@ -451,7 +451,7 @@ def _read_volume(
     """
     axes, level, normalization = arguments.get("axes"), arguments.get("level", 0), None
     volumes = {name: _opened(part, axes, level) for name, part in parts_of(volume).items()}
-    is_several = isinstance(volume, list | tuple | Mapping)
+    is_several = isinstance(volume, list | tuple | dict)
     normalizes = package is not None and package.normalizes_first and "preprocess" in of_package
     if is_several and arguments.get("spacing") is not None and not normalizes and grid_differences(volumes):
         parts = zip(volumes.items(), parts_of(volume).values(), strict=True)
@@ -477,7 +477,7 @@ def _context(volume: Any, data: Volume, arguments: Mapping[str, Any]) -> Volume 
     asked = arguments.get("context_level")
     if asked is None:
         return None
-    if isinstance(volume, list | tuple | Mapping) or arguments.get("spacing") is not None:
+    if isinstance(volume, list | tuple | dict) or arguments.get("spacing") is not None:
         raise ValueError("context_level must be None with several volumes, and with spacing")
     level = _opened(volume, arguments.get("axes"), asked)
     level = Volume(level.source, data.axes)

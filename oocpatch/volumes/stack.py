@@ -125,12 +125,12 @@ def parts_of(volume: Any) -> dict[str, Any]:
     Raises:
         ValueError: for an empty dict or list, and names that no argument can have.
     """
-    if not isinstance(volume, list | tuple | Mapping):
+    if not isinstance(volume, list | tuple | dict):
         return {"volume": volume}
-    parts = volume if isinstance(volume, Mapping) else {f"volume[{i}]": part for i, part in enumerate(volume)}
+    parts = volume if isinstance(volume, dict) else {f"volume[{i}]": part for i, part in enumerate(volume)}
     if not parts:
         raise ValueError(f"volume must not be an empty {type(volume).__name__}")
-    for name in volume if isinstance(volume, Mapping) else ():
+    for name in volume if isinstance(volume, dict) else ():
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"names of volumes must be names of the model's arguments, got {name!r}")
     return dict(parts)

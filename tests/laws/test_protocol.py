@@ -12,7 +12,7 @@ from tests.support.protocol_machine import Protocol
 def test_crashes_faults_damage_and_duplicates_in_any_order_end_in_the_right_bytes(children: Children) -> None:
     Protocol.children, Protocol.tally = children, {}
     few = settings(
-        max_examples=11, stateful_step_count=6, deadline=None, derandomize=True,
+        max_examples=13, stateful_step_count=6, deadline=None, derandomize=True,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     run_state_machine_as_test(Protocol, settings=few)

@@ -254,7 +254,7 @@ def test_what_cannot_be_resampled_back_is_refused(scan: Path, tmp_path: Path) ->
         oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options, overlap_mode="instances")
     with pytest.raises(ValueError, match="output_grid must be one of volume, model, got 'patches'"):
         oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options, output_grid="patches")
-    with pytest.raises(oocpatch.PlanTooLarge, match=r"scores on the grid of the model .* pass output_grid='model'"):
+    with pytest.raises(oocpatch.PlanTooLarge, match=r"scores of the model .* pass output_grid='model'"):
         oocpatch.plan(scan, Classes(), tmp_path / "out.zarr", **options, max_disk="600KiB")
     with pytest.raises(ValueError, match="blocks must be None where scores are resampled"):
         oocpatch.plan(scan, "identity", tmp_path / "out.zarr", **options).run(blocks=[0])
