@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,14 @@ from oocpatch.conversion.geometry import SECONDS, factor_of, spatial_axes, time_
 from oocpatch.outputs.pyramid import METHODS
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.volumes.affine import Spacing, spacing_along
-from oocpatch.volumes.formats.tiff import GEO_KEYS, PIXEL_IS_POINT, PIXEL_SCALE, TIE_POINT, geo_raster_type
+from oocpatch.volumes.formats.tiff import (
+    GEO_KEYS,
+    PIXEL_IS_POINT,
+    PIXEL_SCALE,
+    TIE_POINT,
+    TRANSFORMATION,
+    geo_raster_type,
+)
 from oocpatch.volumes.ome_metadata import METERS
 from oocpatch.volumes.volume import Volume
 
@@ -47,8 +55,8 @@ COMPRESSION = 4
 BIG = (1 << 32) - (1 << 26)
 """Bytes above which a file has 64-bit offsets."""
 
-TRANSFORMATION = 34264
-"""Tag of a GeoTIFF whose axes do not lie as usual, with `y` upwards: a matrix."""
+BAND_METADATA = 42112
+"""Tag of GDAL: XML in UTF-8, whose values GDAL escapes a second time."""
 
 RGB = 3
 """Channels of a picture."""
@@ -123,11 +131,15 @@ class TiffWriter:
         coding += TILE * COLUMNS * max(1, RGB * self._is_rgb) * 8
         self.order = FileOrder.plan(volume, names, inner, limit, rows=self._tile[0], coding=coding)
         self._levels = [Level(plane) for plane in level_shapes(self.order.plane, inner)]
+        self._geo_tags = geo_tags(volume, axes)
+        # readers of GeoTIFF take the pages of a file for different pictures, and samples for bands
+        self._has_bands = bool(self._geo_tags) and letters == ("", "C", "YX", "") and volume.channels > 1
         self._metadata = {"axes": "".join(letters), **_ome_metadata(volume, axes, mark)}
-        if not self._is_rgb and (channels := names_of_channels(volume)):
+        if self._has_bands:
+            self._geo_tags += band_names(volume)
+        elif not self._is_rgb and (channels := names_of_channels(volume)):
             self._metadata["Channel"] = {"Name": channels}
         self._resolution = _resolution(self._metadata)
-        self._geo_tags = geo_tags(volume, axes)
 
     def write(self, path: Path, advance: Callable[[int], None]) -> None:
         """Write the file."""
@@ -147,7 +159,7 @@ class TiffWriter:
                     dtype=self._dtype,
                     tile=self._tile,
                     photometric="rgb" if self._is_rgb else "minisblack",
-                    planarconfig="contig" if self._is_rgb else None,
+                    planarconfig="contig" if self._is_rgb else "separate" if self._has_bands else None,
                     compression="adobe_deflate",
                     predictor=2 if self._predictor else None,
                     subifds=len(self._levels) - 1 if not number else 0,
@@ -289,6 +301,21 @@ def geo_tags(volume: Volume, axes: dict[str, str]) -> list[tuple[int, str, int, 
         if code in keys:
             tags.append((int(code), kind, 0 if kind == "s" else len(keys[code]), keys[code], True))
     return tags
+
+
+def band_names(volume: Volume) -> list[tuple[int, str, int, Any, bool]]:
+    """Return the tag with the names of channels that readers of GeoTIFF know, if they have names.
+
+    >>> import xarray
+    >>> scores = xarray.DataArray(np.zeros((1, 4, 4)), {"c": ["R & D"]}, ("c", "y", "x"))
+    >>> band_names(Volume(scores))[0][3]
+    b'<GDALMetadata><Item name="DESCRIPTION" sample="0" role="description">R &amp;amp; D</Item></GDALMetadata>'
+    """
+    items = "".join(
+        f'<Item name="DESCRIPTION" sample="{number}" role="description">{escape(escape(name))}</Item>'
+        for number, name in enumerate(names_of_channels(volume))
+    )
+    return [(BAND_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True)] if items else []
 
 
 def _ome_metadata(volume: Volume, axes: dict[str, str], mark: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 
 import oocpatch
@@ -156,3 +157,34 @@ def test_another_client_of_object_stores_reads_the_bytes_of_a_local_run(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     oocpatch.predict(data, torch.nn.Identity(), tmp_path / "out", **settings)
     assert_same({name: bytes.fromhex(text) for name, text in json.loads(done.stdout).items()}, files(tmp_path / "out"))
+
+
+RASTERIO = """
+import json, pathlib, sys, numpy as np, rasterio
+folder = pathlib.Path(sys.argv[1])
+if not (folder / "in.tif").exists():
+    pixels, place = np.load(folder / "pixels.npy"), rasterio.Affine(10, 0, 400000.5, 0, -20, 5800000)
+    shape = dict(count=3, height=300, width=200, dtype=pixels.dtype)
+    with rasterio.open(folder / "in.tif", "w", "GTiff", crs="EPSG:32633", transform=place, tiled=True, **shape) as file:
+        file.write(pixels)
+else:
+    with rasterio.open(folder / "in.tif") as a, rasterio.open(folder / "out.tif") as b:
+        same = bool((a.read() == b.read()).all())
+        print(json.dumps([same, a.crs == b.crs, a.transform == b.transform, b.descriptions, b.overviews(1)]))
+"""
+
+
+@pytest.mark.readers
+def test_rasterio_finds_bands_place_and_coordinate_system_of_its_geotiff_in_the_result(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["OOCPATCH_READERS"], "-c", RASTERIO, str(tmp_path)]
+    np.save(tmp_path / "pixels.npy", np.arange(3 * 300 * 200, dtype=np.uint16).reshape(3, 300, 200))
+    subprocess.run(command, env=environment, check=True)
+    options: dict[str, Any] = {"patch_size": 64, "overlap_mode": "crop", "progress": False}
+    scores = oocpatch.predict(tmp_path / "in.tif", torch.nn.Identity(), tmp_path / "out.zarr", **options)
+    assert isinstance(scores, xarray.DataArray)
+    scores = scores.assign_coords(c=["water", "wood", "Stein & Bö"])
+    oocpatch.export(scores, tmp_path / "out.tif", progress=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [True, True, True, ["water", "wood", "Stein & Bö"], [2]]

@@ -25,6 +25,9 @@ GEO_KEYS = {"34735": "H", "34736": "d", "34737": "s"}
 PIXEL_SCALE, TIE_POINT = 33550, 33922
 """Tags of a GeoTIFF whose rows and columns are those of its coordinate system: sizes of a pixel, and a known place."""
 
+TRANSFORMATION = 34264
+"""Tag of a GeoTIFF whose axes do not lie as usual, with `y` upwards: a matrix."""
+
 RASTER_TYPE, PIXEL_IS_POINT = 1025, 2
 """Key of the meaning of a place, and its value where it is the centre of a pixel and not its corner."""
 
@@ -159,14 +162,20 @@ def geo_raster_type(keys: Any) -> int:
 def _geo_coords(tiff: Any, sizes: dict[str, int], factors: dict[str, float]) -> dict[str, xarray.Variable]:
     """Return the coordinates of a GeoTIFF whose rows and columns are those of its coordinate system."""
     tags = tiff.pages[0].tags
-    if not {PIXEL_SCALE, TIE_POINT, 34735} <= {int(tag.code) for tag in tags} or len(tags[TIE_POINT].value) != 6:
+    place: Any = ()
+    if TRANSFORMATION in tags:
+        xx, xy, _, x, yx, yy, _, y = tags[TRANSFORMATION].value[:8]
+        steps, place = (xx, yy), () if xy or yx else (0, 0, 0, x, y, 0)
+    elif PIXEL_SCALE in tags and TIE_POINT in tags:
+        (width, height, *_), place = tags[PIXEL_SCALE].value, tags[TIE_POINT].value
+        steps = (width, -height)
+    if 34735 not in tags or len(place) != 6:
         return {}
-    scale, place = tags[PIXEL_SCALE].value, tags[TIE_POINT].value
     half = 0.0 if geo_raster_type(tags[34735].value) == PIXEL_IS_POINT else 0.5
     coords = {}
-    for axis, (name, sign) in enumerate((("x", 1), ("y", -1))):
-        if name in sizes and scale[axis]:
-            step, factor = sign * scale[axis], factors[name]
+    for axis, (name, step) in enumerate(zip("xy", steps, strict=True)):
+        if name in sizes and step:
+            factor = factors[name]
             start = place[axis + 3] + step * (half - place[axis] + (factor - 1) / 2)
             coords[name] = coordinate(name, sizes[name], step * factor, start)
     return coords

@@ -303,6 +303,25 @@ def test_the_tags_of_a_geotiff_are_kept_and_follow_crops_and_scales(raster_type:
     assert level.source.coords["x"].values[0] == x + 5
 
 
+def test_channels_of_a_geotiff_are_bands_of_one_page_and_keep_their_names(tmp_path: Path) -> None:
+    keys = {"34735": [1, 1, 0, 1, 3072, 0, 1, 32633]}
+    coords = {"c": ["water", "B & Bö"], "y": 50 + 10.0 * np.arange(300), "x": 5 + 10.0 * np.arange(40)}
+    scores = xarray.DataArray(
+        values(2, 300, 40, dtype=np.float32), coords, ("c", "y", "x"), attrs={"geotiff_keys": keys}
+    )
+    file = export(scores, tmp_path / "out.tif")
+    with tifffile.TiffFile(file) as tif:
+        assert tif.pages.first.samplesperpixel == 2
+        np.testing.assert_array_equal(tif.pages.first.asarray(), scores.values)
+        assert [level.shape for level in tif.series[0].levels] == [(2, 300, 40), (2, 150, 20)]
+        text = tif.pages.first.tags[42112].value
+    names = tifffile.xml2dict(text.decode() if isinstance(text, bytes) else text)["GDALMetadata"]["Item"]
+    assert [(n["sample"], n["value"]) for n in names] == [(0, "water"), (1, "B &amp; Bö")]
+    again = Volume(file)
+    np.testing.assert_array_equal(again.source.coords["y"].values, coords["y"])  # upwards, so the place is a matrix
+    np.testing.assert_array_equal(again.source.coords["x"].values, coords["x"])
+
+
 def test_physical_sizes_come_back(tmp_path: Path) -> None:
     units = {"z": (2.0, "micrometer"), "y": (-500.0, "nanometer"), "x": (0.5, "millimeter"), "t": (3.0, "second")}
     coords = {name: (name, step * np.arange(4), {"units": unit}) for name, (step, unit) in units.items()}
