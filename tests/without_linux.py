@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import mmap
 import os
@@ -59,7 +60,7 @@ def hide(stack: contextlib.ExitStack) -> None:
     stack.callback(setattr, ctypes, "CDLL", library)
     ctypes.CDLL = named  # type: ignore[assignment, misc] # a function in place of a class
     for module, names in NAMES.items():
-        for name in names:
+        for name in filter(functools.partial(hasattr, module), names):
             stack.callback(setattr, module, name, getattr(module, name))
             delattr(module, name)
     for name in MODULES:

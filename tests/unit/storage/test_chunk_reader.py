@@ -128,7 +128,8 @@ def broken(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["truncated", "empty", "other bytes", "a smaller chunk", "inflates", "a huge file", "a pipe", "a directory"],
+    ["truncated", "empty", "other bytes", "a smaller chunk", "inflates", "a huge file", "a directory"]
+    + ["a pipe"] * hasattr(os, "O_NONBLOCK"),  # a system without it has no pipes in its file system
 )
 def test_a_chunk_that_is_not_what_it_should_be_is_refused_at_once(how, tmp_path):
     array = zarr.create_array(tmp_path / "a", data=RNG.random((8, 8)).astype("f4"), chunks=(4, 4))
