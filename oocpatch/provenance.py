@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -17,6 +18,8 @@ LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
 QUIET = frozenset({"resume", "overwrite", "progress", "client", "processes"})
 """Arguments that do not change the result."""
+
+_version = functools.cache(importlib.metadata.version)
 
 
 def option(
@@ -78,7 +81,7 @@ def versions() -> dict[str, str]:
     installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            installed[name] = importlib.metadata.version(name)
+            installed[name] = _version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,7 @@ import click
 from oocpatch.cli import cluster_options, file_commands, object_commands
 from oocpatch.cli.cluster_options import scheduler_option
 from oocpatch.cli.config_file import config_option, read_environment
+from oocpatch.cli.prediction import VolumePattern, predict_each, predicted
 from oocpatch.cli.types import UserPath, json_option, run_options, volumes
 from oocpatch.progress import DISPLAYS
 
@@ -138,53 +138,28 @@ def plan(volume: Any, output: str, *, as_json: bool, draw: Path | None, **option
 def predict(volume: Any, output: str, *, as_json: bool, **options: Any) -> None:
     """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed.
 
-    Several volumes of one grid are channels: t1.zarr,t2.zarr; or inputs of the model: image=a.zarr,prior=b.zarr.
+    Several volumes of one grid are channels: t1.zarr,t2.zarr; or inputs of the model: image=a.zarr,prior=b.zarr. A
+    quoted pattern such as 'scans/*.nii.gz' is a run for each volume, with results in the folder OUT.
     """
-    import oocpatch
-
-    start = time.monotonic()
     with cluster_options.client_of(options, _log) as arguments:
-        planned = oocpatch.plan(volume, output=output, **arguments)
-        _log(str(planned))
-        try:
-            planned.run()
-        except oocpatch.BlockFailed as error:
-            if as_json:
-                failed = {str(block): message for block, message in error.failures.items()}
-                click.echo(_as_json({"output": output, "complete": False, "failed": failed}))
-            raise
-    seconds = round(time.monotonic() - start, 3)
-    counts = _counts(output)
-    report = {"output": output, "complete": counts is not None, "seconds": seconds}
-    line = "{output}: {seconds:.1f} s, this part is done, others are not"
-    if counts is not None:
-        report |= {"patches": planned.patches, "blocks": planned.blocks, **counts}
-        report |= {"export": options["export"]} if options["export"] is not None else {}
-        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
-        if counts["nonfinite_voxels"]:
-            line += ", {nonfinite_voxels} that are NaN or infinite"
-        if isinstance(counts.get("objects"), int):
-            line += ", {objects} objects"
-    click.echo(_as_json(report) if as_json else line.format(**report))
+        if (pattern := VolumePattern.of(volume)) is None:
+            report, line = predicted(volume, output, arguments, _log, as_json=as_json)
+            click.echo(_as_json(report) if as_json else line)
+            return
+        reports = predict_each(pattern.runs(output, arguments), arguments, _log, _described)
+    failed, complete = [r for r in reports if "error" in r], sum(r["complete"] for r in reports)
+    if as_json:
+        click.echo(_as_json(reports))
+    else:
+        lines = [f"{report['volume']}: {report['error']}" for report in failed]
+        click.echo("\n".join([f"{output}: {complete} of {len(reports)} volumes are complete", *lines]))
+    if failed:
+        _fail(f"{len(failed)} of {len(reports)} volumes failed; the same command tries these again", FAILED)
 
 
-def _counts(output: str) -> dict[str, Any] | None:
-    """Return the numbers of uncovered and of non-finite voxels, and of objects; None while parts are not done.
-
-    There are objects of a model that returns them: a list with several indices of time, a dict with several heads.
-    """
-    from oocpatch.outputs.record import inspect_output
-    from oocpatch.storage.paths import output_path
-
-    record = inspect_output(output_path("output", output))
-    if record is None or not record.complete:
-        return None
-    counts: dict[str, Any] = {n: int(record.details.get(n, 0)) for n in ("uncovered_voxels", "nonfinite_voxels")}
-    if objects := record.details.get("objects"):
-        single = {None: objects} if isinstance(objects, list) else objects
-        numbers = {head: found[0] if len(found) == 1 else found for head, found in single.items()}
-        counts["objects"] = numbers.get(None, numbers)
-    return counts
+def _described(error: Exception) -> str | None:
+    """Return the message of an error, on one line; None for a fault of the program, which needs a traceback."""
+    return None if _exit_code(error) is None else " ".join(_message(error).split())
 
 
 @main.command()

@@ -27,6 +27,7 @@ from oocpatch.models.input_spec import input_spec_of
 from oocpatch.models.preprocess_steps import Step
 from oocpatch.models.preprocessing import steps_of
 from oocpatch.models.probe import Probe, probe_model
+from oocpatch.models.reuse import probed
 from oocpatch.models.work import workload_of
 from oocpatch.models.wrappers import ensemble
 from oocpatch.outputs.integrity import is_metadata_damaged
@@ -40,6 +41,7 @@ from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose,
 from oocpatch.planning.shards import fitted_units
 from oocpatch.planning.workload import crash_limit
 from oocpatch.storage.forks import in_new_thread_if_forked
+from oocpatch.volumes.content import MASK, VOLUME
 
 FILE_BYTES = 512
 """Bytes of the record of a stored output, and of its share of directories."""
@@ -98,13 +100,22 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
 
 
 def _probed(config: RunConfig, threads: int) -> Probe:
-    volume = config.volume
-    predictor = config.pipeline.predictor(torch_threads=threads)
-    with predictor.ready():
-        dtype = torch_dtype(str(volume.dtype))
-        channels = sum(count for _, count in config.model_inputs) or volume.channels
-        call = functools.partial(probe_model, predictor, channels, config.patch_size, dtype)
-        return in_new_thread_if_forked(functools.partial(call, config.limits.max_memory))
+    volume, limit = config.volume, config.limits.max_memory
+    channels = sum(count for _, count in config.model_inputs) or volume.channels
+    dtype = torch_dtype(str(volume.dtype))
+
+    def call() -> Probe:
+        predictor = config.pipeline.predictor(torch_threads=threads)
+        with predictor.ready():
+            probe = functools.partial(probe_model, predictor, channels, config.patch_size, dtype, limit)
+            return in_new_thread_if_forked(probe)
+
+    if not config.knows_model or not all(isinstance(step, Step) for step in steps_of(config.model.preprocess)):
+        return call()
+    of_volume = (VOLUME, MASK, "box")  # of which the probe depends on nothing but channels and dtype
+    parameters = {name: value for name, value in config.parameters.items() if name not in of_volume}
+    names = (volume.names, config.looped, config.model.device, torch.get_default_dtype())
+    return probed(config.models, (parameters, config.patch_size, channels, dtype, limit, threads, *names), call)
 
 
 def _planned(config: RunConfig) -> Plan:

@@ -27,10 +27,11 @@ from oocpatch.models.compilation import check_compilation
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, Refused, load_package
-from oocpatch.models.pipeline import Pipeline, fingerprint_of, load
+from oocpatch.models.pipeline import Identity, Pipeline, identity_of, load
 from oocpatch.models.postprocessing import joins_voxels
 from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond, nonzero_box
 from oocpatch.models.preprocessing import needs_statistics
+from oocpatch.models.reuse import loaded
 from oocpatch.outputs.ome_labels import format_in_parent
 from oocpatch.outputs.ome_zarr import checked_output_format
 from oocpatch.outputs.record import OutputRecord
@@ -65,6 +66,7 @@ class RunConfig:
         data, model, patches, outputs, limits, execution: the groups of options.
         parameters: the fingerprint: the values that say whether two runs are the same, by name.
         settings: the arguments as they were given, as JSON.
+        knows_model: whether the fingerprint covers all that the model computes with.
         target: the volume whose grid the output has, where the model takes another one; None: they are the same.
         scores: the configuration of the run whose output this one resamples, see `output_grid`; None: there is none.
         package: the model package, if the model is one.
@@ -89,6 +91,7 @@ class RunConfig:
     execution: ExecutionOptions
     parameters: Mapping[str, Any]
     settings: Mapping[str, Any]
+    knows_model: bool = False
     labelling: Labelling | None = None
     target: Volume | None = None
     scores: RunConfig | None = None
@@ -115,7 +118,9 @@ class RunConfig:
         if missing := [name for name in required if name not in arguments]:
             raise TypeError(f"predict and plan need {', '.join(missing)}")
         trust = bool(arguments.get("trust_pickle"))
-        package = load_package(model, trust_pickle=trust, device=arguments.get("device", "auto"))
+        device = arguments.get("device", "auto")
+        load_it = functools.partial(load_package, model, trust_pickle=trust, device=device)
+        package = loaded(("package", model, trust, device), load_it)
         of_package = settings_of_package(package, arguments)
         kept = {} if package is None else {n: arguments[n] for n in package.settings if is_given(arguments.get(n))}
         settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments), **kept})
@@ -154,7 +159,9 @@ class RunConfig:
             **groups,
         )
         config._check_together()
-        config = replace(config, parameters=config._fingerprint())
+        identity = identity_of(config.model, config.models)
+        parameters = config._fingerprint(identity)
+        config = replace(config, parameters=parameters, knows_model=identity.is_whole)
         if config.patches.patch_size:
             config.check_patches()
         return config
@@ -248,13 +255,13 @@ class RunConfig:
         mode = self.patches.overlap_mode
         return "instances" in (mode.values() if isinstance(mode, Mapping) else [mode])
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self, model: Identity) -> dict[str, Any]:
         """Return the values that say whether two runs are the same, by the names of the parameters."""
         box = self.data.box
         values: dict[str, Any] = {
             "volume": stored_volume(self.volume).signature,
             "axes": list(self.volume.axes.names),
-            "model": fingerprint_of(self.model, self.models),
+            "model": model.value,
             "patch_size": self.patches.patch_size or AUTO,
             "batch_size": self.patches.batch_size or AUTO,
             "box": None if box is None else [list(box.start[self.looped :]), list(box.stop[self.looped :])],

@@ -28,7 +28,7 @@ from oocpatch.execution.dask_cluster import pickled
 from oocpatch.execution.task_context import OpenTasks, RunInputs
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import PackageSpec
-from oocpatch.models.pipeline import fingerprint_of, load
+from oocpatch.models.pipeline import identity_of, load
 from oocpatch.planning.plan import Plan, human
 from oocpatch.storage.paths import StoragePath, expand_home
 from oocpatch.volumes.alignment import Placement
@@ -119,7 +119,7 @@ class WorkerPayload:
             volume=refer(inputs.volume, "volume"),
             mask=None if mask is None else (refer(mask.volume, "mask"), mask.placement),
             signature=inputs.volume.signature,
-            fingerprint=fingerprint_of(inputs.options, inputs.models, sources=False),
+            fingerprint=identity_of(inputs.options, inputs.models, sources=False).value,
             open_tasks=inputs.open_tasks,
             intensity=None if inputs.intensity is None else refer(inputs.intensity, "intensity"),
         )
@@ -140,7 +140,7 @@ class WorkerPayload:
         device = device_of_rank(rank, self.options.device, torch.cuda.device_count())
         options = replace(self.options, device=device)
         models = load(options, axes=volume.names[-volume.spatial_ndim :])
-        if fingerprint_of(options, models, sources=False) != self.fingerprint:
+        if identity_of(options, models, sources=False).value != self.fingerprint:
             raise ValueError("the model that is loaded here is not the one that the client has")
         mask = None if self.mask is None else Mask(self.mask[0].open(), volume.shape, self.mask[1])
         return plan, RunInputs(options, volume, mask, models, self.open_tasks, intensity)

@@ -24,6 +24,7 @@ class Fingerprint(NamedTuple):
 
     digest: str  # the same for two models that compute the same
     unread: tuple[str, ...]  # places of values that cannot be read, such as `model.config.handle`
+    has_state: bool = False  # whether calls write attributes or variables, which are not read
 
 
 def model_fingerprint(model: object, *, sources: bool = True) -> str:
@@ -56,7 +57,7 @@ def read_fingerprint(model: object, *, sources: bool = True) -> Fingerprint:
     walk = _Walk(survey.state if sources else (), survey.names, sources=sources)
     walk.read("model", model)
     walk.read_files()
-    return Fingerprint(walk.hash.hexdigest(), tuple(walk.unread))
+    return Fingerprint(walk.hash.hexdigest(), tuple(walk.unread), bool(survey.state))
 
 
 class _Walk(Reading):

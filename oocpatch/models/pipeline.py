@@ -21,6 +21,7 @@ from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocess_steps import Statistics
 from oocpatch.models.preprocessing import preprocess_function
 from oocpatch.models.reach import callables_of
+from oocpatch.models.reuse import loaded
 from oocpatch.models.wrappers import NamedInputs, ensemble
 from oocpatch.planning.box import Ints
 
@@ -35,7 +36,9 @@ def load(options: ModelOptions, package: ModelPackage | None = None, axes: Seque
     Raises:
         TypeError, ValueError: as `load_models`.
     """
-    models = load_models(
+    arguments = (options.weights, options.model_args, options.trust_pickle, options.device, options.eval_mode)
+    load_them = functools.partial(
+        load_models,
         options.model if package is None else package,
         weights=options.weights,
         model_args=options.model_args,
@@ -43,10 +46,24 @@ def load(options: ModelOptions, package: ModelPackage | None = None, axes: Seque
         device=options.device,
         eval_mode=options.eval_mode,
     )
+    models = loaded(("models", options.model, *arguments), load_them)
     return tuple(model.for_axes(axes) if isinstance(model, NamedAxes) else model for model in models)
 
 
-def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: bool = True) -> Any:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What identifies the model of a run.
+
+    Attributes:
+        value: `model_id`, else a digest per model.
+        is_whole: whether it covers all that the model computes with.
+    """
+
+    value: Any
+    is_whole: bool
+
+
+def identity_of(options: ModelOptions, models: Sequence[Model], *, sources: bool = True) -> Identity:
     """Return what identifies the model of a run: `model_id`, else a digest per model; warn of what no digest covers.
 
     Args:
@@ -56,7 +73,7 @@ def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: b
             to other processes with them; else from its bytecode.
     """
     if options.model_id is not None:
-        return options.model_id
+        return Identity(options.model_id, is_whole=False)
     specs = list(options.model) if isinstance(options.model, (list, tuple)) else [options.model]
     specs *= len(models) // len(specs)  # one spec may be loaded with several weights
     fingerprints = [
@@ -75,7 +92,8 @@ def fingerprint_of(options: ModelOptions, models: Sequence[Model], *, sources: b
     if not options.eval_mode:
         modes = [[called.training for called in callables_of(m) if isinstance(called, nn.Module)] for m in models]
         digests = [model_fingerprint(both) for both in zip(digests, modes, strict=True)]
-    return digests[0] if len(digests) == 1 else digests
+    is_whole = not unread and not any(fingerprint.has_state for fingerprint in fingerprints)
+    return Identity(digests[0] if len(digests) == 1 else digests, is_whole)
 
 
 @dataclass(frozen=True, slots=True)

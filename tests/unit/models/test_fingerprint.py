@@ -27,7 +27,7 @@ from torch import nn
 from oocpatch.models import source_code
 from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
 from oocpatch.models.options import ModelOptions
-from oocpatch.models.pipeline import fingerprint_of
+from oocpatch.models.pipeline import identity_of
 from oocpatch.models.source_code import code_usage
 
 
@@ -264,8 +264,8 @@ def test_a_run_warns_once_of_what_cannot_be_read(model_id: str | None, caplog: p
     models = [Holding(letter for letter in "ab"), Holding({"letters": (letter for letter in "ab")})]
     options = ModelOptions(model=models, model_id=model_id)
     with caplog.at_level(logging.WARNING, "oocpatch"):
-        fingerprint_of(options, models)
-        fingerprint_of(options, models, sources=False)  # as the processes of the run do
+        identity_of(options, models)
+        identity_of(options, models, sources=False)  # as the processes of the run do
     assert len(caplog.messages) == (model_id is None)
     for message in caplog.messages:
         assert message.startswith("model.item, model.item['letters'] cannot be read")
