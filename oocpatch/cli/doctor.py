@@ -32,6 +32,7 @@ EXTRAS = {
     "nifti": ("nibabel",),
     "nnunet": ("dynamic_network_architectures",),
     "hdf5": ("h5py",),
+    "dicom": ("pydicom",),
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),
     "view": ("PIL",),

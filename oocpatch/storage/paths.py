@@ -145,7 +145,7 @@ def output_path(name: str, value: str | os.PathLike[str]) -> StoragePath:
 FILE_SUFFIXES = (
     *(".nii", ".nii.gz", ".img", ".hdr", ".mgh", ".mgz", ".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".czi"),
     *(".h5", ".hdf5", ".hdf", ".he5", ".nc", ".nrrd", ".mha", ".mrc", ".npy", ".npz", ".png", ".jpg", ".jpeg"),
-    *(".zip", ".ozx", ".n5", ".precomputed"),
+    *(".zip", ".ozx", ".n5", ".precomputed", ".dcm"),
 )
 """Endings of names of files and containers of other formats."""
 

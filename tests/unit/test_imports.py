@@ -34,6 +34,7 @@ LIBRARIES = {
     "storage/packed_arrays": "numcodecs",
     "volumes": ON_DISK,
     "volumes/passes": "dask",
+    "volumes/formats/dicom": "pydicom",
     "volumes/formats/hdf5": "h5py",
     "volumes/formats/nifti": "nibabel",
     "volumes/formats/slide": "openslide",

@@ -9,6 +9,7 @@ An address is a path. The path of a dataset or options may follow after `::`:
  stack.ome.tif::series=1     a series of a TIFF
  slide.tif::format=slide     a format other than that of the file's name
  precomputed://gs://b/seg    precomputed (or n5) behind a URL
+ scans::1.2.840.7            a series in a directory of DICOM files, by its UID
 ```
 
 A `FileSpec` and a `FileReader` hold plain values and travel to other processes; the file is opened where it is read.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import threading
@@ -41,6 +43,7 @@ SUFFIXES = {
     "hdf5": (".h5", ".hdf5", ".hdf", ".he5"),
     "n5": (".n5",),
     "precomputed": (".precomputed",),
+    "dicom": (".dcm",),
 }
 """Formats by the suffixes of their files."""
 
@@ -53,7 +56,11 @@ READERS = {
     "hdf5": "hdf5.Hdf5File",
     "n5": "tensors.TensorFile",
     "precomputed": "tensors.TensorFile",
+    "dicom": "dicom.DicomFile",
 }
+
+SCANNED = 32
+"""Entries of a directory that are looked at for files of DICOM."""
 
 NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
@@ -70,7 +77,7 @@ class FileSpec:
     Attributes:
         address: path or URL of the file or container.
         format: one of `SUFFIXES`.
-        part: path of a dataset in the file; empty for its only one.
+        part: path of a dataset in the file, UID of a series of DICOM; empty for its only one.
         level: level of a pyramid; 0 is the largest.
         series: series of a TIFF.
     """
@@ -176,9 +183,21 @@ def _format(path: str) -> str | None:
         if (directory / "attributes.json").exists():
             return "n5"
         with contextlib.suppress(OSError, ValueError):
-            return "precomputed" if "scales" in json.loads((directory / "info").read_text()) else None
+            if "scales" in json.loads((directory / "info").read_text()):
+                return "precomputed"
+        with contextlib.suppress(OSError):
+            if any(map(is_dicom, itertools.islice(directory.iterdir(), SCANNED))):
+                return "dicom"
     lower = path.lower().rstrip("/")
     return next((name for name, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as those of DICOM do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def open_file(spec: FileSpec) -> OpenFile:

@@ -27,6 +27,7 @@ from oocpatch.planning.box import Box
 from oocpatch.volumes.formats.raw import read_box
 from oocpatch.volumes.formats.spec import FileSpec, parse_address
 from tests.support.children import Children
+from tests.support.dicom import write_series
 
 Array = np.ndarray[Any, Any]
 
@@ -130,6 +131,11 @@ def precomputed(path: Path) -> Array:
     return STACK
 
 
+def dicom(path: Path) -> Array:
+    write_series(path, STACK)
+    return STACK
+
+
 Make = Callable[[Path], Array]
 KINDS: dict[str, tuple[Make, str, str, tuple[str, ...], tuple[int, ...]]] = {
     "ome-tiff": (ome_tiff, "a.ome.tif", "", ("z", "y", "x"), (1, 16, 16)),
@@ -145,6 +151,7 @@ KINDS: dict[str, tuple[Make, str, str, tuple[str, ...], tuple[int, ...]]] = {
     "hdf5 by path": (hdf5, "a.h5", "::/entry/data", ("z", "y", "x"), (4, 16, 16)),
     "n5": (n5, "a.n5", "::s0", ("z", "y", "x"), (4, 16, 16)),
     "precomputed": (precomputed, "a", "", ("z", "y", "x"), (4, 16, 16)),
+    "dicom": (dicom, "a", "", ("z", "y", "x"), (1, 40, 50)),
 }
 
 
@@ -288,6 +295,7 @@ def test_precomputed_is_read_behind_a_url(tmp_path: Path) -> None:
         ("a.nii.gz", "nibabel", "nifti"),
         ("a.h5", "h5py", "hdf5"),
         ("a.n5", "tensorstore", "tensorstore"),
+        ("a.dcm", "pydicom", "dicom"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_that_has_it(
