@@ -263,16 +263,19 @@ def _from_group(group: zarr.Group, address: str, level: int | str) -> Source:
     attributes: dict[str, Any] = dict(group.attrs)
     if multiscales := read_multiscales(attributes, address):
         return _from_ome(group, multiscales, address, level)
+    images: list[str] | None = None
     try:
         arrays = dict(group.arrays())
     except Exception as error:
-        raise ValueError(f"volume cannot be read: {address} ({error_line(error)})") from error
+        images, arrays = images_inside(group), {}  # a web server lists nothing, but metadata may
+        if not images:
+            raise ValueError(f"volume cannot be read: {address} ({error_line(error)})") from error
     names = {n for a in arrays.values() for n in _dimension_names(a) or () if n}
     for node_attributes in (group.attrs, *(array.attrs for array in arrays.values())):
         names.update(str(node_attributes.asdict().get("coordinates", "")).split())
     candidates = {k: a for k, a in arrays.items() if k not in names}
     candidates = candidates if len(candidates) == 1 else {k: a for k, a in candidates.items() if a.ndim >= 2}
-    if not candidates and (images := images_inside(group)):
+    if not candidates and (images := images or images_inside(group)):
         if len(images) == 1 and isinstance(image := _node(group, images[0]), zarr.Group):
             return _from_group(image, f"{address.rstrip('/')}/{images[0]}", level)
         listed = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-import threading
 from collections.abc import Callable
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from oocpatch.volumes.formats.raw import read_box
 from oocpatch.volumes.formats.spec import FileSpec, parse_address
 from tests.support.children import Children
 from tests.support.dicom import write_series
+from tests.support.web import web_server
 
 Array = np.ndarray[Any, Any]
 
@@ -273,18 +272,9 @@ def test_series_of_a_tiff_are_chosen_by_number(tmp_path: Path) -> None:
 def test_precomputed_is_read_behind_a_url(tmp_path: Path) -> None:
     precomputed(tmp_path / "segments")
 
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments, directory=str(tmp_path))
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        volume = oocpatch.Volume(f"precomputed://http://127.0.0.1:{server.server_port}/segments")
+    with web_server(tmp_path) as url:
+        volume = oocpatch.Volume(f"precomputed://{url}/segments")
         np.testing.assert_array_equal(volume.read(Box((0, 0, 0), STACK.shape))[0], STACK)
-        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import zarr
 
 import oocpatch
 from oocpatch.planning.box import Box
+from tests.support.web import web_server
 
 Array = npt.NDArray[Any]
 DATA = np.random.default_rng(0).integers(1, 1000, (8, 24, 32)).astype(np.uint16)
@@ -146,6 +147,12 @@ def test_a_plate_with_a_missing_well_lists_the_others(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds 2; pass the path of one of them, such as .*A/2/0: A/2/0, A/3/0$"):
         oocpatch.Volume(tmp_path / "a.zarr")
     assert np.array_equal(values(oocpatch.Volume(tmp_path / "a.zarr/A/3/0"))[0], DATA)
+    with web_server(tmp_path) as url:  # which lists no members
+        with pytest.raises(ValueError, match=rf"holds 2; .* such as {url}/a.zarr/A/2/0: A/2/0, A/3/0$"):
+            oocpatch.Volume(f"{url}/a.zarr")
+        field = oocpatch.Volume(f"{url}/a.zarr/A/3/0", level=1)
+        assert np.array_equal(values(field)[0], DATA[::2, ::2, ::2])
+        assert field.source.coords["z"][1] == 2
 
 
 def test_of_two_images_in_a_group_the_first_is_taken_and_named_and_another_can_be_chosen(tmp_path: Path) -> None:
