@@ -75,13 +75,21 @@ def volumes(_context: object, _parameter: object, text: str) -> str | list[str] 
 
     >>> volumes(None, None, "a.zarr"), volumes(None, None, "a.zarr,b.zarr"), volumes(None, None, "image=a,prior=b")
     ('a.zarr', ['a.zarr', 'b.zarr'], {'image': 'a', 'prior': 'b'})
+    >>> volumes(None, None, "image=a,image=b")
+    Traceback (most recent call last):
+    click.exceptions.BadParameter: each volume needs a name of its own, got 'image=a,image=b'.
     """
     parts = text.split(",")
     if len(parts) == 1 or os.path.lexists(text):
         return text
+    if not all(parts):
+        raise click.BadParameter(f"volumes are separated by single commas, got {text!r}.")
     pairs = [part.partition("=") for part in parts]
     if all(name.strip().isidentifier() and path for name, _, path in pairs):
-        return {name.strip(): path for name, _, path in pairs}
+        named = {name.strip(): path for name, _, path in pairs}
+        if len(named) < len(pairs):
+            raise click.BadParameter(f"each volume needs a name of its own, got {text!r}.")
+        return named
     return parts
 
 

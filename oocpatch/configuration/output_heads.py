@@ -80,6 +80,11 @@ def infer_heads(config: RunConfig, probe: Probe) -> OutputHeads:
             raise ValueError(f"{name} names {unknown}, but the model's outputs are {sorted(probe.outputs)}")
     dense = {name: output for name, output in probe.outputs.items() if not is_vectors(output)}
     vectors = tuple(_vector_head(config, name, o) for name, o in probe.outputs.items() if is_vectors(o))
+    if vectors and not dense and config.model.postprocess is not None:
+        raise ValueError(
+            f"postprocess must be None for a model that returns vectors of patches only, got "
+            f"{config.model.postprocess!r}; let the model do it"
+        )
     geometry = _answers_per_stride(config, dense, probe.geometry)
     context, trims = _context(geometry) if geometry else ((0,) * config.volume.spatial_ndim, {})
     scales = {n: ((1, 1),) * loops + g.scale for n, g in geometry.items()}

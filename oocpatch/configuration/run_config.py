@@ -465,7 +465,7 @@ def _read_volume(
         on_grid = {name: _on_grid(own, part, arguments, None) for (name, own), part in parts}
         first = next(iter(volumes))
         data = stacked_on_grid({name: one for name, (one, _) in on_grid.items()})
-        return volumes, volumes[first], data, on_grid[first][1], None
+        return volumes, stacked_on_grid({first: volumes[first]}), data, on_grid[first][1], None
     own = base = stacked_on_grid(volumes) if is_several else volumes["volume"]
     _check_axes(of_package.get("patch_size"), own)
     if normalizes:

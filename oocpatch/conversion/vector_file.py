@@ -94,6 +94,19 @@ def vector_heads(record: OutputRecord) -> list[str]:
     return [name for name in record.details.get("rows", ()) if name not in {STARTS, LOOPS}]
 
 
+def check_slide_patches(sizes: Sequence[int], *, is_looped: bool) -> None:
+    """Refuse patches whose places an .h5 of CLAM and TRIDENT cannot hold.
+
+    Raises:
+        ValueError: if they are not squares of one picture.
+    """
+    if len(sizes) != 2 or len(set(sizes)) > 1 or is_looped:
+        raise ValueError(
+            f"vectors go into an .h5 of CLAM and TRIDENT only from square patches of a slide, got patches of "
+            f"{' x '.join(map(str, sizes))}{' along looped axes' if is_looped else ''}; write an .h5ad"
+        )
+
+
 class VectorWriter:
     """Writes vectors to a file.
 
@@ -146,11 +159,7 @@ class VectorWriter:
             ValueError: if patches are not square, or it is not known how large the largest level is.
         """
         sizes, details = self._facts["patch_size"], self._vectors.record.details
-        if len(sizes) != 2 or len(set(sizes)) > 1 or LOOPS in details["rows"]:
-            raise ValueError(
-                f"vectors go into an .h5 of CLAM and TRIDENT only from square patches of a slide, got patches of "
-                f"{' x '.join(map(str, sizes))}; write an .h5ad"
-            )
+        check_slide_patches(sizes, is_looped=LOOPS in details["rows"])
         settings: Mapping[str, Any] = details.get("settings", {})
         level, factor, volume = _slide_levels(settings, tuple(details["plan"]["shape"]))
         shape = tuple(details["plan"]["shape"]) if volume is None else volume.shape

@@ -89,6 +89,8 @@ def checked_postprocess(value: Any) -> Any:
         return value if callable(value) else None
     if isinstance(value, list | tuple):
         steps = tuple(step for step in map(checked_postprocess, value) if step is not None)
+        if any(map(joins_voxels, steps[:-1])):
+            raise ValueError(f"postprocess 'label' must be the last step, got {list(value)}")
         return (steps if len(steps) > 1 else steps[0]) if steps else None
     named_postprocess(str(value))
     return value

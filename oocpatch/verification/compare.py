@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,8 @@ def check(
     if model is None:
         given = {name: predict_kwargs[name] for name in ("trust_pickle", "device") if name in predict_kwargs}
         return check_example(volume, **given)
+    if isinstance(volume, Mapping) or predict_kwargs.get("context_level") is not None:
+        raise ValueError("check compares models of one input: pass no dict of volumes, and no context_level")
     loading = {name: predict_kwargs.pop(name, None) for name in ("weights", "model_args")}
     trust = bool(predict_kwargs.pop("trust_pickle", False))
     device = predict_kwargs.get("device", "auto")

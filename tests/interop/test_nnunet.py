@@ -89,6 +89,12 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "architecture": (
         "plans", lambda p: p["configurations"]["base"]["architecture"]["arch_kwargs"].update(features=7), "do not fit",
     ),
+    "spacing": ("plans", lambda p: p["configurations"]["base"].pop("spacing"), "3d_fullres .* entry 'spacing'"),
+    "labels": ("dataset", lambda d: d.pop("labels"), "dataset.json: must have an entry 'labels', got channel_names"),
+    "numbers": (
+        "plans", lambda p: p["foreground_intensity_properties_per_channel"]["0"].pop("std"), "json: .* entry 'std'",
+    ),
+    "type": ("plans", lambda p: p.update(transpose_forward=None), "of another type: TypeError"),
     "class": (
         "plans", lambda p: p["configurations"]["base"]["architecture"].update(network_class_name="torch.Gone"), "Gone",
     ),

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 import weakref
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from oocpatch.errors import error_line
 from oocpatch.models.input_spec import InputSpec, ModelFile
 from oocpatch.models.loading import load_model
 from oocpatch.models.named_outputs import named_outputs, unnamed
@@ -89,8 +91,12 @@ def _unpacked(path: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None
     if path.is_dir() or not zipfile.is_zipfile(path):
         return path, None
     folder = tempfile.TemporaryDirectory(prefix="oocpatch-package-")
-    with zipfile.ZipFile(path) as archive:
-        archive.extractall(folder.name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder.name)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        folder.cleanup()
+        raise ValueError(f"{str(path)!r} is damaged: {error_line(error)}; download it again") from error
     return Path(folder.name), folder
 
 
@@ -337,7 +343,11 @@ class _Package:
     def _test_tensor(self, part: str, tensor: Any) -> np.ndarray[Any, Any]:
         if tensor.test_tensor is None:
             raise ValueError(f"{part}.test_tensor: the package has none, so there is nothing to compare with")
-        return np.asarray(np.load(self.file(f"{part}.test_tensor", tensor.test_tensor.source), allow_pickle=False))
+        file = self.file(f"{part}.test_tensor", tensor.test_tensor.source)
+        try:
+            return np.asarray(np.load(file, allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{part}.test_tensor: {str(file)!r} must be an array of numpy, .npy") from error
 
     def _tolerance(self, output: Any, weights: str) -> tuple[float, float, float]:
         config = getattr(self.description.config, "bioimageio", None)

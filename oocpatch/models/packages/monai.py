@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from oocpatch.models.loading import load_model, load_weights
-from oocpatch.models.packages.package import ModelPackage, import_library, refuse_options, refused_unless_given
+from oocpatch.models.packages.package import Entries, ModelPackage, import_library, refuse_options, refused_unless_given
 from oocpatch.volumes.model_grid import ModelGrid
 
 EXTRA = "monai"
@@ -117,7 +117,7 @@ class _Bundle:
         """Return the arguments of an object at a place, but for those that are not read."""
         value, at = self._at(place)
         names = [name for name in value if name not in ignored and not name.startswith("_")]
-        return {name: self.value(f"{at}#{name}") for name in names}
+        return Entries({name: self.value(f"{at}#{name}") for name in names}, _named(at))
 
     def _resolved(self, value: Any, place: str) -> Any:
         """Return a value with the references in it followed, and its expressions run where they may be."""
@@ -205,7 +205,7 @@ class _Bundle:
         if kind not in ("SlidingWindowInferer", "SlidingWindowInfererAdapt"):
             raise ValueError(f"inferer: {kind} is not a sliding window")
         arguments = self._arguments("inferer", WITHOUT_EFFECT)
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given = Entries({name: value for name, value in arguments.items() if value is not None}, "inferer")
         if unknown := sorted(given.keys() - INFERER):
             raise ValueError(f"inferer.{unknown[0]}: is not supported")
         sigma = given.get("sigma_scale", 0.125)

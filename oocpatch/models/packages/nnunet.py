@@ -13,6 +13,7 @@ was trained with. The spec takes `folds=0+1` (default: all that are there) and `
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from oocpatch.errors import error_line
-from oocpatch.models.packages.package import ModelPackage, NamedAxes, import_library, refuse_options
+from oocpatch.models.packages.package import Entries, ModelPackage, NamedAxes, import_library, refuse_options
 from oocpatch.volumes.model_grid import ModelGrid
 
 AXES = ("z", "y", "x")
@@ -125,7 +126,9 @@ class NnunetPlan:
         Raises:
             ValueError: naming the entry.
         """
-        configuration = _configuration(plans, checkpoint["init_args"]["configuration"])
+        configuration = _configuration(
+            plans, Entries(checkpoint["init_args"], "init_args of the checkpoint")["configuration"]
+        )
         if configuration.get("previous_stage"):
             raise ValueError(
                 f"an nnU-Net cascade takes the labels of its previous stage as input, which is not done here: "
@@ -253,7 +256,7 @@ class NnunetPlan:
         Raises:
             ValueError: if its library is not installed, or it is a class of another one.
         """
-        arguments = dict(self.architecture["arch_kwargs"])
+        arguments = Entries(self.architecture["arch_kwargs"], "arch_kwargs of plans.json")
         for name in self.architecture["_kw_requires_import"]:
             if arguments[name] is not None:
                 arguments[name] = _located(arguments[name], trust_pickle=trust_pickle)
@@ -272,14 +275,16 @@ RESAMPLINGS = ("resample_data_or_seg_to_shape", NO_RESAMPLING)
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except FileNotFoundError as error:
+        content: dict[str, Any] = json.loads(file.read_text(), object_hook=functools.partial(Entries, place=file.name))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"a folder of nnU-Net's results has plans.json, dataset.json and fold_*/checkpoint_final.pth, but {file} "
             "is missing; pass the folder named TRAINER__PLANS__CONFIGURATION"
         ) from error
     except ValueError as error:
         raise ValueError(f"{file} must hold JSON: {error_line(error)}") from error
+    if not isinstance(content, Entries):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
     return content
 
 
@@ -299,7 +304,8 @@ def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
             )
         parts.append(plans["configurations"][following])
         following = parts[-1].get("inherits_from")
-    return {key: value for part in reversed(parts) for key, value in part.items()}
+    merged = {key: value for part in reversed(parts) for key, value in part.items()}
+    return Entries(merged, f"configuration {name} of plans.json")
 
 
 def _checkpoint_files(path: Path, options: Mapping[str, str]) -> list[Path]:
@@ -337,7 +343,7 @@ def _read_checkpoint(file: Path, *, trust_pickle: bool) -> Mapping[str, Any]:
         ) from error
     except Exception as error:
         raise ValueError(f"the checkpoint {str(file)!r} cannot be read: {error_line(error)}") from error
-    if not {"network_weights", "init_args"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {"network_weights", "init_args"} <= set(checkpoint):
         raise ValueError(f"{str(file)!r} must be a checkpoint of nnU-Net, version 2: network_weights and init_args")
     return checkpoint
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from oocpatch.errors import error_line
 from oocpatch.models.input_spec import InputSpec
 from oocpatch.models.predictor import resolve_device
 from oocpatch.models.value_parts import file_digest
@@ -28,6 +29,9 @@ from oocpatch.storage.paths import expand_home
 
 KINDS: tuple[str, ...] = ("bioimageio", "monai", "nnunet")
 """Kinds of packages, and the names of their modules."""
+
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, OSError)
+"""Errors of reading a file whose content is of other types than expected, or that is none."""
 
 _OPTION = re.compile(r",(\w+)=([^,=]*)$")
 
@@ -180,11 +184,39 @@ def load_package(model: Any, *, trust_pickle: bool = False, device: str = "cpu")
     if not path.exists():
         raise ValueError(f"the package of model spec {members[0]!r} does not exist: {str(path.absolute())!r}")
     loader = importlib.import_module(f"oocpatch.models.packages.{spec.kind}")
-    package: ModelPackage = loader.load(path, spec.options, trust_pickle=trust_pickle, device=resolve_device(device))
+    try:
+        package: ModelPackage = loader.load(
+            path, spec.options, trust_pickle=trust_pickle, device=resolve_device(device)
+        )
+    except MALFORMED as error:
+        raise ValueError(
+            f"the package of model spec {members[0]!r} has a file or an entry that is missing or of another type: "
+            f"{error_line(error)}"
+        ) from error
     fingerprint = package.fingerprint
     for loaded in package.models:
         loaded.package_fingerprint = fingerprint  # type: ignore[union-attr]
     return package
+
+
+class Entries(dict[str, Any]):
+    """The entries of an object in a file of a package; each that is read by `[]` must be there.
+
+    Args:
+        entries: the entries.
+        place: names the object in messages.
+
+    >>> Entries({"size": 1}, "inputs.0")["shape"]
+    Traceback (most recent call last):
+    ValueError: inputs.0: must have an entry 'shape', got size
+    """
+
+    def __init__(self, entries: Mapping[str, Any], place: str) -> None:
+        super().__init__(entries)
+        self.place = place
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.place}: must have an entry {name!r}, got {', '.join(self) or 'none'}")
 
 
 class Refused(str):
@@ -198,8 +230,9 @@ def refused_unless_given(settings: dict[str, Any], name: str) -> Iterator[None]:
     """Put a ValueError into the place of a setting: it is raised where the caller does not give the parameter."""
     try:
         yield
-    except ValueError as error:
-        settings[name] = Refused(f"{error}; pass {name}= to do without what the package says")
+    except (ValueError, *MALFORMED) as error:
+        message = str(error) if isinstance(error, ValueError) else f"{name} cannot be read: {error_line(error)}"
+        settings[name] = Refused(f"{message}; pass {name}= to do without what the package says")
 
 
 def package_fingerprint(model: Any) -> str | None:

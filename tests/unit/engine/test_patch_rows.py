@@ -158,12 +158,32 @@ def test_vectors_keep_their_dtype_and_floats_take_another(tmp_path: Path) -> Non
         (lambda p: {"starts": vectors(p)}, {}, "'starts' must have another name"),
         (image_and_vectors, {"postprocess": {"features": "softmax"}}, "postprocess must not name 'features'"),
         (image_and_vectors, {"output_dtype": {"features": "uint8"}}, "output_dtype must be of floats for the vectors"),
+        (
+            vectors,
+            {"postprocess": "softmax"},
+            "postprocess must be None for a model that returns vectors .* got 'softmax'",
+        ),
         (image_and_vectors, {"overlap_mode": "instances"}, "must not be 'instances' where an output is a vector"),
     ],
 )
 def test_what_vectors_cannot_have_is_refused(model: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         oocpatch.plan(VOLUME, model, tmp_path / "out", **SETTINGS, **options)
+
+
+def test_an_h5_that_patches_do_not_fit_is_refused_before_the_run(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    for axes, told in (("zyx", "patches of 8 x 8 x 8; write an .h5ad"), ("tyx", "8 x 8 along looped axes; write")):
+        with pytest.raises(ValueError, match=told):
+            oocpatch.predict(
+                np.zeros((8, 16, 16), np.float32),
+                vectors,
+                tmp_path / "out",
+                axes=axes,
+                patch_size=8,
+                export=tmp_path / "vectors.h5",
+            )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_vector_that_is_not_finite_is_refused_with_its_patch_or_kept(tmp_path: Path) -> None:

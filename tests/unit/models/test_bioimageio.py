@@ -177,7 +177,13 @@ def test_a_zip_is_the_same_package(write: Write, files: Path, tmp_path: Path) ->
         for file in files.iterdir():
             if file.is_file():
                 archive.write(file, file.name)
-    assert oocpatch.check(f"bioimageio:{tmp_path}/package.zip").passed
+    package = tmp_path / "package.zip"
+    assert oocpatch.check(f"bioimageio:{package}").passed
+    content = bytearray(package.read_bytes())
+    content[content.index(b"PK\x01\x02") - 20] ^= 255  # in the last file's data
+    package.write_bytes(content)
+    with pytest.raises(ValueError, match=r"package.zip' is damaged: BadZipFile: Bad CRC-32.*; download it again"):
+        load_package(f"bioimageio:{package}")
 
 
 def test_version_0_4_and_axes_in_another_order_are_honoured(files: Path, tmp_path: Path) -> None:

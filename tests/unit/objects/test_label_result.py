@@ -65,6 +65,7 @@ def test_votes_and_parts_are_labelled(tmp_path):
     [
         ({"postprocess": "label:0.3"}, "a threshold needs one channel, too: got 3 channels of float32"),
         ({"postprocess": "label:much"}, "postprocess must be one of .* label:NUMBER"),
+        ({"postprocess": ["label", "threshold"]}, "'label' must be the last step, got .'label', 'threshold'"),
         ({"output_fill": 1}, "output_fill must be 0 for postprocess 'label', got 1"),
         ({"output_dtype": "float32"}, "output_dtype must be of integers for postprocess 'label'"),
         ({"model": lambda x: {"a": x, "b": x}}, "a model of one output per voxel, got a, b; label one of them"),

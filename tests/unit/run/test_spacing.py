@@ -235,6 +235,21 @@ def test_heads_of_several_scales_and_dtypes_lie_on_the_grid_of_the_volume(scan: 
     np.testing.assert_allclose(np.asarray(result.half)[inner], expected[inner], atol=1e-3)
 
 
+def test_named_volumes_of_other_voxels_give_scores_on_the_grid_of_the_first(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    fine, coarse = (
+        xarray.DataArray(
+            rng.random((n, n), dtype=np.float32), {a: (np.arange(n) + 0.5) * 24 / n for a in "yx"}, ("y", "x")
+        )
+        for n in (30, 20)
+    )
+    volumes = {"image": fine, "prior": coarse}
+    call = {**SETTINGS, "spacing": 1.0}
+    result = oocpatch.predict(volumes, lambda image, prior: image + prior, tmp_path / "out.zarr", **call)
+    at_one = sum(whole(np.asarray(each), (24, 24), (1, 1)) for each in (fine, coarse))
+    np.testing.assert_allclose(result[0], whole(at_one, (30, 30), (1, 1)), atol=1e-5)
+
+
 def test_parts_compute_scores_and_the_last_one_resamples_them(scan: Path, tmp_path: Path) -> None:
     options = {**SETTINGS, "spacing": 0.6, "postprocess": "argmax"}
     expected = oocpatch.predict(scan, Classes(), tmp_path / "whole.zarr", **options)
