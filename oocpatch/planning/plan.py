@@ -268,7 +268,7 @@ class Plan:
         """Spatial shape of a block's core, in voxels."""
         return self.block_grid.core_shape[-self.spatial :]
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """Digest of everything the bytes of the result depend on."""
         names = ("parameters", "core", "sweep", "context", "snap", "torch_threads")
