@@ -462,8 +462,8 @@ def _read_volume(
     normalizes = package is not None and package.normalizes_first and "preprocess" in of_package
     if is_several and arguments.get("spacing") is not None and not normalizes and grid_differences(volumes):
         parts = zip(volumes.items(), parts_of(volume).values(), strict=True)
-        on_grid = {name: _on_grid(own, part, arguments, None) for (name, own), part in parts}
-        first = next(iter(volumes))
+        first, unboxed = next(iter(volumes)), {**arguments, "box": None}
+        on_grid = {n: _on_grid(own, part, arguments if n == first else unboxed, None) for (n, own), part in parts}
         data = stacked_on_grid({name: one for name, (one, _) in on_grid.items()})
         return volumes, stacked_on_grid({first: volumes[first]}), data, on_grid[first][1], None
     own = base = stacked_on_grid(volumes) if is_several else volumes["volume"]

@@ -22,6 +22,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.volumes.axes import CHANNEL_NAMES, LOOP_NAMES, Axes
 from oocpatch.volumes.ome_metadata import METERS, long_unit
 from oocpatch.volumes.resampling import stored_volume
+from oocpatch.volumes.stack import StackReader
 from oocpatch.volumes.volume import Volume
 
 NEAR = 0.5 * (1 + 1e-6)
@@ -61,9 +62,7 @@ def align(name: str, array: Volume, volume: Volume) -> tuple[Volume, Placement]:
     for a, b in order:
         own, n = array.source.shape[a], 1 if b is None else volume.shape[b]
         axis_name = axes.names[a]
-        if (
-            own > n and stored_volume(volume) is volume
-        ):  # a volume on another grid may be coarser than what it is made of
+        if own > n and not _is_resampled(volume):  # a volume on another grid may be coarser than what it is made of
             raise ValueError(
                 f"{name} must not have more voxels than the volume on any axis, got {own} for {n} along {axis_name}"
             )
@@ -74,6 +73,12 @@ def align(name: str, array: Volume, volume: Volume) -> tuple[Volume, Placement]:
         extent.append(n if array.axes.is_default else _extent(name, axis_name, coords, own, n))
     _check_affines(name, aligned, volume)
     return aligned, Placement(tuple(b for _, b in order), tuple(extent))
+
+
+def _is_resampled(volume: Volume) -> bool:
+    load = volume.source.load
+    parts = load.volumes if isinstance(load, StackReader) else (volume,)
+    return any(stored_volume(part) is not part for part in parts)
 
 
 def _listed(volume: Volume) -> str:

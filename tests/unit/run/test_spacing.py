@@ -247,7 +247,16 @@ def test_named_volumes_of_other_voxels_give_scores_on_the_grid_of_the_first(tmp_
     call = {**SETTINGS, "spacing": 1.0}
     result = oocpatch.predict(volumes, lambda image, prior: image + prior, tmp_path / "out.zarr", **call)
     at_one = sum(whole(np.asarray(each), (24, 24), (1, 1)) for each in (fine, coarse))
-    np.testing.assert_allclose(result[0], whole(at_one, (30, 30), (1, 1)), atol=1e-5)
+    expected = whole(at_one, (30, 30), (1, 1))
+    np.testing.assert_allclose(result[0], expected, atol=1e-5)
+    mask = np.zeros((30, 30), bool)
+    mask[21:23, 23:26] = True
+    for number, part in enumerate(({"mask": mask}, {"box": [(21, 23), (23, 26)]})):
+        some = oocpatch.predict(
+            volumes, lambda image, prior: image + prior, tmp_path / str(number), **call, **part, output_fill=-1
+        )
+        np.testing.assert_allclose(some[0, 21:23, 23:26], expected[21:23, 23:26], atol=1e-5)
+        assert (some[0, :8, :8] == -1).all()
 
 
 def test_parts_compute_scores_and_the_last_one_resamples_them(scan: Path, tmp_path: Path) -> None:
