@@ -37,6 +37,7 @@ class ModelGrid:
         orientation: the end of the world to which each axis of the patches points, such as `RAS`; None: as stored.
         separate: ratio of voxel sizes beyond which no value is interpolated along the one axis with the largest, in
             the volume or, if it is isotropic enough, on the grid; as nnU-Net treats thick slices.
+        unit: unit of spacings that are numbers, along axes that have a unit of length; None: that of the axis.
     """
 
     spacing: Any = None
@@ -44,6 +45,7 @@ class ModelGrid:
     scores: Orders = 1
     orientation: str | None = None
     separate: float = math.inf
+    unit: str | None = None
 
     @classmethod
     def of(cls, value: Any, volume: Volume) -> ModelGrid | None:
@@ -72,7 +74,11 @@ class ModelGrid:
         if unknown := sorted(set(spacing) - set(names)):
             raise ValueError(f"spacing must name spatial axes ({', '.join(names)}), got {', '.join(unknown)}")
         sizes = {str(name): _quantity(size) for name, size in spacing.items()}
-        return cls(sizes, grid.order, grid.scores, grid.orientation, grid.separate)
+        for name, (size, unit) in sizes.items():
+            own = spacing_along(volume.source, name)
+            if unit is None and own is not None and own.unit in METERS:
+                sizes[name] = size, grid.unit
+        return replace(grid, spacing=sizes)
 
     def __str__(self) -> str:
         sizes = (f"{name} {size:g} {unit or ''}".strip() for name, (size, unit) in self.spacing.items())

@@ -266,7 +266,7 @@ class _Bundle:
             else:
                 order = " after other steps" if kind in ("Orientation", "Spacing") else ""
                 raise ValueError(f"{_named(place)}: {kind} is not supported{order}")
-        return {"spacing": ModelGrid(**grid) if grid else None, "preprocess": steps}
+        return {"spacing": ModelGrid(**grid, unit="millimeter") if grid else None, "preprocess": steps}
 
     def _spacing(self, place: str, arguments: Mapping[str, Any]) -> tuple[float, ...]:
         mode = arguments.get("mode", "bilinear")

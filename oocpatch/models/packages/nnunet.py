@@ -39,6 +39,9 @@ NETWORKS = "dynamic_network_architectures"
 READERS = ("SimpleITKIO", "NibabelIO", "NaturalImage2DIO", "Tiff3DIO")
 """Readers whose arrays have the axes of the file, in the order of `AXES`."""
 
+MEDICAL = ("SimpleITKIO", "NibabelIO")
+"""Readers of files whose voxel sizes are in millimetres."""
+
 SEPARATE = 3.0
 """Ratio of voxel sizes from which nnU-Net resamples the coarsest axis for itself, without interpolation."""
 
@@ -109,6 +112,7 @@ class NnunetPlan:
         labels: the data set's labels by name: numbers, or lists of numbers where they are regions.
         region_order: labels of the regions, in the order in which they are drawn; None: labels are not regions.
         mirrored: axes of the network along which predictions are mirrored.
+        unit: unit of voxel sizes; None: that of the images, whatever it is.
     """
 
     configuration: Mapping[str, Any]
@@ -118,6 +122,7 @@ class NnunetPlan:
     labels: Mapping[str, Any]
     region_order: tuple[int, ...] | None
     mirrored: tuple[int, ...]
+    unit: str | None
 
     @classmethod
     def of(cls, plans: Mapping[str, Any], dataset: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> NnunetPlan:
@@ -159,6 +164,7 @@ class NnunetPlan:
             labels,
             tuple(int(label) for label in dataset["regions_class_order"]) if regions else None,
             tuple(int(axis) for axis in mirrored),
+            "millimeter" if plans["image_reader_writer"] in MEDICAL else None,
         )
 
     @property
@@ -248,7 +254,7 @@ class NnunetPlan:
                     f"to be honoured, got {value}"
                 )
         separate = SEPARATE if data.get("force_separate_z", False) is None else math.inf
-        return ModelGrid(spacing, data.get("order", 3), scores.get("order", 3), separate=separate)
+        return ModelGrid(spacing, data.get("order", 3), scores.get("order", 3), separate=separate, unit=self.unit)
 
     def network(self, *, trust_pickle: bool) -> nn.Module:
         """Build the network, with random weights.

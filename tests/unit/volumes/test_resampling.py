@@ -100,6 +100,8 @@ def test_the_channel_stays_where_it_is_and_time_is_not_resampled() -> None:
         ({"y": 2.0}, (5, 30)),
         ({"y": "2 um", "x": 0.3}, (5, 50)),
         ("0.7um", (14, 21)),
+        (ModelGrid(0.001, unit="millimeter"), (10, 15)),
+        (ModelGrid("1um", unit="millimeter"), (10, 15)),
     ],
 )
 def test_a_spacing_gives_whole_voxels_over_the_same_extent(spacing: Any, shape: tuple[int, ...]) -> None:
