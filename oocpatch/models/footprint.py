@@ -44,7 +44,8 @@ class _OperatorHandler:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():  # where operators made of others arrive whole
             mode: Any = self
-            with mode:
+            # a handler of functions would call the operator again, as a whole, and so without end
+            with mode, torch._C.DisableTorchFunction():  # noqa: SLF001 - the only way
                 result = func.decompose(*args, **kwargs) if hasattr(func, "decompose") else NotImplemented
             if result is not NotImplemented:
                 return result

@@ -84,6 +84,16 @@ COUNTED: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
 }
 
 
+def test_a_batch_without_patches_counts_as_one_in_inference_mode() -> None:
+    network, counted = Inference().eval(), []
+    for size in (0, 1):
+        with Footprint(network.parameters(), empty_batch=size == 0) as footprint:
+            network(torch.zeros(size, 1, SIDE, SIDE))
+        counted.append((footprint.operations, footprint.peak, footprint.batch_peak))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == 8 * CONVOLUTION
+
+
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_operations_of_a_patch_are_counted(name: str) -> None:
     make, options, operations = COUNTED[name]
