@@ -139,7 +139,7 @@ def predict(volume: Any, output: str, *, as_json: bool, **options: Any) -> None:
     """Run a model over the volume IN and write the result to OUT; run again to continue or to retry what failed.
 
     Several volumes of one grid are channels: t1.zarr,t2.zarr; or inputs of the model: image=a.zarr,prior=b.zarr. A
-    quoted pattern such as 'scans/*.nii.gz' is a run for each volume, with results in the folder OUT.
+    pattern in quotes, such as `scans/*.nii.gz`, is a run for each volume, with results in the folder OUT.
     """
     with cluster_options.client_of(options, _log) as arguments:
         if (pattern := VolumePattern.of(volume)) is None:
