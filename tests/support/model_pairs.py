@@ -467,10 +467,15 @@ def write(folder: Path, text: str) -> None:
         (folder / name).write_text(content)
 
 
-def loaded(folder: Path) -> Any:
-    """Return the model of a folder, imported anew."""
+def forget() -> None:
+    """Forget the modules of models that were imported."""
     for name in ("net", "helper", "other", "pack", "pack.sub", "pack.other"):
         sys.modules.pop(name, None)
+
+
+def loaded(folder: Path) -> Any:
+    """Return the model of a folder, imported anew."""
+    forget()
     importlib.invalidate_caches()
     os.chdir(folder)
     sys.path.insert(0, str(folder))

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from tests.support.model_pairs import DIFFERENT, SAME, loaded, text_of, write
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    yield tmp_path
+    model_pairs.forget()
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -133,7 +135,11 @@ def test_versions_of_python_read_the_same_in_sources(folder: Path) -> None:
     script.write_text(_USAGES)
     printed = {
         python: subprocess.run(
-            [python, str(script), source_code.__file__, *files], capture_output=True, text=True, check=True
+            [python, str(script), source_code.__file__, *files],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # which texts of sets depend on
         ).stdout
         for python in _pythons()
     }
