@@ -21,18 +21,8 @@ import numpy as np
 import torch
 
 import oocpatch
+from tests.support.package_network import NETWORK
 
-NETWORK = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2, 3, padding=1))
-
-    def forward(self, patches):
-        return self.layers(patches)
-"""
 INTENSITY: list[dict[str, Any]] = [
     {"_target_": "ScaleIntensityRanged", "a_min": -50, "a_max": 200, "b_min": -1, "b_max": 1, "clip": True},
     {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 90},

@@ -18,6 +18,7 @@ from torch import nn
 import oocpatch
 from oocpatch.cli.main import main
 from oocpatch.models.packages.package import load_package
+from tests.support.package_network import NETWORK
 
 pytest.importorskip("bioimageio.spec")
 pytestmark = [  # the library leaves files open
@@ -25,17 +26,6 @@ pytestmark = [  # the library leaves files open
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-NETWORK = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2, 3, padding=1))
-
-    def forward(self, patches):
-        return self.layers(patches)
-"""
 SIZE = {"min": 32, "step": 16}
 
 
