@@ -122,8 +122,8 @@ class RunConfig:
         load_it = functools.partial(load_package, model, trust_pickle=trust, device=device)
         package = loaded(("package", model, trust, device), load_it)
         of_package = settings_of_package(package, arguments)
-        kept = {} if package is None else {n: arguments[n] for n in package.settings if is_given(arguments.get(n))}
-        settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments), **kept})
+        overriding = {n: arguments[n] for n in package.settings if is_given(arguments.get(n))} if package else {}
+        settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments), **overriding})
         arguments |= of_package
         target = output_path("output", output)
         check_is_zarr("output", target)

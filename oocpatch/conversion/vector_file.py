@@ -79,7 +79,7 @@ class Vectors:
 
     @property
     def identity(self) -> list[Any]:
-        """What tells these vectors from others."""
+        """The values by which these vectors differ from others."""
         files = self.record.details["files"]
         names = (self.head, STARTS, LOOPS)
         return [self.record.run_id, {n: crc for n, crc in files.items() if n.partition("/")[0] in names}]

@@ -73,7 +73,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class PatchContext:
-    """What computing patches takes, in one process.
+    """Context of computing patches in one process.
 
     Attributes:
         selection: the patches to compute.

@@ -174,7 +174,7 @@ class ChunkSource:
 
 
 class ChunkTasks:
-    """What the chunks of a result share in one process: the model and the arrays, open while one is computed."""
+    """Model and arrays that the chunks of a result share in one process, open while one is computed."""
 
     def __init__(self, plan: Plan, inputs: RunInputs) -> None:
         self.inputs = inputs

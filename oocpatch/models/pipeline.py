@@ -52,7 +52,7 @@ def load(options: ModelOptions, package: ModelPackage | None = None, axes: Seque
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What identifies the model of a run.
+    """Identity of the model of a run.
 
     Attributes:
         value: `model_id`, else a digest per model.

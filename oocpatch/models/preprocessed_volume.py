@@ -95,14 +95,7 @@ class Normalization:
         function: Any = preprocess_function(self.steps, self.statistics)
         if function is None:
             return volume
-        source = replace(
-            volume.source,
-            load=PreprocessedReader(volume, function),
-            dtype=np.dtype(np.float32),
-            array=None,
-            files=None,
-            packing={},
-        )
+        source = volume.source.computed(PreprocessedReader(volume, function), dtype=np.dtype(np.float32))
         result = Volume(source, volume.axes)
         voxel = volume.dtype.itemsize + 16  # as read, in float64, in float32 and where zeros are
         read_bytes = voxel * volume.channels * math.prod(largest_read(result)) + volume.chunk_bytes

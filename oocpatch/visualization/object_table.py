@@ -18,10 +18,10 @@ from oocpatch.visualization.slices import PROJECTED
 Array = npt.NDArray[Any]
 
 ROWS = 1_000_000
-"""Of a table that a browser gets."""
+"""Rows of a table that a browser gets at most."""
 BINS = 32
 WIDTH, HEIGHT, FOOT = 720, 160, 22
-"""Of a histogram, in pixels; the foot has the labels of its axis."""
+"""Sides of a histogram, in pixels; the foot has the labels of its axis."""
 
 
 def read_table(table: str | os.PathLike[str]) -> Any:

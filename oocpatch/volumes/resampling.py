@@ -279,17 +279,13 @@ def resampled(volume: Volume, maps: Sequence[AxisMap], limits: tuple[tuple[float
         chunks[position] = -(-chunks[position] // 2)
     units = None if source.units is None else CommonUnits(tuple(shape), order, ((volume, reader.support),))
     by_name = {volume.axes.names[a]: m for a, m in zip(order, maps, strict=True) if not m.is_identity}
-    on_grid = replace(
-        source,
+    on_grid = source.computed(
+        reader,
         shape=tuple(shape),
         dtype=dtype,
         chunks=tuple(chunks),
-        load=reader,
-        array=None,
-        files=None,
         units=units,
         coords=_coords(source.coords, by_name),
-        packing={},
     )
     if source.image is not None:
         on_grid = replace(on_grid, image=_image(source.image, by_name))

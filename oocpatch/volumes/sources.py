@@ -115,6 +115,13 @@ class Source:
     read_bytes: int = 0
     display: Mapping[str, Mapping[str, Any]] | None = None
 
+    def computed(self, load: Callable[[tuple[slice, ...]], npt.NDArray[Any]], **changes: Any) -> Source:
+        """Return this source with values that are computed from it, and with other changes, as `replace` takes them.
+
+        It is no stored array any more: neither the array, nor its files, nor how it is packed are those of the values.
+        """
+        return replace(self, load=load, array=None, files=None, packing={}, **changes)
+
     @property
     def fingerprint(self) -> str:
         """Digest of the content: of the tags of its stored units, or of all values where it has none."""

@@ -93,19 +93,15 @@ def stacked(volumes: Sequence[Volume], like: Volume) -> Volume:
         chunks[position] = chunk
     units = CommonUnits(tuple(shape), sequence, tuple((volume, _itself) for volume in volumes))
     has_units = all(volume.source.units is not None for volume in volumes)
-    on_grid = replace(
-        source,
+    on_grid = source.computed(
+        reader,
         shape=tuple(shape),
         dtype=dtype,
         chunks=tuple(chunks),
-        load=reader,
         names=axes.names,
         roles=axes.roles,
         chunked=True,
-        array=None,
-        files=None,
         units=units if has_units else None,
-        packing={},
         read_bytes=math.prod(chunks) * dtype.itemsize + max(volume.chunk_bytes for volume in volumes),
     )
     return Volume(on_grid, axes)
