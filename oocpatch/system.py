@@ -71,6 +71,14 @@ def mapped_memory(size: int, *, huge: bool) -> mmap.mmap:
     return memory
 
 
+def gives_huge_pages_on_request() -> bool:
+    """Return whether the system gives huge pages to programs that ask for them, and only to these."""
+    try:
+        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
 def after_fork(function: Callable[[], None]) -> None:
     """Call a function in each process that is forked from this one, where processes are forked."""
     if hasattr(os, "register_at_fork"):

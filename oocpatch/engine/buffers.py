@@ -6,7 +6,11 @@ mapped instead: they have the size that the plan projects, and are zero without 
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import mmap
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -15,7 +19,9 @@ import numpy as np
 import torch
 
 from oocpatch.planning.memory import HEAP_LIMIT, LEAST_MAPPED
-from oocpatch.system import c_function, mapped_memory
+from oocpatch.system import c_function, gives_huge_pages_on_request, mapped_memory
+
+logger = logging.getLogger("oocpatch")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -68,6 +74,23 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
         mallopt(MMAP_THRESHOLD, mapped)
         mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)
+
+
+@functools.cache
+def warn_without_huge_pages() -> None:
+    """Say, once, if torch does not ask for the huge pages that importing the package asks it to ask for.
+
+    Torch reads the variable before its first tensor, and tells nobody. What it asks huge pages for begins with a page;
+    the C library puts a header before all else.
+    """
+    if not gives_huge_pages_on_request() or os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        return
+    if torch.empty(2 * HEAP_LIMIT, dtype=torch.uint8, device="cpu").data_ptr() % mmap.PAGESIZE:
+        logger.warning(
+            "torch made tensors before oocpatch was imported, so it does without huge pages in this process, and the "
+            "model may take half as long again: restart Python, and import oocpatch first, or set the environment "
+            "variable THP_MEM_ALLOC_ENABLE=1"
+        )
 
 
 class FutureGroup:

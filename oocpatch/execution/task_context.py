@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocpatch.engine.buffers import lean_heap
+from oocpatch.engine.buffers import HUGE, lean_heap, warn_without_huge_pages
 from oocpatch.engine.context_patches import ContextPatches
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
@@ -93,6 +93,8 @@ class RunInputs:
         opened = volume.for_run(threads)
         mask = None if self.mask is None else self.mask.for_run()
         device = predictor.device
+        if torch.device(device).type == "cpu" and dict(plan.memory_parts).get("model", 0) >= HUGE:
+            warn_without_huge_pages()
         with contextlib.ExitStack() as stack:
             stack.callback(opened.source.close)  # a file that stays open cannot be edited: HDF5 refuses
             if mask is not None:
