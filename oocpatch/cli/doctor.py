@@ -33,6 +33,7 @@ EXTRAS = {
     "nnunet": ("dynamic_network_architectures",),
     "hdf5": ("h5py",),
     "dicom": ("pydicom",),
+    "microscopy": ("h5py", "liffile", "nd2", "pylibCZIrw"),
     "tensorstore": ("tensorstore",),
     "s3": ("obstore",),
     "view": ("PIL",),

@@ -125,7 +125,8 @@ def predict(
 
     Args:
         volume: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array;
-            or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file or a directory of DICOM, see `docs/files.md`.
+            or path of a TIFF, slide, NIfTI, HDF5, CZI, ND2, LIF, IMS, N5 or precomputed file or a directory of DICOM,
+            see `docs/files.md`.
             A list of volumes of one grid: as channels of one. A dict: as tensors that the model is called with, by
             their names.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as

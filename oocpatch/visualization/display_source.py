@@ -14,7 +14,7 @@ import zarr
 from oocpatch.outputs.output import open_result
 from oocpatch.outputs.record import OutputRecord, array_path, inspect_output
 from oocpatch.storage.paths import StoragePath, output_path
-from oocpatch.volumes.formats.spec import UnreadableError, parse_address
+from oocpatch.volumes.formats.spec import WITH_LEVELS, UnreadableError, parse_address
 from oocpatch.volumes.ome_metadata import ome_attributes
 from oocpatch.volumes.volume import Volume
 
@@ -123,7 +123,7 @@ def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
     """Yield the levels of a pyramid, the finest first; one where there is no pyramid."""
     if isinstance(source, (str, os.PathLike)):
         spec = parse_address(str(source))
-        if spec is not None and spec.format in ("tiff", "slide", "precomputed") and "level=" not in str(source):
+        if spec is not None and spec.format in WITH_LEVELS and "level=" not in str(source):
             for level in itertools.count():
                 try:
                     volume = Volume(f"{source}::level={level}", axes)

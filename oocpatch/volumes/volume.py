@@ -38,7 +38,8 @@ class Volume:
 
     Args:
         source: path or URL of a Zarr array or group or OME-Zarr, `zarr.Array`, `xarray.DataArray`, dask or numpy array,
-            `torch.Tensor`, or path of a TIFF, slide, NIfTI, HDF5, N5 or precomputed file, or of a directory of DICOM.
+            `torch.Tensor`, or path of a TIFF, slide, NIfTI, HDF5, CZI, ND2, LIF, IMS, N5 or precomputed file, or of a
+            directory of DICOM.
         axes: one name per axis of the source, e.g. `"zyx"`, `"yxc"`, `"tczyx"`; default: dimension names, OME axes,
             else by the number of axes. `c` is the channel, `t` is looped over, all others are spatial.
         level: level of an OME-Zarr's pyramid by its number (0: the finest) or its path in the group.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From right, anterior, superior to left, posterior, superior."""
@@ -53,4 +53,45 @@ def write_series(
         image["PixelData"].VR = "OB" if plane.dtype.itemsize == 1 else "OW"
         image.save_as(folder / name)
         paths.append(folder / name)
+    return paths
+
+
+def write_slide(folder: Path, levels: list[np.ndarray], *, tile: int = 64, series: str = "1.2.9") -> list[Path]:
+    """Write the levels `(y, x, rgb)` of a slide, a file each, in tiles; pixels of the largest are 0.25 um wide."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number, level in enumerate(levels):
+        height, width = level.shape[:2]
+        padded = np.pad(level, ((0, -height % tile), (0, -width % tile), (0, 0)))
+        rows, columns = padded.shape[0] // tile, padded.shape[1] // tile
+        tiles = padded.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2)
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID = VLWholeSlideMicroscopyImageStorage
+        meta.MediaStorageSOPInstanceUID = f"{series}.{number + 1}"
+        path = folder / f"{series}-{len(levels) - number}.dcm"  # the largest comes last
+        image = FileDataset(str(path), Dataset(), file_meta=meta, preamble=b"\0" * 128)
+        image.SOPClassUID, image.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        image.SeriesInstanceUID, image.Modality, image.StudyInstanceUID = series, "SM", "1.2.8"
+        image.FrameOfReferenceUID, image.ContainerIdentifier = "1.2.7", "slide"
+        image.ImageType = ["DERIVED" if number else "ORIGINAL", "PRIMARY", "VOLUME", "RESAMPLED" if number else "NONE"]
+        image.Rows = image.Columns = tile
+        image.TotalPixelMatrixRows, image.TotalPixelMatrixColumns = height, width
+        image.NumberOfFrames, image.DimensionOrganizationType = rows * columns, "TILED_FULL"
+        image.SamplesPerPixel, image.PhotometricInterpretation, image.PlanarConfiguration = 3, "RGB", 0
+        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 8, 8, 7, 0
+        image.ImagedVolumeWidth, image.ImagedVolumeHeight = levels[0].shape[1] / 4000, levels[0].shape[0] / 4000
+        measures = Dataset()
+        measures.PixelSpacing = [0.25e-3 * levels[0].shape[axis] / level.shape[axis] for axis in (0, 1)]
+        measures.SliceThickness = 0.001
+        shared = Dataset()
+        shared.PixelMeasuresSequence = [measures]
+        image.SharedFunctionalGroupsSequence = [shared]
+        light = Dataset()
+        light.OpticalPathIdentifier = "1"
+        image.OpticalPathSequence, image.NumberOfOpticalPaths = [light], 1
+        image.PixelData = tiles.tobytes()
+        image["PixelData"].VR = "OB"
+        image.save_as(path, enforce_file_format=True)
+        paths.append(path)
     return paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 
 from oocpatch.errors import error_line
 from oocpatch.volumes.affine import Affine, axis_scales
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, is_dicom
+from oocpatch.volumes.formats.planes import read_planes
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, dicom_format, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
 NAMES = ("z", "y", "x", "c")
@@ -103,15 +105,7 @@ class DicomFile:
 
     def read(self, selection: tuple[slice, ...]) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
-        planes, inner = (slice(0, 1), selection) if self._is_picture else (selection[0], selection[1:])
-        numbers = range(*planes.indices(len(self._paths)))
-        sizes = self.metadata.shape[-len(inner) :]
-        shape = [len(range(*part.indices(size))) for part, size in zip(inner, sizes, strict=True)]
-        out = np.empty((len(numbers), *shape), self.metadata.dtype)
-        for target, number in zip(out, numbers, strict=True):
-            values, (slope, intercept) = self._plane(number)[inner], self._scales[number]
-            target[...] = values if out.dtype == values.dtype else values * np.float64(slope) + np.float64(intercept)
-        return out[0] if self._is_picture else out
+        return read_planes(self.metadata, selection, 0 if self._is_picture else 1, self._scaled)
 
     def files(self) -> list[str]:
         """Return the files of the slices."""
@@ -119,6 +113,13 @@ class DicomFile:
 
     def close(self) -> None:
         """Do nothing: a file is open while it is read only."""
+
+    def _scaled(self, index: tuple[int, ...], selection: tuple[slice, ...]) -> npt.NDArray[Any]:
+        number = index[0] if index else 0
+        values, (slope, intercept) = self._plane(number)[selection], self._scales[number]
+        if self.metadata.dtype == values.dtype:
+            return values
+        return np.asarray(values * np.float64(slope) + np.float64(intercept))
 
     def _plane(self, number: int) -> npt.NDArray[Any]:
         with _named(self._paths[number]):
@@ -138,12 +139,26 @@ def _named(path: Path) -> Iterator[None]:
 
 def _headers(pydicom: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """Yield the files that hold images, with their headers; plans, reports and other files are passed over."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if is_dicom(file))
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if dicom_format(file))
     for file in files:
         with _named(file):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*EQUAL, *OTHERS])
         if "Rows" in header:
             yield file, header
+
+
+def series_files(spec: FileSpec) -> list[Path]:
+    """Return the files of the series that is asked for, or of the one that a single file belongs to.
+
+    Raises:
+        UnreadableError: as `_series` does.
+    """
+    pydicom = import_extra("pydicom", "dicom", spec)
+    path = Path(spec.address)
+    if path.is_file():
+        header = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"])
+        path, spec = path.parent, replace(spec, part=str(_value(header, "SeriesInstanceUID", "")))
+    return [file for file, _ in _series(list(_headers(pydicom, path)), spec)]
 
 
 def _series(slices: list[tuple[Path, Any]], spec: FileSpec) -> list[tuple[Path, Any]]:

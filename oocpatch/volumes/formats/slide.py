@@ -1,4 +1,4 @@
-"""Slides by OpenSlide: a level of the pyramid as `(y, x, c)` in RGB."""
+"""Slides by OpenSlide, those of DICOM too: a level of the pyramid as `(y, x, c)` in RGB."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.planning.box import Box
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra
+from oocpatch.volumes.formats.dicom import series_files
+from oocpatch.volumes.formats.spec import (
+    FileMetadata,
+    FileSpec,
+    UnreadableError,
+    check_number,
+    dicom_format,
+    import_extra,
+)
 from oocpatch.volumes.ome_metadata import coordinate
 
 TILE = 512
@@ -25,16 +33,17 @@ class SlideFile:
 
     def __init__(self, spec: FileSpec) -> None:
         openslide = import_extra("openslide", "slide", spec)
-        self._path = Path(spec.address)
-        self._slide = openslide.OpenSlide(spec.address)
+        self._files = _files(spec)
+        self._slide = openslide.OpenSlide(self._files[0])
         # The plan accounts for all memory, and neighbouring reads share no tile that is worth caching.
         self._slide.set_cache(openslide.OpenSlideCache(0))
         properties = dict(self._slide.properties)
         self._level = spec.level
-        if spec.level >= self._slide.level_count:
-            levels = "; ".join(f"{i}: {w} x {h}" for i, (w, h) in enumerate(self._slide.level_dimensions))
+        try:
+            check_number("level", spec.level, [(h, w) for w, h in self._slide.level_dimensions], spec)
+        except UnreadableError:
             self._slide.close()
-            raise UnreadableError(f"level must be one of those of {spec.address} ({levels}), got {spec.level}")
+            raise
         width, height = self._slide.level_dimensions[spec.level]
         tile = [int(properties.get(f"openslide.level[{spec.level}].tile-{n}", TILE)) for n in ("height", "width")]
         self._tile = min(tile[0], height), min(tile[1], width)
@@ -72,18 +81,29 @@ class SlideFile:
             out[part.slices(box.start)] = tile[part.slices(corner)]
         return out[..., selection[2]]
 
-    def files(self) -> set[Path]:
-        """Return the file, with the directory beside a `.mrxs` and the images that a `.vms` or `.vmu` names."""
-        files = {self._path}
-        suffix = self._path.suffix.lower()
-        if suffix == ".mrxs":
-            files.update(file for file in self._path.with_suffix("").rglob("*") if file.is_file())
-        elif suffix in (".vms", ".vmu"):
-            lines = self._path.read_text(errors="replace").splitlines()
-            named = [self._path.parent / value for line in lines if (value := line.partition("=")[2].strip())]
-            files.update(file for file in named if file.is_file())
-        return files
+    def files(self) -> list[Path]:
+        """Return the files of the slide."""
+        return self._files
 
     def close(self) -> None:
         """Close the slide."""
         self._slide.close()
+
+
+def _files(spec: FileSpec) -> list[Path]:
+    """Return the file, which comes first, and those that hold other parts of the slide.
+
+    These are the directory beside a `.mrxs`, the images that a `.vms` or `.vmu` names, and the levels in a series of
+    DICOM, which is the one in a directory, or that of a file.
+    """
+    path = Path(spec.address)
+    suffix = path.suffix.lower()
+    if path.is_dir() or dicom_format(path):
+        return series_files(spec)
+    if suffix == ".mrxs":
+        return [path, *(file for file in path.with_suffix("").rglob("*") if file.is_file())]
+    if suffix in (".vms", ".vmu"):
+        lines = path.read_text(errors="replace").splitlines()
+        named = [path.parent / value for line in lines if (value := line.partition("=")[2].strip())]
+        return [path, *(file for file in named if file.is_file())]
+    return [path]

@@ -6,7 +6,7 @@ An address is a path. The path of a dataset or options may follow after `::`:
  scan.h5::/entry/data        a dataset of an HDF5 file
  cells.n5::setup0/s1         a dataset of an N5 container
  slide.svs::level=2          a level of a pyramid; the default is 0, the largest
- stack.ome.tif::series=1     a series of a TIFF
+ stack.ome.tif::series=1     a series of a TIFF, a scene of a CZI, a position of an ND2, an image of a LIF
  slide.tif::format=slide     a format other than that of the file's name
  precomputed://gs://b/seg    precomputed (or n5) behind a URL
  scans::1.2.840.7            a series in a directory of DICOM files, by its UID
@@ -24,7 +24,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,10 +44,17 @@ SUFFIXES = {
     "n5": (".n5",),
     "precomputed": (".precomputed",),
     "dicom": (".dcm",),
+    "czi": (".czi",),
+    "nd2": (".nd2",),
+    "lif": (".lif",),
+    "ims": (".ims",),
 }
 """Formats by the suffixes of their files."""
 
 ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+
+WITH_LEVELS = frozenset({"tiff", "slide", "precomputed", "czi", "ims"})
+"""Formats whose files may be pyramids."""
 
 READERS = {
     "tiff": "tiff.TiffFile",
@@ -57,10 +64,17 @@ READERS = {
     "n5": "tensors.TensorFile",
     "precomputed": "tensors.TensorFile",
     "dicom": "dicom.DicomFile",
+    "czi": "czi.CziFile",
+    "nd2": "nd2.Nd2File",
+    "lif": "lif.LifFile",
+    "ims": "imaris.ImarisFile",
 }
 
 SCANNED = 32
 """Entries of a directory that are looked at for files of DICOM."""
+
+WHOLE_SLIDE = b"UI\x1e\x001.2.840.10008.5.1.4.1.1.77.1.6"
+"""A UID and its length, at the start of each file of DICOM that holds a level of a slide."""
 
 NOT_ZARR = frozenset({"zarr.json", ".zarray", ".zgroup"})
 """None of these lies in a directory of another format."""
@@ -77,9 +91,9 @@ class FileSpec:
     Attributes:
         address: path or URL of the file or container.
         format: one of `SUFFIXES`.
-        part: path of a dataset in the file, UID of a series of DICOM; empty for its only one.
+        part: path of a dataset in the file, UID of a series of DICOM, name of an image; empty for its only one.
         level: level of a pyramid; 0 is the largest.
-        series: series of a TIFF.
+        series: number of one of the images of a file.
     """
 
     address: str
@@ -186,18 +200,21 @@ def _format(path: str) -> str | None:
             if "scales" in json.loads((directory / "info").read_text()):
                 return "precomputed"
         with contextlib.suppress(OSError):
-            if any(map(is_dicom, itertools.islice(directory.iterdir(), SCANNED))):
-                return "dicom"
+            formats = map(dicom_format, itertools.islice(directory.iterdir(), SCANNED))
+            if found := next(filter(None, formats), None):
+                return found
     lower = path.lower().rstrip("/")
-    return next((name for name, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+    name = next((name for name, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+    return dicom_format(directory) or name if name == "dicom" else name
 
 
-def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as those of DICOM do."""
+def dicom_format(path: Path) -> str | None:
+    """Return the format of a file of DICOM: a slide, which OpenSlide reads, or slices; None for any other file."""
     if not path.is_file():
-        return False
+        return None
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        start = file.read(1024)
+    return None if start[128:132] != b"DICM" else "slide" if WHOLE_SLIDE in start else "dicom"
 
 
 def open_file(spec: FileSpec) -> OpenFile:
@@ -265,6 +282,17 @@ def import_extra(library: str, extra: str, spec: FileSpec) -> Any:
             f"reading {spec.address} needs {error.name or extra}, which is not installed; "
             f"pip install 'oocpatch[{extra}]'"
         ) from error
+
+
+def check_number(name: str, number: int, shapes: Sequence[tuple[int, ...]], spec: FileSpec) -> None:
+    """Refuse the number of a level or a series that a file does not have.
+
+    Raises:
+        UnreadableError: in that case; the message lists those that it has.
+    """
+    if number >= len(shapes):
+        listed = "; ".join(f"{i}: {' x '.join(map(str, shape))}" for i, shape in enumerate(shapes))
+        raise UnreadableError(f"{name} must be one of those of {spec.address} ({listed or 'none'}), got {number}")
 
 
 def to_json(value: Any) -> Any:

@@ -12,7 +12,7 @@ import xarray
 import zarr
 
 from oocpatch.volumes.axes import DEFAULTS
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_extra, to_json
 from oocpatch.volumes.formats.tiff_parts import check_complete
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -40,8 +40,10 @@ class TiffFile:
         self._path = Path(spec.address)
         self._tiff = tifffile.TiffFile(spec.address)
         try:
-            series = _select(self._tiff.series, spec.series, "series", spec)
-            self._level = level = _select(series.levels, spec.level, "level", spec)
+            check_number("series", spec.series, [series.shape for series in self._tiff.series], spec)
+            series = self._tiff.series[spec.series]
+            check_number("level", spec.level, [level.shape for level in series.levels], spec)
+            self._level = level = series.levels[spec.level]
             check_complete(self._tiff, level, self._path)
             self._store = self._tiff.aszarr(series=spec.series, level=spec.level)
             self._array = array = zarr.open_array(self._store, mode="r")
@@ -94,13 +96,6 @@ def axis_names(axes: str) -> tuple[str, ...]:
         first = next((i for i, a in enumerate(names) if a in "iq"), None)
         names = ["z" if i == first else a for i, a in enumerate(names)]
     return tuple(names)
-
-
-def _select(items: Any, index: int, name: str, spec: FileSpec) -> Any:
-    if index >= len(items):
-        listed = "; ".join(f"{i}: {' x '.join(map(str, item.shape))}" for i, item in enumerate(items))
-        raise UnreadableError(f"{name} must be one of those of {spec.address} ({listed or 'none'}), got {index}")
-    return items[index]
 
 
 def _coords(tiff: Any, series: int, sizes: dict[str, int], factors: dict[str, float]) -> dict[str, xarray.Variable]:

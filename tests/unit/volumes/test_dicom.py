@@ -15,7 +15,7 @@ from pydicom.uid import RLELossless
 
 import oocpatch
 from oocpatch.volumes.volume import Volume
-from tests.support.dicom import write_series
+from tests.support.dicom import write_series, write_slide
 
 STACK = np.arange(6 * 10 * 14, dtype=np.int16).reshape(6, 10, 14)
 
@@ -150,3 +150,28 @@ def test_slices_without_places_follow_their_numbers(tmp_path: Path) -> None:
     volume = Volume(tmp_path / "film")
     np.testing.assert_array_equal(read(volume), STACK[::-1])
     assert {name: float(c.values[1]) for name, c in volume.source.coords.items()} == {"y": 0.2, "x": 0.1}
+
+
+def test_a_directory_or_a_file_of_a_slide_is_its_pyramid_and_several_are_told_apart_by_their_series(
+    tmp_path: Path,
+) -> None:
+    slide = np.random.default_rng(0).integers(1, 255, (150, 200, 3), dtype=np.uint8)
+    levels = [slide, slide[::2, 1::2].copy()]
+    paths = write_slide(tmp_path / "a", levels)
+    for address in (tmp_path / "a", paths[0], paths[1]):
+        for number, level in enumerate(levels):
+            volume = oocpatch.Volume(f"{address}::level={number}")
+            assert volume.source.names == ("y", "x", "c")
+            np.testing.assert_array_equal(volume.source.load((slice(0, 150), slice(0, 200), slice(0, 3))), level)
+            size = 0.25 * 2**number
+            np.testing.assert_allclose(volume.source.coords["y"].values[:2], [(size - 0.25) / 2, (3 * size - 0.25) / 2])
+        with pytest.raises(ValueError, match=r"level must be one of .*\(0: 150 x 200; 1: 75 x 100\), got 2"):
+            oocpatch.Volume(f"{address}::level=2")
+    before = oocpatch.Volume(paths[0]).source.fingerprint
+    paths[1].touch()  # another file, which holds another level
+    assert oocpatch.Volume(paths[0]).source.fingerprint != before
+    write_slide(tmp_path / "a", [255 - slide], series="1.2.10")
+    with pytest.raises(ValueError, match=r"holds 2; it has .*::1.2.10 \(1 x SM\); .*::1.2.9 \(2 x SM\)"):
+        oocpatch.Volume(tmp_path / "a")
+    chosen = oocpatch.Volume(f"{tmp_path / 'a'}::1.2.10").source
+    np.testing.assert_array_equal(chosen.load((slice(0, 150), slice(0, 200), slice(0, 3))), 255 - slide)

@@ -25,7 +25,8 @@ from oocpatch.planning.box import Box
 from oocpatch.volumes.formats.raw import read_box
 from oocpatch.volumes.formats.spec import FileSpec, parse_address
 from tests.support.children import Children
-from tests.support.dicom import write_series
+from tests.support.dicom import write_series, write_slide
+from tests.support.microscopy import write_czi, write_ims, write_lif, write_nd2
 from tests.support.web import web_server
 
 Array = np.ndarray[Any, Any]
@@ -135,6 +136,42 @@ def dicom(path: Path) -> Array:
     return STACK
 
 
+def dicom_slide(path: Path) -> Array:
+    write_slide(path, [SLIDE[:100, :140]])
+    return SLIDE[:100, :140]
+
+
+CELLS = np.arange(2 * 5 * 20 * 30, dtype=np.uint16).reshape(2, 5, 20, 30)
+"""`(c, z, y, x)`, as a microscope records it."""
+
+
+def czi(path: Path) -> Array:
+    write_czi(path, [CELLS])
+    return CELLS
+
+
+def colour_czi(path: Path) -> Array:
+    write_czi(path, [SLIDE[:50, :60]], tile=32)
+    return SLIDE[:50, :60]
+
+
+def nd2(path: Path) -> Array:
+    pytest.importorskip("nd2")
+    write_nd2(path, [CELLS.swapaxes(0, 1)[None]])
+    return CELLS.swapaxes(0, 1)
+
+
+def lif(path: Path) -> Array:
+    pytest.importorskip("liffile")
+    write_lif(path, {"cells": CELLS.swapaxes(0, 1)})
+    return CELLS.swapaxes(0, 1)
+
+
+def ims(path: Path) -> Array:
+    write_ims(path, [CELLS])
+    return CELLS
+
+
 Make = Callable[[Path], Array]
 KINDS: dict[str, tuple[Make, str, str, tuple[str, ...], tuple[int, ...]]] = {
     "ome-tiff": (ome_tiff, "a.ome.tif", "", ("z", "y", "x"), (1, 16, 16)),
@@ -151,6 +188,12 @@ KINDS: dict[str, tuple[Make, str, str, tuple[str, ...], tuple[int, ...]]] = {
     "n5": (n5, "a.n5", "::s0", ("z", "y", "x"), (4, 16, 16)),
     "precomputed": (precomputed, "a", "", ("z", "y", "x"), (4, 16, 16)),
     "dicom": (dicom, "a", "", ("z", "y", "x"), (1, 40, 50)),
+    "dicom slide": (dicom_slide, "a", "", ("y", "x", "c"), (64, 64, 3)),
+    "czi": (czi, "a.czi", "", ("c", "z", "y", "x"), (1, 1, 16, 16)),
+    "colour czi": (colour_czi, "a.czi", "", ("y", "x", "c"), (32, 32, 3)),
+    "nd2": (nd2, "a.nd2", "", ("z", "c", "y", "x"), (1, 2, 20, 30)),
+    "lif": (lif, "a.lif", "", ("z", "c", "y", "x"), (1, 1, 20, 30)),
+    "ims": (ims, "a.ims", "", ("c", "z", "y", "x"), (1, 5, 16, 16)),
 }
 
 
@@ -165,7 +208,7 @@ def test_a_file_has_the_values_that_its_library_gives_and_its_names_and_chunks(k
     assert np.dtype(source.dtype).newbyteorder("=") == expected.dtype
     everything = tuple(slice(0, n) for n in expected.shape)
     np.testing.assert_array_equal(source.load(everything), expected)
-    inner = (*tuple(slice(n // 3, n // 3 + 3) for n in expected.shape[:2]), slice(1, 3))
+    inner = (*(slice(n // 3, n // 3 + 3) for n in expected.shape[:-1]), slice(1, 3))
     np.testing.assert_array_equal(source.load(inner), expected[inner])
 
 
@@ -196,7 +239,9 @@ def test_a_volume_travels_to_another_process_which_opens_the_file_itself(kind: s
 
 def coords(path: Path | str) -> dict[str, tuple[list[float], str | None]]:
     found = oocpatch.Volume(path).source.coords
-    return {n: ([float(v) for v in c.values[:3]], c.attrs.get("units")) for n, c in found.items()}
+    return {
+        n: ([float(v) for v in c.values[:3]], c.attrs.get("units")) for n, c in found.items() if c.dtype.kind in "iuf"
+    }
 
 
 @pytest.mark.parametrize(
@@ -208,6 +253,11 @@ def coords(path: Path | str) -> dict[str, tuple[list[float], str | None]]:
         ("nifti", {"z": ([0, 2, 4], "millimeter"), "x": ([0, 0.5, 1], "millimeter")}),
         ("hdf5", {"z": ([0, 2, 4], "micrometer")}),
         ("n5", {"z": ([0, 30, 60], "nanometer"), "x": ([0, 4, 8], "nanometer")}),
+        ("dicom slide", {"x": ([0, 0.25, 0.5], "micrometer")}),
+        ("czi", {"z": ([0, 2, 4], "micrometer"), "x": ([0, 0.5, 1], "micrometer")}),
+        ("nd2", {"z": ([0, 2, 4], "micrometer"), "x": ([0, 0.5, 1], "micrometer")}),
+        ("lif", {"z": ([0, -2, -4], "micrometer"), "x": ([100, 100.5, 101], "micrometer")}),
+        ("ims", {"z": ([11, 13, 15], "micrometer"), "x": ([10.25, 10.75, 11.25], "micrometer")}),
         ("precomputed", {"z": ([900, 930, 960], "nanometer"), "x": ([40, 44, 48], "nanometer")}),
     ],
 )
@@ -286,6 +336,10 @@ def test_precomputed_is_read_behind_a_url(tmp_path: Path) -> None:
         ("a.h5", "h5py", "hdf5"),
         ("a.n5", "tensorstore", "tensorstore"),
         ("a.dcm", "pydicom", "dicom"),
+        ("a.czi", "pylibCZIrw.czi", "microscopy"),
+        ("a.nd2", "nd2", "microscopy"),
+        ("a.lif", "liffile", "microscopy"),
+        ("a.ims", "h5py", "hdf5"),
     ],
 )
 def test_a_missing_library_is_named_with_the_extra_that_has_it(
