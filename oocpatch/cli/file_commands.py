@@ -19,6 +19,11 @@ _axes_option = _option(
     "--axes", metavar="NAMES", help="Name the axes of the volume, such as zyx or yxc; default: its own names."
 )
 _level_option = _option("--level", default="0", help="Read this level of a pyramid; 0 is the largest.")
+_labels_option = _option(
+    "--labels/--no-labels",
+    default=None,
+    help="Fill the levels of a pyramid with labels that were there, or with means; default: as the metadata say.",
+)
 _max_memory_option = _option(
     "--max-memory", metavar="SIZE", default="auto", help="Bound on the memory that is added, such as 2GiB."
 )
@@ -38,12 +43,16 @@ KINDS = ("auto", "labels", "scores", "image", "rgb")
 @_level_option
 @_option("--chunks", type=size, help="Chunks in voxels: 64, or per axis 32,64,64; default: the volume's.")
 @_option("--shards", type=size, help="Shards in voxels, multiples of the chunks; default: none.")
+@_option(
+    "--levels", type=click.IntRange(min=1), help="Levels of the pyramid; 1: none; default: until one fits a chunk."
+)
+@_labels_option
 @_max_memory_option
 @_progress_option
 @_option("--overwrite", is_flag=True, help="Replace what another conversion wrote.")
 @json_option
 def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Stream the volume IN, of any format that can be read, into the chunked Zarr OUT.zarr; run again to continue."""
+    """Stream the volume IN, of any format that can be read, into the OME-Zarr OUT.zarr; run again to continue."""
     import oocpatch
 
     start = time.monotonic()
@@ -68,11 +77,7 @@ def convert(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
 @click.argument("path", metavar="FILE")
 @_axes_option
 @_level_option
-@_option(
-    "--labels/--no-labels",
-    default=None,
-    help="Fill the levels of a pyramid with labels that were there, or with means; default: as the metadata say.",
-)
+@_labels_option
 @_max_memory_option
 @_progress_option
 @_option("--overwrite", is_flag=True, help="Replace a file that was exported before.")

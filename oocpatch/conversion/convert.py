@@ -1,4 +1,4 @@
-"""Conversion: any readable volume, streamed into a chunked Zarr v3 within a memory limit.
+"""Conversion: any readable volume, streamed into an OME-Zarr with a pyramid within a memory limit.
 
 ```text
  volume --boxes of whole write units--> buffers, one per thread --> OUT.partial --rename--> OUT
@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import xarray
 
-from oocpatch.conversion.target import NAME, Conversion, is_complete, record_of, remove_conversions
+from oocpatch.conversion.export import are_labels
+from oocpatch.conversion.target import Conversion, Layout, is_complete, remove_conversions
 from oocpatch.errors import PlanTooLarge
-from oocpatch.planning.arguments import clipped_chunks, memory_limit, write_unit
+from oocpatch.planning.arguments import clipped_chunks, memory_limit, positive, write_unit
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
@@ -47,15 +48,18 @@ def convert(
     level: int | str = 0,
     chunks: int | Sequence[int] | None = None,
     shards: int | Sequence[int] | None = None,
+    levels: int | None = None,
+    labels: bool | None = None,
     max_memory: int | float | str = "auto",
     progress: str | bool = "auto",
     overwrite: bool = False,
 ) -> xarray.DataArray:
-    """Stream a volume of any format into a Zarr v3 group, within a memory limit.
+    """Stream a volume of any format into an OME-Zarr with a pyramid, within a memory limit.
 
-    Axes, coordinates and attributes are kept. The order of axes is that of `predict`'s outputs: channel and looped axes
-    as in the volume, then the spatial axes in their order. An interrupted call leaves nothing at `output`, and the same
-    call continues it. If the conversion is complete, the same call returns at once.
+    Axes, coordinates and attributes are kept. The order of axes is that of `predict`'s outputs: time, channel, then the
+    spatial axes in their order. A volume that an OME-Zarr cannot describe, with more than three axes in space or uneven
+    coordinates, becomes a plain Zarr group with one array, `volume`. An interrupted call leaves nothing at `output`,
+    and the same call continues it. If the conversion is complete, the same call returns at once.
 
     Args:
         volume: as for `predict`.
@@ -64,6 +68,10 @@ def convert(
         level: level of the pyramid of a slide, a TIFF or an OME-Zarr; 0 is the largest.
         chunks: spatial chunks, in voxels; default: those of the volume, if reasonable.
         shards: spatial shards, in voxels; multiples of the chunks.
+        levels: number of levels of the pyramid, the finest included; default: until one fits a chunk. 1: no pyramid, a
+            plain Zarr group.
+        labels: whether values are labels, of which coarser levels keep the most frequent ones; of other values they
+            have the mean. None: as for `export`.
         max_memory: limit in bytes of what the conversion adds to this process; `"auto"`: a quarter of the machine's.
         progress: as for `predict`.
         overwrite: replace another conversion, finished or not.
@@ -76,7 +84,7 @@ def convert(
         OutputExists: if there is something else at `output`.
         OutputBusy: if another call is writing it.
         RunMismatch: if another volume, or other arguments, were converted to it; the message names the differences.
-        PlanTooLarge: if not even one write unit fits the memory limit.
+        PlanTooLarge: if not even one write unit of the volume or its pyramid fits the memory limit.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,24 +103,33 @@ def convert(
         chunk = clipped_chunks((*(1,) * looped, *spatial_sizes("chunks", chunks, data, least=1)), data.shape)
     shard = None if shards is None else (*(1,) * looped, *spatial_sizes("shards", shards, data, least=1))
     unit = write_unit(chunk, shard, data.shape)
-    box, threads = plan_stream(data, unit, memory_limit(max_memory))
-    record = record_of(data, level, chunk, unit, str(volume) if isinstance(volume, (str, os.PathLike)) else None)
+    limit = memory_limit(max_memory)
+    box, threads = plan_stream(data, unit, limit)
+    if levels is not None:
+        positive("levels", levels)
+    is_labels = are_labels(volume, data) if labels is None else labels
+    layout = Layout.of(data, chunk, unit, levels, labels=is_labels)
+    if layout.image is not None and (needed := layout.image.task_memory) > limit:
+        raise PlanTooLarge(
+            f"one write unit of the pyramid needs {human(needed, up=True)} but max_memory is {human(limit)}; "
+            "raise max_memory, lower shards or chunks, or write levels=1"
+        )
+    record = layout.record(level, str(volume) if isinstance(volume, str | os.PathLike) else None)
     partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_name(f"{target.name}.partial.lock"), str(target)):
         if overwrite:
             remove_conversions(partial, target)
         if not is_complete(target, record):
-            conversion = Conversion.open(partial, data, record, chunk, unit)
+            conversion = Conversion.open(partial, layout, record)
             voxel, total, done = data.channels * data.dtype.itemsize, math.prod(data.shape), conversion.done
             with (
                 contextlib.closing(conversion),
                 show_progress(progress, "convert", "voxels", total, resumed=done, bytes_each=voxel) as advance,
             ):
                 _stream(data, conversion, box, threads, advance)
-            conversion.finish(target)
-    array: xarray.DataArray = xarray.open_zarr(target)[NAME]
-    return array
+            conversion.finish(target, max_memory=limit, threads=threads, progress=progress)
+    return layout.open(target)
 
 
 def plan_stream(volume: Volume, unit: Ints, limit: int) -> tuple[Ints, int]:

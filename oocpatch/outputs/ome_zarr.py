@@ -28,9 +28,10 @@ from oocpatch.outputs.coordinates import at_centres, head_attributes, scaled_coo
 from oocpatch.planning.arguments import clipped_chunks, one_of, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
+from oocpatch.planning.grid import Scale
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
-from oocpatch.planning.pyramid_levels import halvings, level_shape
+from oocpatch.planning.pyramid_levels import halvings, level_shape, task_memory
 from oocpatch.storage.paths import StoragePath
 from oocpatch.volumes.ome_metadata import METERS, Multiscale, OmeAxis, OmeLevel, coordinate, long_unit
 from oocpatch.volumes.volume import Volume
@@ -71,10 +72,12 @@ def image_groups(heads: tuple[Head, ...]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The image of a head. Sizes are per axis of its arrays: looped axes, the channel if there is one, spatial axes.
+    """An image. Sizes are per axis of its arrays: looped axes, the channel if there is one, spatial axes.
 
     Attributes:
-        head: the head.
+        name: name of the image, that of its head.
+        dtype: dtype of its voxels.
+        labels: whether they are labels.
         group: path of the image in the output.
         pyramid: axes, and paths, scales and translations of the levels.
         shapes: shapes of the levels.
@@ -82,7 +85,9 @@ class Image:
         chunks, unit: chunks and write unit of the finest level.
     """
 
-    head: Head
+    name: str
+    dtype: str
+    labels: bool
     group: str
     pyramid: Multiscale
     shapes: tuple[Ints, ...]
@@ -98,7 +103,14 @@ class Image:
     @property
     def method(self) -> str:
         """Reduction of several voxels of a level to one of the next: `mode` or `mean`."""
-        return "mode" if self.head.labels else "mean"
+        return "mode" if self.labels else "mean"
+
+    @property
+    def task_memory(self) -> int:
+        """Bytes that a task of the finest coarser level needs; 0 if there is none."""
+        if not self.steps:
+            return 0
+        return task_memory(self.shapes[1], self.chunks, self.unit, self.steps[0], np.dtype(self.dtype).itemsize)
 
 
 def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Image, ...]:
@@ -116,22 +128,51 @@ def images_of(plan: Plan, volume: Volume, levels: int | None = None) -> tuple[Im
 
 def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | None) -> Image:
     """Return the image of a head, with a number of levels if one is given."""
+    return image_of(
+        volume, head.name, head.out_dtype,
+        shape=plan.frames[plan.heads.index(head)].grid.shape,
+        chunks=head.chunks,
+        unit=head.unit,
+        scales=head.scale,
+        channel=None if head.channel_axis is None else (head.channel_axis, head.out_channels, 1),
+        labels=head.labels,
+        group=group,
+        levels=levels,
+    )  # fmt: skip
+
+
+def image_of(
+    volume: Volume,
+    name: str,
+    dtype: str,
+    *,
+    shape: Ints,
+    chunks: Ints,
+    unit: Ints,
+    scales: Sequence[Scale],
+    channel: tuple[str, int, int] | None,
+    labels: bool,
+    group: str = "",
+    levels: int | None = None,
+) -> Image:
+    """Return an image on the grid of a volume, or on a multiple or part of it.
+
+    Shape, chunks, write unit and scales are per looped and spatial axis; `channel` is name, number and chunk of the
+    channels. Without a number of levels, the coarsest is the first that has no more voxels than a chunk.
+    """
     rows: list[tuple[OmeAxis, float, float, int, int, int]] = []
     negated: tuple[str, ...] = ()
-    frame = plan.frames[plan.heads.index(head)].grid
-    for name, (times, per), n, chunk, size in zip(
-        plan.axes, head.scale, frame.shape, head.chunks, head.unit, strict=True
-    ):
-        axis, scale, start = axis_transform(volume, name)
+    for axis_name, (times, per), n, chunk, size in zip(volume.names, scales, shape, chunks, unit, strict=True):
+        axis, scale, start = axis_transform(volume, axis_name)
         if scale < 0:  # NGFF scales are positive: the axis is written with the opposite direction
-            negated, scale, start = (*negated, name), -scale, -start
+            negated, scale, start = (*negated, axis_name), -scale, -start
         rows.append((axis, scale * per / times, start + (per / times - 1) / 2 * scale, n, chunk, size))
-    if head.channel_axis is not None:  # NGFF wants time before channels
-        channel = (OmeAxis(head.channel_axis, "channel"), 1.0, 0.0, head.out_channels, 1, 1)
-        rows.insert(len(plan.axes) - plan.spatial, channel)
-    axes, scales, starts, shape, chunks, unit = zip(*rows, strict=True)
-    steps = halvings(shape, chunks, _comparable(axes, scales), plan.spatial, levels)
-    shapes, pyramid_levels = [shape], [OmeLevel(f"scale0/{ARRAY}", scales, starts)]
+    if channel is not None:  # NGFF wants time before channels
+        axis_name, n, chunk = channel
+        rows.insert(len(shape) - volume.spatial_ndim, (OmeAxis(axis_name, "channel"), 1.0, 0.0, n, chunk, chunk))
+    axes, steps_of_axes, starts, sizes, chunks, unit = zip(*rows, strict=True)
+    steps = halvings(sizes, chunks, _comparable(axes, steps_of_axes), volume.spatial_ndim, levels)
+    shapes, pyramid_levels = [sizes], [OmeLevel(f"scale0/{ARRAY}", steps_of_axes, starts)]
     for number, step in enumerate(steps, 1):
         above = pyramid_levels[-1]
         shapes.append(level_shape(shapes[-1], step))
@@ -139,8 +180,8 @@ def _image(plan: Plan, volume: Volume, head: Head, group: str, levels: int | Non
         axis_values = zip(above.translation, above.scale, step, strict=True)
         centre = tuple(t + s * (f - 1) / 2 for t, s, f in axis_values)  # of the voxels that become the first one
         pyramid_levels.append(OmeLevel(f"scale{number}/{ARRAY}", larger, centre))
-    pyramid = Multiscale(axes, tuple(pyramid_levels), group.rpartition("/")[2] or head.name, negated)
-    return Image(head, group, pyramid, tuple(shapes), steps, chunks, unit)
+    pyramid = Multiscale(axes, tuple(pyramid_levels), group.rpartition("/")[2] or name, negated)
+    return Image(name, dtype, labels, group, pyramid, tuple(shapes), steps, chunks, unit)
 
 
 def axis_transform(volume: Volume, name: str) -> tuple[OmeAxis, float, float]:
@@ -190,33 +231,41 @@ def _comparable(axes: Sequence[OmeAxis], scales: Sequence[float]) -> Sequence[fl
 def create_images(path: StoragePath, plan: Plan, volume: Volume, images: tuple[Image, ...]) -> None:
     """Create groups, arrays of all levels, coordinates and metadata in the existing group of an output."""
     store = path.store()
-    for image in images:
+    for head, image in zip(plan.heads, images, strict=True):
         if image.group:
             zarr.create_group(store, path=image.group, zarr_format=3, attributes=image_attributes(image))
-        coords = _level_coords(image, scaled_coords(volume, plan, image.head))
-        for level, shape, of_level in zip(image.paths, image.shapes, coords, strict=True):
-            parent = level.removesuffix(f"/{ARRAY}")
-            zarr.create_group(store, path=parent, zarr_format=3)
-            write_coords(path / parent, of_level, {})
-            chunks, unit = clipped_chunks(image.chunks, shape), write_unit(image.chunks, image.unit, shape)
-            zarr.create_array(
-                store,
-                name=level,
-                shape=shape,
-                chunks=chunks,
-                shards=unit if image.unit != image.chunks else None,
-                dtype=image.head.out_dtype,
-                zarr_format=3,
-                fill_value=plan.output_fill,
-                dimension_names=[axis.name for axis in image.pyramid.axes],
-                attributes=head_attributes(volume, plan, image.head),
-            )
-    labels = [image.head.name for image in images if image.group.startswith("labels/")]
+        coords, attributes = scaled_coords(volume, plan, head), head_attributes(volume, plan, head)
+        create_levels(path, image, coords, attributes, plan.output_fill)
+    labels = [image.name for image in images if image.group.startswith("labels/")]
     if labels:
         zarr.open_group(store, path="labels", mode="r+").attrs.update(ome_attribute({"labels": labels}))
     if all(image.group for image in images):
         series = [image.group for image in images]
         zarr.create_group(store, path="OME", zarr_format=3, attributes=ome_attribute({"series": series}))
+
+
+def create_levels(
+    path: StoragePath, image: Image, coords: Mapping[str, xarray.Variable], attributes: Mapping[str, Any], fill: float
+) -> None:
+    """Create the arrays of all levels of an image, and their coordinates, given those of the finest."""
+    store = path.store()
+    for level, shape, of_level in zip(image.paths, image.shapes, _level_coords(image, coords), strict=True):
+        parent = level.removesuffix(f"/{ARRAY}")
+        zarr.create_group(store, path=parent, zarr_format=3)
+        write_coords(path / parent, of_level, {})
+        chunks, unit = clipped_chunks(image.chunks, shape), write_unit(image.chunks, image.unit, shape)
+        zarr.create_array(
+            store,
+            name=level,
+            shape=shape,
+            chunks=chunks,
+            shards=unit if image.unit != image.chunks else None,
+            dtype=image.dtype,
+            zarr_format=3,
+            fill_value=fill,
+            dimension_names=[axis.name for axis in image.pyramid.axes],
+            attributes=dict(attributes),
+        )
 
 
 def root_attributes(images: tuple[Image, ...], *, in_parent: bool = False) -> dict[str, Any]:
@@ -284,7 +333,7 @@ def image_attributes(image: Image, *, in_parent: bool = False) -> dict[str, Any]
     if image.pyramid.negated:
         multiscale["metadata"]["negated_axes"] = list(image.pyramid.negated)
     metadata: dict[str, Any] = {"multiscales": [multiscale]}
-    if image.head.labels and np.dtype(image.head.out_dtype).kind in "iu":
+    if image.labels and np.dtype(image.dtype).kind in "iu":
         has_source = in_parent or image.group.startswith("labels/")
         metadata["image-label"] = {"source": {"image": "../../"}} if has_source else {}
     attributes = ome_attribute(metadata)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,14 +49,14 @@ def channel_settings(path: StoragePath, details: Mapping[str, Any], parameters: 
             group = pyramid["levels"][0].rpartition("scale0/")[0].strip("/")
             is_share = postprocess in FRACTIONS
             display = {} if is_share else details.get("display", {}).get(head, {})
-            settings[group] = _image(path, group, head, pyramid["levels"], display, fractions=is_share)
+            settings[group] = image_settings(path, group, head, pyramid["levels"], display, fractions=is_share)
     return settings
 
 
-def _image(
-    path: StoragePath, group: str, head: str, levels: list[str], display: Mapping[str, Any], *, fractions: bool
+def image_settings(
+    path: StoragePath, group: str, head: str, levels: Sequence[str], display: Mapping[str, Any], *, fractions: bool
 ) -> dict[str, Any]:
-    """Return the `omero` metadata of one image; `display` are settings of the volume's channels by their names."""
+    """Return the `omero` metadata of one image; `display` are settings of channels by their names, and prevail."""
     store = path.store()
     attributes: Any = zarr.open_group(store, path=group, mode="r", use_consolidated=False).attrs.asdict()
     axes = attributes["ome"]["multiscales"][0]["axes"]
@@ -76,8 +76,8 @@ def _image(
             "label": name,
             "color": COLOURS[number % len(COLOURS)] if several else WHITE,
             "active": number < len(COLOURS),
-            **display.get(name, {}),
             "window": window_of(_values(array, selection), array.dtype, fractions=fractions),
+            **display.get(name, {}),
         }
         for number, (name, selection) in enumerate(zip(names, selections, strict=True))
     ]

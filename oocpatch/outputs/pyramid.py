@@ -188,9 +188,13 @@ def coarser_levels(path: StoragePath) -> Iterator[tuple[str, Level]]:
     """Yield the names and levels of an output's pyramids without the finest ones, each after the level above it."""
     record = require_output(path)
     for pyramid in record.details.get("pyramids", ()):
-        names: Sequence[str] = pyramid["levels"]
-        for above, name in itertools.pairwise(names):
-            yield name, Level.open(path, above, name, pyramid["method"])
+        yield from levels_below(path, pyramid["levels"], pyramid["method"])
+
+
+def levels_below(path: StoragePath, names: Sequence[str], method: str) -> Iterator[tuple[str, Level]]:
+    """Yield the names and levels of a pyramid without the finest one, given the names of all its arrays."""
+    for above, name in itertools.pairwise(names):
+        yield name, Level.open(path, above, name, method)
 
 
 def compare_pyramids(output: StoragePath) -> Iterator[tuple[str, str, Box, str]]:
@@ -219,12 +223,24 @@ def build_pyramids(
     workers: int,
     progress: str | bool | OnProgress = "none",
 ) -> None:
-    """Build the missing part of the pyramids of an output whose finest levels are complete, if it has any.
-
-    As many regions are built at a time as there are workers, if `max_memory` bytes suffice. The workspace records them.
-    """
+    """Build the missing part of the pyramids of an output whose finest levels are complete, if it has any."""
     levels = list(coarser_levels(output))
-    recorded: dict[str, int] = dict(read_journal(workspace / JOURNAL))
+    build_levels(levels, workspace / JOURNAL, max_memory=max_memory, workers=workers, progress=progress)
+
+
+def build_levels(
+    levels: Sequence[tuple[str, Level]],
+    journal_path: StoragePath,
+    *,
+    max_memory: int,
+    workers: int,
+    progress: str | bool | OnProgress,
+) -> None:
+    """Build the missing part of levels, each after the one above it, and record what is written in a journal.
+
+    As many regions are built at a time as there are workers, if `max_memory` bytes suffice.
+    """
+    recorded: dict[str, int] = dict(read_journal(journal_path))
     done = {name: min(recorded.get(name, 0), level.num_regions) for name, level in levels}
     total = sum(level.num_regions for _, level in levels)
     resumed = sum(done.values())
@@ -233,7 +249,7 @@ def build_pyramids(
     each = sum(level.array.nbytes for _, level in levels) / total
     with (
         show_progress(progress, "pyramid", "regions", total, resumed=resumed, bytes_each=each) as advance,
-        Journal(workspace / JOURNAL) as journal,
+        Journal(journal_path) as journal,
     ):
         for name, level in levels:
             if done[name] < level.num_regions:

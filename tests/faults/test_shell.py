@@ -32,7 +32,7 @@ def test_a_command_under_dask_s_name_does_its_work_and_ends_in_the_same_codes(tm
     command = [str(BIN / "dask"), "oocpatch"]
     done = run(*command, "convert", "a.zarr", "b.zarr", "--chunks", "4", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(zarr.open_array(tmp_path / "b.zarr/volume", mode="r")[:], data)
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "b.zarr/scale0/image", mode="r")[:], data)
     refused = run(*command, "predict", "a.zarr", "b.zarr", "--patch-size", "few", folder=tmp_path)
     assert refused.returncode == 2
     assert "sizes are whole numbers of voxels" in refused.stderr

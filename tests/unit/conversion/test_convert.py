@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import xarray
 import zarr
 from click.testing import CliRunner
 
@@ -25,6 +26,7 @@ import oocpatch
 from oocpatch.cli import main as cli
 from oocpatch.conversion import convert as converting
 from oocpatch.conversion import target as conversion
+from oocpatch.outputs.pyramid import Level
 from oocpatch.storage.journal import encode_record, read_journal
 from oocpatch.storage.paths import LocalPath
 from tests.support.children import Children, file_digests, unchanged
@@ -39,15 +41,16 @@ def test_a_converted_file_has_its_values_names_places_and_attributes(kind: str, 
     make, name, part, names, _ = KINDS[kind]
     expected = make(tmp_path / name)
     source = oocpatch.Volume(f"{tmp_path / name}{part}").source
-    array = oocpatch.convert(f"{tmp_path / name}{part}", tmp_path / "out.zarr", chunks=16, progress=False)
+    array = oocpatch.convert(f"{tmp_path / name}{part}", tmp_path / "out.zarr", chunks=40, progress=False)
     np.testing.assert_array_equal(array.transpose(*names), expected)
     assert array.dims == (("c", "y", "x") if "c" in names else names)
     assert array.dtype == expected.dtype
-    assert set(array.coords) == set(source.coords)
-    assert set(array.coords)
+    kept = oocpatch.Volume(tmp_path / "out.zarr").source.coords
+    assert set(kept) - {"c"} == set(source.coords)  # channels have names now
     for axis, coordinate in source.coords.items():
-        np.testing.assert_array_equal(array.coords[axis], coordinate)
-        assert array.coords[axis].attrs == coordinate.attrs
+        for found in (array.coords[axis], kept[axis]):
+            np.testing.assert_array_equal(found, coordinate)
+            assert found.attrs == coordinate.attrs
     assert {k: array.attrs[k] for k in source.attrs} == dict(source.attrs)
     again = oocpatch.predict(
         tmp_path / "out.zarr", torch.nn.Identity(), tmp_path / "predicted.zarr",
@@ -59,7 +62,7 @@ def test_a_converted_file_has_its_values_names_places_and_attributes(kind: str, 
 
 def test_chunks_and_shards_are_those_that_were_asked_for(tmp_path: Path) -> None:
     oocpatch.convert(STACK, tmp_path / "out.zarr", chunks=(4, 8, 8), shards=(8, 16, 16), axes="zyx", progress=False)
-    array = zarr.open_array(tmp_path / "out.zarr/volume", mode="r")
+    array = zarr.open_array(tmp_path / "out.zarr/scale0/image", mode="r")
     assert array.metadata.zarr_format == 3
     assert (array.chunks, array.shards) == ((4, 8, 8), (8, 16, 16))
     assert array.metadata.dimension_names == ("z", "y", "x")
@@ -72,7 +75,7 @@ def test_axes_say_what_is_channel_and_what_is_looped(axes: str, tmp_path: Path) 
     array = oocpatch.convert(data, tmp_path / "out.zarr", axes=axes, chunks=16, progress=False)
     assert array.dims == tuple("cyx" if axes == "yxc" else axes)
     np.testing.assert_array_equal(array, STACK)
-    array = zarr.open_array(tmp_path / "out.zarr/volume", mode="r")
+    array = zarr.open_array(tmp_path / "out.zarr/scale0/image", mode="r")
     assert array.chunks == ((12 if axes == "zyx" else 1), 16, 16)  # many channels, and times, have chunks of their own
 
 
@@ -82,6 +85,92 @@ def test_a_level_is_chosen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array.transpose("y", "x", "c"), SLIDE[::2, ::2])
     with pytest.raises(ValueError, match="level must be 0 unless the volume is an OME-Zarr or a file with levels"):
         oocpatch.convert(STACK, tmp_path / "other.zarr", level=1)
+
+
+def pyramid(path: Path) -> list[Any]:
+    """The levels that the metadata of an OME-Zarr list, finest first, as they are read."""
+    image = zarr.open_group(path, mode="r").attrs.asdict()["ome"]["multiscales"][0]
+    return [np.asarray(zarr.open_array(path / level["path"], mode="r")) for level in image["datasets"]]
+
+
+def halved(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Means of 2 x 2 voxels of the last two axes, whose lengths are even."""
+    *front, h, w = values.shape
+    means = values.reshape(*front, h // 2, 2, w // 2, 2).mean((-3, -1), dtype=np.float64)
+    return np.rint(means).astype(values.dtype)
+
+
+def test_a_slide_becomes_a_pyramid_with_the_colours_and_sizes_of_the_slide(tmp_path: Path) -> None:
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", SLIDE, metadata={"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    )
+    oocpatch.convert(tmp_path / "a.ome.tif", tmp_path / "out.zarr", chunks=64, progress=False)
+    first, *others = pyramid(tmp_path / "out.zarr")
+    np.testing.assert_array_equal(first, SLIDE.transpose(2, 0, 1))
+    assert len(others) >= 2
+    assert max(others[-1].shape) <= 64
+    above = first
+    for level in others:
+        if not above.shape[1] % 2 and not above.shape[2] % 2:
+            np.testing.assert_array_equal(level, halved(above))
+        above = level
+    for number in range(len(others) + 1):
+        volume = oocpatch.Volume(tmp_path / "out.zarr", level=number)
+        assert volume.source.coords["x"].values[:2].tolist() == [0.25 * 2**number - 0.25, 0.75 * 2**number - 0.25]
+    channels = zarr.open_group(tmp_path / "out.zarr", mode="r").attrs.asdict()["ome"]["omero"]["channels"]
+    assert [channel["color"] for channel in channels] == ["FF0000", "00FF00", "0000FF"]
+    assert all(channel["window"] == {"min": 0, "max": 255, "start": 0, "end": 255} for channel in channels)
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_levels_hold_means_or_where_it_says_labels_values_that_were_there(tmp_path: Path) -> None:
+    labels = np.kron(np.arange(1, 26, dtype=np.uint32).reshape(5, 5), np.ones((16, 16), np.uint32))
+    labels[::2] = 7
+    for name, options, method in (("a", {}, "mode"), ("b", {"labels": False}, "mean")):
+        oocpatch.convert(labels, tmp_path / f"{name}.zarr", chunks=20, levels=2, progress=False, **options)
+        _, level = pyramid(tmp_path / f"{name}.zarr")
+        rows = labels[1::2, ::2]  # each voxel has two of them, and two of 7
+        expected = np.minimum(rows, 7) if method == "mode" else np.rint((rows + 7) / 2).astype(np.uint32)
+        np.testing.assert_array_equal(level, expected)
+
+
+def test_one_level_and_what_an_image_cannot_describe_are_plain_arrays(tmp_path: Path) -> None:
+    uneven = xarray.DataArray(STACK, dims=tuple("zyx"), coords={"z": np.arange(12) ** 2})
+    for name, volume, options in (
+        ("a", STACK, {"levels": 1}),
+        ("b", uneven, {}),
+        ("c", STACK[:, None, None], {"axes": "abzyx"}),
+    ):
+        array = oocpatch.convert(volume, tmp_path / name, progress=False, **options)
+        np.testing.assert_array_equal(array, volume)
+        np.testing.assert_array_equal(zarr.open_array(tmp_path / name / "volume", mode="r")[:], volume)
+    np.testing.assert_array_equal(oocpatch.Volume(tmp_path / "b").source.coords["z"], uneven["z"])
+    with pytest.raises(ValueError, match=r"levels must be 1 unless .* evenly spaced coordinates.*, got 2 for Volume"):
+        oocpatch.convert(uneven, tmp_path / "d", levels=2)
+    with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
+        oocpatch.convert(STACK, tmp_path / "d", levels=0)
+
+
+def test_a_conversion_that_died_within_its_pyramid_makes_the_same_bytes(tmp_path: Path, monkeypatch: Any) -> None:
+    options: dict[str, Any] = {"axes": "zyx", "chunks": 8, "progress": False}
+    oocpatch.convert(STACK, tmp_path / "undisturbed.zarr", **options)
+    build, built = Level.build, []
+
+    def failing(self: Level, region: Any) -> None:
+        if built:
+            raise KeyboardInterrupt
+        built.append(region)
+        build(self, region)
+
+    monkeypatch.setattr(Level, "build", failing)
+    with pytest.raises(KeyboardInterrupt):
+        oocpatch.convert(STACK, tmp_path / "out.zarr", **options)
+    assert not (tmp_path / "out.zarr").exists()
+    monkeypatch.setattr(Level, "build", build)
+    finest = chunks_of(tmp_path / "out.zarr.partial/scale0")
+    oocpatch.convert(STACK, tmp_path / "out.zarr", **options)
+    assert chunks_of(tmp_path / "out.zarr/scale0") == finest  # none was written again
+    assert file_digests(tmp_path / "out.zarr") == file_digests(tmp_path / "undisturbed.zarr")
 
 
 def measured(children: Children, volume: Path, output: Path, **options: Any) -> int:
@@ -112,7 +201,7 @@ def test_converting_takes_no_more_memory_than_it_may(name: str, tmp_path: Path, 
     big(tmp_path / name, shape)
     added = measured(children, tmp_path / name, tmp_path / "out.zarr", max_memory="32MiB", chunks=64, shards=64)
     assert added <= 32 * MIB
-    array = zarr.open_array(tmp_path / "out.zarr/volume", mode="r")
+    array = zarr.open_array(tmp_path / "out.zarr/scale0/image", mode="r")
     axes = (2, 1, 0) if ".nii" in name else (0, 1, 2)
     for z in (0, 63, 64, 127):
         index: list[Any] = [slice(None)] * 3
@@ -204,10 +293,10 @@ def test_whatever_a_call_left_the_same_call_makes_the_same_bytes(lost: str, shar
         if lost == "the journal":
             (partial / conversion.JOURNAL).unlink()
         if lost == "the array":
-            shutil.rmtree(partial / "volume")
+            shutil.rmtree(partial / "scale0")
             (partial / conversion.JOURNAL).unlink()
         if lost == "a unit":
-            (partial / "volume/c/0/0/0").rename(partial / "volume/c/0/0/0.5f2d.partial")
+            (partial / "scale0/image/c/0/0/0").rename(partial / "scale0/image/c/0/0/0.5f2d.partial")
     np.testing.assert_array_equal(oocpatch.convert(data, out, **options), data)
     assert file_digests(out) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
@@ -224,6 +313,8 @@ def test_another_volume_or_other_parameters_are_refused_by_name_until_it_is_over
             "axes": {"axes": "tyx"},
             "chunks": {"chunks": 8},
             "shards": {"shards": (12, 32, 32)},
+            "levels": {"levels": 3},
+            "labels": {"labels": True},
         }.items():
             settings: dict[str, Any] = {"volume": STACK, "axes": "zyx", "chunks": 16, "progress": False, **given}
             with (
