@@ -486,9 +486,9 @@ def _context(volume: Any, data: Volume, arguments: Mapping[str, Any]) -> Volume 
         return None
     if isinstance(volume, list | tuple | dict) or arguments.get("spacing") is not None:
         raise ValueError("context_level must be None with several volumes, and with spacing")
-    level = _opened(volume, arguments.get("axes"), asked)
-    level = Volume(level.source, data.axes)
-    if level.channels != data.channels or any(n > m for n, m in zip(level.shape, data.shape, strict=True)):
+    level = Volume(_opened(volume, arguments.get("axes"), asked).source, data.axes)
+    is_finer = any(n > m for n, m in zip(level.shape, data.shape, strict=True))
+    if level.channels != data.channels or is_finer or level.shape == data.shape:
         raise ValueError(
             f"context_level must be coarser than the level that is read, {data.shape} voxels, got {level.shape}"
         )

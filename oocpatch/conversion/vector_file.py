@@ -161,7 +161,7 @@ class VectorWriter:
         sizes, details = self._facts["patch_size"], self._vectors.record.details
         check_slide_patches(sizes, is_looped=LOOPS in details["rows"])
         settings: Mapping[str, Any] = details.get("settings", {})
-        level, factor, volume = _slide_levels(settings, tuple(details["plan"]["shape"]))
+        level, factor, volume = slide_levels(settings, tuple(details["plan"]["shape"]))
         shape = tuple(details["plan"]["shape"]) if volume is None else volume.shape
         known = {} if volume is None else volume.source.attrs
         attributes = {
@@ -223,7 +223,7 @@ def _described(item: Any, kind: str, version: str) -> Any:
     return item
 
 
-def _slide_levels(settings: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, float, Volume | None]:
+def slide_levels(settings: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, float, Volume | None]:
     """Return the level that a run read, pixels of the largest one per pixel, and the slide, if it is still there.
 
     Raises:
@@ -238,8 +238,8 @@ def _slide_levels(settings: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[
     except Exception as error:
         if is_scaled:
             raise ValueError(
-                f"the coordinates of an .h5 are pixels of the largest level, which was not the one that was read, and "
-                f"{address} cannot be opened any more: put it back, or write an .h5ad"
+                f"the coordinates of an .h5 are pixels of the largest level, which is not the one that is read, and "
+                f"{address} cannot be opened to look at it: put it back, or write an .h5ad"
             ) from error
         return level, 1.0, None
     return level, round(volume.shape[-1] / shape[-1], 3) if is_scaled else 1.0, volume

@@ -6,7 +6,7 @@ import contextlib
 
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.conversion.export import check_exportable, export, format_of, mark_of
-from oocpatch.conversion.vector_file import check_slide_patches, vector_heads
+from oocpatch.conversion.vector_file import check_slide_patches, slide_levels, vector_heads
 from oocpatch.errors import OutputBusy, OutputExists, RunMismatch
 from oocpatch.outputs.record import OutputRecord, inspect_output
 from oocpatch.planning.plan import Plan
@@ -43,6 +43,7 @@ def check_export(config: RunConfig, record: OutputRecord | None, plan: Plan | No
         )
     if fitting and plan is not None and path.suffix == ".h5":
         check_slide_patches(plan.patch_size[config.looped :], is_looped=config.looped > 0)
+        slide_levels(config.settings, config.volume.shape)
     check_exportable("export", path, config.volume)
     if not path.exists():
         return

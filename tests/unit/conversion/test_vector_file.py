@@ -44,7 +44,7 @@ def test_a_level_of_a_slide_becomes_features_and_pixels_of_the_largest_level(tmp
     oocpatch.export(tmp_path / "out.zarr" / "features", tmp_path / "f.h5", progress=False)
     assert (tmp_path / "f.h5").stat().st_mtime_ns == written
     (tmp_path / "slide.tif").unlink()
-    with pytest.raises(ValueError, match=r"not the one that was read, and .*slide.tif cannot be opened any more"):
+    with pytest.raises(ValueError, match=r"not the one that is read, and .*slide.tif cannot be opened to look at it"):
         oocpatch.export(tmp_path / "out.zarr", tmp_path / "other.h5", progress=False)
 
 
@@ -77,6 +77,10 @@ def test_what_has_no_vectors_or_several_is_refused_before_anything_is_computed(t
         oocpatch.predict(picture, pair, tmp_path / "o", export=tmp_path / "g.nii", **SETTINGS)
     with pytest.raises(ValueError, match=r"several outputs \(a, b\)"):
         oocpatch.predict(picture, pair, tmp_path / "o", export=tmp_path / "g.h5", **SETTINGS)
+    measured = xarray.DataArray(picture, {"y": 0.5 * np.arange(32), "x": 0.5 * np.arange(32)}, ("y", "x"))
+    options = {"spacing": 1.0, "output_grid": "model", "export": tmp_path / "g.h5", **SETTINGS}
+    with pytest.raises(ValueError, match="pixels of the largest level, which is not the one that is read"):
+        oocpatch.predict(measured, lambda p: p.flatten(1), tmp_path / "o", **options)
     assert not list(tmp_path.iterdir())
     oocpatch.predict(picture, pair, tmp_path / "o", **SETTINGS)
     with pytest.raises(ValueError, match=r"vectors of patches for an HDF5 file, .* has: .*/o/a, .*/o/b"):

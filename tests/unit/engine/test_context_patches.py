@@ -73,8 +73,9 @@ def test_a_change_of_the_level_is_seen_and_what_has_no_level_is_refused(pyramid:
         oocpatch.predict(output=tmp_path / "a", context_level=2, **call)
     with pytest.raises(ValueError, match="preprocess must not need statistics of the volume with context_level"):
         oocpatch.plan(output=tmp_path / "c", context_level=1, preprocess="zscore", **call)
-    with pytest.raises(ValueError, match="must be coarser than the level that is read"):
-        oocpatch.plan(output=tmp_path / "c", level=2, context_level=0, **call)
+    for levels in ({"level": 2, "context_level": 0}, {"context_level": 0}, {"level": -1, "context_level": -1}):
+        with pytest.raises(ValueError, match="must be coarser than the level that is read"):
+            oocpatch.plan(output=tmp_path / "c", **levels, **call)
     pair = [call.pop("volume")] * 2
     with pytest.raises(ValueError, match="context_level must be None with several volumes"):
         oocpatch.plan(pair, output=tmp_path / "c", context_level=1, **call)

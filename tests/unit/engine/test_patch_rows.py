@@ -111,6 +111,7 @@ def test_a_change_of_the_input_and_a_repair_give_the_rows_of_a_fresh_run(tmp_pat
     updated = oocpatch.predict(**call, skip_empty=True, update=True)
     fresh = oocpatch.predict(**{**call, "output": tmp_path / "fresh"}, skip_empty=True)
     assert updated.equals(fresh)
+    assert oocpatch.verify(tmp_path / "fresh").units == 8 * 7 + 2  # chunks of scores, and one of each array of rows
     next((tmp_path / "out" / "scores").rglob("c/0/*")).write_bytes(b"")
     assert not oocpatch.verify(tmp_path / "out", repair=True).passed
     assert oocpatch.predict(**call, skip_empty=True).equals(updated)
