@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from oocpatch.configuration.checks import IDENTITIES
 from oocpatch.configuration.make_plan import make_plan
 from oocpatch.configuration.options import DataOptions, PatchOptions
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import PlanTooLarge
 from oocpatch.models.loading import load_models
 from oocpatch.models.options import ModelOptions
-from oocpatch.models.postprocessing import classes_of
+from oocpatch.models.postprocessing import around_resampling, classes_of
 from oocpatch.outputs.coordinates import scaled_coords
 from oocpatch.outputs.output import array_paths, channel_position
 from oocpatch.planning.arguments import json_number
@@ -124,9 +125,10 @@ def _scores_config(config: RunConfig, plan: Plan | None = None) -> RunConfig:
     plain: dict[str, Any] = {"output_dtype": None, "output_chunks": None, "output_shards": None}
     plain |= {"output_format": "zarr", "output_fill": 0.0}
     outputs = replace(config.outputs, **plain, export=None)
-    postprocess = classes_of(config.model.postprocess) if config.labels_result else None
+    postprocess: Any = classes_of(config.model.postprocess)
     if not config.labels_result:
-        plain["postprocess"] = None
+        postprocess, _ = around_resampling(config.model.postprocess)
+        plain["postprocess"] = IDENTITIES["code_per_head"](postprocess)
     parameters = {**config.parameters, **plain}
     return replace(
         config,
@@ -197,7 +199,7 @@ def _plain_model(config: RunConfig, model: Any) -> ModelOptions:
         model_id=SCORES,
         preprocess=None,
         augment=None,
-        postprocess=None if config.labels_result else config.model.postprocess,
+        postprocess=None if config.labels_result else around_resampling(config.model.postprocess)[1],
         device="cpu",
         autocast=False,
         channels_last=False,

@@ -40,6 +40,9 @@ def classes_to_label(scores: torch.Tensor, at: float | None) -> torch.Tensor:
     return POSTPROCESSES["argmax"](scores) if len(scores) > 1 else threshold(scores, 0.5 if at is None else at)
 
 
+RESAMPLE = "resample"
+"""Name of the step at which scores are resampled to the grid of the volume, if they are."""
+
 POSTPROCESSES: dict[str, Postprocess] = {
     # the same index as argmax, the first of equals, in a tenth of the time
     "argmax": lambda scores: scores.max(dim=0, keepdim=True).indices,
@@ -47,6 +50,7 @@ POSTPROCESSES: dict[str, Postprocess] = {
     "sigmoid": lambda scores: scores.sigmoid(),
     "threshold": lambda scores: threshold(scores, 0.5),
     "label": functools.partial(classes_to_label, at=None),
+    RESAMPLE: lambda scores: scores,
 }
 
 
@@ -67,6 +71,21 @@ def classes_of(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return (*value[:-1], classes_of(value[-1]))
     return _Classes(named_postprocess(value)) if joins_voxels(value) else value
+
+
+def around_resampling(value: Any) -> tuple[Any, Any]:
+    """Return the parts of a postprocess before and after the step `resample`; without one, all of it comes after.
+
+    >>> around_resampling(("softmax", "resample", "argmax")), around_resampling("argmax")
+    (('softmax', 'argmax'), (None, 'argmax'))
+    """
+    if isinstance(value, Mapping):
+        parts = {head: around_resampling(of_head) for head, of_head in value.items()}
+        before = {head: part for head, (part, _) in parts.items() if part is not None}
+        return before or None, {head: part for head, (_, part) in parts.items()}
+    steps = value if isinstance(value, tuple) else (value,)
+    at = steps.index(RESAMPLE) if RESAMPLE in steps else 0
+    return checked_postprocess(steps[:at]), checked_postprocess([step for step in steps[at:] if step != RESAMPLE])
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,8 @@ def postprocess_of(postprocess: Any, name: str, mode: str) -> Postprocess | None
         ValueError: when there is one for a head of votes or objects.
     """
     value = of_head(postprocess, name, None)
+    if isinstance(value, list | tuple):
+        value = tuple(step for step in value if step != RESAMPLE)
     if mode not in {"vote", "instances"}:
         if not isinstance(value, list | tuple):
             return value if value is None or callable(value) else named_postprocess(str(value))

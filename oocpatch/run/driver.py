@@ -39,6 +39,7 @@ from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, output_path, storage_path
 from oocpatch.volumes.padding import padding_value
 from oocpatch.volumes.resampling import stored_volume
+from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import NO_PARTIALS, WHOLE, Record, latest_records
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.workspace import Workspace, remove_workspace, way
@@ -119,9 +120,15 @@ def set_up(config: RunConfig, plan: Plan, *, resuming: bool) -> Workspace:
     return Workspace.create(root, plan, config.output)
 
 
+def measured_volume(config: RunConfig, volume: Volume) -> Volume:
+    """Return the volume that statistics are of: as it is stored, or, as MONAI measures, on a grid from its centre."""
+    grid = config.data.spacing
+    return volume if grid is not None and grid.from_center else stored_volume(volume)
+
+
 def with_statistics(plan: Plan, config: RunConfig) -> Plan:
     """Return the plan with what its preprocess and its padding need to know about the whole volume."""
-    preprocess, volume = config.model.preprocess, stored_volume(config.volume)
+    preprocess, volume = config.model.preprocess, measured_volume(config, config.volume)
     mode = plan.padding_mode if plan.padding_mode in STATISTIC_PADDING else None
     limit, progress = config.limits.max_memory, config.execution.progress
     statistics_of = volume.fingerprint if mode is not None or needs_statistics(preprocess) else ""

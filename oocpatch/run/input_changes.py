@@ -18,14 +18,13 @@ from oocpatch.outputs.record import OutputRecord
 from oocpatch.planning.box import Box
 from oocpatch.planning.choices import FOLDED_PADDING, STATISTIC_PADDING
 from oocpatch.planning.plan import Plan
-from oocpatch.run.driver import find_workspace, plan_of
+from oocpatch.run.driver import find_workspace, measured_volume, plan_of
 from oocpatch.storage.journal import local_copy
 from oocpatch.storage.paths import StoragePath
 from oocpatch.storage.unit_tags import UnitRecords
 from oocpatch.volumes.content import MASK, VOLUME, PartStamp, changed_units, changed_units_of_part, unpack_stamps
 from oocpatch.volumes.padding import padding_value, reading_rule
 from oocpatch.volumes.passes import run_pass
-from oocpatch.volumes.resampling import stored_volume
 from oocpatch.volumes.volume import Volume
 from oocpatch.workspace.ledger import Record, latest_records, segments
 from oocpatch.workspace.run_progress import RunProgress
@@ -229,7 +228,7 @@ def _compare(
         ):
             for change in of_block:
                 changes.add(block, change)
-    changes.other_statistics = _other_statistics(config, plan, stored_volume(next(iter(inputs.values()))))
+    changes.other_statistics = _other_statistics(config, plan, measured_volume(config, next(iter(inputs.values()))))
     skip_values = repr(plan.skip_value), repr(config.skip_value)  # which may be NaN
     changes.other_plan = plan.in_chunks != config.volume.chunks or len(set(skip_values)) > 1
     return changes

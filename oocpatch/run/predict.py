@@ -193,8 +193,8 @@ def predict(
             input, or the largest whole fraction that blocks can hold; for more than 100,000 chunks up to 256 MiB.
         output_fill: value of voxels that no patch covers.
         output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
-        output_grid: with `spacing`, `"volume"` resamples scores to the volume's grid before they are postprocessed, and
-            `"model"` leaves them on the model's.
+        output_grid: with `spacing`, `"volume"` resamples scores to the volume's grid before they are postprocessed, or
+            at the step `"resample"` of `postprocess`; `"model"` leaves them on the model's.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
         export: NIfTI, OME-TIFF or HDF5 to write when the output is complete, as `oocpatch.export` does, unless it is
             there.

@@ -22,6 +22,9 @@ from oocpatch.volumes.volume import Volume
 
 QUANTITY = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(.*)", re.IGNORECASE)
 
+SAME_SPACING = 1e-3
+"""Difference of spacings up to which a grid from the centre keeps the voxels of the volume, as MONAI does."""
+
 Orders = int | Mapping[str, int]
 
 
@@ -38,6 +41,8 @@ class ModelGrid:
         separate: ratio of voxel sizes beyond which no value is interpolated along the one axis with the largest, in
             the volume or, if it is isotropic enough, on the grid; as nnU-Net treats thick slices.
         unit: unit of spacings that are numbers, along axes that have a unit of length; None: that of the axis.
+        from_center: begin at the centre of the first voxel of the volume, at exactly the spacing, as MONAI does, and
+            not at its edge.
     """
 
     spacing: Any = None
@@ -46,6 +51,7 @@ class ModelGrid:
     orientation: str | None = None
     separate: float = math.inf
     unit: str | None = None
+    from_center: bool = False
 
     @classmethod
     def of(cls, value: Any, volume: Volume) -> ModelGrid | None:
@@ -89,7 +95,8 @@ class ModelGrid:
         """Return what identifies a run on the grid."""
         sizes = {name: size if unit is None else f"{size!r} {unit}" for name, (size, unit) in self.spacing.items()}
         is_plain = (self.order, self.scores, self.orientation, self.separate) == (1, 1, None, math.inf)
-        return sizes if is_plain else [sizes, self.order, self.scores, self.orientation, str(self.separate)]
+        values = sizes if is_plain else [sizes, self.order, self.scores, self.orientation, str(self.separate)]
+        return [values, "from_center"] if self.from_center else values
 
     def over(
         self,
@@ -154,7 +161,9 @@ class ModelGrid:
         if self.orientation is not None and axis >= len(volume.shape) - volume.spatial_ndim:
             spatial = axis - (len(volume.shape) - volume.spatial_ndim)
             is_flipped = _turns(volume, self.orientation)[spatial][1]
-        size, order = length, self.order.get(name, 1) if isinstance(self.order, Mapping) else self.order
+        order = self.order.get(name, 1) if isinstance(self.order, Mapping) else self.order
+        order = 0 if name == self._coarsest(volume) else order
+        grid = AxisMap.over(length, length, order)
         if name in self.spacing and length > 1:  # one voxel has no distance to another
             asked, unit = self.spacing[name]
             own = spacing_along(volume.source, name)
@@ -163,8 +172,12 @@ class ModelGrid:
                     f"spacing needs coordinates along {name}, which the volume does not have: pass an OME-Zarr, a file "
                     "with voxel sizes, or an xarray.DataArray with coordinates"
                 )
-            size = max(1, round(length * abs(own.step) / (asked * _factor(name, unit, own.unit))))
-        grid = AxisMap.over(length, size, 0 if name == self._coarsest(volume) else order)
+            asked *= _factor(name, unit, own.unit)
+            if not self.from_center:
+                grid = AxisMap.over(length, max(1, round(length * abs(own.step) / asked)), order)
+            elif abs(asked - abs(own.step)) > SAME_SPACING:
+                scale = asked / abs(own.step)
+                grid = AxisMap(round((length - 1) / scale + 1), scale, 0.0, order)
         return grid.after(-1, length - 1) if is_flipped else grid
 
     def _coarsest(self, volume: Volume, *, back: bool = False) -> str | None:

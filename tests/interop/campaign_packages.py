@@ -111,6 +111,21 @@ def bioimageio_package(folder: Path) -> Path:
 def bundle(folder: Path, random: np.random.Generator) -> dict[str, Any]:
     """Write a bundle with a random network, window and transforms, and return its configuration."""
     chosen = random.choice(len(INTENSITY), size=int(random.integers(0, 3)), replace=False)
+    # none that makes voxels of one grid lie upon those of the other, or between two: there MONAI's rounding decides
+    pixdim = [round(float(size), 2) + 0.00371 for size in random.uniform(0.7, 1.6, 3)]
+    placing: list[dict[str, Any]] = [
+        {"_target_": "Orientationd", "keys": "image", "axcodes": str(random.choice(["RAS", "LPS", "SAR"]))},
+        {"_target_": "Spacingd", "keys": "image", "pixdim": pixdim, "mode": "bilinear"},
+    ]
+    placing = [step for step in placing if random.random() < 0.6]
+    invert = {
+        "_target_": "Invertd",
+        "keys": "pred",
+        "transform": "@preprocessing",
+        "orig_keys": "image",
+        "nearest_interp": bool(random.random() < 0.5),
+    }
+    activation = {"_target_": "Activationsd", "keys": "pred", str(random.choice(["softmax", "sigmoid"])): True}
     reading = [{"_target_": "LoadImaged", "keys": "image"}, {"_target_": "EnsureChannelFirstd", "keys": "image"}]
     config: dict[str, Any] = {
         "network_def": {
@@ -124,7 +139,7 @@ def bundle(folder: Path, random: np.random.Generator) -> dict[str, Any]:
         },
         "preprocessing": {
             "_target_": "Compose",
-            "transforms": [*reading, *({**INTENSITY[i], "keys": "image"} for i in chosen)],
+            "transforms": [*reading, *placing, *({**INTENSITY[i], "keys": "image"} for i in chosen)],
         },
         "inferer": {
             "_target_": "SlidingWindowInferer",
@@ -133,6 +148,7 @@ def bundle(folder: Path, random: np.random.Generator) -> dict[str, Any]:
             "overlap": round(float(random.uniform(0, 0.75)), 2),
             "mode": str(random.choice(["constant", "gaussian"])),
         },
+        "postprocessing": {"_target_": "Compose", "transforms": [activation, invert]},
     }
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
@@ -144,6 +160,8 @@ def compare_bundle(folder: Path, seed: int) -> float:
     """Return the largest difference of `predict` from MONAI's own run, as a share of the largest score."""
     import nibabel  # noqa: PLC0415 - needed by this half only
     from monai.bundle import ConfigParser  # noqa: PLC0415
+    from monai.data import MetaTensor  # noqa: PLC0415
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff  # noqa: PLC0415
 
     random = np.random.default_rng(seed)
     config = bundle(folder, random)
@@ -151,12 +169,16 @@ def compare_bundle(folder: Path, seed: int) -> float:
     parser = ConfigParser(config)
     network = parser.get_parsed_content("network_def").eval()
     torch.save(network.state_dict(), folder / "models" / "model.pt")
-    shape = tuple(int(n) for n in random.integers(36, 60, 3))
+    shape = tuple(int(n) for n in random.integers(56, 72, 3))  # no smaller than a patch at any spacing
     scan = random.normal(60, 90, shape).astype(np.float32) * (random.random(shape) > 0.2)
-    nibabel.save(nibabel.Nifti1Image(scan.astype(np.float32), np.eye(4)), folder / "scan.nii")
-    image = parser.get_parsed_content("preprocessing")({"image": str(folder / "scan.nii")})["image"]
+    affine = inv_ornt_aff(axcodes2ornt(str(random.choice(["RAS", "LPS", "PIR"]))), shape)
+    affine[:3, :3] *= np.round(random.uniform(0.9, 1.3, 3), 2)
+    nibabel.save(nibabel.Nifti1Image(scan.astype(np.float32), affine), folder / "scan.nii")
+    item = parser.get_parsed_content("preprocessing")({"image": str(folder / "scan.nii")})
     with torch.no_grad():
-        expected = parser.get_parsed_content("inferer")(image.as_tensor()[None], network)[0].numpy()
+        scores = parser.get_parsed_content("inferer")(item["image"].as_tensor()[None], network)[0]
+    item["pred"] = MetaTensor(scores, meta=item["image"].meta)
+    expected = parser.get_parsed_content("postprocessing")(item)["pred"].numpy()
     found = oocpatch.predict(folder / "scan.nii", f"monai:{folder}", folder / "out", progress=False)
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from oocpatch.models.loading import load_model, load_weights
 from oocpatch.models.packages.package import Entries, ModelPackage, import_library, refuse_options, refused_unless_given
+from oocpatch.models.postprocessing import RESAMPLE
 from oocpatch.volumes.model_grid import ModelGrid
 
 EXTRA = "monai"
@@ -41,6 +42,17 @@ WITHOUT_EFFECT = frozenset(
     }
 )
 """Arguments of inferers and transforms that are not read, since values do not depend on them."""
+
+SPACING: dict[str, tuple[Any, ...]] = {
+    "mode": ("bilinear", 1),
+    "padding_mode": ("border",),
+    "diagonal": (False,),
+    "scale_extent": (False,),
+    "recompute_affine": (False,),
+    "min_pixdim": (None,),
+    "max_pixdim": (None,),
+}
+"""Values of the arguments of a change of voxel sizes that are honoured, the defaults first."""
 
 
 def load(path: Path, options: Mapping[str, str], *, trust_pickle: bool, device: str) -> ModelPackage:
@@ -262,28 +274,40 @@ class _Bundle:
             elif kind == "Orientation" and not (steps or grid):
                 grid["orientation"] = "RAS" if arguments.get("as_closest_canonical") else str(arguments["axcodes"])
             elif kind == "Spacing" and not (steps or "spacing" in grid):
-                grid["spacing"] = self._spacing(place, arguments)
+                grid |= {"spacing": self._spacing(place, arguments), "from_center": True}
             else:
                 order = " after other steps" if kind in ("Orientation", "Spacing") else ""
                 raise ValueError(f"{_named(place)}: {kind} is not supported{order}")
-        return {"spacing": ModelGrid(**grid, unit="millimeter") if grid else None, "preprocess": steps}
+        scores = int(self._interpolates_back())
+        return {"spacing": ModelGrid(**grid, scores=scores, unit="millimeter") if grid else None, "preprocess": steps}
 
     def _spacing(self, place: str, arguments: Mapping[str, Any]) -> tuple[float, ...]:
-        mode = arguments.get("mode", "bilinear")
-        mode = mode[0] if isinstance(mode, list) else mode
-        if mode not in ("bilinear", 1):
-            raise ValueError(f"{_named(place)}.mode: must be bilinear, got {mode}")
+        for name, value in arguments.items():
+            value = value[0] if isinstance(value, list) and name != "pixdim" else value  # noqa: PLW2901
+            if name in SPACING and value not in SPACING[name]:
+                raise ValueError(f"{_named(place)}.{name}: must be {SPACING[name][0]}, got {value}")
         size = arguments["pixdim"]
-        sizes = tuple(map(float, size)) if isinstance(size, list) else (float(size),) * self._ndim()
+        sizes = tuple(map(float, size if isinstance(size, list) else [size]))
+        sizes += sizes[-1:] * (self._ndim() - len(sizes))
         if not all(one > 0 for one in sizes):
             raise ValueError(f"{_named(place)}.pixdim: must be above 0 along each axis, got {size}")
         return sizes
+
+    def _interpolates_back(self) -> bool:
+        """Return whether scores are interpolated as they come back to the volume's grid; MONAI takes the nearest."""
+        inverts = [place for place, kind, _ in self._transforms("postprocessing") if kind == "Invert"]
+        given = [f"{place}#nearest_interp" for place in inverts if "nearest_interp" in self._at(place)[0]]
+        return any(not _single(self.value(place)) for place in given)
 
     def _after(self) -> list[str]:
         """Return `postprocess`."""
         steps: list[str] = []
         for place, kind, arguments in self._transforms("postprocessing"):
-            if kind not in RETURNED:
+            if kind == "Invert" and steps and self._interpolates_back():
+                if steps[-1] not in ("sigmoid", "softmax"):
+                    raise ValueError(f"{_named(place)}.nearest_interp: must be true after AsDiscrete, got false")
+                steps.append(RESAMPLE)
+            elif kind not in RETURNED:
                 steps += _after_step(_named(place), kind, arguments)
         return steps
 

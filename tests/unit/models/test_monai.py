@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+import xarray
 from torch import nn
 
 import oocpatch
@@ -139,6 +141,11 @@ def _transform(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["transforms"].append({"_target_": name, "keys": "image", **values})
 
 
+def _spacing(**values: Any) -> Callable[[dict[str, Any]], None]:
+    step = {"_target_": "Spacingd", "keys": "image", "pixdim": 2, **values}
+    return lambda config: config["transforms"].insert(2, step)
+
+
 def _after(**values: Any) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["postprocessing"]["transforms"].append({"keys": "pred", **values})
 
@@ -157,8 +164,12 @@ def _after(**values: Any) -> Callable[[dict[str, Any]], None]:
         (_change("inferer", overlap="half"), "patch_size cannot be read: TypeError: .*; pass patch_size="),
         (lambda c: c["transforms"][3].pop("a_min"), "transforms.3: must have an entry 'a_min', got a_max"),
         (_transform("CropForegroundd"), "transforms.5: CropForeground is not supported; pass preprocess="),
+        (_spacing(scale_extent=True), "transforms.2.scale_extent: must be False, got True; pass preprocess="),
+        (_spacing(mode=["nearest"]), "transforms.2.mode: must be bilinear, got nearest"),
+        (_spacing(pixdim=[1, -1]), "transforms.2.pixdim: must be above 0 along each axis"),
         (_transform("Spacingd", pixdim=[1, 1]), "transforms.5: Spacing is not supported after other steps"),
         (_after(_target_="KeepLargestConnectedComponentd"), "postprocessing.transforms.3: KeepLargest"),
+        (_after(_target_="Invertd", nearest_interp=False), "nearest_interp: must be true after AsDiscrete, got false"),
         (_after(_target_="AsDiscreted", to_onehot=3), r"AsDiscrete\(to_onehot=3\) is not supported; pass postprocess="),
     ],
 )  # fmt: skip
@@ -178,6 +189,37 @@ def test_orientation_and_spacing_are_the_grid_of_the_model(write: Write) -> None
 
     grid = load_package(write(change)).settings["spacing"]  # type: ignore[union-attr]
     assert (grid.orientation, grid.spacing) == ("RAS", (1.5, 1.5, 2.0))
+
+
+@pytest.mark.parametrize("nearest", [True, False])
+def test_a_spacing_begins_at_the_centre_of_the_first_voxel_and_statistics_are_of_its_grid(
+    nearest: bool, write: Write, tmp_path: Path
+) -> None:
+    own, size = (0.8, 1.1), (1.3, 0.9)
+
+    def change(config: dict[str, Any]) -> None:
+        config["transforms"].insert(2, {"_target_": "Spacingd", "keys": "image", "pixdim": size, "diagonal": False})
+        invert = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "nearest_interp": nearest}
+        config["postprocessing"]["transforms"][1] = invert
+
+    def at(image: Any, step: tuple[float, float], shape: tuple[int, ...], order: int) -> Any:
+        places = np.meshgrid(*(s * np.arange(n) for s, n in zip(step, shape, strict=True)), indexing="ij")
+        return scipy.ndimage.map_coordinates(image, places, order=order, mode="nearest")
+
+    spec = write(change)
+    scan = xarray.DataArray(SCAN, dims=("y", "x"))
+    scan = scan.assign_coords(
+        {n: (n, s * np.arange(scan.sizes[n]), {"units": "mm"}) for n, s in zip("yx", own, strict=True)}
+    )
+    shares = oocpatch.predict(scan, spec, tmp_path / "shares", progress=False)
+    ratio = tuple(b / a for a, b in zip(own, size, strict=True))
+    shape = tuple(round((n - 1) / r) + 1 for n, r in zip(SCAN.shape, ratio, strict=True))
+    patches = prepared(at(SCAN, ratio, shape, 1))
+    scores = sliding_window(patches, load_package(spec).models[0], (16, 24), 0.6)  # type: ignore[union-attr]
+    on_grid = torch.from_numpy(scores).softmax(dim=0).numpy()
+    back = (1 / ratio[0], 1 / ratio[1])
+    expected = np.stack([at(of_class, back, SCAN.shape, int(not nearest)) for of_class in on_grid])
+    np.testing.assert_allclose(shares, expected, atol=1e-5)
 
 
 def test_a_volume_of_other_axes_is_refused(write: Write, tmp_path: Path) -> None:

@@ -194,6 +194,20 @@ def test_scores_are_resampled_back_as_those_of_the_whole_volume(scan: Path, tmp_
     assert oocpatch.verify(tmp_path / "labels.zarr").passed
 
 
+def test_steps_before_resample_are_taken_on_the_grid_of_the_model(scan: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "spacing": "0.6um"}
+    scores = oocpatch.predict(scan, Classes(), tmp_path / "scores", output_grid="model", **options)
+    classes = np.asarray(scores).argmax(axis=0)
+    labels = oocpatch.predict(scan, Classes(), tmp_path / "labels", postprocess=["argmax", "resample"], **options)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, whole(classes, (25, 40, 45), (0, 0, 0)))
+    shares = oocpatch.predict(scan, Classes(), tmp_path / "shares", postprocess=["softmax", "resample"], **options)
+    values = torch.from_numpy(np.asarray(scores)).softmax(dim=0).numpy()
+    np.testing.assert_allclose(shares, [whole(of_class, (25, 40, 45), (1, 1, 1)) for of_class in values], atol=1e-5)
+    with pytest.raises(oocpatch.RunMismatch, match="postprocess"):
+        oocpatch.predict(scan, Classes(), tmp_path / "shares", postprocess=["resample", "softmax"], **options)
+
+
 def test_voxels_without_scores_hold_the_fill_value(scan: Path, tmp_path: Path) -> None:
     options = {
         **SETTINGS,
