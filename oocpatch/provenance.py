@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oocpatch.system import peak_memory
+from oocpatch.system import is_url, peak_memory
 
 LIBRARIES = ("oocpatch", "torch", "zarr", "zarrs", "dask", "xarray", "numpy")
 
@@ -103,7 +103,7 @@ def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
-        return text if "://" in text else str(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111 - as `storage.paths`
+        return text if is_url(text) else str(Path(os.path.expanduser(text)).absolute())  # noqa: PTH111 - as `storage.paths`
     if isinstance(value, Mapping):
         return {str(name): _absolute(each) for name, each in value.items()}
     return [_absolute(each) for each in value] if isinstance(value, (list, tuple)) else _plain(value)

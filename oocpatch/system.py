@@ -13,11 +13,20 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+
+OPEN_FILES_STAY = sys.platform == "win32"
+"""Whether a file that a process has open can neither be renamed or replaced nor deleted."""
+
+CLOSING_SECONDS = 2.0
+"""How long such a file is waited for."""
+
+Result = TypeVar("Result")
 
 _POSITION = threading.Lock()
 """Held while the position in a file is moved, where no call reads or writes at a place."""
@@ -114,6 +123,31 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> int:
     with _POSITION:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.write(descriptor, data)
+
+
+def when_closed(change: Callable[[], Result]) -> Result:
+    """Rename or delete a file; on Windows wait for those that have it open for a moment, such as a scanner for viruses.
+
+    Raises:
+        PermissionError: when it is still open.
+    """
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while True:
+        try:
+            return change()
+        except PermissionError:
+            if not OPEN_FILES_STAY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
+def is_url(address: str) -> bool:
+    """Return whether an address is a URL; a path of Windows may begin with the letter of a drive.
+
+    >>> is_url("s3://bucket/scan.zarr"), is_url("C://scan.zarr"), is_url("scan.zarr")
+    (True, False, False)
+    """
+    return "://" in address and address[1:2] != ":"
 
 
 def move_if_absent(source: Path, target: Path) -> None:

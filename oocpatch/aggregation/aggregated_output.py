@@ -214,10 +214,10 @@ class AggregatedOutput:
             file.truncate()
         replaces = path.exists()
         if replaces:
-            path.rename(before)
-        spare.rename(path)
+            path.replace(before)
+        spare.replace(path)
         if replaces:
-            before.rename(spare)
+            before.replace(spare)
 
     def read_tile(self, head: int, position: Ints, count: int, sums: Array | None) -> list[Patch]:
         """Return the patches in a tile, at least `count`, and read its sums `(C, *spatial)` into an array, if any."""

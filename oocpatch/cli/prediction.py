@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from oocpatch.system import is_url
+
 
 def predicted(
     volume: Any, output: str, arguments: Mapping[str, Any], log: Callable[[str], None] | None, *, as_json: bool = False
@@ -87,7 +89,7 @@ class VolumePattern:
     @classmethod
     def of(cls, volume: Any) -> VolumePattern | None:
         """Return the pattern that an argument is; None for a path that exists, a URL, and several volumes."""
-        is_path = isinstance(volume, str) and "://" not in volume and not os.path.lexists(volume)
+        is_path = isinstance(volume, str) and not is_url(volume) and not os.path.lexists(volume)
         return cls(volume) if is_path and glob.has_magic(volume.partition("::")[0]) else None
 
     def runs(self, folder: str, arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -184,7 +184,7 @@ class RunConfig:
         )
         if torch.device(self.model.device).type == "mps" and self.volume.dtype == np.float64:
             raise ValueError(
-                "device must not be 'mps' for a volume of float64, which it has not; convert it to float32"
+                "device must not be 'mps' for a volume of float64, which it has not; convert it, or pass 'cpu'"
             )
         if patches.padding_mode == "constant":
             check_fits("fill", patches.fill, str(self.volume.dtype))

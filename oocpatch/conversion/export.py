@@ -156,7 +156,7 @@ def _write(
         try:
             with display as advance:
                 write(Path(partial), advance)
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             partial.replace(target)
         finally:
@@ -262,7 +262,8 @@ def are_labels(volume: Any, data: Volume) -> bool:
         return True
     heads = details.get("plan", {}).get("heads")
     if heads and place is not None:
-        own = [head for head in heads if len(heads) == 1 or head["name"] in str(place).split("/")]
+        names = {path.name for path in (place, *place.parents)}
+        own = [head for head in heads if len(heads) == 1 or head["name"] in names]
         return any(head.get("labels") for head in own)
     return data.dtype.itemsize >= 4
 

@@ -61,13 +61,14 @@ class Vectors:
             ValueError: if there are none, or those of several heads.
         """
         place = output_path("volume", volume) if isinstance(volume, str | os.PathLike) else None
-        for path in () if place is None else (place, place.parent):
+        places = [] if place is None else [place, place.parent]
+        for path in places:
             record = None
             with contextlib.suppress(ValueError):  # of other data
                 record = find_output(path)
             if record is not None:
                 heads = vector_heads(record)
-                name = str(place).rpartition("/")[2] if path is not place else heads[0] if len(heads) == 1 else ""
+                name = places[0].name if path is not place else heads[0] if len(heads) == 1 else ""
                 if name not in heads:
                     shown = ", ".join(f"{path}/{head}" for head in heads) or "none"
                     raise ValueError(f"volume must be vectors of patches for an HDF5 file, {path} has: {shown}")

@@ -131,7 +131,7 @@ def load_model(
         weights: file with a state dict, as safetensors or written by `torch.save`, loaded strictly.
         model_args: arguments of the factory.
         trust_pickle: allow a file to run code while it is unpickled.
-        device: where the model is put; `auto` is the first CUDA device if there is one, else the CPU.
+        device: where the model is put; as for `resolve_device`.
         eval_mode: whether the model is put in evaluation mode; else it is left as its factory gives it.
 
     Raises:
@@ -155,7 +155,7 @@ def load_model(
 
 
 def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_pickle: bool) -> Model:
-    path, colon, name = spec.rpartition(":")
+    path, _, name = spec.rpartition(":")
     if spec.startswith(_NUMPY) and path and path != _NUMPY.rstrip(":"):
         function = _load(spec.removeprefix(_NUMPY), device, arguments, trust_pickle=trust_pickle)
         if isinstance(function, nn.Module):
@@ -163,7 +163,7 @@ def _load(spec: str, device: torch.device, arguments: dict[str, Any], *, trust_p
                 f"numpy: is for functions of numpy arrays, but {spec!r} is a torch module; leave numpy: out"
             )
         return NumpyModel(function)
-    if colon and path and name:
+    if path and name and name[0] not in "/\\":  # else the colon follows the letter of a drive
         module = _import_file(path, spec) if path.endswith(".py") else _import_module(path, spec)
         return _instantiate(_member(module, name, spec), spec, arguments)
     if arguments:

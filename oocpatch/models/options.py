@@ -80,7 +80,7 @@ class ModelOptions:
         check="device",
         identity="device_type",
         metavar="NAME",
-        help="Run the model on this device: cpu, cuda, cuda:1.",
+        help="Run the model on this device: cpu, cuda, cuda:1, mps.",
     )
     autocast: bool = option(
         False,

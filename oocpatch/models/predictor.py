@@ -178,13 +178,13 @@ def version(tensor: torch.Tensor) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device that `"auto"` stands for, a CUDA device if there is one; any other name as it is.
+    """Return the device that `"auto"` stands for, CUDA's, else Apple's, else the CPU; any other name as it is.
 
     Raises:
         ValueError: for a device that is not there.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except Exception as error:
@@ -252,8 +252,9 @@ class Halving:
                 self._most = len(batch) // 2
                 message = "memory ran out with %d patches in a batch; going on with %d: lower batch_size"
                 logger.warning(message, len(batch), self._most)
-            if batch.device.type == "cuda":
-                torch.cuda.empty_cache()
+            backend = getattr(torch, batch.device.type)  # `torch.cuda` or `torch.mps`
+            if hasattr(backend, "empty_cache"):
+                backend.empty_cache()
         count = self.count
         outputs = [owned_outputs(self, part) for part in torch.split(batch, self._most)]
         self.count = count + 1  # a batch that is halved twice is still one batch

@@ -13,6 +13,7 @@ A file without a record, or another one than the record describes, is someone el
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from oocpatch.storage.checksums import measured
 from oocpatch.storage.journal import encode_record, read_journal, replace_journal
 from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import LocalPath, StoragePath, storage_path
+from oocpatch.system import is_url
 from oocpatch.workspace.ledger import Record
 from oocpatch.workspace.workspace import PLAN
 
@@ -61,7 +63,7 @@ class OutputRecord:
 
         The address of a workspace beside the output is relative, so that both may move.
         """
-        workspace = self.workspace.removeprefix(f"{path.parent}/")
+        workspace = self.workspace.removeprefix(f"{path.parent}{os.sep if path.is_local else '/'}")
         return {**asdict(self), "workspace": workspace, "arrays": list(self.arrays)}
 
     @classmethod
@@ -72,7 +74,7 @@ class OutputRecord:
             KeyError, TypeError: when it is none.
         """
         workspace = values["workspace"]
-        if "://" not in workspace and not PurePath(workspace).is_absolute():
+        if not is_url(workspace) and not PurePath(workspace).is_absolute():
             workspace = str(path.parent / workspace)
         return cls(**{**values, "workspace": workspace, "arrays": tuple(values["arrays"])})
 

@@ -181,7 +181,7 @@ def predict(
             (connected voxels of a class, or of scores above 0.5 or another `"label:0.3"`, get an id), `"clip:0:1"`,
             `"linear:2:1"` (`2 x + 1`), or a function of blended scores `(C, *box)` that works voxel by voxel; or a list
             of these. A dict gives each output its own.
-        device: device of the model; `"auto"`: an accelerator when there is one.
+        device: device of the model; `"auto"`: `"cuda"`, else `"mps"`, else `"cpu"`, whichever there is first.
         autocast: run the model under `torch.autocast`.
         channels_last: store patches and weights in torch's memory format with the channels last.
         compile: compile with `torch.compile` in mode `"default"` (True), `"reduce-overhead"` or `"max-autotune"`.

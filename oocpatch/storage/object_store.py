@@ -21,6 +21,7 @@ from urllib.parse import quote
 from zarr.storage import ObjectStore
 
 from oocpatch.storage.forks import refuse_fork
+from oocpatch.system import is_url
 
 if TYPE_CHECKING:
     from zarr.abc.buffer import Buffer
@@ -45,8 +46,7 @@ def scheme_of(address: str) -> str:
     >>> scheme_of("s3://bucket/scan.zarr"), scheme_of("scan.zarr")
     ('s3', '')
     """
-    head, found, _ = address.partition("://")
-    return head if found else ""
+    return address.partition("://")[0] if is_url(address) else ""
 
 
 def installed() -> bool:

@@ -17,6 +17,7 @@ from zarr.storage import LocalStore
 from oocpatch.storage.object_path import ObjectPath, describe_error
 from oocpatch.storage.object_store import AT_A_TIME, BUCKETS, UrlStore, scheme_of
 from oocpatch.storage.storage_path import LocalPath, StoragePath
+from oocpatch.system import is_url
 
 __all__ = [
     "LocalPath",
@@ -81,7 +82,7 @@ def local_or_url(address: str | os.PathLike[str]) -> LocalPath | str:
     text = os.fspath(address)
     if text.startswith("file://"):
         return LocalPath(file_url_path(text))
-    return text if "://" in text else LocalPath(expand_home(text))
+    return text if is_url(text) else LocalPath(expand_home(text))
 
 
 def file_url_path(url: str, *, windows: bool = sys.platform == "win32") -> str:
@@ -130,7 +131,7 @@ def output_path(name: str, value: str | os.PathLike[str]) -> StoragePath:
     Raises:
         ValueError, TypeError: as of `local_path`.
     """
-    if not isinstance(value, str) or "://" not in value or value.startswith("file://"):
+    if not isinstance(value, str) or not is_url(value) or value.startswith("file://"):
         return local_path(name, value)
     if scheme_of(value) not in BUCKETS:
         raise ValueError(

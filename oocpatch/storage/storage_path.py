@@ -21,7 +21,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore
 
 from oocpatch.storage.files import flush_file_system, write_file
-from oocpatch.system import move_if_absent
+from oocpatch.system import move_if_absent, when_closed
 
 PIECE = 1 << 20
 """Bytes of a file or an object that are read at a time."""
@@ -216,6 +216,10 @@ class LocalPath(_PlatformPath, StoragePath):
         except FileNotFoundError:
             return None
 
+    def read_text(self, encoding: str | None = "utf-8", errors: str | None = None, newline: str | None = None) -> str:
+        with self.open(encoding=encoding, errors=errors, newline=newline) as file:
+            return file.read()
+
     def read_pieces(self) -> Iterator[bytes]:
         with self.open("rb", buffering=0) as file:
             while piece := file.read(PIECE):
@@ -266,6 +270,15 @@ class LocalPath(_PlatformPath, StoragePath):
             staging.unlink(missing_ok=True)
         return True
 
+    def replace(self, target: str | os.PathLike[str]) -> Self:
+        return when_closed(lambda: super(LocalPath, self).replace(target))
+
+    def rename(self, target: str | os.PathLike[str]) -> Self:
+        return when_closed(lambda: super(LocalPath, self).rename(target))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        when_closed(lambda: super(LocalPath, self).unlink(missing_ok))
+
     def renew(self, content: bytes, tag: str) -> None:  # noqa: ARG002 - as of an object store
         os.utime(self)
 
@@ -280,7 +293,7 @@ class LocalPath(_PlatformPath, StoragePath):
         flush_file_system(self)
 
     def check_writable(self, name: str) -> None:
-        above = next(path for path in self.parents if path.exists())
+        above = next((path for path in self.parents if path.exists()), self.parent)
         if not above.is_dir():
             raise ValueError(f"{name} must be in a directory, got {self}, where {above} is a file")
         if not os.access(above, os.W_OK | os.X_OK):

@@ -289,6 +289,6 @@ def _tolerance(model: Model, settings: dict[str, Any], output: Array) -> float:
         kinds |= {str(item.dtype).removeprefix("torch.") for item in model.parameters() if item.is_floating_point()}
     if settings.get("autocast"):
         kinds.add("bfloat16")
-    elif settings.get("device", "auto") != "cpu" and torch.cuda.is_available():
+    elif resolve_device(settings.get("device", "auto")) != "cpu":
         kinds.add("float16")  # convolutions on a GPU round as coarsely by default
     return max(ROUNDING.get(kind, ROUNDING["float32"]) for kind in kinds)

@@ -16,6 +16,7 @@ from torch import nn
 
 from oocpatch.models.input_spec import as_input, input_dtype
 from oocpatch.models.named_outputs import named_outputs
+from oocpatch.models.predictor import resolve_device
 
 Array = np.ndarray[Any, Any]
 Sizes = tuple[int, ...]
@@ -112,8 +113,7 @@ def _window(mode: str, size: int) -> Array:
 
 
 def _run(model: Callable[..., Any], patch: Array, *, device: str, autocast: bool) -> Array:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     batch = torch.from_numpy(np.ascontiguousarray(patch)[None]).to(device)
     if isinstance(model, nn.Module):
         model.to(device)

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import zarr
 from oocpatch.outputs.output import open_result
 from oocpatch.outputs.record import OutputRecord, array_path, inspect_output
 from oocpatch.storage.paths import StoragePath, output_path
+from oocpatch.system import is_url
 from oocpatch.volumes.formats.spec import WITH_LEVELS, UnreadableError, parse_address
 from oocpatch.volumes.ome_metadata import ome_attributes
 from oocpatch.volumes.volume import Volume
@@ -115,8 +117,8 @@ def local_name(output: str | os.PathLike[str]) -> str:
     >>> local_name("results/out.zarr/"), local_name("s3://bucket/results/out.zarr")
     ('results/out.zarr', 'out.zarr')
     """
-    name = os.fspath(output).rstrip("/")
-    return name.rpartition("/")[2] if "://" in name else name
+    name = os.fspath(output)
+    return name.rstrip("/").rpartition("/")[2] if is_url(name) else str(PurePath(name))
 
 
 def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:

@@ -30,6 +30,7 @@ from oocpatch.storage.object_store import BUCKETS, WEB, installed, scheme_of
 from oocpatch.storage.paths import LocalPath, ObjectPath, StoragePath, describe_error, local_or_url, path_of
 from oocpatch.storage.unit_tags import StoredUnits, WholeFiles, units_of
 from oocpatch.storage.zip_store import ArchiveStore, root_of, split_archive
+from oocpatch.system import is_url
 from oocpatch.volumes.axes import Axes
 from oocpatch.volumes.cf_decoding import (
     DECODED,
@@ -239,7 +240,7 @@ def _in_object_store(path: ObjectPath) -> zarr.Array[Any] | zarr.Group:
 
 def _from_file(spec: FileSpec) -> Source:
     """Return the source of an array in a file of another format, which each process opens for itself."""
-    local = LocalPath(spec.address) if "://" not in spec.address else None
+    local = LocalPath(spec.address) if not is_url(spec.address) else None
     if local is not None and not local.exists():
         raise ValueError(f"volume not found: {local} does not exist")
     if local is None and spec.format not in ("n5", "precomputed"):
@@ -476,7 +477,7 @@ def _from_lazy(array: xarray.DataArray) -> Source:
         dtype=array.dtype,
         chunks=tuple(int(chunks.get(d, n)) for d, n in zip(array.dims, array.shape, strict=True)),
         load=functools.partial(_load, array.variable),
-        location=LocalPath(address).resolve() if address and "://" not in address else None,
+        location=LocalPath(address).resolve() if address and not is_url(address) else None,
     )
 
 

@@ -8,10 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
 import zarr
 from hypothesis import assume, settings
@@ -19,6 +18,9 @@ from hypothesis import strategies as st
 
 import oocpatch
 from tests.support import oracle
+
+if TYPE_CHECKING:
+    import torch
 
 Array = np.ndarray[Any, Any]
 
@@ -185,6 +187,8 @@ def position_model(patch: Array) -> Array:
 
 def positional(patches: torch.Tensor) -> torch.Tensor:
     """`position_model` as a predictor of batches."""
+    import torch  # noqa: PLC0415 - see tests.without_torch
+
     return torch.from_numpy(np.stack([position_model(patch) for patch in patches.numpy()]))
 
 

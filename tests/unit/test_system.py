@@ -15,9 +15,13 @@ import zarr
 
 import oocpatch
 from oocpatch import system
+from oocpatch.execution.payload import absolute_spec
+from oocpatch.models.loading import load_model
+from oocpatch.models.packages.package import PackageSpec
 from oocpatch.sampling.weighted import LabelSampler
 from oocpatch.storage.paths import LocalPath, file_url_path, local_or_url
-from tests.without_linux import MODULES, NAMES, without_linux
+from oocpatch.volumes.formats.spec import parse_address
+from tests.without_linux import MODULES, NAMES, rules_of_windows, without_linux
 
 PACKAGE = Path(oocpatch.__file__).parent
 DATA = np.random.default_rng(0).integers(0, 5, (24, 20, 28)).astype(np.float32)
@@ -25,7 +29,7 @@ DATA = np.random.default_rng(0).integers(0, 5, (24, 20, 28)).astype(np.float32)
 
 @pytest.fixture
 def elsewhere() -> Iterator[None]:
-    with without_linux():
+    with without_linux(), rules_of_windows():
         yield
 
 
@@ -120,6 +124,56 @@ def test_urls_of_files_name_drives_and_servers_on_windows() -> None:
     assert file_url_path("file:///data/a.zarr", windows=False) == "/data/a.zarr"
 
 
-@pytest.mark.parametrize("address", ["C:\\scans\\a.zarr", "C:/scans/a.zarr", "\\\\server\\share\\a.zarr"])
+@pytest.mark.usefixtures("elsewhere")
+def test_a_file_that_is_open_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "CLOSING_SECONDS", 60.0)
+    old, new = LocalPath(tmp_path / "old"), LocalPath(tmp_path / "new")
+    new.write_bytes(b"new")
+    reader = old.open("w+b")
+    closing = threading.Timer(0.2, reader.close)
+    closing.start()
+    new.replace(old)
+    assert reader.closed
+    assert old.read_bytes() == b"new"
+    monkeypatch.setattr(system, "CLOSING_SECONDS", 0.0)
+    with old.open("rb"), pytest.raises(PermissionError):
+        old.unlink()
+    old.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["C:\\a.zarr", "C:/a.zarr", "C://a.zarr", "\\\\server\\share\\a.zarr"])
 def test_a_path_of_windows_is_no_url(address: str) -> None:
-    assert str(local_or_url(address)) == address
+    assert not system.is_url(address)
+    assert str(local_or_url(address)) == str(Path(address))
+
+
+@pytest.mark.parametrize(
+    ("address", "path", "part"),
+    [
+        ("C:\\data\\a.h5::/entry/data", "C:\\data\\a.h5", "/entry/data"),
+        ("C:/data/cells.n5::setup0/s1", "C:/data/cells.n5", "setup0/s1"),
+        ("C:\\data\\cells.n5\\", "C:\\data\\cells.n5\\", ""),
+    ],
+)
+def test_the_colon_of_a_drive_begins_no_part_of_a_file(address: str, path: str, part: str) -> None:
+    spec = parse_address(address)
+    assert spec is not None
+    assert (spec.address, spec.part) == (path, part)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"), [("C:\\nets\\a.onnx", "onnx"), ("C:/nets/a.pt2", "pt2"), ("C:\\a.py", "NAME")]
+)
+def test_the_colon_of_a_drive_ends_no_module(spec: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind}") as error:
+        load_model(spec)
+    assert "neither a module" not in str(error.value)
+
+
+def test_a_name_in_a_file_on_a_drive_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("C:\\net.py").write_text("import torch\nnet = torch.nn.Identity()\n")
+    assert type(load_model("C:\\net.py:net")).__name__ == "Identity"
+    assert absolute_spec("C:\\net.py:net") == f"{tmp_path}/C:\\net.py:net"
+    assert PackageSpec.of("nnunet:C:\\results,folds=0") == PackageSpec("nnunet", "C:\\results", {"folds": "0"})

@@ -170,7 +170,7 @@ def source_path(name: str, parent: Path) -> Path | None:
             return path
         path = Path(path.name)
     own = parent.parent
-    prefixes = [p.replace("${ORIGIN}", str(own)) for p in os.environ.get("HDF5_VDS_PREFIX", "").split(":") if p]
+    prefixes = [p.replace("${ORIGIN}", str(own)) for p in os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if p]
     candidates = [(folder / path).absolute() for folder in (*map(Path, prefixes), own, Path(), parent.resolve().parent)]
     return next((path for path in candidates if path.is_file()), None)
 

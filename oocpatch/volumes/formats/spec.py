@@ -203,7 +203,7 @@ def _format(path: str) -> str | None:
             formats = map(dicom_format, itertools.islice(directory.iterdir(), SCANNED))
             if found := next(filter(None, formats), None):
                 return found
-    lower = path.lower().rstrip("/")
+    lower = path.lower().rstrip("/\\")
     name = next((name for name, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
     return dicom_format(directory) or name if name == "dicom" else name
 

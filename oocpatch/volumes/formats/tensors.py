@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 
+from oocpatch.system import is_url
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -26,7 +27,7 @@ class TensorFile:
     def __init__(self, spec: FileSpec) -> None:
         tensorstore = import_extra("tensorstore", "tensorstore", spec)
         url = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
-        kvstore = url if "://" in spec.address else {"driver": "file", "path": f"{Path(url).absolute()}/"}
+        kvstore = url if is_url(spec.address) else {"driver": "file", "path": f"{Path(url).absolute().as_posix()}/"}
         description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": kvstore}
         if spec.format == "precomputed":
             description["scale_index"] = spec.level
@@ -35,7 +36,7 @@ class TensorFile:
         except ValueError as error:
             reason = " ".join(str(error).partition("[")[0].split())[:200]  # locations in the source follow in brackets
             raise UnreadableError(f"volume cannot be read: {spec} ({reason}){_datasets(spec)}") from error
-        self._directory = None if "://" in spec.address else Path(url)
+        self._directory = None if is_url(spec.address) else Path(url)
         origin, units, labels = store.domain.inclusive_min, store.dimension_units, store.domain.labels
         stored = store.spec(retain_context=False).to_json()
         store = store.T[tensorstore.d[:].translate_to[0]]
@@ -83,9 +84,9 @@ def _coords(
 
 def _datasets(spec: FileSpec) -> str:
     """List the arrays of a local N5 container for a message."""
-    if "://" in spec.address or spec.format != "n5":
+    if is_url(spec.address) or spec.format != "n5":
         return ""
     root = Path(spec.address)
     files = [f for f in sorted(root.rglob("attributes.json")) if "dimensions" in json.loads(f.read_text())]
-    datasets = [f"{root}::{file.parent.relative_to(root)}" for file in files]
+    datasets = [f"{root}::{file.parent.relative_to(root).as_posix()}" for file in files]
     return f"; it has {', '.join(datasets[:12])}" if datasets else ""

@@ -20,6 +20,7 @@ from torch import nn
 
 from oocpatch.models.fingerprint import model_fingerprint, read_fingerprint
 from oocpatch.models.loading import load_model
+from oocpatch.models.predictor import resolve_device
 
 Model = Any  # a module or a function
 State = dict[str, torch.Tensor]
@@ -236,6 +237,15 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(networks: Path, spec:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"device must be one that torch can use here.*got 'abacus'"):
         load_model("identity", device="abacus")
+
+
+@pytest.mark.parametrize(("cuda", "mps", "device"), [(1, 1, "cuda"), (1, 0, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_auto_takes_cuda_then_mps_then_the_cpu(
+    cuda: int, mps: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert resolve_device("auto") == device
 
 
 WEIGHTS_SPEC = "weighted.py:Net"

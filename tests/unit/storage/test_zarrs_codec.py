@@ -8,7 +8,6 @@ from pathlib import Path
 import numcodecs
 import numpy as np
 import pytest
-import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,12 +142,12 @@ def test_a_run_gives_the_same_voxels_without_zarrs(mode, tmp_path, monkeypatch):
     data = some((50, 41, 38), "f4")
     zarr.create_array(tmp_path / "in.zarr", data=data, chunks=(16, 16, 16))
     options = {"patch_size": 16, "patch_overlap": 8, "overlap_mode": mode, "max_memory": "8MiB", "block_shape": 25}
-    fast = oocpatch.predict(tmp_path / "in.zarr", torch.nn.Identity(), tmp_path / "fast.zarr", **options).values
+    fast = oocpatch.predict(tmp_path / "in.zarr", "identity", tmp_path / "fast.zarr", **options).values
     assert not list(Path(tmp_path / "fast.zarr").rglob("*.partial"))
     monkeypatch.setattr(PlainArray, "of", lambda _: None)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "zarrs" else real(name, *rest))
     assert ZarrsArray.open(zarr.open_array(LocalStore(tmp_path / "in.zarr")), 2) is None
-    plain = oocpatch.predict(tmp_path / "in.zarr", torch.nn.Identity(), tmp_path / "plain.zarr", **options).values
+    plain = oocpatch.predict(tmp_path / "in.zarr", "identity", tmp_path / "plain.zarr", **options).values
     assert_array_equal(fast, plain)
     np.testing.assert_allclose(fast, data, rtol=0 if mode == "crop" else 1e-6)

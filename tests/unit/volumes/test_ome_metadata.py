@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import zarr
 from numpy.testing import assert_array_equal
 
@@ -96,12 +95,12 @@ def test_a_level_of_a_plain_array_is_refused(tmp_path):
 def test_predict_reads_the_level_and_another_level_is_another_run(tmp_path):
     path = write_image(tmp_path / "image.zarr", "0.5")
     settings = {"patch_size": 3, "overlap_mode": "crop", "output_format": "zarr"}
-    result = oocpatch.predict(path, torch.nn.Identity(), tmp_path / "out.zarr", level=1, **settings)
+    result = oocpatch.predict(path, "identity", tmp_path / "out.zarr", level=1, **settings)
     assert_array_equal(result, LEVELS[1])
     assert result.dims == ("t", "stain", "y", "x")
     assert result["x"].attrs == {"units": "micrometer"}
     with pytest.raises(oocpatch.RunMismatch, match="volume"):
-        oocpatch.predict(path, torch.nn.Identity(), tmp_path / "out.zarr", level=0, **settings)
+        oocpatch.predict(path, "identity", tmp_path / "out.zarr", level=0, **settings)
 
 
 def test_groups_of_several_images_name_those_inside(tmp_path):
