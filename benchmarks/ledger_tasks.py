@@ -83,7 +83,7 @@ def plan_blocks(directory: str, edge: int) -> dict[str, Any]:
 class Idle:
     """An executor whose tasks do nothing, and are done at once."""
 
-    max_in_flight = 2
+    max_in_flight, normalize_slots = 2, 0
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Say what a stage would."""

@@ -63,7 +63,7 @@ class VirtualWorkers:
     """An executor whose workers take the time of a plan's tasks, on a clock of its own."""
 
     def __init__(self, plan: Plan, workers: int, seconds: float) -> None:
-        self.max_in_flight = workers
+        self.max_in_flight, self.normalize_slots = workers, 0
         self.now = self.busy = 0.0
         self._plan, self._seconds = plan, seconds
         self._under_way: list[tuple[float, int, Future[TaskResult], TaskResult]] = []

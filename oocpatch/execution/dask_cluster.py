@@ -146,6 +146,11 @@ class ClusterExecutor:
         """Number of tasks to keep submitted: one per process."""
         return max(1, min(len(self._processes), self.max_processes or len(self._processes)))
 
+    @property
+    def normalize_slots(self) -> int:
+        """A process works on one block at a time, whatever its stage."""
+        return 0
+
     def run_on_all_workers(self, function: Callable[[], None]) -> None:
         """Run a function in every process; raise the `OSError` of one where it fails."""
         answers = call_bounded(lambda: self.client.run(function, on_error="return"), FLUSH_SECONDS)

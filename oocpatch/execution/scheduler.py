@@ -54,6 +54,10 @@ class Executor(Protocol):
     def max_in_flight(self) -> int:
         """Number of tasks to keep submitted."""
 
+    @property
+    def normalize_slots(self) -> int:
+        """Number of these that are for normalize tasks, so that a device does not wait for them; 0: any is for all."""
+
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
 
@@ -74,12 +78,14 @@ class ThreadExecutor:
         max_in_flight: their number.
         run_task: runs a task.
         stopped: set to make tasks raise `Stopped`.
+        normalize_slots: how many of the threads are for normalize tasks.
     """
 
     pool: ThreadPoolExecutor
     max_in_flight: int
     run_task: Callable[[Task], TaskResult]
     stopped: threading.Event
+    normalize_slots: int = 0
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
@@ -124,6 +130,8 @@ class Run:
     _earlier_digests: dict[int, int] = field(default_factory=dict)
     _unneeded: list[int] = field(default_factory=list)
     _recorded: list[int] = field(default_factory=list)
+    _may_predict: bool = True
+    _postpones: bool = False
     _tail_read_at: float = field(default_factory=time.monotonic)
     _neighbours: Neighbours = field(init=False)
 
@@ -145,7 +153,7 @@ class Run:
             self._queue_readers(index)
         try:
             while True:
-                while len(pending) < executor.max_in_flight and (task := self._next(upcoming)) is not None:
+                while (task := self._next_in_slots(upcoming, executor, pending.values())) is not None:
                     pending[executor.submit(task)] = task
                 if not pending:
                     break
@@ -169,21 +177,41 @@ class Run:
         if self._failed:
             raise BlockFailed(_failure_message(self._failed), self._failed)
 
+    def _next_in_slots(self, upcoming: Iterator[int], executor: Executor, in_flight: Collection[Task]) -> Task | None:
+        """Return a task for which the executor has a slot.
+
+        Where slots are for normalize tasks, no others are, as long as there are blocks to predict and no more wait to
+        be normalized than there are slots: the disk is projected for so many.
+        """
+        slots, most = executor.normalize_slots, executor.max_in_flight
+        if len(in_flight) >= most:
+            return None
+        normalizing = sum(task.stage == "normalize" for task in in_flight)
+        self._may_predict = not slots or len(in_flight) - normalizing < most - slots
+        self._postpones = self._may_predict and 0 < slots <= normalizing and len(self._ready) < most
+        return self._next(upcoming)
+
     def _next(self, upcoming: Iterator[int]) -> Task | None:
         while True:
-            while self._ready:
+            while self._ready and not self._postpones:
                 stage, index = self._ready.popleft()
                 if stage == "predict":
-                    return Task(stage, index)
+                    if self._may_predict:
+                        return Task(stage, index)
+                    self._ready.append((stage, index))
+                    return None
                 if self._is_ready(index) and index not in self.progress.normalized:
                     return Task(stage, index, {i: self.progress.partials[i] for i in self._read_by(index)})
                 self._queued.discard(index)  # one of its partials was damaged meanwhile, or another part was first
-            index = next(upcoming, -1)
+            index = next(upcoming, -1) if self._may_predict else -1
             if index < 0:
-                return None
-            if index not in self.progress.partials:
+                if not self._ready:
+                    return None
+                self._postpones = False
+            elif index not in self.progress.partials:
                 return Task("predict", index)
-            self._queue_readers(index)
+            else:
+                self._queue_readers(index)
 
     def _read_by(self, index: int) -> list[int]:
         """Return the blocks whose partials the normalize stage of a block reads: itself, and its neighbours."""

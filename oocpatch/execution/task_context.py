@@ -29,7 +29,7 @@ from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.pipeline import Pipeline
 from oocpatch.models.postprocessing import postprocess_of
-from oocpatch.models.predictor import Predictor, use_threads
+from oocpatch.models.predictor import Predictor, on_device, use_threads
 from oocpatch.outputs.output import Output
 from oocpatch.planning.box import Box
 from oocpatch.planning.heads import Head
@@ -105,13 +105,15 @@ class RunInputs:
                 stack.callback(level.source.close)
                 coarse = ContextPatches(level, plan.shape, reading_rule(plan.padding_mode, plan.fill))
             stack.enter_context(predictor.ready())
+            transfer = Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes))
+            stack.callback(transfer.close)
             reads = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-read"))
             yield PatchContext(
                 plan=plan,
                 volume=opened,
                 selection=Selection(mask, None if plan.box is None else Box(*plan.box)),
                 predictor=predictor,
-                transfer=Transfer(device, staged=is_staged(device), read_bytes=read_buffer_bytes(volume.chunk_bytes)),
+                transfer=transfer,
                 windows=tuple(patch_window(plan, head, device) for head in plan.heads),
                 normalizers=tuple(
                     _normalizer(plan, self.options, head, w) for head, w in zip(plan.heads, weights, strict=True)
@@ -150,9 +152,10 @@ def thread_executor(
 
     with (
         inputs.open_tasks(plan, inputs, workspace, output, check_stopped) as tasks,
-        ThreadPoolExecutor(plan.concurrency, "oocpatch-block", use_threads, (1,)) as pool,
+        ThreadPoolExecutor(plan.concurrency + plan.normalize_slots, "oocpatch-block", use_threads, (1,)) as pool,
     ):
-        executor = ThreadExecutor(pool, plan.concurrency, tasks.run, stop)
+        at_a_time = plan.concurrency + plan.normalize_slots
+        executor = ThreadExecutor(pool, at_a_time, tasks.run, stop, plan.normalize_slots)
         yield RunExecutor(executor, tasks.halved, output.flush)
 
 
@@ -167,9 +170,10 @@ class PredictTasks:
 
         Idempotent: as the stages are.
         """
-        if task.stage == "predict":
-            return predict_block(self.context, task.index)
-        return normalize_block(self.context, task.index, task.partials_refs)
+        with on_device(self.context.predictor.device):  # where a postprocess puts what it makes for itself
+            if task.stage == "predict":
+                return predict_block(self.context, task.index)
+            return normalize_block(self.context, task.index, task.partials_refs)
 
     def halved(self) -> int:
         """Return the number of batches that were halved because memory ran out."""
