@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 from oocpatch.configuration.run_config import RunConfig
+from oocpatch.models.predictor import device_count
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.schedule import Occupancy, occupancy, occupancy_of_parts
+
+logger = logging.getLogger("oocpatch")
+
+
+def on_all_devices(config: RunConfig) -> RunConfig:
+    """Return a configuration whose blocks are computed by a process on each device, where there are several.
+
+    Nothing is changed where other processes, threads or a part were asked for, or where new processes cannot work.
+    """
+    execution, count = config.execution, device_count(config.model.device)
+    asked = execution.workers is not None or execution.is_distributed or execution.part is not None
+    if count == 1 or asked or config.labelling is not None or config.table is not None:
+        return config
+    if obstacle := _obstacle(config):
+        logger.warning("one of %d devices is used: %s", count, obstacle)
+        return config
+    return replace(config, execution=replace(execution, processes=True, workers=count))
+
+
+def _obstacle(config: RunConfig) -> str:
+    """Return why new processes cannot compute; nothing where they can."""
+    from oocpatch.execution.payload import check_cluster  # noqa: PLC0415 - a second of imports, for processes only
+
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if script.suffix == ".py" and script.is_file() and "__name__" not in script.read_text(errors="replace"):
+        return "new processes would run the script again: put the call below if __name__ == '__main__':"
+    if multiprocessing.parent_process() is not None:
+        return "this is a process of multiprocessing, which may start no others"
+    try:
+        check_cluster(config.model, None)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def expected_occupancy(config: RunConfig, plan: Plan) -> Occupancy | None:

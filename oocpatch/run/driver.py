@@ -214,7 +214,7 @@ def _executor(config: RunConfig, workspace: Workspace, on_progress: OnProgress) 
     with contextlib.ExitStack() as stack:
         client = execution.client
         if execution.processes:
-            client = stack.enter_context(connected(None, execution.workers or 1, config.model.device))
+            client = stack.enter_context(connected(None, min(execution.workers or 1, plan.blocks), config.model.device))
         yield stack.enter_context(
             cluster_executor(
                 plan,

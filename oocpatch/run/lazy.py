@@ -119,7 +119,9 @@ def _at_a_time(plan: Plan, cell: Ints, max_memory: int) -> int:
     Raises:
         PlanTooLarge: when there is no memory for one.
     """
+    # both places together: what the model's device has of its own is not compared with the chunks yet
     shared = plan.projected_memory - plan.concurrency * plan.task_memory
+    shared += plan.projected_device_memory - plan.concurrency * plan.task_device_memory
     lengths = zip(cell, plan.shape, plan.input_grid.patch_size, strict=True)
     voxels = math.prod(min(c, n) + 2 * (patch - 1) for c, n, patch in lengths)
     read = voxels * plan.in_channels * torch.empty(0, dtype=getattr(torch, plan.in_dtype)).element_size()

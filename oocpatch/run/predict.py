@@ -34,7 +34,7 @@ from oocpatch.planning.plan import Plan
 from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
 from oocpatch.provenance import DefaultNumber, DefaultText, run_settings
-from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idle_workers
+from oocpatch.run.cluster_use import describe_occupancy, expected_occupancy, idle_workers, on_all_devices
 from oocpatch.run.driver import (
     all_done,
     complete,
@@ -199,7 +199,8 @@ def predict(
         export: NIfTI, OME-TIFF or HDF5 to write when the output is complete, as `oocpatch.export` does, unless it is
             there.
 
-        max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's.
+        max_memory: bytes that the run may add to this process, e.g. `"2GiB"`; `"auto"`: a quarter of the machine's. On
+            a device with memory of its own it uses what is free there.
         max_disk: bytes that the workspace may take.
         block_shape: spatial shape of a unit of work; fixes the bytes of the result across machines.
         work: the model's work for one patch, which decides how many patches a unit of work has, and so what a crash
@@ -387,7 +388,7 @@ def plan(volume: Any, model: Any, output: str | os.PathLike[str], **options: Any
     >>> planned.patches, planned.blocks, planned.block_shape
     (9, 1, (64, 64))
     """
-    config = RunConfig.of(volume, model, output, **options)
+    config = on_all_devices(RunConfig.of(volume, model, output, **options))
     stored, record = stored_run(config)
     to_run = _to_run(config, stored, None)[1]
     chosen = shown_plan(to_run)
@@ -407,6 +408,7 @@ def run(config: RunConfig, planned: Plan | None = None, blocks: Iterable[int] | 
     Raises:
         ValueError: for a block that the plan does not have. Nothing is written then.
     """
+    config = on_all_devices(config)
     result = _run(config, planned, blocks)
     export_result(config)
     return result

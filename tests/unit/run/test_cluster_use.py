@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import oocpatch
 from tests.support.children import file_digests
@@ -43,6 +46,30 @@ def test_fewer_blocks_than_workers_are_a_warning_with_advice(options: dict[str, 
     assert words.replace("workers", "parts") in str(parts)
 
 
+def test_one_device_is_used_where_new_processes_could_not_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("oocpatch.run.cluster_use.device_count", lambda _: 4)
+    (tmp_path / "script.py").write_text("import oocpatch\noocpatch.predict('a.zarr', 'identity', 'b.zarr')\n")
+    lock = threading.Lock()
+
+    def held(patches: torch.Tensor) -> torch.Tensor:
+        with lock:
+            return patches
+
+    def processes(model: Any, **options: Any) -> int | None:
+        return oocpatch.plan(VOLUME, model, tmp_path / "out", **SETTINGS, **options).config.execution.workers
+
+    assert processes("identity") == 4
+    assert processes("identity", part=(1, 2)) is None
+    assert not caplog.messages
+    assert processes(held) is None
+    assert "one of 4 devices is used: model must be a model spec" in caplog.messages[0]
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    assert processes("identity") is None
+    assert "one of 4 devices is used: new processes would run the script again" in caplog.messages[1]
+
+
 def test_threads_have_no_such_line_and_processes_need_their_number() -> None:
     planned = oocpatch.plan(VOLUME, "identity", "none.zarr", workers=2, **SETTINGS)
     assert planned.occupancy is None
@@ -53,10 +80,17 @@ def test_threads_have_no_such_line_and_processes_need_their_number() -> None:
         oocpatch.plan(VOLUME, "identity", "none.zarr", processes=True, workers=2, part=(1, 2), **SETTINGS)
 
 
-def test_processes_write_the_bytes_of_threads(tmp_path: Path) -> None:
+def test_processes_on_several_devices_are_the_default_and_write_the_bytes_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands in for two devices: nothing but their number is asked for."""
+    monkeypatch.setattr("oocpatch.run.cluster_use.device_count", lambda _: 2)
     volume = np.random.default_rng(5).integers(0, 200, VOLUME.shape, np.uint8)
-    for name, settings in {"threads": {"workers": 2}, "processes": {"workers": 1, "processes": True}}.items():
-        oocpatch.predict(volume, "identity", tmp_path / f"{name}.zarr", work="heavy", **settings, **SETTINGS)
+    for name, settings in {"threads": {"workers": 2}, "processes": {}}.items():
+        output = tmp_path / f"{name}.zarr"
+        planned = oocpatch.plan(volume, "identity", output, work="heavy", **settings, **SETTINGS)
+        assert (planned.config.execution.processes, planned.config.execution.workers) == (name == "processes", 2)
+        planned.run()
     chunks = [
         {name: digest for name, digest in file_digests(tmp_path / kind).items() if "/c/" in name}
         for kind in ("threads.zarr", "processes.zarr")
