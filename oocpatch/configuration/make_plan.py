@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,7 @@ from oocpatch.configuration.output_heads import OutputHeads, default_shards, inf
 from oocpatch.configuration.run_config import RunConfig
 from oocpatch.configuration.table_plan import make_table_plan
 from oocpatch.engine.buffers import torch_dtype
-from oocpatch.engine.device_transfer import is_staged
+from oocpatch.engine.device_transfer import device_memory, is_staged
 from oocpatch.engine.patch_selection import Selection
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
@@ -94,13 +95,13 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
     for candidate in small:
         with contextlib.suppress(ValueError):
             voxel_bytes = _probed(candidate, torch.get_num_threads()).batch_bytes / math.prod(candidate.patch_size)
-            share = config.limits.max_memory / MODEL_SHARE
+            share = _model_memory(config) / MODEL_SHARE
             return [c for c in candidates if math.prod(c.patch_size) * voxel_bytes <= share] or candidates[-1:]
     return candidates
 
 
 def _probed(config: RunConfig, threads: int) -> Probe:
-    volume, limit = config.volume, config.limits.max_memory
+    volume, limit = config.volume, _model_memory(config)
     channels = sum(count for _, count in config.model_inputs) or volume.channels
     dtype = torch_dtype(str(volume.dtype))
 
@@ -142,7 +143,7 @@ def _planned(config: RunConfig) -> Plan:
         batch = batch_size(
             math.prod(config.patch_size),
             -(-probe.batch_bytes // probe.least_batch) + patch_bytes,
-            config.limits.max_memory,
+            _model_memory(config),
             patches=outputs.grid.num_patches,
             least=input_spec.least_batch,
             most=input_spec.most_batch,
@@ -186,6 +187,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         workers=config.execution.threads,
         workload=workload,
     )
+    needed, on_device = choice.projection.main, choice.projection.device
     plan = Plan(
         parameters=config.parameters,
         axes=volume.names,
@@ -214,12 +216,15 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         concurrency=choice.concurrency,
         batch_size=config.patches.batch_size,
         torch_threads=threads,
-        projected_memory=choice.projection.memory(choice.concurrency),
+        projected_memory=needed.memory(choice.concurrency),
+        projected_device_memory=on_device.memory(choice.concurrency),
         projected_disk=choice.projection.disk,
         bytes_read=choice.projection.bytes_read,
         bytes_written=choice.projection.bytes_written,
-        task_memory=choice.projection.task_memory,
-        memory_parts=choice.projection.parts,
+        task_memory=needed.task_memory,
+        task_device_memory=on_device.task_memory,
+        memory_parts=needed.parts,
+        device_parts=on_device.parts,
         model_note=_note(config),
         classes=() if config.package is None else config.package.classes,
         box=None if config.data.box is None else (config.data.box.start, config.data.box.stop),
@@ -228,7 +233,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         allow_nonfinite=config.outputs.allow_nonfinite,
         work=str(workload),
         crash_limit=choice.crash_limit,
-        merge_memory=config.limits.max_memory - choice.projection.shared_memory if config.finds_objects else 0,
+        merge_memory=config.limits.max_memory - needed.memory(0) if config.finds_objects else 0,
     )
     mask = config.selection.mask
     if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
@@ -302,19 +307,49 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
     Raises:
         PlanTooLarge: when even one task at a time needs more memory than this call allows.
     """
-    shared = plan.projected_memory - plan.concurrency * plan.task_memory
     workers = min(config.execution.threads or plan.concurrency, plan.most_concurrent or plan.blocks)
-    while workers > 1 and shared + workers * plan.task_memory > config.limits.max_memory:
+    needs = [("max_memory is", "raise max_memory", config.limits.max_memory, plan.projected_memory, plan.task_memory)]
+    if plan.device_parts:
+        device = (plan.projected_device_memory, plan.task_device_memory)
+        needs.append(("its device has", "free memory there", _device_memory(config) or 0, *device))
+    while workers > 1 and any(most < all_ - (plan.concurrency - workers) * each for *_, most, all_, each in needs):
         workers -= 1
-    needed = shared + workers * plan.task_memory
-    if needed > config.limits.max_memory:
-        raise PlanTooLarge(
-            f"the run to be resumed was planned with blocks that need {human(needed, up=True)} but max_memory is "
-            f"{human(config.limits.max_memory)}; raise max_memory, or start afresh with overwrite=True"
-        )
-    shared = 0 if plan.reads_voxels else needed - workers * plan.task_memory
+    needed = [all_ - (plan.concurrency - workers) * each for *_, all_, each in needs]
+    for size, (limit, advice, most, *_) in zip(needed, needs, strict=True):
+        if size > most:
+            raise PlanTooLarge(
+                f"the run to be resumed was planned with blocks that need {human(size, up=True)} but {limit} "
+                f"{human(most)}; {advice}, or start afresh with overwrite=True"
+            )
+    shared = 0 if plan.reads_voxels else needed[0] - workers * plan.task_memory
     merge_memory = config.limits.max_memory - shared if plan.merges else 0
-    return replace(plan, concurrency=workers, projected_memory=needed, merge_memory=merge_memory)
+    return replace(
+        plan,
+        concurrency=workers,
+        projected_memory=needed[0],
+        projected_device_memory=needed[-1] if plan.device_parts else 0,
+        merge_memory=merge_memory,
+    )
+
+
+def _device_memory(config: RunConfig) -> int | None:
+    """Return the bytes that a process may take on a device with memory of its own; None: it is main memory."""
+    if not is_staged(config.model.device):
+        return None
+    execution, processes = config.execution, 1
+    if execution.client is not None:  # of the host with most of them
+        hosts = Counter(address.rpartition(":")[0] for address in execution.client.nthreads())
+        processes = max(hosts.values(), default=1)
+    elif execution.processes:
+        processes = execution.workers or 1
+    known = device_memory(config.model.device, processes)
+    return config.limits.max_memory if known is None else known
+
+
+def _model_memory(config: RunConfig) -> int:
+    """Return the bytes where the model is: on its device, or in main memory."""
+    on_device = _device_memory(config)
+    return config.limits.max_memory if on_device is None else on_device
 
 
 def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSizes:
@@ -346,6 +381,6 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         model_bytes=probe.model_bytes(batch)
         + compiled_bytes(config.model.compile, config.model.device, batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
-        staged=is_staged(config.model.device),
+        device_memory=_device_memory(config),
         row_bytes=sum(vectors.row_bytes for vectors in outputs.vectors),
     )

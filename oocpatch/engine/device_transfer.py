@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ Array = npt.NDArray[Any]
 ALIGNMENT = np.dtype(np.float64).itemsize
 """Divisor of the offsets of tensors in common memory, in bytes: the size of the largest dtype."""
 
+RUN_AHEAD = 2
+"""Batches whose kernels a block's thread has launched at most, and which are not done."""
+
 CopyDone = Callable[[], None]
 """A function that returns when a copy is done."""
 
@@ -42,6 +46,37 @@ CopyDone = Callable[[], None]
 def is_staged(device: str) -> bool:
     """Return whether input and results go through buffers in main memory: where the device has memory of its own."""
     return torch.device(device).type != "cpu"
+
+
+CONTEXT = 512 << 20
+"""Bytes that CUDA takes on a device for each process that uses it."""
+
+
+def device_memory(device: str, processes: int = 1) -> int | None:
+    """Return the bytes that each of some processes may take on CUDA devices; None: the device is none.
+
+    What torch keeps of freed memory, such as that of a probe, is given back.
+    """
+    place = torch.device(device)
+    if place.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    sharing = -(-processes // max(1, torch.cuda.device_count()))
+    model = torch.cuda.memory_allocated(place)
+    return usable(torch.cuda.mem_get_info(place)[0], 0 if processes == 1 else CONTEXT + model, sharing)
+
+
+def usable(free: int, each: int = 0, sharing: int = 1) -> int:
+    """Return the bytes of free memory that each of some processes may plan with, beside so many that it needs anyway.
+
+    An eighth is left for holes between tensors, and the rest rounded down to a power of two: the blocks of a run, and
+    with them the last bits of its result, do not change with a few more or fewer bytes that are free.
+
+    >>> usable(79 << 30) >> 30, usable(79 << 30, 1 << 30, sharing=2) >> 30
+    (64, 32)
+    """
+    share = free // sharing - each
+    return 1 << (share - share // 8).bit_length() - 1 if share > 0 else 0
 
 
 class Transfer:
@@ -74,6 +109,17 @@ class Transfer:
         """Return an event after all kernels launched so far on this thread's current stream, for a copy to wait for."""
         return None if self._up is None else _record_event(torch.cuda.current_stream(self._device))
 
+    def limit_run_ahead(self) -> None:
+        """Wait until the device has done all that this thread has launched before its last but one call.
+
+        Kernels of more batches would fill the queue of launches, and copies that are requested wait for all of them.
+        """
+        if self._up is not None:
+            events = self._thread_local.__dict__.setdefault("events", deque(maxlen=RUN_AHEAD + 1))
+            events.append(self.queued())
+            if len(events) > RUN_AHEAD:
+                events[0].synchronize()
+
     @contextlib.contextmanager
     def upload(self, view: torch.Tensor, after: torch.cuda.Event | None) -> Iterator[Array]:
         """Yield an array to fill, whose values are in `view`, of any strides, when the context is left.
@@ -96,6 +142,11 @@ class Transfer:
         if self._device.type == "cuda":
             return torch.empty(pinned_bytes(size), dtype=torch.uint8, device="cpu", pin_memory=True)
         return buffer((pinned_bytes(size),), torch.uint8, "cpu")
+
+    def close(self) -> None:
+        """Give back pinned memory, which torch keeps otherwise; only when no tensor of it is used any more."""
+        if self._up is not None and hasattr(torch, "accelerator") and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()
 
     def download(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> CopyDone:
         """Begin to copy into the first tensor of each pair, in main memory; the returned function waits for the end."""

@@ -104,8 +104,10 @@ class PatchSums:
         capacity: planes of the ring that holds them; all of the region by default.
         window: `(1, *patch)` on the device; None where values are not weighed.
         check_finite: whether to raise on NaN and infinities.
+        defer_check: whether a flag on the device says so instead, since reading one waits for all that was launched.
 
     Attributes:
+        finite: False once a value was not finite, on the device; None where the check is not deferred.
         ring: the sums, `(C, *region)` of all planes or some.
         touched: end of the planes that have a patch.
     """
@@ -119,6 +121,7 @@ class PatchSums:
         window: torch.Tensor | None,
         device: str,
         check_finite: bool,
+        defer_check: bool = False,
         capacity: int | None = None,
     ) -> None:
         dtype = torch_dtype(head.dtype)
@@ -131,6 +134,7 @@ class PatchSums:
         self._head = head
         self._window = window
         self._check = check_finite and dtype.is_floating_point
+        self.finite = torch.ones((), dtype=torch.bool, device=device) if self._check and defer_check else None
         if head.takes_maximum:
             self._clear(self.ring.data)
 
@@ -150,8 +154,8 @@ class PatchSums:
                 window = self._window[inner]
                 sums.addcmul_(new, window)
             elif self._head.takes_maximum:
-                if self._check and not torch.isfinite(new).all():
-                    self._raise_nonfinite(new, part)
+                if self._check:
+                    self._check_values(new, part)
                 torch.maximum(sums, new, out=sums)
             else:
                 sums.copy_(new)
@@ -169,9 +173,14 @@ class PatchSums:
         if not self._check or self._head.takes_maximum:
             return
         for part, sums in self.ring.parts(planes):
-            # The sum is not finite if a value is not. It may overflow, too: only then is each value examined.
-            if not torch.isfinite(sums.sum(dtype=torch.float32)) and not torch.isfinite(sums).all():
-                self._raise_nonfinite(sums, part)
+            self._check_values(sums, part)
+
+    def _check_values(self, values: torch.Tensor, box: Box) -> None:
+        if self.finite is not None:
+            self.finite.logical_and_(torch.stack(torch.aminmax(values)).isfinite().all())
+        # The sum is not finite if a value is not. It may overflow, too: only then is each value examined.
+        elif not torch.isfinite(values.sum(dtype=torch.float32)) and not torch.isfinite(values).all():
+            self._raise_nonfinite(values, box)
 
     def _clear(self, sums: torch.Tensor) -> None:
         """Set sums to the neutral element of adding a patch."""
@@ -184,10 +193,15 @@ class PatchSums:
     def _raise_nonfinite(self, values: torch.Tensor, box: Box) -> NoReturn:
         bad = ~torch.isfinite(values).all(dim=0)
         voxel = tuple(a + b for a, b in zip(bad.nonzero()[0].tolist(), box.start, strict=True))
-        raise ValueError(
-            f"the model's output must be finite, got NaN or infinity at voxel {voxel} and in {int(bad.sum())} of "
-            f"the {box.size} voxels around it; pass allow_nonfinite=True to keep such values where they are"
-        )
+        raise nonfinite_error(f"at voxel {voxel} and in {int(bad.sum())} of the {box.size} voxels around it")
+
+
+def nonfinite_error(where: str) -> ValueError:
+    """Return the error for outputs of the model that are not finite."""
+    return ValueError(
+        f"the model's output must be finite, got NaN or infinity {where}; pass allow_nonfinite=True to keep such "
+        "values where they are"
+    )
 
 
 class PartialSums(PatchSums):
@@ -202,9 +216,9 @@ class PartialSums(PatchSums):
         capacity: planes of the ring.
         window: `(1, *patch)` on the device; None where values are not weighed.
         normalizer: conversion of complete sums to output values.
-        flush_slab: takes the pieces of a complete slab, and returns earlier ones that are written, whose memory is
-            used again.
-        check_finite: whether to raise on NaN and infinities.
+        flush_slab: takes a complete slab, its pieces and the flag `finite`, and returns earlier pieces that are
+            written, whose memory is used again.
+        check_finite, defer_check: as of `PatchSums`; a deferred check is up to `flush_slab`.
 
     Attributes:
         counts: counts of the voxels of the output that have left.
@@ -221,8 +235,9 @@ class PartialSums(PatchSums):
         window: torch.Tensor | None,
         normalizer: Normalizer,
         device: str,
-        flush_slab: Callable[[list[FilledPiece]], list[FilledPiece]],
+        flush_slab: Callable[[Box, list[FilledPiece], torch.Tensor | None], list[FilledPiece]],
         check_finite: bool,
+        defer_check: bool = False,
     ) -> None:
         block = blocks[index]
         super().__init__(
@@ -232,6 +247,7 @@ class PartialSums(PatchSums):
             window=window,
             device=device,
             check_finite=check_finite,
+            defer_check=defer_check,
             capacity=capacity,
         )
         self._normalizer = normalizer
@@ -268,7 +284,8 @@ class PartialSums(PatchSums):
             self._position = stop
             if stop == slab.stop[self._axis]:
                 self._slab = None
-                self._free = [piece.data for piece in self._flush_slab(filled)]
+                self._free = [piece.data for piece in self._flush_slab(slab, filled, self.finite)]
+                self.finite = None if self.finite is None else torch.ones_like(self.finite)
 
     def close(self) -> None:
         """Do nothing: all that is final has left the ring."""

@@ -15,6 +15,7 @@ whole write units of their own block, and may run twice, or halfway and again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -37,6 +38,7 @@ from oocpatch.engine.partial_sums import (
     PatchSums,
     SlabPiece,
     SlabSums,
+    nonfinite_error,
     open_name,
     seam_name,
 )
@@ -206,13 +208,21 @@ class SlabWriter:
         self._checksums = checksums
         self.partials = partials
         self._in_flight: list[FilledPiece] = []
+        self._finite: torch.Tensor | None = None
         self.pending = FutureGroup(context.write_pool)
 
-    def flush_slab(self, pieces: list[FilledPiece]) -> list[FilledPiece]:
-        """Begin to write the pieces of a slab, and return those of the slab before, which are written by then."""
+    def flush_slab(self, slab: Box, pieces: list[FilledPiece], finite: torch.Tensor | None = None) -> list[FilledPiece]:
+        """Begin to write the pieces of a slab, and return those of the slab before, which are written by then.
+
+        Where `finite` is False, the slab has values that are not: the next call, or `pending.wait`, raises ValueError.
+        """
         self.pending.wait()
         written, self._in_flight = self._in_flight, pieces
-        arrays, copy_done = self._staging.download([filled.data for filled in pieces])
+        self._finite = finite  # kept until it is copied
+        flag = [] if finite is None else [finite]
+        arrays, copy_done = self._staging.download([*flag, *(filled.data for filled in pieces)])
+        if finite is not None:
+            self.pending.submit(self._check_finite, copy_done, slab, arrays.pop(0))
         for filled, array in zip(pieces, arrays, strict=True):
             piece = filled.piece
             if piece.name is not None:
@@ -225,6 +235,11 @@ class SlabWriter:
             self.pending.wait()
             written, self._in_flight = pieces, []
         return written
+
+    def _check_finite(self, copy_done: CopyDone, slab: Box, finite: Array) -> None:
+        copy_done()
+        if not finite:
+            raise nonfinite_error(f"in the voxels from {slab.start} to {slab.stop}")
 
     def _write_values(self, copy_done: CopyDone, head: int, box: Box, values: Array) -> None:
         copy_done()
@@ -254,28 +269,32 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     partials = context.workspace.writer(index)
     checksums, region = WriteChecksums(plan, "predict", index), _input_region(plan, ranges)
     padding_mode, fill = reading_rule(plan.padding_mode, plan.fill)
-    stamps = InputStamps(context.volume.unit_stamps(region, padding_mode))
-    writers = [
-        SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.slab_bytes
-    ]
-    sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
-    rows = RowsWriter(partials, plan, index)
-    targets = [(frame[index].reach, head_sums) for frame, head_sums in zip(plan.frames, sums, strict=True)]
-    reader = InputReader(
-        context.volume,
-        region,
-        axis=plan.sweep,
-        capacity=planes,
-        dtype=torch_dtype(plan.in_dtype),
-        device=context.predictor.device,
-        transfer=context.transfer,
-        pool=context.read_pool,
-        padding_mode=padding_mode,
-        fill=fill,
-        stamps=stamps,
-    )
-    steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(partials.discard)
+        stamps = InputStamps(context.volume.unit_stamps(region, padding_mode))
+        writers = [
+            SlabWriter(context, HostStaging(context.transfer, size), checksums, partials) for size in plan.landing_bytes
+        ]
+        for writer in writers:
+            stack.callback(writer.pending.cancel_and_wait)
+        sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
+        rows = RowsWriter(partials, plan, index)
+        targets = [(frame[index].reach, head_sums) for frame, head_sums in zip(plan.frames, sums, strict=True)]
+        reader = InputReader(
+            context.volume,
+            region,
+            axis=plan.sweep,
+            capacity=planes,
+            dtype=torch_dtype(plan.in_dtype),
+            device=context.predictor.device,
+            transfer=context.transfer,
+            pool=context.read_pool,
+            padding_mode=padding_mode,
+            fill=fill,
+            stamps=stamps,
+        )
+        stack.callback(reader.pending.cancel_and_wait)
+        steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)
         step = next(steps, None)
         while step is not None:
             group, members = step
@@ -295,11 +314,6 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
             head_sums.close()
         rows.close()
         partials_ref = partials.close()
-    finally:
-        reader.pending.cancel_and_wait()
-        for writer in writers:
-            writer.pending.cancel_and_wait()
-        partials.discard()
     if plan.may_skip:
         context.output.remove_empty(checksums)
     counts = [*(head_sums.counts for head_sums in sums), rows.counts]
@@ -327,6 +341,7 @@ def _head_sums(
         device=context.predictor.device,
         flush_slab=writer.flush_slab,
         check_finite=not plan.allow_nonfinite,
+        defer_check=context.transfer.staged,
     )
 
 
@@ -391,6 +406,7 @@ def add_patches(
                 head_sums.add(grid.box(member).start, decided_box(head, grid, member) & region, patch)
         if rows is not None:
             rows.add(batch, outputs)
+        context.transfer.limit_run_ahead()
         context.report(index, len(batch))
 
 
@@ -496,7 +512,7 @@ def _normalize(
                 counts += context.normalizers[number].normalize(data, box, values)
                 pieces.append(FilledPiece(SlabPiece(None, block.core, box, number), values))
             del sums  # before the next slab is read
-            writer.flush_slab(pieces)
+            writer.flush_slab(slab, pieces)
         writer.pending.wait()
     finally:
         writer.pending.cancel_and_wait()

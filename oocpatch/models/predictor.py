@@ -70,8 +70,7 @@ class Predictor:
         self.dtype = input_dtype(model)
         self.halving = Halving(model)
         self._mode = EvaluationMode(model, eval_mode=eval_mode)
-        self._own_thread = own_thread
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = model_thread() if own_thread else None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -84,10 +83,6 @@ class Predictor:
                     if isinstance(module, OptimizedModel):
                         stack.enter_context(module.ready())
             stack.enter_context(self._mode.active())
-            if self._own_thread:
-                use_device = functools.partial(torch.cuda.set_device, self.device) if self._is_cuda else None
-                self._thread = stack.enter_context(ThreadPoolExecutor(1, "oocpatch-model", use_device))
-                stack.callback(setattr, self, "_thread", None)
             # other algorithms give other last bits; a block that is computed again must give the same
             for name, value in (("deterministic", True), ("benchmark", False)):
                 stack.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
@@ -119,11 +114,13 @@ class Predictor:
 
     def _run(self, inputs: torch.Tensor) -> dict[str, Any]:
         use_threads(self._threads)
-        # each thread has a current device of its own, where a model puts what it makes for itself
-        on_device = torch.cuda.device(self.device) if self._is_cuda else contextlib.nullcontext()
         try:
             # no_grad, not inference_mode: the version counter of tensors tells whether the model writes to its input
-            with on_device, torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=self._autocast):
+            with (
+                on_device(self.device),
+                torch.no_grad(),
+                torch.autocast(torch.device(self.device).type, enabled=self._autocast),
+            ):
                 return owned_outputs(self.halving, as_input(inputs, self.dtype))
         except Exception as error:
             if _is_lost(error):
@@ -194,6 +191,19 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def device_count(device: str) -> int:
+    """Return the number of devices that `"cuda"` stands for: those like the current one; 1 for other names."""
+    if device != "cuda":
+        return 1
+    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return names.count(torch.cuda.get_device_name())
+
+
+def on_device(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Make a CUDA device the current one of this thread: each thread has its own, where a model makes tensors."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
 def use_threads(count: int) -> None:
     """Let torch use so many threads for what the calling thread does.
 
@@ -218,6 +228,12 @@ OUT_OF_MEMORY = (
     "status_alloc_failed",  # cuBLAS and cuDNN
     "unable to find an engine",  # cuDNN, where no algorithm's workspace fits
 )
+
+
+@functools.cache
+def model_thread() -> ThreadPoolExecutor:
+    """Return the one thread of this process that calls models with CUDA graphs: torch keeps these per thread."""
+    return ThreadPoolExecutor(1, "oocpatch-model")
 
 
 class Halving:

@@ -82,7 +82,7 @@ def probe_model(
         channels: channels of the volume.
         patch_size: with one voxel per looped axis in front of the spatial ones.
         dtype: dtype of the volume.
-        max_memory: bytes that a call with a patch may take; None: any number.
+        max_memory: bytes that a call with a patch may take where the model is; None: any number.
 
     Raises:
         ValueError: when the model fails, with the sizes it takes, or returns something else than it should.
@@ -131,9 +131,11 @@ def probe_model(
     try:
         probe = called(spatial)
     except PlanTooLarge as error:
+        is_main = torch.device(predictor.device).type == "cpu"
+        limit, advice = ("max_memory is", "raise max_memory, or ") if is_main else (f"{predictor.device} has", "")
         raise PlanTooLarge(
-            f"the model needs {error} for one patch of {_sides(spatial)} but max_memory is {human(max_memory or 0)}; "
-            "raise max_memory, or lower patch_size"
+            f"the model needs {error} for one patch of {_sides(spatial)} but {limit} {human(max_memory or 0)}; "
+            f"{advice}lower patch_size"
         ) from error
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("the model must return"):

@@ -88,7 +88,7 @@ def write_objects(context: TaskContext, index: int, number: int, refs: Refs, che
             if uncovered is not None:
                 counts += Counts(int(np.count_nonzero(uncovered)))
                 array[uncovered] = plan.output_fill
-            writer.flush_slab([FilledPiece(SlabPiece(None, around.core, slab, number), values)])
+            writer.flush_slab(slab, [FilledPiece(SlabPiece(None, around.core, slab, number), values)])
         writer.pending.wait()
     finally:
         writer.pending.cancel_and_wait()

@@ -4,10 +4,14 @@ A run stays within its projection: every buffer of the stages is counted, at the
 needs what its tasks share and, for each concurrent task, the buffers of the stage that needs more:
 
 ```text
- shared      model | chunks in coding | weights | windows | uploads (device)
- predict     input ring | sums ring | slabs being written | tile | batch | mask | downloads (device)
+ shared      model * | chunks in coding | weights * | windows * | uploads *
+ predict     input ring * | sums ring * | slabs being written * | tile * | batch * | mask | downloads
  normalize   sums, a seam and its bytes | values being written | tile
 ```
+
+Where the model's device has memory of its own, the parts marked by a star are there, and uploads and downloads are what
+they pass through: those are in main memory, too, as are the weights, for the normalize stage. One more block is
+normalized beside those that are computed then.
 
 The engine allocates its buffers with the constants below. `planner` compares projections; nothing here chooses.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +29,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import chunk_span
 from oocpatch.planning.heads import Head
 from oocpatch.planning.labelling import LEAST_MERGE_BYTES
-from oocpatch.planning.sweep import EXAMINED_BLOCKS, Frame, capacity
+from oocpatch.planning.sweep import EXAMINED_BLOCKS, Frame, Span, capacity
 
 TILE = 1 << 16
 """Values that are normalized at a time on the CPU: 256 KiB of float32, which stay in a core's cache."""
@@ -53,6 +58,12 @@ OBJECT_FILE_BYTES, OBJECT_CACHE_BYTES = 1 << 17, 8 << 20
 VOXELS_PER_OBJECT, BYTES_PER_OBJECT = 256, 64
 """Fewest voxels of an object, on average, that the tables of a block have room for, and the bytes of its rows."""
 
+DEVICE_LIBRARIES = 512 << 20
+"""Bytes that cuDNN and cuBLAS may take on a device once they are used: kernels, and workspaces of each thread."""
+
+ON_DEVICE = frozenset({"model", "window", "input", "sums", "staged", "tile", "batch"})
+"""Names of parts of the predict stage that are on the model's device alone, where that has memory of its own."""
+
 PLAN_BYTES, RECORD_BYTES, PIECE_BYTES = 1 << 15, 128, 2048
 """Bytes in the workspace besides sums: of the plan and its metadata, a ledger record, the metadata of a piece."""
 
@@ -73,7 +84,8 @@ class ByteSizes:
         window_bytes: bytes of the windows of all heads.
         model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
-        staged: whether input and results go through buffers, since the model's device has memory of its own.
+        device_memory: bytes that a process may take on the model's device, if that has memory of its own: input and
+            results go through buffers then. None: the model runs in main memory.
         row_bytes: bytes of all vectors of a patch.
     """
 
@@ -87,8 +99,13 @@ class ByteSizes:
     batch_size: int
     model_bytes: int
     batch_bytes: int
-    staged: bool = False
+    device_memory: int | None = None
     row_bytes: int = 0
+
+    @property
+    def staged(self) -> bool:
+        """Return whether the model's device has memory of its own."""
+        return self.device_memory is not None
 
     @property
     def unit_bytes(self) -> int:
@@ -128,15 +145,37 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Projection(Traffic):
-    """Traffic, memory of one task, memory that the tasks of a process share, and its parts by name for messages."""
+    """Traffic, and memory: in main memory, and on the model's device if it has memory of its own."""
 
-    task_memory: int
-    shared_memory: int
-    parts: Parts
+    main: Needs
+    device: Needs
+
+    def fits(self, concurrency: int, max_memory: int, device_memory: int | None) -> bool:
+        """Return whether a process may have so many concurrent tasks."""
+        fits_device = device_memory is None or self.device.memory(concurrency) <= device_memory
+        return fits_device and self.main.memory(concurrency) <= max_memory
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of one task, and bytes that the tasks of a process share, by name."""
+
+    of_task: Parts = ()
+    shared: Parts = ()
+
+    @property
+    def parts(self) -> Parts:
+        """All of them."""
+        return (*self.of_task, *self.shared)
+
+    @property
+    def task_memory(self) -> int:
+        """Bytes of one task."""
+        return _total(self.of_task)
 
     def memory(self, concurrency: int) -> int:
         """Return the bytes that a process adds with so many concurrent tasks."""
-        return self.shared_memory + concurrency * self.task_memory
+        return _total(self.shared) + concurrency * self.task_memory
 
 
 def layers_per_group(frame: Frame, batch_size: int) -> int:
@@ -178,6 +217,11 @@ def _total(parts: Parts) -> int:
     return sum(size for _, size in parts)
 
 
+def _on_device(parts: Parts, which: bool) -> Parts:
+    """Return the parts of the predict stage that are on the device, or the others."""
+    return tuple((name, size) for name, size in parts if (name in ON_DEVICE) == which)
+
+
 @dataclass(frozen=True)
 class MemoryUse:
     """Needs of a run with given blocks, in the frames of the volume and of each head; computed when they are asked for.
@@ -196,15 +240,26 @@ class MemoryUse:
     def projection(self) -> Projection:
         """All that the run needs."""
         every_block = itertools.product(*(range(len(t.spans)) for t in self.frame.totals))
-        parts, shared = max(map(self._task, every_block), key=_total), self._shared()
         moved = (self.moved.disk, self.moved.bytes_read, self.moved.bytes_written)
-        return Projection(*moved, _total(parts), _total(shared), (*parts, *shared))
+        return Projection(*moved, *self._needs(every_block))
 
     @cached_property
-    def least_memory(self) -> int:
-        """A lower bound of `projection.memory(1)`, from one block amid others: a fraction of the time."""
-        amid = tuple(len(t.spans) // 2 for t in self.frame.totals)
-        return _total(self._shared()) + _total(self._task(amid))
+    def least(self) -> tuple[Needs, Needs]:
+        """Lower bounds of `projection`, main memory and device, from one block amid others: a fraction of the time."""
+        return self._needs([tuple(len(t.spans) // 2 for t in self.frame.totals)])
+
+    def _needs(self, blocks: Iterable[Ints]) -> tuple[Needs, Needs]:
+        """Return the most that one of some blocks takes, in main memory and on the device."""
+        stages, shared = list(zip(*map(self._stages, blocks), strict=True)), self._shared()
+        if not self.sizes.staged:
+            return Needs(max(itertools.chain(*stages), key=_total), shared), Needs()
+        predict, normalize = stages
+        here, there = (max((_on_device(p, which) for p in predict), key=_total) for which in (False, True))
+        most = max(normalize, key=_total)
+        more = ("weights", dict(shared)["weights"]), ("uploads", dict(shared)["uploads"])
+        device = (*_on_device(shared, True), *more, ("libraries", DEVICE_LIBRARIES))
+        main = (*_on_device(shared, False), ("normalize", _total(most)))
+        return Needs(max(here, most, key=_total), main), Needs(there, device)
 
     @cached_property
     def _group(self) -> int:
@@ -221,11 +276,11 @@ class MemoryUse:
         )
         if not sizes.staged:
             return shared
-        # in main memory, and on the device, where copies to planes of the ring are contiguous first
-        return (*shared, ("uploads", reader_threads(threads) * 2 * read_buffer_bytes(sizes.in_chunk_bytes)))
+        # as much on the device, where copies to planes of the ring are contiguous first
+        return (*shared, ("uploads", reader_threads(threads) * read_buffer_bytes(sizes.in_chunk_bytes)))
 
-    def _task(self, which: Ints) -> Parts:
-        """Return the buffers of a task in the stage that needs more, by the positions of its spans in the totals."""
+    def _stages(self, which: Ints) -> tuple[Parts, Parts]:
+        """Return the buffers of a task in each of its stages, by the positions of its spans in the totals."""
         sizes, sweep = self.sizes, self.frame.blocks.sweep
         axis = self.frame.blocks.axes[sweep]
         spans = [t.spans[i] for t, i in zip(self.frame.totals, which, strict=True)]
@@ -248,12 +303,11 @@ class MemoryUse:
             ("rows", rows + min(rows, max(ROWS_FILE_BYTES, sizes.row_bytes))),
         )
         if sizes.staged:
-            slabs = (pinned_bytes(slab_bytes(f, h)) for f, h in zip(self.heads, sizes.heads, strict=True))
+            slabs = (pinned_bytes(landing_bytes(f, h)) for f, h in zip(self.heads, sizes.heads, strict=True))
             predict = (*predict, ("downloads", sum(slabs)))
         # one head after the other
         sums, staged, tile = (max(column) for column in zip(none, *(normalize for _, normalize in heads), strict=True))
-        normalize = (("sums", sums), ("staged", staged), ("tile", tile))
-        return max(predict, normalize, key=_total)
+        return predict, (("sums", sums), ("staged", staged), ("tile", tile))
 
     def _head(self, frame: Frame, head: Head, which: Ints) -> tuple[Ints, Ints]:
         """Return the bytes of one head's buffers, of the predict and of the normalize stage: sums, staged, tile."""
@@ -266,14 +320,11 @@ class MemoryUse:
         _, planes = capacity(frame.blocks.axes[sweep].grid, swept.members, self._group, 1, prefetch=prefetch)
         reach = math.prod(s.reach for s in cross)
         step = min(frame.blocks.step, swept.reach)
-        mixed = math.prod(s.direct for s in cross) * out_bytes
-        mixed += (reach - math.prod(s.shortest_direct for s in cross)) * sum_bytes
-        whole = reach * sum_bytes if swept.halo or swept.open else 0
         voxels = min(tile_voxels(head.max_channels, staged=self.sizes.staged), step * reach)
         tile = voxels * (4 + 2 * sum_bytes + out_bytes)
         received = any(s.open for s in spans) * step * math.prod(s.core for s in cross)
         return (
-            (planes * reach * sum_bytes, (1 + prefetch) * step * max(mixed, whole), tile),
+            (planes * reach * sum_bytes, (1 + prefetch) * _slab(frame, head, spans), tile),
             # sums of the block itself, a seam, and a piece as bytes while it is read
             (received * 3 * sum_bytes, (1 + prefetch) * received * out_bytes, tile),
         )
@@ -327,13 +378,23 @@ def tile_voxels(channels: int, *, staged: bool = False) -> int:
     return max(1, TILE // channels) * (DEVICE_TILE // TILE if staged else 1)
 
 
-def slab_bytes(frame: Frame, head: Head) -> int:
-    """Return the most bytes of a slab of any block, sums or values; of a head of objects, none is downloaded."""
+def landing_bytes(frame: Frame, head: Head) -> int:
+    """Return the most bytes of a slab of any block in main memory; of a head of objects, none is downloaded."""
     if head.has_objects:
         return 0
-    reach = [max(span.reach for span in axis.spans) for axis in frame.totals]
-    reach[frame.blocks.sweep] = min(frame.blocks.step, reach[frame.blocks.sweep])
-    return math.prod(reach) * max(head.sum_voxel_bytes, head.out_voxel_bytes)
+    pieces = len(frame.totals) + (1 << len(frame.totals))
+    return max(_slab(frame, head, spans) for spans in itertools.product(*(t.spans for t in frame.totals))) + 8 * pieces
+
+
+def _slab(frame: Frame, head: Head, spans: Sequence[Span]) -> int:
+    """Return the most bytes of a slab of a block: values, and sums of what waits for neighbours or goes to them."""
+    sweep = frame.blocks.sweep
+    swept, cross = spans[sweep], [s for a, s in enumerate(spans) if a != sweep]
+    reach = math.prod(s.reach for s in cross)
+    mixed = math.prod(s.direct for s in cross) * head.out_voxel_bytes
+    mixed += (reach - math.prod(s.shortest_direct for s in cross)) * head.sum_voxel_bytes
+    whole = reach * head.sum_voxel_bytes if swept.halo or swept.open else 0
+    return min(frame.blocks.step, swept.reach) * max(mixed, whole)
 
 
 def read_buffer_bytes(chunk: int) -> int:

@@ -26,7 +26,7 @@ from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, VectorHead, common_unit, crops, patch_grid
 from oocpatch.planning.labelling import Labelling
-from oocpatch.planning.memory import IoStrategy, layers_per_group, slab_bytes
+from oocpatch.planning.memory import IoStrategy, Parts, landing_bytes, layers_per_group
 from oocpatch.planning.schedule import in_order
 from oocpatch.planning.svg import draw_plan
 from oocpatch.planning.sweep import Frame
@@ -59,10 +59,12 @@ class Plan:
         sweep: the axis along which blocks are computed.
         concurrency: blocks computed at a time.
         torch_threads: threads of torch, set in every process, since results depend on it.
-        projected_memory: most bytes that the run adds to its process.
+        projected_memory: most bytes that the run adds to main memory, of each process.
         projected_disk: bytes of the workspace at its fullest.
         bytes_read, bytes_written: traffic with the volume, the workspace and the output, not compressed.
         task_memory, memory_parts: shares of `projected_memory` of each concurrent block, and by name.
+        projected_device_memory, task_device_memory, device_parts: the same on the model's device, if it has memory of
+            its own; what its kernels and libraries take is an estimate.
         model_note: preprocessing, ensembles and compilation around the model, in words.
         statistics: two numbers per channel of the volume, for its preprocess; empty: not needed, or not yet computed.
         statistics_of: digest of the content of the volume that the statistics are of.
@@ -113,7 +115,10 @@ class Plan:
     bytes_read: int
     bytes_written: int
     task_memory: int
-    memory_parts: tuple[tuple[str, int], ...] = ()
+    memory_parts: Parts = ()
+    projected_device_memory: int = 0
+    task_device_memory: int = 0
+    device_parts: Parts = ()
     model_note: str = ""
     statistics: tuple[tuple[float, float], ...] = ()
     statistics_of: str = ""
@@ -173,9 +178,9 @@ class Plan:
         return self.parameters.get("compile") is not None
 
     @cached_property
-    def slab_bytes(self) -> tuple[int, ...]:
-        """Most bytes of one slab of each head, sums or values, in any block."""
-        return tuple(slab_bytes(Frame.of(f), h) for f, h in zip(self.frames, self.heads, strict=True))
+    def landing_bytes(self) -> tuple[int, ...]:
+        """Most bytes of one slab of each head in main memory, sums or values, in any block."""
+        return tuple(landing_bytes(Frame.of(f), h) for f, h in zip(self.frames, self.heads, strict=True))
 
     @cached_property
     def scores_may_lack(self) -> bool:
@@ -241,6 +246,11 @@ class Plan:
         """Most patches that a crash of a process costs."""
         of_block = self.batch_size if self.stores_outputs else self.patches_per_block
         return min(self.concurrency * of_block, self.patches)
+
+    @property
+    def normalize_slots(self) -> int:
+        """Blocks that are normalized beside those that are predicted: one where these have a device of their own."""
+        return 1 if self.device_parts and not self.merges else 0
 
     @property
     def most_concurrent(self) -> int | None:
@@ -333,7 +343,10 @@ class Plan:
         looped = f", looped over {', '.join(loops)}" if loops else ""
         volume = human(math.prod(self.shape) * self.in_channels * np.dtype(self.in_dtype).itemsize)
         names = "".join(a[0] for a in self.axes)
-        parts = ", ".join(f"{name} {human(n)}" for name, n in self.memory_parts if n)
+
+        def needed(most: int, parts: Parts) -> str:
+            return f"{human(most)} at most ({', '.join(f'{name} {human(n)}' for name, n in parts if n)})"
+
         left_out = f"; {self.grid.num_patches - self.patches:,} more are left out" if self.selected else ""
         patches = f"{self.patches:,} of {size(self.patch_size[spatial])}, overlap {size(self.patch_overlap[spatial])}"
         patches += f", context {size(self.context[spatial])}" if any(self.context) else ""
@@ -358,7 +371,8 @@ class Plan:
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {at_a_time if rule else swept}",
             **({} if rule else {"work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost()}),
             **outputs,
-            "memory": f"{human(self.projected_memory)} at most ({parts})",
+            "memory": needed(self.projected_memory, self.memory_parts),
+            **({"device": needed(self.projected_device_memory, self.device_parts)} if self.device_parts else {}),
             "disk": f"workspace {human(self.projected_disk)} at most",
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }

@@ -25,7 +25,7 @@ from oocpatch.planning.blocks import BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
-from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Projection, io_threads, traffic
+from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Needs, Projection, io_threads, traffic
 from oocpatch.planning.plan import human
 from oocpatch.planning.sweep import Frame
 from oocpatch.planning.workload import BYTES_PER_SECOND, TASK_SECONDS, Workload, crash_limit
@@ -101,7 +101,8 @@ def choose(
                 most = workers
                 if limit is not None and block_shape is None:
                     most = min(workers, limit // blocks.patches_per_block)
-                concurrency = next((n for n in range(most, 1, -1) if projection.memory(n) <= max_memory), 1)
+                fitting = (n for n in range(most, 1, -1) if projection.fits(n, max_memory, sizes.device_memory))
+                concurrency = next(fitting, 1)
             return BlockChoice(blocks, candidate.io_strategy, concurrency, projection, limit)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
@@ -181,11 +182,17 @@ class _Candidate(MemoryUse):
 
     def concurrency(self, max_memory: int, most: int | None = None) -> int:
         """Return the largest of the nominal numbers of concurrent tasks that fits; 0: none does."""
-        if self.least_memory > max_memory:
+        here, there = self.least
+        if here.memory(1) > max_memory or there.memory(1) > (self.sizes.device_memory or 0):
             return 0
         size = self.frame.blocks.patches_per_block
         allowed = (c for c in NOMINAL if most is None or c * size <= most)
-        return next((c for c in allowed if self.projection.memory(c) <= max_memory), 0)
+        return next((c for c in allowed if self.projection.fits(c, max_memory, self.sizes.device_memory)), 0)
+
+    @property
+    def needs(self) -> tuple[Needs, Needs]:
+        """What is needed in main memory, and on the device."""
+        return self.projection.main, self.projection.device
 
     @property
     def seconds(self) -> float:
@@ -250,17 +257,24 @@ def _refusal(candidates: list[_Candidate], max_memory: int, max_disk: int | None
                     f"the workspace needs {human(candidate.moved.disk, up=True)} of disk but max_disk is "
                     f"{human(max_disk)}; raise max_disk, or raise max_memory so that blocks are larger and seams fewer"
                 )
-    first, *others = sorted(candidates, key=lambda c: c.least_memory)
-    smallest = first.projection
-    for candidate in others:
-        if candidate.least_memory >= smallest.memory(1):
-            break
-        smallest = min(smallest, candidate.projection, key=lambda p: p.memory(1))
+    lower = "lower batch_size, patch_size, block_shape or output_chunks"
+    smallest, limit = _smallest(candidates, 0), f"max_memory is {human(max_memory)}; raise max_memory, or {lower}"
+    device_memory = candidates[0].sizes.device_memory
+    if smallest.memory(1) <= max_memory and device_memory is not None:
+        smallest, limit = _smallest(candidates, 1), f"{human(device_memory)} of the device are to be used; {lower}"
     parts = ", ".join(f"{name} {human(n)}" for name, n in smallest.parts if n)
-    return (
-        f"one layer of patches needs {human(smallest.memory(1), up=True)} ({parts}) but max_memory is "
-        f"{human(max_memory)}; raise max_memory, or lower batch_size, patch_size, block_shape or output_chunks"
-    )
+    return f"one layer of patches needs {human(smallest.memory(1), up=True)} ({parts}) but {limit}"
+
+
+def _smallest(candidates: list[_Candidate], place: int) -> Needs:
+    """Return the least that a candidate needs in main memory, 0, or on the device, 1."""
+    first, *others = sorted(candidates, key=lambda c: c.least[place].memory(1))
+    smallest = first.needs[place]
+    for candidate in others:
+        if candidate.least[place].memory(1) >= smallest.memory(1):
+            break
+        smallest = min(smallest, candidate.needs[place], key=lambda n: n.memory(1))
+    return smallest
 
 
 LARGEST = {1: 1 << 16, 2: 512, 3: 128, 4: 32}

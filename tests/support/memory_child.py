@@ -21,6 +21,7 @@ import zarr
 import oocpatch
 from oocpatch.configuration import make_plan
 from oocpatch.execution import task_context
+from oocpatch.planning import memory
 
 SAMPLE_SECONDS = 0.005
 
@@ -74,6 +75,8 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
     """Print `{"added", "projected", "written"}` in bytes, and the extremes of the output."""
     if options.pop("staged", False):  # the CPU stands in for a device with memory of its own
         make_plan.is_staged = task_context.is_staged = lambda _: True
+        make_plan.device_memory = lambda *_: 64 << 20
+        memory.DEVICE_LIBRARIES = 0  # which are CUDA's
     with tempfile.TemporaryDirectory() as warm_up:
         # Imports on first use, thread pools and the like belong to the process and not to the run.
         small = zarr.create_array(f"{warm_up}/in", shape=(64, 64, 64), chunks=(32, 32, 32), dtype="float32")
@@ -91,7 +94,7 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
     probes.append(result[tuple(slice(-8, None) for _ in result.shape)])
     answer = {
         "added": sampler.peak - before,
-        "projected": plan.projected_memory,
+        "projected": plan.projected_memory + plan.projected_device_memory,
         "workspace": plan.projected_disk,
         "blocks": plan.blocks,
         "lowest": min(float(np.min(probe)) for probe in probes),

@@ -8,7 +8,9 @@ only shows where these overlap, is checked on streams that do nothing until some
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,9 @@ import oocpatch
 from oocpatch.engine import device_transfer
 from oocpatch.engine.buffers import FutureGroup
 from oocpatch.engine.device_transfer import HostStaging, Transfer
+from oocpatch.engine.partial_sums import slabs
+from oocpatch.planning.memory import pinned_bytes
+from oocpatch.planning.plan import human
 from tests.support.children import file_digests
 
 SHAPE = (29, 28, 22)
@@ -79,6 +84,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(Transfer, "allocate", count)
     for module in ("configuration.make_plan", "execution.task_context"):
         monkeypatch.setattr(f"oocpatch.{module}.is_staged", lambda _: True)
+    monkeypatch.setattr("oocpatch.configuration.make_plan.device_memory", lambda *_: 8 << 30)
     return taken
 
 
@@ -92,10 +98,10 @@ def test_through_buffers_the_bytes_are_the_same_and_what_they_take_was_planned(
     plan = oocpatch.plan(volume, Heads(), tmp_path / "staged", **arguments)
     assert plan.blocks > 1
     plan.run()
-    parts = dict(plan.memory_parts)
+    uploads, downloads = dict(plan.memory_parts)["uploads"], sum(map(pinned_bytes, plan.landing_bytes))
     assert taken
-    assert sum(taken) <= parts["uploads"] // 2 + plan.blocks * parts["downloads"]
-    assert max(taken) <= max(parts["uploads"] // 2, parts["downloads"])
+    assert sum(taken) <= uploads + plan.blocks * downloads
+    assert max(taken) <= max(uploads, downloads)
     direct, through = (file_digests(tmp_path / name) for name in ("direct", "staged"))
     # which tells when it was written
     assert direct.pop("zarr.json") != through.pop("zarr.json")
@@ -131,6 +137,77 @@ def test_copies_that_are_made_as_late_as_they_may_be_do_not_change_a_byte(
     assert len(late) > 30
     for name in ("scores", "small"):
         assert file_digests(tmp_path / "late" / name) == file_digests(tmp_path / "expected" / name)
+
+
+def planned(volume: Path, output: Path, **options: Any) -> oocpatch.PlannedRun:
+    return oocpatch.plan(volume, Heads(), output, **{**COMMON, "postprocess": {"scores": "argmax"}, **options})
+
+
+def test_memory_of_the_device_is_planned_by_itself(staged: list[int], volume: Path, tmp_path: Path) -> None:
+    """Together they are what the CPU needs, and what values are copied through."""
+    plan = planned(volume, tmp_path / "out", workers=2)
+    assert plan.concurrency == 2
+    here, there = dict(plan.memory_parts), dict(plan.device_parts)
+    assert {"uploads", "chunks", "normalize"} <= set(here)
+    assert {"input", "model", "batch", "libraries"} <= set(there)
+    assert {"model", "batch", "input"}.isdisjoint(here)
+    of_task = sum(there[name] for name in ("input", "sums", "staged", "tile", "batch"))
+    assert plan.task_device_memory == of_task
+    assert plan.projected_device_memory == sum(there.values()) + of_task
+    assert json.loads(plan.plan.to_json())["projected_device_memory"] == plan.projected_device_memory
+    assert f"device   {human(plan.projected_device_memory)} at most (input" in str(plan)
+    assert "device " not in str(plan).partition("memory")[0]
+
+
+def test_a_device_with_little_memory_gets_fewer_blocks_at_a_time_or_none(
+    staged: list[int], volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_a_time, limit = [], planned(volume, tmp_path / "out", workers=2).projected_device_memory
+    monkeypatch.setattr("oocpatch.configuration.make_plan.device_memory", lambda *_: limit)
+
+    def plan_with_less_and_less() -> None:
+        nonlocal limit
+        while True:
+            plan = planned(volume, tmp_path / "out", workers=2)
+            assert plan.projected_device_memory <= limit
+            at_a_time.append(plan.concurrency)
+            limit = plan.projected_device_memory - 1
+
+    with pytest.raises(oocpatch.PlanTooLarge, match=r"needs .*libraries 512.0 MiB.* of the device are to be used"):
+        plan_with_less_and_less()
+    assert (at_a_time[0], at_a_time[-1]) == (2, 1)
+
+
+@pytest.mark.parametrize("block_shape", [(16, 16, 22), (29, 28, 22), (16, 28, 22)])
+def test_memory_for_slabs_is_that_of_their_largest_with_the_size_of_each_value(
+    block_shape: tuple[int, ...], volume: Path, tmp_path: Path
+) -> None:
+    plan = planned(volume, tmp_path / "out", block_shape=block_shape).plan
+    for number, (frame, head, landing) in enumerate(zip(plan.frames, plan.heads, plan.landing_bytes, strict=True)):
+        largest = max(
+            sum(p.box.size * (head.out_voxel_bytes if p.name is None else head.sum_voxel_bytes) for p in pieces)
+            for block in frame
+            for _, pieces in slabs(frame, block, number)
+        )
+        assert largest <= landing <= 1.2 * largest + 8 * 11
+
+
+@pytest.mark.parametrize("overlap_mode", ["hann", "max"])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_on_a_device_fails_its_block_with_its_slab(
+    overlap_mode: str, bad: float, staged: list[int], tmp_path: Path
+) -> None:
+    data = np.random.default_rng(0).random((32, 16), dtype=np.float32)
+    data[20, 3] = bad
+    settings: dict[str, Any] = {"patch_size": 8, "patch_overlap": 4, "output_chunks": 8, "block_shape": 16}
+    settings |= {"overlap_mode": overlap_mode, "progress": False}
+    with pytest.raises(oocpatch.BlockFailed) as failed:
+        oocpatch.predict(data, nn.Identity(), tmp_path / "out", **settings)
+    assert list(failed.value.failures) == [1]
+    assert "must be finite, got NaN or infinity in the voxels from (16, 0) to (24, 16)" in str(failed.value)
+    huge = np.full((32, 16), 3e38, np.float32)  # whose sum is not finite, as each of them is
+    result = oocpatch.predict(huge, nn.Identity(), tmp_path / "huge", **{**settings, "overlap_mode": "crop"})
+    np.testing.assert_array_equal(result, huge)
 
 
 def test_integers_and_volumes_in_memory_go_through_buffers_too(staged: list[int], tmp_path: Path) -> None:
@@ -285,6 +362,15 @@ def test_a_download_waits_for_the_kernels_that_make_the_values_and_a_writer_for_
     assert arrays[0].tolist() == [0] * 4, "nothing was waited for so far"
     copy_done()
     assert arrays[0].tolist() == [5] * 4
+
+
+def test_a_thread_waits_for_the_batch_before_the_last_but_one(late: Late) -> None:
+    done: list[int] = []
+    transfer = on_late_streams()
+    for batch in range(4):
+        late.compute.launch(functools.partial(done.append, batch))
+        transfer.limit_run_ahead()
+        assert done == list(range(batch - 1)), "no more is waited for, since the device would have nothing to do then"
 
 
 @pytest.mark.parametrize("name", ["wait_event", "record_event", "synchronize"])
