@@ -1,8 +1,9 @@
-"""Memory that a run adds over volumes of growing size, against its limit and what the plan promised."""
+"""Memory that a run, or an export, adds over volumes of growing size, against its limit and what the plan promised."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 
@@ -15,10 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=64, help="edge of a chunk in voxels")
     parser.add_argument("--patch-overlap", type=int, default=24)
     parser.add_argument("--max-memory", nargs="+", default=["256MiB"])
+    parser.add_argument("--export", nargs="+", metavar="SUFFIX", help="export to such files, such as .nii.gz .ome.tif")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Predict over one sparse volume after the other, and print what each run added."""
+    """Predict over one sparse volume after the other, or export it, and print what each run added."""
+    if arguments.export:
+        _run_exports(arguments)
+        return
     records = []
     for gib in arguments.gib:
         source, target = str(arguments.directory / "sparse.zarr"), str(arguments.directory / "result.zarr")
@@ -37,6 +42,27 @@ def run(arguments: argparse.Namespace) -> None:
         ["x".join(map(str, r["shape"])), f"{r['bytes'] / 1024 / MIB:.2f}", f"{r['max_memory'] / MIB:.0f}",
          f"{r['projected_memory'] / MIB:.0f}", f"{r['peak'] / MIB:.0f}",
          "yes" if r["peak"] <= r["projected_memory"] <= r["max_memory"] else "NO", str(r["blocks"]), f"{r['wall']:.1f}"]
+        for r in records
+    ]))  # fmt: skip
+
+
+def _run_exports(arguments: argparse.Namespace) -> None:
+    """Export one volume of stored chunks after the other, and print what each export added."""
+    records = []
+    for gib in arguments.gib:
+        source, shape = str(arguments.directory / f"{gib:g}.zarr"), _shape(gib, arguments.chunk)
+        made = in_fresh_process("make_repeated", "benchmarks.sources", path=source, shape=shape, chunk=arguments.chunk)
+        for suffix, limit in itertools.product(arguments.export, arguments.max_memory):
+            job = {"source": source, "target": str(arguments.directory / f"out{suffix}"), "max_memory": limit}
+            record = in_fresh_process("export", "benchmarks.ours", **job)
+            records.append({"file": suffix, "bytes": made["bytes"], "max_memory": bytes_of(limit), **record})
+    if arguments.json:
+        print(json.dumps(records, indent=1))
+        return
+    print(table(["file", "GiB", "limit MiB", "added MiB", "kept", "file MiB", "wall s", "cpu s"], [
+        [r["file"], f"{r['bytes'] / 1024 / MIB:g}", f"{r['max_memory'] / MIB:.0f}", f"{r['peak'] / MIB:.0f}",
+         "yes" if r["peak"] <= r["max_memory"] else "NO", f"{r['size'] / MIB:.0f}", f"{r['wall']:.0f}",
+         f"{r['cpu']:.0f}"]
         for r in records
     ]))  # fmt: skip
 

@@ -7,11 +7,13 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
+import zarr
 
 import oocpatch
 from benchmarks.contest import Job, Run, contend, until_first_patch
-from benchmarks.measure import answer
+from benchmarks.measure import answer, measured
 from benchmarks.models import network
 
 
@@ -52,6 +54,17 @@ def _runner(options: dict[str, Any], model: torch.nn.Module | None = None) -> Ru
     return run
 
 
+def export(source: str, target: str, max_memory: str) -> dict[str, Any]:
+    """An export, and the size of the file that it wrote and that is deleted; imports are not measured."""
+    small = zarr.create_array(f"{target}.zarr", data=np.ones((64, 64, 64), "f4"), chunks=(32,) * 3, overwrite=True)
+    file = oocpatch.export(small, target, axes="zyx", progress=False)
+    with measured() as usage:
+        oocpatch.export(source, file, axes="zyx", max_memory=max_memory, overwrite=True, progress=False)
+    size = file.stat().st_size
+    file.unlink()
+    return {"peak": usage.peak, "wall": usage.wall, "cpu": usage.cpu, "size": size}
+
+
 def print_help() -> dict[str, Any]:
     """Seconds that `oocpatch --help` takes, from the start of the interpreter to its end."""
     started = time.perf_counter()
@@ -60,4 +73,4 @@ def print_help() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(predict, first_patch, print_help)
+    answer(predict, first_patch, export, print_help)

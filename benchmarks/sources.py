@@ -53,6 +53,17 @@ def make_sparse(
     return {"bytes": _cube(path, tuple(shape or (size,) * 3), chunk, zarr_format).nbytes}
 
 
+def make_repeated(path: str, chunk: int, shape: list[int]) -> dict[str, Any]:
+    """A volume of whole chunks that takes no room: one is stored, and all others are links to its file."""
+    cube = _cube(path, tuple(shape), chunk, 2)
+    z, y, _ = np.indices((chunk,) * 3)
+    cube[:chunk, :chunk, :chunk] = z * chunk + y
+    for place in np.ndindex(cube.cdata_shape):
+        if any(place):
+            Path(path, ".".join(map(str, place))).hardlink_to(Path(path, "0.0.0"))
+    return {"bytes": cube.nbytes}
+
+
 def _cube(path: str, shape: tuple[int, ...], chunk: int, zarr_format: int, dtype: str = "float32") -> zarr.Array[Any]:
     names = {"dimension_names": ("z", "y", "x")} if zarr_format == 3 else {}
     return zarr.create_array(
@@ -83,4 +94,4 @@ def tile() -> np.ndarray[Any, Any]:
 
 
 if __name__ == "__main__":
-    answer(make_random, make_sparse, make_slide)
+    answer(make_random, make_repeated, make_sparse, make_slide)

@@ -50,7 +50,7 @@ class NiftiWriter:
         fast_first = [*axes.values(), *time, *channel]
         self._dtype = stored_dtype(volume.dtype)
         self._is_packed = is_packed
-        coding = (2 * ahead(THREADS) + 4) * BLOCK
+        coding = (2 * ahead(THREADS) + 4 + 2 * THREADS) * BLOCK  # two are as large as the state of a packer
         self.order = FileOrder.plan(volume, fast_first[::-1], 2, limit, coding=coding)
         header = self._header(volume, len(axes), labels=labels)
         if channel and not time:
