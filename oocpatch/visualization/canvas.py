@@ -16,10 +16,11 @@ GAP, TOP, CAPTION, FOOT = 24, 76, 26, 34
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture, `(H, W, 3)` of 0 to 1, with a caption above it."""
+    """A picture, `(H, W, 3)` of 0 to 1, a caption above it, and letters at its left, right, upper and lower side."""
 
     picture: npt.NDArray[Any]
     caption: str
+    ends: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Figure:
         for (left, top), panel in self.corners():
             pen.text((left, top - 6), panel.caption, INK, fonts[16], anchor="ls")
             canvas.paste(image.fromarray(np.uint8(np.rint(255 * np.clip(panel.picture, 0, 1)))), (left, top))
+            height, width = panel.picture.shape[:2]
+            places = ((4, height // 2, "lm"), (width - 4, height // 2, "rm"), (width // 2, 4, "ma"))
+            for letter, (x, down, anchor) in zip(panel.ends, (*places, (width // 2, height - 4, "md")), strict=False):
+                pen.text(
+                    (left + x, top + down), letter, INK, fonts[14], anchor=anchor, stroke_width=2, stroke_fill=PAPER
+                )
         for line in lines:
             x = GAP
             for colour, text in line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from oocpatch.planning.arguments import one_of, positive
 from oocpatch.planning.plan import human
 from oocpatch.storage.paths import local_path
 from oocpatch.visualization import colormaps
+from oocpatch.visualization.anatomy import anatomical_planes
 from oocpatch.visualization.canvas import Figure, Panel
 from oocpatch.visualization.display_source import DisplaySource, folder_of, local_name, open_display_source
-from oocpatch.visualization.slices import plane, projection
+from oocpatch.visualization.slices import SlicePlane, plane, projection
 from oocpatch.volumes.volume import Volume
 
 Array = npt.NDArray[Any]
@@ -30,15 +30,6 @@ INSIDE = 0.45
 """Opacity of a label over its input, within its outline."""
 
 
-@dataclass(frozen=True)
-class SlicePlane:
-    """A plane to draw, by the numbers of the axes that run down and across."""
-
-    axes: tuple[int, int]
-    along: int | None = None
-    """The axis of a projection; None: a slice."""
-
-
 def view(
     output: Any,
     picture: str | os.PathLike[str] | None = None,
@@ -50,6 +41,9 @@ def view(
     pixels: int = 480,
 ) -> Path:
     """Draw a volume or a result as a PNG: of three axes the middle slices and a projection, of two the plane.
+
+    Slices of a volume with an affine, as NIfTI and DICOM have one, are axial, coronal and sagittal, with the patient's
+    right on the left.
 
     A result is laid over its input, whose path the run notes. Voxels are read chunk by chunk, from the smallest level
     that fills the picture.
@@ -105,20 +99,21 @@ def figure_of(
         ground_kind = "rgb" if is_rgb(below) else "image"
         light = _windows(ground_kind, grounds)
         pictures = [_picture(v, ground_kind, light) for v in grounds]
-        rows.append(_row(pictures, "input, ", captions))
+        rows.append(_row(pictures, "input, ", captions, slice_planes))
     if below is not None and chosen in ("labels", "scores"):
         bright = float(np.mean([p.mean() for p in pictures])) > BRIGHT
         over = [_over(p, v, chosen, windows, bright=bright) for p, v in zip(pictures, values, strict=True)]
-        rows.append(_row(over, f"{chosen} over it, ", captions))
+        rows.append(_row(over, f"{chosen} over it, ", captions, slice_planes))
     else:  # one image over another shows neither
         shown = [_picture(v, chosen, windows) for v in values]
-        rows.append(_row(shown, "" if below is None else "result, ", captions))
+        rows.append(_row(shown, "" if below is None else "result, ", captions, slice_planes))
     name = Path(os.fspath(output)).name if isinstance(output, (str, os.PathLike)) else "volume"
     return Figure(tuple(rows), name, _subtitle(source), _legend(source, chosen, values, windows, bright=bright))
 
 
-def _row(pictures: list[Array], start: str, captions: list[str]) -> tuple[Panel, ...]:
-    return tuple(Panel(p, f"{start}{caption}") for p, caption in zip(pictures, captions, strict=True))
+def _row(pictures: list[Array], start: str, captions: list[str], planes: list[SlicePlane]) -> tuple[Panel, ...]:
+    every = zip(pictures, captions, planes, strict=True)
+    return tuple(Panel(picture, f"{start}{caption}", plane.ends) for picture, caption, plane in every)
 
 
 def noted_volume(source: DisplaySource) -> str | None:
@@ -160,6 +155,8 @@ def _slice_planes(source: DisplaySource) -> list[SlicePlane]:
         raise ValueError(f"a picture needs two axes, got {', '.join(source.volume.names)}")
     if spatial <= 2:
         return [SlicePlane((last - 1, last))]
+    if planes := anatomical_planes(source.volume):
+        return planes
     z, y, x = last - 2, last - 1, last
     return [SlicePlane((y, x)), SlicePlane((z, x)), SlicePlane((z, y)), SlicePlane((y, x), along=z)]
 
@@ -180,7 +177,8 @@ def _values(source: DisplaySource, slice_planes: list[SlicePlane], sizes: list[i
             picture = plane(source.volume, axes, size, position)
         else:
             picture, share = projection(source.volume, slice_plane.along, axes, size, position)
-        values.append(picture)
+        down, across = slice_plane.flips
+        values.append(picture[:, :: -1 if down else 1, :: -1 if across else 1])
         shares.append(share)
     return values, shares
 
@@ -247,7 +245,8 @@ def _caption(source: DisplaySource, slice_plane: SlicePlane, share: float) -> st
         return f"highest along {names[slice_plane.along]}{of}"
     others = [a for a in range(len(names)) if a not in slice_plane.axes]
     fixed = [f"{names[a]} = {shape[a] // 2}" for a in others]
-    return f"{names[slice_plane.axes[0]]}{names[slice_plane.axes[1]]}" + (f" at {', '.join(fixed)}" if fixed else "")
+    name = slice_plane.name or "".join(names[a] for a in slice_plane.axes)
+    return name + (f" at {', '.join(fixed)}" if fixed else "")
 
 
 def _subtitle(source: DisplaySource) -> str:

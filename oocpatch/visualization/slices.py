@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,25 @@ Array = npt.NDArray[Any]
 
 PROJECTED = 1 << 30
 """Bytes of a volume that a projection decodes at most: of a larger one it sees evenly spaced layers of chunks."""
+
+
+@dataclass(frozen=True)
+class SlicePlane:
+    """A plane to draw.
+
+    Attributes:
+        axes: the axes that run down and across, by number.
+        along: the axis of a projection; None: a slice.
+        name: name of the plane; empty: the names of its axes.
+        flips: whether these axes run upwards, and to the left.
+        ends: letters at the left, right, upper and lower side; empty: none.
+    """
+
+    axes: tuple[int, int]
+    along: int | None = None
+    name: str = ""
+    flips: tuple[bool, bool] = (False, False)
+    ends: str = ""
 
 
 def places(pixels: int, length: int) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -261,3 +262,41 @@ def test_the_command_writes_the_picture_and_says_where(tmp_path: Path, monkeypat
     result = CliRunner().invoke(cli.main, ["view", "a.zarr"])
     assert result.exit_code == 2
     assert "needs Pillow: pip install 'oocpatch[view]'" in result.stderr
+
+
+def patient() -> nibabel.Nifti1Image:
+    """Axes to the right, front and head, in voxels of 2 x 2 x 4 mm: 9 where all three meet, 5 up, behind and left."""
+    values = np.ones((9, 13, 5), np.int16)  # the middle belongs to right, front and head
+    values[4:, 6:, 2:] = 9
+    values[:4, :6, 2:] = 5
+    return nibabel.Nifti1Image(values, np.diag([2, 2, 4, 1]))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SLA"])
+@pytest.mark.parametrize("turned", [0.0, 0.3])
+def test_a_scan_is_shown_with_the_right_on_the_left_however_it_is_stored(
+    codes: str, turned: float, tmp_path: Path
+) -> None:
+    axes = nibabel.orientations.axcodes2ornt(tuple(codes))
+    stored = patient().as_reoriented(nibabel.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], axes))
+    rotation = np.eye(4)
+    rotation[:2, :2] = [[np.cos(turned), -np.sin(turned)], [np.sin(turned), np.cos(turned)]]
+    nibabel.save(nibabel.Nifti1Image(np.asarray(stored.dataobj), rotation @ stored.affine), tmp_path / "a.nii")
+    oocpatch.predict(
+        tmp_path / "a.nii", torch.nn.Identity(), tmp_path / "out.zarr", patch_size=4, overlap_mode="crop",
+        progress=False,
+    )  # fmt: skip
+    for source, rows in ((tmp_path / "a.nii", 1), (tmp_path / "out.zarr", 2)):
+        figure = figure_of(source, kind="image", pixels=26)  # 1 per mm
+        assert len(figure.rows) == rows
+        axial, coronal, sagittal, highest = figure.rows[-1]
+        assert [p.ends for p in figure.rows[-1]] == ["RLAP", "RLSI", "APSI", "RLAP"]
+        expected = np.zeros((26, 18, 1))
+        expected[:14, :10], expected[14:, 10:] = 1, 0.5  # front and right, back and left
+        for panel in (axial, highest):
+            np.testing.assert_array_equal(panel.picture[..., :1], expected)
+        for panel, width, inner in ((coronal, 18, 10), (sagittal, 26, 14)):
+            expected = np.zeros((20, width, 1))
+            expected[:12, :inner] = 1  # up, and right or front
+            np.testing.assert_array_equal(panel.picture[..., :1], expected)
+    assert figure.rows[-1][0].caption.startswith("result, axial at ")
