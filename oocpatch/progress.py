@@ -1,8 +1,9 @@
 """Progress: how much of a task is done, shown on stderr. The only module that imports tqdm.
 
 ```text
- auto    a bar on a terminal; elsewhere a line every ten seconds, and nothing for tasks that are quicker
- bar     a bar
+ auto    a bar on a terminal and in a notebook; elsewhere a line every ten seconds, and nothing for tasks that are
+         quicker
+ bar     a bar: in a notebook a widget, or text where ipywidgets is missing
  plain   lines: at the start, every ten seconds, at the end
  json    a JSON object per line: at the start, every second, at the end
  none    nothing
@@ -12,14 +13,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import json
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-
-from tqdm import tqdm
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,21 @@ def display_of(progress: str | bool | OnProgress) -> str:
     if isinstance(progress, bool):
         return "bar" if progress else "none"
     if progress == "auto":
-        return "bar" if sys.stderr.isatty() else "auto"
+        return "bar" if sys.stderr.isatty() or _in_notebook() else "auto"
     return progress
+
+
+def _in_notebook() -> bool:
+    """Return True where stderr goes to the front end of a Jupyter kernel."""
+    return type(sys.stderr).__module__.startswith("ipykernel.")
+
+
+@functools.cache
+def _bar_class() -> Any:
+    """Return the class of bars: widgets in a notebook that has them, else text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the choice is experimental, and that widgets are missing
+        return importlib.import_module("tqdm.autonotebook").tqdm
 
 
 @dataclass
@@ -166,7 +182,8 @@ def show_progress(
     counter = ProgressCounter(verb, unit, total, resumed, bytes_each)
     if display in ("bar", "none"):
         disable = display == "none"
-        with tqdm(total=total, initial=resumed, unit=f" {unit}", desc=verb, delay=delay, disable=disable) as bar:
+        settings = {"total": total, "initial": resumed, "unit": f" {unit}", "desc": verb, "delay": delay}
+        with _bar_class()(**settings, disable=disable) as bar:
 
             def update_bar(count: int) -> None:
                 with lock:

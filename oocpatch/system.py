@@ -11,10 +11,12 @@ import importlib
 import importlib.util
 import mmap
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,6 +94,16 @@ def after_fork(function: Callable[[], None]) -> None:
     """Call a function in each process that is forked from this one, where processes are forked."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
+
+
+def leave_interrupts_to_others() -> None:
+    """Keep Ctrl-C from this thread and from the processes that it starts, where threads have such a mask.
+
+    A terminal, and the stop button of a notebook, interrupt all processes of the group.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # which would undo the mask when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def open_to_read(path: Path) -> int:

@@ -25,6 +25,7 @@ import torch
 from distributed.versions import get_versions  # not documented; `Client.get_versions` runs it in each worker
 
 from oocpatch.execution.dask_cluster import NO_MORE_WORKERS, call_bounded
+from oocpatch.system import leave_interrupts_to_others
 
 logger = logging.getLogger("oocpatch")
 
@@ -32,6 +33,9 @@ LIST_OPTIONS = frozenset({"job_extra_directives", "job_script_prologue", "worker
 """Options of a Slurm job that are lists; each mention adds a value."""
 SLURM_SECONDS = 30.0
 """Time limit for one call of `sbatch` or `squeue`."""
+
+START_SECONDS = 300.0
+"""Time limit for the start of the first worker process of this machine, and for the end of all."""
 
 MUST_AGREE, SHOULD_AGREE = ("oocpatch", "torch"), ("numpy", "python", "zarr")
 """Packages whose versions the bytes of a result depend on, and those on which they might."""
@@ -79,16 +83,17 @@ def _local(processes: int, device: str) -> Iterator[distributed.Client]:
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
 
     class Nanny(distributed.Nanny):
-        """Starts a process that sees one device only, if there are any."""
+        """Starts a process that sees one device only, if there are any, and that Ctrl-C does not reach."""
 
         def __init__(self, *args: Any, name: int, **options: Any) -> None:
+            leave_interrupts_to_others()  # of the thread of the cluster's loop, which processes inherit
             if devices:
                 options["env"] = {"CUDA_VISIBLE_DEVICES": visible_devices(name, devices, inherited)}
             super().__init__(*args, **{**options, "name": name})
 
     # No limits of Dask's own: max_memory bounds what a run adds, and a worker that is paused finishes nothing.
     local = distributed.LocalCluster(  # type: ignore[no-untyped-call]  # so has distributed, in places
-        n_workers=processes,
+        n_workers=0,
         threads_per_worker=1,
         processes=True,
         worker_class=Nanny,
@@ -98,7 +103,14 @@ def _local(processes: int, device: str) -> Iterator[distributed.Client]:
         # a heartbeat that meets a scheduler which has just closed prints its stack.
         silence_logs=logging.CRITICAL,
     )
-    with local, distributed.Client(local, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with contextlib.ExitStack() as stack:
+        # In a thread of its own: a second interrupt does not keep processes from being ended.
+        stack.callback(call_bounded, local.close, START_SECONDS)
+        client = stack.enter_context(distributed.Client(local, set_as_default=False))  # type: ignore[no-untyped-call]
+        # Not before: an interrupt while they start must end them.
+        local.scale(processes)  # type: ignore[no-untyped-call]
+        with contextlib.suppress(TimeoutError):  # the run then says that there are none
+            client.wait_for_workers(1, timeout=START_SECONDS)
         yield client
 
 

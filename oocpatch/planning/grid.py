@@ -49,6 +49,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from oocpatch.planning.box import Box, Ints, ceil_to, unravel
+from oocpatch.planning.html_parts import image_of
 
 Scale = tuple[int, int]
 """Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""
@@ -285,7 +286,7 @@ class PatchGrid:
     def _repr_html_(self) -> str:
         from oocpatch.planning.svg import draw_grid  # noqa: PLC0415 - drawings are made of grids
 
-        return draw_grid(self)
+        return image_of(draw_grid(self), "patches of the grid")
 
     @property
     def shape(self) -> Ints:

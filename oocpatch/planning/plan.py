@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import math
 import zlib
@@ -25,6 +24,7 @@ from oocpatch.planning.blocks import AllBlocks, BlockGrid, Neighbours
 from oocpatch.planning.box import Ints
 from oocpatch.planning.grid import PatchGrid, Scale
 from oocpatch.planning.heads import Head, VectorHead, common_unit, crops, patch_grid
+from oocpatch.planning.html_parts import image_of, table_of
 from oocpatch.planning.labelling import Labelling
 from oocpatch.planning.memory import IoStrategy, Parts, landing_bytes, layers_per_group
 from oocpatch.planning.schedule import in_order
@@ -329,13 +329,23 @@ class Plan:
         """Return sections through blocks, seams and patches, as the text of an SVG file."""
         return draw_plan(self.block_grid, self.axes, self.spatial)
 
+    def to_html(self, rows: Mapping[str, str]) -> str:
+        """Return a table of rows, and the drawing, for a notebook."""
+        return table_of(rows) + image_of(self.draw(), "blocks, seams and patches of the plan")
+
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>{self.draw()}"
+        return self.to_html(self.rows)
 
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
+        return lines_of(self.rows)
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """What the plan prints: a text for each name."""
+
         def size(values: Ints) -> str:
             return " x ".join(map(str, values))
 
@@ -364,7 +374,7 @@ class Plan:
         for vectors in self.vectors:
             name = f"output {len(outputs) + 1}" if outputs else "output"
             outputs[name] = f"{vectors.name}: a vector of {vectors.length} per patch, {vectors.dtype}"
-        rows = {
+        return {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
             **({"objects": str(rule)} if rule else {"patches": patches}),
             **({"model": self.model_note} if self.model_note else {}),
@@ -376,7 +386,6 @@ class Plan:
             "disk": f"workspace {human(self.projected_disk)} at most",
             "traffic": f"reads {human(self.bytes_read)}, writes {human(self.bytes_written)}",
         }
-        return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
 
     def _filling(self) -> str:
         """Describe how patches that are larger than the volume are filled up; nothing where none is."""
@@ -394,6 +403,11 @@ class Plan:
         if self.crash_limit is None or self.crash_patches <= self.crash_limit:
             return text
         return f"{text} (max_disk has no room for the model's outputs, or smaller chunks or patches are needed)"
+
+
+def lines_of(rows: Mapping[str, str]) -> str:
+    """Return the rows of a plan as lines of text."""
+    return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
 
 
 def pack_counts(counts: npt.NDArray[np.int32]) -> str:

@@ -73,13 +73,12 @@ def idle_workers(config: RunConfig, plan: Plan, use: Occupancy | None) -> str:
     return f"{use.blocks} block(s) for {use.workers} {kind}, so {use.workers - use.blocks} have nothing to do; {advice}"
 
 
-def describe_occupancy(config: RunConfig, plan: Plan, use: Occupancy | None) -> str:
-    """Return lines about the expected use of workers, as a plan prints them."""
+def describe_occupancy(config: RunConfig, plan: Plan, use: Occupancy | None) -> dict[str, str]:
+    """Return rows about the expected use of workers, as a plan shows them."""
     if use is None:
-        return "workers  none yet" if config.execution.client is not None else ""
+        return {"workers": "none yet"} if config.execution.client is not None else {}
     kind = "parts" if config.execution.part is not None else "workers"
     each = f"{use.blocks / use.workers:.1f} blocks and {human(use.bytes_each)} of traffic each"
-    lines = [f"{kind:<8} {use.workers}, {each}, {use.idle:.0%} of their time idle at the end"]
-    if warning := idle_workers(config, plan, use):
-        lines.append(f"warning  {warning}")
-    return "\n".join(lines)
+    rows = {kind: f"{use.workers}, {each}, {use.idle:.0%} of their time idle at the end"}
+    warning = idle_workers(config, plan, use)
+    return {**rows, "warning": warning} if warning else rows

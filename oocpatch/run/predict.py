@@ -30,7 +30,7 @@ from oocpatch.execution.array_job import ArrayJobPart
 from oocpatch.outputs.ome_labels import register_label
 from oocpatch.outputs.output import Result, open_result
 from oocpatch.outputs.record import inspect_output
-from oocpatch.planning.plan import Plan
+from oocpatch.planning.plan import Plan, lines_of
 from oocpatch.planning.schedule import Occupancy
 from oocpatch.progress import OnProgress
 from oocpatch.provenance import DefaultNumber, DefaultText, run_settings
@@ -351,20 +351,24 @@ class PlannedRun:
         text = self.plan.to_json()
         return json.dumps({**json.loads(text), **more}, indent=1) if more else text
 
-    def __str__(self) -> str:
-        chosen = of_package = ""
+    @property
+    def rows(self) -> dict[str, str]:
+        """What it prints: a text for each name."""
+        more: dict[str, str] = {}
         if self.config.chooses_overlap:
-            chosen = "chosen   patch_size and patch_overlap, by patch_size='auto'"
+            more["chosen"] = "patch_size and patch_overlap, by patch_size='auto'"
         if settings := run_settings(self.config.of_package):
-            of_package = "package  " + ", ".join(f"{n}={json.dumps(value)}" for n, value in settings.items())
-        lines = (str(self.plan), chosen, of_package, describe_occupancy(self.config, self.plan, self.occupancy))
-        return "\n".join(filter(None, lines))
+            more["package"] = ", ".join(f"{n}={json.dumps(value)}" for n, value in settings.items())
+        return {**self.plan.rows, **more, **describe_occupancy(self.config, self.plan, self.occupancy)}
+
+    def __str__(self) -> str:
+        return lines_of(self.rows)
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return self.plan._repr_html_()
+        return self.plan.to_html(self.rows)
 
 
 @torch.inference_mode(mode=False)

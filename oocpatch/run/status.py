@@ -81,6 +81,8 @@ class RunStatus:
         lines += [f"failed     block {block}: {' '.join(text.split())}" for block, text in self.failed.items()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def status(output: str | os.PathLike[str]) -> RunStatus:
     """How far the run of an output is.

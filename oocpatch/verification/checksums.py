@@ -73,6 +73,8 @@ class Damage:
         writer = self.stage if self.block is None else f"block {self.block}"
         return f"{text}: voxels {','.join(map(str, self.start))} to {','.join(map(str, stop))}, {writer}"
 
+    __repr__ = __str__
+
 
 Checked = tuple[int, int, Damage | None]
 """Number of write units of a file (0 or 1), bytes read, and its damage, if there is any."""
@@ -112,6 +114,8 @@ class Verification:
         if len(self.damaged) > SHOWN:
             lines.append(f"damaged    and {len(self.damaged) - SHOWN:,} more")
         return "\n".join([*lines, "PASS" if self.passed else f"FAIL: {len(self.damaged):,} damaged"])
+
+    __repr__ = __str__
 
 
 def verify(output: str | os.PathLike[str], *, repair: bool = False) -> Verification:

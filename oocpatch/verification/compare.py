@@ -87,6 +87,8 @@ class CheckReport:
             lines.append(f"{start:<20} {shape:<20} {box.patches:7} {box.blocks:6} {numbers} {verdict}")
         return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
 
+    __repr__ = __str__
+
 
 def check(
     volume: Any, model: Any = None, *, boxes: int = 3, seed: int = 0, **predict_kwargs: Any

@@ -58,6 +58,8 @@ class PackageReport:
             lines.append(f"{o.output:<20} {shape:<20} {numbers} {'PASS' if o.passed else 'FAIL'}")
         return "\n".join([*lines, "PASS" if self.passed else "FAIL"])
 
+    __repr__ = __str__
+
 
 def check_example(spec: str, *, trust_pickle: bool = False, device: str = "auto") -> PackageReport:
     """Compare the outputs of a model package for its own example with those that it brings.

@@ -16,6 +16,7 @@ import numpy as np
 
 from oocpatch.configuration.options import OPTIONS
 from oocpatch.outputs.record import OutputRecord
+from oocpatch.planning.html_parts import table_of
 from oocpatch.planning.plan import Plan, human
 from oocpatch.run.driver import plan_of, workspace_root
 from oocpatch.run.status import RunStatus, status
@@ -225,8 +226,7 @@ def _text_of(kind: str, value: Any) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rows.items()}
-    body = "".join(f"<tr><td>{_text(name)}</td><td>{_text(text)}</td></tr>" for name, text in texts.items())
-    return f"<section class='card'><table>{body}</table></section>"
+    return f"<section class='card'>{table_of(texts)}</section>"
 
 
 def _text(value: object) -> str:

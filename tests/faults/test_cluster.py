@@ -15,6 +15,7 @@ from typing import Any
 import dask
 import distributed
 import numpy as np
+import psutil
 import pytest
 import torch
 import xarray
@@ -347,13 +348,36 @@ def test_batches_that_are_halved_are_counted_over_all_workers(small: SmallCluste
         assert found.details["halved_batches"] == 9
 
 
-def test_processes_of_this_machine_see_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_this_machine_see_a_device_each_and_no_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process sees is real; that there are two devices is not."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     with connected(None, 2, "cuda") as client:
+        client.wait_for_workers(2)
         found = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+        blocked = client.run(signal.pthread_sigmask, signal.SIG_BLOCK, ())
     assert sorted(found.values()) == ["4", "7"]
+    assert all(signal.SIGINT in signals for signals in blocked.values())
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_interrupt_while_processes_start_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    started = set[psutil.Process]()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        until(lambda: any("spawn_main" in word for child in children() for word in child.cmdline()))
+        started.update(children())
+        raise KeyboardInterrupt
+
+    def children() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True)) - before
+
+    monkeypatch.setattr(distributed.Client, "wait_for_workers", interrupt)
+    with pytest.raises(KeyboardInterrupt), connected(None, 1):
+        pass
+    assert started
+    assert not [child for child in children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_workers_get_their_number_among_those_of_their_host(

@@ -37,6 +37,7 @@ def test_a_status_says_what_is_done_failed_and_left_and_at_what_speed(children: 
     assert found.seconds_left == pytest.approx(4 / found.patches_per_second)
     assert "45 of 49" in str(found)
     assert "left for the call that resumes" in str(found)
+    assert repr(found) == str(found)  # what a console and a notebook show
     assert json.loads(found.to_json())["seconds_left"] == found.seconds_left
     assert children.run(job) == 0
     done = oocpatch.status(job.output)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -246,4 +247,17 @@ def test_a_drawing_of_a_million_blocks_is_small(scan: Path) -> None:
     assert plan.blocks > 10**6
     html = plan._repr_html_()
     assert len(html) < 400_000
-    assert "256x256 blocks, the first 16x16 drawn" in html
+    assert "256x256 blocks, the first 16x16 drawn" in plan.draw()
+
+
+def test_a_notebook_shows_the_rows_of_a_plan_and_its_drawing_as_an_image(scan: Path) -> None:
+    plan = oocpatch.plan("scan.zarr", "identity", "out.zarr", patch_size=16, workers=2, processes=True)
+    html = plan._repr_html_()
+    table, _, image = html.partition("</table>")
+    cells = [text.split(">")[-1] for text in table.split("</td>")[:-1]]
+    printed = [line.split(maxsplit=1) for line in str(plan).splitlines()]
+    assert [[name, unescape(text)] for name, text in zip(cells[::2], cells[1::2], strict=True)] == printed
+    assert printed[-2][0] == "workers"  # which the plan of a run has, and not the plan itself
+    # The styles of a drawing within the page would apply to all of it.
+    assert base64.b64decode(image.partition("base64,")[2].rstrip('">')).decode() == plan.draw()
+    assert "<style" not in html
