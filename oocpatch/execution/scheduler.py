@@ -7,6 +7,7 @@ block are deleted only when every block that reads them is recorded and the reco
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -89,7 +90,9 @@ class ThreadExecutor:
 
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task."""
-        delayed_task = delayed(with_retries(self.run_task), pure=False, traverse=False)(task)
+        # The task is bound: as an argument, Dask would look through it for collections.
+        run = functools.partial(with_retries(self.run_task), task)
+        delayed_task = delayed(run, pure=False, traverse=False)()
         # The scheduler itself: given its name, Dask imports all of distributed to look for a client.
         return self.pool.submit(delayed_task.compute, scheduler=get_sync, optimize_graph=False)
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from oocpatch.errors import CorruptPartial
 from oocpatch.planning.blocks import BlockGrid
@@ -38,34 +37,28 @@ from oocpatch.workspace.ledger import NO_PARTIALS, PartialsRef
 
 Array = npt.NDArray[Any]
 MANIFEST = "manifest.json"
-WRITE_ALL: Any = {"write_empty_chunks": True}
-"""Setting of zarr to write chunks without looking whether they are all NaN, which takes three copies of each."""
 
 
-def plain_array(folder: StoragePath, name: str, shape: Ints, chunks: Ints, dtype: str) -> zarr.Array[Any]:
-    """Create an uncompressed array; one of the same name was made by the same plan, and is taken as it is."""
-    store = folder.store()
-    try:
-        return zarr.create_array(
-            store,
-            name=name,
-            shape=shape,
-            chunks=chunks,
-            dtype=dtype,
-            zarr_format=3,
-            fill_value=_fill(dtype),
-            compressors=None,
-            filters=None,
-            chunk_key_encoding={"name": "default", "separator": "."},  # no directories
-            config=WRITE_ALL,
-        )
-    except zarr.errors.ContainsArrayError:
-        return zarr.open_array(store, path=name, mode="r+", config=WRITE_ALL)
+def write_metadata(folder: StoragePath, shape: Ints, chunks: Ints, dtype: str) -> None:
+    """Write the metadata of an uncompressed Zarr array whose chunks are written by the caller.
 
-
-def _fill(dtype: npt.DTypeLike) -> float:
-    # NaN: a chunk that was never written must not look like a zero sum.
-    return np.nan if np.dtype(dtype).kind == "f" else 0
+    By hand: zarr looks for groups and arrays above before it creates one, which takes as long as computing a small
+    block.
+    """
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},  # no directories
+        # NaN: a chunk that was never written must not look like a zero sum.
+        "fill_value": "NaN" if np.dtype(dtype).kind == "f" else np.zeros((), dtype).item(),
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "attributes": {},
+    }
+    folder.make_folder()
+    (folder / "zarr.json").write_plain(json.dumps(metadata).encode())
 
 
 class PartialWriter:
@@ -89,12 +82,12 @@ class PartialWriter:
         with self._lock:
             if name not in self._manifest:
                 shape = (len(data), *box.shape)
-                plain_array(self._folder / str(head), piece, shape, chunk, str(data.dtype))
+                write_metadata(self._folder / name, shape, chunk, str(data.dtype))
                 self._manifest[name] = {"dtype": str(data.dtype), "channels": len(data), "steps": {}}
         whole = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
         crc = checksum(whole)
         if whole.shape != chunk:  # the last step
-            whole = np.full(chunk, _fill(data.dtype), whole.dtype)
+            whole = np.zeros(chunk, whole.dtype)
             whole[tuple(slice(n) for n in data.shape)] = data
         place = self._folder / name / _chunk_key(box, part, chunk)
         place.write_plain(whole.reshape(-1).view(np.uint8).data)

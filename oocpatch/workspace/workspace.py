@@ -24,7 +24,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
 from oocpatch.errors import CorruptData, RunMismatch
 from oocpatch.planning.plan import Plan
@@ -32,7 +31,7 @@ from oocpatch.planning.windows import axis_weights
 from oocpatch.storage.checksums import text_checksum
 from oocpatch.storage.paths import LocalPath, StoragePath, remove_trees
 from oocpatch.workspace.ledger import WHOLE, Ledger, PartialsRef, join_segments, segments, table_key
-from oocpatch.workspace.partials import PartialReader, PartialWriter, plain_array
+from oocpatch.workspace.partials import PartialReader, PartialWriter, write_metadata
 from oocpatch.workspace.run_progress import RunProgress
 from oocpatch.workspace.stored_outputs import StoredOutputs
 
@@ -107,8 +106,9 @@ class Workspace:
             if head.needs_weights:
                 for name, axis in zip(self.plan.axes, frame.grid.axes, strict=True):
                     values = axis_weights(head.window, axis)
-                    place = self.root / "weights" / str(number)
-                    plain_array(place, name, values.shape, values.shape, "float64")[:] = values
+                    place = self.root / "weights" / str(number) / name
+                    write_metadata(place, values.shape, values.shape, "float64")
+                    (place / "c.0").write_plain(values.astype("<f8").data)
 
     def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
         """Read the weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.
@@ -117,15 +117,16 @@ class Workspace:
             CorruptData: when they cannot be read.
         """
         place = self.root / "weights" / str(head)
-        store = place.store()
-        try:
-            arrays = [zarr.open_array(store, path=name, mode="r") for name in self.plan.axes]
-            return [np.asarray(array[:], dtype=np.float64) for array in arrays]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptData(
-                f"the weights in {place} are not what was written ({type(error).__name__}); "
-                "the same call writes them anew"
-            ) from error
+        weights = []
+        for name, axis in zip(self.plan.axes, self.plan.frames[head].grid.axes, strict=True):
+            try:
+                values = (place / name / "c.0").read_array("float64", (axis.length,))
+            except FileNotFoundError:
+                values = None
+            if values is None:
+                raise CorruptData(f"the weights in {place} are not what was written; the same call writes them anew")
+            weights.append(values)
+        return weights
 
     def writer(self, block: int) -> PartialWriter:
         """Return a writer of the partials of one attempt at a block."""
