@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # Before torch is loaded: its threads would spin while they wait for work, and take the cores from other tests. With
 # three workers on two cores that was half of the CPU time of a test that trains a network; values stay the same.
@@ -20,10 +19,9 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tests.support")  # their asserts hold under `python -O`, too
 
 from oocpatch.cli.main import main  # noqa: E402 - rewritten
-
-if TYPE_CHECKING:  # they import torch, see tests.without_torch
-    from tests.support.children import Children
-    from tests.support.crash_child import Job
+from tests.support.children import Children  # noqa: E402 - rewritten
+from tests.support.crash_child import Job, make_volume  # noqa: E402 - rewritten
+from tests.support.small_run import TINY, job_in, small_run  # noqa: E402 - rewritten
 
 # Directories that tests make by themselves lie where pytest's do.
 tempfile.tempdir = os.environ.get("PYTEST_DEBUG_TEMPROOT") or None
@@ -68,8 +66,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def children() -> Iterator[Children]:
     """Processes to run jobs in, and to kill."""
-    from tests.support.children import Children  # noqa: PLC0415 - see above
-
     with Children() as running:
         yield running
 
@@ -77,17 +73,12 @@ def children() -> Iterator[Children]:
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     """The run over two axes, with nothing done yet."""
-    from tests.support.small_run import small_run  # noqa: PLC0415 - see above
-
     return small_run(tmp_path)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Job:
     """Two blocks on one axis with a seam between them: every kind of write, as few as possible."""
-    from tests.support.crash_child import make_volume  # noqa: PLC0415 - see above
-    from tests.support.small_run import TINY, job_in  # noqa: PLC0415 - see above
-
     make_volume(tmp_path / "volume.zarr", (16,), (8,))
     return job_in(tmp_path, **TINY)
 

@@ -21,6 +21,7 @@ from oocpatch.storage import object_store as objects
 from tests.conftest import Command
 from tests.support.children import file_digests
 from tests.support.stores import Bucket, served, with_environment
+from tests.without_linux import needs_fork
 
 DATA = np.arange(1, 24 * 32 + 1, dtype=np.float32).reshape(24, 32)
 ODD = "a name/with #1 50% %20 ü & <more>?.zarr"
@@ -105,6 +106,7 @@ def test_a_volume_that_cannot_be_read_is_one_message(
     assert "oocpatch[s3]" in said(url)
 
 
+@needs_fork
 def test_a_forked_process_gets_an_error_instead_of_hanging(bucket: Bucket, volume: Path) -> None:
     scan = oocpatch.Subject(scan=oocpatch.Volume(bucket.upload(volume, "volume.zarr")))
     loader = torch.utils.data.DataLoader(oocpatch.GridSampler(scan, 8), num_workers=1, multiprocessing_context="fork")

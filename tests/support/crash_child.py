@@ -22,13 +22,15 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
 import zarr
 
 import oocpatch
+
+if TYPE_CHECKING:
+    import torch
 
 DIED = 99
 INTERRUPTED = 130
@@ -87,6 +89,8 @@ JOB = Job("", "", os.devnull, os.devnull)
 
 def scripted_model(patches: torch.Tensor) -> Any:
     """Depends on the position within the patch: a patch that ends up in the wrong place shows."""
+    import torch  # noqa: PLC0415 - see tests.without_torch
+
     first = patches.reshape(len(patches), -1)[:, 0].tolist()
     log = os.open(JOB.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(log, json.dumps([os.getpid(), *first]).encode() + b"\n")
@@ -105,6 +109,8 @@ def scripted_model(patches: torch.Tensor) -> Any:
 
 def objects_of(patches: torch.Tensor) -> torch.Tensor:
     """Objects of three voxels with a gap after each, numbered from 1 in every patch."""
+    import torch  # noqa: PLC0415 - see tests.without_torch
+
     places = patches.to(torch.int64) - 1
     numbers = places // 4 - places.reshape(len(places), -1).amin(1).reshape(-1, *(1,) * (places.ndim - 1)) // 4 + 1
     return torch.where(places % 4 == 3, 0, numbers)

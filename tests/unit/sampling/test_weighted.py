@@ -27,6 +27,7 @@ from oocpatch.sampling.map_cells import Cells, RecentCells, pick
 from oocpatch.sampling.subject import as_volume
 from tests.support.cases import law, scratch
 from tests.support.draws import assert_fits, centre_distribution, corners, drawn, torchio_subject
+from tests.without_linux import needs_fork
 
 Ints = tuple[int, ...]
 Array = np.ndarray[Any, Any]
@@ -573,6 +574,7 @@ def test_a_pass_can_be_made_ahead(tmp_path: Path, passes: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@needs_fork
 def test_processes_that_ask_at_once_make_one_pass() -> None:
     with scratch() as root:
         stored(root, prior((12, 12)), (4, 4))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import oocpatch
 from oocpatch.sampling.random_streams import Share
 from tests.support.draws import torchio_subject
+from tests.without_linux import needs_fork
 
 pytestmark = [
     # Python 3.12 and later warn of every fork in a process that has threads, as Zarr's; what follows needs forks.
@@ -94,7 +95,7 @@ def test_workers_of_torchio_each_draw_all_patches() -> None:
     assert sum(len(batch) for batch in loader) == 60
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=needs_fork), "spawn"])
 def test_workers_may_be_started_in_any_way(method: str, subject: oocpatch.Subject) -> None:
     grid = oocpatch.GridSampler(subject, 8, 2)
     assert Counter(loaded(grid, 2, multiprocessing_context=method)) == Counter(p.index for p in grid.locations)
@@ -185,6 +186,7 @@ def rank_main(rank: int, folder: Path, subject: oocpatch.Subject) -> None:
     torch.distributed.destroy_process_group()
 
 
+@needs_fork
 def test_ranks_share_out_the_patches_that_one_process_yields(subject: oocpatch.Subject, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=rank_main, args=(rank, tmp_path, subject)) for rank in range(2)]

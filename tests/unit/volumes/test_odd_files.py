@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import oocpatch
 from oocpatch.planning.box import Box
+from tests.without_linux import needs_fork
 
 STACK = np.random.default_rng(0).integers(1, 1000, (2, 3, 4, 16, 24)).astype(np.uint16)  # t, z, c, y, x
 PLANE = STACK[0, 0, 0]
@@ -79,6 +80,7 @@ def test_an_array_that_was_shrunk_and_grown_is_read_as_zarr_reads_it(options: di
     np.testing.assert_array_equal(read(tmp_path / "a.zarr")[0], expected)
 
 
+@needs_fork
 def test_forked_workers_each_read_an_hdf5_file_for_themselves(tmp_path: Path) -> None:
     """They would share the position in the file that their parent has opened."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
