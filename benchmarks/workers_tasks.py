@@ -17,7 +17,7 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.measure import answer
+from benchmarks.measure import answer, measured
 from oocpatch.engine.stages import TaskResult
 from oocpatch.execution import scheduler
 from oocpatch.execution.dask_clients import connected
@@ -108,9 +108,10 @@ def simulate(directory: str, edge: int, workers: int, patch: int, seconds: float
         to_normalize=every,
         order=plan.in_order(every),
     )
-    with mock.patch.object(scheduler, "wait", virtual.wait):
+    with mock.patch.object(scheduler, "wait", virtual.wait), measured() as usage:
         stages.execute(virtual)
-    ledger.close()
+        ledger.close()
+    ledger_bytes = sum(file.stat().st_size for file in Path(directory).glob(f"{path.name}*"))
     path.unlink()
     assert len(progress.partials) == plan.blocks
     assert math.isclose(sum(map(plan.patches_in, ([i] for i in every))), plan.patches)
@@ -122,6 +123,10 @@ def simulate(directory: str, edge: int, workers: int, patch: int, seconds: float
         "patches": plan.patches,
         "busy": virtual.busy / (workers * virtual.now),
         "planned_idle": planned.idle,
+        "hours": virtual.now / 3600,
+        "driver_cpu": usage.cpu,
+        "driver_memory": usage.peak,
+        "ledger": ledger_bytes,
     }
 
 

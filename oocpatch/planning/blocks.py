@@ -36,7 +36,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ from oocpatch.planning.grid import GridAxis, PatchGrid, Scale
 Offset = Ints
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockAxis:
     """The cores of one axis, in voxels.
 
@@ -68,7 +68,12 @@ class BlockAxis:
     step: int
     blocks: int | None = None
 
-    @property
+    @classmethod
+    def of(cls, grid: GridAxis, core: int, unit: int, *, crop: bool, swept: bool) -> BlockAxis:
+        """Return the cores of the given length, rounded up to whole write units and to at least `patch - 1`."""
+        return cls(grid, core_length(grid, core, unit), crop, sweep_step(grid, unit) if swept else unit)
+
+    @cached_property
     def count(self) -> int:
         if self.blocks is not None:
             return self.blocks
@@ -150,7 +155,7 @@ def offsets(ndim: int) -> list[Offset]:
     return sorted((e for e in itertools.product((0, 1), repeat=ndim) if any(e)), key=lambda e: (sum(e), e))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockGrid:
     """All blocks of a run. The cores of all blocks cover the volume exactly once.
 
@@ -169,28 +174,20 @@ class BlockGrid:
     @classmethod
     def of(cls, grid: PatchGrid, core: Ints, unit: Ints, sweep: int, *, crop: bool) -> BlockGrid:
         """Return blocks with the given core, rounded up to whole write units and to at least `patch_size - 1`."""
-        return cls(
-            tuple(
-                BlockAxis(g, core_length(g, c, u), crop, sweep_step(g, u) if a == sweep else u)
-                for a, (g, c, u) in enumerate(zip(grid.axes, core, unit, strict=True))
-            ),
-            sweep,
-        )
+        axes = enumerate(zip(grid.axes, core, unit, strict=True))
+        return cls(tuple(BlockAxis.of(g, c, u, crop=crop, swept=a == sweep) for a, (g, c, u) in axes), sweep)
 
     def scaled(self, scale: tuple[Scale, ...], unit: Ints, *, crop: bool) -> BlockGrid:
         """Return the same blocks in an output at another scale, with write units of its own."""
-        axes = []
-        for a, (axis, s, u) in enumerate(zip(self.axes, scale, unit, strict=True)):
-            grid = axis.grid.scaled(s)
-            step = sweep_step(grid, u) if a == self.sweep else u
-            axes.append(BlockAxis(grid, axis.size * s[0] // s[1], crop, step, axis.count))
-        return BlockGrid(tuple(axes), self.sweep)
+        axes = enumerate(zip(self.axes, scale, unit, strict=True))
+        scaled = tuple(_scaled_axis(axis, s, u, crop=crop, swept=a == self.sweep) for a, (axis, s, u) in axes)
+        return BlockGrid(scaled, self.sweep)
 
-    @property
+    @cached_property
     def grid(self) -> PatchGrid:
         return PatchGrid(tuple(a.grid for a in self.axes))
 
-    @property
+    @cached_property
     def counts(self) -> Ints:
         return tuple(a.count for a in self.axes)
 
@@ -204,7 +201,7 @@ class BlockGrid:
         """Voxels along the swept axis that are written at a time."""
         return self.axes[self.sweep].step
 
-    @property
+    @cached_property
     def num_blocks(self) -> int:
         """Number of blocks, without the limit of `len`, `sys.maxsize`."""
         return math.prod(self.counts)
@@ -272,6 +269,14 @@ class BlockGrid:
                 if not neighbour.seam(offset).empty:
                     sources.append((offset, neighbour))
         return sources
+
+
+@lru_cache(maxsize=4096)  # block grids that a planner compares share their axes
+def _scaled_axis(axis: BlockAxis, scale: Scale, unit: int, *, crop: bool, swept: bool) -> BlockAxis:
+    """Return the same cores in an output at another scale."""
+    grid = axis.grid.scaled(scale)
+    step = sweep_step(grid, unit) if swept else unit
+    return BlockAxis(grid, axis.size * scale[0] // scale[1], crop, step, axis.count)
 
 
 def core_length(axis: GridAxis, requested: int, unit: int) -> int:

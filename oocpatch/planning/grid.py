@@ -47,6 +47,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from oocpatch.planning.box import Box, Ints, ceil_to, unravel
 from oocpatch.planning.html_parts import image_of
@@ -55,7 +56,7 @@ Scale = tuple[int, int]
 """Voxels of an output per voxel of the volume, as a reduced fraction: numerator, denominator."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GridAxis:
     """The patch starts of one axis, in voxels of the unpadded volume.
 
@@ -104,7 +105,7 @@ class GridAxis:
             return self.end
         return max(self.first, ceil_to(self.length - self.first - self.patch, self.snap))
 
-    @property
+    @cached_property
     def count(self) -> int:
         return 1 + -(-(self.last - self.first) // self.stride)
 
@@ -248,7 +249,7 @@ def _half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PatchGrid:
     """The product of its axes: `len`, `[i]` and iteration are arithmetic, whatever the number of patches.
 
@@ -297,11 +298,11 @@ class PatchGrid:
     def patch_size(self) -> Ints:
         return tuple(a.patch for a in self.axes)
 
-    @property
+    @cached_property
     def counts(self) -> Ints:
         return tuple(a.count for a in self.axes)
 
-    @property
+    @cached_property
     def num_patches(self) -> int:
         """Number of patches, without the limit of `len`, `sys.maxsize`."""
         return math.prod(self.counts)

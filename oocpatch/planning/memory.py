@@ -184,24 +184,24 @@ def layers_per_group(frame: Frame, batch_size: int) -> int:
     return max(1, -(-batch_size // max(1, math.prod(max(s.patch_count for s in t.spans) for t in totals))))
 
 
-def traffic(
-    frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, concurrency: int, *, aligned_reads: bool
-) -> Traffic:
+def traffic(frame: Frame, heads: tuple[Frame, ...], sizes: ByteSizes, concurrency: int) -> dict[bool, Traffic]:
     """Return disk and traffic of a run whose blocks are given in the frames of the volume and of each head.
 
-    The number of partials that are stored at a time depends on `concurrency`, the blocks computed at a time.
+    By whether reads along the swept axis end at chunk borders. The number of partials that are stored at a time depends
+    on `concurrency`, the blocks computed at a time.
     """
     totals, sweep = frame.totals, frame.blocks.sweep
     stored = sum((f.seam_voxels + f.open_voxels) * h.sum_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     stored += sum(_patch_voxels(f) * f.blocks.grid.num_patches for f, h in _of_objects(heads, sizes))
-    swept = totals[sweep].decoded if aligned_reads else _decoded_unaligned(frame, sizes.in_chunks[sweep])
-    decoded = swept * math.prod(t.decoded for a, t in enumerate(totals) if a != sweep)
+    swept = {True: totals[sweep].decoded, False: _decoded_unaligned(frame, sizes.in_chunks[sweep])}
+    plane = math.prod(t.decoded for a, t in enumerate(totals) if a != sweep) * sizes.in_voxel_bytes
     written = sum(math.prod(f.blocks.grid.shape) * h.out_voxel_bytes for f, h in zip(heads, sizes.heads, strict=True))
     rows = frame.blocks.grid.num_patches * sizes.row_bytes  # in the workspace, and then in the output
     disk = _disk(frame.blocks, heads, sizes, stored, concurrency)
     if rows:
         disk += rows + frame.blocks.num_blocks * (PIECE_BYTES + 2 * rows // ROWS_FILE_BYTES // frame.blocks.num_blocks)
-    return Traffic(disk, decoded * sizes.in_voxel_bytes + stored + rows, written + stored + 2 * rows)
+    more, moved = stored + rows, written + stored + 2 * rows
+    return {aligned: Traffic(disk, planes * plane + more, moved) for aligned, planes in swept.items()}
 
 
 def _of_objects(heads: tuple[Frame, ...], sizes: ByteSizes) -> list[tuple[Frame, Head]]:
@@ -365,8 +365,8 @@ def _disk(blocks: BlockGrid, heads: tuple[Frame, ...], sizes: ByteSizes, stored:
     pieces = len(heads) * alive * PIECE_BYTES * ((1 << len(blocks.axes)) + len(blocks.axes))
     partials = 0
     for frame, head in zip(heads, sizes.heads, strict=True):
-        reach = math.prod(max(s.reach for s in t.spans) for t in frame.totals)
-        direct = math.prod(min(s.shortest_direct for s in t.spans) for t in frame.totals)
+        reach = math.prod(t.reach for t in frame.totals)
+        direct = math.prod(t.shortest_direct for t in frame.totals)
         partials += alive * (reach - direct) * head.sum_voxel_bytes
     if alive == blocks.num_blocks:
         partials = stored

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from oocpatch.errors import PlanTooLarge
-from oocpatch.planning.blocks import BlockGrid, core_length
+from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
@@ -113,8 +113,7 @@ def _with_io(grids: list[BlockGrid], sizes: ByteSizes, threads: int) -> list[_Ca
     for blocks in grids:
         frame = Frame.of(blocks, sizes.in_chunks, sizes.context)
         heads = tuple(Frame.of(blocks.scaled(h.scale, h.unit, crop=h.crop)) for h in sizes.heads)
-        for aligned_reads in (True, False):
-            moved = traffic(frame, heads, sizes, NOMINAL[0], aligned_reads=aligned_reads)
+        for aligned_reads, moved in traffic(frame, heads, sizes, NOMINAL[0]).items():
             strategies = (IoStrategy(aligned_reads, prefetch, threads) for prefetch in (True, False))
             candidates += [_Candidate(frame, heads, sizes, strategy, moved) for strategy in strategies]
     return candidates
@@ -224,8 +223,10 @@ def _block_grids(grid: PatchGrid, unit: Ints, block_shape: Ints | None, *, crop:
     few = 12 if ndim <= 3 else 6
     lengths = [_core_lengths(g, u, few) for g, u in zip(grid.axes, unit, strict=True)]
     for sweep in range(ndim):
-        for core in itertools.product(*lengths):
-            yield BlockGrid.of(grid, core, unit, sweep, crop=crop)
+        per_axis = enumerate(zip(grid.axes, unit, lengths, strict=True))
+        axes = [[BlockAxis.of(g, n, u, crop=crop, swept=a == sweep) for n in some] for a, (g, u, some) in per_axis]
+        for of_grid in itertools.product(*axes):  # which share them, and what they have computed
+            yield BlockGrid(of_grid, sweep)
 
 
 def _core_lengths(axis: GridAxis, unit: int, few: int) -> list[int]:

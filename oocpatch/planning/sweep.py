@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from oocpatch.planning.blocks import BlockAxis, BlockGrid
 from oocpatch.planning.box import Ints, ceil_to
@@ -130,7 +130,7 @@ class Span:
         return self.core - self.open
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AxisTotals:
     """Sums over the blocks of one axis, in voxels, and bounds on the first block, those between, and the last one.
 
@@ -142,6 +142,16 @@ class AxisTotals:
     halo: int
     open: int
     spans: tuple[Span, ...]
+
+    @cached_property
+    def reach(self) -> int:
+        """Length of the longest core with its halo."""
+        return max(span.reach for span in self.spans)
+
+    @cached_property
+    def shortest_direct(self) -> int:
+        """Least length of a core that no seam enters."""
+        return min(span.shortest_direct for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ def test_plans_keep_the_limits_and_do_not_vary(
         return
     choice = planned(*geometry, Workload(operations), memory=memory)
     assert choice == planned(*geometry, Workload(operations), memory=memory)
-    assert choice.projection.memory(choice.concurrency) <= memory
+    assert choice.projection.main.memory(choice.concurrency) <= memory
     lost = without.concurrency * without.blocks.patches_per_block
     if operations / 5e10 * lost <= LIGHT_SECONDS:
         assert choice == without, "a light model"
