@@ -110,7 +110,7 @@ def test_a_tight_limit_changes_no_value(mode: str, order: str, known: bool, tmp_
     stated = (8, 8) if known else (0, 0)
     if order == "shuffled":
         random.Random(3).shuffle(patches)
-    loop = Loop((160, 192), mode, stated, patches, (8, 8))
+    loop = Loop((160, 192), mode, stated, patches, (16, 16))
     aggregator = loop.aggregator(store=tmp_path / "out.zarr", max_memory="128KiB")
     add(aggregator, patches, 3)
     spilled = list((tmp_path / "out.zarr.oocpatch").glob("*/tiles/*"))
