@@ -26,7 +26,7 @@ from oocpatch.errors import RunMismatch
 from oocpatch.models.compilation import check_compilation
 from oocpatch.models.loading import Model
 from oocpatch.models.options import ModelOptions
-from oocpatch.models.packages.package import ModelPackage, Refused, load_package
+from oocpatch.models.packages.package import ModelPackage, Refused, check_axes, load_package
 from oocpatch.models.pipeline import Identity, Pipeline, identity_of, load
 from oocpatch.models.postprocessing import joins_voxels
 from oocpatch.models.preprocessed_volume import Normalization, interpolates_beyond, nonzero_box
@@ -467,8 +467,9 @@ def _read_volume(
         data = stacked_on_grid({name: one for name, (one, _) in on_grid.items()})
         return volumes, stacked_on_grid({first: volumes[first]}), data, on_grid[first][1], None
     own = base = stacked_on_grid(volumes) if is_several else volumes["volume"]
-    _check_axes(of_package.get("patch_size"), own)
-    if normalizes:
+    check_axes(of_package.get("patch_size"), own.names[-own.spatial_ndim :])
+    if package is not None and normalizes:
+        package.check_channels(own.channels)
         normalization, arguments = _normalization(own, arguments), {**arguments, "preprocess": None}
         base = normalization.over(own)
     data, arguments = _on_grid(base, volume, arguments, normalization)
@@ -558,20 +559,6 @@ def settings_of_package(package: ModelPackage | None, arguments: Mapping[str, An
         if isinstance(value, Refused):
             raise ValueError(str(value))
     return settings
-
-
-def _check_axes(patch_size: Any, volume: Volume) -> None:
-    """Refuse a volume of other spatial axes than the patches of a model package.
-
-    Raises:
-        ValueError: naming the axes.
-    """
-    if isinstance(patch_size, tuple) and len(patch_size) != volume.spatial_ndim:
-        names = ", ".join(volume.names[-volume.spatial_ndim :])
-        raise ValueError(
-            f"the model package takes patches of {len(patch_size)} spatial axes, and the volume has "
-            f"{volume.spatial_ndim} ({names}); name its axes with axes, such as tyx to loop over the first of three"
-        )
 
 
 def _without_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,5 +158,12 @@ def test_a_volume_with_other_channels_or_axes_is_refused(tmp_path: Path) -> None
     spec, scan = f"nnunet:{tmp_path}/folder", scan_of(CASES["ct"], "zyx")
     with pytest.raises(ValueError, match=r"takes 1 channel\(s\), and the volume has 2"):
         predict(xr.concat([scan, scan], "c"), spec, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"of 3 spatial axes \(z, y, x\), and the volume has 2 \(y, x\); name its axes"
+    ):
+        predict(scan[0], spec, tmp_path / "out")
     with pytest.raises(ValueError, match=r"spatial axes of the volume \(z, q, x\)|must name spatial axes|z, q, x"):
         predict(scan.rename({"y": "q"}), spec, tmp_path / "out")
+    CASES["two channels, regions"].write(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"takes 2 channel\(s\), and the volume has 1"):
+        predict(scan, f"nnunet:{tmp_path}/two", tmp_path / "out")

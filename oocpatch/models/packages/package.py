@@ -93,6 +93,33 @@ class ModelPackage:
             digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
         return digest.hexdigest()
 
+    def check_channels(self, channels: int) -> None:
+        """Refuse a volume of other channels than the models take, before its channels are preprocessed.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        spec = getattr(self.models[0], "input_spec", InputSpec())
+        InputSpec(channels=spec.channels).validate(channels, ())
+
+
+def check_axes(patch_size: Any, names: Sequence[str]) -> None:
+    """Refuse spatial axes, by their names, that the patches of a package do not have.
+
+    Raises:
+        ValueError: naming the axes.
+    """
+    if isinstance(patch_size, Mapping):
+        is_right, shown = set(patch_size) == set(names), f" ({', '.join(patch_size)})"
+    else:
+        is_right, shown = not isinstance(patch_size, tuple) or len(patch_size) == len(names), ""
+    if not is_right:
+        raise ValueError(
+            f"the model package takes patches of {len(patch_size)} spatial axes{shown}, and the volume has "
+            f"{len(names)} ({', '.join(names)}); name its axes with axes, such as tyx to loop over the first of three, "
+            "or give a picture an axis of one voxel"
+        )
+
 
 class NamedAxes(nn.Module):
     """A network that takes its spatial axes in another order than the volume's; of two axes, slices of patches.
