@@ -103,6 +103,28 @@ def test_memory_does_not_grow_with_the_volume(measured: Measured) -> None:
     assert large["added"] <= small["added"] * 1.15 + 4 * MIB
 
 
+def test_resampling_adds_no_more_memory_than_its_plan_and_its_limit(measured: Measured, tmp_path: Path) -> None:
+    """Patches of larger voxels, and scores that come back to the grid of the volume."""
+    axes = [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
+    scale = [{"type": "scale", "scale": [1.0, 1.0, 1.0]}]
+    image = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": scale}]}
+    group = zarr.create_group(
+        tmp_path / "volume96.zarr", attributes={"ome": {"version": "0.5", "multiscales": [image]}}
+    )
+    group.create_array("0", shape=(96, 256, 256), chunks=(64, 64, 64), dtype="float32", fill_value=1)
+    settings = {"patch_overlap": 8, "spacing": 1.5, "output_format": "zarr"}
+    assert_within_bounds(measured(96, **settings, max_memory=48 * MIB), 48 * MIB)
+
+
+def test_computing_a_lazy_result_adds_no_more_memory_than_its_limit(children: Children, tmp_path: Path) -> None:
+    """But for the chunks that Dask keeps until they are summed: one for each of its threads, and one that waits."""
+    zarr.create_array(tmp_path / "in.zarr", shape=(64, 256, 256), chunks=(64, 64, 64), dtype="float32", fill_value=1)
+    options = {"axes": "zyx", "patch_size": 32, "patch_overlap": 16, "workers": 2, "max_memory": 32 * MIB}
+    run = children.measure("tests.support.memory_child", tmp_path / "in.zarr", "", {**options, "lazy": True})
+    assert (run["mean"], run["chunks"]) == (pytest.approx(2), 16)
+    assert run["added"] <= 32 * MIB + 4 * MIB
+
+
 def test_labelling_adds_no_more_memory_than_its_plan_and_its_limit(children: Children, tmp_path: Path) -> None:
     """Noise has an object in every twelfth voxel, a hundred thousand of which blocks share."""
     noise = np.random.default_rng(0).random((128, 192, 192)) < 0.2

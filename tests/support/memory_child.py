@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
+import dask
 import numpy as np
 import psutil
 import torch
@@ -71,6 +72,17 @@ def light(patches: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid((patches[:, :2].float() - 1) / 30) * 4
 
 
+def added_by_lazy(volume: str, options: dict[str, Any]) -> dict[str, float]:
+    """Return the bytes that computing all chunks of a lazy result adds, each dropped when it is summed."""
+    workers = options.pop("workers")
+    before = psutil.Process().memory_info().rss
+    with PeakSampler() as sampler:
+        result = oocpatch.lazy(volume, add_one, progress=False, **options)
+        with dask.config.set(scheduler="threads", num_workers=workers):
+            mean = float(result.data.mean(dtype="float64", split_every=4).compute())
+    return {"added": sampler.peak - before, "mean": mean, "chunks": result.data.npartitions}
+
+
 def main(volume: str, output: str, options: dict[str, Any]) -> None:
     """Print `{"added", "projected", "written"}` in bytes, and the extremes of the output."""
     if options.pop("staged", False):  # the CPU stands in for a device with memory of its own
@@ -84,6 +96,9 @@ def main(volume: str, output: str, options: dict[str, Any]) -> None:
         arguments |= {name: options[name] for name in ("workers", "output_format") if name in options}
         oocpatch.predict(small, add_one, f"{warm_up}/out", **arguments)
     model = light if options.pop("light", False) else add_one
+    if options.pop("lazy", False):
+        sys.stdout.write(json.dumps(added_by_lazy(volume, options)))
+        return
     plan = oocpatch.plan(volume, model, output, progress=False, **options)
     before = psutil.Process().memory_info().rss
     with PeakSampler() as sampler:

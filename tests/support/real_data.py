@@ -6,6 +6,8 @@
   sides are multiples of 32 and gives two channels of probabilities, of which the second is brain.
 - Nuclei in two and in three dimensions, each with a mask of labels, and stained tissue (H&E): in the wheel of
   `stardist` 0.9.2 (BSD-3-Clause).
+- A network of platelets with its source and the loop that applies it: in the source distribution of
+  `platelet-unet-watershed` 0.0.3 (BSD-3-Clause).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -37,12 +40,16 @@ SHA256 = {
     "mask2d.tif": "59ad5e820b7982ca9d13e946fa6e7f64e2714899e00a2ae6c69aa79aad53d46f",
     "img3d.tif": "f5626d500c7a738cd321698f43df36e2ac149d98456579c5cbcf8af48c7253e8",
     "mask3d.tif": "a2ff51b712941a90cf3a5628b11f04f5d7fa3f29c808c065d3be6ff938b215a1",
+    "plateseg/data/unet-210913-zyxmc.pt": "283aa574016dfaa064f7ae0596d352221c89f37c878e8fd2183603f01d3a334f",
+    "plateseg/unet.py": "44e1b8f8a1ae81603e2c477d935a6d37e03c4709594d8e28fe6087c0f4c92ce4",
+    "plateseg/predict.py": "08d0eb23ef0866b9817b601325eb98e08bca10dd5d78025b449d73a5a35e1716",
     "histo.jpg": "1b4f4cf440f22438d114ac629d102d2b403ff1d22ae8b00b1c674bfbca410a02",
 }
 """Of the files as they are used; the scans uncompressed, since a repackaging may compress them anew."""
 
 SCANS = ("ch2.nii", "ch2bet.nii", "aal.nii", "AICHAmc.nii")
 NETWORK = ("bbox_model.pt",)
+PLATELETS = ("plateseg/data/unet-210913-zyxmc.pt", "plateseg/unet.py", "plateseg/predict.py")
 NUCLEI = ("img2d.tif", "mask2d.tif", "img3d.tif", "mask3d.tif", "histo.jpg")
 
 
@@ -96,6 +103,21 @@ class Nuclei:
     stained: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Platelets:
+    """Where the files lie.
+
+    Attributes:
+        weights: a state dict.
+        source: the file of the class `UNet`, of three axes; sides of patches in the plane are multiples of 16.
+        loop: the file of the functions that cut a volume into chunks and apply the network.
+    """
+
+    weights: Path
+    source: Path
+    loop: Path
+
+
 def fetch() -> RealData:
     """Download what is not yet in the cache, `$OOCPATCH_CACHE` or a folder below the temporary one.
 
@@ -111,6 +133,11 @@ def fetch_nuclei() -> Nuclei:
     return Nuclei(*_cached(NUCLEI, _fetch_nuclei))
 
 
+def fetch_platelets() -> Platelets:
+    """The same for the network of platelets."""
+    return Platelets(*_cached(PLATELETS, _fetch_platelets))
+
+
 def _cached(names: Sequence[str], download: Callable[[Path], None]) -> list[Path]:
     cache = Path(os.environ.get("OOCPATCH_CACHE") or Path(tempfile.gettempdir()) / "oocpatch-real-data")
     cache.mkdir(parents=True, exist_ok=True)
@@ -120,6 +147,7 @@ def _cached(names: Sequence[str], download: Callable[[Path], None]) -> list[Path
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             download(Path(folder))
             for name in missing:
+                (cache / name).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / name).replace(cache / name)
     for name in names:
         found = hashlib.sha256((cache / name).read_bytes()).hexdigest()
@@ -151,6 +179,17 @@ def _fetch_nuclei(folder: Path) -> None:
     with _wheel(folder, "stardist==0.9.2", "--python-version=3.11") as wheel:
         for name in NUCLEI:
             (folder / name).write_bytes(wheel.read(f"stardist/data/images/{name}"))
+
+
+def _fetch_platelets(folder: Path) -> None:
+    # Built by what is installed, since an environment for it takes longer than the download.
+    package = "platelet-unet-watershed==0.0.3"
+    _run(folder, sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", package)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        for name in PLATELETS:
+            member = archive.getmember(f"{package.replace('==', '-')}/{name}")
+            member.name = name
+            archive.extract(member, folder, filter="data")
 
 
 def _wheel(folder: Path, package: str, *options: str) -> zipfile.ZipFile:
