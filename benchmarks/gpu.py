@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-memory", default="8GiB", help="on the device and in main memory together")
+    parser.add_argument("--max-memory", default="8GiB", help="in main memory")
     parser.add_argument("--rounds", type=int, default=3)
 
 
@@ -62,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{first['device']}, {first['parameters'] / 1e6:.1f} M parameters, {arguments.side}^3 {arguments.dtype}, "
           f"{first['patches']} patches of {arguments.patch_size}^3, overlap {arguments.patch_overlap}; medians of "
           f"{arguments.rounds} rounds, aimed at {TARGET:.0%}\n")  # fmt: skip
-    head = ["", "batch", "alone, patches/s", "oocpatch", "share", "range", "met", "device MiB", "memory MiB",
-            "planned", "warm-up s", "other labels"]  # fmt: skip
+    head = ["", "batch", "alone, patches/s", "oocpatch", "share", "range", "met", "device MiB", "planned",
+            "memory MiB", "planned", "warm-up s", "other labels"]  # fmt: skip
     print(table(head, [[name, str(batch), *_cells(pairs)] for (name, batch), pairs in records.items()]))
 
 
@@ -79,6 +79,7 @@ def _cells(pairs: list[dict[str, Any]]) -> list[str]:
         f"{min(shares):.1%}-{max(shares):.1%}",
         "yes" if share >= TARGET else "no",
         f"{max(run['device_peak'] for run in runs) / MIB:.0f}" if runs[0]["device_peak"] else "-",
+        f"{runs[0]['projected_device_memory'] / MIB:.0f}",
         f"{max(run['peak'] for run in runs) / MIB:.0f}",
         f"{runs[0]['projected_memory'] / MIB:.0f}",
         f"{statistics.median(run['warm_up'] for run in runs):.1f}",

@@ -103,8 +103,11 @@ def ours(
     warm = time.perf_counter() - started
     remove(target)
     plan = oocpatch.plan(source, model, target, **settings)
+    before = 0
     if place.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(place)
+        before = torch.cuda.memory_reserved(place)
     with measured() as usage:
         plan.run()
     record = {
@@ -116,7 +119,8 @@ def ours(
         "parameters": sum(p.numel() for p in model.parameters()),
         "projected_memory": plan.projected_memory,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "device_peak": torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0,
+        "projected_device_memory": plan.projected_device_memory,
+        "device_peak": torch.cuda.max_memory_reserved(place) - before if place.type == "cuda" else 0,
         "unlike": _unlike(source, target, model.to(place), patch, overlap),
     }
     remove(target)

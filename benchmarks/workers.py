@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 
-from benchmarks.measure import in_fresh_process, table
+from benchmarks.measure import MIB, in_fresh_process, table
 
 SIMULATED = ("256:4", "512:16", "1024:64", "2048:128")
 """Edge of the volume and number of workers."""
@@ -37,10 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"simulated": simulated, "real": real}, indent=1))
         return
-    print(table(["edge", "workers", "blocks", "patches", "busy", "speed-up", "planned idle"], [
+    print(table(["edge", "workers", "blocks", "patches", "busy", "speed-up", "planned idle",
+                 "driver s", "MiB", "ledger MiB"], [
         [
             str(r["edge"]), str(r["workers"]), f"{r['blocks']:,}", f"{r['patches']:,}",
             f"{r['busy']:.1%}", f"{r['busy'] * r['workers']:.2f}", f"{r['planned_idle']:.1%}",
+            f"{r['driver_cpu']:.1f}", f"{r['driver_memory'] / MIB:.0f}", f"{r['ledger'] / MIB:.1f}",
         ]
         for r in simulated
     ]))  # fmt: skip

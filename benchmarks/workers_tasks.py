@@ -123,7 +123,6 @@ def simulate(directory: str, edge: int, workers: int, patch: int, seconds: float
         "patches": plan.patches,
         "busy": virtual.busy / (workers * virtual.now),
         "planned_idle": planned.idle,
-        "hours": virtual.now / 3600,
         "driver_cpu": usage.cpu,
         "driver_memory": usage.peak,
         "ledger": ledger_bytes,
