@@ -98,7 +98,8 @@ def write_outputs(path: Path) -> None:
             cell["outputs"] = kernel.shown(source_of(cell))
             cell["execution_count"] = number
             for output in cell["outputs"]:
-                output |= {"execution_count": number} if output["output_type"] == "execute_result" else {}
+                if output["output_type"] == "execute_result":
+                    output["execution_count"] = number
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 

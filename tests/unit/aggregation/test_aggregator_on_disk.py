@@ -171,7 +171,7 @@ def go_on(loop: Loop, root: Path, **options: Any) -> PatchAggregator:
     "damage", ["delete", "flip", "truncate", "swap", "commit-flip", "commit-delete", "commit-delete-first", "torn"]
 )
 def test_damage_to_the_workspace_never_reaches_the_output(
-    mode: str, limit: str, damage: str, tmp_path: Path, large_loops: dict[str, Loop], spilled_roots: dict[str, Path]
+    mode: str, limit: str, damage: str, *, tmp_path: Path, large_loops: dict[str, Loop], spilled_roots: dict[str, Path]
 ) -> None:
     loop = large_loops[mode]
     shutil.copytree(spilled_roots[mode], tmp_path, ignore=shutil.ignore_patterns("*.lock"), dirs_exist_ok=True)

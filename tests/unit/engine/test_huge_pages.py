@@ -1,4 +1,4 @@
-"""Promise: what a model allocates lies in huge pages, unless the user decided otherwise; where it cannot, runs say so."""
+"""Promise: what a model allocates lies in huge pages, unless the user decided otherwise; else runs say so."""
 
 from __future__ import annotations
 
