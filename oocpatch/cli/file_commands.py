@@ -150,11 +150,10 @@ def view(
 
 
 def _serve(output: str, port: int, options: dict[str, Any], *, browser: bool, as_json: bool) -> None:
-    from oocpatch.visualization.neuroglancer import layers_of, serve
+    from oocpatch.visualization.layers import layers_of
+    from oocpatch.visualization.neuroglancer import serve
 
-    layers, refused = layers_of(output, **options)
-    for reason in refused:
-        click.echo(f"not shown: {reason}", err=True)
+    layers = layers_of(output, **options)
 
     def ready(url: str) -> None:
         click.echo(json.dumps({"url": url}) if as_json else url)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -57,38 +57,54 @@ class DisplaySource:
         return list(counts.get(self.head, []) if isinstance(counts, dict) else counts)
 
 
-def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: str | None = None) -> DisplaySource:
-    """Open a volume, or a head of the output of a run, at the smallest level with so many voxels on its longest axis.
+def open_display_source(source: Any, pixels: int, *, head: str | None = None, axes: Any = None) -> DisplaySource:
+    """Open a volume at the smallest level with so many voxels on its longest axis, or a head of the output of a run.
 
     Raises:
         ValueError: when it cannot be read, or there is no such head.
     """
-    record = record_of(source)
-    if record is not None:
-        path, heads = output_path("output", source), list(record.details["heads"])
-        has_rows = bool(record.details.get("rows"))
-        if not heads:
-            raise ValueError(f"{path} has no picture: the model gave a vector per patch; export it as .h5 or .h5ad")
-        chosen = heads[0] if head is None else head
-        if chosen not in heads:
-            raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
-        if record.complete and not record.details["tree"] and len(heads) == 1 and not has_rows:
-            volume = Volume(str(path), axes)
-        elif record.complete:
-            result = open_result(path)
-            volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
-        else:  # coordinates come last, and only the aspect ratio needs them
-            volume = Volume(zarr.open_array(path.store(), path=array_path(record, chosen), mode="r"))
-        return DisplaySource(volume, spacing_of(volume), 0, record, chosen)
-    if head is not None:
-        raise ValueError(f"head must be None unless the source is the output of a run, got {head!r}")
-    levels = _levels(source, axes)
+    levels = display_levels(source, head=head, axes=axes)
     best = next(levels)
+    if best.record is not None:
+        return best
     for level in levels:
         if max(level.volume.shape[-level.volume.spatial_ndim :]) < pixels:
             break
         best = level
     return best
+
+
+def display_levels(source: Any, *, head: str | None = None, axes: Any = None) -> Iterator[DisplaySource]:
+    """Yield the levels of a volume, or of a head of the output of a run, the finest first.
+
+    Raises:
+        ValueError: when it cannot be read, or there is no such head.
+    """
+    record = record_of(source)
+    if record is None:
+        if head is not None:
+            raise ValueError(f"head must be None unless the source is the output of a run, got {head!r}")
+        yield from _levels(source, axes)
+        return
+    path, heads = output_path("output", source), list(record.details["heads"])
+    has_rows = bool(record.details.get("rows"))
+    if not heads:
+        raise ValueError(f"{path} has no picture: the model gave a vector per patch; export it as .h5 or .h5ad")
+    chosen = heads[0] if head is None else head
+    if chosen not in heads:
+        raise ValueError(f"head must be one of {', '.join(heads)}, got {chosen!r}")
+    if record.complete and not record.details["tree"] and len(heads) == 1 and not has_rows:
+        volume = Volume(str(path), axes)
+    elif record.complete:
+        result = open_result(path)
+        volume = Volume(result[chosen] if chosen not in getattr(result, "children", {}) else result[chosen][chosen])
+    else:  # coordinates come last, and only the aspect ratio needs them
+        volume = Volume(zarr.open_array(path.store(), path=array_path(record, chosen), mode="r"))
+    yield DisplaySource(volume, spacing_of(volume), 0, record, chosen)
+    if record.complete and record.details.get("pyramids"):  # before that coarser levels are missing
+        group = array_path(record, chosen).rpartition("scale0/")[0].strip("/")
+        for level in _multiscale(path / group if group else path)[1:]:
+            yield replace(level, record=record, head=chosen)
 
 
 def record_of(source: Any) -> OutputRecord | None:
@@ -121,7 +137,7 @@ def local_name(output: str | os.PathLike[str]) -> str:
     return name.rstrip("/").rpartition("/")[2] if is_url(name) else str(PurePath(name))
 
 
-def _levels(source: Any, axes: str | None) -> Iterator[DisplaySource]:
+def _levels(source: Any, axes: Any) -> Iterator[DisplaySource]:
     """Yield the levels of a pyramid, the finest first; one where there is no pyramid."""
     if isinstance(source, (str, os.PathLike)):
         spec = parse_address(str(source))

@@ -1,203 +1,112 @@
-"""Show a result over its input in neuroglancer, in a browser of this machine.
+"""Show a result over its input, or any volume, in neuroglancer, in a browser of this machine.
 
-neuroglancer's own server delivers the viewer, and `ZarrFiles` beside it the files of the shown directories, from the
-same address: `StaticFileServer` of neuroglancer would let pages of other sites read them, and follow links out of the
-directory. The server listens on 127.0.0.1 only. Each address has a new token in it, which neither other users of the
-machine nor other pages know.
+neuroglancer's own server delivers the viewer, and `Chunks` beside it the layers, from the same address: as OME-Zarr,
+whatever they are stored as, whose chunks are read when the viewer asks for them. No file is served. The server listens
+on 127.0.0.1 only. Each address has a new token in it, which neither other users of the machine nor other pages know.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
-from oocpatch.outputs.ome_zarr import axis_transform
-from oocpatch.outputs.record import array_path
-from oocpatch.storage.paths import LocalPath, expand_home
-from oocpatch.visualization import colormaps
-from oocpatch.visualization.display_source import DisplaySource, open_display_source, record_of
-from oocpatch.visualization.object_table import read_table, segment_properties
-from oocpatch.visualization.picture import fractions, input_of, is_rgb, kind_of, noted_volume
-from oocpatch.visualization.slices import plane
-from oocpatch.volumes.formats.spec import parse_address
-from oocpatch.volumes.ome_metadata import METERS, ome_attributes
-from oocpatch.volumes.volume import Volume
+from oocpatch.visualization.anatomy import anatomical_planes
+from oocpatch.visualization.layers import Layer
+from oocpatch.visualization.virtual_zarr import MIXED, VirtualZarr, axis_step
+from oocpatch.volumes.affine import WORLD, spacing_of
 
 try:
     import neuroglancer  # type: ignore[import-untyped]  # it has no types of its own
+    import tornado.ioloop
     import tornado.web
 except ImportError as error:
     raise ValueError("serving needs neuroglancer: pip install 'oocpatch[serve]'") from error
 
-DTYPES = frozenset({"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "float32"})  # the viewer's
 HOSTS = r"^(127\.0\.0\.1|localhost)$"
-PIXELS = 256  # of the plane that windows are computed from
-PANEL, SCREEN = 330, 700  # pixels, about, of one of four panels and of one alone: the volume fills it at first
+THREADS = 4  # that read chunks
+PANEL, SCREEN = 280, 700  # pixels, about, of one of four panels and of one alone: the volume fills it at first
 TABLE = ".segment-properties"  # below a layer's URL
 TABLE_WIDTH = 560  # pixels
 COLUMNS, PLACES = 6, ("bbox_", "centroid_")  # of the table: how many are shown at first, and which are not
-RGB = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
-MIXED = 6  # channels that are mixed at most; of more, one is shown, with a slider
+MILLIMETERS: list[Any] = [1e-3, "m"]
 SHADER = """#uicontrol invlerp normalized
 #uicontrol vec3 colour color
 void main() { emitRGB(colour * normalized()); }"""
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A volume or an output to show.
-
-    Attributes:
-        folder: directory whose files are served.
-        path: of the image or array in it.
-        kind: `"labels"`, `"scores"`, `"image"` or `"rgb"`.
-        is_ome: OME-Zarr metadata give the positions of its voxels.
-        windows: values shown as black and white, per channel.
-        properties: the table of its objects, as `segment_properties` returns it; None: there is none.
-    """
-
-    name: str
-    folder: Path
-    path: str
-    source: DisplaySource
-    kind: str
-    is_ome: bool
-    windows: tuple[tuple[float, float], ...] = ()
-    properties: Mapping[str, Any] | None = None
-
-
-def layers_of(
-    output: Any,
-    *,
-    volume: Any = None,
-    head: str | None = None,
-    kind: str = "auto",
-    axes: str | None = None,
-    table: Any = None,
-) -> tuple[list[Layer], list[str]]:
-    """Return the layers of a result or a volume, the input first, and messages about those that cannot be shown.
-
-    The first layer of labels that is not the input has the rows of the table as properties of its segments.
-
-    Raises:
-        ValueError: when nothing can be shown, or there are no labels for a table.
-    """
-    properties = None if table is None else segment_properties(read_table(table))
-    record = record_of(output)
-    heads = [head] if record is None or head is not None else list(record.details["heads"]) or [None]
-    sources = [open_display_source(output, PIXELS, head=name, axes=axes if record is None else None) for name in heads]
-    candidates = [(s.head or Path(os.fspath(output)).name, output, s, kind) for s in sources]
-    below = input_of(sources[0], volume, PIXELS)
-    if below is not None:
-        candidates.insert(0, ("input", noted_volume(sources[0]) if volume is None else volume, below, "auto"))
-    layers, refused = [], []
-    for candidate in candidates:
-        try:
-            layers.append(_layer(*candidate))
-        except ValueError as error:
-            refused.append(str(error))
-    if not layers:
-        raise ValueError("; ".join(refused))
-    if table is not None:
-        labels = [n for n, layer in enumerate(layers) if layer.kind == "labels" and layer.source is not below]
-        if not labels:
-            raise ValueError(f"a table needs labels, but {os.fspath(output)} is shown as {layers[-1].kind}")
-        layers[labels[0]] = replace(layers[labels[0]], properties=properties)
-    return layers, refused
-
-
-def _layer(name: str, address: Any, source: DisplaySource, kind: str) -> Layer:
-    """Return a layer; refuse one that the viewer cannot read."""
-    volume = source.volume
-    if str(volume.dtype) not in DTYPES:
-        raise ValueError(f"{name}: the viewer reads {', '.join(sorted(DTYPES))}, got {volume.dtype}")
-    place = None
-    address = expand_home(address) if isinstance(address, (str, os.PathLike)) else address
-    if isinstance(address, str) and parse_address(str(address)) is None and Path(address).is_dir():
-        place = _place(Path(address), source)
-    if place is None:
-        raise ValueError(
-            f"{name}: only Zarr in local directories is served, got {address}; `oocpatch convert` makes one"
-        )
-    last = len(volume.shape) - 1
-    values = plane(volume, (last - 1, last), (PIXELS, PIXELS), [0.5] * (last + 1)) if last else np.zeros((1, 1))
-    chosen = kind_of(source, [values]) if kind == "auto" else kind
-    if chosen == "labels" and volume.dtype.kind == "f":
-        chosen = "image"
-    windows = [(0.0, 255.0)] * 3 if is_rgb(source) else [colormaps.window_of([v]) for v in values]
-    if chosen == "scores" and fractions([values]):
-        windows = [(0.0, 1.0)] * len(values)
-    return Layer(name, Path(address).absolute(), place[0], source, chosen, place[1], tuple(windows))
-
-
-def _place(folder: Path, source: DisplaySource) -> tuple[str, bool] | None:
-    """Return the path of an image or array in a directory, and whether it is an OME-Zarr; None where it is no Zarr."""
-    if source.record is not None and source.head is not None:
-        path, details = array_path(source.record, source.head), source.record.details
-        if details.get("pyramids") and source.record.complete:  # before that coarser levels are missing
-            return path.rpartition("scale0/")[0].strip("/"), True
-        return path, False
-    with contextlib.suppress(OSError, ValueError):  # an array
-        if "multiscales" in ome_attributes(dict(zarr.open_group(LocalStore(folder), mode="r").attrs)):
-            return "", True
-    location, root = source.volume.source.location, folder.resolve()
-    if not isinstance(location, LocalPath):
-        return None
-    return ("" if location == root else location.relative_to(root).as_posix()), False
+TURNS = {"axial": (0, 0, 1, 0), "coronal": (0, 0.5**0.5, -(0.5**0.5), 0), "sagittal": (-0.5, 0.5, -0.5, 0.5)}
+"""Quaternions of the slices that radiologists look at, with the world's axes to the right, front and head."""
 
 
 def state_of(layers: list[Layer], urls: list[str]) -> dict[str, Any]:
     """Return the state of the viewer, for layers and the URL of each."""
-    volume = layers[-1].source.volume
-    names = volume.names[-volume.spatial_ndim :][-3:]
-    steps = [_step(volume, name)[0] for name in names]
-    extents = [n * step for n, step in zip(volume.shape[-len(names) :], steps, strict=True)]
-    extent = max(extents) / min(steps)  # in voxels
+    volume = layers[-1].volume
+    names, is_patient = volume.names[-volume.spatial_ndim :][-3:], bool(anatomical_planes(volume))
+    dimensions: dict[str, list[Any]] = {n: list(axis_step(volume, n)[:2]) for n in reversed(volume.names)}
+    if is_patient:
+        dimensions |= dict.fromkeys(WORLD, MILLIMETERS)
+        steps, voxel = spacing_of(volume.affine), 1.0
+    else:
+        steps = tuple(dimensions[name][0] for name in names)
+        voxel = min(steps)
+    extent = max(n * step for n, step in zip(volume.shape[-len(names) :], steps, strict=True)) / voxel
     tables = [layer.name for layer in layers if layer.properties is not None]
+    states = [s for n, (layer, url) in enumerate(zip(layers, urls, strict=True)) for s in _layer_states(layer, url, n)]
     return {
         **({"selectedLayer": {"layer": tables[0], "visible": True, "size": TABLE_WIDTH}} if tables else {}),
-        "dimensions": {name: list(_step(volume, name)[:2]) for name in reversed(volume.names)},
-        "displayDimensions": list(reversed(names)),
+        "dimensions": dimensions,
+        "displayDimensions": list(WORLD) if is_patient else list(reversed(names)),
         "crossSectionScale": extent / (PANEL if len(names) > 2 else SCREEN),
         "projectionScale": 1.5 * extent,
-        "layout": "4panel" if len(names) > 2 else "xy",
+        "layout": _slices(states) if is_patient else "4panel" if len(names) > 2 else "xy",
         "showSlices": True,
-        "layers": [s for n, (a, url) in enumerate(zip(layers, urls, strict=True)) for s in _layer_states(a, url, n)],
+        "layers": states,
     }
 
 
-def _step(volume: Volume, name: str) -> tuple[float, str, float]:
-    """Return the voxel size along an axis in meters or the axis' own unit, the unit, and the start in voxels."""
-    try:
-        axis, step, start = axis_transform(volume, name)
-    except ValueError:  # coordinates that are all the same
-        return 1.0, "", 0.0
-    if step < 0:
-        if volume.source.image is None:
-            return 1.0, "", 0.0
-        step, start = -step, -start  # as the image stores it
-    if axis.unit in METERS:
-        return step * 10.0 ** METERS[axis.unit], "m", start / step
-    return step, "", start / step
+def _slices(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a layout of axial, coronal and sagittal slices, and the slices in space."""
+    names = [layer["name"] for layer in layers]
+    panels: list[dict[str, Any]] = [
+        {
+            "type": "viewer",
+            "layers": names,
+            "layout": "xy",
+            "crossSectionOrientation": {"link": "unlinked", "value": list(turn)},
+        }
+        for turn in TURNS.values()
+    ]
+    panels.append({"type": "viewer", "layers": names, "layout": "3d"})
+    rows = [{"type": "row", "children": panels[:2]}, {"type": "row", "children": panels[2:]}]
+    return {"type": "column", "children": rows}
+
+
+def _source(layer: Layer, url: str) -> Any:
+    """Return the source of a layer, with the places of voxels in the world where it has an affine."""
+    volume = layer.volume
+    if not anatomical_planes(volume):
+        return url
+    channel = None if volume.channel_axis is None else f"{volume.channel_axis}'"
+    names = VirtualZarr.insert(volume, channel, volume.names)
+    steps = VirtualZarr.insert(volume, [1, ""], [list(axis_step(volume, name)[:2]) for name in volume.names])
+    inputs, space = dict(zip(names, steps, strict=True)), len(names) - volume.spatial_ndim
+    matrix = np.eye(len(names), len(names) + 1)
+    matrix[space:, space:] = volume.affine[:3] * [1e-3, 1e-3, 1e-3, 1]  # meters per voxel, from a place in millimeters
+    outputs = {**dict(list(inputs.items())[:space]), **dict.fromkeys(WORLD, MILLIMETERS)}
+    return {
+        "url": url,
+        "transform": {"outputDimensions": outputs, "inputDimensions": inputs, "matrix": matrix.tolist()},
+    }
 
 
 def _layer_states(layer: Layer, url: str, number: int) -> Iterator[dict[str, Any]]:
     """Yield a layer, or one per channel: the viewer mixes layers, but channels only where they share their chunks."""
-    volume = layer.source.volume
-    common: dict[str, Any] = {"name": layer.name, "source": url}
-    if not layer.is_ome:
-        common["source"] = {"url": url, "transform": _transform(volume)}
+    volume = layer.volume
+    common: dict[str, Any] = {"name": layer.name, "source": _source(layer, url)}
     if layer.kind == "labels":
         if layer.properties is not None:
             columns = [p["id"] for p in layer.properties["inline"]["properties"] if not p["id"].startswith(PLACES)]
@@ -211,8 +120,7 @@ def _layer_states(layer: Layer, url: str, number: int) -> Iterator[dict[str, Any
             common["shaderControls"] = {"normalized": {"range": list(layer.windows[0])}}
         yield common
         return
-    tones = RGB if layer.kind == "rgb" else [colormaps.label_colour(c + 1) for c in range(volume.channels)]
-    for c, (window, tone) in enumerate(zip(layer.windows, tones, strict=False)):
+    for c, (window, colour) in enumerate(zip(layer.windows, layer.colours, strict=False)):
         yield {
             **common,
             "name": f"{layer.name} {c}",
@@ -220,20 +128,8 @@ def _layer_states(layer: Layer, url: str, number: int) -> Iterator[dict[str, Any
             "localPosition": [c],
             "blend": "additive" if c else "default",
             "shader": SHADER,
-            "shaderControls": {"normalized": {"range": list(window)}, "colour": "#{:02x}{:02x}{:02x}".format(*tone)},
+            "shaderControls": {"normalized": {"range": list(window)}, "colour": colour},
         }
-
-
-def _transform(volume: Volume) -> dict[str, Any]:
-    """Return names, units and positions of an array's axes."""
-    inputs, outputs, matrix = {}, {}, []
-    for a, name in enumerate(volume.axes.names):
-        is_channel = a == volume.axes.channel
-        step, unit, start = (1.0, "", 0.5) if is_channel else _step(volume, name)
-        inputs[name] = outputs[f"{name}'" if is_channel else name] = [step, unit]
-        corner = (start if math.isfinite(start) else 0.0) - 0.5  # positions are those of centres
-        matrix.append([*(float(b == a) for b in range(len(volume.axes.names))), corner])
-    return {"outputDimensions": outputs, "inputDimensions": inputs, "matrix": matrix}
 
 
 class Properties(tornado.web.RequestHandler):
@@ -249,52 +145,46 @@ class Properties(tornado.web.RequestHandler):
         self.finish(dict(self.properties))
 
 
-class ZarrFiles(tornado.web.StaticFileHandler):
-    """Serves the files of a directory, with ranges of bytes."""
+class Chunks(tornado.web.RequestHandler):
+    """Serves a layer as an OME-Zarr."""
 
-    def validate_absolute_path(self, root: str, absolute_path: str) -> str:
-        """Return the path of a file in the directory, to which a link may lead."""
-        with contextlib.suppress(ValueError):  # a NUL in it
-            path = Path(os.path.realpath(absolute_path))
-            if path.is_relative_to(os.path.realpath(root)) and path.is_file():
-                return str(path)
-        raise tornado.web.HTTPError(404)
+    def initialize(self, files: VirtualZarr, pool: ThreadPoolExecutor) -> None:
+        """Take what is served, and the threads that read it."""
+        self.files, self.pool = files, pool
 
-    def send_error(self, *_: Any, **__: Any) -> None:
-        """Answer with 404 and no message, whatever the reason."""
-        self.clear()
-        self.set_status(404)
-        self.finish()
-
-    def log_exception(self, *_: Any) -> None:
-        """Log nothing: a viewer asks for many chunks that are not stored."""
-
-    def set_default_headers(self) -> None:
-        """Forbid caching: a run may still be writing."""
-        self.set_header("Cache-Control", "no-store")
+    async def get(self, key: str) -> None:
+        """Answer with a file; with 404 where there is none, or it cannot be read."""
+        body = None
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            body = await tornado.ioloop.IOLoop.current().run_in_executor(self.pool, self.files.get, key)
+        self.set_header("Cache-Control", "no-store")  # a run may still be writing
+        self.set_header("Content-Type", "application/octet-stream")
+        if body is None:
+            self.set_status(404)
+        self.finish(body)
 
     def compute_etag(self) -> None:
-        """Return none: a digest would be computed from the whole file, and kept."""
+        """Return none: nothing is cached."""
 
 
 def serve(layers: list[Layer], port: int, ready: Callable[[str], None]) -> None:
     """Serve layers until Ctrl-C on a port, with 0 on any that is free; `ready` is called with the address."""
     neuroglancer.set_server_bind_address("127.0.0.1", port)
     viewer = neuroglancer.UnsynchronizedViewer(allow_credentials=False)
+    pool = ThreadPoolExecutor(THREADS, "oocpatch-serve")
     try:
         root, urls = f"/data/{viewer.token}", []
         handlers: list[tuple[str, type[tornado.web.RequestHandler], dict[str, Any]]] = []
         for number, layer in enumerate(layers):
-            driver = "zarr3" if (layer.folder / layer.path / "zarr.json").exists() else "zarr2"
-            place = f"{number}/{quote(layer.path)}".rstrip("/")
-            urls.append(f"{neuroglancer.server.get_server_url()}{root}/{place}/|{driver}:")
+            urls.append(f"{neuroglancer.server.get_server_url()}{root}/{number}/|zarr3:")
             if layer.properties is not None:
-                handlers.append((rf"{root}/{place}/{TABLE}/info", Properties, {"properties": layer.properties}))
-            handlers.append((rf"{root}/{number}/(.*)", ZarrFiles, {"path": str(layer.folder)}))
-        # The application that neuroglancer started has no handler for files.
+                handlers.append((rf"{root}/{number}/{TABLE}/info", Properties, {"properties": layer.properties}))
+            handlers.append((rf"{root}/{number}/(.*)", Chunks, {"files": VirtualZarr(layer), "pool": pool}))
+        # The application that neuroglancer started has no handler for them.
         neuroglancer.server.global_server.app.add_handlers(HOSTS, handlers)
         ready(neuroglancer.to_url(state_of(layers, urls), f"{neuroglancer.server.get_server_url()}/v/{viewer.token}/"))
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
     finally:
         neuroglancer.stop()
+        pool.shutdown(wait=False, cancel_futures=True)

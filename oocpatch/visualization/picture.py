@@ -125,20 +125,26 @@ def noted_volume(source: DisplaySource) -> str | None:
     return noted if exists else None
 
 
+def input_address(source: DisplaySource, volume: Any) -> tuple[Any, Any] | None:
+    """Return the volume to lay a result over, and its axes if a run noted them; None: there is none."""
+    if volume is not None:
+        return None if volume is False else (volume, None)
+    noted = noted_volume(source)
+    if noted is None or source.record is None:
+        return None
+    settings = source.record.details["settings"]
+    is_one = isinstance(settings["volume"], str)  # else the axes are those of the channels, too
+    return noted, source.record.parameters.get("axes") if is_one else settings.get("axes")
+
+
 def input_of(source: DisplaySource, volume: Any, pixels: int) -> DisplaySource | None:
     """Return the volume to lay a result over, if there is one."""
-    noted = noted_volume(source) if volume is None else None
-    volume = noted if volume is None else volume
-    if volume is None or volume is False:
+    address = input_address(source, volume)
+    if address is None:
         return None
-    axes = None
-    if noted and source.record is not None:
-        settings = source.record.details["settings"]
-        is_one = isinstance(settings["volume"], str)  # else the axes are those of the channels, too
-        axes = source.record.parameters.get("axes") if is_one else settings.get("axes")
-    below = open_display_source(volume, pixels, axes=axes)
+    below = open_display_source(address[0], pixels, axes=address[1])
     if len(below.volume.shape) != len(source.volume.shape):
-        if noted is None:
+        if volume is not None:
             raise ValueError(
                 f"volume must have the axes of the output ({', '.join(source.volume.names)}), "
                 f"got {', '.join(below.volume.names)}"
@@ -269,7 +275,7 @@ def _legend(
     if kind == "rgb":
         return ()
     if len(values[0]) > 1:
-        names = _channel_names(source.volume)
+        names = channel_names(source.volume)
         return tuple((colormaps.label_colour(c + 1), name) for c, name in enumerate(names[:SHOWN]))
     steps, (low, high) = np.linspace(0, 1, 5), windows[0]
     tones = colormaps.heat(steps, bright=bright) if kind == "scores" else np.repeat(steps[:, None], 3, axis=1)
@@ -278,7 +284,7 @@ def _legend(
     return tuple(((c[0], c[1], c[2]), text) for c, text in zip(rounded, texts, strict=True))
 
 
-def _channel_names(volume: Volume) -> list[str]:
+def channel_names(volume: Volume) -> list[str]:
     """Return the channels' names by their coordinate, else by number."""
     names = volume.source.coords.get(str(volume.channel_axis))
     if names is not None and names.shape == (volume.channels,) and names.dtype.kind in "UOT":

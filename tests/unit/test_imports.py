@@ -70,6 +70,7 @@ LIBRARIES = {
     "visualization/canvas": "PIL",
     "visualization/neuroglancer": "neuroglancer tornado",
     "visualization/object_table": "pandas",
+    "visualization/virtual_zarr": "numcodecs",
     "xarray": "xarray",
     "__init__": "lazy_loader torchio",
     "cli": "click numpy",
