@@ -16,11 +16,18 @@ import torch
 import xarray as xr
 
 import oocpatch
-from tests.support.real_data import RealData, fetch, had
+from tests.support.real_data import RealData, fetch, fetch_nd2, had
 
 pytestmark = pytest.mark.real_data
 
 Array = np.ndarray[Any, Any]
+
+SUMS = [
+    [243, 34274, 174770, 418527, 409845, 213456, 49258, 0, 0, 0],
+    [326, 37577, 192689, 413082, 391845, 184813, 31740, 12, 0, 0],
+    [406, 41424, 189104, 427076, 387774, 186063, 29747, 133, 0, 0],
+]
+"""Of the planes of the first channel of the recording, as nd2reader 3.3.1 reads them."""
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +134,22 @@ def test_a_structure_of_an_atlas_is_found_in_the_scan_by_its_label(data: RealDat
         box = patch.patch_location.to_slices()
         np.testing.assert_array_equal(patch.atlas.data[0], labels[box])
         np.testing.assert_array_equal(patch.t1.data[0], voxels[box])
+
+
+def test_a_recording_has_the_axes_names_sizes_and_values_that_nikon_s_own_library_and_another_reader_found(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("nd2")
+    file = had(fetch_nd2)
+    source = oocpatch.Volume(file).source
+    assert source.names == ("t", "z", "c", "y", "x")
+    assert source.shape == (3, 10, 2, 31, 38)
+    assert source.coords["c"].values.tolist()[0] == "5-FAM/pH 9.0"
+    np.testing.assert_allclose(source.coords["x"].values[1], 0.167808983)
+    np.testing.assert_allclose(source.coords["z"].values[1], 0.5)
+    made = oocpatch.predict(
+        file, torch.nn.Identity(), tmp_path / "out.zarr",
+        patch_size=16, patch_overlap=8, overlap_mode="crop", progress=False,
+    )  # fmt: skip
+    np.testing.assert_array_equal(made.isel(c=0).transpose("t", "z", "y", "x").sum(("y", "x")), SUMS)
+    assert int(made.isel(c=1).sum()) == 1_018_707

@@ -8,6 +8,7 @@
   `stardist` 0.9.2 (BSD-3-Clause).
 - A network of platelets with its source and the loop that applies it: in the source distribution of
   `platelet-unet-watershed` 0.0.3 (BSD-3-Clause).
+- A recording of a confocal microscope in Nikon's format: `cluster.nd2` in the source of `pims_nd2` 1.1 (BSD-3-Clause).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SHA256 = {
     "plateseg/unet.py": "44e1b8f8a1ae81603e2c477d935a6d37e03c4709594d8e28fe6087c0f4c92ce4",
     "plateseg/predict.py": "08d0eb23ef0866b9817b601325eb98e08bca10dd5d78025b449d73a5a35e1716",
     "histo.jpg": "1b4f4cf440f22438d114ac629d102d2b403ff1d22ae8b00b1c674bfbca410a02",
+    "cluster.nd2": "f8ee69c3efbaaed4f892e986c3efd06372597ec084e75437243e8dd51388de62",
 }
 """Of the files as they are used; the scans uncompressed, since a repackaging may compress them anew."""
 
@@ -138,6 +140,11 @@ def fetch_platelets() -> Platelets:
     return Platelets(*_cached(PLATELETS, _fetch_platelets))
 
 
+def fetch_nd2() -> Path:
+    """The same for the recording."""
+    return _cached(["cluster.nd2"], _fetch_nd2)[0]
+
+
 def _cached(names: Sequence[str], download: Callable[[Path], None]) -> list[Path]:
     cache = Path(os.environ.get("OOCPATCH_CACHE") or Path(tempfile.gettempdir()) / "oocpatch-real-data")
     cache.mkdir(parents=True, exist_ok=True)
@@ -190,6 +197,14 @@ def _fetch_platelets(folder: Path) -> None:
             member = archive.getmember(f"{package.replace('==', '-')}/{name}")
             member.name = name
             archive.extract(member, folder, filter="data")
+
+
+def _fetch_nd2(folder: Path) -> None:
+    _run(folder, sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "pims_nd2==1.1")
+    with tarfile.open(folder / "pims_nd2-1.1.tar.gz") as source:
+        member = source.extractfile("pims_nd2-1.1/pims_nd2/cluster.nd2")
+        assert member is not None
+        (folder / "cluster.nd2").write_bytes(member.read())
 
 
 def _wheel(folder: Path, package: str, *options: str) -> zipfile.ZipFile:
