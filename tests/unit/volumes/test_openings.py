@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import zarr
 
 import oocpatch
 from oocpatch.planning.box import Box
+from tests.conftest import Command
 from tests.support.web import web_server
 
 Array = npt.NDArray[Any]
@@ -235,13 +233,12 @@ def test_a_tilde_is_the_home_directory_in_every_path(home: Path) -> None:
     assert not list(Path().iterdir())
 
 
-def test_a_tilde_is_the_home_directory_on_the_command_line_and_in_toml(home: Path) -> None:
+def test_a_tilde_is_the_home_directory_on_the_command_line_and_in_toml(home: Path, command: Command) -> None:
     (home / "run.toml").write_text(
         'volume = "~/a.zarr"\noutput = "~/toml.zarr"\nmodel = "identity"\npatch_size = 8\nmask = "~/a.zarr"\n'
     )
-    command = [sys.executable, "-m", "oocpatch", "predict", "--config=~/run.toml"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert ended.returncode == 0, ended.stderr
+    code, _, err = command("predict", "--config=~/run.toml")
+    assert code == 0, err
     assert (home / "toml.zarr").is_dir()
     assert not list(Path().iterdir())
 
