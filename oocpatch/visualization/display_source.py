@@ -152,7 +152,8 @@ def _levels(source: Any, axes: Any) -> Iterator[DisplaySource]:
                 yield DisplaySource(volume, spacing_of(volume), level)
         folder = folder_of(source) if spec is None else None
         if folder is not None and (levels := _multiscale(folder)):
-            yield from levels
+            yield replace(levels[0], volume=Volume(source, axes))  # with its coordinates and channels
+            yield from levels[1:]
             return
     volume = source if isinstance(source, Volume) else Volume(source, axes)
     yield DisplaySource(volume, spacing_of(volume))

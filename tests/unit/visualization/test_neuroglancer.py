@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import xarray
 import yaozarrs
 import zarr
 from click.testing import CliRunner
@@ -161,6 +162,19 @@ def test_every_volume_that_can_be_read_is_served_with_its_voxels(kind: str, tmp_
         assert str(found.dtype) in {"uint8", "int16", "uint16", "uint32", "int32", "uint64", "float32"}
         values = level.read(Box.of_shape(level.shape))
         np.testing.assert_array_equal(found.reshape(values.shape), values)
+
+
+def test_a_converted_volume_lies_where_its_coordinates_say_at_every_level(tmp_path: Path) -> None:
+    coords = {"y": ("y", np.arange(40) * 0.5 + 3, {"units": "micrometer"})}
+    data = xarray.DataArray(np.zeros((40, 50), np.uint8), dims=("y", "x"), coords=coords)
+    oocpatch.convert(data, tmp_path / "a.zarr", chunks=16, progress=False)
+    (layer,) = layers_of(tmp_path / "a.zarr")
+    image = json.loads(VirtualZarr(layer).get("zarr.json") or b"")["attributes"]["ome"]["multiscales"][0]
+    assert len(image["datasets"]) > 1
+    for number, level in enumerate(image["datasets"]):
+        scale, start = (transformation.popitem()[1] for transformation in level["coordinateTransformations"])
+        np.testing.assert_allclose(scale[0], 0.5e-6 * 2**number)
+        np.testing.assert_allclose(start[0], (3 + 0.25 * (2**number - 1)) * 1e-6)
 
 
 def test_a_scan_lies_where_its_affine_says_and_has_radiological_slices(tmp_path: Path) -> None:
