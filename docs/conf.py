@@ -3,7 +3,9 @@
 The pages are Markdown that reads well by itself; what Sphinx adds is navigation, search and the reference.
 """
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
 ]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext", ".ipynb": "markdown"}
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 
@@ -109,6 +112,29 @@ def without_unset(_app: Sphinx, _context: Any, lines: list[str]) -> None:
     lines[:] = [line for line in lines if "Sentinel.UNSET" not in line]
 
 
+def notebook_as_markdown(app: Sphinx, name: str, text: list[str]) -> None:
+    """Turn a notebook into Markdown, with the outputs that it keeps."""
+    if str(app.env.doc2path(name)).endswith(".ipynb"):
+        text[0] = "\n\n".join(part for cell in json.loads(text[0])["cells"] for part in cell_parts(cell))
+
+
+def cell_parts(cell: dict[str, Any]) -> Iterator[str]:
+    """Yield the parts of a cell in Markdown: its text; or its code, and each output."""
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        yield source
+        return
+    yield f"```python\n{source}\n```"
+    for output in cell["outputs"]:
+        data = output.get("data", {})
+        if "text/html" in data:
+            yield f"```{{raw}} html\n<div class='output'>{data['text/html']}</div>\n```"
+        elif "image/png" in data:
+            yield f"```{{raw}} html\n<img alt='output' src='data:image/png;base64,{data['image/png'].strip()}'>\n```"
+        else:
+            yield f"```text\n{(output.get('text') or data['text/plain']).rstrip()}\n```"
+
+
 def write_options(app: Sphinx) -> None:
     """Write the table of options, which is made of the fields of the configuration."""
     page = Path(app.srcdir, "reference", "generated", "options.md")
@@ -120,6 +146,7 @@ def write_options(app: Sphinx) -> None:
 def setup(app: Sphinx) -> None:
     """Register the above."""
     app.connect("builder-inited", write_options)
+    app.connect("source-read", notebook_as_markdown)
     app.connect("autodoc-process-signature", without_arguments)
     app.connect("autodoc-process-docstring", as_text, priority=400)  # napoleon has 500
     app.connect("sphinx-click-process-options", without_unset)

@@ -13,7 +13,7 @@ def table_of(rows: Mapping[str, str]) -> str:
     >>> table_of({"disk": "1 < 2"}).count("&lt;")
     1
     """
-    left = 'style="text-align:left"'  # notebooks align to the right
+    left = 'style="text-align:left;padding-right:1em"'  # notebooks align to the right
     texts = ((html.escape(name), html.escape(text)) for name, text in rows.items())
     return f"<table>{''.join(f'<tr><td {left}>{name}</td><td {left}>{text}</td></tr>' for name, text in texts)}</table>"
 

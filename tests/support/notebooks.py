@@ -30,23 +30,26 @@ class Kernel:
     def __init__(self, manager: Any, client: Any, folder: Path) -> None:
         self.manager, self.client, self.folder = manager, client, folder
 
-    def run(self, code: str) -> list[Output]:
-        """Run a cell, and return its outputs as a notebook stores them."""
+    def run(self, code: str, *, interrupt_at: str | None = None) -> list[Output]:
+        """Run a cell, and return its outputs as a notebook stores them; press the stop button when it prints a text."""
         outputs: list[Output] = []
 
         def take(message: Any) -> None:
             kind, content = message["msg_type"], message["content"]
-            if kind == "stream" and outputs and outputs[-1].get("name") == content["name"]:
-                outputs[-1]["text"] += content["text"]
+            begun = [output for output in outputs if kind == "stream" and output.get("name") == content["name"]]
+            if begun:
+                begun[0]["text"] += content["text"]
             elif kind in ("stream", "display_data", "execute_result", "error"):
                 outputs.append({"output_type": kind, **{k: v for k, v in content.items() if k != "transient"}})
+            if interrupt_at is not None and kind == "stream" and interrupt_at in content["text"]:
+                self.manager.interrupt_kernel()
 
         self.client.execute_interactive(code, timeout=PATIENCE, output_hook=take)
         return outputs
 
-    def text(self, code: str) -> str:
+    def text(self, code: str, *, interrupt_at: str | None = None) -> str:
         """Run a cell, and return all text that it shows."""
-        return "".join(text_of(output) for output in self.run(code))
+        return "".join(text_of(output) for output in self.run(code, interrupt_at=interrupt_at))
 
     def shown(self, code: str) -> list[Output]:
         """Run a cell, and return its outputs without what differs from run to run."""
@@ -78,11 +81,16 @@ def running_kernel(folder: Path) -> Iterator[Kernel]:
 
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     manager, client = start_new_kernel(cwd=str(folder), env=environment, startup_timeout=PATIENCE)
+    client.allow_stdin = False
     try:
         yield Kernel(manager, client, folder)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+NO_WIDGETS = "import sys; sys.modules['ipywidgets'] = None"
+"""A cell after which bars are text, whose last state a notebook keeps."""
 
 
 def source_of(cell: dict[str, Any]) -> str:
@@ -94,12 +102,12 @@ def write_outputs(path: Path) -> None:
     """Run the cells of a notebook, and write their outputs into it."""
     notebook = json.loads(path.read_text())
     with tempfile.TemporaryDirectory() as folder, running_kernel(Path(folder).resolve()) as kernel:
+        kernel.run(NO_WIDGETS)
         for number, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), 1):
             cell["outputs"] = kernel.shown(source_of(cell))
             cell["execution_count"] = number
-            for output in cell["outputs"]:
-                if output["output_type"] == "execute_result":
-                    output["execution_count"] = number
+            for output in (o for o in cell["outputs"] if o["output_type"] == "execute_result"):
+                output["execution_count"] = number
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -251,13 +251,13 @@ def test_a_drawing_of_a_million_blocks_is_small(scan: Path) -> None:
 
 
 def test_a_notebook_shows_the_rows_of_a_plan_and_its_drawing_as_an_image(scan: Path) -> None:
-    plan = oocpatch.plan("scan.zarr", "identity", "out.zarr", patch_size=16, workers=2, processes=True)
+    plan = oocpatch.plan("in.zarr", "identity", "out.zarr", patch_size=16, workers=1, processes=True)
     html = plan._repr_html_()
     table, _, image = html.partition("</table>")
     cells = [text.split(">")[-1] for text in table.split("</td>")[:-1]]
     printed = [line.split(maxsplit=1) for line in str(plan).splitlines()]
     assert [[name, unescape(text)] for name, text in zip(cells[::2], cells[1::2], strict=True)] == printed
-    assert printed[-2][0] == "workers"  # which the plan of a run has, and not the plan itself
+    assert printed[-1][0] == "workers"  # which the plan of a run has, and not the plan itself
     # The styles of a drawing within the page would apply to all of it.
     assert base64.b64decode(image.partition("base64,")[2].rstrip('">')).decode() == plan.draw()
     assert "<style" not in html
