@@ -1,7 +1,8 @@
-"""LIF by liffile: an image of the file, frame by frame."""
+"""LIF by liffile: an image of the file."""
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.formats.planes import Selection, name_channels, read_planes
+from oocpatch.volumes.formats.raw import read_box, row_chunk
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, check_number, import_extra
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -22,7 +24,11 @@ UNITS = {"m": (1e6, "um"), "s": (1.0, "s")}
 
 
 class LifFile:
-    """An image of a LIF, by its number or its name. Frames are planes of one channel, and are read whole."""
+    """An image of a LIF, by its number or its name.
+
+    Most are stored as one array, of which boxes are read. Those with colours are read in whole frames, since they may
+    be stored with blue first, or with rows that are filled up.
+    """
 
     def __init__(self, spec: FileSpec) -> None:
         liffile = import_extra("liffile", "microscopy", spec)
@@ -32,22 +38,30 @@ class LifFile:
         try:
             self._image = image = _choose([i for i in self._file.images if not i.is_flim], spec)
             _check_complete(image, self._path)
-            sizes = dict(image.frames.sizes)
+            sizes, block, dtype = dict(image.sizes), image.memory_block, np.dtype(image.dtype)
+            shape = tuple(sizes.values())
+            self._is_array = "S" not in sizes and block.size == math.prod(shape) * dtype.itemsize
             self._outer = tuple(axis for axis in sizes if axis not in image.frames.frame_dims)
+            rest = (*(1 for _ in shape[len(self._outer) : -1]), row_chunk(shape[-1], dtype))
             names = tuple("c" if axis == "S" and "C" not in sizes else axis.lower() for axis in sizes)
             self.metadata = FileMetadata(
-                shape=tuple(sizes.values()),
-                dtype=image.dtype,
-                chunks=(*(1 for _ in self._outer), *image.frames.frame_shape),
+                shape=shape,
+                dtype=dtype,
+                chunks=(*(1 for _ in self._outer), *(rest if self._is_array else image.frames.frame_shape)),
                 names=names,
-                coords=_coords(image.xml_element, dict(zip(names, sizes.values(), strict=True))),
+                coords=_coords(image.xml_element, dict(zip(names, shape, strict=True))),
+                chunked=not self._is_array,
             )
+            self._handle = self._path.open("rb")
         except BaseException:
             self._file.close()
             raise
 
     def read(self, selection: Selection) -> npt.NDArray[Any]:
         """Read the voxels of a selection."""
+        if self._is_array:
+            start = self._image.memory_block.offset
+            return read_box(self._handle.fileno(), start, self.metadata.shape, self.metadata.dtype, selection)
         return read_planes(self.metadata, selection, len(self._outer), self._frame)
 
     def files(self) -> list[Path]:
@@ -56,6 +70,7 @@ class LifFile:
 
     def close(self) -> None:
         """Close the file."""
+        self._handle.close()
         self._file.close()
 
     def _frame(self, index: tuple[int, ...], selection: Selection) -> npt.NDArray[Any]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.system import expect_random_reads
-from oocpatch.volumes.formats.raw import PIECE, ROW, read_box
+from oocpatch.volumes.formats.raw import PIECE, read_box, row_chunk
 from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -62,7 +62,6 @@ class NiftiFile:
                 f"got {self._path.stat().st_size}"
             )
         self._dtype = np.result_type(self._stored, np.float32) if scaled else self._stored
-        row = shape[0]  # short rows are read whole, so the planner must count them whole
         names = NAMES[: len(shape)] if len(shape) <= len(NAMES) else None
         attrs = _attrs(image)
         if len(shape) == 4 and attrs.get("intent_name") == CHANNELS:
@@ -71,7 +70,7 @@ class NiftiFile:
         self.metadata = FileMetadata(
             shape=shape,
             dtype=self._dtype,
-            chunks=(row if row * self._stored.itemsize <= ROW else 1, *(1,) * (len(shape) - 1)),
+            chunks=(row_chunk(shape[0], self._stored), *(1,) * (len(shape) - 1)),
             names=names,
             coords=_coords(image, names or (), shape),
             attrs=attrs,

@@ -17,6 +17,11 @@ PIECE = 1 << 20
 """Bytes of one read."""
 
 
+def row_chunk(length: int, dtype: npt.DTypeLike) -> int:
+    """Return how many voxels of a row are read at least: short rows are read whole, so plans must count them whole."""
+    return length if length * np.dtype(dtype).itemsize <= ROW else 1
+
+
 def read_box(
     file: int, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike, selection: tuple[slice, ...]
 ) -> npt.NDArray[Any]:

@@ -191,7 +191,7 @@ KINDS: dict[str, tuple[Make, str, str, tuple[str, ...], tuple[int, ...]]] = {
     "czi": (czi, "a.czi", "", ("c", "z", "y", "x"), (1, 1, 16, 16)),
     "colour czi": (colour_czi, "a.czi", "", ("y", "x", "c"), (32, 32, 3)),
     "nd2": (nd2, "a.nd2", "", ("z", "c", "y", "x"), (1, 2, 20, 30)),
-    "lif": (lif, "a.lif", "", ("z", "c", "y", "x"), (1, 1, 20, 30)),
+    "lif": (lif, "a.lif", "", ("z", "c", "y", "x"), (1, 1, 1, 30)),
     "ims": (ims, "a.ims", "", ("c", "z", "y", "x"), (1, 5, 16, 16)),
 }
 
