@@ -189,9 +189,10 @@ class Run:
         slots, most = executor.normalize_slots, executor.max_in_flight
         if len(in_flight) >= most:
             return None
-        normalizing = sum(task.stage == "normalize" for task in in_flight)
-        self._may_predict = not slots or len(in_flight) - normalizing < most - slots
-        self._postpones = self._may_predict and 0 < slots <= normalizing and len(self._ready) < most
+        if slots:
+            normalizing = sum(task.stage == "normalize" for task in in_flight)
+            self._may_predict = len(in_flight) - normalizing < most - slots
+            self._postpones = self._may_predict and slots <= normalizing and len(self._ready) < most
         return self._next(upcoming)
 
     def _next(self, upcoming: Iterator[int]) -> Task | None:

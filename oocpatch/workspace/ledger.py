@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,7 +67,7 @@ class Record:
 
     def values(self) -> list[Any]:
         """Return the record as a journal has it."""
-        return list(astuple(self))
+        return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def of(cls, values: Any) -> Record | None:
