@@ -47,6 +47,9 @@ from oocpatch.volumes.content import MASK, VOLUME
 FILE_BYTES = 512
 """Bytes of the record of a stored output, and of its share of directories."""
 
+MOST_CALLS = 4
+"""Calls of the model at a time. More take more memory, and gain little: while one waits, the others work."""
+
 COUNTED_VOXELS = 1 << 28
 """Voxels of a mask up to which planning reads it, to count the patches to compute: a second or two."""
 
@@ -186,6 +189,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         block_shape=core,
         workers=config.execution.threads,
         workload=workload,
+        most_calls=min(threads, MOST_CALLS) if probe.keeps_weights and config.pipeline.is_stateless else 1,
     )
     needed, on_device = choice.projection.main, choice.projection.device
     plan = Plan(
@@ -215,7 +219,8 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         io_strategy=choice.io_strategy,
         concurrency=choice.concurrency,
         batch_size=config.patches.batch_size,
-        torch_threads=threads,
+        torch_threads=threads // choice.calls,
+        calls=choice.calls,
         projected_memory=needed.memory(choice.concurrency),
         projected_device_memory=on_device.memory(choice.concurrency),
         projected_disk=choice.projection.disk,

@@ -98,6 +98,7 @@ def _sums(context: PatchContext, box: Box, index: int, regions: Sequence[Box]) -
         device=device,
         transfer=context.transfer,
         pool=context.read_pool,
+        batches=plan.calls,
         padding_mode=padding_mode,
         fill=fill,
         stamps=None,

@@ -11,6 +11,7 @@ Patches are views of the ring, or copies of it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
@@ -34,6 +35,7 @@ class InputReader:
         capacity, dtype, device: of the ring, in planes, and where the model takes its patches.
         transfer: copies to that device.
         pool: threads that read chunks.
+        batches: number of batches that are in use at a time.
         padding_mode, fill: rule for voxels outside the volume, and their value for `constant`.
         stamps: receives the stamps of the parts that are read; None: nobody needs them.
 
@@ -53,6 +55,7 @@ class InputReader:
         device: str,
         transfer: Transfer,
         pool: Executor,
+        batches: int,
         padding_mode: str,
         fill: float,
         stamps: InputStamps | None,
@@ -66,7 +69,7 @@ class InputReader:
         self._padding = padding_mode, fill
         self.stamps = stamps
         self._requested = region.start[axis]
-        self._batch: torch.Tensor | None = None
+        self._batches: deque[torch.Tensor] = deque(maxlen=batches)
         self.pending = FutureGroup(pool)
 
     def fits(self, group: Group, in_use: int) -> bool:
@@ -93,7 +96,7 @@ class InputReader:
                 self.pending.submit(self._read, request, stamped, view[inner], after)
 
     def batch(self, boxes: Sequence[Box], *, size: int, copy: bool, full: bool = False) -> torch.Tensor:
-        """Return patches as `(B, C, *patch_size)`, at most `size` of them, valid until the next call.
+        """Return patches as `(B, C, *patch_size)`, at most `size` of them, as long as they are in use.
 
         With `copy` the model may write to them; without, a single patch that does not wrap is a view. With `full`, a
         smaller batch is filled up with copies of its last patch.
@@ -102,15 +105,17 @@ class InputReader:
             views = [view for _, view in self._ring.parts(boxes[0])]
             if len(views) == 1:
                 return views[0][None]
-        if self._batch is None:
+        if len(self._batches) < (self._batches.maxlen or 1):
             shape = (size, self._ring.data.shape[0], *boxes[0].shape)
-            self._batch = buffer(shape, self._ring.data.dtype, self._ring.data.device)
-        for target, box in zip(self._batch, boxes, strict=False):  # the last batch may be smaller
+            self._batches.append(buffer(shape, self._ring.data.dtype, self._ring.data.device))
+        self._batches.rotate()
+        batch = self._batches[0]
+        for target, box in zip(batch, boxes, strict=False):  # the last batch may be smaller
             for part, view in self._ring.parts(box):
                 target[(slice(None), *part.slices(box.start))] = view
         if full and len(boxes) < size:
-            self._batch[len(boxes) :] = self._batch[len(boxes) - 1]
-        return self._batch if full else self._batch[: len(boxes)]
+            batch[len(boxes) :] = batch[len(boxes) - 1]
+        return batch if full else batch[: len(boxes)]
 
     def is_constant(self, value: float, box: Box) -> bool:
         views = (view for _, view in self._ring.parts(box))

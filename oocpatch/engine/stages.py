@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -289,6 +290,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
             device=context.predictor.device,
             transfer=context.transfer,
             pool=context.read_pool,
+            batches=plan.calls,
             padding_mode=padding_mode,
             fill=fill,
             stamps=stamps,
@@ -390,13 +392,8 @@ def add_patches(
         computed = [m for m in members if not reader.is_constant(plan.skip_value, plan.input_grid.box(m))]
         context.report(index, len(members) - len(computed))
         members = computed
-    for i in range(0, len(members), plan.batch_size):
-        batch = members[i : i + plan.batch_size]
-        boxes = [plan.input_grid.box(m) for m in batch]
-        inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
-        if context.coarse is not None:
-            inputs = context.coarse.extend(inputs, boxes, reader.stamps)
-        outputs = context.outputs(index, batch[0], inputs)
+
+    def add(batch: Sequence[Ints], outputs: Mapping[str, torch.Tensor]) -> None:
         for head, grid, (region, head_sums) in zip(plan.heads, grids, targets, strict=True):
             values = _head_values(head, outputs, grid.patch_size)
             for member, patch in zip(batch, values, strict=not is_full):  # what fills up a batch is dropped
@@ -408,6 +405,20 @@ def add_patches(
             rows.add(batch, outputs)
         context.transfer.limit_run_ahead()
         context.report(index, len(batch))
+
+    under_way: deque[tuple[list[Ints], Callable[[], dict[str, torch.Tensor]]]] = deque()
+    for i in range(0, len(members), plan.batch_size):
+        batch = members[i : i + plan.batch_size]
+        boxes = [plan.input_grid.box(m) for m in batch]
+        inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
+        if context.coarse is not None:
+            inputs = context.coarse.extend(inputs, boxes, reader.stamps)
+        under_way.append((batch, context.predictor.submit(context.outputs, index, batch[0], inputs)))
+        if len(under_way) == plan.calls:
+            batch, outputs = under_way.popleft()
+            add(batch, outputs())
+    for batch, outputs in under_way:
+        add(batch, outputs())
 
 
 def decided_box(head: Head, grid: PatchGrid, member: Ints) -> Box:

@@ -80,7 +80,11 @@ class RunInputs:
         sizes = (plan.axes[looped:], plan.patch_size[looped:], looped)
         pipeline = Pipeline(self.options, self.models, *sizes, plan.model_inputs)
         return pipeline.predictor(
-            copies_input=plan.copies_input, torch_threads=plan.torch_threads, statistics=plan.statistics, compiled=True
+            copies_input=plan.copies_input,
+            torch_threads=plan.torch_threads,
+            calls=plan.calls,
+            statistics=plan.statistics,
+            compiled=True,
         )
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from oocpatch.models.augmentation import FlipRotate, flips_and_rotations
@@ -15,14 +16,15 @@ from oocpatch.models.compilation import optimized_model, uses_graphs
 from oocpatch.models.fingerprint import Fingerprint, model_fingerprint, read_fingerprint
 from oocpatch.models.input_spec import InputSpec, input_spec_of
 from oocpatch.models.loading import Model, load_models
+from oocpatch.models.onnx import OnnxSession
 from oocpatch.models.options import ModelOptions
 from oocpatch.models.packages.package import ModelPackage, NamedAxes, package_fingerprint
 from oocpatch.models.predictor import Predictor
 from oocpatch.models.preprocess_steps import Statistics
 from oocpatch.models.preprocessing import preprocess_function
-from oocpatch.models.reach import callables_of
+from oocpatch.models.reach import Survey, callables_of
 from oocpatch.models.reuse import loaded
-from oocpatch.models.wrappers import NamedInputs, ensemble
+from oocpatch.models.wrappers import NamedInputs, NumpyModel, ensemble
 from oocpatch.planning.box import Ints
 
 logger = logging.getLogger("oocpatch")
@@ -96,6 +98,10 @@ def identity_of(options: ModelOptions, models: Sequence[Model], *, sources: bool
     return Identity(digests[0] if len(digests) == 1 else digests, is_whole)
 
 
+NOT_FOLLOWED = (torch.jit.ScriptModule, OnnxSession, NumpyModel)
+"""Models whose code does not tell what a call writes, or which leave torch, and its threads, for long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """The loaded models of a run with what is around them, for patches of one geometry.
@@ -125,6 +131,20 @@ class Pipeline:
     def input_spec(self) -> InputSpec:
         """The batches that all models take, flipped and rotated patches included."""
         return input_spec_of(ensemble(self.models, None, self.transforms))
+
+    @property
+    def is_stateless(self) -> bool:
+        """Return whether threads may call the models at the same time: on the CPU, networks that write nothing."""
+        options = self.options
+        if torch.device(options.device).type != "cpu" or options.compile or not options.eval_mode:
+            return False
+        if not all(isinstance(model, nn.Module) for model in self.models):
+            return False
+        model = self.predictor().model
+        for called in callables_of(model):
+            if isinstance(called, NOT_FOLLOWED) or "forward" in getattr(called, "__dict__", ()):  # put in its place
+                return False
+        return not Survey(model).state
 
     def predictor(self, *, statistics: Statistics = (), compiled: bool = False, **settings: Any) -> Predictor:
         """Return the models and what is around them as a function of batches.

@@ -1,8 +1,9 @@
 """The predictor: the user's model as a function of batches.
 
-Blocks take turns: one at a time calls the model, with all of torch's threads, while the others add up, read and write
-with one thread each. So a model need not be thread-safe, results do not depend on the number of workers, and cores are
-not fought over. There is no thread of the model's own: handing a batch over costs more than a light model takes.
+Threads of one call wait for each other, so several calls with few threads each use the cores better than one with all
+of them: a network without state is called so, by threads of the predictor's own. The plan has the number of calls and
+their threads, on which last bits depend. All other models are called by one block at a time, with all of torch's
+threads, since they need not be thread-safe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from oocpatch.models.named_outputs import DEFAULT_HEAD, joined, owned_outputs
 logger = logging.getLogger("oocpatch")
 
 Model = Callable[[torch.Tensor], Any]
+Result = TypeVar("Result")
 NUMPY_DTYPES = frozenset(torch.from_numpy(np.empty(0, kind)).dtype for kind in "?bBhHiIlLefd")
 
 
@@ -39,8 +41,9 @@ class Predictor:
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
-        torch_threads: threads of torch, since results depend on it.
+        torch_threads: threads of torch for each call, since results depend on it.
         own_thread: whether all calls are made by one thread, whichever asks for them; see `compilation`.
+        calls: calls at a time. More than one have threads of their own, and only a model without state may have them.
         eval_mode: whether networks are in evaluation mode; else in the mode that they were in before.
 
     Attributes:
@@ -57,6 +60,7 @@ class Predictor:
         copies_input: bool = True,
         torch_threads: int | None = None,
         own_thread: bool = False,
+        calls: int = 1,
         eval_mode: bool = True,
     ) -> None:
         self.model = model
@@ -71,6 +75,8 @@ class Predictor:
         self.halving = Halving(model)
         self._mode = EvaluationMode(model, eval_mode=eval_mode)
         self._thread = model_thread() if own_thread else None
+        self._calls = calls
+        self._pool: ThreadPoolExecutor | None = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -83,6 +89,9 @@ class Predictor:
                     if isinstance(module, OptimizedModel):
                         stack.enter_context(module.ready())
             stack.enter_context(self._mode.active())
+            if self._calls > 1:
+                self._pool = stack.enter_context(ThreadPoolExecutor(self._calls, "oocpatch-calls"))
+                stack.callback(setattr, self, "_pool", None)
             # other algorithms give other last bits; a block that is computed again must give the same
             for name, value in (("deterministic", True), ("benchmark", False)):
                 stack.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
@@ -90,6 +99,13 @@ class Predictor:
             if self._is_cuda:
                 torch.cuda.synchronize(self.device)  # blocks have threads of their own, and so streams of their own
             yield
+
+    def submit(self, function: Callable[..., Result], *args: Any) -> Callable[[], Result]:
+        """Begin a function that calls this, and return what gives its result; where calls take turns, it ends first."""
+        if self._pool is not None:
+            return self._pool.submit(function, *args).result
+        result = function(*args)
+        return lambda: result
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the model on `(B, C, *patch)` and return its outputs by name, `(B, C', *spatial)` or `(B, D)`.
@@ -100,7 +116,7 @@ class Predictor:
         looped = tuple(range(2, 2 + self.looped))  # patches have one index of each
         inputs = batch.squeeze(looped) if looped else batch
         before = version(inputs)
-        with self._mode.turn():
+        with self._mode.turn() if self._calls == 1 else contextlib.nullcontext():
             results = self._thread.submit(self._run, inputs).result() if self._thread else self._run(inputs)
         if version(inputs) != before and not self.copies_input:
             raise RuntimeError("the model wrote to its input, but not when it was probed; let it work on x.clone()")

@@ -53,6 +53,7 @@ class Probe:
         operations: operations of one patch that torch can count, of all models and transforms.
         ran_operators: whether the call ran any of torch's operators.
         least_batch: fewest patches that the model is called with: smaller batches are filled up.
+        keeps_weights: whether the call left all parameters and buffers as they were.
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -65,6 +66,7 @@ class Probe:
     operations: float = 0.0
     ran_operators: bool = True
     least_batch: int = 1
+    keeps_weights: bool = True
 
     def model_bytes(self, batch: int) -> int:
         """Return the memory that a call with so many patches adds."""
@@ -98,6 +100,7 @@ def probe_model(
         patch = torch.zeros((0 if empty else 1, channels, *looped, *size), dtype=dtype, device=predictor.device)
         footprint = Footprint([patch, *weights], empty_batch=empty, limit=None if empty else max_memory)
         before = version(patch)
+        versions = [version(w) for w in weights if not w.is_inference()]
         with footprint:
             outputs = predictor(patch)
         itemsize = 0 if predictor.dtype is None or predictor.dtype == dtype else predictor.dtype.itemsize
@@ -113,6 +116,7 @@ def probe_model(
             operations=footprint.operations / least_batch,
             ran_operators=footprint.ran_operators,
             least_batch=least_batch,
+            keeps_weights=versions == [version(w) for w in weights if not w.is_inference()],
         )
 
     def called(size: Ints) -> Probe:

@@ -82,11 +82,12 @@ class ByteSizes:
         context: input of the model beyond its output, in voxels on each side.
         mask_voxel_bytes: bytes of the mask per voxel of the volume, while it is examined.
         window_bytes: bytes of the windows of all heads.
-        model_bytes: bytes that the model adds while it works on a batch, for the one task that calls it.
+        model_bytes: bytes that the model adds while it works on a batch.
         batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
         device_memory: bytes that a process may take on the model's device, if that has memory of its own: input and
             results go through buffers then. None: the model runs in main memory.
         row_bytes: bytes of all vectors of a patch.
+        calls: calls of the model at a time, of all tasks of a process, and batches of a task.
     """
 
     in_voxel_bytes: int
@@ -101,6 +102,7 @@ class ByteSizes:
     batch_bytes: int
     device_memory: int | None = None
     row_bytes: int = 0
+    calls: int = 1
 
     @property
     def staged(self) -> bool:
@@ -269,7 +271,7 @@ class MemoryUse:
         """Return the bytes that the tasks of a process share."""
         sizes, threads = self.sizes, self.io_strategy.threads
         shared = (
-            ("model", sizes.model_bytes),
+            ("model", sizes.calls * sizes.model_bytes),
             ("chunks", chunk_bytes(threads, sizes.unit_bytes)),
             ("weights", 8 * sum(sum(f.blocks.grid.shape) for f in self.heads)),
             ("window", sizes.window_bytes),
@@ -298,7 +300,7 @@ class MemoryUse:
             ("sums", sums),
             ("staged", staged),
             ("tile", tile),
-            ("batch", sizes.batch_bytes),
+            ("batch", sizes.calls * sizes.batch_bytes),
             ("mask", math.ceil(planes * section * sizes.mask_voxel_bytes)),
             ("rows", rows + min(rows, max(ROWS_FILE_BYTES, sizes.row_bytes))),
         )

@@ -58,7 +58,7 @@ class Plan:
         core: shape of a block's core.
         sweep: the axis along which blocks are computed.
         concurrency: blocks computed at a time.
-        torch_threads: threads of torch, set in every process, since results depend on it.
+        torch_threads: threads of torch for each call, set in every process, since results depend on it.
         projected_memory: most bytes that the run adds to main memory, of each process.
         projected_disk: bytes of the workspace at its fullest.
         bytes_read, bytes_written: traffic with the volume, the workspace and the output, not compressed.
@@ -86,6 +86,7 @@ class Plan:
         merge_memory: bytes that the merge of objects may take, while no block is at work.
         vectors: outputs of the model that are a vector per patch.
         model_inputs: names and numbers of channels of the tensors that the model is called with; none: with one.
+        calls: calls of the model at a time, in a process.
     """
 
     parameters: Mapping[str, Any]
@@ -139,6 +140,7 @@ class Plan:
     classes: tuple[str, ...] = ()
     vectors: tuple[VectorHead, ...] = ()
     model_inputs: tuple[tuple[str, int], ...] = ()
+    calls: int = 1
 
     @cached_property
     def grid(self) -> PatchGrid:

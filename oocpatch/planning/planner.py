@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from oocpatch.errors import PlanTooLarge
@@ -45,7 +45,7 @@ SINGLE_TASK = 1.06
 
 @dataclass(frozen=True, slots=True)
 class BlockChoice:
-    """The blocks of a run, the reads and writes of its tasks, the tasks at a time, and the projected needs.
+    """The blocks of a run, the reads and writes of its tasks, tasks and calls at a time, and the projected needs.
 
     `crash_limit` is the number of patches that a crash should not exceed; None: the model is light.
     """
@@ -53,6 +53,7 @@ class BlockChoice:
     blocks: BlockGrid
     io_strategy: IoStrategy
     concurrency: int
+    calls: int
     projection: Projection
     crash_limit: int | None = None
 
@@ -66,6 +67,7 @@ def choose(
     block_shape: Ints | None = None,
     workers: int | None = None,
     workload: Workload | None = None,
+    most_calls: int = 1,
 ) -> BlockChoice:
     """Choose the blocks of a run.
 
@@ -78,6 +80,7 @@ def choose(
         workers: requested number of concurrent tasks; there are fewer when memory is short, or a crash would cost more
             than it may.
         workload: the model's work; None: none.
+        most_calls: calls of the model at a time, where memory and the patches of a group of layers are enough.
 
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and the parameters to change.
@@ -93,7 +96,10 @@ def choose(
                 limit = crash_limit(grid.num_patches)
                 if block_shape is None:
                     best = _smaller(best, candidates, workload, max_memory, max_disk)
-            candidate, concurrency = best
+            candidate, concurrency = best  # blocks and calls, and so the bytes, do not depend on `workers`
+            candidate = candidate.with_calls(
+                most_calls, min(concurrency, candidate.frame.blocks.num_blocks), max_memory
+            )
             blocks, projection = candidate.frame.blocks, candidate.projection
             if workers is None:
                 concurrency = min(concurrency, blocks.num_blocks)
@@ -103,7 +109,7 @@ def choose(
                     most = min(workers, limit // blocks.patches_per_block)
                 fitting = (n for n in range(most, 1, -1) if projection.fits(n, max_memory, sizes.device_memory))
                 concurrency = next(fitting, 1)
-            return BlockChoice(blocks, candidate.io_strategy, concurrency, projection, limit)
+            return BlockChoice(blocks, candidate.io_strategy, concurrency, candidate.sizes.calls, projection, limit)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
 
@@ -192,6 +198,17 @@ class _Candidate(MemoryUse):
     def needs(self) -> tuple[Needs, Needs]:
         """What is needed in main memory, and on the device."""
         return self.projection.main, self.projection.device
+
+    def with_calls(self, most: int, concurrency: int, max_memory: int) -> _Candidate:
+        """Return the same with as many calls of the model at a time as memory and a group's batches allow."""
+        axes = (t for a, t in enumerate(self.frame.totals) if a != self.frame.blocks.sweep)
+        patches = self._group * math.prod(max(span.patch_count for span in axis.spans) for axis in axes)
+        patches = min(patches, self.frame.blocks.patches_per_block)
+        for calls in range(min(most, -(-patches // self.sizes.batch_size)), 1, -1):
+            more = replace(self, sizes=replace(self.sizes, calls=calls))
+            if more.projection.fits(concurrency, max_memory, self.sizes.device_memory):
+                return more
+        return self
 
     @property
     def seconds(self) -> float:

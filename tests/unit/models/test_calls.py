@@ -496,3 +496,110 @@ def test_dropout_samples_where_it_is_asked_to(tmp_path: Path) -> None:
     sampled = oocpatch.predict(DATA, spec, tmp_path / "sampled", eval_mode=False, **settings).values
     assert 0.4 < (sampled == 0).mean() < 0.6
     np.testing.assert_allclose(sampled[sampled != 0], 2 * DATA[sampled != 0])
+
+
+class Meeting(nn.Module):
+    """A network whose calls wait until there are two of them; the probe calls it without patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        if len(patches):
+            self.barrier.wait(30)
+        return patches * self.factor
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_network_without_state_is_called_by_two_threads_at_a_time(batch_size: int, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "padding_mode": "edge", "batch_size": batch_size}  # six patches in each layer
+    plan = oocpatch.plan(DATA, Meeting(), tmp_path / "out.zarr", **settings)
+    assert (plan.calls, plan.torch_threads) == (2, 1)
+    np.testing.assert_allclose(plan.run().values, 2 * DATA, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_bytes_do_not_depend_on_the_calls_at_a_time_but_on_their_threads(tmp_path: Path) -> None:
+    two = oocpatch.plan(DATA, Net(), tmp_path / "two.zarr", **SETTINGS)
+    torch.set_num_threads(1)
+    one = oocpatch.plan(DATA, Net(), tmp_path / "one.zarr", **SETTINGS)
+    assert [(plan.calls, plan.torch_threads) for plan in (two, one)] == [(2, 1), (1, 1)]
+    parts = [dict(plan.memory_parts) for plan in (two, one)]
+    assert parts[0]["model"] == 2 * parts[1]["model"]
+    assert parts[0]["batch"] == 2 * parts[1]["batch"]
+    assert two.run_id == one.run_id
+    assert two.run().values.tobytes() == one.run().values.tobytes()
+
+
+class Reading(nn.Module):
+    """A network whose calls change nothing that outlives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+        self.register_buffer("total", torch.zeros(()))
+        self.seen: list[int] = []
+        self.last: torch.Tensor | None = None
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        parts = []
+        parts.append(self.layer(patches))
+        return parts.pop()
+
+
+class WritesAttribute(Reading):
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(patches)
+        return self.last
+
+
+class WritesItems(Reading):
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(patches))
+        return self.layer(patches)
+
+
+class WritesBuffer(Reading):
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.layer(patches) + self.total.mul_(0)
+
+
+def _replaced() -> nn.Module:
+    net = Reading()
+    net.forward = WritesItems.forward.__get__(net)  # type: ignore[method-assign]
+    return net
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("make", "settings", "calls"),
+    [
+        (Reading, {}, 2),
+        (WritesAttribute, {}, 1),
+        (WritesItems, {}, 1),
+        (WritesBuffer, {}, 1),
+        (_replaced, {}, 1),
+        (lambda: nn.BatchNorm2d(1), {"eval_mode": False}, 1),
+        (lambda: torch.jit.script(nn.Conv2d(1, 1, 3, padding=1)), {}, 1),
+        (lambda: torch.neg, {}, 1),
+        (Reading, {"batch_size": 64}, 1),  # all patches of a layer in a batch
+    ],
+    ids=["reads", "attribute", "list", "buffer", "replaced", "training", "TorchScript", "function", "one batch"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_a_call_writes_is_not_written_by_two_at_a_time(
+    make: Callable[[], Any], settings: dict[str, Any], calls: int, tmp_path: Path
+) -> None:
+    plan = oocpatch.plan(DATA, make(), tmp_path / "out.zarr", **SETTINGS, **settings)
+    assert (plan.calls, plan.torch_threads) == (calls, 2 // calls)
