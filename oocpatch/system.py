@@ -59,8 +59,10 @@ def sync_all() -> None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use: of its affinity, and of its container's quota."""
+    from dask.system import cpu_count  # noqa: PLC0415 - not for commands that count no cores: it imports all of Dask
+
+    return int(cpu_count())
 
 
 def peak_memory() -> int:

@@ -7,7 +7,6 @@ A call of `label` is a run whose patches are single voxels: its blocks, arrays, 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,6 +27,7 @@ from oocpatch.planning.heads import Head, common_unit
 from oocpatch.planning.labelling import DTYPES, Labelling
 from oocpatch.planning.memory import IoStrategy, chunk_bytes, io_threads
 from oocpatch.planning.plan import Plan, human
+from oocpatch.system import usable_cores
 
 NAME = "labels"
 """Name of the output's array."""
@@ -154,7 +154,7 @@ def make_label_plan(config: RunConfig, rule: Labelling) -> Plan:
             f"{human(least)}) but max_memory is {human(limit)}; raise max_memory, or lower block_shape or output_chunks"
         )
     blocks, need = grids[fitting[-1]], needs[fitting[-1]]
-    workers = config.execution.threads or min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = config.execution.threads or min(usable_cores(), MOST_WORKERS)
     concurrency = max(1, min(workers, blocks.num_blocks, (limit - shared) // need))
     size = math.prod(volume.shape) * volume.channels
     plan = replace(

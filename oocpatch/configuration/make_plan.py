@@ -25,6 +25,7 @@ from oocpatch.engine.patch_selection import Selection
 from oocpatch.errors import CorruptData, PlanTooLarge
 from oocpatch.models.compilation import compiled_bytes
 from oocpatch.models.input_spec import input_spec_of
+from oocpatch.models.predictor import torch_threads
 from oocpatch.models.preprocess_steps import Step
 from oocpatch.models.preprocessing import steps_of
 from oocpatch.models.probe import Probe, probe_model
@@ -97,7 +98,7 @@ def _candidates(config: RunConfig) -> list[RunConfig]:
     small = [c for c in reversed(candidates) if min(c.patch_size[loops:]) >= MULTIPLE] or candidates[::-1]
     for candidate in small:
         with contextlib.suppress(ValueError):
-            voxel_bytes = _probed(candidate, torch.get_num_threads()).batch_bytes / math.prod(candidate.patch_size)
+            voxel_bytes = _probed(candidate, torch_threads()).batch_bytes / math.prod(candidate.patch_size)
             share = _model_memory(config) / MODEL_SHARE
             return [c for c in candidates if math.prod(c.patch_size) * voxel_bytes <= share] or candidates[-1:]
     return candidates
@@ -109,7 +110,7 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     dtype = torch_dtype(str(volume.dtype))
 
     def call() -> Probe:
-        predictor = config.pipeline.predictor(torch_threads=threads)
+        predictor = config.pipeline.predictor(threads=threads)
         with predictor.ready():
             probe = functools.partial(probe_model, predictor, channels, config.patch_size, dtype, limit)
             return in_new_thread_if_forked(probe)
@@ -138,7 +139,7 @@ def _planned(config: RunConfig) -> Plan:
             f"{human(config.limits.max_memory)}; "
             "raise max_memory, or store the volume in smaller chunks"
         )
-    threads = torch.get_num_threads()
+    threads = torch_threads()
     probe = _probed(config, threads)
     outputs = infer_heads(config, probe)
     if not config.patches.batch_size:

@@ -7,7 +7,6 @@ merge writes the file.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.box import Ints
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import Plan, human
+from oocpatch.system import usable_cores
 from oocpatch.volumes.volume import default_chunks
 
 COPIES = 3
@@ -52,7 +52,7 @@ def make_table_plan(config: RunConfig, table: Mapping[str, Any]) -> Plan:
 
     asked = config.limits.block_shape
     core = (*(1,) * looped, *(asked or _unit(config)))
-    threads = config.execution.threads or os.cpu_count() or 1
+    threads = config.execution.threads or usable_cores()
     while threads > 1 and threads * needed(core, scratch_for(threads)) > max_memory:
         threads -= 1
     scratch = scratch_for(threads)

@@ -32,6 +32,7 @@ from oocpatch.planning.plan import human
 from oocpatch.progress import show_progress
 from oocpatch.storage.locks import locked
 from oocpatch.storage.paths import check_is_zarr, local_path
+from oocpatch.system import usable_cores
 from oocpatch.volumes.volume import Volume, default_chunks, refuse_overlap, spatial_sizes
 
 COPIES = 3
@@ -157,7 +158,7 @@ def plan_stream(volume: Volume, unit: Ints, limit: int) -> tuple[Ints, int]:
             f"{volume.chunks} voxels each) but max_memory is {human(limit)}; raise max_memory or lower chunks"
         )
     units = math.prod(-(-n // u) for n, u in zip(volume.shape, unit, strict=True))
-    threads = max(1, min(THREADS, os.cpu_count() or 1, units, limit // needed(unit)))
+    threads = max(1, min(THREADS, usable_cores(), units, limit // needed(unit)))
     box = unit
     while grown := [b for b in _grown(box, unit, volume.shape) if threads * needed(b) <= limit]:
         best = min(grown, key=lambda b: _decoded(volume, b))

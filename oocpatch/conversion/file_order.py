@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from oocpatch.errors import PlanTooLarge
 from oocpatch.planning.box import Box, Ints, cut
 from oocpatch.planning.memory import READ_BYTES
 from oocpatch.planning.plan import human
+from oocpatch.system import usable_cores
 from oocpatch.volumes.axes import LOOP_NAMES, Axes
 from oocpatch.volumes.volume import Volume
 
@@ -105,7 +105,7 @@ class FileOrder:
         each = max(COPIES * volume.chunk_bytes, 2 * READ_BYTES if chunked else READ_BYTES)
         row = math.prod(volume.shape[-inner + 1 :]) * volume.dtype.itemsize
         least = min(rows, volume.shape[-inner]) * row
-        threads = max(1, min(THREADS, os.cpu_count() or 1, (limit - coding - OVERHEAD - 2 * least) // each))
+        threads = max(1, min(THREADS, usable_cores(), (limit - coding - OVERHEAD - 2 * least) // each))
         needed = OVERHEAD + coding + threads * each + 2 * least
         if needed > limit:
             raise PlanTooLarge(

@@ -81,7 +81,7 @@ class RunInputs:
         pipeline = Pipeline(self.options, self.models, *sizes, plan.model_inputs)
         return pipeline.predictor(
             copies_input=plan.copies_input,
-            torch_threads=plan.torch_threads,
+            threads=plan.torch_threads,
             calls=plan.calls,
             statistics=plan.statistics,
             compiled=True,

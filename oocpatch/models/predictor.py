@@ -23,6 +23,7 @@ from oocpatch.models.compilation import OptimizedModel
 from oocpatch.models.evaluation_mode import EvaluationMode
 from oocpatch.models.input_spec import as_input, input_dtype
 from oocpatch.models.named_outputs import DEFAULT_HEAD, joined, owned_outputs
+from oocpatch.system import usable_cores
 
 logger = logging.getLogger("oocpatch")
 
@@ -41,7 +42,7 @@ class Predictor:
         autocast: run under `torch.autocast`.
         looped: number of looped axes in front of the spatial ones, which the model does not see.
         copies_input: whether patches must be copied before the model sees them.
-        torch_threads: threads of torch for each call, since results depend on it.
+        threads: threads of torch for each call, since results depend on it.
         own_thread: whether all calls are made by one thread, whichever asks for them; see `compilation`.
         calls: calls at a time. More than one have threads of their own, and only a model without state may have them.
         eval_mode: whether networks are in evaluation mode; else in the mode that they were in before.
@@ -58,7 +59,7 @@ class Predictor:
         autocast: bool = False,
         looped: int = 0,
         copies_input: bool = True,
-        torch_threads: int | None = None,
+        threads: int | None = None,
         own_thread: bool = False,
         calls: int = 1,
         eval_mode: bool = True,
@@ -70,7 +71,7 @@ class Predictor:
         self.copies_input = copies_input
         self._autocast = autocast
         self.looped = looped
-        self._threads = torch_threads or torch.get_num_threads()
+        self._threads = threads or torch_threads()
         self.dtype = input_dtype(model)
         self.halving = Halving(model)
         self._mode = EvaluationMode(model, eval_mode=eval_mode)
@@ -218,6 +219,11 @@ def device_count(device: str) -> int:
 def on_device(device: str) -> contextlib.AbstractContextManager[Any]:
     """Make a CUDA device the current one of this thread: each thread has its own, where a model makes tensors."""
     return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def torch_threads() -> int:
+    """Return torch's number of threads, and no more than there are cores: torch does not know of containers' quotas."""
+    return min(torch.get_num_threads(), usable_cores())
 
 
 def use_threads(count: int) -> None:

@@ -130,8 +130,9 @@ def predict(
             A list of volumes of one grid: as channels of one. A dict: as tensors that the model is called with, by
             their names.
         model: `torch.nn.Module`, or callable from `(B, C, *patch)` to `(B, C', *patch)`, or a model spec such as
-            `"model.pt"` or `"package.module:name"`. Called by one thread at a time, in evaluation mode. A list: the
-            mean of all. A model package sets parameters that are not given, see `docs/models.md`.
+            `"model.pt"` or `"package.module:name"`. Called in evaluation mode, by one thread at a time unless it is a
+            module without state. A list: the mean of all. A model package sets parameters that are not given, see
+            `docs/models.md`.
         output: path of the Zarr group to write, or its URL in an object store, `s3://bucket/out.zarr`.
 
         patch_size: size of the patches that the model takes; `"auto"`: chosen, and with it an overlap where none is

@@ -23,7 +23,7 @@ errors < progress < system < provenance < planning < storage < {volumes, workspa
 ON_DISK = "numpy zarr xarray dask.array google_crc32c psutil"
 LIBRARIES = {
     "progress": "tqdm",
-    "system": "psutil",
+    "system": "psutil dask.system",
     "planning": "numpy",
     "planning/arguments": "psutil dask.utils",  # how much memory there is; reads "2GiB"
     "storage": ON_DISK,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import dask.system
 import numpy as np
 import pytest
+import torch
 import zarr
 
 import oocpatch
 from oocpatch import system
 from oocpatch.execution.payload import absolute_spec
+from oocpatch.models import predictor
 from oocpatch.models.loading import load_model
 from oocpatch.models.packages.package import PackageSpec
 from oocpatch.sampling.weighted import LabelSampler
@@ -45,6 +49,14 @@ def test_no_other_module_asks_for_what_linux_or_posix_alone_have() -> None:
         for hit in forbidden.finditer(path.read_text())
     ]
     assert found == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="containers have quotas on Linux")
+def test_cores_and_threads_of_torch_are_no_more_than_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask.system, "_try_extract_cgroup_cpu_quota", lambda: (50_000, 100_000))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert system.usable_cores() == 1
+    assert predictor.torch_threads() == 1
 
 
 @pytest.mark.usefixtures("elsewhere")
