@@ -135,9 +135,12 @@ def in_fresh_process(
     """
     # What earlier tasks left to be written must not be paid for by the next.
     os.sync()
+    everyone = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}  # as oocpatch sets it for itself: torch asks for huge pages
     command = [str(python), "-m", module, task, json.dumps(arguments)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout, env=everyone
+        )
     except subprocess.TimeoutExpired as error:
         raise TaskFailed(f"took more than {timeout:.0f} s") from error
     # Libraries may talk on stdout, too.

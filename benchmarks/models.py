@@ -80,13 +80,16 @@ def network(name: str) -> torch.nn.Module:
     """A network by its name.
 
     Args:
-        name: `identity`, `two` (first two channels), `layers` (three convolutions of eight channels, three classes).
+        name: `identity`, `two` (first two channels), `layers` (three convolutions of eight channels, three classes),
+            `unet` (2.2 million parameters).
     """
     if name == "identity":
         return torch.nn.Identity()
     if name == "two":
         return FirstTwo()
     torch.manual_seed(0)
+    if name == "unet":
+        return UNet3d(width=20).eval()
     layers: list[torch.nn.Module] = []
     for channels in (1, 8, 8):
         layers += [torch.nn.Conv3d(channels, 8, 3, padding=1), torch.nn.ReLU()]

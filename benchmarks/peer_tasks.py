@@ -11,13 +11,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 import zarr
 
-from benchmarks.contest import Job, Run, chunks_of, contend, until_first_patch
+from benchmarks.contest import KNOWN, Job, Run, chunks_of, contend, until_first_patch
 from benchmarks.measure import answer
 from benchmarks.models import network
 
@@ -54,7 +55,7 @@ def monai_in_memory(net: Network) -> Run:
             task.patch, 1, task.overlap / task.patch, mode="gaussian" if task.overlap else "constant"
         )
         # It multiplies the network's output in place, which for an identity is the volume itself.
-        separate = torch.clone if task.model != "layers" else lambda patches: patches
+        separate = torch.clone if task.model in KNOWN else lambda patches: patches
         with torch.no_grad():
             result = inferer(volume[None], lambda patches: separate(model(patches)))
         seconds = time.perf_counter() - started
@@ -77,7 +78,7 @@ def monai_on_disk(net: Network) -> Run:
                 yield (patch.permute(2, 0, 1) if task.image else patch[None])[None].float(), corner
 
         spatial = source.shape[:2] if task.image else source.shape
-        shape = (1, {"identity": 1, "two": 2, "layers": 3}[task.model], *spatial)
+        shape = (1, {"identity": 1, "two": 2, "layers": 3, "unet": 3}[task.model], *spatial)
         stores = {"value_store": f"{task.target}-values", "count_store": f"{task.target}-counts"}
         inferer = PatchInferer(
             merger_cls=ZarrAvgMerger, merged_shape=shape, cropped_shape=shape, store=task.target,
@@ -188,7 +189,7 @@ def naive(net: Network) -> Run:
 
     def run(task: Job) -> None:
         source, model = zarr.open_array(task.source, mode="r"), net(task)
-        channels = {"identity": 1, "two": 2, "layers": 3}[task.model]
+        channels = {"identity": 1, "two": 2, "layers": 3, "unet": 3}[task.model]
         target = _output(task, channels)
         arrays = {
             name: zarr.create_array(f"{task.target}-{name}", shape=shape, chunks=target.chunks, dtype="float32")
@@ -245,18 +246,31 @@ def first_patch(name: str, options: dict[str, Any] | None = None, **job: Any) ->
     return until_first_patch(lambda clock: PEERS[name](lambda _: clock, **(options or {})), **job)
 
 
-def bare(**job: Any) -> dict[str, Any]:
-    """The network over the same patches of a volume in memory, and nothing else: neither blending nor files."""
+def bare(*, side_by_side: bool = False, **job: Any) -> dict[str, Any]:
+    """The network over the same patches of a volume in memory, and nothing else: neither blending nor files.
+
+    Each call has all threads of torch, or with `side_by_side` one, and as many calls run at a time as there were.
+    """
 
     def run(task: Job) -> dict[str, Any]:
-        volume, model = _volume(task), network(task.model)
-        started = time.perf_counter()
-        with torch.no_grad():
-            for corner in task.corners:
+        volume, model, threads = _volume(task), network(task.model), torch.get_num_threads()
+
+        def call(corner: tuple[int, ...]) -> None:
+            with torch.no_grad():
                 model(volume[None, :, *(slice(a, a + task.patch) for a in corner)])
+
+        started = time.perf_counter()
+        if side_by_side:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for done in [pool.submit(call, corner) for corner in task.corners]:
+                    done.result()
+            torch.set_num_threads(threads)
+        else:
+            for corner in task.corners:
+                call(corner)
         return {"inference": time.perf_counter() - started}
 
-    return contend(run, **{**job, "model": "layers"})
+    return contend(run, compare=False, **job)
 
 
 if __name__ == "__main__":

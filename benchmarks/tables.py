@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contest import KNOWN
 from benchmarks.measure import MIB
 from benchmarks.workloads import EDGES, WORKLOADS, Contender, Workload
 
@@ -54,7 +55,7 @@ def speed_table(results: Results, name: str) -> str:
     workload = WORKLOADS[name]
     yardstick = "the best copy" if workload.against == "copy" else "the network alone"
     head = ["", "seconds", f"times {yardstick}", "CPU s", "memory added", "GB read", "GB written"]
-    head += ["what came out"] if workload.model != "layers" else ["times, without reading and writing"]
+    head += ["what came out"] if workload.model in KNOWN else ["times, without reading and writing"]
     rows = []
     for contender, records in _records(results, name):
         good = [r for r in records if "failed" not in r]
@@ -69,7 +70,7 @@ def speed_table(results: Results, name: str) -> str:
         ]  # fmt: skip
         inside = ratios(results, name, contender.name, "inference")
         alone = f"{statistics.median(inside):.2f}" if inside else ""
-        rows.append([*row, _exactness(workload, good) if workload.model != "layers" else alone])
+        rows.append([*row, _exactness(workload, good) if workload.model in KNOWN else alone])
     return _markdown(head, rows)
 
 

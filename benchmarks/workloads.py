@@ -70,6 +70,10 @@ COPIES = (
     Contender("copy, zarr-python with zarrs", "copy", "copies.zarrs", 4, {"chunks": 2}),
     Contender("copy, TensorStore", "copy", "copies.tensorstore", 4),
 )
+ALONE = (
+    Contender("the network alone, one call", "bare", "peer_tasks.bare", 16),
+    Contender("the network alone, a call per core", "bare", "peer_tasks.bare", 16, {"side_by_side": True}),
+)
 MONAI = "MONAI SlidingWindowInferer, in memory"
 MONAI_DISK = "MONAI PatchInferer, ZarrAvgMerger"
 TORCHIO = "TorchIO, in memory"
@@ -122,11 +126,19 @@ WORKLOADS: dict[str, Workload] = {
         "256^3 float32, patches 96^3, overlap 24, three convolutions of eight channels, three classes",
         "random", 256, 96, 24, 64, "layers",
         (
-            Contender("the network alone, in memory", "bare", "peer_tasks.bare", 16),
-            _ours(18),
+            *ALONE, _ours(18),
             _peer(MONAI, "monai_in_memory", 18),
             _peer(TORCHIO, "torchio_in_memory", 18),
             _peer(PATCHLY, "patchly_on_disk", 20, "zarr2"),
+        ),
+        against="bare", targets={"oocpatch, 1 GiB": 1.03},
+    ),
+    "unet": Workload(
+        "96^3 float32, patches 48^3, overlap 16, a U-Net of 2.2 million parameters, three classes",
+        "random", 96, 48, 16, 48, "unet",
+        (
+            *ALONE, _ours(18),
+            _peer(MONAI, "monai_in_memory", 18),
         ),
         against="bare", targets={"oocpatch, 1 GiB": 1.03},
     ),
