@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ def _read(ctx: click.Context, _parameter: click.Parameter, path: Path | None) ->
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{path} must be TOML: {error}.") from error
     known = {p.name: p for p in ctx.command.params if p.name and p.expose_value}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise click.BadParameter(
-            f"{path} must hold parameters of {ctx.info_name} ({', '.join(sorted(known))}), got {', '.join(unknown)}."
-        )
+    if unknown := sorted(values.keys() - known.keys()):
+        meant = [match for name in unknown for match in get_close_matches(name, known, n=1)]
+        advice = f"did you mean {', '.join(meant)}" if meant else f"these are {', '.join(sorted(known))}"
+        raise click.BadParameter(f"{path} must hold parameters of {ctx.info_name}, got {', '.join(unknown)}; {advice}")
     defaults = {name: _repeated(value) if known[name].multiple else value for name, value in values.items()}
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 

@@ -112,7 +112,7 @@ def main() -> None:
 @main.command()
 @click.argument("volume", metavar="IN[,IN...]", callback=volumes)
 @click.argument("output", metavar="OUT")
-@run_options(without=("progress",))
+@run_options()
 @config_option
 @scheduler_option
 @click.option("--draw", type=UserPath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the plan, too.")

@@ -212,20 +212,19 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def run_options(
-    names: Sequence[str] = tuple(OPTIONS), *, without: Collection[str] = (), optional: Collection[str] = ()
+    names: Sequence[str] = tuple(OPTIONS), *, optional: Collection[str] = ()
 ) -> Callable[[Command], Command]:
     """Return a decorator that gives a command the options of a run.
 
     Args:
-        names: names of the options, in order.
-        without: names of options to leave out; what only Python can pass is left out anyway.
+        names: names of the options, in order; what only Python can pass is left out.
         optional: names of options that the command does not require.
     """
 
     def decorate(command: Command) -> Command:
         for name in reversed(names):
             field = OPTIONS[name]
-            if name not in without and field.metadata["kind"] != "none":
+            if field.metadata["kind"] != "none":
                 command = _run_option(field, required=name not in optional)(command)
         return command
 

@@ -345,8 +345,10 @@ class PlannedRun:
         return getattr(self.plan, name)
 
     def to_json(self) -> str:
-        """Return the plan as JSON, with the expected use of workers and the settings of a model package, if any."""
+        """Return the plan as JSON, with the use of workers, advice if some are idle, and a package's settings."""
         more: dict[str, Any] = {} if self.occupancy is None else {"occupancy": self.occupancy.to_json()}
+        if warning := idle_workers(self.config, self.plan, self.occupancy):
+            more["warning"] = warning
         if self.config.package is not None:
             more["package"] = run_settings(self.config.of_package)
         text = self.plan.to_json()

@@ -28,6 +28,7 @@ padding_mode = "reflect"
 preprocess = { name = "scale", divide = 0.5 }
 resume = true
 skip_empty = false
+progress = "none"
 
 [model_args]
 by = 3
@@ -62,7 +63,7 @@ def test_a_file_of_settings_is_what_typing_them_is() -> None:
     )
     assert planned("--config", "run.toml") == typed
     assert typed["patch_size"] == [8, 4]
-    result = run("predict", "--config", "run.toml", "--progress", "none")
+    result = run("predict", "--config", "run.toml")
     assert result.exit_code == 0, result.output
     found = zarr.open_array("out.zarr/prediction", mode="r")[:]
     assert found[0, :3].tolist() == [6, 12, 18]
@@ -114,7 +115,8 @@ def test_pyramids_have_a_progress_of_their_own(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("patch_sice = 8", r"run.toml must hold parameters of plan \(.*patch_size.*\), got patch_sice"),
+        ("patch-size = 8", "run.toml must hold parameters of plan, got patch-size; did you mean patch_size"),
+        ("[predict]", "run.toml must hold parameters of plan, got predict; these are allow_nonfinite, .*, workspace"),
         ("patch_size = ", "run.toml must be TOML"),
         ("patch_size = 'large'", "sizes are whole numbers of voxels"),
     ],

@@ -44,6 +44,7 @@ def test_fewer_blocks_than_workers_are_a_warning_with_advice(options: dict[str, 
     assert words in str(oocpatch.plan(VOLUME, "identity", "none.zarr", workers=16, processes=True, **arguments))
     parts = oocpatch.plan(VOLUME, "identity", "none.zarr", part=(1, 16), **arguments)
     assert words.replace("workers", "parts") in str(parts)
+    assert words.replace("workers", "parts") in json.loads(parts.to_json())["warning"]
 
 
 def test_one_device_is_used_where_new_processes_could_not_work(
