@@ -191,7 +191,9 @@ def _rejection(
                 f"the model rejects patches of {_sides(spatial)}: sides must be multiples of {multiple}; "
                 f"nearest: {_sides(below)}, {_sides(above)}"
             )
-    return f"the model rejects patches of shape {(1, channels, *spatial)}: {_reason(error)}"
+    needs_array = isinstance(error, AttributeError) and "'Tensor' object" in str(error)
+    hint = "; wrap a function of NumPy arrays in oocpatch.NumpyModel, or name it numpy:FILE:NAME" if needs_array else ""
+    return f"the model rejects patches of shape {(1, channels, *spatial)}: {_reason(error)}{hint}"
 
 
 def _takes(predictor: Predictor, shape: Ints, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Colour = tuple[int, int, int]
 
 PALETTE = (
     (63, 185, 130), (247, 90, 160), (250, 180, 60), (88, 166, 255), (188, 140, 255), (255, 123, 94),
@@ -41,7 +42,7 @@ def label_colours(labels: Array) -> Array:
     return np.asarray(colours)
 
 
-def label_colour(label: int) -> tuple[int, int, int]:
+def label_colour(label: int) -> Colour:
     """Return the colour of a label; 0 is background.
 
     >>> label_colour(1), label_colour(0), label_colour(12345)
@@ -84,17 +85,16 @@ def scaled(values: Array, window: tuple[float, float]) -> Array:
     return np.asarray(np.clip((np.nan_to_num(values.astype(np.float64)) - low) / (high - low), 0, 1))
 
 
-def grey(values: Array, windows: list[tuple[float, float]]) -> Array:
+def grey(values: Array, windows: list[tuple[float, float]], colours: list[Colour]) -> Array:
     """Map `(C, H, W)` to greys, several channels to a mix of colours, `(H, W, 3)`; with a window each, or one."""
     each = windows * len(values) if len(windows) == 1 else windows
     level = np.stack([scaled(v, window) for v, window in zip(values, each, strict=True)])
-    return np.repeat(level[0][..., None], 3, axis=-1) if len(level) == 1 else mixed(level)
+    return np.repeat(level[0][..., None], 3, axis=-1) if len(level) == 1 else mixed(level, colours)
 
 
-def mixed(levels: Array) -> Array:
-    """Mix channels of 0 to 1 into one picture, each in a colour."""
-    colours = np.array([label_colour(c + 1) for c in range(len(levels))], np.float64) / 255
-    return np.asarray(np.clip(np.einsum("chw,cd->hwd", levels, colours), 0, 1))
+def mixed(levels: Array, colours: list[Colour]) -> Array:
+    """Mix channels of 0 to 1 into one picture, each in its colour."""
+    return np.asarray(np.clip(np.einsum("chw,cd->hwd", levels, np.array(colours) / 255), 0, 1))
 
 
 def heat(level: Array, *, bright: bool = False) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from oocpatch.visualization import colormaps
 from oocpatch.visualization.display_source import DisplaySource, display_levels, record_of
 from oocpatch.visualization.object_table import read_table, segment_properties
-from oocpatch.visualization.picture import channel_names, fractions, input_address, is_rgb, kind_of
+from oocpatch.visualization.picture import channel_colours, channel_names, fractions, input_address, is_rgb, kind_of
 from oocpatch.visualization.slices import plane
 from oocpatch.volumes.volume import Volume
 
@@ -57,10 +57,8 @@ class Layer:
     @property
     def colours(self) -> list[str]:
         """Return the colours of the channels, as `#RRGGBB`: those of the metadata, else by their number."""
-        tones = RGB if self.kind == "rgb" else [colormaps.label_colour(c + 1) for c in range(self.volume.channels)]
-        display = list((self.volume.source.display or {}).values())
-        own = [s.get("color") for s in display] if len(display) == len(tones) else [None] * len(tones)
-        return [f"#{c}" if c else "#{:02x}{:02x}{:02x}".format(*tone) for c, tone in zip(own, tones, strict=True)]
+        tones = RGB if self.kind == "rgb" else channel_colours(self.volume)
+        return ["#{:02X}{:02X}{:02X}".format(*tone) for tone in tones]
 
     def factors(self, level: int) -> tuple[float, ...]:
         """Return voxels of the finest level per voxel of a level, along looped and spatial axes."""

@@ -20,7 +20,7 @@ from oocpatch.visualization.slices import SlicePlane, plane, projection
 from oocpatch.volumes.volume import Volume
 
 Array = npt.NDArray[Any]
-Legend = tuple[tuple[tuple[int, int, int], str], ...]
+Legend = tuple[tuple[colormaps.Colour, str], ...]
 KINDS = ("auto", "labels", "scores", "image", "rgb")
 BRIGHT = 0.5
 """An input that is lighter on average, such as a slide, has scores in dark colormaps over it."""
@@ -66,6 +66,8 @@ def view(
     if picture is None and not isinstance(output, (str, os.PathLike)):
         raise ValueError("picture must be a path for a volume that is not a file itself")
     place = Path(f"{local_name(output)}.png") if picture is None else local_path("picture", picture)
+    if place.suffix.lower() != ".png":
+        raise ValueError(f"picture must end in .png, got {os.fspath(place)!r}")
     figure = figure_of(output, volume=volume, head=head, kind=kind, axes=axes, pixels=pixels)
     data = figure.png()
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +99,16 @@ def figure_of(
     if below is not None:
         grounds, _ = _values(below, slice_planes, sizes)
         ground_kind = "rgb" if is_rgb(below) else "image"
-        light = _windows(ground_kind, grounds)
-        pictures = [_picture(v, ground_kind, light) for v in grounds]
+        light, tones = _windows(ground_kind, grounds), channel_colours(below.volume)
+        pictures = [_picture(v, ground_kind, light, tones) for v in grounds]
         rows.append(_row(pictures, "input, ", captions, slice_planes))
+    colours = channel_colours(source.volume)
     if below is not None and chosen in ("labels", "scores"):
         bright = float(np.mean([p.mean() for p in pictures])) > BRIGHT
-        over = [_over(p, v, chosen, windows, bright=bright) for p, v in zip(pictures, values, strict=True)]
+        over = [_over(p, v, chosen, windows, colours, bright=bright) for p, v in zip(pictures, values, strict=True)]
         rows.append(_row(over, f"{chosen} over it, ", captions, slice_planes))
     else:  # one image over another shows neither
-        shown = [_picture(v, chosen, windows) for v in values]
+        shown = [_picture(v, chosen, windows, colours) for v in values]
         rows.append(_row(shown, "" if below is None else "result, ", captions, slice_planes))
     name = Path(os.fspath(output)).name if isinstance(output, (str, os.PathLike)) else "volume"
     return Figure(tuple(rows), name, _subtitle(source), _legend(source, chosen, values, windows, bright=bright))
@@ -221,7 +224,7 @@ def _windows(kind: str, values: list[Array]) -> list[tuple[float, float]]:
     return [colormaps.window_of([v[c] for v in values]) for c in range(len(values[0]))]
 
 
-def _picture(values: Array, kind: str, windows: list[tuple[float, float]]) -> Array:
+def _picture(values: Array, kind: str, windows: list[tuple[float, float]], colours: list[colormaps.Colour]) -> Array:
     """Return values `(C, H, W)` as a picture `(H, W, 3)` of 0 to 1."""
     if kind == "labels":
         return colormaps.labels_to_rgb(values[0])
@@ -229,17 +232,25 @@ def _picture(values: Array, kind: str, windows: list[tuple[float, float]]) -> Ar
         return np.asarray(values[:3].transpose(1, 2, 0) / 255)
     if kind == "scores" and len(values) == 1:
         return colormaps.heat(colormaps.scaled(values[0], windows[0]))
-    return colormaps.grey(values, windows)
+    return colormaps.grey(values, windows, colours)
 
 
-def _over(below: Array, values: Array, kind: str, windows: list[tuple[float, float]], *, bright: bool) -> Array:
+def _over(
+    below: Array,
+    values: Array,
+    kind: str,
+    windows: list[tuple[float, float]],
+    colours: list[colormaps.Colour],
+    *,
+    bright: bool,
+) -> Array:
     """Return a result over its input: labels with opaque outlines, scores as opaque as they are high."""
     if kind == "labels":
         opacity = np.where(colormaps.outlines(values[0]), 1, INSIDE * (values[0] != 0))
         return colormaps.laid_over(below, colormaps.labels_to_rgb(values[0]), opacity)
     level = colormaps.scaled(values, windows[0])
     if len(level) > 1:
-        return colormaps.laid_over(0.8 * below, colormaps.mixed(level), 0.75 * level.max(axis=0))
+        return colormaps.laid_over(0.8 * below, colormaps.mixed(level, colours), 0.75 * level.max(axis=0))
     opacity = level[0] if bright else 0.75 * level[0]
     return colormaps.laid_over(below if bright else 0.8 * below, colormaps.heat(level[0], bright=bright), opacity)
 
@@ -275,8 +286,7 @@ def _legend(
     if kind == "rgb":
         return ()
     if len(values[0]) > 1:
-        names = channel_names(source.volume)
-        return tuple((colormaps.label_colour(c + 1), name) for c, name in enumerate(names[:SHOWN]))
+        return tuple(zip(channel_colours(source.volume), channel_names(source.volume), strict=True))[:SHOWN]
     steps, (low, high) = np.linspace(0, 1, 5), windows[0]
     tones = colormaps.heat(steps, bright=bright) if kind == "scores" else np.repeat(steps[:, None], 3, axis=1)
     texts = [f"{low + s * (high - low):.4g}" for s in steps]
@@ -290,3 +300,12 @@ def channel_names(volume: Volume) -> list[str]:
     if names is not None and names.shape == (volume.channels,) and names.dtype.kind in "UOT":
         return [str(name) for name in names.values]
     return [f"channel {c}" for c in range(volume.channels)]
+
+
+def channel_colours(volume: Volume) -> list[colormaps.Colour]:
+    """Return the colours of the channels: those of the metadata, else by their number."""
+    tones = [colormaps.label_colour(c + 1) for c in range(volume.channels)]
+    display = list((volume.source.display or {}).values())
+    own = [s.get("color") for s in display] if len(display) == len(tones) else [None] * len(tones)
+    rgb = [tone if colour is None else tuple(bytes.fromhex(colour)) for colour, tone in zip(own, tones, strict=True)]
+    return [(red, green, blue) for red, green, blue in rgb]

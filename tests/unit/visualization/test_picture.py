@@ -105,6 +105,24 @@ def test_an_image_stands_below_its_input_each_channel_in_a_window_of_its_own(tmp
     assert [text for _, text in sheet.legend] == ["channel 0", "channel 1"]
 
 
+def test_channels_have_the_colours_of_an_ome_zarr(tmp_path: Path) -> None:
+    axes = [{"name": "c", "type": "channel"}, *({"name": name, "type": "space"} for name in "yx")]
+    datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 1, 1]}]}]
+    channels = [{"label": "DAPI", "color": "0000FF"}, {"label": "cFos", "color": "FF8000"}]
+    ome = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}], "omero": {"channels": channels}}
+    values = np.zeros((2, 16, 16), np.uint16)
+    values[0, :, :8] = values[1, :, 8:] = 1000
+    group = zarr.create_group(tmp_path / "a.zarr", attributes={"ome": ome})
+    group.create_array("0", data=values)
+    sheet = figure_of(tmp_path / "a.zarr", pixels=16)
+    assert sheet.legend == (((0, 0, 255), "DAPI"), ((255, 128, 0), "cFos"))
+    (panel,) = drawn(oocpatch.view(tmp_path / "a.zarr", pixels=16), sheet.corners())
+    assert (panel[:, :8] == (0, 0, 255)).all()
+    assert (panel[:, 8:] == (255, 128, 0)).all()
+    with pytest.raises(ValueError, match=r"picture must end in \.png, got .*a\.jpg"):
+        oocpatch.view(tmp_path / "a.zarr", tmp_path / "a.jpg")
+
+
 def test_scores_over_a_bright_picture_are_dark_and_no_stain(tmp_path: Path) -> None:
     slide = np.full((3, 32, 40), 240, np.uint8)
     slide[:, 8:16] = 200
