@@ -307,5 +307,8 @@ def channel_colours(volume: Volume) -> list[colormaps.Colour]:
     tones = [colormaps.label_colour(c + 1) for c in range(volume.channels)]
     display = list((volume.source.display or {}).values())
     own = [s.get("color") for s in display] if len(display) == len(tones) else [None] * len(tones)
-    rgb = [tone if colour is None else tuple(bytes.fromhex(colour)) for colour, tone in zip(own, tones, strict=True)]
+    rgb = [
+        tone if colour is None else tuple(bytes.fromhex(colour.lstrip("#")[:6]))
+        for colour, tone in zip(own, tones, strict=True)
+    ]
     return [(red, green, blue) for red, green, blue in rgb]
