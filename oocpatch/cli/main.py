@@ -20,7 +20,7 @@ import click
 from oocpatch.cli import cluster_options, file_commands, object_commands
 from oocpatch.cli.cluster_options import scheduler_option
 from oocpatch.cli.config_file import config_option, read_environment
-from oocpatch.cli.prediction import VolumePattern, predict_each, predicted
+from oocpatch.cli.prediction import VolumePattern, exported, predict_each, predicted
 from oocpatch.cli.types import UserPath, json_option, run_options, volumes
 from oocpatch.progress import DISPLAYS
 
@@ -121,7 +121,13 @@ def plan(volume: Any, output: str, *, as_json: bool, draw: Path | None, **option
     """Show what predict would do with the same arguments: patches, blocks, memory, disk. Reads metadata only."""
     import oocpatch
 
-    with cluster_options.as_planned(options) as arguments:
+    with cluster_options.as_planned(options) as planned_options:
+        arguments = planned_options
+        if (pattern := VolumePattern.of(volume)) is not None:
+            runs = pattern.runs(output, arguments)
+            volume, output = next(iter(runs.items()))
+            arguments = exported(arguments, output)
+            _log(f"1 of {len(runs)}: {volume} -> {output}")
         planned = oocpatch.plan(volume, output=output, **arguments)
     if draw is not None:
         draw.write_text(planned.draw())

@@ -112,8 +112,8 @@ class VolumePattern:
             raise click.UsageError(f"a pattern must match a volume, but {self.text!r} matches none: check the path.")
         if here.is_file() or (here / "zarr.json").exists() or (here / ".zgroup").exists():
             raise click.UsageError(f"with a pattern, OUT must be a folder for the results, and {folder!r} is not one.")
-        if arguments.get("export") is not None:
-            raise click.UsageError("--export names one file: export each result of a pattern with oocpatch export.")
+        if not str(arguments.get("export") or ".").startswith("."):
+            raise click.UsageError("with a pattern, --export must be an ending for the name of each result: .nii.gz")
         runs: dict[str, str] = {}
         for path in paths:
             output = f"{folder.rstrip('/')}/{result_name(path.name)}"
@@ -143,6 +143,16 @@ def result_name(name: str) -> str:
     return f"{name.removesuffix('.ome')}.zarr"
 
 
+def exported(arguments: Mapping[str, Any], output: str) -> dict[str, Any]:
+    """Return the arguments of a volume of a pattern, with the file of its result for the ending to export.
+
+    >>> exported({"export": ".nii.gz"}, "labels/anna.zarr")
+    {'export': 'labels/anna.nii.gz'}
+    """
+    ending = arguments.get("export")
+    return {**arguments, **({} if ending is None else {"export": output.removesuffix(".zarr") + ending})}
+
+
 def predict_each(
     runs: Mapping[str, str],
     arguments: Mapping[str, Any],
@@ -168,7 +178,7 @@ def predict_each(
         for number, (volume, output) in enumerate(runs.items(), start=1):
             log(f"{number} of {len(runs)}: {volume} -> {output}")
             try:
-                report, _ = predicted(volume, output, arguments, log if number == 1 else None)
+                report, _ = predicted(volume, output, exported(arguments, output), log if number == 1 else None)
             except (errors.ClusterLost, errors.DeviceLost):
                 raise
             except Exception as error:  # noqa: BLE001 - the others are to be done whatever it is

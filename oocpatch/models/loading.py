@@ -267,7 +267,7 @@ def _state_dict(state: object, weights: str) -> dict[str, Any]:
         state = state.state_dict()
     if isinstance(state, Mapping):
         # Checkpoints of training frameworks keep the state dict beside the optimizer's.
-        for key in ("state_dict", "model_state_dict", "model"):
+        for key in ("state_dict", "model_state_dict", "network_weights", "model"):
             if isinstance(state.get(key), Mapping):
                 state = state[key]
                 break

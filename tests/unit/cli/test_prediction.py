@@ -56,6 +56,21 @@ def test_each_volume_is_a_run_and_the_model_is_loaded_once(scans: dict[str, np.n
         assert predict(f"scans/{name}.ome.zarr", f"out/{name}.zarr").exit_code == 0, "the same run as one of its own"
 
 
+def test_each_result_is_exported_under_its_own_name(scans: dict[str, np.ndarray[Any, Any]]) -> None:
+    done = predict("scans/*.zarr", "out", "--export", ".tif", "--json")
+    assert [r["export"] for r in json.loads(done.stdout)] == [f"out/{name}.tif" for name in scans]
+    assert all(Path(f"out/{name}.tif").is_file() for name in scans)
+
+
+@pytest.mark.usefixtures("scans")
+def test_the_plan_of_a_pattern_is_that_of_its_first_volume() -> None:
+    settings = ("--model", "net.py:double", "--patch-size", "8", "--export", ".tif")
+    done = CliRunner().invoke(cli.main, ["plan", "scans/*.zarr", "out", *settings])
+    assert done.exit_code == 0, done.stderr
+    assert "1 of 3: scans/a.ome.zarr -> out/a.zarr" in done.stderr
+    assert "volume   12 x 9 yx" in done.stdout
+
+
 @pytest.mark.usefixtures("scans")
 def test_a_volume_that_fails_stops_no_other_and_the_same_command_tries_it_again() -> None:
     bright = zarr.open_array("scans/b.ome.zarr", mode="a")
@@ -84,7 +99,7 @@ def test_a_volume_that_fails_stops_no_other_and_the_same_command_tries_it_again(
         (("scans/**/*.ome.zarr", "out"), "results of scans/a.ome.zarr and scans/again/a.ome.zarr would both be"),
         (("scans/a*", "scans/b.ome.zarr"), "OUT must be a folder for the results"),
         (("scans/a*", "net.py"), "OUT must be a folder for the results"),
-        (("scans/*.zarr", "out", "--export", "labels.nii.gz"), "--export names one file"),
+        (("scans/*.zarr", "out", "--export", "labels.nii.gz"), "--export must be an ending"),
     ],
 )
 def test_a_pattern_that_cannot_be_meant_is_refused(arguments: tuple[str, ...], message: str) -> None:

@@ -269,6 +269,7 @@ def weighted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[State]
         pytest.param(lambda state: state, id="plain"),
         pytest.param(lambda state: {"epoch": 3, "state_dict": state}, id="checkpoint"),
         pytest.param(lambda state: {"model": state, "optimizer": {}}, id="model-key"),
+        pytest.param(lambda state: {"network_weights": state, "current_epoch": 9}, id="nnunet"),
         pytest.param(lambda state: {f"module.{key}": value for key, value in state.items()}, id="data-parallel"),
     ],
 )
