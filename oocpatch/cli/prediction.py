@@ -48,7 +48,7 @@ def predicted(
     if counts is not None:
         report |= {"patches": planned.patches, "blocks": planned.blocks, **counts}
         report |= {"export": arguments["export"]} if arguments.get("export") is not None else {}
-        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels} uncovered voxels"
+        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels:,} uncovered voxels"
         if counts["nonfinite_voxels"]:
             line += ", {nonfinite_voxels} that are NaN or infinite"
         if isinstance(counts.get("objects"), int):

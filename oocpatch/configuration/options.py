@@ -54,7 +54,7 @@ class DataOptions:
         None,
         check="mask",
         identity="mask",
-        metavar="ZARR",
+        metavar="IN",
         help="Skip patches without a nonzero voxel in this mask, of any resolution.",
     )
     box: Box | None = option(

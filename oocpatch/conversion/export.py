@@ -210,7 +210,8 @@ def format_of(name: str, path: LocalPath) -> str:
     for suffix, file_format in FILES.items():
         if lower.endswith(suffix) and lower != suffix:
             return file_format
-    raise ValueError(f"{name} must end in one of {', '.join(FILES)}, got {path}; `convert` and `predict` write Zarr")
+    other = "`convert` and `predict` write Zarr, `objects` GeoJSON and tables"
+    raise ValueError(f"{name} must end in one of {', '.join(FILES)}, got {path}; {other}")
 
 
 def _place(volume: Any, data: Volume) -> StoragePath | None:

@@ -35,8 +35,8 @@ Array = npt.NDArray[Any]
 ROWS = 4096
 """Rows that are copied at a time, if they fit the memory limit."""
 
-MAGNIFICATION = "objective-power"
-"""Attribute of a slide: its magnification at the largest level."""
+MAGNIFICATION = ("objective-power", "AppMag")
+"""Attributes of a slide that have its magnification at the largest level: OpenSlide's, and that of an SVS."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Vectors:
                 heads = vector_heads(record)
                 name = places[0].name if path is not place else heads[0] if len(heads) == 1 else ""
                 if name not in heads:
-                    shown = ", ".join(f"{path}/{head}" for head in heads) or "none"
+                    shown = (
+                        ", ".join(f"{path}/{head}" for head in heads)
+                        or "none; a volume is exported as .ome.tif or .nii"
+                    )
                     raise ValueError(f"volume must be vectors of patches for an HDF5 file, {path} has: {shown}")
                 if not record.complete:
                     raise ValueError(f"the output at {path} is not complete: finish its run first, then export it")
@@ -175,8 +178,8 @@ class VectorWriter:
             "level0_width": shape[1],
             "name": Path(str(settings.get("volume", self._vectors.path)).partition("::")[0]).stem,
         }
-        if MAGNIFICATION in known:
-            magnification = float(known[MAGNIFICATION])
+        if found := [known[name] for name in MAGNIFICATION if name in known]:
+            magnification = float(found[0])
             attributes |= {"level0_magnification": magnification, "target_magnification": magnification / factor}
         return attributes
 

@@ -32,10 +32,14 @@ def check_export(config: RunConfig, record: OutputRecord | None, plan: Plan | No
         heads, vectors = [head.name for head in plan.heads], [head.name for head in plan.vectors]
     elif record is not None:
         heads, vectors = record.details["heads"], vector_heads(record)
-    fitting, kind = (vectors, "a vector per patch") if format_of("export", path) == "hdf5" else (heads, "a volume")
+    fitting, kind, other = heads, "a volume", "a vector per patch: take .h5 or .h5ad"
+    if format_of("export", path) == "hdf5":
+        fitting, kind, other = vectors, "a vector per patch", "a volume: take .ome.tif or .nii"
     if not fitting and (heads or vectors):
         others = ", ".join([*heads, *vectors])
-        raise ValueError(f"export must be a file for the model's outputs, but {path.name} is for {kind}, got {others}")
+        raise ValueError(
+            f"export must be a file for the model's outputs, but {path.name} is for {kind}, got {others}, {other}"
+        )
     if len(fitting) > 1:
         raise ValueError(
             f"export must be None for a model of several outputs ({', '.join(fitting)}): export one of them "

@@ -24,14 +24,15 @@ def encoder(patches: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_a_level_of_a_slide_becomes_features_and_pixels_of_the_largest_level(tmp_path: Path) -> None:
     slide = np.random.default_rng(0).integers(0, 255, (96, 160, 3), dtype=np.uint8)
-    with tifffile.TiffWriter(tmp_path / "slide.tif") as file:
+    scanner = "Aperio Image Library v12\r\n160x96 [0,0 160x96] (16x16)|AppMag = 20|MPP = 0.5"
+    with tifffile.TiffWriter(tmp_path / "slide.svs") as file:
         for level in range(2):
             picture = slide[:: 2**level, :: 2**level]
-            file.write(picture, tile=(16, 16), photometric="rgb", subfiletype=level)
+            file.write(picture, tile=(16, 16), photometric="rgb", description=scanner, metadata=None)
     mask = np.zeros((6, 10), bool)
     mask[2:4, 5:9] = True
     result = oocpatch.predict(
-        tmp_path / "slide.tif", encoder, tmp_path / "out.zarr", level=1, mask=mask, export=tmp_path / "f.h5", **SETTINGS
+        tmp_path / "slide.svs", encoder, tmp_path / "out.zarr", level=1, mask=mask, export=tmp_path / "f.h5", **SETTINGS
     )
     with h5py.File(tmp_path / "f.h5") as file:
         assert np.array_equal(file["features"], result.features)
@@ -40,11 +41,12 @@ def test_a_level_of_a_slide_becomes_features_and_pixels_of_the_largest_level(tmp
     expected = {"patch_size": 16, "patch_level": 1, "patch_size_level0": 32, "overlap": 8, "name": "slide"}
     assert attributes | expected == attributes
     assert (attributes["level0_height"], attributes["level0_width"]) == (96, 160)
+    assert (attributes["level0_magnification"], attributes["target_magnification"]) == (20, 10)
     written = (tmp_path / "f.h5").stat().st_mtime_ns
     oocpatch.export(tmp_path / "out.zarr" / "features", tmp_path / "f.h5", progress=False)
     assert (tmp_path / "f.h5").stat().st_mtime_ns == written
-    (tmp_path / "slide.tif").unlink()
-    with pytest.raises(ValueError, match=r"not the one that is read, and .*slide.tif cannot be opened to look at it"):
+    (tmp_path / "slide.svs").unlink()
+    with pytest.raises(ValueError, match=r"not the one that is read, and .*slide.svs cannot be opened to look at it"):
         oocpatch.export(tmp_path / "out.zarr", tmp_path / "other.h5", progress=False)
 
 
