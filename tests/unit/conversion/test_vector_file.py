@@ -26,9 +26,8 @@ def test_a_level_of_a_slide_becomes_features_and_pixels_of_the_largest_level(tmp
     slide = np.random.default_rng(0).integers(0, 255, (96, 160, 3), dtype=np.uint8)
     scanner = "Aperio Image Library v12\r\n160x96 [0,0 160x96] (16x16)|AppMag = 20|MPP = 0.5"
     with tifffile.TiffWriter(tmp_path / "slide.svs") as file:
-        for level in range(2):
-            picture = slide[:: 2**level, :: 2**level]
-            file.write(picture, tile=(16, 16), photometric="rgb", description=scanner, metadata=None)
+        for picture, tile in ((slide, (16, 16)), (slide[::4, ::4], None), (slide[::2, ::2], (16, 16))):
+            file.write(picture, tile=tile, photometric="rgb", description=scanner, metadata=None)  # the 2nd: thumbnail
     mask = np.zeros((6, 10), bool)
     mask[2:4, 5:9] = True
     result = oocpatch.predict(
