@@ -110,6 +110,8 @@ class Queue(IterableDataset[Subject]):
         patches_per_region: int = 1,
         regions_in_flight: int | None = None,
     ) -> None:
+        if isinstance(subjects, Subject):
+            raise TypeError("subjects must be a sequence of subjects, got one Subject; pass [subject]")
         if not isinstance(patch_sampler, UniformSampler | GridSampler):
             raise TypeError(f"patch_sampler must be a uniform, weighted, label or grid sampler, got {patch_sampler!r}")
         if patches_per_volume is not None:

@@ -99,7 +99,11 @@ class Subject:
             else:
                 self._metadata[name] = value
         if not self._images:
-            raise ValueError(f"a subject must have at least one volume, got only {list(self._metadata) or 'nothing'}")
+            has_text = any(isinstance(value, str) for value in self._metadata.values())
+            hint = "; strings are metadata, pass a path as pathlib.Path" if has_text else ""
+            raise ValueError(
+                f"a subject must have at least one volume, got only {list(self._metadata) or 'nothing'}{hint}"
+            )
         self._align()
         _ = self.spatial_shape
 

@@ -34,7 +34,7 @@ from oocpatch.sampling.probability_map import (
     stored_masses,
     sum_weights,
 )
-from oocpatch.sampling.subject import Subject, as_volume
+from oocpatch.sampling.subject import Subject, as_subject, as_volume
 from oocpatch.sampling.uniform import UniformSampler
 from oocpatch.volumes.volume import Volume
 
@@ -96,6 +96,7 @@ class WeightedSampler(UniformSampler):
         balance: str = "voxels",
         seed: int | None = None,
     ) -> None:
+        subject = as_subject(subject)
         self.probability_map = probability_map
         if balance not in BALANCES:
             raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")

@@ -368,6 +368,7 @@ def test_patches_of_one_region_are_read_at_once() -> None:
         ({"seed": -1}, ValueError, "seed must be an int of at least 0"),
         ({"patch_sampler": lambda subject: iter([subject])}, TypeError, "patch_sampler must be a uniform, weighted"),
         ({"subjects": []}, ValueError, "subjects must hold at least one subject"),
+        ({"subjects": oocpatch.Subject(t1=np.zeros((6, 6)))}, TypeError, r"got one Subject; pass \[subject\]"),
         ({"subjects": [1]}, TypeError, "subject 0 must be a Subject of oocpatch or of TorchIO, got int"),
         ({"subjects": [*subjects(1), oocpatch.Subject(t1=np.zeros((6, 2)))]}, ValueError, "subject 1: patch_size must"),
     ],

@@ -173,6 +173,7 @@ def test_a_plain_loader_stacks_patches() -> None:
     [
         ({}, "at least one volume"),
         ({"age": 4}, r"at least one volume, got only \['age'\]"),
+        ({"t1": "t1.zarr"}, r"got only \['t1'\]; strings are metadata, pass a path as pathlib.Path"),
         ({"a": DATA, "b": DATA.T}, r"one spatial shape, got a \(6, 8\), b \(8, 6\)"),
         ({"images": DATA}, "must not be one of .* got 'images'"),
         ({"a": torch.zeros(3)}, r"a: a tensor must have shape \(C, \*spatial\), got \(3,\)"),

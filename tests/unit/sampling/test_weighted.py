@@ -300,6 +300,11 @@ def test_maps_that_cannot_be_mixed_are_refused(maps: Any, error: type[Exception]
         oocpatch.WeightedSampler(oocpatch.Subject(a=np.ones(9)), 1, "a", balance="labels")
 
 
+def test_arguments_in_the_order_of_torchio_1_are_refused_with_what_is_missing() -> None:
+    with pytest.raises(TypeError, match="subject must be a Subject of oocpatch or of TorchIO, got int"):
+        oocpatch.LabelSampler(24, "label", {1: 2})  # type: ignore[arg-type]
+
+
 def test_a_subject_of_a_queue_without_a_class_is_named() -> None:
     subjects = [oocpatch.Subject(label=np.arange(9) // 3), oocpatch.Subject(label=np.arange(9) // 5)]
     sampler = oocpatch.LabelSampler(subjects[0], 1, "label", {1: 1, 2: 1}, balance="classes")
