@@ -110,7 +110,7 @@ class Queue(IterableDataset[Subject]):
         patches_per_region: int = 1,
         regions_in_flight: int | None = None,
     ) -> None:
-        if isinstance(subjects, Subject):
+        if isinstance(subjects, Subject):  # type: ignore[unreachable]
             raise TypeError("subjects must be a sequence of subjects, got one Subject; pass [subject]")
         if not isinstance(patch_sampler, UniformSampler | GridSampler):
             raise TypeError(f"patch_sampler must be a uniform, weighted, label or grid sampler, got {patch_sampler!r}")

@@ -108,7 +108,7 @@ class Workspace:
                     values = axis_weights(head.window, axis)
                     place = self.root / "weights" / str(number) / name
                     write_metadata(place, values.shape, values.shape, "float64")
-                    (place / "c.0").write_plain(values.astype("<f8").data)
+                    (place / "c.0").write_plain(values.astype("<f8").tobytes())
 
     def weights(self, head: int) -> list[npt.NDArray[np.float64]]:
         """Read the weights of the full grid, `(length,)` per axis; their outer product is the sum of all windows.

@@ -97,7 +97,7 @@ def test_the_gpu_benchmark_compares_a_network_alone_with_a_run_and_looks_at_the_
     assert 0 < pair["ours"]["peak"] <= pair["ours"]["projected_memory"]
     assert pair["share"] == pair["ours"]["throughput"] / pair["bare"]["throughput"]
     assert [path.name for path in tmp_path.iterdir()] == ["volume.zarr"]
-    assert len(gpu._cells([pair])) == 10
+    assert len(gpu._cells([pair])) == 11
     assert sum(p.numel() for p in UNet3d().parameters()) // 100_000 == 56
 
 

@@ -66,7 +66,7 @@ def test_one_device_is_used_where_new_processes_could_not_work(
     assert not caplog.messages
     assert processes(held) is None
     assert "one of 4 devices is used: model must be a model spec" in caplog.messages[0]
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False)
     assert processes("identity") is None
     assert "one of 4 devices is used: new processes would run the script again" in caplog.messages[1]
 
