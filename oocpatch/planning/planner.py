@@ -39,6 +39,9 @@ NOMINAL = (2, 1)
 NO_PREFETCH = 1.3
 """Factor on the cost of tasks that do not read and write during computation."""
 
+LEAST_USE = 0.75
+"""Share of the time of calls side by side in which they must compute: below, one call with all threads is as fast."""
+
 SINGLE_TASK = 1.06
 """Factor on the cost of a single task at a time: its first read and its last write overlap with nothing."""
 
@@ -204,7 +207,9 @@ class _Candidate(MemoryUse):
         axes = (t for a, t in enumerate(self.frame.totals) if a != self.frame.blocks.sweep)
         patches = self._group * math.prod(max(span.patch_count for span in axis.spans) for axis in axes)
         patches = min(patches, self.frame.blocks.patches_per_block)
-        for calls in range(min(most, -(-patches // self.sizes.batch_size)), 1, -1):
+        for calls in range(most, 1, -1):
+            if use_of_calls(patches, self.sizes.batch_size, calls) < LEAST_USE:
+                continue
             more = replace(self, sizes=replace(self.sizes, calls=calls))
             if more.projection.fits(concurrency, max_memory, self.sizes.device_memory):
                 return more
@@ -366,3 +371,14 @@ def batch_size(
     wanted = min(BATCH_VOXELS // voxels, max_memory // (2 * MODEL_SHARE) // max(1, patch_bytes), patches, LARGEST_BATCH)
     power = 1 << max(1, wanted).bit_length() - 1
     return max(least, min(power, most or power))
+
+
+def use_of_calls(patches: int, batch_size: int, calls: int) -> float:
+    """Return the share of the time of calls side by side in which they compute, until all patches of a group are done.
+
+    >>> use_of_calls(9, 1, 2), use_of_calls(9, 4, 2), use_of_calls(9, 8, 2)
+    (0.9, 0.9, 0.5625)
+    """
+    full, rest = divmod(patches, batch_size)
+    longest = batch_size * -(-full // calls) if full % calls else batch_size * (full // calls) + rest
+    return patches / (calls * longest)
