@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import psutil
 
 OPEN_FILES_STAY = sys.platform == "win32"
-"""Whether a file that a process has open can neither be renamed or replaced nor deleted."""
+"""True where a file that a process has open can neither be renamed or replaced nor deleted."""
 
 CLOSING_SECONDS = 2.0
 """How long such a file is waited for."""

@@ -105,9 +105,10 @@ def export(
         data = Volume(volume, axes, level)
     check_exportable("path", target, data)
     limit = memory_limit(max_memory)
-    attributes = _attributes_around(_place(volume, data))
+    place = _place(volume, data)
+    attributes = _attributes_around(place)
     _refuse_unfinished(data, attributes)
-    is_labels = are_labels(volume, data) if labels is None else labels
+    is_labels = _are_labels(data, attributes, place) if labels is None else labels
     identity = _identity(data, level, attributes, labels=is_labels)
     if target.exists() and not _may_write(target, identity, overwrite=overwrite):
         return Path(target)
@@ -253,7 +254,10 @@ def _refuse_unfinished(data: Volume, attributes: Mapping[str, Any]) -> None:
 def are_labels(volume: Any, data: Volume) -> bool:
     """Return whether the values of a volume that a user passed, and that is open as `data`, are labels."""
     place = _place(volume, data)
-    attributes = _attributes_around(place)
+    return _are_labels(data, _attributes_around(place), place)
+
+
+def _are_labels(data: Volume, attributes: Mapping[str, Any], place: StoragePath | None) -> bool:
     if data.dtype.kind == "f":
         return False
     if data.dtype.kind == "b" or "image-label" in ome_attributes(attributes) or LABEL_ATTRIBUTES & {*data.source.attrs}:

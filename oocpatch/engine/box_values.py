@@ -22,16 +22,14 @@ import numpy.typing as npt
 import torch
 
 from oocpatch.engine.buffers import buffer, torch_dtype
-from oocpatch.engine.input_reader import InputReader
 from oocpatch.engine.partial_sums import PatchSums, SlabSums
-from oocpatch.engine.stages import PatchContext, add_patches, decided_box
+from oocpatch.engine.stages import PatchContext, add_patches, decided_box, reader_of
 from oocpatch.planning.blocks import Block, offsets
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import Scale
 from oocpatch.planning.heads import Head
 from oocpatch.planning.plan import Plan
 from oocpatch.planning.sweep import Group
-from oocpatch.volumes.padding import reading_rule
 
 
 def box_values(context: PatchContext, box: Box) -> list[npt.NDArray[Any]]:
@@ -87,22 +85,8 @@ def _sums(context: PatchContext, box: Box, index: int, regions: Sequence[Box]) -
         tuple(min(b.start[a] for b in inputs) for a in range(len(plan.axes))),
         tuple(max(b.stop[a] for b in inputs) for a in range(len(plan.axes))),
     )
-    padding_mode, fill = reading_rule(plan.padding_mode, plan.fill)
     start, stop, device = whole.start[plan.sweep], whole.stop[plan.sweep], context.predictor.device
-    reader = InputReader(
-        context.volume,
-        whole,
-        axis=plan.sweep,
-        capacity=stop - start,
-        dtype=torch_dtype(plan.in_dtype),
-        device=device,
-        transfer=context.transfer,
-        pool=context.read_pool,
-        batches=plan.calls,
-        padding_mode=padding_mode,
-        fill=fill,
-        stamps=None,
-    )
+    reader = reader_of(context, whole, stop - start, None)
     sums = [
         PatchSums(
             region, head=head, axis=plan.sweep, window=window, device=device, check_finite=not plan.allow_nonfinite

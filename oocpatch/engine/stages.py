@@ -269,7 +269,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
     planes, _ = capacity(axis, layers, plan.layers_per_group, chunk, prefetch=prefetch)
     partials = context.workspace.writer(index)
     checksums, region = WriteChecksums(plan, "predict", index), _input_region(plan, ranges)
-    padding_mode, fill = reading_rule(plan.padding_mode, plan.fill)
+    padding_mode, _ = reading_rule(plan.padding_mode, plan.fill)
     with contextlib.ExitStack() as stack:
         stack.callback(partials.discard)
         stamps = InputStamps(context.volume.unit_stamps(region, padding_mode))
@@ -281,20 +281,7 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         sums = [_head_sums(context, index, number, layers, writer) for number, writer in enumerate(writers)]
         rows = RowsWriter(partials, plan, index)
         targets = [(frame[index].reach, head_sums) for frame, head_sums in zip(plan.frames, sums, strict=True)]
-        reader = InputReader(
-            context.volume,
-            region,
-            axis=plan.sweep,
-            capacity=planes,
-            dtype=torch_dtype(plan.in_dtype),
-            device=context.predictor.device,
-            transfer=context.transfer,
-            pool=context.read_pool,
-            batches=plan.calls,
-            padding_mode=padding_mode,
-            fill=fill,
-            stamps=stamps,
-        )
+        reader = reader_of(context, region, planes, stamps)
         stack.callback(reader.pending.cancel_and_wait)
         steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)
         step = next(steps, None)
@@ -320,6 +307,26 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         context.output.remove_empty(checksums)
     counts = [*(head_sums.counts for head_sums in sums), rows.counts]
     return TaskResult.of(counts, checksums, partials_ref, stamps)
+
+
+def reader_of(context: PatchContext, region: Box, planes: int, stamps: InputStamps | None) -> InputReader:
+    """Return a reader of the patches in a region of the volume, with a ring of so many planes."""
+    plan = context.plan
+    padding_mode, fill = reading_rule(plan.padding_mode, plan.fill)
+    return InputReader(
+        context.volume,
+        region,
+        axis=plan.sweep,
+        capacity=planes,
+        dtype=torch_dtype(plan.in_dtype),
+        device=context.predictor.device,
+        transfer=context.transfer,
+        pool=context.read_pool,
+        batches=plan.calls,
+        padding_mode=padding_mode,
+        fill=fill,
+        stamps=stamps,
+    )
 
 
 def _head_sums(

@@ -340,7 +340,7 @@ class Plan:
 
     @property
     def rows(self) -> dict[str, str]:
-        """What the plan prints: a text for each name."""
+        """Return the rows that the plan prints: a text for each name."""
 
         def size(values: Ints) -> str:
             return " x ".join(map(str, values))

@@ -199,7 +199,7 @@ class _Candidate(MemoryUse):
 
     @property
     def needs(self) -> tuple[Needs, Needs]:
-        """What is needed in main memory, and on the device."""
+        """Return the needs in main memory, and on the device."""
         return self.projection.main, self.projection.device
 
     def with_calls(self, most: int, concurrency: int, max_memory: int) -> _Candidate:

@@ -356,7 +356,7 @@ class PlannedRun:
 
     @property
     def rows(self) -> dict[str, str]:
-        """What it prints: a text for each name."""
+        """Return the rows that it prints: a text for each name."""
         more: dict[str, str] = {}
         if self.config.chooses_overlap:
             more["chosen"] = "patch_size and patch_overlap, by patch_size='auto'"

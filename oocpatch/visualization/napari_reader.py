@@ -105,8 +105,8 @@ def _orientation(
         order[looped:] = [coronal.axes[0], *axial.axes]
         corner = [n - 1 if backwards[a] else 0 for a, n in enumerate(volume.shape) if a >= looped]
         right, front, head = (volume.affine @ [*corner, 1])[:3]
-        for a, step, start in zip(order[looped:], (1, 1, 1), (-head, -front, -right), strict=True):
-            steps[a], starts[a], units[a] = step * spacing_of(volume.affine)[a - looped], float(start), MILLIMETER
+        for a, start in zip(order[looped:], (-head, -front, -right), strict=True):
+            steps[a], starts[a], units[a] = spacing_of(volume.affine)[a - looped], float(start), MILLIMETER
             flips[a] = slice(None, None, -1 if backwards[a] else None)
     return order, flips, steps, starts, units
 
