@@ -1,5 +1,7 @@
 """The operating system: calls that exist on Linux or on POSIX only, each with what takes its place elsewhere.
 
+Also the import of libraries that may not be installed.
+
 No other module makes such a call: `tests/unit/test_system.py` has the list, and runs the package without them.
 """
 
@@ -32,6 +34,26 @@ Result = TypeVar("Result")
 
 _POSITION = threading.Lock()
 """Held while the position in a file is moved, where no call reads or writes at a place."""
+
+
+def import_extra(library: str, extra: str, purpose: str, error: type[Exception] = ValueError) -> Any:
+    """Import a library that is installed with an extra of this package.
+
+    Args:
+        library: name of the module.
+        extra: name of the extra.
+        purpose: what it is needed for; the message begins with it.
+        error: class of the error.
+
+    Raises:
+        ValueError: or `error`, if the library is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as missing:
+        raise error(
+            f"{purpose} needs {missing.name or library}, which is not installed; pip install 'oocpatch[{extra}]'"
+        ) from missing
 
 
 def _module(name: str) -> Any:

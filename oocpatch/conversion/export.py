@@ -11,7 +11,6 @@ to do, and `overwrite` that the file may be replaced.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from oocpatch.planning.arguments import memory_limit
 from oocpatch.progress import OnProgress, show_progress
 from oocpatch.storage.locks import locked
 from oocpatch.storage.paths import LocalPath, StoragePath, local_path, output_path
+from oocpatch.system import import_extra
 from oocpatch.volumes.affine import spacing_along
 from oocpatch.volumes.ome_metadata import ome_attributes
 from oocpatch.volumes.volume import Volume, refuse_overlap
@@ -192,13 +192,7 @@ def check_exportable(name: str, path: LocalPath, volume: Volume) -> None:
 
 def _require_library(path: LocalPath) -> None:
     file_format = format_of("path", path)
-    library = LIBRARIES[file_format]
-    try:
-        importlib.import_module(library)
-    except ImportError as error:
-        raise ValueError(
-            f"writing {path.name} needs {library}, which is not installed; pip install 'oocpatch[{file_format}]'"
-        ) from error
+    import_extra(LIBRARIES[file_format], file_format, f"writing {path.name}")
 
 
 def format_of(name: str, path: LocalPath) -> str:

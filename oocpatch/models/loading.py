@@ -41,6 +41,7 @@ from oocpatch.models.predictor import resolve_device
 from oocpatch.models.torch_export import load_exported
 from oocpatch.models.wrappers import NumpyModel
 from oocpatch.storage.paths import expand_home, spec_file
+from oocpatch.system import import_extra
 
 _TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 _NUMPY = "numpy:"
@@ -237,10 +238,7 @@ def load_weights(model: Model, spec: str, weights: str, *, trust_pickle: bool) -
 
 
 def _read_safetensors(file: pathlib.Path) -> object:
-    try:
-        safetensors = importlib.import_module("safetensors.torch")
-    except ImportError as error:
-        raise ValueError(f"reading {str(file)!r} needs safetensors: pip install safetensors") from error
+    safetensors = import_extra("safetensors.torch", "safetensors", f"reading {str(file)!r}")
     try:
         return safetensors.load_file(str(file), device="cpu")
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import mmap
 import pathlib
@@ -18,6 +17,7 @@ from oocpatch.errors import error_line
 from oocpatch.models.footprint import Footprint
 from oocpatch.models.input_spec import InputSpec, ModelFile
 from oocpatch.storage.paths import spec_file
+from oocpatch.system import import_extra
 
 _NAMES = ("float", "double", "float16", "bool", "uint8", "uint16", "int8", "int16", "int32", "int64")
 DTYPES: dict[str, torch.dtype] = {f"tensor({name})": getattr(torch, name) for name in _NAMES}
@@ -31,12 +31,7 @@ def load_onnx(spec: str, device: torch.device) -> ModelFile:
         ValueError: when onnxruntime is not installed, the file is no model, or it does not take one tensor.
     """
     file = spec_file(spec, spec)
-    try:
-        runtime: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise ValueError(
-            f"running {spec!r} needs onnxruntime: pip install 'oocpatch[onnx]' (onnxruntime-gpu for CUDA)"
-        ) from error
+    runtime = import_extra("onnxruntime", "onnx", f"running {spec!r}")
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in runtime.get_available_providers() or device.type not in ("cpu", "cuda"):
         raise ValueError(

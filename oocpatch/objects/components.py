@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from oocpatch.errors import InvalidVolume
 from oocpatch.planning.labelling import Labelling
+from oocpatch.system import import_extra
 
 Array = npt.NDArray[Any]
 Labels = npt.NDArray[np.uint32]
@@ -35,10 +36,7 @@ def require_libraries() -> None:
     Raises:
         ImportError: naming the extra.
     """
-    try:
-        importlib.import_module("scipy.ndimage")
-    except ImportError as error:
-        raise ImportError("labelling needs scipy, which is not installed; pip install 'oocpatch[objects]'") from error
+    import_extra("scipy.ndimage", "objects", "labelling", ImportError)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from oocpatch.errors import PlanTooLarge
 from oocpatch.objects.columns import INTENSITY_PROPERTIES, Columns, TableSchema
 from oocpatch.objects.polygons import Ring
 from oocpatch.planning.plan import human
+from oocpatch.system import import_extra
 
 Array = npt.NDArray[Any]
 Polygons = Iterator[list[list[Ring]]]
@@ -302,8 +303,8 @@ def check_format(name: str) -> str:
     if suffix is None:
         raise ValueError(f"output must end in {', '.join(FORMATS)}, or be None for a data frame, got {name!r}")
     _, library, extra = FORMATS[suffix]
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise ValueError(f"writing {name!r} needs {library}: pip install 'oocpatch[{extra}]'")
+    if library is not None:
+        import_extra(library, extra, f"writing {name}")
     return suffix
 
 

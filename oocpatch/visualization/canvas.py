@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from oocpatch.system import import_extra
 
 PAPER, INK, MUTED = (13, 17, 23), (230, 237, 243), (139, 148, 158)
 GAP, TOP, CAPTION, FOOT = 24, 76, 26, 34
@@ -44,10 +45,8 @@ class Figure:
         Raises:
             ValueError: without Pillow.
         """
-        try:
-            image, draw, font = (importlib.import_module(f"PIL.{n}") for n in ("Image", "ImageDraw", "ImageFont"))
-        except ImportError as error:
-            raise ValueError("drawing a picture needs Pillow: pip install 'oocpatch[view]'") from error
+        names = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont")
+        image, draw, font = (import_extra(name, "view", "drawing a picture") for name in names)
         fonts = {size: font.load_default(size) for size in (14, 16, 22)}
         widths = self._columns()
         text_width = max(int(fonts[size].getlength(text)) for text, size in ((self.title, 22), (self.subtitle, 14)))

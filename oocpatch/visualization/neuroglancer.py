@@ -14,18 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import tornado.ioloop
+import tornado.web
 
+from oocpatch.system import import_extra
 from oocpatch.visualization.anatomy import anatomical_planes
 from oocpatch.visualization.layers import Layer
 from oocpatch.visualization.virtual_zarr import MIXED, VirtualZarr, axis_step
 from oocpatch.volumes.affine import WORLD, spacing_of
 
-try:
-    import neuroglancer  # type: ignore[import-untyped]  # it has no types of its own
-    import tornado.ioloop
-    import tornado.web
-except ImportError as error:
-    raise ValueError("serving needs neuroglancer: pip install 'oocpatch[serve]'") from error
+neuroglancer = import_extra("neuroglancer", "serve", "serving")  # it has no types of its own
 
 HOSTS = r"^(127\.0\.0\.1|localhost)$"
 THREADS = 4  # that read chunks

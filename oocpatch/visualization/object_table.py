@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from oocpatch.run.object_table import objects
 from oocpatch.storage.paths import local_path
+from oocpatch.system import import_extra
 from oocpatch.visualization.display_source import DisplaySource
 from oocpatch.visualization.slices import PROJECTED
 
@@ -36,10 +37,10 @@ def read_table(table: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise ValueError(f"table must be a file, got {path}")
     pd = importlib.import_module("pandas")  # half a second of imports
+    if path.suffix == ".parquet":
+        import_extra("pyarrow", "objects", f"reading {path.name}")
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
-    except ImportError as error:
-        raise ValueError("reading .parquet needs pyarrow: pip install 'oocpatch[objects]'") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"table must be as its name says, but {path} cannot be read: {error}") from error
     if "label" not in frame.columns or frame["label"].dtype.kind not in "iu":

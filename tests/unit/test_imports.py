@@ -69,7 +69,7 @@ LIBRARIES = {
     "visualization": ON_DISK,
     "visualization/canvas": "PIL",
     "visualization/neuroglancer": "neuroglancer tornado",
-    "visualization/object_table": "pandas",
+    "visualization/object_table": "pandas pyarrow",
     "visualization/virtual_zarr": "numcodecs",
     "xarray": "xarray",
     "__init__": "lazy_loader torchio",
@@ -78,6 +78,9 @@ LIBRARIES = {
     "cli/doctor": "torch zarr psutil",
 }
 """The outside libraries of a package, and what one module of it may import besides."""
+
+DYNAMIC_IMPORTS = {"import_module", "__import__", "import_extra", "import_reader"}
+"""Functions whose first argument is the name of a module."""
 
 
 def ranks() -> dict[str, int]:
@@ -111,7 +114,7 @@ def offences(path: str, source: str) -> list[str]:
 
 
 def imported(module: list[str], tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything that a module imports, by statement or by `import_module("...")`."""
+    """Line and absolute name of everything that a module imports, by statement or by a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -120,7 +123,7 @@ def imported(module: list[str], tree: ast.Module) -> Iterator[tuple[int, str]]:
             stem = ".".join([*above, *filter(None, [node.module])])
             # `from dask import array` names a module, `from torch import nn` too: the longer name is the one to judge.
             yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in DYNAMIC_IMPORTS:
             first = node.args[0] if node.args else None
             if isinstance(first, ast.Constant) and isinstance(first.value, str):
                 yield node.lineno, first.value

@@ -31,10 +31,10 @@ from oocpatch.models.packages.package import (
     Example,
     ExpectedOutput,
     ModelPackage,
-    import_library,
     refuse_options,
     refused_unless_given,
 )
+from oocpatch.system import import_extra
 
 EXTRA = "bioimageio"
 DESCRIPTIONS = ("rdf.yaml", "bioimageio.yaml", "model.yaml")
@@ -58,7 +58,7 @@ def load(path: Path, options: Mapping[str, str], *, trust_pickle: bool, device: 
         ValueError: naming the part that cannot be honoured.
     """
     refuse_options(options, ("weights",), "bioimageio")
-    spec = import_library("bioimageio.spec", EXTRA, f"reading the package {str(path)!r}")
+    spec = import_extra("bioimageio.spec", EXTRA, f"reading the package {str(path)!r}")
     folder, unpacked = _unpacked(path)
     description = _description(folder, path)
     try:

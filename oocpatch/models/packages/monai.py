@@ -19,8 +19,9 @@ from typing import Any
 from torch import nn
 
 from oocpatch.models.loading import load_model, load_weights
-from oocpatch.models.packages.package import Entries, ModelPackage, import_library, refuse_options, refused_unless_given
+from oocpatch.models.packages.package import Entries, ModelPackage, refuse_options, refused_unless_given
 from oocpatch.models.postprocessing import RESAMPLE
+from oocpatch.system import import_extra
 from oocpatch.volumes.model_grid import ModelGrid
 
 EXTRA = "monai"
@@ -89,9 +90,7 @@ def load(path: Path, options: Mapping[str, str], *, trust_pickle: bool, device: 
 def _read(file: Path) -> Mapping[str, Any]:
     text = file.read_text()
     try:
-        content = (
-            json.loads(text) if file.suffix == ".json" else import_library("yaml", EXTRA, str(file)).safe_load(text)
-        )
+        content = json.loads(text) if file.suffix == ".json" else import_extra("yaml", EXTRA, str(file)).safe_load(text)
     except ValueError as error:
         raise ValueError(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
@@ -150,7 +149,7 @@ class _Bundle:
 
     def _parsed(self, place: str) -> Any:
         """Return what MONAI's parser makes of a place of the configuration; runs code of the bundle."""
-        parser = import_library("monai.bundle", EXTRA, f"running {_named(place)}").ConfigParser(dict(self.content))
+        parser = import_extra("monai.bundle", EXTRA, f"running {_named(place)}").ConfigParser(dict(self.content))
         parser["bundle_root"] = str(self.path.absolute())
         with _importable(self.path):
             try:
@@ -192,7 +191,7 @@ class _Bundle:
     def _class(target: str) -> Any:
         """Return a network of MONAI by its name."""
         place, _, name = target.rpartition(".")
-        networks = import_library("monai.networks.nets", EXTRA, "building the network of a bundle")
+        networks = import_extra("monai.networks.nets", EXTRA, "building the network of a bundle")
         found = getattr(networks, name, None)
         if found is None or (place and not place.startswith("monai.networks.nets")):
             raise ValueError(

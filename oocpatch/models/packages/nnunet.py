@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 from oocpatch.errors import error_line
-from oocpatch.models.packages.package import Entries, ModelPackage, NamedAxes, import_library, refuse_options
+from oocpatch.models.packages.package import Entries, ModelPackage, NamedAxes, refuse_options
+from oocpatch.system import import_extra
 from oocpatch.volumes.model_grid import ModelGrid
 
 AXES = ("z", "y", "x")
@@ -377,7 +378,7 @@ def _located(name: str, *, trust_pickle: bool) -> Any:
             f"plans.json must name classes of torch or {NETWORKS}, got {name!r}; pass --trust-pickle "
             "(trust_pickle=True) if you trust its author"
         )
-    import_library(library, "nnunet", "an nnU-Net")
+    import_extra(library, "nnunet", "an nnU-Net")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -276,17 +276,3 @@ def refuse_options(options: Mapping[str, str], allowed: tuple[str, ...], kind: s
     if unknown := sorted(options.keys() - set(allowed)):
         takes = f"takes {', '.join(allowed)}" if allowed else "takes no options"
         raise ValueError(f"a model spec {kind}:PATH {takes}, got {', '.join(unknown)}")
-
-
-def import_library(library: str, extra: str, purpose: str) -> Any:
-    """Import a library that is installed with an extra.
-
-    Raises:
-        ValueError: if it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        raise ValueError(
-            f"{purpose} needs {error.name or library}, which is not installed; pip install 'oocpatch[{extra}]'"
-        ) from error

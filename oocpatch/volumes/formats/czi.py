@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocpatch.volumes.formats.planes import Selection, name_channels, read_planes
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, check_number, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, check_number, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 DTYPES = {"Gray8": "u1", "Gray16": "u2", "Gray32Float": "f4", "Bgr24": "u1", "Bgr48": "u2", "Bgr96Float": "f4"}
@@ -24,7 +24,7 @@ class CziFile:
     """A level of a scene of a CZI. Pixels of no tile are 0; colours are the last axis, as RGB."""
 
     def __init__(self, spec: FileSpec) -> None:
-        czi = import_extra("pylibCZIrw.czi", "microscopy", spec)
+        czi = import_reader("pylibCZIrw.czi", "microscopy", spec)
         self._path = Path(spec.address)
         self._file = czi.CziReader(spec.address)
         try:

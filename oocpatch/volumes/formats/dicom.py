@@ -15,7 +15,7 @@ import numpy.typing as npt
 from oocpatch.errors import error_line
 from oocpatch.volumes.affine import Affine, axis_scales
 from oocpatch.volumes.formats.planes import read_planes
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, dicom_format, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, dicom_format, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 NAMES = ("z", "y", "x", "c")
@@ -64,8 +64,8 @@ class DicomFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        pydicom = import_extra("pydicom", "dicom", spec)
-        self._decode: Callable[[Path], Any] = import_extra("pydicom.pixels", "dicom", spec).pixel_array
+        pydicom = import_reader("pydicom", "dicom", spec)
+        self._decode: Callable[[Path], Any] = import_reader("pydicom.pixels", "dicom", spec).pixel_array
         path = Path(spec.address)
         self._is_picture = path.is_file()
         slices = _series(list(_headers(pydicom, path)), spec)
@@ -153,7 +153,7 @@ def series_files(spec: FileSpec) -> list[Path]:
     Raises:
         UnreadableError: as `_series` does.
     """
-    pydicom = import_extra("pydicom", "dicom", spec)
+    pydicom = import_reader("pydicom", "dicom", spec)
     path = Path(spec.address)
     if path.is_file():
         header = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"])

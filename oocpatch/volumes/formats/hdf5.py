@@ -11,7 +11,7 @@ import xarray
 
 from oocpatch.volumes.cf_decoding import decoded_coordinate, decoding
 from oocpatch.volumes.formats.hdf5_parts import Hdf5Parts, broken_link
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_reader, to_json
 
 CACHE = 1 << 20
 """Bytes of h5py's cache of chunks."""
@@ -29,7 +29,7 @@ class Hdf5File:
     """A dataset of an HDF5 file: the named one, else the only one with at least two axes."""
 
     def __init__(self, spec: FileSpec) -> None:
-        h5py = import_extra("h5py", "hdf5", spec)
+        h5py = import_reader("h5py", "hdf5", spec)
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:
             self._data = data = _dataset(h5py, self._file, spec)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from oocpatch.volumes.formats.hdf5 import CACHE
 from oocpatch.volumes.formats.planes import Selection, name_channels, read_planes
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 
@@ -18,7 +18,7 @@ class ImarisFile:
     """A level of an IMS, whose datasets hold a channel at a time each, and are filled up to whole chunks."""
 
     def __init__(self, spec: FileSpec) -> None:
-        h5py = import_extra("h5py", "hdf5", spec)
+        h5py = import_reader("h5py", "hdf5", spec)
         self._path = Path(spec.address)
         self._file = h5py.File(spec.address, "r", rdcc_nbytes=CACHE)
         try:

@@ -13,7 +13,7 @@ import xarray
 
 from oocpatch.volumes.formats.planes import Selection, name_channels, read_planes
 from oocpatch.volumes.formats.raw import read_box, row_chunk
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, check_number, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, check_number, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 AXES = {"1": "x", "2": "y", "3": "z", "4": "t"}
@@ -31,7 +31,7 @@ class LifFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        liffile = import_extra("liffile", "microscopy", spec)
+        liffile = import_reader("liffile", "microscopy", spec)
         self._path = Path(spec.address)
         self._lock = threading.Lock()
         self._file = liffile.LifFile(spec.address)

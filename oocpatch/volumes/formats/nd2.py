@@ -13,7 +13,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.volumes.formats.planes import Selection, name_channels, read_planes
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 FRAME = frozenset("CYXS")
@@ -24,7 +24,7 @@ class Nd2File:
     """A position of an ND2. Frames hold all channels of a plane, and are read whole."""
 
     def __init__(self, spec: FileSpec) -> None:
-        nd2 = import_extra("nd2", "microscopy", spec)
+        nd2 = import_reader("nd2", "microscopy", spec)
         self._path = Path(spec.address)
         with contextlib.ExitStack() as stack:
             # nd2 would map a file of Python's own into memory, and the pages of a map count as memory.

@@ -15,7 +15,7 @@ import xarray
 
 from oocpatch.system import expect_random_reads
 from oocpatch.volumes.formats.raw import PIECE, read_box, row_chunk
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_reader, to_json
 from oocpatch.volumes.ome_metadata import coordinate
 
 logger = logging.getLogger("oocpatch")
@@ -37,7 +37,7 @@ class NiftiFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        nibabel = import_extra("nibabel", "nifti", spec)
+        nibabel = import_reader("nibabel", "nifti", spec)
         image = nibabel.load(spec.address)
         data = image.dataobj
         if not hasattr(data, "offset") or data.order != "F":

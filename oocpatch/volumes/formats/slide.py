@@ -16,7 +16,7 @@ from oocpatch.volumes.formats.spec import (
     UnreadableError,
     check_number,
     dicom_format,
-    import_extra,
+    import_reader,
 )
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -32,7 +32,7 @@ class SlideFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        openslide = import_extra("openslide", "slide", spec)
+        openslide = import_reader("openslide", "slide", spec)
         self._files = _files(spec)
         self._slide = openslide.OpenSlide(self._files[0])
         # The plan accounts for all memory, and neighbouring reads share no tile that is worth caching.

@@ -35,6 +35,7 @@ import xarray
 
 from oocpatch.errors import error_line
 from oocpatch.storage.forks import refuse_fork
+from oocpatch.system import import_extra
 
 SUFFIXES = {
     "tiff": (".tif", ".tiff", ".btf", ".tf8", ".tf2", ".svs", ".lsm", ".stk", ".qptiff"),
@@ -269,19 +270,9 @@ class FileReader:
         return FileReader, (self.spec,)
 
 
-def import_extra(library: str, extra: str, spec: FileSpec) -> Any:
-    """Import a library that is installed with an extra.
-
-    Raises:
-        UnreadableError: if it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(library)
-    except ImportError as error:
-        raise UnreadableError(
-            f"reading {spec.address} needs {error.name or extra}, which is not installed; "
-            f"pip install 'oocpatch[{extra}]'"
-        ) from error
+def import_reader(library: str, extra: str, spec: FileSpec) -> Any:
+    """Import the library that reads a file; without it, `UnreadableError` names the extra that has it."""
+    return import_extra(library, extra, f"reading {spec.address}", UnreadableError)
 
 
 def check_number(name: str, number: int, shapes: Sequence[tuple[int, ...]], spec: FileSpec) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xarray
 
 from oocpatch.system import is_url
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_extra
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, UnreadableError, import_reader
 from oocpatch.volumes.ome_metadata import coordinate
 
 DRIVERS = {"n5": "n5", "precomputed": "neuroglancer_precomputed"}
@@ -25,7 +25,7 @@ class TensorFile:
     """
 
     def __init__(self, spec: FileSpec) -> None:
-        tensorstore = import_extra("tensorstore", "tensorstore", spec)
+        tensorstore = import_reader("tensorstore", "tensorstore", spec)
         url = f"{spec.address.rstrip('/')}/{spec.part.strip('/')}".rstrip("/") + "/"
         kvstore = url if is_url(spec.address) else {"driver": "file", "path": f"{Path(url).absolute().as_posix()}/"}
         description: dict[str, Any] = {"driver": DRIVERS[spec.format], "kvstore": kvstore}

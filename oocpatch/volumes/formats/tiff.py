@@ -12,7 +12,7 @@ import xarray
 import zarr
 
 from oocpatch.volumes.axes import DEFAULTS
-from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_extra, to_json
+from oocpatch.volumes.formats.spec import FileMetadata, FileSpec, check_number, import_reader, to_json
 from oocpatch.volumes.formats.tiff_parts import check_complete
 from oocpatch.volumes.ome_metadata import coordinate
 
@@ -36,7 +36,7 @@ class TiffFile:
     """A level of a series of a TIFF. Chunks are its tiles or strips."""
 
     def __init__(self, spec: FileSpec) -> None:
-        tifffile = import_extra("tifffile", "tiff", spec)
+        tifffile = import_reader("tifffile", "tiff", spec)
         self._path = Path(spec.address)
         self._tiff = tifffile.TiffFile(spec.address)
         try:

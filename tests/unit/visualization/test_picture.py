@@ -279,7 +279,7 @@ def test_the_command_writes_the_picture_and_says_where(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     result = CliRunner().invoke(cli.main, ["view", "a.zarr"])
     assert result.exit_code == 2
-    assert "needs Pillow: pip install 'oocpatch[view]'" in result.stderr
+    assert "needs PIL.Image, which is not installed; pip install 'oocpatch[view]'" in result.stderr
 
 
 def patient() -> nibabel.Nifti1Image:
