@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import math
+from typing import Any
 
 from benchmarks.measure import MIB, bytes_of, in_fresh_process, table
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch-overlap", type=int, default=24)
     parser.add_argument("--max-memory", nargs="+", default=["256MiB"])
     parser.add_argument("--export", nargs="+", metavar="SUFFIX", help="export to such files, such as .nii.gz .ome.tif")
+    parser.add_argument("--read", action="store_true", help="convert each exported file back to Zarr")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,17 +56,25 @@ def _run_exports(arguments: argparse.Namespace) -> None:
         made = in_fresh_process("make_repeated", "benchmarks.sources", path=source, shape=shape, chunk=arguments.chunk)
         for suffix, limit in itertools.product(arguments.export, arguments.max_memory):
             job = {"source": source, "target": str(arguments.directory / f"out{suffix}"), "max_memory": limit}
+            job |= {"chunk": arguments.chunk, "read": arguments.read}
             record = in_fresh_process("export", "benchmarks.ours", **job)
             records.append({"file": suffix, "bytes": made["bytes"], "max_memory": bytes_of(limit), **record})
     if arguments.json:
         print(json.dumps(records, indent=1))
         return
-    print(table(["file", "GiB", "limit MiB", "added MiB", "kept", "file MiB", "wall s", "cpu s"], [
-        [r["file"], f"{r['bytes'] / 1024 / MIB:g}", f"{r['max_memory'] / MIB:.0f}", f"{r['peak'] / MIB:.0f}",
-         "yes" if r["peak"] <= r["max_memory"] else "NO", f"{r['size'] / MIB:.0f}", f"{r['wall']:.0f}",
-         f"{r['cpu']:.0f}"]
+    print(table(["file", "GiB", "limit MiB", "added MiB", "kept", "file MiB", "wall s", "cpu s",
+                 *(["read MiB", "kept", "read s", "read cpu s"] if arguments.read else [])], [
+        [r["file"], f"{r['bytes'] / 1024 / MIB:g}", f"{r['max_memory'] / MIB:.0f}", *_kept(r, ""),
+         f"{r['size'] / MIB:.0f}", f"{r['wall']:.0f}", f"{r['cpu']:.0f}",
+         *([*_kept(r, "read_"), f"{r['read_wall']:.0f}", f"{r['read_cpu']:.0f}"] if arguments.read else [])]
         for r in records
     ]))  # fmt: skip
+
+
+def _kept(record: dict[str, Any], prefix: str) -> tuple[str, str]:
+    """Say what was added, and whether the limit was kept."""
+    peak = record[f"{prefix}peak"]
+    return f"{peak / MIB:.0f}", "yes" if peak <= record["max_memory"] else "NO"
 
 
 def _shape(gib: float, chunk: int) -> list[int]:

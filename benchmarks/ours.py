@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -54,15 +55,24 @@ def _runner(options: dict[str, Any], model: torch.nn.Module | None = None) -> Ru
     return run
 
 
-def export(source: str, target: str, max_memory: str) -> dict[str, Any]:
-    """An export, and the size of the file that it wrote and that is deleted; imports are not measured."""
+def export(source: str, target: str, max_memory: str, chunk: int, read: bool = False) -> dict[str, Any]:
+    """An export, the size of the file that it wrote and that is deleted, and a conversion of it back to Zarr.
+
+    Imports are not measured.
+    """
     small = zarr.create_array(f"{target}.zarr", data=np.ones((64, 64, 64), "f4"), chunks=(32,) * 3, overwrite=True)
     file = oocpatch.export(small, target, axes="zyx", progress=False)
     with measured() as usage:
         oocpatch.export(source, file, axes="zyx", max_memory=max_memory, overwrite=True, progress=False)
-    size = file.stat().st_size
+    record = {"peak": usage.peak, "wall": usage.wall, "cpu": usage.cpu, "size": file.stat().st_size}
+    if read:
+        back = f"{target}.back.zarr"
+        with measured() as usage:
+            oocpatch.convert(file, back, chunks=chunk, levels=1, max_memory=max_memory, overwrite=True, progress=False)
+        record |= {"read_peak": usage.peak, "read_wall": usage.wall, "read_cpu": usage.cpu}
+        shutil.rmtree(back)
     file.unlink()
-    return {"peak": usage.peak, "wall": usage.wall, "cpu": usage.cpu, "size": size}
+    return record
 
 
 def print_help() -> dict[str, Any]:
