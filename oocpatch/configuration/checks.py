@@ -91,6 +91,20 @@ def _mask(_name: str, value: Any, volume: Volume) -> Mask | None:
     return Mask.over(volume, mask)
 
 
+def _orientation(_name: str, value: str | None, volume: Volume) -> str | None:
+    """Refuse an orientation of a volume that does not say where its axes point.
+
+    Raises:
+        ValueError: in that case.
+    """
+    if value is not None and "affine" not in volume.source.attrs:
+        raise ValueError(
+            f"orientation must be None for a volume without an affine, which a NIfTI, a DICOM and a Zarr that was "
+            f"converted from them have, got {value!r}; name axes, such as axes='xyz', to pass patches in their order"
+        )
+    return value
+
+
 def _augment(_name: str, value: Any, volume: Volume) -> Augmentation | None:
     return checked_augmentation(value, volume.names[-volume.spatial_ndim :])
 
@@ -119,6 +133,7 @@ CHECKS: dict[str, Callable[[str, Any, Volume], Any]] = {
     "memory_limit": lambda _, value, __: arguments.memory_limit(value),
     "num_bytes": _num_bytes,
     "number": lambda name, value, _: arguments.real_number(name, value),
+    "orientation": _orientation,
     "output_grid": lambda name, value, _: arguments.one_of(name, value, OUTPUT_GRIDS),
     "output_format": lambda name, value, _: arguments.one_of(name, value, OUTPUT_FORMATS),
     "overlap": spatial_sizes,

@@ -50,6 +50,13 @@ class DataOptions:
         metavar="SIZES",
         help="Read the volume at this distance of voxels: 0.5um, or z=1,y=0.5,x=0.5 in the units of the axes.",
     )
+    orientation: str | None = option(
+        None,
+        check="orientation",
+        identity=True,
+        metavar="CODE",
+        help="Turn patches so that their axes point to these ends, such as RAS; the output lies as the volume does.",
+    )
     mask: Mask | None = option(
         None,
         check="mask",

@@ -48,7 +48,7 @@ from oocpatch.storage.locks import beside
 from oocpatch.storage.paths import StoragePath, check_is_zarr, output_path
 from oocpatch.volumes.cf_decoding import decoded
 from oocpatch.volumes.content import CONTEXT, INTENSITY, LABELS, MASK, VOLUME
-from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.model_grid import ModelGrid, with_orientation
 from oocpatch.volumes.resampling import cropped, stored_volume
 from oocpatch.volumes.stack import grid_differences, parts_of, stacked_on_grid
 from oocpatch.volumes.volume import Volume, refuse_overlap
@@ -124,7 +124,7 @@ class RunConfig:
         of_package = settings_of_package(package, arguments)
         overriding = {n: arguments[n] for n in package.settings if is_given(arguments.get(n))} if package else {}
         settings = run_settings({"volume": volume, "output": output, **_without_defaults(arguments), **overriding})
-        arguments |= of_package
+        arguments = with_orientation(arguments | of_package, by_name=package is not None and package.names_axes)
         target = output_path("output", output)
         check_is_zarr("output", target)
         workspace = arguments.get("workspace")
@@ -431,6 +431,7 @@ _OMITTED = {
     "eval_mode": True,
     "patch_starts": "regular",
     "spacing": None,
+    "orientation": None,
     "output_grid": "volume",
     "context_level": None,
 }
@@ -486,7 +487,7 @@ def _context(volume: Any, data: Volume, arguments: Mapping[str, Any]) -> Volume 
     if asked is None:
         return None
     if isinstance(volume, list | tuple | dict) or arguments.get("spacing") is not None:
-        raise ValueError("context_level must be None with several volumes, and with spacing")
+        raise ValueError("context_level must be None with several volumes, and with spacing or orientation")
     level = Volume(_opened(volume, arguments.get("axes"), asked).source, data.axes)
     is_finer = any(n > m for n, m in zip(level.shape, data.shape, strict=True))
     if level.channels != data.channels or is_finer or level.shape == data.shape:

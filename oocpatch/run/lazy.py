@@ -83,8 +83,8 @@ def lazy(
         raise ValueError("postprocess must not be 'label' for lazy: ids depend on the whole volume; use predict")
     if config.target is not None:
         raise ValueError(
-            "output_grid must be 'model' for a lazy result with spacing: on the grid of the volume, stored scores are "
-            "resampled; pass output_grid='model', or call predict"
+            "output_grid must be 'model' for a lazy result with spacing or orientation: on the grid of the volume, "
+            "stored scores are resampled; pass output_grid='model', or call predict"
         )
     plan = make_plan(config)
     if plan.vectors:

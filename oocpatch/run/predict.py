@@ -79,6 +79,7 @@ def predict(
     level: int | str = 0,
     context_level: int | str | None = None,
     spacing: float | str | Sequence[float | str] | Mapping[str, float | str] | None = None,
+    orientation: str | None = None,
     mask: Any = None,
     box: Any = None,
     skip_empty: bool = False,
@@ -160,6 +161,8 @@ def predict(
             as many voxels, as its argument `context`.
         spacing: distance of the voxels that the model takes, `"0.5um"`, or by axis in its unit, `{"z": 1.0, "y": 0.5,
             "x": 0.5}`: the nearest finer level is read and resampled linearly.
+        orientation: ends of the body that the axes of the patches point to, such as `"RAS"`, of a volume with an affine
+            (NIfTI, DICOM); the output lies as the volume does. None: as the volume is stored.
         mask: array of any resolution over the same extent, all spatial axes; patches with no nonzero voxel in it are
             skipped.
         box: a pair `(start, stop)` or slice per spatial axis: only patches that meet it are computed. Within it the
@@ -194,8 +197,8 @@ def predict(
             input, or the largest whole fraction that blocks can hold; for more than 100,000 chunks up to 256 MiB.
         output_fill: value of voxels that no patch covers.
         output_format: `"zarr"`; `"ome-zarr"` (NGFF 0.5) with a pyramid; `"auto"`: an OME-Zarr where the volume is one.
-        output_grid: with `spacing`, `"volume"` resamples scores to the volume's grid before they are postprocessed, or
-            at the step `"resample"` of `postprocess`; `"model"` leaves them on the model's.
+        output_grid: with `spacing` or `orientation`, `"volume"` resamples scores to the volume's grid before they are
+            postprocessed, or at the step `"resample"` of `postprocess`; `"model"` leaves them on the model's.
         allow_nonfinite: keep NaN and infinities that the model gives, and count them, instead of failing their block.
         export: NIfTI, OME-TIFF or HDF5 to write when the output is complete, as `oocpatch.export` does, unless it is
             there.
@@ -267,6 +270,7 @@ def predict(
         level=level,
         context_level=context_level,
         spacing=spacing,
+        orientation=orientation,
         output_grid=output_grid,
         mask=mask,
         box=box,

@@ -29,7 +29,7 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.run.predict import plan as plan_run
 from oocpatch.verification.package_example import PackageReport, check_example
 from oocpatch.verification.reference import reference_scores
-from oocpatch.volumes.model_grid import ModelGrid
+from oocpatch.volumes.model_grid import ModelGrid, with_orientation
 from oocpatch.volumes.stack import parts_of, stacked_on_grid
 from oocpatch.volumes.volume import Volume, spatial_sizes
 
@@ -122,7 +122,11 @@ def check(
     loading["eval_mode"] = predict_kwargs.get("eval_mode", True)
     package = load_package(model, trust_pickle=trust, device=device)
     models = load_models(package or model, **loading, trust_pickle=trust, device=device)
-    predict_kwargs |= settings_of_package(package, predict_kwargs)
+    predict_kwargs = with_orientation(
+        predict_kwargs | settings_of_package(package, predict_kwargs),
+        by_name=package is not None and package.names_axes,
+    )
+    predict_kwargs.pop("orientation", None)
     axes, level = predict_kwargs.pop("axes", None), predict_kwargs.pop("level", 0)
     if isinstance(volume, list | tuple):
         source = stacked_on_grid({name: Volume(part, axes, level) for name, part in parts_of(volume).items()})

@@ -260,6 +260,31 @@ def _at_level(volume: Volume, level: Volume, maps: Sequence[AxisMap]) -> list[Ax
     return at_level
 
 
+def with_orientation(arguments: Mapping[str, Any], *, by_name: bool = False) -> dict[str, Any]:
+    """Return arguments of a run whose `spacing` is a grid in the `orientation` that they name, if they name one.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if the model knows axes by their names, whatever their order.
+
+    >>> with_orientation({"orientation": "ras"})["spacing"].orientation
+    'RAS'
+    """
+    code = arguments.get("orientation")
+    if code is None:
+        return dict(arguments)
+    if not isinstance(code, str):
+        raise TypeError(f"orientation must be a text such as 'RAS', got {code!r}")
+    if by_name:
+        raise ValueError(
+            f"orientation must be None for a model package that knows axes by their names, got {code!r}; store the "
+            "volume as those of the training were, such as with nibabel.as_closest_canonical"
+        )
+    spacing, code = arguments.get("spacing"), code.upper()
+    grid = spacing if isinstance(spacing, ModelGrid) else ModelGrid(spacing)
+    return {**arguments, "orientation": code, "spacing": replace(grid, orientation=code)}
+
+
 def _turns(volume: Volume, orientation: str) -> list[tuple[int, bool]]:
     """Return, per axis of the patches, the spatial axis of the volume and whether it is flipped.
 
@@ -286,4 +311,6 @@ def _oriented(volume: Volume, orientation: str) -> Volume:
     """Return a volume with its spatial axes in the order of an orientation."""
     axes, looped = volume.axes, len(volume.shape) - volume.spatial_ndim
     order = axes.order[:looped] + tuple(axes.order[looped + a] for a, _ in _turns(volume, orientation))
+    if order == axes.order:
+        return volume
     return Volume(volume.source, Axes(axes.names, axes.roles, order, axes.is_default))

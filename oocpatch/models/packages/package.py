@@ -93,6 +93,11 @@ class ModelPackage:
             digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def names_axes(self) -> bool:
+        """Return whether the models know the axes of patches by their names, and not by their order."""
+        return isinstance(self.settings.get("patch_size"), Mapping)
+
     def check_channels(self, channels: int) -> None:
         """Refuse a volume of other channels than the models take, before its channels are preprocessed.
 

@@ -118,6 +118,7 @@ def test_fields_that_identify_a_run_are_in_its_fingerprint_and_no_others(tmp_pat
         "match",
         "patch_starts",
         "spacing",
+        "orientation",
         "output_grid",
         "context_level",
     }

@@ -133,12 +133,13 @@ def test_a_package_is_compared_with_its_settings(write: Any) -> None:
         ("{},fold=0", {}, "model spec sample:PATH takes only, got fold"),
         (["{}", "{}"], {}, "a model package must be the only model"),
         ("{}", {"weights": "w.pth"}, "weights and model_args must be left out with a model package"),
+        ("{}", {"orientation": "RAS"}, "orientation must be None for a model package that knows axes by their names"),
     ],
 )
 def test_what_cannot_go_with_a_package_is_refused(
     write: Any, tmp_path: Path, model: Any, arguments: dict[str, Any], message: str
 ) -> None:
-    spec = write({"patch_size": 32})
+    spec = write({"patch_size": {"y": 32, "x": 32}})
     model = [m.format(spec) for m in model] if isinstance(model, list) else model.format(spec)
     with pytest.raises(ValueError, match=message):
         oocpatch.plan(SCAN, model, tmp_path / "out", **arguments)

@@ -14,7 +14,7 @@ import xarray
 import zarr
 from click.testing import CliRunner
 from nibabel.affines import apply_affine
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 import oocpatch
 from oocpatch import Volume
@@ -135,6 +135,52 @@ def test_a_nifti_of_any_orientation_has_its_voxels_where_they_were(code: str, gr
     reoriented = nibabel.as_closest_canonical(nibabel.Nifti1Image(data, affine)).get_fdata()[::-1, ::-1]
     assert np.array_equal(volume.read(Box.of_shape(volume.shape))[0], reoriented)
     assert orientation_of(affine) == nibabel.aff2axcodes(affine)
+
+
+def test_patches_in_an_orientation_give_what_the_turned_scan_gives(tmp_path: Path) -> None:
+    """The oracle is nibabel: turned to RAS, predicted as an array, and turned back."""
+    shape = (14, 15, 16)
+    affine = inv_ornt_aff(axcodes2ornt("PIR"), shape) @ np.diag([0.5, 0.75, 2, 1])
+    scan = nibabel.Nifti1Image(np.random.default_rng(0).random(shape, np.float32), affine)
+    nibabel.save(scan, tmp_path / "scan.nii.gz")
+    kernel = torch.rand((1, 1, 3, 3, 3), generator=torch.Generator().manual_seed(0))
+
+    def model(patches: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv3d(patches, kernel, padding=1)
+
+    options: dict[str, Any] = {"patch_size": 8, "patch_overlap": 4, "overlap_mode": "average", "progress": False}
+    canonical = nibabel.as_closest_canonical(scan).get_fdata(dtype=np.float32)
+    turned = oocpatch.predict(canonical, model, tmp_path / "turned.zarr", axes="xyz", **options)
+    back = ornt_transform(axcodes2ornt("RAS"), io_orientation(affine))
+    expected = apply_orientation(np.asarray(turned), back)
+    options["orientation"] = "ras"
+    result = oocpatch.predict(tmp_path / "scan.nii.gz", model, tmp_path / "out.zarr", **options)
+    assert result.dims == ("x", "y", "z")
+    assert np.array_equal(result, expected)
+    np.testing.assert_allclose(Volume(tmp_path / "out.zarr").affine, affine, atol=1e-5)
+    on_model = oocpatch.predict(
+        tmp_path / "scan.nii.gz", model, tmp_path / "model.zarr", output_grid="model", **options
+    )
+    assert np.array_equal(on_model, turned)
+    assert orientation_of(Volume(tmp_path / "model.zarr").affine) == ("R", "A", "S")
+    assert oocpatch.check(tmp_path / "scan.nii.gz", model, boxes=1, **options).passed
+    with pytest.raises(oocpatch.RunMismatch, match="orientation: 'RAS' before, 'LPS' now"):
+        oocpatch.predict(tmp_path / "scan.nii.gz", model, tmp_path / "out.zarr", **{**options, "orientation": "LPS"})
+    oocpatch.convert(tmp_path / "scan.nii.gz", tmp_path / "scan.zarr", progress=False)
+    again = oocpatch.predict(tmp_path / "scan.zarr", model, tmp_path / "again.zarr", **options)
+    assert np.array_equal(again.transpose("x", "y", "z"), expected)
+
+
+def test_an_orientation_of_a_volume_that_does_not_say_where_it_points_is_refused(scan: Path, tmp_path: Path) -> None:
+    for volume, code, message in (
+        (scan, "RAS", "orientation must be None for a volume without an affine"),
+        (scan, "RRS", "orientation must name an end of each axis, such as RAS, got 'RRS'"),
+        (np.zeros((9, 9)), "RAS", "an orientation needs three spatial axes, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            oocpatch.plan(volume, "identity", tmp_path / "out.zarr", orientation=code, **SETTINGS)
+    with pytest.raises(TypeError, match="orientation must be a text such as 'RAS', got 3"):
+        oocpatch.plan(scan, "identity", tmp_path / "out.zarr", orientation=3, **SETTINGS)
 
 
 def test_coordinates_that_fall_are_legal_in_an_ome_zarr(tmp_path: Path) -> None:
