@@ -95,12 +95,12 @@ def test_a_run_adds_no_more_memory_than_a_tighter_limit(measured: Measured) -> N
 
 
 def test_memory_does_not_grow_with_the_volume(measured: Measured) -> None:
-    """128 and 448 MiB of input under 64 MiB."""
+    """128 and 448 MiB of input under 64 MiB; the peaks of two runs differ by some buffers, which do not come together."""
     small, large = measured(128, patch_overlap=8), measured(448, patch_overlap=8)
     for run in (small, large):
         assert_within_bounds(run, LIMIT)
     assert large["blocks"] >= small["blocks"]
-    assert large["added"] <= small["added"] * 1.15 + 4 * MIB
+    assert large["added"] <= small["added"] + 16 * MIB  # a twentieth of what the volume is larger by
 
 
 def test_resampling_adds_no_more_memory_than_its_plan_and_its_limit(measured: Measured, tmp_path: Path) -> None:
