@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Cache(Generic[Item]):
-    """The items that were used last, at least two of them, and up to a number of bytes.
+    """The items that were used last, up to a number of bytes, and at least so many of them.
 
     >>> cache = Cache(10)
     >>> [cache.get(n, lambda: (n, 6)) for n in (1, 2, 3)], cache.get(2, lambda: (-2, 6)), cache.get(1, lambda: (-1, 6))
@@ -20,6 +20,7 @@ class Cache(Generic[Item]):
     """
 
     limit: int
+    least: int = 2
     _items: OrderedDict[Any, tuple[Item, int]] = field(default_factory=OrderedDict)
     _size: int = 0
 
@@ -30,6 +31,6 @@ class Cache(Generic[Item]):
         else:
             self._items[key] = load()
             self._size += self._items[key][1]
-            while self._size > self.limit and len(self._items) > 2:
+            while self._size > self.limit and len(self._items) > self.least:
                 self._size -= self._items.popitem(last=False)[1][1]
         return self._items[key][0]

@@ -13,14 +13,14 @@ All stages are idempotent: they write below addresses of their own, or whole wri
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
 import secrets
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from oocpatch.engine.buffers import FutureGroup, buffer, lean_heap
 from oocpatch.engine.stages import TaskResult
 from oocpatch.errors import TooManyObjects
 from oocpatch.objects.block_table import Face, Section, label_section, read_table, write_table
+from oocpatch.objects.cache import Cache
 from oocpatch.objects.components import replace_labels
 from oocpatch.objects.merge import MergeGrid, merge
 from oocpatch.objects.merged_ids import IdWriter, read_ids
@@ -179,7 +180,17 @@ def merge_blocks(context: LabelContext, refs: Mapping[int, PartialsRef]) -> Task
     plane = math.prod(plan.shape[looped + 1 :])
     rows = tuple(spatial[0].core(row)[0] * plane for row in range(spatial[0].count))
     places = MergeGrid(counts, (*rows, spatial[0].grid.length * plane))
-    tables = _Tables(context, refs, plan.merge_memory // 4)
+    tables = Cache[list[Section]](plan.merge_memory // 4, least=1)
+
+    def table(block: int) -> tuple[list[Section], int]:
+        context.check()
+        sections = read_table(context.workspace.folder(block), block, refs[block])
+        return sections, sum(
+            array.nbytes
+            for section in sections
+            for array in (section.places, section.sizes, section.border, section.classes, *section.faces.values())
+        )
+
     attempt = f"{secrets.randbelow(10**15):015d}"
     writer = IdWriter(context.workspace.merged_folder(attempt))
     found: dict[Ints, int] = {}
@@ -190,7 +201,9 @@ def merge_blocks(context: LabelContext, refs: Mapping[int, PartialsRef]) -> Task
             found[at] = merge(
                 places,
                 context.rule,
-                lambda block, first=first, section=section: tables.read(first + block)[section],  # type: ignore[misc]
+                lambda block, first=first, section=section: tables.get(  # type: ignore[misc]
+                    first + block, functools.partial(table, first + block)
+                )[section],
                 lambda block, piece, ids, first=first, section=section: writer.write(  # type: ignore[misc]
                     first + block, section, piece, ids
                 ),
@@ -201,36 +214,6 @@ def merge_blocks(context: LabelContext, refs: Mapping[int, PartialsRef]) -> Task
         raise TooManyObjects(max(found.values()), dtype)
     numbers = [found[at] for at in sorted(found)]
     return TaskResult(PartialsRef(writer.digest, attempt), unit_checksums=json.dumps(numbers))
-
-
-@dataclass
-class _Tables:
-    """The tables of blocks, the ones read last in memory, so many bytes of them at most."""
-
-    context: LabelContext
-    refs: Mapping[int, PartialsRef]
-    limit: int
-    _read: OrderedDict[int, tuple[list[Section], int]] = field(default_factory=OrderedDict)
-    _size: int = 0
-
-    def read(self, block: int) -> list[Section]:
-        """Return the table of a block."""
-        if block in self._read:
-            self._read.move_to_end(block)
-            return self._read[block][0]
-        self.context.check()
-        sections = read_table(self.context.workspace.folder(block), block, self.refs[block])
-        size = sum(
-            array.nbytes
-            for section in sections
-            for array in (section.places, section.sizes, section.border, section.classes, *section.faces.values())
-        )
-        while self._read and self._size + size > self.limit:
-            _, (_, freed) = self._read.popitem(last=False)
-            self._size -= freed
-        self._read[block] = sections, size
-        self._size += size
-        return sections
 
 
 def _labelled(context: LabelContext, block: Block, values: Array) -> Iterator[tuple[tuple[Any, ...], Array, Section]]:

@@ -95,7 +95,7 @@ def test_a_run_adds_no_more_memory_than_a_tighter_limit(measured: Measured) -> N
 
 
 def test_memory_does_not_grow_with_the_volume(measured: Measured) -> None:
-    """128 and 448 MiB of input under 64 MiB; the peaks of two runs differ by some buffers, which do not come together."""
+    """128 and 448 MiB of input under 64 MiB. The peaks of two runs differ by a few buffers, which rarely meet."""
     small, large = measured(128, patch_overlap=8), measured(448, patch_overlap=8)
     for run in (small, large):
         assert_within_bounds(run, LIMIT)
