@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from oocpatch.cli.types import UserPath
 
@@ -42,18 +45,40 @@ def _repeated(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list) else [str(value)]
 
 
-def read_environment(command: str, params: Iterable[click.Parameter]) -> None:
+class CommandContext(click.Context):
+    """The context of a command, by which the group of commands knows where its options came from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meta["oocpatch"] = self  # contexts share it with those around them
+
+
+def source_of(ctx: click.Context, message: str) -> str:
+    """Return the variables of the environment that options came from which a message names; empty if none did."""
+    command: click.Context = ctx.meta.get("oocpatch", ctx)
+    sources = {}
+    for option in command.command.params:
+        spellings = {option.name or "", *option.opts}
+        if command.get_parameter_source(option.name or "") is ParameterSource.ENVIRONMENT and any(
+            re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", message) for name in spellings
+        ):
+            sources[option.name] = next(name for name in option.envvar or () if os.environ.get(name))
+    return ", ".join(f"{name} is from the variable {variable}" for name, variable in sources.items())
+
+
+def read_environment(command: click.Command) -> None:
     """Let options come from `OOCPATCH_COMMAND_OPTION`, which is for one command, else from `OOCPATCH_OPTION`.
 
     >>> option = click.Option(["--max-memory"])
-    >>> read_environment("plan", [option])
+    >>> read_environment(click.Command("plan", params=[option]))
     >>> option.envvar
     ['OOCPATCH_PLAN_MAX_MEMORY', 'OOCPATCH_MAX_MEMORY']
     """
-    for option in params:
+    command.context_class = CommandContext
+    for option in command.params:
         if isinstance(option, click.Option):
             name = max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()
-            option.envvar = [f"OOCPATCH_{command.upper()}_{name}", f"OOCPATCH_{name}"]
+            option.envvar = [f"OOCPATCH_{str(command.name).upper()}_{name}", f"OOCPATCH_{name}"]
 
 
 config_option = click.option(

@@ -19,7 +19,7 @@ import click
 
 from oocpatch.cli import cluster_options, file_commands, object_commands
 from oocpatch.cli.cluster_options import scheduler_option
-from oocpatch.cli.config_file import config_option, read_environment
+from oocpatch.cli.config_file import config_option, read_environment, source_of
 from oocpatch.cli.prediction import VolumePattern, exported, predict_each, predicted
 from oocpatch.cli.types import UserPath, json_option, run_options, volumes
 from oocpatch.progress import DISPLAYS
@@ -34,6 +34,11 @@ class _Commands(click.Group):
         try:
             with cluster_options.interrupted_by_sigterm():
                 return super().invoke(ctx)
+        except click.BadParameter as error:
+            if not (source := source_of(ctx, error.format_message())):
+                raise
+            message = f"{error.message} ({source})"
+            raise click.BadParameter(message, error.ctx, error.param, error.param_hint) from error
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
@@ -42,7 +47,9 @@ class _Commands(click.Group):
             code = _exit_code(error)
             if code is None:
                 raise
-            _fail(_message(error), code)
+            message = _message(error)
+            source = source_of(ctx, message)
+            _fail(f"{message} ({source})" if source else message, code)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -239,8 +246,8 @@ def _is_package(model: Any) -> bool:
 
 for _command in (*object_commands.COMMANDS, *file_commands.COMMANDS):
     main.add_command(_command)
-for _name, _command in main.commands.items():
-    read_environment(_name, _command.params)
+for _command in main.commands.values():
+    read_environment(_command)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ A file without a record, or another one than the record describes, is someone el
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -109,7 +110,21 @@ def find_output(path: StoragePath) -> OutputRecord | None:
     try:
         return inspect_output(path)
     except OutputExists as error:
-        raise OutputExists(f"output must be one that oocpatch wrote, but {path} holds other data") from error
+        names = _outputs_in(path)
+        held = (
+            f"is a folder of {len(names)} others, such as {path / names[0]}: name one" if names else "holds other data"
+        )
+        raise OutputExists(f"output must be one that oocpatch wrote, but {path} {held}") from error
+
+
+def _outputs_in(path: StoragePath) -> list[str]:
+    """Return the names of the outputs in a local folder."""
+    names = []
+    for inner in sorted(path.iterdir()) if isinstance(path, LocalPath) and path.is_dir() else ():
+        with contextlib.suppress(OutputExists, OSError):
+            if (inner.is_dir() or table_record(inner).is_file()) and inspect_output(inner) is not None:
+                names.append(inner.name)
+    return names
 
 
 def require_output(path: StoragePath) -> OutputRecord:

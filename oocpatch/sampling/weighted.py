@@ -15,6 +15,7 @@ share of the draws, however many voxels it has.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -213,6 +214,9 @@ class LabelSampler(WeightedSampler):
             a label is, and its voxels are alike.
         seed: as for `UniformSampler`.
 
+    Warns:
+        UserWarning: if values are no whole numbers, as those of a probability map.
+
     Raises:
         ValueError: also for weights that are negative, infinite or all zero, or when no patch can be centred on a label
             that has a weight; with `"classes"`, on any label that has one.
@@ -247,6 +251,12 @@ class LabelSampler(WeightedSampler):
         labels, inverse = np.unique(masses.values, return_inverse=True)
         present = labels.tolist()
         weights = self.label_probabilities
+        if broken := [label for label in present if label % 1 and label not in (weights or {})]:
+            warnings.warn(
+                f"{self.label_name!r} has values that are no whole numbers, such as {broken[0]:g}, each of which is a "
+                "label of its own here: WeightedSampler draws by a probability map",
+                stacklevel=2,
+            )
         if weights is None:
             weights = {label: float(label != 0) for label in present}
         if self.balance == "voxels":

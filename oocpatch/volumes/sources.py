@@ -51,6 +51,9 @@ from oocpatch.volumes.ome_metadata import (
     read_multiscales,
 )
 
+PICTURES = ("png", "jpg", "jpeg", "bmp", "gif", "webp")
+"""Endings of pictures that Pillow reads, and oocpatch does not."""
+
 TAGGED = 4096
 """Stored units whose tags are read at a time."""
 
@@ -210,8 +213,20 @@ def open_zarr(address: Path | str) -> zarr.Array[Any] | zarr.Group:
         reason = "" if isinstance(error, FileNotFoundError) else f" ({error_line(error)})"
         raise ValueError(
             f"volume cannot be read: {address} must be a Zarr array or group{reason}, "
-            f"or a file that ends in {ALL_SUFFIXES}"
+            f"or a file that ends in {ALL_SUFFIXES}{_advice(address)}"
         ) from error
+
+
+def _advice(address: Any) -> str:
+    """Return what to do with a picture of a format that is not read."""
+    name = str(address).rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    if not dot or suffix.lower() not in PICTURES:
+        return ""
+    return (
+        f"; make a TIFF of the picture: tifffile.imwrite('{stem}.tif', numpy.asarray(PIL.Image.open('{name}'))), or "
+        "pass the array"
+    )
 
 
 def array_source(path: StoragePath, name: str) -> Source:

@@ -100,6 +100,25 @@ def test_looking_at_what_no_run_wrote_asks_for_an_output(verb: str, volume: Path
     assert not out
 
 
+def test_the_status_of_a_folder_of_results_asks_for_one_of_them(volume: Path, tmp_path: Path, command: Command) -> None:
+    for name in ("b.zarr", "a.zarr"):
+        oocpatch.predict(volume, "identity", tmp_path / "results" / name, patch_size=8, progress=False)
+    (tmp_path / "results" / "notes").mkdir()
+    folder = tmp_path / "results"
+    ended, _, err = command("status", folder)
+    assert ended == 3
+    assert f"{folder} is a folder of 2 others, such as {folder / 'a.zarr'}: name one" in err
+
+
+def test_a_picture_that_cannot_be_read_comes_with_advice(volume: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "tissue.png").write_bytes(b"\x89PNG")
+    options = ["--model", "identity", "--patch-size", 8, "--mask", tmp_path / "tissue.png"]
+    ended, _, err = command("predict", volume, tmp_path / "out.zarr", *options)
+    assert ended == 2
+    assert "mask: volume cannot be read" in err
+    assert "tifffile.imwrite('tissue.tif', numpy.asarray(PIL.Image.open('tissue.png')))" in err
+
+
 FILES = ["out.nii", "out.nii.gz", "OUT.NII.GZ", "out.tif", "out.tiff", "out.ome.tif", "out.ome.tiff", "out.h5", ".nii"]
 FILES += ["out.n5", "out.npy", "out.png"]
 ZIP_FILES = ["out.zarr.zip", "out.ozx"]

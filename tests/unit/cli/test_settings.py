@@ -84,6 +84,19 @@ def test_the_environment_gives_options() -> None:
     assert planned(*arguments, OOCPATCH_BATCH_SIZE="4", OOCPATCH_PLAN_BATCH_SIZE="3")["batch_size"] == 3
 
 
+def test_a_refusal_names_the_variable_that_an_option_came_from() -> None:
+    arguments = ["plan", "in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8"]
+    small = run(*arguments, OOCPATCH_PLAN_MAX_MEMORY="1KiB")
+    assert small.exit_code == 3
+    assert "max_memory is from the variable OOCPATCH_PLAN_MAX_MEMORY" in small.output
+    typed = run(*arguments, "--max-memory", "1KiB", OOCPATCH_MAX_MEMORY="1GiB")
+    assert typed.exit_code == 3
+    assert "OOCPATCH_MAX_MEMORY" not in typed.output
+    wrong = run(*arguments, OOCPATCH_WORKERS="many")
+    assert wrong.exit_code == 2
+    assert "workers is from the variable OOCPATCH_WORKERS" in wrong.output
+
+
 def test_the_environment_gives_an_option_to_every_command_that_has_it() -> None:
     wrong = {"OOCPATCH_PROGRESS": "loud", "OOCPATCH_MAX_MEMORY": "much"}
     predict = ("predict", "in.zarr", "out.zarr", "--model", "identity", "--patch-size", "8")

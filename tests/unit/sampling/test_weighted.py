@@ -113,6 +113,14 @@ def test_without_probabilities_all_labels_but_zero_weigh_alike() -> None:
     assert_fits(drawn(sampler, 3000), centre_distribution(data != 0, (3, 3)))
 
 
+def test_a_map_of_probabilities_as_labels_is_warned_of() -> None:
+    subject = oocpatch.Subject(shares=np.array([0, 0.25, 1], np.float32))
+    with pytest.warns(UserWarning, match="'shares' has values that are no whole numbers, such as 0.25"):
+        oocpatch.LabelSampler(subject, 1, "shares")
+    oocpatch.LabelSampler(subject, 1, "shares", {0.25: 1})  # type: ignore[dict-item] # asked for by name
+    oocpatch.LabelSampler(oocpatch.Subject(whole=np.array([0, 1, 2.0])), 1, "whole")
+
+
 def test_labels_below_zero_are_labels_where_torchio_takes_them_for_background() -> None:
     data = np.full((3, 3, 3), -1)
     with pytest.raises(RuntimeError, match="all zeros"):
