@@ -39,7 +39,7 @@ from oocpatch.outputs.row_arrays import with_rows
 from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human, pack_counts
-from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes
+from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes, with_fewer_calls
 from oocpatch.planning.shards import fitted_units
 from oocpatch.planning.workload import crash_limit
 from oocpatch.storage.forks import in_new_thread_if_forked
@@ -182,6 +182,8 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         core = (*common_unit(outputs.heads, len(volume.shape))[: config.looped], *config.limits.block_shape)
     transforms, device = len(config.pipeline.transforms), config.model.device
     workload = workload_of(config.limits.work, probe, config.models, transforms=transforms, device=device)
+    # light models cost less than their calls' threads do
+    runs_beside = probe.operations > 0 and probe.keeps_weights and config.pipeline.is_stateless
     choice = choose(
         outputs.grid,
         sizes,
@@ -190,7 +192,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         block_shape=core,
         workers=config.execution.threads,
         workload=workload,
-        most_calls=min(threads, MOST_CALLS) if probe.keeps_weights and config.pipeline.is_stateless else 1,
+        most_calls=min(threads, MOST_CALLS) if runs_beside else 1,
     )
     needed, on_device = choice.projection.main, choice.projection.device
     plan = Plan(
@@ -308,34 +310,47 @@ def check_same_run(config: RunConfig, record: OutputRecord, stored: Plan | None)
 
 
 def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
-    """Return a stored plan at the concurrency that this call allows.
+    """Return a stored plan with as many tasks, and then calls of the model, at a time as this call allows.
 
     Raises:
-        PlanTooLarge: when even one task at a time needs more memory than this call allows.
+        PlanTooLarge: when even one of each needs more memory than this call allows.
     """
-    workers = min(config.execution.threads or plan.concurrency, plan.most_concurrent or plan.blocks)
-    needs = [("max_memory is", "raise max_memory", config.limits.max_memory, plan.projected_memory, plan.task_memory)]
-    if plan.device_parts:
-        device = (plan.projected_device_memory, plan.task_device_memory)
-        needs.append(("its device has", "free memory there", _device_memory(config) or 0, *device))
-    while workers > 1 and any(most < all_ - (plan.concurrency - workers) * each for *_, most, all_, each in needs):
-        workers -= 1
-    needed = [all_ - (plan.concurrency - workers) * each for *_, all_, each in needs]
-    for size, (limit, advice, most, *_) in zip(needed, needs, strict=True):
-        if size > most:
-            raise PlanTooLarge(
-                f"the run to be resumed was planned with blocks that need {human(size, up=True)} but {limit} "
-                f"{human(most)}; {advice}, or start afresh with overwrite=True"
-            )
-    shared = 0 if plan.reads_voxels else needed[0] - workers * plan.task_memory
-    merge_memory = config.limits.max_memory - shared if plan.merges else 0
-    return replace(
-        plan,
-        concurrency=workers,
-        projected_memory=needed[0],
-        projected_device_memory=needed[-1] if plan.device_parts else 0,
-        merge_memory=merge_memory,
-    )
+    limits = config.limits.max_memory, _device_memory(config) or 0 if plan.device_parts else 0
+    most = min(config.execution.threads or plan.concurrency, plan.most_concurrent or plan.blocks)
+    lowered = _with_concurrency(plan, most)
+    for workers in range(most - 1, 0, -1):
+        if _fits(lowered, limits):
+            break
+        lowered = _with_concurrency(plan, workers)
+    for calls in range(plan.calls - 1, 0, -1):
+        if _fits(lowered, limits):
+            break
+        lowered = with_fewer_calls(lowered, calls)
+    if not _fits(lowered, limits):
+        on_device = lowered.projected_memory <= limits[0]
+        size = lowered.projected_device_memory if on_device else lowered.projected_memory
+        limit, advice = ("its device has", "free memory there") if on_device else ("max_memory is", "raise max_memory")
+        raise PlanTooLarge(
+            f"the run to be resumed was planned with blocks that need {human(size, up=True)} but {limit} "
+            f"{human(limits[on_device])}; {advice}, or start afresh with overwrite=True"
+        )
+    shared = 0 if plan.reads_voxels else lowered.projected_memory - lowered.concurrency * lowered.task_memory
+    lowered = replace(lowered, merge_memory=limits[0] - shared if plan.merges else 0)
+    # which end the run, and may need more than blocks do
+    return with_pyramids(with_rows(lowered, limits[0]), limits[0])
+
+
+def _with_concurrency(plan: Plan, workers: int) -> Plan:
+    """Return a plan with another number of tasks at a time, and the memory that it needs then."""
+    more = workers - plan.concurrency
+    on_device = plan.projected_device_memory + more * plan.task_device_memory if plan.device_parts else 0
+    memory = plan.projected_memory + more * plan.task_memory
+    return replace(plan, concurrency=workers, projected_memory=memory, projected_device_memory=on_device)
+
+
+def _fits(plan: Plan, limits: tuple[int, int]) -> bool:
+    """Return whether a plan needs no more than these bytes of main memory and of its device."""
+    return plan.projected_memory <= limits[0] and plan.projected_device_memory <= limits[1]
 
 
 def _device_memory(config: RunConfig) -> int | None:

@@ -358,6 +358,7 @@ class Plan:
         patches += f", context {size(self.context[spatial])}" if any(self.context) else ""
         rule, at_a_time = self.labelling, f"{self.concurrency} at a time"
         swept = f"swept along {self.axes[self.sweep]}, {at_a_time}"
+        side_by_side = f"{self.calls} calls at a time, {self.torch_threads} thread(s) each" if self.calls > 1 else ""
         modes = ", ".join(dict.fromkeys(h.mode for h in self.heads))
         patches += f"{f', {modes}' if modes else ''}, batches of {self.batch_size}{left_out}{self._filling()}"
         outputs = {
@@ -373,7 +374,7 @@ class Plan:
         return {
             "volume": f"{size(self.shape)} {names}, {self.in_channels} channel(s), {self.in_dtype}, {volume}{looped}",
             **({"objects": str(rule)} if rule else {"patches": patches}),
-            **({"model": self.model_note} if self.model_note else {}),
+            **({"model": model} if (model := ", ".join(filter(None, [self.model_note, side_by_side]))) else {}),
             "blocks": f"{self.blocks:,} of {size(self.block_shape)}, {at_a_time if rule else swept}",
             **({} if rule else {"work": f"{self.work}; {self._crash_cost()}" if self.work else self._crash_cost()}),
             **outputs,

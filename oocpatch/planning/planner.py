@@ -25,8 +25,8 @@ from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
-from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Needs, Projection, io_threads, traffic
-from oocpatch.planning.plan import human
+from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Needs, Projection, Traffic, io_threads, traffic
+from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.sweep import Frame
 from oocpatch.planning.workload import BYTES_PER_SECOND, TASK_SECONDS, Workload, crash_limit
 
@@ -382,3 +382,22 @@ def use_of_calls(patches: int, batch_size: int, calls: int) -> float:
     full, rest = divmod(patches, batch_size)
     longest = batch_size * -(-full // calls) if full % calls else batch_size * (full // calls) + rest
     return patches / (calls * longest)
+
+
+def with_fewer_calls(plan: Plan, calls: int) -> Plan:
+    """Return a plan with fewer calls of the model at a time, whose threads stay, and with less memory."""
+    parts = tuple((n, size // plan.calls * calls if n in ("model", "batch") else size) for n, size in plan.memory_parts)
+    freed = {name: size - less for (name, size), (_, less) in zip(plan.memory_parts, parts, strict=True)}
+    # the normalize stage, which has no batches, may need more than what is left of the predict stage
+    sizes = ByteSizes(0, plan.in_chunks, 0, plan.context, plan.heads, 0, 0, plan.batch_size, 0, 0)
+    frame = Frame.of(plan.block_grid, plan.in_chunks, plan.context)
+    others = MemoryUse(frame, tuple(map(Frame.of, plan.frames)), sizes, plan.io_strategy, Traffic(0, 0, 0))
+    of_task = max(plan.task_memory - freed.get("batch", 0), others.projection.main.task_memory)
+    less_memory = freed.get("model", 0) + plan.concurrency * (plan.task_memory - of_task)
+    return replace(
+        plan,
+        calls=calls,
+        memory_parts=parts,
+        task_memory=of_task,
+        projected_memory=plan.projected_memory - less_memory,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -503,13 +504,14 @@ class Meeting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.layer = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 2)
         self.barrier = threading.Barrier(2)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         if len(patches):
             self.barrier.wait(30)
-        return patches * self.factor
+        return self.layer(patches)
 
 
 @pytest.fixture
@@ -540,6 +542,29 @@ def test_bytes_do_not_depend_on_the_calls_at_a_time_but_on_their_threads(tmp_pat
     assert parts[0]["batch"] == 2 * parts[1]["batch"]
     assert two.run_id == one.run_id
     assert two.run().values.tobytes() == one.run().values.tobytes()
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("classes", [1, 64])  # with many, the stage that normalizes needs more than one call
+def test_a_run_is_resumed_with_fewer_calls_where_memory_is_short(classes: int, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, classes, 1))
+    settings = {**SETTINGS, "block_shape": 16, "output_chunks": 16, "workers": 2}
+    planned = oocpatch.plan(DATA, net, tmp_path / "out.zarr", **settings)
+    assert (planned.calls, planned.concurrency, planned.blocks) == (2, 2, 9)
+    assert "2 calls at a time, 1 thread(s) each" in str(planned)
+    assert json.loads(planned.to_json())["calls"] == 2
+    planned.run(blocks=[0])
+    torch.set_num_threads(1)
+    alone = oocpatch.plan(DATA, net, tmp_path / "one.zarr", **{**settings, "workers": 1})
+    assert (alone.calls, alone.concurrency) == (1, 1)
+    assert "calls at a time" not in str(alone)
+    torch.set_num_threads(2)
+    with pytest.raises(oocpatch.PlanTooLarge, match="raise max_memory"):
+        oocpatch.plan(DATA, net, tmp_path / "out.zarr", **settings, max_memory=alone.projected_memory - 1)
+    resumed = oocpatch.plan(DATA, net, tmp_path / "out.zarr", **settings, max_memory=alone.projected_memory)
+    assert (resumed.calls, resumed.torch_threads, resumed.concurrency) == (1, 1, 1)
+    assert resumed.projected_memory == alone.projected_memory
+    assert resumed.run().values.tobytes() == alone.run().values.tobytes()
 
 
 class Reading(nn.Module):
@@ -593,9 +618,23 @@ def _replaced() -> nn.Module:
         (lambda: nn.BatchNorm2d(1), {"eval_mode": False}, 1),
         (lambda: torch.jit.script(nn.Conv2d(1, 1, 3, padding=1)), {}, 1),
         (lambda: torch.neg, {}, 1),
+        (nn.Identity, {}, 1),  # without an operation that torch counts
+        (nn.ReLU, {}, 1),
         (Reading, {"batch_size": 64}, 1),  # all patches of a layer in a batch
     ],
-    ids=["reads", "attribute", "list", "buffer", "replaced", "training", "TorchScript", "function", "one batch"],
+    ids=[
+        "reads",
+        "attribute",
+        "list",
+        "buffer",
+        "replaced",
+        "training",
+        "TorchScript",
+        "function",
+        "identity",
+        "light",
+        "one batch",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_a_call_writes_is_not_written_by_two_at_a_time(
