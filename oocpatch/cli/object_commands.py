@@ -10,7 +10,7 @@ import click
 
 from oocpatch.cli.cluster_options import client_of, scheduler_option
 from oocpatch.cli.config_file import config_option
-from oocpatch.cli.types import json_option, number, run_options, spacing
+from oocpatch.cli.types import classes, json_option, number, run_options, spacing
 
 OBJECTS_OPTIONS = (
     *("axes", "level", "max_memory", "block_shape", "workers", "processes", "part", "workspace"),
@@ -71,6 +71,12 @@ def label(volume: str, output: str, *, as_json: bool, **options: Any) -> None:
     type=spacing,
     metavar="SIZES",
     help="Size of a voxel: 0.5, or per axis 2,0.5,0.5; default: from the coordinates.",
+)
+@click.option(
+    "--classes",
+    type=classes,
+    metavar="VALUE=NAME[:COLOUR],...",
+    help="Name the classes in a .geojson: 1=Tumor:#c80000,2=Stroma; of labels, or with --intensity of its values.",
 )
 @run_options(OBJECTS_OPTIONS)
 @config_option

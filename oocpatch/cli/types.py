@@ -70,6 +70,21 @@ def spacing(value: Any) -> Any:
     return values if len(values) > 1 else values[0]
 
 
+def classes(value: Any) -> dict[int, Any]:
+    """Read names of classes, and colours if they have some.
+
+    >>> classes("1=Tumor:#c80000,2=Immune cells")
+    {1: ('Tumor', '#c80000'), 2: 'Immune cells'}
+    """
+    pairs = value.items() if isinstance(value, Mapping) else (part.partition("=")[::2] for part in value.split(","))
+    try:
+        named = {int(number): name for number, name in pairs}
+    except ValueError:
+        raise click.BadParameter(f"classes are names by numbers, such as 1=Tumor,2=Stroma, got {value!r}.") from None
+    split = {number: name.partition(":")[::2] if isinstance(name, str) else name for number, name in named.items()}
+    return {number: tuple(pair) if pair[1] else pair[0] for number, pair in split.items()}
+
+
 def volumes(_context: object, _parameter: object, text: str) -> str | list[str] | dict[str, str]:
     """Read the path or URL of a volume, several as `t1.zarr,t2.zarr`, or named ones as `image=a.zarr,prior=b.zarr`.
 

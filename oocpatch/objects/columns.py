@@ -39,6 +39,7 @@ class TableSchema:
         channels: names of the channels of the intensity; empty: there is none.
         label_dtype: dtype of the labels.
         intensity_dtype: dtype of the intensity.
+        classes: value, name and colour of each class; of the labels, or of the intensity if there is one.
     """
 
     axes: tuple[str, ...]
@@ -52,6 +53,7 @@ class TableSchema:
     label_dtype: str
     intensity_dtype: str
     wide: bool = False
+    classes: tuple[Any, ...] = ()
 
     @property
     def layout(self) -> RowLayout:

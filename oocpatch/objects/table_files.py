@@ -82,6 +82,11 @@ class GeoJsonFile:
 
     def __init__(self, path: Path, schema: TableSchema) -> None:
         self._indices = schema.indices
+        self._holders = ("min", "max") if schema.channels else ("label", "label")
+        self._classes = {
+            value: {"name": name} | ({"color": list(colour)} if colour else {})
+            for value, name, colour in schema.classes
+        }
         self._file = path.open("w", encoding="utf-8", newline="")
         self._file.write('{"type":"FeatureCollection","features":[')
         self._before = "\n"
@@ -91,7 +96,12 @@ class GeoJsonFile:
         numbers = [values.tolist() for values in columns.values()]
         for row, shape in zip(zip(*numbers, strict=True), polygons or (), strict=True):
             values = dict(zip(names, row, strict=True))
-            properties: dict[str, Any] = {"objectType": "detection", "label": values.pop("label")}
+            properties: dict[str, Any] = {"objectType": "detection"}
+            if self._classes:
+                low, high = (values[name] for name in self._holders)
+                named = self._classes.get(low) if low == high else None
+                properties |= {"classification": named} if named else {}
+            properties["label"] = values.pop("label")
             properties |= {name: values.pop(name) for name in self._indices}
             measured = {k: v for k, v in values.items() if v == v}  # noqa: PLR0124 - JSON has no NaN
             properties |= {"measurements": measured} if measured else {}
@@ -314,9 +324,15 @@ def open_file(path: Path, name: str, schema: TableSchema, limit: int) -> TableFi
     return FrameFile(path, schema, limit) if suffix is None else FORMATS[suffix][0](path, schema)
 
 
-def properties_for(suffix: str | None, properties: Sequence[str], *, has_intensity: bool) -> tuple[str, ...]:
-    """Return the properties that are computed for a format: AnnData needs the centroid, and the mean of channels."""
+def properties_for(
+    suffix: str | None, properties: Sequence[str], *, has_intensity: bool, has_classes: bool = False
+) -> tuple[str, ...]:
+    """Return the properties that are computed for a format.
+
+    AnnData needs the centroid, and the mean of channels; the classes of an intensity need its bounds.
+    """
     needed = ["centroid"] if suffix == ".h5ad" else []
     some = [name for name in properties if name in INTENSITY_PROPERTIES]
     needed += ["mean"] if suffix == ".h5ad" and has_intensity and some else []
+    needed += ["min", "max"] if has_intensity and has_classes else []
     return (*properties, *(name for name in needed if name not in properties))

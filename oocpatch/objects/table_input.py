@@ -170,6 +170,41 @@ def _sizes(volume: Volume) -> str:
     return ", ".join(f"{name}: {n}" for name, n in zip(volume.names, volume.shape, strict=True))
 
 
+def checked_classes(classes: Any, volume: Volume) -> tuple[tuple[int, str, tuple[int, ...] | None], ...]:
+    """Return value, name and colour of each class, from a dict of names, or of pairs of a name and a colour.
+
+    None: the names that a model package gave a result, by its values.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+
+    >>> checked_classes({1: "Tumor", 2: ("Stroma", "#96c896")}, Volume(np.zeros((2, 2), np.uint8)))
+    ((1, 'Tumor', None), (2, 'Stroma', (150, 200, 150)))
+    """
+    if classes is None:
+        names = volume.source.attrs.get("classes") if volume.channels == 1 else None
+        classes = dict(enumerate(map(str, names))) if isinstance(names, list | tuple) else {}
+    elif volume.channels > 1:
+        raise ValueError(f"classes must be None for values of several channels, got {volume.channels} channels")
+    if not isinstance(classes, Mapping) or not all(isinstance(value, int) for value in classes):
+        raise TypeError(f"classes must be a dict of names by whole numbers, such as {{1: 'Tumor'}}, got {classes!r}")
+    return tuple((int(value), *_name_and_colour(given)) for value, given in classes.items())
+
+
+def _name_and_colour(given: Any) -> tuple[str, tuple[int, ...] | None]:
+    """Return the name of a class and its colour, if it has one."""
+    if isinstance(given, str):
+        return given, None
+    try:
+        name, colour = given
+        red, green, blue = bytes.fromhex(colour.removeprefix("#")) if isinstance(colour, str) else bytes(colour)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"a class must be a name, or a pair of a name and a colour such as ('Stroma', '#96c896'), got {given!r}"
+        ) from error
+    return str(name), (red, green, blue)
+
+
 def channel_names(volume: Volume | None) -> tuple[str, ...]:
     """Return the names of the channels of an intensity: those it has, else their numbers."""
     if volume is None:

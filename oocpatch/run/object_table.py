@@ -29,6 +29,7 @@ def objects(
     spacing: float | Sequence[float] | Mapping[str, float] | None = None,
     axes: str | Sequence[str] | None = None,
     level: int | str = 0,
+    classes: Mapping[int, Any] | None = None,
     block_shape: int | Sequence[int] | Mapping[str, int] | None = None,
     max_memory: int | float | str = "auto",
     workers: int | None = None,
@@ -59,6 +60,9 @@ def objects(
         spacing: size of a voxel, for all axes, per axis or by their names; default: from the coordinates of the labels.
         axes: names of the axes of the labels, e.g. `"zyx"`.
         level: level of a pyramid; 0 is the largest.
+        classes: for `.geojson`, names of classes by value, `{1: "Tumor"}`, or pairs of name and colour, `{1: ("Tumor",
+            "#c80000")}`. The class of an object is its label; with an intensity, which is then a map of classes, the
+            value that all its voxels have there. None: the names that a model package gave.
         block_shape: spatial shape of a block, in voxels; default: chosen by memory and workers.
         max_memory: limit in bytes of what the call adds to a process; `"auto"`: a quarter of the machine's.
         workers: threads, or with `client` processes; default: one per core, or all.
@@ -98,6 +102,7 @@ def objects(
         spacing=spacing,
         axes=axes,
         level=level,
+        classes=classes,
         block_shape=block_shape,
         max_memory=max_memory,
         workers=workers,

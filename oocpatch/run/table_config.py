@@ -10,7 +10,7 @@ from oocpatch.configuration.run_config import RunConfig
 from oocpatch.errors import OutputExists
 from oocpatch.objects.columns import TableSchema, checked_properties
 from oocpatch.objects.table_files import check_format, properties_for
-from oocpatch.objects.table_input import VoxelGrid, channel_names, open_intensity, open_labels
+from oocpatch.objects.table_input import VoxelGrid, channel_names, checked_classes, open_intensity, open_labels
 from oocpatch.outputs.record import table_record
 from oocpatch.provenance import run_settings
 from oocpatch.storage.paths import LocalPath, local_path
@@ -29,6 +29,7 @@ def table_config(
     spacing: Any,
     axes: Any,
     level: Any,
+    classes: Any,
     **options: Any,
 ) -> RunConfig:
     """Check the arguments of `objects`.
@@ -54,8 +55,11 @@ def table_config(
         )
     has_intensity = of_intensity is not None
     columns = checked_properties(properties, volume.spatial_ndim, has_intensity=has_intensity)
-    columns = properties_for(suffix, columns, has_intensity=has_intensity)
-    schema = _schema(volume, of_intensity, VoxelGrid.of(volume, spacing), columns)
+    if classes is not None and suffix != ".geojson":
+        raise ValueError(f"classes must be None but for .geojson, got {classes!r}")
+    named = checked_classes(classes, of_intensity or volume) if suffix == ".geojson" else ()
+    columns = properties_for(suffix, columns, has_intensity=has_intensity, has_classes=bool(named))
+    schema = replace(_schema(volume, of_intensity, VoxelGrid.of(volume, spacing), columns), classes=named)
     config = RunConfig.of(
         volume, "identity", target, patch_size=1, overlap_mode="crop", output_format="zarr", device="cpu", **options
     )
@@ -72,8 +76,10 @@ def table_config(
         "axes": [*volume.axes.names],
         "spacing": [list(schema.scale), list(schema.offset), list(schema.units)],
         "properties": list(schema.properties),
+        **({"classes": [list(one) for one in named]} if named else {}),
     }
     asked = {"intensity": intensity, "properties": properties, "spacing": spacing, "axes": axes, "level": level}
+    asked |= {} if classes is None else {"classes": dict(classes)}
     settings = run_settings({"labels": labels, "output": output, **asked, **options})
     return replace(config, parameters=parameters, settings=settings, table=asdict(schema), intensity=of_intensity)
 

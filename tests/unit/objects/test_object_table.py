@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 import xarray
 import zarr
+from click.testing import CliRunner
 
 import oocpatch
+from oocpatch.cli.main import main
 from oocpatch.objects import block_measurement, table_files
 from oocpatch.run import table_tasks
 from tests.support.children import unchanged
@@ -102,6 +104,35 @@ def test_geojson_has_a_feature_per_object(tmp_path):
         assert all(ring[0] == ring[-1] for polygon in polygons for ring in polygon)
         opened = [[[tuple(point) for point in ring[:-1]] for ring in polygon] for polygon in polygons]
         np.testing.assert_array_equal(filled(opened, labels.shape), labels == feature["properties"]["label"])
+
+
+def test_geojson_names_classes_as_qupath_does(tmp_path):
+    labels = np.zeros((12, 12), np.uint8)
+    labels[1:4, 1:4], labels[6:9, 1:4], labels[1:4, 6:9] = 1, 2, 3
+    classes = {1: "Tumor", 2: ("Stroma", "#96c896"), 7: ("Immune cells", (160, 90, 160))}
+
+    def classifications(name, **options):
+        oocpatch.objects(labels, tmp_path / name, progress=False, **options)
+        features = json.loads((tmp_path / name).read_text())["features"]
+        return [feature["properties"].get("classification") for feature in features]
+
+    stroma = {"name": "Stroma", "color": [150, 200, 150]}
+    assert classifications("own.geojson", classes=classes) == [{"name": "Tumor"}, stroma, None]
+    of_cells = np.array([0, 2, 7, 1], np.uint8)[labels]
+    of_cells[1, 6] = 2  # an object of two classes has none
+    named = classifications("cells.geojson", classes=classes, intensity=of_cells, properties=("area",))
+    assert named == [stroma, {"name": "Immune cells", "color": [160, 90, 160]}, None]
+    with pytest.raises(oocpatch.RunMismatch, match="classes"):
+        classifications("own.geojson", classes={1: "Tumor"})
+    zarr.create_array(tmp_path / "labels.zarr", data=labels, attributes={"classes": ["background", "Tumor", "Stroma"]})
+    oocpatch.objects(tmp_path / "labels.zarr", tmp_path / "given.geojson", progress=False)
+    features = json.loads((tmp_path / "given.geojson").read_text())["features"]
+    assert [f["properties"].get("classification", {}).get("name") for f in features] == ["Tumor", "Stroma", None]
+    words = ["objects", str(tmp_path / "labels.zarr"), str(tmp_path / "typed.geojson"), "--progress", "none"]
+    typed = CliRunner().invoke(main, [*words, "--classes", "1=Tumor,2=Stroma:#96c896"])
+    assert typed.exit_code == 0, typed.output
+    features = json.loads((tmp_path / "typed.geojson").read_text())["features"]
+    assert features[1]["properties"]["classification"] == stroma
 
 
 @pytest.mark.parametrize("ending", [".csv", ".parquet", ".h5ad", ".geojson"])
@@ -396,6 +427,9 @@ LABELS = np.ones((8, 9), np.uint8)
         (LABELS, {"spacing": (1, 2, 3)}, "spacing must have one value per spatial axis"),
         (LABELS, {"spacing": 0}, "spacing must be positive"),
         (LABELS, {"spacing": {"y": 1}}, "spacing must name each spatial axis"),
+        (LABELS, {"classes": {1: "Tumor"}}, "classes must be None but for .geojson"),
+        (LABELS, {"classes": ["Tumor"], "output": "cells.geojson"}, "classes must be a dict of names by whole numbers"),
+        (LABELS, {"classes": {1: ("a", "#zz")}, "output": "cells.geojson"}, "a class must be a name, or a pair"),
         (LABELS, {"max_memory": 1000}, "max_memory"),
         (LABELS, {"part": (1, 2)}, "output must be a file for a part"),
         (LABELS, {"processes": True}, "processes=True needs their number"),
