@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import zarr
 
 import oocpatch
@@ -181,3 +183,27 @@ def test_that_the_store_does_not_answer_is_no_reason_to_start_afresh(
     assert children.run(job) == 0
     assert len(patch_calls(job)) <= MOST_IN_BLOCK, "only the block that failed was computed"
     assert_done(bucket, "silent.zarr", local[1])
+
+
+def test_a_block_costs_requests_for_what_it_reads_and_writes_and_a_few_more(bucket: Bucket, tmp_path: Path) -> None:
+    """8 blocks of 2 x 2 x 2 chunks: along each axis one reads its two chunks, and the other the one below them, too."""
+    data = np.random.default_rng(0).random((64, 64, 64), dtype=np.float32)
+    zarr.create_array(tmp_path / "volume.zarr", data=data, chunks=(16, 16, 16))
+    volume, output = bucket.upload(tmp_path / "volume.zarr", "counted.zarr"), bucket.url("counts.zarr")
+    planned = oocpatch.plan(
+        volume, torch.nn.Identity(), output, patch_size=16, patch_overlap=8, block_shape=32, progress=False, workers=1
+    )
+    assert planned.blocks == 8
+    before = len(bucket.requests())
+    planned.run()
+    asked = [line.partition("?")[0] for line in bucket.requests()[before:]]
+    data_in = [line for line in asked if line.startswith("GET") and "/counted.zarr/c/" in line]
+    data_out = [line for line in asked if line.startswith("PUT") and "/counts.zarr/prediction/c/" in line]
+    sums = [line for line in asked if "/blocks/" in line and "/c." in line]
+    assert (len(data_in), len(data_out)) == ((2 + 3) ** 3, 4**3), "each chunk that a block reads, and each unit, once"
+    assert len([line for line in sums if line.startswith("PUT")]) == len(sums) / 2, "all sums are read once"
+    metadata = [line for line in asked if "/blocks/" in line and ".json" in line]
+    assert len(metadata) <= len(sums)
+    pages = asked.count("GET /bucket")  # of lists of objects, with seven on a page
+    rest = len(asked) - len(data_in) - len(data_out) - len(sums) - len(metadata) - pages
+    assert rest <= 64 + 2 * planned.blocks
