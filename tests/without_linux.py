@@ -48,7 +48,7 @@ NAMES: dict[ModuleType, tuple[str, ...]] = {
 MODULES = ("fcntl", "resource")
 FORBIDDEN = re.compile(r'[<>:"|?*\0-\x1f\\]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 """What a name of a file must not have on Windows."""
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be forked here")
+needs_fork = pytest.mark.skipif("not hasattr(os, 'fork')", reason="no process can be forked here")
 
 
 @contextlib.contextmanager
