@@ -37,6 +37,7 @@ from zarr.storage import LocalStore
 from oocpatch.aggregation.placement import HeadSpec, Patch
 from oocpatch.errors import CorruptData, OutputBusy, RunMismatch
 from oocpatch.outputs.record import ATTRIBUTE, OutputRecord, inspect_output, write_record
+from oocpatch.outputs.write_units import COMPRESSOR
 from oocpatch.planning.box import Ints
 from oocpatch.planning.plan import differences
 from oocpatch.storage.checksums import checksum, text_checksum
@@ -129,6 +130,7 @@ class AggregatedOutput:
                 shape=shape,
                 chunks=chunks,
                 dtype=spec.dtype,
+                compressors=COMPRESSOR,
                 zarr_format=3,
                 fill_value=0,
             )

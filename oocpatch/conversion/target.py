@@ -39,6 +39,7 @@ from oocpatch.outputs.ome_zarr import (
 from oocpatch.outputs.omero import image_settings
 from oocpatch.outputs.pyramid import JOURNAL as PYRAMIDS
 from oocpatch.outputs.pyramid import build_levels, levels_below
+from oocpatch.outputs.write_units import COMPRESSOR
 from oocpatch.planning.box import Box, Ints
 from oocpatch.storage.journal import Journal, read_journal
 from oocpatch.storage.paths import LocalPath, consolidate
@@ -320,6 +321,7 @@ def _create(path: LocalPath, layout: Layout, record: Mapping[str, Any]) -> zarr.
         chunks=layout.insert(together, layout.chunk),
         shards=layout.insert(together, layout.unit) if layout.unit != layout.chunk else None,
         dtype=volume.dtype,
+        compressors=COMPRESSOR,
         zarr_format=3,
         dimension_names=layout.names,
         attributes=json_attributes(volume),

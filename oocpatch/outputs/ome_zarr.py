@@ -25,6 +25,7 @@ import xarray
 import zarr
 
 from oocpatch.outputs.coordinates import at_centres, head_attributes, scaled_coords, write_coords
+from oocpatch.outputs.write_units import COMPRESSOR
 from oocpatch.planning.arguments import clipped_chunks, one_of, write_unit
 from oocpatch.planning.box import Ints
 from oocpatch.planning.choices import OUTPUT_FORMATS
@@ -261,6 +262,7 @@ def create_levels(
             chunks=chunks,
             shards=unit if image.unit != image.chunks else None,
             dtype=image.dtype,
+            compressors=COMPRESSOR,
             zarr_format=3,
             fill_value=fill,
             dimension_names=[axis.name for axis in image.pyramid.axes],

@@ -37,7 +37,7 @@ from oocpatch.outputs.record import (
     write_table_record,
 )
 from oocpatch.outputs.row_arrays import create_rows, row_files, row_members
-from oocpatch.outputs.write_units import ChecksumStore, WriteChecksums, units_of
+from oocpatch.outputs.write_units import COMPRESSOR, ChecksumStore, WriteChecksums, units_of
 from oocpatch.planning.box import Box, Ints, unit_positions, worthwhile
 from oocpatch.planning.heads import Head, distinct_channel_axes
 from oocpatch.planning.plan import Plan
@@ -164,6 +164,7 @@ def _create_array(store: Store, number: int, plan: Plan, volume: Volume) -> None
         chunks=insert(1, head.chunks),
         shards=insert(1, head.unit) if head.unit != head.chunks else None,
         dtype=head.out_dtype,
+        compressors=COMPRESSOR,
         zarr_format=3,
         fill_value=plan.output_fill,
         dimension_names=insert(head.channel_axis, plan.axes),

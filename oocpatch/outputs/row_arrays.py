@@ -23,6 +23,7 @@ import zarr
 
 from oocpatch.errors import PlanTooLarge
 from oocpatch.outputs.integrity import LEDGER, other_files
+from oocpatch.outputs.write_units import COMPRESSOR
 from oocpatch.planning.box import Ints
 from oocpatch.planning.memory import ROWS_BYTES, ROWS_FILE_BYTES
 from oocpatch.planning.plan import Plan, human
@@ -64,6 +65,7 @@ def create_rows(path: StoragePath, plan: Plan, volume: Volume) -> None:
             shape=(0, length),
             chunks=_chunks(plan, length, dtype),
             dtype=dtype,
+            compressors=COMPRESSOR,
             zarr_format=3,
             dimension_names=("patch", dimension),
             attributes=attributes,

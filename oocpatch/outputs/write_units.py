@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from zarr.codecs import ZstdCodec
 from zarr.storage import WrapperStore
 
 from oocpatch.planning.box import Box, Ints
@@ -30,6 +31,10 @@ else:
     Wrapper = WrapperStore
 
 Crcs = npt.NDArray[np.uint32]
+
+COMPRESSOR = ZstdCodec(level=1)
+"""Codec of the arrays that are written. Level 3, Zarr's default, takes up to ten times as long where values have noise,
+for files that are at most 7% smaller: those of labels and masks are as large, some of noisy images are larger."""
 
 
 class ChecksumStore(Wrapper):
