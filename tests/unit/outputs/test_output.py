@@ -42,6 +42,21 @@ def test_argmax_is_the_class_of_the_blended_scores_without_channel_axis(mode: st
     np.testing.assert_array_equal(result.values, scores_of_three_classes(data).argmax(0))
 
 
+@pytest.mark.parametrize("form", ["zarr", "ome-zarr"])
+def test_the_arrays_of_heads_are_compressed_quickly_and_hardly_less(form: str, tmp_path: Path) -> None:
+    """Level 3, Zarr's default, takes ten times as long on such values."""
+    noise = np.random.default_rng(0).integers(100, 116, (96, 96)).astype(np.uint8)
+    run(
+        noise, torch.nn.Identity(), tmp_path, output_format=form, output_dtype="uint8", block_shape=96, output_chunks=96
+    )
+    group = zarr.open_group(tmp_path / "out", mode="r")
+    members = [member for _, member in group.members(max_depth=None)]
+    heads = [member for member in members if isinstance(member, zarr.Array) and member.shape[-2:] == noise.shape]
+    assert [array.compressors for array in heads] == [(zarr.codecs.ZstdCodec(level=1),)]
+    default = zarr.create_array(tmp_path / "default", data=noise)
+    assert heads[0].nbytes_stored() < 1.1 * default.nbytes_stored() < noise.nbytes
+
+
 def test_argmax_blends_scores_before_it_takes_the_class(tmp_path: Path) -> None:
     """Classes blended after argmax would give 1 where patches disagree between 0 and 2; scores never do."""
 
