@@ -23,7 +23,7 @@ import torch
 
 from oocpatch.engine.buffers import buffer, torch_dtype
 from oocpatch.engine.partial_sums import PatchSums, SlabSums
-from oocpatch.engine.stages import PatchContext, add_patches, decided_box, reader_of
+from oocpatch.engine.stages import PatchCalls, PatchContext, decided_box, reader_of
 from oocpatch.planning.blocks import Block, offsets
 from oocpatch.planning.box import Box, Ints
 from oocpatch.planning.grid import Scale
@@ -96,7 +96,9 @@ def _sums(context: PatchContext, box: Box, index: int, regions: Sequence[Box]) -
     try:
         reader.request(Group(range(0), start, stop, stop), start)
         reader.pending.wait()
-        add_patches(context, index, list(zip(regions, sums, strict=True)), reader=reader, members=members)
+        calls = PatchCalls(context, index, list(zip(regions, sums, strict=True)), reader)
+        calls.submit(members)
+        calls.finish()
     finally:
         reader.pending.cancel_and_wait()
     for head_sums, region in zip(sums, regions, strict=True):

@@ -76,13 +76,17 @@ class InputReader:
         """Return whether a group can be read while planes from `in_use` on are still in use."""
         return group.read_stop - in_use <= self._ring.capacity
 
+    def has_requested(self, group: Group) -> bool:
+        """Return whether all planes of a group were requested."""
+        return group.read_stop <= self._requested
+
     def request(self, group: Group, in_use: int) -> None:
         """Begin to read the planes of a group that were not requested before; those from `in_use` on are not replaced.
 
         Raises:
             RuntimeError: when the ring is too small, which the plan's capacity excludes.
         """
-        if group.read_stop <= self._requested:
+        if self.has_requested(group):
             return
         if not self.fits(group, in_use):
             raise RuntimeError(f"planes {in_use} to {group.read_stop} do not fit a ring of {self._ring.capacity}")

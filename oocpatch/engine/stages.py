@@ -283,18 +283,26 @@ def predict_block(context: TaskContext, index: int) -> TaskResult:
         targets = [(frame[index].reach, head_sums) for frame, head_sums in zip(plan.frames, sums, strict=True)]
         reader = reader_of(context, region, planes, stamps)
         stack.callback(reader.pending.cancel_and_wait)
+        calls = PatchCalls(context, index, targets, reader, rows)
+
+        def begin(group: Group, following: Group | None) -> None:
+            """Begin a group, when the outputs of those before are added: their voxels are final, their planes free."""
+            for head_sums, frame in zip(sums, plan.frames, strict=True):
+                head_sums.advance(frame.axes[plan.sweep].grid.start(group.layers[0]))
+            if prefetch and following is not None and reader.fits(following, group.start):
+                reader.request(following, group.start)
+
         steps = _steps(context, index, ranges, groups(axis, layers, plan.layers_per_group, chunk), stamps)
         step = next(steps, None)
         while step is not None:
             group, members = step
+            calls.finish(functools.partial(reader.has_requested, group))
             reader.request(group, group.start)
             reader.pending.wait()
-            for head_sums, frame in zip(sums, plan.frames, strict=True):
-                head_sums.advance(frame.axes[plan.sweep].grid.start(group.layers[0]))
             step = next(steps, None)
-            if prefetch and step is not None and reader.fits(step[0], group.start):
-                reader.request(step[0], group.start)
-            add_patches(context, index, targets, reader=reader, members=members, rows=rows)
+            calls.after_earlier(functools.partial(begin, group, None if step is None else step[0]))
+            calls.submit(members)
+        calls.finish()
         for head_sums, frame in zip(sums, plan.frames, strict=True):
             head_sums.advance(frame[index].reach.stop[plan.sweep])
         for writer in writers:
@@ -380,52 +388,85 @@ def _steps(
             yield group, members
 
 
-def add_patches(
-    context: PatchContext,
-    index: int,
-    targets: Sequence[tuple[Box, PatchSums | PatchObjectsWriter]],
-    *,
-    reader: InputReader,
-    members: list[Ints],
-    rows: RowsWriter | None = None,
-) -> None:
-    """Run the model on patches of a block, batch by batch, and add its outputs in the order of the patches.
+class PatchCalls:
+    """Calls of the model on patches of a block, batch by batch; outputs are added in the order of the patches.
 
-    Each head has a region and the sums to which the values in it are added; vectors go to `rows`.
+    As many calls are in progress as the plan has at a time, across groups of layers.
+
+    Args:
+        targets: for each head, a region, and the sums to which the values in it are added.
+        reader: has the patches until their outputs are added.
+        rows: receives vectors; None: the model gives none.
     """
-    plan, is_full = context.plan, context.plan.fills_batches
-    grids = [frame.grid for frame in plan.frames]
-    if plan.skip_value is not None:
-        computed = [m for m in members if not reader.is_constant(plan.skip_value, plan.input_grid.box(m))]
-        context.report(index, len(members) - len(computed))
-        members = computed
 
-    def add(batch: Sequence[Ints], outputs: Mapping[str, torch.Tensor]) -> None:
-        for head, grid, (region, head_sums) in zip(plan.heads, grids, targets, strict=True):
+    def __init__(
+        self,
+        context: PatchContext,
+        index: int,
+        targets: Sequence[tuple[Box, PatchSums | PatchObjectsWriter]],
+        reader: InputReader,
+        rows: RowsWriter | None = None,
+    ) -> None:
+        self._context, self._index, self._targets, self._reader, self._rows = context, index, targets, reader, rows
+        self._grids = [frame.grid for frame in context.plan.frames]
+        self._in_order: deque[tuple[list[Ints], Callable[[], Any]]] = deque()
+        self._in_progress = 0
+
+    def submit(self, members: list[Ints]) -> None:
+        """Begin to run the model on patches, and add the outputs of those before them, as the plan's calls allow."""
+        context, index, plan = self._context, self._index, self._context.plan
+        if plan.skip_value is not None:
+            boxes = map(plan.input_grid.box, members)
+            computed = [
+                m for m, box in zip(members, boxes, strict=True) if not self._reader.is_constant(plan.skip_value, box)
+            ]
+            context.report(index, len(members) - len(computed))
+            members = computed
+        for i in range(0, len(members), plan.batch_size):
+            batch = members[i : i + plan.batch_size]
+            inputs = [plan.input_grid.box(m) for m in batch]
+            patches = self._reader.batch(inputs, size=plan.batch_size, copy=plan.copies_input, full=plan.fills_batches)
+            if context.coarse is not None:
+                patches = context.coarse.extend(patches, inputs, self._reader.stamps)
+            outputs = context.predictor.submit(context.outputs, index, batch[0], patches)
+            self._in_order.append((batch, outputs))
+            self._in_progress += 1
+            if self._in_progress == plan.calls:
+                self._take()
+
+    def after_earlier(self, function: Callable[[], object]) -> None:
+        """Call a function once the outputs of all patches that were submitted before are added."""
+        if self._in_progress:
+            self._in_order.append(([], function))
+        else:
+            function()
+
+    def finish(self, is_enough: Callable[[], bool] = lambda: False) -> None:
+        """Wait for calls and add their outputs: of all, or until it is enough."""
+        while self._in_order and not is_enough():
+            self._take()
+
+    def _take(self) -> None:
+        """Wait for the first call in progress, add its outputs, and call what waits for them."""
+        batch, outputs = self._in_order.popleft()
+        self._add(batch, outputs())
+        self._in_progress -= 1
+        while self._in_order and not self._in_order[0][0]:
+            self._in_order.popleft()[1]()
+
+    def _add(self, batch: Sequence[Ints], outputs: Mapping[str, torch.Tensor]) -> None:
+        context, plan = self._context, self._context.plan
+        for head, grid, (region, head_sums) in zip(plan.heads, self._grids, self._targets, strict=True):
             values = _head_values(head, outputs, grid.patch_size)
-            for member, patch in zip(batch, values, strict=not is_full):  # what fills up a batch is dropped
+            for member, patch in zip(batch, values, strict=not plan.fills_batches):  # what fills up a batch is dropped
                 if isinstance(head_sums, PatchObjectsWriter):
                     head_sums.add(member, patch)
                     continue
                 head_sums.add(grid.box(member).start, decided_box(head, grid, member) & region, patch)
-        if rows is not None:
-            rows.add(batch, outputs)
+        if self._rows is not None:
+            self._rows.add(batch, outputs)
         context.transfer.limit_run_ahead()
-        context.report(index, len(batch))
-
-    under_way: deque[tuple[list[Ints], Callable[[], dict[str, torch.Tensor]]]] = deque()
-    for i in range(0, len(members), plan.batch_size):
-        batch = members[i : i + plan.batch_size]
-        boxes = [plan.input_grid.box(m) for m in batch]
-        inputs = reader.batch(boxes, size=plan.batch_size, copy=plan.copies_input, full=is_full)
-        if context.coarse is not None:
-            inputs = context.coarse.extend(inputs, boxes, reader.stamps)
-        under_way.append((batch, context.predictor.submit(context.outputs, index, batch[0], inputs)))
-        if len(under_way) == plan.calls:
-            batch, outputs = under_way.popleft()
-            add(batch, outputs())
-    for batch, outputs in under_way:
-        add(batch, outputs())
+        context.report(self._index, len(batch))
 
 
 def decided_box(head: Head, grid: PatchGrid, member: Ints) -> Box:

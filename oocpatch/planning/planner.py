@@ -203,12 +203,16 @@ class _Candidate(MemoryUse):
         return self.projection.main, self.projection.device
 
     def with_calls(self, most: int, concurrency: int, max_memory: int) -> _Candidate:
-        """Return the same with as many calls of the model at a time as memory and a group's batches allow."""
+        """Return the same with as many calls of the model at a time as memory and the batches of a block allow.
+
+        Calls run on into the next group of layers if its input is read meanwhile.
+        """
         axes = (t for a, t in enumerate(self.frame.totals) if a != self.frame.blocks.sweep)
-        patches = self._group * math.prod(max(span.patch_count for span in axis.spans) for axis in axes)
-        patches = min(patches, self.frame.blocks.patches_per_block)
-        for calls in range(most, 1, -1):
-            if use_of_calls(patches, self.sizes.batch_size, calls) < LEAST_USE:
+        of_group = self._group * math.prod(max(span.patch_count for span in axis.spans) for axis in axes)
+        of_block, batch = self.frame.blocks.patches_per_block, self.sizes.batch_size
+        patches = of_block if self.io_strategy.prefetch else min(of_group, of_block)
+        for calls in range(min(most, -(-of_group // batch) + self.io_strategy.prefetch), 1, -1):
+            if use_of_calls(patches, batch, calls) < LEAST_USE:
                 continue
             more = replace(self, sizes=replace(self.sizes, calls=calls))
             if more.projection.fits(concurrency, max_memory, self.sizes.device_memory):
@@ -374,7 +378,7 @@ def batch_size(
 
 
 def use_of_calls(patches: int, batch_size: int, calls: int) -> float:
-    """Return the share of the time of calls side by side in which they compute, until all patches of a group are done.
+    """Return the share of the time of calls side by side in which they compute, until all these patches are done.
 
     >>> use_of_calls(9, 1, 2), use_of_calls(9, 4, 2), use_of_calls(9, 8, 2)
     (0.9, 0.9, 0.5625)

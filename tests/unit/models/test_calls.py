@@ -532,6 +532,16 @@ def test_a_network_without_state_is_called_by_two_threads_at_a_time(batch_size: 
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_calls_run_on_into_the_next_layer(tmp_path: Path) -> None:
+    """With three patches in a layer, the last one of each meets the first one of the next."""
+    volume = np.random.default_rng(1).random((56, 32), dtype=np.float32)
+    settings = {**SETTINGS, "block_shape": (56, 32)}
+    plan = oocpatch.plan(volume, Meeting(), tmp_path / "out.zarr", **settings)
+    assert (plan.calls, plan.axes[plan.sweep], plan.patches, plan.layers_per_group) == (2, "y", 18, 1)
+    np.testing.assert_allclose(plan.run().values, 2 * volume, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_bytes_do_not_depend_on_the_calls_at_a_time_but_on_their_threads(tmp_path: Path) -> None:
     two = oocpatch.plan(DATA, Net(), tmp_path / "two.zarr", **SETTINGS)
     torch.set_num_threads(1)
