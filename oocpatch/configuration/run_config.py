@@ -463,7 +463,7 @@ def _read_volume(
     normalizes = package is not None and package.normalizes_first and "preprocess" in of_package
     if is_several and arguments.get("spacing") is not None and not normalizes and grid_differences(volumes):
         parts = zip(volumes.items(), parts_of(volume).values(), strict=True)
-        first, unboxed = next(iter(volumes)), {**arguments, "box": None}
+        first, unboxed = next(iter(volumes)), {**arguments, "box": None, "mask": None}
         on_grid = {n: _on_grid(own, part, arguments if n == first else unboxed, None) for (n, own), part in parts}
         data = stacked_on_grid({name: one for name, (one, _) in on_grid.items()})
         return volumes, stacked_on_grid({first: volumes[first]}), data, on_grid[first][1], None
@@ -510,6 +510,8 @@ def _on_grid(
     grid = ModelGrid.of(arguments.get("spacing"), data)
     if grid is None:
         return data, arguments
+    if grid.orientation is not None and (mask := CHECKS["mask"]("mask", arguments.get("mask"), data)) is not None:
+        arguments = {**arguments, "mask": grid.turned(mask.volume, data, mask.placement.axes)}
     box = CHECKS["box"]("box", arguments.get("box"), data)
     crop = None if normalization is None or grid.over(data) is data else normalization.box
     if crop is not None:

@@ -154,6 +154,22 @@ class ModelGrid:
             spans.append((max(0, span[0]), min(m.size, span[1])))
         return Box(*zip(*spans, strict=True))
 
+    def turned(self, array: Volume, volume: Volume, places: Sequence[int | None]) -> Volume:
+        """Return an array that lies over a volume, flipped along the axes that this grid flips.
+
+        Args:
+            array: the array, of any resolution, as `align` returns it.
+            volume: the volume, as it is stored.
+            places: per axis of the array, the number of the volume's axis.
+        """
+        looped, turns = len(volume.shape) - volume.spatial_ndim, _turns(volume, str(self.orientation))
+        flipped = {looped + axis for axis, is_flipped in turns if is_flipped}
+        maps = [
+            AxisMap(n, order=0).after(-1, n - 1) if place in flipped else AxisMap(n)
+            for n, place in zip(array.shape, places, strict=True)
+        ]
+        return resampled(array, maps)
+
     def _map(self, volume: Volume, axis: int) -> AxisMap:
         """Return the grid along an axis of a volume."""
         name, length = volume.names[axis], volume.shape[axis]

@@ -171,6 +171,26 @@ def test_patches_in_an_orientation_give_what_the_turned_scan_gives(tmp_path: Pat
     assert np.array_equal(again.transpose("x", "y", "z"), expected)
 
 
+@pytest.mark.parametrize("kind", ["array", "coarse", "file"])
+def test_a_mask_lies_over_the_volume_whatever_the_orientation_of_patches(kind: str, tmp_path: Path) -> None:
+    affine = np.array([[0, 0, -1.0, 30], [-1, 0, 0, 20], [0, 2, 0, 0], [0, 0, 0, 1]])
+    scan = np.random.default_rng(0).random((20, 24, 16), np.float32)
+    nibabel.save(nibabel.Nifti1Image(scan, affine), tmp_path / "scan.nii.gz")
+    mask: Any = np.zeros((5, 6, 4) if kind == "coarse" else scan.shape, np.uint8)
+    mask[(0, 1, 1) if kind == "coarse" else (1, 5, 6)] = 1
+    if kind == "file":
+        nibabel.save(nibabel.Nifti1Image(mask, affine), tmp_path / "mask.nii.gz")
+        mask = tmp_path / "mask.nii.gz"
+    options = {"patch_size": 4, "mask": mask, "output_fill": -1, "progress": False}
+    for orientation in (None, "RAS"):
+        result = oocpatch.predict(
+            tmp_path / "scan.nii.gz", "identity", tmp_path / f"{orientation}.zarr", orientation=orientation, **options
+        )
+        expected = np.full(scan.shape, -1, np.float32)
+        expected[:4, 4:8, 4:8] = scan[:4, 4:8, 4:8]
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
 def test_an_orientation_of_a_volume_that_does_not_say_where_it_points_is_refused(scan: Path, tmp_path: Path) -> None:
     for volume, code, message in (
         (scan, "RAS", "orientation must be None for a volume without an affine"),
