@@ -12,6 +12,7 @@ ENVIRONMENTS = {
     "zarr3": HERE / "peers.txt",
     "zarr2": HERE / "peers-zarr2.txt",
     "objects": HERE / "peers-objects.txt",
+    "nnunet": HERE / "peers-nnunet.txt",
 }
 """The requirements of each."""
 NO_DEPS = {"objects": ("--no-deps",)}
