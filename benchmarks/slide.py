@@ -62,6 +62,7 @@ def _encode(arguments: argparse.Namespace, here: dict[str, str]) -> None:
     share, peak = record["rate"] / record["bare"], record["peak"] / MIB
     print(f"{record['patches']:,} patches of 224^2: {record['rate']:.1f} per second, peak {peak:.0f} MiB")
     print(f"the encoder alone: {record['bare']:.1f} per second; the run has {share:.1%} of it")
+    print(f"{record['cpu share']:.1%} of the run's CPU time is the encoder's")
 
 
 def _task(name: str, **arguments: Any) -> dict[str, Any]:

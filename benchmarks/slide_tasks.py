@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import zarr
 
 import oocpatch
-from benchmarks.measure import answer, measured
+from benchmarks.measure import Usage, answer, measured
 from benchmarks.sources import CHUNK, COLOURS, tile
 
 
@@ -77,27 +76,31 @@ def encode(source: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             encoder(batch)
 
-    def rate_alone(calls: int) -> float:
-        """Return patches per second of calls with all threads, or of as many calls with one thread: the faster way."""
-        began = time.monotonic()
-        for number in range(calls):
-            call(number)
-        in_turn = time.monotonic() - began
+    def alone(calls: int) -> Usage:
+        """Measure calls with all threads, or as many of one thread that run side by side: the faster way."""
+        with measured() as in_turn:
+            for number in range(calls):
+                call(number)
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(call, range(threads)))  # the threads begin
-            began = time.monotonic()
-            list(pool.map(call, range(calls)))
+            with measured() as side_by_side:
+                list(pool.map(call, range(calls)))
         torch.set_num_threads(threads)
-        return calls * len(batch) / min(in_turn, time.monotonic() - began)
+        return min(in_turn, side_by_side, key=lambda usage: usage.wall)
 
     plan = oocpatch.plan(source, encoder, target, axes="yxc", patch_size=224, overwrite=True, progress=False, **options)
     calls = threads * max(1, plan.patches // len(batch) // 4 // threads)
-    before = rate_alone(calls)
+    before = alone(calls)
     with measured() as usage:
         result = plan.run()
-    alone = (before + rate_alone(calls)) / 2
-    count = result.sizes["patch"]
-    return {**vars(usage), "patches": count, "rate": count / usage.wall, "bare": alone}
+    both, count, computed = (before, alone(calls)), result.sizes["patch"], 2 * calls * len(batch)
+    return {
+        **vars(usage),
+        "patches": count,
+        "rate": count / usage.wall,
+        "bare": computed / sum(part.wall for part in both),
+        "cpu share": sum(part.cpu for part in both) / computed / (usage.cpu / count),
+    }
 
 
 def _wrong(source: str, target: Path, mask: str | None) -> int:

@@ -224,6 +224,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         batch_size=config.patches.batch_size,
         torch_threads=threads // choice.calls,
         calls=choice.calls,
+        lanes=choice.calls,
         projected_memory=needed.memory(choice.concurrency),
         projected_device_memory=on_device.memory(choice.concurrency),
         projected_disk=choice.projection.disk,

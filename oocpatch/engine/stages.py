@@ -54,7 +54,7 @@ from oocpatch.planning.grid import PatchGrid
 from oocpatch.planning.heads import Head
 from oocpatch.planning.memory import tile_voxels
 from oocpatch.planning.plan import Plan
-from oocpatch.planning.sweep import Group, capacity, groups
+from oocpatch.planning.sweep import Group, batches, capacity, groups
 from oocpatch.planning.windows import FLOOR, axis_window
 from oocpatch.progress import OnProgress, TaskDone
 from oocpatch.storage.checksums import checksum
@@ -422,8 +422,8 @@ class PatchCalls:
             ]
             context.report(index, len(members) - len(computed))
             members = computed
-        for i in range(0, len(members), plan.batch_size):
-            batch = members[i : i + plan.batch_size]
+        for part in batches(len(members), plan.batch_size, plan.lanes):
+            batch = members[part.start : part.stop]
             inputs = [plan.input_grid.box(m) for m in batch]
             patches = self._reader.batch(inputs, size=plan.batch_size, copy=plan.copies_input, full=plan.fills_batches)
             if context.coarse is not None:

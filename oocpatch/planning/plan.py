@@ -87,6 +87,7 @@ class Plan:
         vectors: outputs of the model that are a vector per patch.
         model_inputs: names and numbers of channels of the tensors that the model is called with; none: with one.
         calls: calls of the model at a time, in a process.
+        lanes: calls that batches are cut for, on which last bits depend: `calls`, before a resume lowered these.
     """
 
     parameters: Mapping[str, Any]
@@ -141,6 +142,7 @@ class Plan:
     vectors: tuple[VectorHead, ...] = ()
     model_inputs: tuple[tuple[str, int], ...] = ()
     calls: int = 1
+    lanes: int = 1
 
     @cached_property
     def grid(self) -> PatchGrid:

@@ -68,6 +68,21 @@ def groups(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, end
     return schedule
 
 
+def batches(patches: int, most: int, lanes: int) -> list[range]:
+    """Return the batches of a group: of `most` patches but the last, or where calls run side by side, of even sizes.
+
+    The calls of `lanes` then end at the same time.
+
+    >>> batches(5, 4, 1), batches(5, 4, 2), batches(1, 4, 2)
+    ([range(0, 4), range(4, 5)], [range(0, 3), range(3, 5)], [range(0, 1)])
+    """
+    if lanes == 1:
+        return [range(i, min(i + most, patches)) for i in range(0, patches, most)]
+    count = min(patches, lanes * -(-patches // (lanes * most)))
+    size, larger = divmod(patches, max(1, count))
+    return [range(i * size + min(i, larger), (i + 1) * size + min(i + 1, larger)) for i in range(count)]
+
+
 @lru_cache(maxsize=4096)
 def capacity(axis: GridAxis, layers: range, layers_per_group: int, chunk: int, *, prefetch: bool) -> tuple[int, int]:
     """Return the planes of the input ring and of the sums ring of a block, `(input, sums)`.

@@ -1,4 +1,4 @@
-"""The planes a block must hold, as projected and as its schedule really needs them."""
+"""The planes a block must hold, as projected and as its schedule really needs them, and the batches of its patches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oocpatch.planning.grid import GridAxis
-from oocpatch.planning.sweep import capacity, groups
+from oocpatch.planning.sweep import batches, capacity, groups
 
 
 @given(st.data())
@@ -23,3 +23,15 @@ def test_the_projected_capacity_holds_every_group_of_a_long_sweep_and_the_one_re
             following = schedule[min(i + prefetch, len(schedule) - 1)]
             assert max(group.read_stop, following.read_stop) - group.start <= reads
             assert group.stop - group.start <= sums
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 5))
+def test_batches_hold_each_patch_once_and_keep_all_lanes_busy(patches: int, most: int, lanes: int) -> None:
+    parts = batches(patches, most, lanes)
+    assert [i for part in parts for i in part] == list(range(patches))
+    assert all(1 <= len(part) <= most for part in parts)
+    if lanes > 1:  # in turns, the lanes get as many patches each, but for one
+        shares = [sum(map(len, parts[lane::lanes])) for lane in range(lanes)]
+        assert max(shares) == -(-patches // lanes)
+    else:
+        assert len(parts) == -(-patches // most)
