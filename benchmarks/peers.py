@@ -22,7 +22,7 @@ NO_DEPS = {"objects": ("--no-deps",)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this verb."""
     parser.add_argument(
-        "--make-environment", type=Path, required=True, metavar="DIR", help="where the environments go; 3 GB"
+        "--make-environment", type=Path, required=True, metavar="DIR", help="where the environments go; 4 GB"
     )
 
 
