@@ -28,6 +28,10 @@ SMALL = 16
 """Edge of a patch and of a chunk in the run before the one that is measured."""
 
 
+LEVEL = 1
+"""Level of Zstandard at which every contender writes: that of oocpatch, and the fastest one that Zarr's files have."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What every contender is asked to do."""

@@ -7,14 +7,14 @@ from typing import Any
 
 import zarr
 
-from benchmarks.contest import Job, chunks_of, contend
+from benchmarks.contest import LEVEL, Job, chunks_of, contend
 from benchmarks.measure import answer
 
 
 def copy_by_chunks(source_path: Any, target_path: Any, threads: int) -> None:
     """Copy a Zarr array, a chunk at a time on each of some threads."""
     source = zarr.open_array(source_path, mode="r")
-    target = zarr.create_array(target_path, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
+    target = _like(source, target_path)
 
     def move(box: tuple[slice, ...]) -> None:
         target[box] = source[box]
@@ -41,7 +41,7 @@ def zarrs(chunks: int, **job: Any) -> dict[str, Any]:
 
     def run(task: Job) -> None:
         source = zarr.open_array(task.source, mode="r")
-        target = zarr.create_array(task.target, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
+        target = _like(source, task.target)
         step = chunks * source.chunks[0]
         for start in range(0, source.shape[0], step):
             target[start : start + step] = source[start : start + step]
@@ -55,7 +55,7 @@ def tensorstore(**job: Any) -> dict[str, Any]:
 
     def run(task: Job) -> None:
         source = zarr.open_array(task.source, mode="r")
-        zarr.create_array(task.target, shape=source.shape, chunks=source.chunks, dtype=source.dtype)
+        _like(source, task.target)
         arrays = [
             ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, open=True).result()
             for path in (task.source, task.target)
@@ -63,6 +63,16 @@ def tensorstore(**job: Any) -> dict[str, Any]:
         arrays[1].write(arrays[0]).result()
 
     return contend(run, **job)
+
+
+def _like(source: zarr.Array[Any], path: Any) -> zarr.Array[Any]:
+    return zarr.create_array(
+        path,
+        shape=source.shape,
+        chunks=source.chunks,
+        dtype=source.dtype,
+        compressors=zarr.codecs.ZstdCodec(level=LEVEL),
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks.contest import KNOWN, Job, Run, chunks_of, contend, until_first_patch
+from benchmarks.contest import KNOWN, LEVEL, Job, Run, chunks_of, contend, until_first_patch
 from benchmarks.measure import answer
 from benchmarks.models import network
 
@@ -32,12 +32,13 @@ def _volume(task: Job) -> torch.Tensor:
 
 
 def _output(task: Job, channels: int) -> Any:
-    """An empty array for the result, `(channel, *spatial)`, float32, default codec."""
+    """An empty array for the result, `(channel, *spatial)`, float32."""
     shape = zarr.open_array(task.source, mode="r").shape
     spatial = shape[:2] if task.image else shape
     return zarr.create_array(
-        task.target, shape=(channels, *spatial), chunks=(1, *(task.chunk,) * len(spatial)), dtype="float32"
-    )
+        task.target, shape=(channels, *spatial), chunks=(1, *(task.chunk,) * len(spatial)), dtype="float32",
+        compressors=zarr.codecs.ZstdCodec(level=LEVEL),
+    )  # fmt: skip
 
 
 def _write(task: Job, result: torch.Tensor) -> None:
@@ -130,7 +131,7 @@ def patchly_on_disk(net: Network) -> Run:
         channels = {"identity": 0, "two": 2, "layers": 3}[task.model]
         target = zarr.create(
             ((channels, *spatial) if channels else spatial), dtype="float32", store=task.target,
-            chunks=((1,) if channels else ()) + (task.chunk,) * len(spatial), compressor=numcodecs.Zstd(0),
+            chunks=((1,) if channels else ()) + (task.chunk,) * len(spatial), compressor=numcodecs.Zstd(LEVEL),
         )  # fmt: skip
         sampler = GridSampler(
             source, spatial, (task.patch,) * len(spatial), (task.patch - task.overlap,) * len(spatial),
@@ -179,7 +180,9 @@ def dask_overlap(net: Network, *, cut: bool) -> Run:
         meta = np.empty((0,) * volume.ndim, np.float32)
         result = da.map_overlap(predict, volume, **options, **chunks, dtype="float32", meta=meta)
         result = result.rechunk((task.chunk,) * spatial + ((1,) if task.image else ()))
-        result.to_zarr(task.target)
+        codec = zarr.codecs.ZstdCodec(level=LEVEL)
+        options = {"shape": result.shape, "chunks": result.chunksize, "dtype": "float32", "compressors": codec}
+        result.to_zarr(zarr.create_array(task.target, **options))
 
     return run
 
