@@ -112,8 +112,9 @@ def _probed(config: RunConfig, threads: int) -> Probe:
     def call() -> Probe:
         predictor = config.pipeline.predictor(threads=threads)
         with predictor.ready():
-            probe = functools.partial(probe_model, predictor, channels, config.patch_size, dtype, limit)
-            return in_new_thread_if_forked(probe)
+            call_once = functools.partial(probe_model, predictor, channels, config.patch_size, dtype, limit)
+            probe = in_new_thread_if_forked(call_once)
+        return replace(probe, is_stateless=probe.is_stateless and config.pipeline.is_stateless)
 
     if not config.knows_model or not all(isinstance(step, Step) for step in steps_of(config.model.preprocess)):
         return call()
@@ -183,7 +184,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
     transforms, device = len(config.pipeline.transforms), config.model.device
     workload = workload_of(config.limits.work, probe, config.models, transforms=transforms, device=device)
     # light models cost less than their calls' threads do
-    runs_beside = probe.operations > 0 and probe.keeps_weights and config.pipeline.is_stateless
+    runs_beside = probe.operations > 0 and probe.is_stateless
     choice = choose(
         outputs.grid,
         sizes,

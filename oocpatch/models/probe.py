@@ -53,7 +53,7 @@ class Probe:
         operations: operations of one patch that torch can count, of all models and transforms.
         ran_operators: whether the call ran any of torch's operators.
         least_batch: fewest patches that the model is called with: smaller batches are filled up.
-        keeps_weights: whether the call left all parameters and buffers as they were.
+        is_stateless: whether calls leave everything as it was, as far as is known: here, parameters and buffers.
     """
 
     outputs: Mapping[str, torch.Tensor]
@@ -66,7 +66,7 @@ class Probe:
     operations: float = 0.0
     ran_operators: bool = True
     least_batch: int = 1
-    keeps_weights: bool = True
+    is_stateless: bool = True
 
     def model_bytes(self, batch: int) -> int:
         """Return the memory that a call with so many patches adds."""
@@ -116,7 +116,7 @@ def probe_model(
             operations=footprint.operations / least_batch,
             ran_operators=footprint.ran_operators,
             least_batch=least_batch,
-            keeps_weights=versions == [version(w) for w in weights if not w.is_inference()],
+            is_stateless=versions == [version(w) for w in weights if not w.is_inference()],
         )
 
     def called(size: Ints) -> Probe:

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import zarr
 
-from benchmarks import drawings, gpu, ledger_tasks, training_tasks
+from benchmarks import drawings, gpu, ledger_tasks, many_tasks, training_tasks
 from benchmarks.__main__ import main
 from benchmarks.measure import ROOT, TaskFailed, in_fresh_process
 from benchmarks.models import UNet3d
@@ -32,6 +34,16 @@ def test_the_ledger_benchmark_drives_records_and_reads_every_block(tmp_path):
     assert ledger_tasks.keep(directory, edge)["result"] == "0 MiB"
     assert (tmp_path / "kept").stat().st_size > 0
     assert ledger_tasks.tell_status(directory, edge)["result"] == "64 blocks done"
+
+
+def test_many_volumes_have_one_result_from_python_and_from_the_command_line(tmp_path):
+    folder = str(tmp_path)
+    many_tasks.make_volumes(folder, 1)
+    for task in (many_tasks.python, many_tasks.command_line):
+        assert task(folder, "layers", 64, 0)["cpu"] > 0
+    results = [zarr.open_array(tmp_path / f"{kind}-scans/0000.zarr/prediction")[:] for kind in ("python", "files")]
+    np.testing.assert_array_equal(*results)
+    assert results[0].shape == (3, 64, 64, 64)
 
 
 def test_the_report_measures_resumes_and_writes_tables_and_pictures(tmp_path, capsys):

@@ -652,3 +652,15 @@ def test_what_a_call_writes_is_not_written_by_two_at_a_time(
 ) -> None:
     plan = oocpatch.plan(DATA, make(), tmp_path / "out.zarr", **SETTINGS, **settings)
     assert (plan.calls, plan.torch_threads) == (calls, 2 // calls)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_model_that_changes_between_calls_is_looked_at_again(tmp_path: Path) -> None:
+    net = Reading()
+
+    def calls(**settings: Any) -> int:
+        return oocpatch.plan(DATA, net, tmp_path / "out.zarr", **SETTINGS, **settings).calls
+
+    assert [calls(), calls(eval_mode=False), calls()] == [2, 1, 2]
+    net.forward = WritesItems.forward.__get__(net)  # type: ignore[method-assign]
+    assert calls() == 1
