@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,8 @@ NAMES: dict[ModuleType, tuple[str, ...]] = {
 MODULES = ("fcntl", "resource")
 FORBIDDEN = re.compile(r'[<>:"|?*\0-\x1f\\]|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)', re.IGNORECASE)
 """What a name of a file must not have on Windows."""
+LASTING = contextlib.ExitStack()
+"""What the plugin has hidden and refuses; without a name that lasts, the rules would end when they are set."""
 needs_fork = pytest.mark.skipif("not hasattr(os, 'fork')", reason="no process can be forked here")
 
 
@@ -104,6 +107,7 @@ def rules_of_windows() -> Iterator[None]:
         named = functools.partial(open_file, io.open)
         put(stack, io, "open", named)
         put(stack, builtins, "open", named)
+        put(stack, tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)  # as tempfile itself has it there
         put(stack, shutil, "_use_fd_functions", value=False)
         put(stack, system, "OPEN_FILES_STAY", value=True)
         stack.callback(multiprocessing.set_start_method, multiprocessing.get_start_method(allow_none=True), force=True)
@@ -169,9 +173,8 @@ def pytest_load_initial_conftests() -> None:
     """Hide the names before the package is imported; only a plugin that `-p` names is asked so early."""
     for name in ("psutil", "torch", "zarr"):  # which go by the name of the system
         importlib.import_module(name)
-    stack = contextlib.ExitStack()
-    hide(stack)
+    hide(LASTING)
     importlib.import_module("oocpatch.system")
     for name in MODULES:  # which asyncio and others need
         del sys.modules[name]
-    stack.enter_context(rules_of_windows())
+    LASTING.enter_context(rules_of_windows())

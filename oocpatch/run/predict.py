@@ -562,7 +562,8 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Any:
             workspace = set_up(config, stored or plan, resuming=stored is not None)
             plan = workspace.plan
             own, progress = part.blocks_of(plan.block_patches), workspace.progress()
-            ledger = stack.enter_context(open_ledger(workspace.root, part.segment))
+            own_ledger = stack.enter_context(contextlib.ExitStack())
+            ledger = own_ledger.enter_context(open_ledger(workspace.root, part.segment))
             executor = stack.enter_context(open_executor(config, workspace, own, progress))
         tail = LedgerTail(workspace.root, part.segment)
         stages = functools.partial(
@@ -587,6 +588,7 @@ def _run_part(config: RunConfig, plan: Plan, part: ArrayJobPart) -> Any:
                 completed = all_done(plan, progress)
                 if completed:
                     complete_rows(config, workspace, stages, executor.executor)
+                    own_ledger.close()  # Windows deletes no file that is open
                     workspace.join()
                     seconds = time.monotonic() - started
                     complete(config, workspace, run_details(config, plan, progress, seconds, executor.halved()))

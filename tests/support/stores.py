@@ -81,7 +81,7 @@ class Bucket:
         """Tell the server how to answer from now on; see `tests.support.s3_server`."""
         aside = self.folder / "control.new"
         aside.write_text(json.dumps(settings))
-        aside.rename(self.folder / "control")
+        aside.replace(self.folder / "control")
 
     def url(self, key: str) -> str:
         return f"s3://{BUCKET}/{key}"

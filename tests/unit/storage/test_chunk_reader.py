@@ -137,7 +137,7 @@ def test_a_chunk_that_is_not_what_it_should_be_is_refused_at_once(how, tmp_path)
     plain = PlainArray.of(array)
     assert plain is not None
     out, started = np.zeros((8, 8), "f4"), time.monotonic()
-    with pytest.raises((ValueError, IsADirectoryError), match="1/0"):
+    with pytest.raises((ValueError, IsADirectoryError, PermissionError), match="1/0"):
         plain.read_into(out, (slice(0, 8), slice(0, 8)))
     assert time.monotonic() - started < 2
     plain.read_into(out[:4], (slice(0, 4), slice(0, 8)))

@@ -59,6 +59,7 @@ def test_what_is_committed_is_read_in_order_by_all(steps: list[str], bucket: Buc
                     journal.commit()
                     committed, waiting = committed + waiting, []
                 elif step == "crash":  # what a process appended to a file survives it
+                    journal._lines.close()  # as the system closes the files of a dead process
                     journal = Journal(path)
                     committed, waiting = committed + (waiting if path.is_local else []), []
                 elif find_journals(root, "ledger"):
