@@ -96,7 +96,7 @@ WORKLOADS: dict[str, Workload] = {
             _peer(MONAI_DISK, "monai_on_disk", 110),
             _peer(NAIVE, "naive", 150),
         ),
-        targets={"oocpatch, 1 GiB": 1.4, "oocpatch, 256 MiB": 1.7},
+        targets={"oocpatch, 1 GiB": 1.3, "oocpatch, 256 MiB": 1.4},
     ),
     "plain": Workload(
         "512^3 float32, chunks 64^3, patches 96^3 without overlap, identity",
@@ -108,7 +108,7 @@ WORKLOADS: dict[str, Workload] = {
             _peer(PATCHLY, "patchly_on_disk", 10, "zarr2"),
             _peer(MONAI_DISK, "monai_on_disk", 21),
         ),
-        targets={"oocpatch, 1 GiB": 1.2},
+        targets={"oocpatch, 1 GiB": 1.05},
     ),
     "slide": Workload(
         "16384^2 RGB uint8, chunks 512^2, patches 512^2, overlap 128, two channels",
@@ -120,7 +120,7 @@ WORKLOADS: dict[str, Workload] = {
             _peer(PATCHLY, "patchly_on_disk", 25, "zarr2"),
             _peer(f"{OVERLAP}, overlap 128", "dask_overlap", 20, options={"cut": True}),
         ),
-        targets={"oocpatch, 1 GiB, uint8": 1.4, "oocpatch, 1 GiB": 1.4},
+        targets={"oocpatch, 1 GiB, uint8": 1.3, "oocpatch, 1 GiB": 1.3},
     ),
     "network": Workload(
         "256^3 float32, patches 96^3, overlap 24, three convolutions of eight channels, three classes",
