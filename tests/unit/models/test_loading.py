@@ -292,7 +292,7 @@ def test_weights_of_safetensors_reach_the_model(weighted: State) -> None:
 def test_missing_safetensors_is_said_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("weights.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
+    with pytest.raises(ValueError, match=r"pip install 'oocpatch\[safetensors\]'"):
         load_model(WEIGHTS_SPEC, weights="weights.safetensors")
 
 
