@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.machine import LIBRARIES, PEERS, commit, machine, versions
 from benchmarks.measure import TaskFailed, in_fresh_process, table
-from benchmarks.peers import ENVIRONMENTS, python_of
+from benchmarks.peers import python_of
 from benchmarks.sources import source
 from benchmarks.tables import write_page
 from benchmarks.workloads import USUAL, WORKLOADS, Contender, Workload
@@ -140,7 +140,8 @@ def _open(arguments: argparse.Namespace) -> dict[str, Any]:
     results["commit"] = commit()
     results["note"] = arguments.note if arguments.note is not None else results["note"]
     results["versions"]["here"] = versions([library for library in LIBRARIES if library not in PEERS])
-    for name in sorted(ENVIRONMENTS.keys() - {"objects"}) if arguments.peers is not None else ():
+    environments = {c.environment for workload in WORKLOADS.values() for c in workload.contenders} - {"here"}
+    for name in sorted(environments) if arguments.peers is not None else ():
         if not (python := python_of(arguments.peers, name).absolute()).exists():
             raise SystemExit(f"{python} is not there; make it with `python -m benchmarks peers --make-environment`")
         results["versions"][name] = in_fresh_process("versions", "benchmarks.machine", python=python)
