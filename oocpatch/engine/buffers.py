@@ -51,12 +51,15 @@ def buffer(
 MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8
 """Parameters of glibc's `mallopt`, from its malloc.h."""
 
+HEAP_VARIABLES = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
+"""Variables of the environment with which a user decides what glibc's heap retains."""
+
 LEAST_TRIM = 4 << 20
 """Least bytes of free memory at the end of the heap before it is trimmed."""
 
 
 def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
-    """Limit the freed memory that the heap retains, where the C library is glibc.
+    """Limit the freed memory that the heap retains, where the C library is glibc, and the user has not decided on that.
 
     By default, glibc's threshold for mapping grows with the allocations it sees, and each of a dozen threads retains
     megabytes of freed chunks: 120 MiB were resident where 56 were in use. With these settings 56 are, at the same
@@ -71,9 +74,10 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
     """
     mapped = min(HEAP_LIMIT, max(LEAST_MAPPED, largest + largest // 64 + (1 << 16)))
     if (mallopt := c_function("mallopt")) is not None:
-        mallopt(MMAP_THRESHOLD, mapped)
-        mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
         mallopt(ARENA_MAX, 2)
+        if not HEAP_VARIABLES & os.environ.keys():
+            mallopt(MMAP_THRESHOLD, mapped)
+            mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
 
 
 @functools.cache
