@@ -110,6 +110,18 @@ class Bottleneck(nn.Module):
         return functional.relu(self.layers(values) + self.beside(values), inplace=True)
 
 
+def encoder() -> nn.Module:
+    """Return ResNet-50 without its last stage, a vector of 1024 numbers per patch, as slides are encoded for CLAM."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(True)]
+    layers.append(nn.MaxPool2d(3, 2, 1))
+    inputs = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2)):
+        for step in (stride, *[1] * (blocks - 1)):
+            layers.append(Bottleneck(inputs, width, step))
+            inputs = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
 class DenseResNet(nn.Module):
     """The encoder of ResNet-50 with a head that fuses its stages and interpolates scores to the patch."""
 

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch-overlap", type=int, default=128)
     parser.add_argument("--max-memory", default="768MiB")
     parser.add_argument("--vectors", action="store_true", help="a vector per patch of 224^2, without overlap")
+    parser.add_argument("--light", action="store_true", help="five convolutions in place of a ResNet-50")
     parser.add_argument("--batch-size", type=int, default=32, help="patches per call of the encoder")
     parser.set_defaults(patch_size=512)
 
@@ -55,7 +56,9 @@ def _encode(arguments: argparse.Namespace, here: dict[str, str]) -> None:
     """Encode the patches of the tissue, and as many from memory before and after it."""
     options = {"max_memory": arguments.max_memory, "workers": arguments.workers, "mask": here["mask.zarr"]}
     options |= {"batch_size": arguments.batch_size}
-    record = _task("encode", source=here["slide.zarr"], target=here["segment.zarr"], options=options)
+    record = _task(
+        "encode", source=here["slide.zarr"], target=here["segment.zarr"], light=arguments.light, options=options
+    )
     if arguments.json:
         print(json.dumps(record, indent=1))
         return
