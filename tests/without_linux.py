@@ -107,7 +107,8 @@ def rules_of_windows() -> Iterator[None]:
         named = functools.partial(open_file, io.open)
         put(stack, io, "open", named)
         put(stack, builtins, "open", named)
-        put(stack, tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)  # as tempfile itself has it there
+        for module in (tempfile, importlib.import_module("_pytest.capture")):
+            put(stack, module, "TemporaryFile", tempfile.NamedTemporaryFile)  # as tempfile itself has it there
         put(stack, shutil, "_use_fd_functions", value=False)
         put(stack, system, "OPEN_FILES_STAY", value=True)
         stack.callback(multiprocessing.set_start_method, multiprocessing.get_start_method(allow_none=True), force=True)
