@@ -112,14 +112,25 @@ class Bottleneck(nn.Module):
 
 def encoder() -> nn.Module:
     """Return ResNet-50 without its last stage, a vector of 1024 numbers per patch, as slides are encoded for CLAM."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(True)]
-    layers.append(nn.MaxPool2d(3, 2, 1))
-    inputs = 64
-    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2)):
-        for step in (stride, *[1] * (blocks - 1)):
-            layers.append(Bottleneck(inputs, width, step))
-            inputs = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return nn.Sequential(_stem(3), *_stages(3, 4, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def _stem(channels: int) -> nn.Sequential:
+    """Return the first layers of a ResNet."""
+    first = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return nn.Sequential(first, nn.BatchNorm2d(64), nn.ReLU(True), nn.MaxPool2d(3, 2, 1))
+
+
+def _stages(*blocks: int) -> list[nn.Sequential]:
+    """Return the stages after it, of so many blocks, each of twice the channels and half the resolution."""
+    stages, inputs = [], 64
+    for level, count in enumerate(blocks):
+        width = 64 << level
+        steps = (2 if level else 1, *[1] * (count - 1))
+        channels_of = (inputs, *[4 * width] * (count - 1))
+        stages.append(nn.Sequential(*(Bottleneck(c, width, s) for c, s in zip(channels_of, steps, strict=True))))
+        inputs = 4 * width
+    return stages
 
 
 class DenseResNet(nn.Module):
@@ -127,17 +138,8 @@ class DenseResNet(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(True), nn.MaxPool2d(3, 2, 1)
-        )
-        self.stages = nn.ModuleList()
-        inputs = 64
-        for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-            steps = (stride, *[1] * (blocks - 1))
-            channels_of = (inputs, *[4 * width] * (blocks - 1))
-            stage = (Bottleneck(c, width, s) for c, s in zip(channels_of, steps, strict=True))
-            self.stages.append(nn.Sequential(*stage))
-            inputs = 4 * width
+        self.stem = _stem(channels)
+        self.stages = nn.ModuleList(_stages(3, 4, 6, 3))
         self.lateral = nn.ModuleList(nn.Conv2d(256 << level, 128, 1) for level in range(4))
         self.head = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(True), nn.Conv2d(128, classes, 1))
 

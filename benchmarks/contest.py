@@ -27,7 +27,6 @@ KNOWN = ("identity", "two")
 SMALL = 16
 """Edge of a patch and of a chunk in the run before the one that is measured."""
 
-
 LEVEL = 1
 """Level of Zstandard at which every contender writes: that of oocpatch, and the fastest one that Zarr's files have."""
 

@@ -1,8 +1,8 @@
 """The operating system: calls that exist on Linux or on POSIX only, each with what takes its place elsewhere.
 
-Also the import of libraries that may not be installed.
-
 No other module makes such a call: `tests/unit/test_system.py` has the list, and runs the package without them.
+
+Libraries that may not be installed are imported here, too.
 """
 
 from __future__ import annotations
