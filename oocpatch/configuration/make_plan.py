@@ -39,7 +39,15 @@ from oocpatch.outputs.row_arrays import with_rows
 from oocpatch.planning.heads import common_unit
 from oocpatch.planning.memory import ByteSizes, chunk_bytes
 from oocpatch.planning.plan import Plan, differences, human, pack_counts
-from oocpatch.planning.planner import MODEL_SHARE, MULTIPLE, batch_size, choose, patch_sizes, with_fewer_calls
+from oocpatch.planning.planner import (
+    MODEL_SHARE,
+    MULTIPLE,
+    batch_size,
+    choose,
+    patch_sizes,
+    with_fewer_calls,
+    with_retained_memory,
+)
 from oocpatch.planning.shards import fitted_units
 from oocpatch.planning.workload import crash_limit
 from oocpatch.storage.forks import in_new_thread_if_forked
@@ -50,6 +58,9 @@ FILE_BYTES = 512
 
 MOST_CALLS = 4
 """Calls of the model at a time. More take more memory, and gain little: while one waits, the others work."""
+
+CALL_OPERATIONS = 20e9
+"""Operations of a call beside others that are enough: a few tenths of a second of a core, many times what it costs."""
 
 COUNTED_VOXELS = 1 << 28
 """Voxels of a mask up to which planning reads it, to count the patches to compute: a second or two."""
@@ -184,7 +195,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
     transforms, device = len(config.pipeline.transforms), config.model.device
     workload = workload_of(config.limits.work, probe, config.models, transforms=transforms, device=device)
     # light models cost less than their calls' threads do
-    runs_beside = probe.operations > 0 and probe.is_stateless
+    most_calls = min(threads, MOST_CALLS) if probe.operations > 0 and probe.is_stateless else 1
     choice = choose(
         outputs.grid,
         sizes,
@@ -193,7 +204,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         block_shape=core,
         workers=config.execution.threads,
         workload=workload,
-        most_calls=min(threads, MOST_CALLS) if runs_beside else 1,
+        side_by_side=[_byte_sizes(config, outputs, probe, n) for n in range(2, most_calls + 1)],
     )
     needed, on_device = choice.projection.main, choice.projection.device
     plan = Plan(
@@ -226,6 +237,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         torch_threads=threads // choice.calls,
         calls=choice.calls,
         lanes=choice.calls,
+        patches_per_call=_patches_per_call(config.patches.batch_size, probe, choice.calls),
         projected_memory=needed.memory(choice.concurrency),
         projected_device_memory=on_device.memory(choice.concurrency),
         projected_disk=choice.projection.disk,
@@ -248,7 +260,8 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
     mask = config.selection.mask
     if mask is None or math.prod(mask.volume.shape) <= COUNTED_VOXELS:
         plan = counted(plan, config.selection)
-    plan = with_rows(_with_stored_outputs(plan, config, probe), config.limits.max_memory)
+    plan = with_retained_memory(_with_stored_outputs(plan, config, probe), config.limits.max_memory)
+    plan = with_rows(plan, config.limits.max_memory)
     return with_pyramids(plan, config.limits.max_memory)
 
 
@@ -318,6 +331,7 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
         PlanTooLarge: when even one of each needs more memory than this call allows.
     """
     limits = config.limits.max_memory, _device_memory(config) or 0 if plan.device_parts else 0
+    plan = with_retained_memory(plan, 0)
     most = min(config.execution.threads or plan.concurrency, plan.most_concurrent or plan.blocks)
     lowered = _with_concurrency(plan, most)
     for workers in range(most - 1, 0, -1):
@@ -338,6 +352,7 @@ def resumed_plan(plan: Plan, config: RunConfig) -> Plan:
         )
     shared = 0 if plan.reads_voxels else lowered.projected_memory - lowered.concurrency * lowered.task_memory
     lowered = replace(lowered, merge_memory=limits[0] - shared if plan.merges else 0)
+    lowered = with_retained_memory(lowered, limits[0])
     # which end the run, and may need more than blocks do
     return with_pyramids(with_rows(lowered, limits[0]), limits[0])
 
@@ -375,9 +390,20 @@ def _model_memory(config: RunConfig) -> int:
     return config.limits.max_memory if on_device is None else on_device
 
 
-def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSizes:
-    """Return the bytes of a voxel, a chunk and a batch."""
-    volume, batch = config.volume, config.patches.batch_size
+def _patches_per_call(batch_size: int, probe: Probe, calls: int) -> int:
+    """Return the most patches of a call: of calls side by side, their part of a batch, or less if that is much work.
+
+    More patches in a call save nothing then: they take more memory, whose pages take time.
+    """
+    if calls == 1:
+        return batch_size
+    enough = math.ceil(CALL_OPERATIONS / probe.operations)
+    return min(batch_size, max(probe.least_batch, min(-(-batch_size // calls), enough)))
+
+
+def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe, calls: int = 1) -> ByteSizes:
+    """Return the bytes of a voxel, a chunk, and the patches of so many calls at a time."""
+    volume, batch = config.volume, _patches_per_call(config.patches.batch_size, probe, calls)
     patch_bytes = math.prod(config.patch_size) * volume.channels * volume.dtype.itemsize
     windows = 0
     for head in outputs.heads:
@@ -400,10 +426,11 @@ def _byte_sizes(config: RunConfig, outputs: OutputHeads, probe: Probe) -> ByteSi
         heads=outputs.heads,
         mask_voxel_bytes=0.0 if config.selection.mask is None else config.selection.mask.voxel_bytes,
         window_bytes=windows,
-        batch_size=batch,
+        batch_size=config.patches.batch_size,
         model_bytes=probe.model_bytes(batch)
         + compiled_bytes(config.model.compile, config.model.device, batch * patch_bytes),
         batch_bytes=batch * patch_bytes,
         device_memory=_device_memory(config),
         row_bytes=sum(vectors.row_bytes for vectors in outputs.vectors),
+        calls=calls,
     )

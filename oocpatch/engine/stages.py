@@ -116,12 +116,14 @@ class TaskContext(PatchContext):
     Attributes:
         write_pool: threads that write; not those that read, since late input costs more than late output.
         on_progress: receives an event for patches that were computed or skipped.
+        limit_heap: returns memory that the heap retains to the system, if the process holds more than it may.
     """
 
     workspace: Workspace
     output: Output
     write_pool: Executor
     on_progress: OnProgress
+    limit_heap: Callable[[], None]
 
     def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's outputs for a batch of a block that begins with a patch: stored ones, where it has them.
@@ -129,6 +131,7 @@ class TaskContext(PatchContext):
         Raises:
             ValueError: when they are not as they should be; see `Predictor`.
         """
+        self.limit_heap()
         if not self.plan.stores_outputs:
             return self.predictor(batch)
         stored, crc = self.workspace.outputs(block), checksum(batch.cpu().numpy())
@@ -422,10 +425,12 @@ class PatchCalls:
             ]
             context.report(index, len(members) - len(computed))
             members = computed
-        for part in batches(len(members), plan.batch_size, plan.lanes):
+        for part in batches(len(members), plan.patches_per_call, plan.lanes):
             batch = members[part.start : part.stop]
             inputs = [plan.input_grid.box(m) for m in batch]
-            patches = self._reader.batch(inputs, size=plan.batch_size, copy=plan.copies_input, full=plan.fills_batches)
+            patches = self._reader.batch(
+                inputs, size=plan.patches_per_call, copy=plan.copies_input, full=plan.fills_batches
+            )
             if context.coarse is not None:
                 patches = context.coarse.extend(patches, inputs, self._reader.stamps)
             outputs = context.predictor.submit(context.outputs, index, batch[0], patches)

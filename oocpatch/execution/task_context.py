@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from oocpatch.engine.buffers import HUGE, lean_heap, warn_without_huge_pages
+from oocpatch.engine.buffers import HUGE, lean_heap, retaining_heap, warn_without_huge_pages
 from oocpatch.engine.context_patches import ContextPatches
 from oocpatch.engine.device_transfer import Transfer, is_staged
 from oocpatch.engine.normalize import Normalizer
@@ -202,8 +202,14 @@ def open_predict_tasks(
         patches = stack.enter_context(inputs.opened(plan, inputs.predictor(plan), weights))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
+        limit_heap = stack.enter_context(retaining_heap(plan.most_before_call if plan.retained_memory else 0))
         context = TaskContext(
-            **vars(patches), workspace=workspace, output=output, write_pool=writes, on_progress=on_progress
+            **vars(patches),
+            workspace=workspace,
+            output=output,
+            write_pool=writes,
+            on_progress=on_progress,
+            limit_heap=limit_heap,
         )
         yield PredictTasks(context)
 

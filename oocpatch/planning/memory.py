@@ -1,7 +1,8 @@
 """Projections of memory, disk and traffic of a run, from integers alone.
 
 A run stays within its projection: every buffer of the stages is counted, at the size it is allocated with. A process
-needs what its tasks share and, for each concurrent task, the buffers of the stage that needs more:
+needs what its tasks share and, for each concurrent task, the buffers of the stage that needs more; what is then left of
+`max_memory` may hold the model's tensors from call to call (`planner.with_retained_memory`):
 
 ```text
  shared      model * | chunks in coding | weights * | windows * | uploads *
@@ -82,8 +83,9 @@ class ByteSizes:
         context: input of the model beyond its output, in voxels on each side.
         mask_voxel_bytes: bytes of the mask per voxel of the volume, while it is examined.
         window_bytes: bytes of the windows of all heads.
-        model_bytes: bytes that the model adds while it works on a batch.
-        batch_bytes: bytes of the batch of one task: patches copied for the model, and its output while it is added.
+        batch_size: patches of a batch, that of all calls side by side.
+        model_bytes: bytes that a call of the model adds.
+        batch_bytes: bytes of the patches of a call: copied for the model, and its output while it is added.
         device_memory: bytes that a process may take on the model's device, if that has memory of its own: input and
             results go through buffers then. None: the model runs in main memory.
         row_bytes: bytes of all vectors of a patch.

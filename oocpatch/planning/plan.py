@@ -88,6 +88,8 @@ class Plan:
         model_inputs: names and numbers of channels of the tensors that the model is called with; none: with one.
         calls: calls of the model at a time, in a process.
         lanes: calls that batches are cut for, on which last bits depend: `calls`, before a resume lowered these.
+        patches_per_call: most patches of a call: `batch_size`, or less where several calls share a batch.
+        retained_memory: bytes of `projected_memory` that the heap may retain from call to call of the model.
     """
 
     parameters: Mapping[str, Any]
@@ -143,6 +145,8 @@ class Plan:
     model_inputs: tuple[tuple[str, int], ...] = ()
     calls: int = 1
     lanes: int = 1
+    patches_per_call: int = 1
+    retained_memory: int = 0
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -177,8 +181,13 @@ class Plan:
         return layers_per_group(Frame.of(self.block_grid, self.in_chunks), self.batch_size)
 
     @property
+    def most_before_call(self) -> int:
+        """Most bytes that a process may have added when it calls the model."""
+        return self.projected_memory - dict(self.memory_parts).get("model", 0)
+
+    @property
     def fills_batches(self) -> bool:
-        """True where every batch is filled up to `batch_size`, since the model is compiled for it."""
+        """True where every call is filled up to `patches_per_call`, since the model is compiled for it."""
         return self.parameters.get("compile") is not None
 
     @cached_property
@@ -282,6 +291,7 @@ class Plan:
         names = ("parameters", "core", "sweep", "context", "snap", "torch_threads")
         values = {name: getattr(self, name) for name in names}
         values |= {"vectors": [asdict(v) for v in self.vectors]} if self.vectors else {}
+        values |= {"calls": (self.patches_per_call, self.lanes)} if self.patches_per_call > 1 else {}
         return digest({"format": FORMAT, "heads": [asdict(h) for h in self.heads], **values})
 
     def to_json(self) -> str:
@@ -316,6 +326,7 @@ class Plan:
             )
         values = {f.name: _tuples(record[f.name]) for f in fields(cls) if f.name in record}
         values |= {name: float(values[name]) for name in ("fill", "output_fill") if isinstance(values.get(name), str)}
+        values.setdefault("patches_per_call", record["batch_size"])
         values["parameters"] = record["parameters"]
         values["heads"] = tuple(Head(**{k: _tuples(v) for k, v in h.items()}) for h in record["heads"])
         values["vectors"] = tuple(VectorHead(**v) for v in record.get("vectors", ()))

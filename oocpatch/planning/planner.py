@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -41,6 +41,10 @@ NO_PREFETCH = 1.3
 
 LEAST_USE = 0.75
 """Share of the time of calls side by side in which they must compute: below, one call with all threads is as fast."""
+
+LEAST_RETAINED, MOST_HOLES = 8 << 20, 4
+"""Bytes of the tensors of calls from which the heap retains them, and how many times these the heap may take: networks
+took up to three and a half times their tensors."""
 
 SINGLE_TASK = 1.06
 """Factor on the cost of a single task at a time: its first read and its last write overlap with nothing."""
@@ -70,7 +74,7 @@ def choose(
     block_shape: Ints | None = None,
     workers: int | None = None,
     workload: Workload | None = None,
-    most_calls: int = 1,
+    side_by_side: Sequence[ByteSizes] = (),
 ) -> BlockChoice:
     """Choose the blocks of a run.
 
@@ -83,7 +87,7 @@ def choose(
         workers: requested number of concurrent tasks; there are fewer when memory is short, or a crash would cost more
             than it may.
         workload: the model's work; None: none.
-        most_calls: calls of the model at a time, where memory and the patches of a group of layers are enough.
+        side_by_side: the same sizes with more calls of the model at a time, each number of them that may be chosen.
 
     Raises:
         PlanTooLarge: when nothing fits; with the numbers, and the parameters to change.
@@ -101,7 +105,7 @@ def choose(
                     best = _smaller(best, candidates, workload, max_memory, max_disk)
             candidate, concurrency = best  # blocks and calls, and so the bytes, do not depend on `workers`
             candidate = candidate.with_calls(
-                most_calls, min(concurrency, candidate.frame.blocks.num_blocks), max_memory
+                side_by_side, min(concurrency, candidate.frame.blocks.num_blocks), max_memory
             )
             blocks, projection = candidate.frame.blocks, candidate.projection
             if workers is None:
@@ -202,20 +206,20 @@ class _Candidate(MemoryUse):
         """Return the needs in main memory, and on the device."""
         return self.projection.main, self.projection.device
 
-    def with_calls(self, most: int, concurrency: int, max_memory: int) -> _Candidate:
-        """Return the same with as many calls of the model at a time as memory and the batches of a block allow.
+    def with_calls(self, side_by_side: Sequence[ByteSizes], concurrency: int, max_memory: int) -> _Candidate:
+        """Return the same with as many calls of the model at a time as memory and the patches of a block allow.
 
         Calls run on into the next group of layers if its input is read meanwhile.
         """
         axes = (t for a, t in enumerate(self.frame.totals) if a != self.frame.blocks.sweep)
         of_group = self._group * math.prod(max(span.patch_count for span in axis.spans) for axis in axes)
-        of_block, batch = self.frame.blocks.patches_per_block, self.sizes.batch_size
+        of_block = self.frame.blocks.patches_per_block
         patches = of_block if self.io_strategy.prefetch else min(of_group, of_block)
-        for calls in range(min(most, -(-of_group // batch) + self.io_strategy.prefetch), 1, -1):
-            if use_of_calls(patches, batch, calls) < LEAST_USE:
+        for sizes in sorted(side_by_side, key=lambda sizes: -sizes.calls):
+            if sizes.calls > of_group + self.io_strategy.prefetch or use_of_calls(patches, sizes.calls) < LEAST_USE:
                 continue
-            more = replace(self, sizes=replace(self.sizes, calls=calls))
-            if more.projection.fits(concurrency, max_memory, self.sizes.device_memory):
+            more = replace(self, sizes=sizes)
+            if more.projection.fits(concurrency, max_memory, sizes.device_memory):
                 return more
         return self
 
@@ -377,15 +381,13 @@ def batch_size(
     return max(least, min(power, most or power))
 
 
-def use_of_calls(patches: int, batch_size: int, calls: int) -> float:
+def use_of_calls(patches: int, calls: int) -> float:
     """Return the share of the time of calls side by side in which they compute, until all these patches are done.
 
-    >>> use_of_calls(9, 1, 2), use_of_calls(9, 4, 2), use_of_calls(9, 8, 2)
-    (0.9, 0.9, 0.5625)
+    >>> use_of_calls(9, 2), use_of_calls(9, 8)
+    (0.9, 0.5625)
     """
-    full, rest = divmod(patches, batch_size)
-    longest = batch_size * -(-full // calls) if full % calls else batch_size * (full // calls) + rest
-    return patches / (calls * longest)
+    return patches / (calls * -(-patches // calls))
 
 
 def with_fewer_calls(plan: Plan, calls: int) -> Plan:
@@ -404,4 +406,20 @@ def with_fewer_calls(plan: Plan, calls: int) -> Plan:
         memory_parts=parts,
         task_memory=of_task,
         projected_memory=plan.projected_memory - less_memory,
+    )
+
+
+def with_retained_memory(plan: Plan, max_memory: int) -> Plan:
+    """Return a plan whose heap retains the model's tensors from call to call, if there is as much memory left."""
+    parts = {name: size for name, size in plan.memory_parts if name != "heap"}
+    needed, calls = plan.projected_memory - plan.retained_memory, parts.get("model", 0)
+    retained = min(max_memory - needed, MOST_HOLES * calls)
+    if plan.device_parts or calls < LEAST_RETAINED or retained < calls:
+        retained = 0
+    parts |= {"heap": retained} if retained else {}
+    return replace(
+        plan,
+        retained_memory=retained,
+        projected_memory=needed + retained,
+        memory_parts=tuple(parts.items()),
     )

@@ -1,4 +1,4 @@
-"""Promise: what a model frees goes back to the system, unless the user set glibc's variables for that."""
+"""Promises: what a model frees goes back to the system, unless there is memory to retain it, or the user decided."""
 
 from __future__ import annotations
 
@@ -43,3 +43,43 @@ def test_freed_memory_is_mapped_anew_unless_the_user_has_glibc_retain_it(
     done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True)
     pages = 10 * (8 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert int(done.stdout) >= pages if is_mapped else int(done.stdout) < pages // 10
+
+
+RETAINING = """
+import sys, psutil, torch
+from oocpatch.engine.buffers import lean_heap, retaining_heap
+
+def use():
+    torch.ones(16 << 20, dtype=torch.uint8)
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+lean_heap()
+use()
+before, sizes = resident(), []
+with retaining_heap(int(sys.argv[1])) as trim:
+    use()
+    sizes.append(resident() - before)
+    trim()
+    sizes.append(resident() - before)
+    use()
+sizes.append(resident() - before)
+use()
+sizes.append(resident() - before)
+print(*(round(size / 2**20) for size in sizes))
+"""
+
+
+@pytest.mark.skipif(c_function("malloc_trim") is None, reason="the C library is not glibc")
+@pytest.mark.parametrize(
+    ("most", "is_retained"), [(0, (False, False)), (8 << 20, (True, False)), (64 << 20, (True, True))]
+)
+def test_freed_memory_is_retained_within_a_limit_and_until_the_end(most: int, is_retained: tuple[bool, bool]) -> None:
+    """16 MiB: after they are freed, after the limit was applied, at the end, and when it is over."""
+    clean = {name: value for name, value in os.environ.items() if name not in buffers.HEAP_VARIABLES}
+    command = [sys.executable, "-c", RETAINING, str(most)]
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+    sizes = [int(size) for size in done.stdout.split()]
+    assert [size >= 15 for size in sizes] == [*is_retained, False, False], sizes
+    assert all(size >= 15 or size <= 2 for size in sizes), sizes

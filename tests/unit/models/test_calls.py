@@ -20,6 +20,7 @@ import xarray as xr
 from torch import nn
 
 import oocpatch
+from oocpatch.configuration import make_plan
 from oocpatch.models.named_outputs import named_outputs, owned_outputs
 from oocpatch.models.predictor import Predictor
 
@@ -577,6 +578,26 @@ def test_a_run_is_resumed_with_fewer_calls_where_memory_is_short(classes: int, t
     assert resumed.run().values.tobytes() == alone.run().values.tobytes()
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("enough", "most", "largest"), [(1e12, 4, 3), (1.0, 1, 1)])
+def test_calls_side_by_side_share_a_batch_or_take_less_if_that_is_enough_work(
+    enough: float, most: int, largest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    run = Predictor._run
+    monkeypatch.setattr(Predictor, "_run", lambda self, inputs: (sizes.append(len(inputs)), run(self, inputs))[1])
+    monkeypatch.setattr(make_plan, "CALL_OPERATIONS", enough)
+    net = nn.Conv2d(1, 1, 3, padding=1)
+    settings = {**SETTINGS, "padding_mode": "edge", "batch_size": 8}  # 12 patches in two layers, and 36 in all
+    plan = oocpatch.plan(DATA, net, tmp_path / "out.zarr", **settings)
+    assert (plan.calls, plan.batch_size, plan.patches_per_call) == (2, 8, most)
+    sizes.clear()
+    result = plan.run()
+    assert (max(sizes), sum(sizes)) == (largest, 36)
+    alone = oocpatch.predict(DATA, net, tmp_path / "alone.zarr", **{**settings, "batch_size": 1})
+    np.testing.assert_allclose(result.values, alone.values, atol=1e-6)
+
+
 class Reading(nn.Module):
     """A network whose calls change nothing that outlives them."""
 
@@ -630,7 +651,7 @@ def _replaced() -> nn.Module:
         (lambda: torch.neg, {}, 1),
         (nn.Identity, {}, 1),  # without an operation that torch counts
         (nn.ReLU, {}, 1),
-        (Reading, {"batch_size": 64}, 1),  # all patches of a layer in a batch
+        (Reading, {"batch_size": 64}, 2),  # which share the patches of a batch
     ],
     ids=[
         "reads",

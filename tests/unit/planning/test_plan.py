@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import oocpatch
-from oocpatch.planning.plan import FORMAT
+from oocpatch.planning.plan import FORMAT, Plan
 from oocpatch.storage.checksums import text_checksum
 
 
@@ -59,3 +59,28 @@ def test_a_plan_is_what_its_json_says(tmp_path: Path) -> None:
     assert oocpatch.Plan.from_json(plan.to_json()).to_json() == plan.to_json()
     with pytest.raises(ValueError, match="must have a 'format'"):
         oocpatch.Plan.from_json("{}")
+
+
+def test_what_is_left_of_the_memory_is_for_the_heap_and_taken_back_first(tmp_path: Path) -> None:
+    """With less than the tensors of a call are, it is of no use."""
+    net = torch.nn.Sequential(torch.nn.Conv3d(1, 16, 3, padding=1), torch.nn.Conv3d(16, 1, 3, padding=1))
+    settings = {"axes": "zyx", "patch_size": 64, "block_shape": 64, "progress": False, "workers": 1}
+    volume = np.zeros((64, 64, 128), np.float32)
+
+    def planned(max_memory: int, output: str = "out.zarr") -> Plan:
+        return oocpatch.plan(volume, net, tmp_path / output, **settings, max_memory=max_memory)
+
+    plenty = planned(4 << 30)
+    parts = dict(plenty.memory_parts)
+    least, tensors = plenty.projected_memory - plenty.retained_memory, parts["model"]
+    assert plenty.retained_memory == parts["heap"] == 4 * tensors
+    assert planned(least + tensors - 1).retained_memory == 0
+    for more in (tensors, 2 * tensors + 1):
+        plan = planned(least + more)
+        assert (plan.retained_memory, plan.projected_memory) == (more, least + more)
+        assert plan.run_id == plenty.run_id
+    plenty.run(blocks=[0])
+    resumed = planned(least)
+    assert (resumed.retained_memory, resumed.projected_memory) == (0, least)
+    assert "heap" not in dict(resumed.memory_parts)
+    assert planned(least + 2 * tensors).retained_memory == 2 * tensors
