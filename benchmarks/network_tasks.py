@@ -48,6 +48,7 @@ def run_network(name: str, directory: str, max_memory: str, threads: int, batch_
         "planning": planning.wall,
         "planning_peak": planning.peak,
         "projected": plan.projected_memory,
+        "retained": plan.retained_memory,
         "model": parts.get("model", 0),
         "peak": usage.peak,
         "wall": usage.wall,

@@ -12,6 +12,7 @@ import logging
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -85,33 +86,45 @@ def lean_heap(chunks: int = 0, largest: int = HEAP_LIMIT) -> None:
             mallopt(TRIM_THRESHOLD, max(LEAST_TRIM, chunks // 2))  # of each arena
 
 
+WATCH_SECONDS, WATCH_BYTES = 0.01, 128 << 20
+"""Time between two looks at the resident memory, and more than what cores fill meanwhile: 10 MiB in a millisecond."""
+
+
 @contextlib.contextmanager
-def retaining_heap(most: int) -> Iterator[Callable[[], None]]:
-    """Have the heap retain a model's tensors for its next call, where the C library is glibc.
+def retaining_heap(retained: int, most: int) -> Iterator[None]:
+    """Have the heap retain a model's tensors for its next call as long as the `with` block lasts.
 
     Mapped anew in each call, their pages take a fifth of the time of a network. Retained, they leave holes that the
-    next ones do not fit into, of several times their size. What is retained goes back to the system at the end, and
-    when the function that the `with` statement gives is called while the process holds more than it may.
+    next ones do not fit into, of several times their size, also within one call. So a thread watches the resident
+    memory, and returns what is free to the system before `most` is reached. Where the C library is not glibc, or
+    the user has decided on its heap, nothing is changed.
 
     Args:
-        most: bytes that the process may add from now on; 0: nothing is retained.
+        retained: bytes that the heap may retain; 0: none.
+        most: bytes that the process may add from now on, these included.
     """
     mallopt, trim = c_function("mallopt"), c_function("malloc_trim")
-    if not most or mallopt is None or HEAP_VARIABLES & os.environ.keys():
-        yield lambda: None
+    if not retained or mallopt is None or HEAP_VARIABLES & os.environ.keys():
+        yield
         return
     process = psutil.Process()
-    limit = process.memory_info().rss + most
+    limit = process.memory_info().rss + most - min(WATCH_BYTES, retained // 2)
+    done = threading.Event()
 
-    def trim_beyond_limit() -> None:
-        if process.memory_info().rss > limit:
-            trim(0)
+    def watch() -> None:
+        while not done.wait(WATCH_SECONDS):
+            if process.memory_info().rss > limit:
+                trim(0)
 
+    thread = threading.Thread(target=watch, name="oocpatch-heap", daemon=True)
     mallopt(MMAP_MAX, 0)
     mallopt(TRIM_THRESHOLD, LARGEST)
+    thread.start()
     try:
-        yield trim_beyond_limit
+        yield
     finally:
+        done.set()
+        thread.join()
         mallopt(MMAP_MAX, MMAP_MAX_DEFAULT)
         mallopt(TRIM_THRESHOLD, LEAST_TRIM)
         trim(0)

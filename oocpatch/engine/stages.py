@@ -116,14 +116,12 @@ class TaskContext(PatchContext):
     Attributes:
         write_pool: threads that write; not those that read, since late input costs more than late output.
         on_progress: receives an event for patches that were computed or skipped.
-        limit_heap: returns memory that the heap retains to the system, if the process holds more than it may.
     """
 
     workspace: Workspace
     output: Output
     write_pool: Executor
     on_progress: OnProgress
-    limit_heap: Callable[[], None]
 
     def outputs(self, block: int, first: Ints, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the model's outputs for a batch of a block that begins with a patch: stored ones, where it has them.
@@ -131,7 +129,6 @@ class TaskContext(PatchContext):
         Raises:
             ValueError: when they are not as they should be; see `Predictor`.
         """
-        self.limit_heap()
         if not self.plan.stores_outputs:
             return self.predictor(batch)
         stored, crc = self.workspace.outputs(block), checksum(batch.cpu().numpy())

@@ -202,14 +202,9 @@ def open_predict_tasks(
         patches = stack.enter_context(inputs.opened(plan, inputs.predictor(plan), weights))
         writes = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="oocpatch-write"))
         stack.enter_context(output.with_chunk_writers(threads))
-        limit_heap = stack.enter_context(retaining_heap(plan.most_before_call if plan.retained_memory else 0))
+        stack.enter_context(retaining_heap(plan.retained_memory, plan.projected_memory))
         context = TaskContext(
-            **vars(patches),
-            workspace=workspace,
-            output=output,
-            write_pool=writes,
-            on_progress=on_progress,
-            limit_heap=limit_heap,
+            **vars(patches), workspace=workspace, output=output, write_pool=writes, on_progress=on_progress
         )
         yield PredictTasks(context)
 

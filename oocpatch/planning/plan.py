@@ -181,11 +181,6 @@ class Plan:
         return layers_per_group(Frame.of(self.block_grid, self.in_chunks), self.batch_size)
 
     @property
-    def most_before_call(self) -> int:
-        """Most bytes that a process may have added when it calls the model."""
-        return self.projected_memory - dict(self.memory_parts).get("model", 0)
-
-    @property
     def fills_batches(self) -> bool:
         """True where every call is filled up to `patches_per_call`, since the model is compiled for it."""
         return self.parameters.get("compile") is not None

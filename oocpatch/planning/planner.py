@@ -42,9 +42,9 @@ NO_PREFETCH = 1.3
 LEAST_USE = 0.75
 """Share of the time of calls side by side in which they must compute: below, one call with all threads is as fast."""
 
-LEAST_RETAINED, MOST_HOLES = 8 << 20, 4
-"""Bytes of the tensors of calls from which the heap retains them, and how many times these the heap may take: networks
-took up to three and a half times their tensors."""
+LEAST_TENSORS, LEAST_RETAINED, MOST_HOLES = 8 << 20, 64 << 20, 3
+"""Bytes of the tensors of calls from which the heap retains them, bytes that it gets at least, and how many times the
+tensors at most: with these, few networks have some of it returned to the system."""
 
 SINGLE_TASK = 1.06
 """Factor on the cost of a single task at a time: its first read and its last write overlap with nothing."""
@@ -413,8 +413,8 @@ def with_retained_memory(plan: Plan, max_memory: int) -> Plan:
     """Return a plan whose heap retains the model's tensors from call to call, if there is as much memory left."""
     parts = {name: size for name, size in plan.memory_parts if name != "heap"}
     needed, calls = plan.projected_memory - plan.retained_memory, parts.get("model", 0)
-    retained = min(max_memory - needed, MOST_HOLES * calls)
-    if plan.device_parts or calls < LEAST_RETAINED or retained < calls:
+    retained = min(max_memory - needed, max(MOST_HOLES * calls, LEAST_RETAINED))
+    if plan.device_parts or calls < LEAST_TENSORS or retained < max(calls, LEAST_RETAINED):
         retained = 0
     parts |= {"heap": retained} if retained else {}
     return replace(

@@ -63,7 +63,7 @@ def test_a_plan_is_what_its_json_says(tmp_path: Path) -> None:
 
 def test_what_is_left_of_the_memory_is_for_the_heap_and_taken_back_first(tmp_path: Path) -> None:
     """With less than the tensors of a call are, it is of no use."""
-    net = torch.nn.Sequential(torch.nn.Conv3d(1, 16, 3, padding=1), torch.nn.Conv3d(16, 1, 3, padding=1))
+    net = torch.nn.Sequential(torch.nn.Conv3d(1, 64, 3, padding=1), torch.nn.Conv3d(64, 1, 3, padding=1))
     settings = {"axes": "zyx", "patch_size": 64, "block_shape": 64, "progress": False, "workers": 1}
     volume = np.zeros((64, 64, 128), np.float32)
 
@@ -73,7 +73,8 @@ def test_what_is_left_of_the_memory_is_for_the_heap_and_taken_back_first(tmp_pat
     plenty = planned(4 << 30)
     parts = dict(plenty.memory_parts)
     least, tensors = plenty.projected_memory - plenty.retained_memory, parts["model"]
-    assert plenty.retained_memory == parts["heap"] == 4 * tensors
+    assert tensors > 64 << 20
+    assert plenty.retained_memory == parts["heap"] == 3 * tensors
     assert planned(least + tensors - 1).retained_memory == 0
     for more in (tensors, 2 * tensors + 1):
         plan = planned(least + more)
