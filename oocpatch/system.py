@@ -87,6 +87,11 @@ def usable_cores() -> int:
     return int(cpu_count())
 
 
+def resident_memory() -> int:
+    """Return the bytes that are resident in this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory() -> int:
     """Return the most bytes that were resident in this process since its start."""
     if _resource is None:

@@ -18,11 +18,10 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from oocpatch.planning.memory import HEAP_LIMIT, LEAST_MAPPED
-from oocpatch.system import c_function, gives_huge_pages_on_request, mapped_memory
+from oocpatch.system import c_function, gives_huge_pages_on_request, mapped_memory, resident_memory
 
 logger = logging.getLogger("oocpatch")
 
@@ -107,13 +106,12 @@ def retaining_heap(retained: int, most: int) -> Iterator[None]:
     if not retained or mallopt is None or HEAP_VARIABLES & os.environ.keys():
         yield
         return
-    process = psutil.Process()
-    limit = process.memory_info().rss + most - min(WATCH_BYTES, retained // 2)
+    limit = resident_memory() + most - min(WATCH_BYTES, retained // 2)
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
-            if process.memory_info().rss > limit:
+            if resident_memory() > limit:
                 trim(0)
 
     thread = threading.Thread(target=watch, name="oocpatch-heap", daemon=True)
