@@ -53,18 +53,25 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _encode(arguments: argparse.Namespace, here: dict[str, str]) -> None:
-    """Encode the patches of the tissue, and as many from memory before and after it."""
+    """Encode the patches of the tissue, and some from memory before and after it, in processes of their own."""
     options = {"max_memory": arguments.max_memory, "workers": arguments.workers, "mask": here["mask.zarr"]}
     options |= {"batch_size": arguments.batch_size}
+    alone = {"light": arguments.light, "batch_sizes": sorted({4, 8, arguments.batch_size}), "patches": 256}
+    before = _task("encoder_alone", **alone)
     record = _task(
         "encode", source=here["slide.zarr"], target=here["segment.zarr"], light=arguments.light, options=options
     )
+    after = _task("encoder_alone", **alone)
+    wall, cpu = ((before[kind] + after[kind]) / 2 for kind in ("wall", "cpu"))
+    record |= {"rate": record["patches"] / record["wall"], "bare": 1 / wall, "before": before, "after": after}
+    record["cpu share"] = cpu * record["patches"] / record["cpu"]
     if arguments.json:
         print(json.dumps(record, indent=1))
         return
-    share, peak = record["rate"] / record["bare"], record["peak"] / MIB
-    print(f"{record['patches']:,} patches of 224^2: {record['rate']:.1f} per second, peak {peak:.0f} MiB")
-    print(f"the encoder alone: {record['bare']:.1f} per second; the run has {share:.1%} of it")
+    share, peak, planned = record["rate"] / record["bare"], record["peak"] / MIB, record["planned"] / MIB
+    print(f"{record['patches']:,} patches of 224^2: {record['rate']:.1f} per second, {peak:.0f} MiB of {planned:.0f}")
+    ways = " and ".join(f"{way['calls']} at a time with {way['batch']} patches" for way in (before, after))
+    print(f"the encoder alone: {record['bare']:.1f} per second, {ways}; the run has {share:.1%} of it")
     print(f"{record['cpu share']:.1%} of the run's CPU time is the encoder's")
 
 
