@@ -207,6 +207,8 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         side_by_side=[_byte_sizes(config, outputs, probe, n) for n in range(2, most_calls + 1)],
     )
     needed, on_device = choice.projection.main, choice.projection.device
+    # those of a call wait for each other, for longer than a light one takes
+    sharing = max(choice.calls, 1 if workload.operations else choice.nominal_concurrency)
     plan = Plan(
         parameters=config.parameters,
         axes=volume.names,
@@ -234,7 +236,7 @@ def _plan_for(config: RunConfig, outputs: OutputHeads, probe: Probe, threads: in
         io_strategy=choice.io_strategy,
         concurrency=choice.concurrency,
         batch_size=config.patches.batch_size,
-        torch_threads=threads // choice.calls,
+        torch_threads=max(1, threads // sharing),
         calls=choice.calls,
         lanes=choice.calls,
         patches_per_call=_patches_per_call(config.patches.batch_size, probe, choice.calls),

@@ -54,12 +54,14 @@ SINGLE_TASK = 1.06
 class BlockChoice:
     """The blocks of a run, the reads and writes of its tasks, tasks and calls at a time, and the projected needs.
 
-    `crash_limit` is the number of patches that a crash should not exceed; None: the model is light.
+    `nominal_concurrency` is the number of tasks at a time if none was requested. `crash_limit` is the number of patches
+    that a crash should not exceed; None: the model is light.
     """
 
     blocks: BlockGrid
     io_strategy: IoStrategy
     concurrency: int
+    nominal_concurrency: int
     calls: int
     projection: Projection
     crash_limit: int | None = None
@@ -104,19 +106,17 @@ def choose(
                 if block_shape is None:
                     best = _smaller(best, candidates, workload, max_memory, max_disk)
             candidate, concurrency = best  # blocks and calls, and so the bytes, do not depend on `workers`
-            candidate = candidate.with_calls(
-                side_by_side, min(concurrency, candidate.frame.blocks.num_blocks), max_memory
-            )
+            concurrency = nominal = min(concurrency, candidate.frame.blocks.num_blocks)
+            candidate = candidate.with_calls(side_by_side, nominal, max_memory)
             blocks, projection = candidate.frame.blocks, candidate.projection
-            if workers is None:
-                concurrency = min(concurrency, blocks.num_blocks)
-            else:
+            if workers is not None:
                 most = workers
                 if limit is not None and block_shape is None:
                     most = min(workers, limit // blocks.patches_per_block)
                 fitting = (n for n in range(most, 1, -1) if projection.fits(n, max_memory, sizes.device_memory))
                 concurrency = next(fitting, 1)
-            return BlockChoice(blocks, candidate.io_strategy, concurrency, candidate.sizes.calls, projection, limit)
+            calls = candidate.sizes.calls
+            return BlockChoice(blocks, candidate.io_strategy, concurrency, nominal, calls, projection, limit)
     raise PlanTooLarge(_refusal(candidates, max_memory, max_disk))
 
 
