@@ -25,7 +25,17 @@ from oocpatch.planning.blocks import BlockAxis, BlockGrid, core_length
 from oocpatch.planning.box import Ints, ceil_to
 from oocpatch.planning.grid import GridAxis, PatchGrid
 from oocpatch.planning.heads import common_unit, crops
-from oocpatch.planning.memory import ByteSizes, IoStrategy, MemoryUse, Needs, Projection, Traffic, io_threads, traffic
+from oocpatch.planning.memory import (
+    LEAST_MAPPED,
+    ByteSizes,
+    IoStrategy,
+    MemoryUse,
+    Needs,
+    Projection,
+    Traffic,
+    io_threads,
+    traffic,
+)
 from oocpatch.planning.plan import Plan, human
 from oocpatch.planning.sweep import Frame
 from oocpatch.planning.workload import BYTES_PER_SECOND, TASK_SECONDS, Workload, crash_limit
@@ -42,9 +52,9 @@ NO_PREFETCH = 1.3
 LEAST_USE = 0.75
 """Share of the time of calls side by side in which they must compute: below, one call with all threads is as fast."""
 
-LEAST_TENSORS, LEAST_RETAINED, MOST_HOLES = 8 << 20, 64 << 20, 3
-"""Bytes of the tensors of calls from which the heap retains them, bytes that it gets at least, and how many times the
-tensors at most: with these, few networks have some of it returned to the system."""
+LEAST_RETAINED, MOST_HOLES = 64 << 20, 3
+"""Bytes that the heap retains at least, and how many times the tensors of calls at most: with these, few networks have
+some of it returned to the system."""
 
 SINGLE_TASK = 1.06
 """Factor on the cost of a single task at a time: its first read and its last write overlap with nothing."""
@@ -414,7 +424,7 @@ def with_retained_memory(plan: Plan, max_memory: int) -> Plan:
     parts = {name: size for name, size in plan.memory_parts if name != "heap"}
     needed, calls = plan.projected_memory - plan.retained_memory, parts.get("model", 0)
     retained = min(max_memory - needed, max(MOST_HOLES * calls, LEAST_RETAINED))
-    if plan.device_parts or calls < LEAST_TENSORS or retained < max(calls, LEAST_RETAINED):
+    if plan.device_parts or calls < LEAST_MAPPED or retained < max(calls, LEAST_RETAINED):
         retained = 0
     parts |= {"heap": retained} if retained else {}
     return replace(
