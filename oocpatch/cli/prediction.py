@@ -33,6 +33,7 @@ def predicted(
 
     start = time.monotonic()
     planned = oocpatch.plan(volume, output=output, **arguments)
+    was_complete = not (arguments.get("overwrite") or arguments.get("update")) and _counts(output) is not None
     if log is not None:
         log(str(planned))
     try:
@@ -48,7 +49,8 @@ def predicted(
     if counts is not None:
         report |= {"patches": planned.patches, "blocks": planned.blocks, **counts}
         report |= {"export": arguments["export"]} if arguments.get("export") is not None else {}
-        line = "{output}: {seconds:.1f} s, {patches} patches, {uncovered_voxels:,} uncovered voxels"
+        line = "{output}: was complete, " if was_complete else "{output}: {seconds:.1f} s, "
+        line += "{patches} patches, {uncovered_voxels:,} uncovered voxels"
         if counts["nonfinite_voxels"]:
             line += ", {nonfinite_voxels} that are NaN or infinite"
         if isinstance(counts.get("objects"), int):

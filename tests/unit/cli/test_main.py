@@ -126,6 +126,10 @@ def test_predict_writes_the_output_and_prints_one_line_of_data(data: np.ndarray[
     assert line.startswith("out.zarr: ")
     assert line.endswith(" s, 80 patches, 0 uncovered voxels")
     assert "patches" in result.stderr  # the plan
+    again = run("predict", "in.zarr", "out.zarr", *IDENTITY)
+    assert again.stdout == "out.zarr: was complete, 80 patches, 0 uncovered voxels\n"
+    anew = run("predict", "in.zarr", "out.zarr", *IDENTITY, "--overwrite")
+    assert anew.stdout.endswith(" s, 80 patches, 0 uncovered voxels\n")
 
 
 def test_a_box_is_all_that_is_computed_and_the_rest_is_reported(data: np.ndarray[Any, Any]) -> None:
