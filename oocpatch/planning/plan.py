@@ -252,8 +252,9 @@ class Plan:
     @property
     def crash_patches(self) -> int:
         """Most patches that a crash of a process costs."""
-        of_block = self.batch_size if self.stores_outputs else self.patches_per_block
-        return min(self.concurrency * of_block, self.patches)
+        if self.stores_outputs:
+            return min(max(self.concurrency, self.calls) * self.patches_per_call, self.patches)
+        return min(self.concurrency * self.patches_per_block, self.patches)
 
     @property
     def normalize_slots(self) -> int:

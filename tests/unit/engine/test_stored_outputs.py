@@ -62,6 +62,13 @@ def test_an_interrupted_block_goes_on_where_its_model_was(tmp_path: Path) -> Non
     assert {n: d for n, d in results.items() if "/c/" in n} == {n: d for n, d in expected.items() if "/c/" in n}
 
 
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="there is one core")
+def test_a_crash_costs_the_calls_that_are_made_at_a_time(tmp_path: Path) -> None:
+    plan = oocpatch.plan(VOLUME, torch.nn.Conv2d(1, 1, 3, padding=1), tmp_path / "out", **SETTINGS, work="heavy")
+    assert plan.stores_outputs
+    assert plan.crash_patches == plan.calls > 1
+
+
 def test_a_plan_that_stores_outputs_says_so_and_counts_their_disk(tmp_path: Path) -> None:
     arguments = {"model_id": "slow", **SETTINGS}
     planned = oocpatch.plan(VOLUME, Slow(), tmp_path / "out", **arguments)
