@@ -130,7 +130,7 @@ class PatchOptions:
         help="Value of constant padding.",
     )
     batch_size: int = option(
-        1, check="batch_size", kind="size_or_auto", metavar="N", help="Patches per call of the model, or auto."
+        1, check="batch_size", kind="size_or_auto", metavar="N", help="Most patches of a call of the model, or auto."
     )
 
     @property

@@ -153,7 +153,8 @@ def predict(
             `"circular"`, or the `"mean"`, `"median"` or `"minimum"` of the whole volume: patches also cover
             `patch_overlap // 2` voxels beyond the border. None: the first patch starts at the border.
         fill: value of the padding for `"constant"`.
-        batch_size: patches per call of the model; `"auto"`: chosen.
+        batch_size: most patches of a call of the model; calls at a time share them, with one each at least. `"auto"`:
+            chosen.
 
         axes: names of the volume's axes, e.g. `"zyx"`, `"yxc"`, `"tczyx"`.
         level: level of an OME-Zarr's pyramid to read, by its number (0: the finest) or its path in the group.
