@@ -83,9 +83,8 @@ def hide(stack: contextlib.ExitStack) -> None:
         for name in filter(functools.partial(hasattr, module), names):
             stack.callback(setattr, module, name, getattr(module, name))
             delattr(module, name)
-    if hasattr(
-        os, "process_cpu_count"
-    ):  # of Python 3.13, which calls `sched_getaffinity` if it was there at the import
+    # from Python 3.13 on; it calls `sched_getaffinity` if that was there at the import
+    if hasattr(os, "process_cpu_count"):
         put(stack, os, "process_cpu_count", os.cpu_count)
     for name in MODULES:
         stack.callback(sys.modules.__setitem__, name, importlib.import_module(name))

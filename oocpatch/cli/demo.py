@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 import zarr
 from torch import nn
@@ -33,6 +32,7 @@ from oocpatch.errors import OutputExists
 from oocpatch.planning.arguments import memory_limit
 from oocpatch.planning.box import Box
 from oocpatch.planning.plan import human
+from oocpatch.system import resident_memory
 from oocpatch.visualization.canvas import Figure, Panel
 from oocpatch.visualization.colormaps import heat
 
@@ -210,13 +210,13 @@ def _dilate(values: torch.Tensor, width: int) -> torch.Tensor:
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Watch the resident memory of the process; yield a function that returns its peak above the start, in bytes."""
-    process, done = psutil.Process(), threading.Event()
-    start = peak = process.memory_info().rss
+    done = threading.Event()
+    start = peak = resident_memory()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, resident_memory())
 
     watcher = threading.Thread(target=watch, name="peak-memory", daemon=True)
     watcher.start()

@@ -89,7 +89,6 @@ class Plan:
         calls: calls of the model at a time, in a process.
         lanes: calls that batches are cut for, on which last bits depend: `calls`, before a resume lowered these.
         patches_per_call: most patches of a call: `batch_size`, or less where several calls share a batch.
-        retained_memory: bytes of `projected_memory` that the heap may retain from call to call of the model.
     """
 
     parameters: Mapping[str, Any]
@@ -146,7 +145,6 @@ class Plan:
     calls: int = 1
     lanes: int = 1
     patches_per_call: int = 1
-    retained_memory: int = 0
 
     @cached_property
     def grid(self) -> PatchGrid:
@@ -179,6 +177,11 @@ class Plan:
     def layers_per_group(self) -> int:
         """Layers of patches that are computed together."""
         return layers_per_group(Frame.of(self.block_grid, self.in_chunks), self.batch_size)
+
+    @property
+    def retained_memory(self) -> int:
+        """Bytes of `projected_memory` that the heap may retain from call to call of the model."""
+        return dict(self.memory_parts).get("heap", 0)
 
     @property
     def fills_batches(self) -> bool:

@@ -427,9 +427,4 @@ def with_retained_memory(plan: Plan, max_memory: int) -> Plan:
     if plan.device_parts or calls < LEAST_MAPPED or retained < max(calls, LEAST_RETAINED):
         retained = 0
     parts |= {"heap": retained} if retained else {}
-    return replace(
-        plan,
-        retained_memory=retained,
-        projected_memory=needed + retained,
-        memory_parts=tuple(parts.items()),
-    )
+    return replace(plan, projected_memory=needed + retained, memory_parts=tuple(parts.items()))

@@ -74,7 +74,7 @@ LIBRARIES = {
     "xarray": "xarray",
     "__init__": "lazy_loader torchio",
     "cli": "click numpy",
-    "cli/demo": "torch zarr psutil",
+    "cli/demo": "torch zarr",
     "cli/doctor": "torch zarr psutil",
 }
 """The outside libraries of a package, and what one module of it may import besides."""

@@ -46,25 +46,23 @@ def test_freed_memory_is_mapped_anew_unless_the_user_has_glibc_retain_it(
 
 
 RETAINING = """
-import sys, time, psutil, torch
+import sys, time, torch
 from oocpatch.engine import buffers
+from oocpatch.system import resident_memory
 
 def use():
     torch.ones(64 << 20, dtype=torch.uint8)
 
-def resident():
-    return psutil.Process().memory_info().rss
-
 buffers.lean_heap()
 use()
-before, sizes = resident(), []
+before, sizes = resident_memory(), []
 with buffers.retaining_heap(*map(int, sys.argv[1:])):
     use()
     time.sleep(50 * buffers.WATCH_SECONDS)
-    sizes.append(resident() - before)
-sizes.append(resident() - before)
+    sizes.append(resident_memory() - before)
+sizes.append(resident_memory() - before)
 use()
-sizes.append(resident() - before)
+sizes.append(resident_memory() - before)
 print(*(round(size / 2**20) for size in sizes))
 """
 

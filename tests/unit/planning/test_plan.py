@@ -67,8 +67,8 @@ def test_what_is_left_of_the_memory_is_for_the_heap_and_taken_back_first(tmp_pat
     settings = {"axes": "zyx", "patch_size": 64, "block_shape": 64, "progress": False, "workers": 1}
     volume = np.zeros((64, 64, 128), np.float32)
 
-    def planned(max_memory: int, output: str = "out.zarr") -> Plan:
-        return oocpatch.plan(volume, net, tmp_path / output, **settings, max_memory=max_memory)
+    def planned(max_memory: int) -> Plan:
+        return oocpatch.plan(volume, net, tmp_path / "out.zarr", **settings, max_memory=max_memory)
 
     plenty = planned(4 << 30)
     parts = dict(plenty.memory_parts)
