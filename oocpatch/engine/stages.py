@@ -506,11 +506,12 @@ def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
     Raises:
         ValueError: when a label is not a class.
     """
-    lowest, highest = int(labels.min()), int(labels.max())
+    labels = labels.to(torch.int64)  # torch has few kernels for the larger unsigned integers
+    lowest, highest = torch.stack(torch.aminmax(labels)).tolist()  # of a device, one wait for both
     if lowest < 0 or highest >= classes:
         raise ValueError(f"labels must be in [0, {classes}) for overlap_mode='vote', got {lowest} to {highest}")
     votes = labels.new_zeros((labels.shape[0], classes, *labels.shape[2:]), dtype=torch.float32)
-    return votes.scatter_(1, labels.to(torch.int64), 1.0)
+    return votes.scatter_(1, labels, 1.0)
 
 
 Refs = Mapping[int, PartialsRef]

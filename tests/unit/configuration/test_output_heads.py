@@ -266,6 +266,15 @@ def test_votes_are_counted_patch_by_patch(tmp_path):
     assert_array_equal(result.values.squeeze(), counts.argmax(axis=0))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+def test_votes_take_labels_of_every_integer_dtype(dtype, tmp_path):
+    labels = RNG.integers(0, 2, (24, 30)).astype(dtype)
+    result = oocpatch.predict(
+        labels, torch.nn.Identity(), tmp_path / "out", patch_size=8, patch_overlap=4, overlap_mode="vote", num_classes=2
+    )
+    assert_array_equal(result.values, labels)
+
+
 def mask_skips(mask, shape, patch):
     """Whether the patch at a corner meets no nonzero voxel of a mask of any resolution."""
 
