@@ -121,9 +121,12 @@ class InputReader:
             batch[len(boxes) :] = batch[len(boxes) - 1]
         return batch if full else batch[: len(boxes)]
 
-    def is_constant(self, value: float, box: Box) -> bool:
-        views = (view for _, view in self._ring.parts(box))
-        return all(bool((view.isnan() if math.isnan(value) else view == value).all()) for view in views)
+    def are_constant(self, value: float, boxes: Sequence[Box]) -> list[bool]:
+        """Return for each box whether all of its voxels have a value; of a device, one wait tells it for all boxes."""
+        parts = ([view for _, view in self._ring.parts(box)] for box in boxes)
+        constant = [torch.stack([_equal(view, value).all() for view in views]).all() for views in parts]
+        result: list[bool] = torch.stack(constant).tolist()
+        return result
 
     def _read(self, box: Box, stamped: list[Box], view: torch.Tensor, after: torch.cuda.Event | None) -> None:
         stamps = self.stamps
@@ -136,3 +139,7 @@ class InputReader:
             for part, part_tags in zip(stamped, tags, strict=True):
                 if stamps is not None:
                     stamps.add(VOLUME, part, target[(slice(None), *part.slices(box.start))], part_tags)
+
+
+def _equal(values: torch.Tensor, value: float) -> torch.Tensor:
+    return values.isnan() if math.isnan(value) else values == value

@@ -10,9 +10,10 @@ skipped.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,12 +84,12 @@ class Normalizer:
         """
         factors = [w[part] for w, part in zip(self.weights or (), box.slices(), strict=bool(self.weights))]
         size = min(self.tile, box.size)
-        scratch = sums.new_empty(size if len(factors) > 1 else 0, dtype=torch.float32)
         plain = self.postprocess is None and out.dtype == torch.float32
-        rounds = self.postprocess is None and rounds_in_place(out.dtype)
-        memory = sums.new_empty(size * sums.shape[0], dtype=torch.float32) if factors and rounds else None
+        rounds = bool(factors) and self.postprocess is None and rounds_in_place(out.dtype)
+        weights_memory = _memory(sums, size if len(factors) > 1 else 0)
+        values_memory = _memory(sums, size * sums.shape[0] if rounds else 0)
         counts = Counts()
-        for inner, weights in _with_weights(tiles(box.shape, self.tile, self.looped), factors, scratch):
+        for inner, weights in _with_weights(tiles(box.shape, self.tile, self.looped), factors, weights_memory):
             values, target = sums[(slice(None), *inner)], out[(slice(None), *inner)]
             if self.dense:
                 counts += self._normalize_dense(values, target)
@@ -102,8 +103,8 @@ class Normalizer:
                     torch.div(values, weights, out=target)
                     counts += self._count(target)
                     continue
-                if memory is not None:
-                    values = torch.div(values, weights, out=memory[: values.numel()].view(values.shape))
+                if rounds:
+                    values = torch.div(values, weights, out=values_memory(values.shape))
                     counts += self._count(values)
                     target.copy_(round_in_place(values, out.dtype, nan=self.allow_nonfinite))
                     continue
@@ -177,6 +178,12 @@ def _signed(values: torch.Tensor) -> torch.Tensor:
     return values.view(_SIGNED.get(values.dtype, values.dtype))
 
 
+def _memory(like: torch.Tensor, size: int) -> Callable[[Ints], torch.Tensor]:
+    """Return a function that gives the same memory, of so many float32 values, in any shape: for one tile at a time."""
+    memory = like.new_empty(size, dtype=torch.float32)
+    return functools.cache(lambda shape: memory[: math.prod(shape)].view(shape))
+
+
 Tile = tuple[slice, ...]
 
 
@@ -197,28 +204,23 @@ def tiles(shape: Ints, voxels: int, looped: int = 0) -> list[list[Tile]]:
 
 
 def _with_weights(
-    rows: list[list[Tile]], factors: list[torch.Tensor], scratch: torch.Tensor
+    rows: list[list[Tile]], factors: list[torch.Tensor], memory: Callable[[Ints], torch.Tensor]
 ) -> Iterator[tuple[Tile, torch.Tensor | None]]:
-    """Yield each tile with its weights: the outer product of a part of each factor, in `scratch`; None without factors.
+    """Yield each tile with its weights: the outer product of a part of each factor, in `memory`; None without factors.
 
     Tiles of a row, which differ along the first axis only, share the product of all factors but the first.
     """
+    if not factors:
+        yield from ((tile, None) for row in rows for tile in row)
+        return
+    column = factors[0].reshape(-1, *(1,) * (len(factors) - 1))
     for row in rows:
-        rest: torch.Tensor | None = None
+        rest = torch.ones((), dtype=torch.float32, device=column.device)
+        for factor, part in zip(reversed(factors[1:]), reversed(row[0][1:]), strict=True):
+            rest = factor[part].reshape(-1, *(1,) * rest.ndim) * rest
         for tile in row:
-            if not factors:
-                yield tile, None
-                continue
-            first = factors[0][tile[0]]
-            if len(factors) == 1:
-                yield tile, first
-                continue
-            if rest is None:
-                rest = factors[-1][tile[-1]]
-                for factor, part in zip(reversed(factors[1:-1]), reversed(tile[1:-1]), strict=True):
-                    rest = factor[part].reshape(-1, *(1,) * rest.ndim) * rest
-            target = scratch[: len(first) * rest.numel()].view(len(first), *rest.shape)
-            yield tile, torch.mul(first.reshape(-1, *(1,) * rest.ndim), rest, out=target)
+            first = column[tile[0]]
+            yield tile, first if not rest.ndim else torch.mul(first, rest, out=memory((first.shape[0], *rest.shape)))
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -416,10 +416,8 @@ class PatchCalls:
         """Begin to run the model on patches, and add the outputs of those before them, as the plan's calls allow."""
         context, index, plan = self._context, self._index, self._context.plan
         if plan.skip_value is not None:
-            boxes = map(plan.input_grid.box, members)
-            computed = [
-                m for m, box in zip(members, boxes, strict=True) if not self._reader.is_constant(plan.skip_value, box)
-            ]
+            constant = self._reader.are_constant(plan.skip_value, [plan.input_grid.box(m) for m in members])
+            computed = [m for m, skipped in zip(members, constant, strict=True) if not skipped]
             context.report(index, len(members) - len(computed))
             members = computed
         for part in batches(len(members), plan.patches_per_call, plan.lanes):

@@ -89,7 +89,7 @@ class GridAxis:
         """The distance of adjacent starts; the most that it is where they are spaced evenly."""
         return self.patch - self.overlap
 
-    @property
+    @cached_property
     def first(self) -> int:
         """Start of the first patch; negative in a padded frame."""
         if self.begin is not None:
@@ -98,7 +98,7 @@ class GridAxis:
             return -(max(0, self.patch - self.length) // 2)
         return -ceil_to(self.overlap // 2, self.snap) if self.padded else 0
 
-    @property
+    @cached_property
     def last(self) -> int:
         """Start of the last patch."""
         if self.end is not None:
