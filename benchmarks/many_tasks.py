@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import zarr
 import oocpatch
 from benchmarks.contest import corners, remove
 from benchmarks.measure import answer, measured
-from benchmarks.models import network
+from benchmarks.models import alone, network
 from oocpatch.cli.main import main
 
 EDGE = 64
@@ -37,28 +35,23 @@ def make_volumes(folder: str, count: int) -> dict[str, Any]:
 
 def one_call(folder: str, model: str, patch: int, overlap: int) -> dict[str, Any]:
     """Call the network alone, with all threads of torch, on the patches of volumes in memory."""
-    return _alone(folder, model, patch, overlap, torch.get_num_threads())
+    return _alone(folder, model, patch, overlap, 1)
 
 
 def side_by_side(folder: str, model: str, patch: int, overlap: int) -> dict[str, Any]:
     """Call the network alone, as often at a time as there are threads, with one each."""
-    return _alone(folder, model, patch, overlap, 1)
+    return _alone(folder, model, patch, overlap, torch.get_num_threads())
 
 
-def _alone(folder: str, model: str, patch: int, overlap: int, threads: int) -> dict[str, Any]:
-    net, calls = network(model), torch.get_num_threads() // threads
+def _alone(folder: str, model: str, patch: int, overlap: int, calls: int) -> dict[str, Any]:
     places = [tuple(slice(a, a + patch) for a in corner) for corner in corners((EDGE,) * 3, patch, overlap)]
-
-    def call(volume: torch.Tensor, place: tuple[slice, ...]) -> None:
-        with torch.no_grad():
-            net(volume[None, None, *place])
 
     def run(kind: str) -> None:
         for path in sorted(Path(folder, kind).glob("*.zarr")):
             volume = torch.from_numpy(np.asarray(zarr.open_array(path, mode="r")[:]))
-            list(pool.map(call, itertools.repeat(volume), places))
+            call(volume[None, None, *place] for place in places)
 
-    with ThreadPoolExecutor(calls, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with alone(network(model), calls) as call:
         return _measured(run)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +79,10 @@ def _block(channels: int, width: int) -> torch.nn.Module:
     return torch.nn.Sequential(*layers)
 
 
+CHANNELS = {"identity": 1, "two": 2, "layers": 3, "unet": 3}
+"""Channels of each network's output."""
+
+
 def network(name: str) -> torch.nn.Module:
     """A network by its name.
 
@@ -94,3 +101,21 @@ def network(name: str) -> torch.nn.Module:
     for channels in (1, 8, 8):
         layers += [torch.nn.Conv3d(channels, 8, 3, padding=1), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers, torch.nn.Conv3d(8, 3, 1)).eval()
+
+
+@contextmanager
+def alone(model: torch.nn.Module, calls: int) -> Iterator[Callable[[Iterable[torch.Tensor]], None]]:
+    """A function that calls a network on each of some batches: so many at a time, which share torch's threads."""
+
+    def call(batch: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(batch)
+
+    def call_all(batches: Iterable[torch.Tensor]) -> None:
+        for _ in pool.map(call, batches):
+            pass
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(calls, initializer=torch.set_num_threads, initargs=(threads // calls,)) as pool:
+        yield call_all
+    torch.set_num_threads(threads)  # which is the setting of all threads in some builds

@@ -11,7 +11,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import zarr
 
 from benchmarks.contest import KNOWN, LEVEL, Job, Run, chunks_of, contend, until_first_patch
 from benchmarks.measure import answer
-from benchmarks.models import network
+from benchmarks.models import CHANNELS, alone, network
 
 Network = Callable[[Job], torch.nn.Module]
 
@@ -79,7 +78,7 @@ def monai_on_disk(net: Network) -> Run:
                 yield (patch.permute(2, 0, 1) if task.image else patch[None])[None].float(), corner
 
         spatial = source.shape[:2] if task.image else source.shape
-        shape = (1, {"identity": 1, "two": 2, "layers": 3, "unet": 3}[task.model], *spatial)
+        shape = (1, CHANNELS[task.model], *spatial)
         stores = {"value_store": f"{task.target}-values", "count_store": f"{task.target}-counts"}
         inferer = PatchInferer(
             merger_cls=ZarrAvgMerger, merged_shape=shape, cropped_shape=shape, store=task.target,
@@ -128,7 +127,7 @@ def patchly_on_disk(net: Network) -> Run:
     def run(task: Job) -> None:
         source, model = zarr.open_array(task.source, mode="r"), net(task)
         spatial = source.shape[:2] if task.image else source.shape
-        channels = {"identity": 0, "two": 2, "layers": 3}[task.model]
+        channels = 0 if task.model == "identity" else CHANNELS[task.model]
         target = zarr.create(
             ((channels, *spatial) if channels else spatial), dtype="float32", store=task.target,
             chunks=((1,) if channels else ()) + (task.chunk,) * len(spatial), compressor=numcodecs.Zstd(LEVEL),
@@ -164,22 +163,28 @@ def dask_overlap(net: Network, *, cut: bool) -> Run:
         model = net(task)
         size = task.patch - task.overlap if cut else task.chunk
         depth = task.overlap // 2 if cut else (task.patch - task.chunk) // 2
+        if task.model == "unet":  # its patches have sides of 8, at least 16, also in the run before
+            size, depth = max(16, size // 8 * 8), depth // 8 * 8
 
         def predict(patch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             tensor = torch.from_numpy(np.ascontiguousarray(patch))
             with torch.no_grad():
-                result = model((tensor.permute(2, 0, 1) if task.image else tensor[None])[None].float())[0]
-            return (result.permute(1, 2, 0) if task.image else result[0]).numpy()
+                result = model((tensor.permute(2, 0, 1) if task.image else tensor)[None].float())[0]
+            return (result.permute(1, 2, 0) if task.image else result).numpy()
 
         volume = da.from_zarr(task.source)
-        spatial = 2 if task.image else 3
-        volume = volume.rechunk((size,) * spatial + volume.shape[spatial:])
-        options = {"depth": dict.fromkeys(range(spatial), depth), "boundary": "none"}
-        # Two channels from three: the blocks that the function gives, before they are trimmed.
-        chunks = {"chunks": (*da.overlap.overlap(volume, **options).chunks[:2], (2,))} if task.image else {}
+        volume = volume if task.image else volume[None]
+        channel = 2 if task.image else 0
+        axes = [axis for axis in range(volume.ndim) if axis != channel]
+        volume = volume.rechunk(dict.fromkeys(axes, size))
+        options = {"depth": dict.fromkeys(axes, depth), "boundary": "none"}
+        # other channels: the blocks that the function gives, before they are trimmed
+        chunks = list(da.overlap.overlap(volume, **options).chunks)
+        chunks[channel] = (CHANNELS[task.model],)
         meta = np.empty((0,) * volume.ndim, np.float32)
-        result = da.map_overlap(predict, volume, **options, **chunks, dtype="float32", meta=meta)
-        result = result.rechunk((task.chunk,) * spatial + ((1,) if task.image else ()))
+        torch.set_num_threads(1)  # of a call; dask calls as often at a time as there are cores
+        result = da.map_overlap(predict, volume, **options, chunks=tuple(chunks), dtype="float32", meta=meta)
+        result = result.rechunk({**dict.fromkeys(axes, task.chunk), channel: 1})
         codec = zarr.codecs.ZstdCodec(level=LEVEL)
         options = {"shape": result.shape, "chunks": result.chunksize, "dtype": "float32", "compressors": codec}
         result.to_zarr(zarr.create_array(task.target, **options))
@@ -192,7 +197,7 @@ def naive(net: Network) -> Run:
 
     def run(task: Job) -> None:
         source, model = zarr.open_array(task.source, mode="r"), net(task)
-        channels = {"identity": 1, "two": 2, "layers": 3, "unet": 3}[task.model]
+        channels = CHANNELS[task.model]
         target = _output(task, channels)
         arrays = {
             name: zarr.create_array(f"{task.target}-{name}", shape=shape, chunks=target.chunks, dtype="float32")
@@ -256,21 +261,11 @@ def bare(*, side_by_side: bool = False, **job: Any) -> dict[str, Any]:
     """
 
     def run(task: Job) -> dict[str, Any]:
-        volume, model, threads = _volume(task), network(task.model), torch.get_num_threads()
-
-        def call(corner: tuple[int, ...]) -> None:
-            with torch.no_grad():
-                model(volume[None, :, *(slice(a, a + task.patch) for a in corner)])
-
+        volume, model = _volume(task), network(task.model)
+        patches = (volume[None, :, *(slice(a, a + task.patch) for a in corner)] for corner in task.corners)
         started = time.perf_counter()
-        if side_by_side:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for done in [pool.submit(call, corner) for corner in task.corners]:
-                    done.result()
-            torch.set_num_threads(threads)
-        else:
-            for corner in task.corners:
-                call(corner)
+        with alone(model, torch.get_num_threads() if side_by_side else 1) as call:
+            call(patches)
         return {"inference": time.perf_counter() - started}
 
     return contend(run, compare=False, **job)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import zarr
 import oocpatch
 from benchmarks import architectures
 from benchmarks.measure import answer, measured
+from benchmarks.models import alone
 from benchmarks.sources import CHUNK, COLOURS, tile
 
 
@@ -79,19 +79,13 @@ def encoder_alone(light: bool, batch_sizes: list[int], patches: int) -> dict[str
     for size in batch_sizes:
         batch, calls = torch.rand(size, 3, 224, 224), threads * max(1, patches // size // threads)
         for at_a_time in {1, threads}:
-            given = (threads // at_a_time,)
-            with ThreadPoolExecutor(at_a_time, initializer=torch.set_num_threads, initargs=given) as pool:
-                list(pool.map(_called, [encoder] * threads, [batch] * threads))  # the threads begin
+            with alone(encoder, at_a_time) as call:
+                call([batch] * threads)  # the threads begin
                 with measured() as usage:
-                    list(pool.map(_called, [encoder] * calls, [batch] * calls))
+                    call([batch] * calls)
             encoded = calls * size
             ways.append({"batch": size, "calls": at_a_time, "wall": usage.wall / encoded, "cpu": usage.cpu / encoded})
     return min(ways, key=lambda way: way["wall"])
-
-
-def _called(encoder: torch.nn.Module, batch: torch.Tensor) -> None:
-    with torch.no_grad():
-        encoder(batch)
 
 
 def _encoder(light: bool) -> torch.nn.Module:

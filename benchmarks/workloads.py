@@ -130,6 +130,7 @@ WORKLOADS: dict[str, Workload] = {
             _peer(MONAI, "monai_in_memory", 18),
             _peer(TORCHIO, "torchio_in_memory", 18),
             _peer(PATCHLY, "patchly_on_disk", 20, "zarr2"),
+            _peer(f"{OVERLAP}, overlap 24", "dask_overlap", 20, options={"cut": True}),
         ),
         against="bare", targets={"oocpatch, 1 GiB": 1.03},
     ),
@@ -139,6 +140,7 @@ WORKLOADS: dict[str, Workload] = {
         (
             *ALONE, _ours(18),
             _peer(MONAI, "monai_in_memory", 18),
+            _peer(f"{OVERLAP}, overlap 16", "dask_overlap", 18, options={"cut": True}),
         ),
         against="bare", targets={"oocpatch, 1 GiB": 1.03},
     ),
