@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -215,12 +215,22 @@ def _with_weights(
         return
     column = factors[0].reshape(-1, *(1,) * (len(factors) - 1))
     for row in rows:
-        rest = torch.ones((), dtype=torch.float32, device=column.device)
-        for factor, part in zip(reversed(factors[1:]), reversed(row[0][1:]), strict=True):
-            rest = factor[part].reshape(-1, *(1,) * rest.ndim) * rest
+        rest = outer_product([factor[part] for factor, part in zip(factors[1:], row[0][1:], strict=True)])
         for tile in row:
             first = column[tile[0]]
             yield tile, first if not rest.ndim else torch.mul(first, rest, out=memory((first.shape[0], *rest.shape)))
+
+
+def outer_product(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the product of 1-D float32 factors, one per axis, multiplied from the last to the first.
+
+    >>> outer_product([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]).tolist()
+    [[3.0, 4.0], [6.0, 8.0]]
+    """
+    product = torch.ones((), dtype=torch.float32, device="cpu")
+    for factor in reversed(factors):
+        product = factor.reshape(-1, *(1,) * product.ndim) * product
+    return product
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -32,7 +32,7 @@ from oocpatch.engine.buffers import FutureGroup, buffer, torch_dtype
 from oocpatch.engine.context_patches import ContextPatches
 from oocpatch.engine.device_transfer import CopyDone, HostStaging, Transfer
 from oocpatch.engine.input_reader import InputReader
-from oocpatch.engine.normalize import Counts, Normalizer
+from oocpatch.engine.normalize import Counts, Normalizer, outer_product
 from oocpatch.engine.partial_sums import (
     FilledPiece,
     PartialSums,
@@ -186,10 +186,9 @@ def patch_window(plan: Plan, head: Head, device: str) -> torch.Tensor | None:
     """Return the blending weights of a patch, float32 `(1, *patch)`; None where values are not weighed."""
     if not head.blended:
         return None
-    product = torch.ones((), dtype=torch.float32, device="cpu")
-    for axis, scale in zip(reversed(plan.grid.axes), reversed(head.scale), strict=True):
-        factor = torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)).to(torch.float32)
-        product = factor.reshape(-1, *(1,) * product.ndim) * product
+    axes = zip(plan.grid.axes, head.scale, strict=True)
+    factors = [torch.from_numpy(axis_window(head.window, axis.scaled(scale).patch)) for axis, scale in axes]
+    product = outer_product([factor.to(torch.float32) for factor in factors])
     if head.has_floor:
         product.clamp_(min=max(float(product.min()), FLOOR))
     return product[None].to(device)
@@ -504,12 +503,13 @@ def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
     Raises:
         ValueError: when a label is not a class.
     """
-    labels = labels.to(torch.int64)  # torch has few kernels for the larger unsigned integers
-    lowest, highest = torch.stack(torch.aminmax(labels)).tolist()  # of a device, one wait for both
+    # torch has few kernels for the larger unsigned integers; a NaN, which would be some integer, must reach `int`
+    exact = labels if labels.is_floating_point() else labels.to(torch.int64)
+    lowest, highest = map(int, torch.stack(torch.aminmax(exact)).tolist())  # of a device, one wait for both
     if lowest < 0 or highest >= classes:
         raise ValueError(f"labels must be in [0, {classes}) for overlap_mode='vote', got {lowest} to {highest}")
     votes = labels.new_zeros((labels.shape[0], classes, *labels.shape[2:]), dtype=torch.float32)
-    return votes.scatter_(1, labels, 1.0)
+    return votes.scatter_(1, exact.to(torch.int64), 1.0)
 
 
 Refs = Mapping[int, PartialsRef]

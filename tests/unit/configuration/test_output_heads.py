@@ -494,6 +494,16 @@ def test_names_of_outputs_can_be_names_of_arrays(names, tmp_path):
         )
 
 
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "infinity")])
+def test_labels_that_are_no_numbers_fail_their_block(value, said, tmp_path):
+    labels = np.zeros((16, 16), "float32")
+    labels[9, 9] = value
+    with pytest.raises(oocpatch.BlockFailed, match=f"cannot convert float {said}"):
+        oocpatch.predict(
+            labels, torch.nn.Identity(), tmp_path / "out", patch_size=8, overlap_mode="vote", num_classes=4
+        )
+
+
 def test_labels_beyond_the_classes_fail_their_block(tmp_path):
     labels = np.zeros((16, 16), "uint8")
     labels[9, 9] = 5
